@@ -1,0 +1,16 @@
+"""Upright: from images to a verified ONNX bundle, through any architecture and a spatial transformer around it.
+
+The map, in the order of the imports (each part knows only those above it):
+
+    errors        what a user did wrong, in one line
+    recipes       a class and its arguments as plain data, and back
+    images        ImageSpec, and decoding any picture to uint8               (numpy, Pillow)
+    runtime       bundle -> answers: verify, infer, Predictor                (numpy, Pillow, onnxruntime)
+    warp          sampling points, affine matrices, resizing                 (torch, as all that follows)
+    architectures one network per file; knows nothing of images or training
+    data          source -> splits -> batches; augmentation
+    training      ImageClassifier, checkpoints, fit / validate / test / predict
+    exporting     checkpoint -> verified bundle
+    evidence      studies: one textbook claim each, measured
+    cli, demo     the verbs, and the verbs one after the other
+"""

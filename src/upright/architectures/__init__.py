@@ -1,0 +1,8 @@
+"""One network per file; none knows anything of the rest of Upright but `upright.warp`.
+
+Every constructor begins ``(self, input_shape: tuple[int, int, int], num_classes: int, *, ...)`` with ``input_shape`` as
+``(C, H, W)``, and every ``forward`` takes normalised images ``(B, C, H, W)`` to logits ``(B, K)``, the same in training
+and in evaluation.
+
+Letters: ``B C H W`` images, ``K`` classes, ``N`` points, ``P`` parameters of a transform.
+"""

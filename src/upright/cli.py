@@ -1,0 +1,137 @@
+"""The verbs. Nothing heavy is imported before a verb is called, so help comes at once."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from upright.errors import UprightError, nearest
+
+
+class Verb(NamedTuple):
+    """A verb of ours: what it says in help, its arguments, and ``module:function`` that is called with them."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    function: str
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run (its best.ckpt)")
+    parser.add_argument("--name", help="name of the bundle: export/NAME; the run's name by default")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a folder that `upright export` made")
+
+
+def _infer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a folder that `upright export` made")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, and folders of pictures")
+    parser.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="default: table")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable classes; default: 1")
+
+
+def _study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", help="its name: uprightness")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per variant; default: 5")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="demo", help="of the run and the bundle, which are replaced; default: demo")
+
+
+LIGHTNING = {
+    "fit": "train; --config says what",
+    "validate": "metrics of the validation split; --ckpt_path says of what",
+    "test": "metrics of the test split; --ckpt_path says of what",
+    "predict": "write the probabilities of the test split; --ckpt_path says of what",
+}
+VERBS = {
+    "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
+    "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
+    "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
+    "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
+    "demo": Verb("the whole line once, on real digits", _demo, "upright.demo:demo"),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave the usage to --help."""
+        options = [option for action in self._actions for option in action.option_strings]
+        given = message.rpartition("unrecognized arguments: ")[2].split(" ")[0]
+        hint = nearest(given, options) if "unrecognized arguments" in message else ""
+        raise UprightError(f"{self.prog.partition(' ')[2]}: {message}.{hint} `{self.prog} --help` shows all.")
+
+
+def _overview() -> str:
+    rows = LIGHTNING | {name: verb.help for name, verb in VERBS.items()}
+    return (
+        "usage: upright VERB ...\n\nFrom images to a verified ONNX bundle.\n\n"
+        + "\n".join(f"  {name:<9} {text}" for name, text in rows.items())
+        + "\n\n`upright VERB --help` says more. A first run: upright fit --config configs/stn_lenet.yaml"
+    )
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"upright {version('upright')}")
+        return 0
+    name, *rest = arguments
+    # A console script does not see the working directory; an own architecture lies there.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    if name in LIGHTNING:
+        return int(_load("upright.training.cli:run")(name, rest) or 0)
+    if name not in VERBS:
+        allowed = [*LIGHTNING, *VERBS]
+        raise UprightError(f"unknown verb '{name}'.{nearest(name, allowed)} Verbs: {', '.join(allowed)}.")
+    parser = OneLineParser(prog=f"upright {name}", description=VERBS[name].help, allow_abbrev=False)
+    VERBS[name].arguments(parser)
+    options = vars(parser.parse_args(rest))
+    return int(_load(VERBS[name].function)(**options) or 0)
+
+
+def _load(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    try:
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("upright"):
+            raise
+        raise UprightError(f"This verb needs the package '{error.name}': pip install 'upright[train]'.") from error
+    return loaded
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        arguments: the command line after ``upright``; this process's own by default.
+
+    Returns:
+        The exit code: 0, 1 for a gate that did not hold, 2 for a user's mistake.
+    """
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except UprightError as error:
+        print(f"upright: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"upright: error: {error.strerror}: '{error.filename}'.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("upright: stopped.", file=sys.stderr)
+        return 130

@@ -1,0 +1,186 @@
+"""The base of every dataset: read a source, split it, turn it into uint8 batches; and go back to the originals."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from upright.data.augmentation import Augmentation
+from upright.data.loader import Batch, BatchLoader, global_seed
+from upright.data.split import SPLITS, Indices, SplitManifest, stratified_split
+from upright.errors import UprightError
+from upright.images import ImageSpec, Pixels
+from upright.recipes import Recorded, recipe
+from upright.warp import resize, rotation, warp
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as it comes.
+
+    Args:
+        images: decoded, uint8 ``(H, W, C)``, each of its own size; decoding on access is welcome.
+        labels: index into the spec's classes.
+        names: short, unique; for messages and files.
+        splits: indices of ``train``, ``val`` and ``test`` where the dataset itself defines some of them.
+    """
+
+    images: Sequence[Pixels]
+    labels: Sequence[int]
+    names: Sequence[str]
+    splits: Mapping[str, Sequence[int]] | None = None
+
+
+class Original(NamedTuple):
+    """One image as it goes into a deployed model: uint8 ``(H, W, C)`` at its own size."""
+
+    name: str
+    pixels: Pixels
+    label: int
+
+
+class ImageDataModule(Recorded, L.LightningDataModule):
+    """Splits, views, cache and loaders for any `Source`. A dataset implements `spec` and `read`.
+
+    Args:
+        batch_size: per process.
+        val_fraction: of all images, for validation; of the training images where only the test split is given.
+        test_fraction: of all images, for test.
+        split_seed: of the split; does not change with the seed of a run.
+        angles: validation and test show every image turned anticlockwise by each of these degrees, as uint8.
+        augment: what training does to a batch, in order: each `Geometric` or any ``nn.Module`` on a float batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        angles: Sequence[float] = (0.0,),
+        augment: Sequence[Callable[[], nn.Module]] = (),
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UprightError(f"batch_size must be at least 1, got {batch_size}.")
+        if not angles:
+            raise UprightError("angles needs at least one angle; [0] shows every image as it is.")
+        self.batch_size, self.split_seed, self.angles = batch_size, split_seed, tuple(angles)
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.augmentation = Augmentation(part() for part in augment)
+        self.recipe: dict[str, Any] = recipe(type(self)) | {"init_args": recipe(self.arguments)}
+        self.samples = cache(self._samples)
+
+    @property
+    @abstractmethod
+    def spec(self) -> ImageSpec:
+        """Declared without reading the images, so that a network can be built on any machine."""
+
+    @abstractmethod
+    def read(self) -> Source:
+        """The whole dataset; called once, when it is first needed."""
+
+    @cached_property
+    def source(self) -> Source:
+        """What `read` gave."""
+        return self.read()
+
+    @cached_property
+    def splits(self) -> dict[str, Indices]:
+        """Indices into the source: those that it defines, the others split off its training images."""
+        given = {name: np.asarray(part, dtype=np.int64) for name, part in (self.source.splits or {}).items()}
+        fractions = {"val": self.val_fraction, "test": self.test_fraction}
+        fractions = {name: fraction for name, fraction in fractions.items() if name not in given}
+        labels = np.asarray(self.source.labels)
+        pool = given.pop("train", np.arange(len(labels)))
+        if fractions:
+            parts = stratified_split(labels[pool], fractions, self.split_seed)
+            return given | {name: pool[part] for name, part in parts.items()}
+        return given | {"train": pool}
+
+    @cached_property
+    def manifest(self) -> SplitManifest:
+        """What is in each split, by content."""
+        classes, source = self.spec.classes, self.source
+        return SplitManifest.of(
+            {
+                name: ((source.images[i], classes[source.labels[i]]) for i in self.splits[name].tolist())
+                for name in SPLITS
+            }
+        )
+
+    def views(self, split: str) -> tuple[float, ...]:
+        """The angles, in degrees, at which every image of ``split`` is shown."""
+        return (0.0,) if split == "train" else self.angles
+
+    def originals(self, split: str) -> Iterator[Original]:
+        """Decoded images at their own sizes, in the order of the loader; never the cache."""
+        for i in self.splits[split].tolist():
+            for angle in self.views(split):
+                name = self.source.names[i] + (f"_{angle:+g}" if len(self.views(split)) > 1 else "")
+                yield Original(name, _turn(self.source.images[i], angle), int(self.source.labels[i]))
+
+    def _samples(self, split: str) -> Batch:
+        """The cache: every original of the split at the network's size, rounded to uint8."""
+        spec, views = self.spec, self.views(split)
+        originals = list(self.originals(split))
+        images = torch.stack([_fit(original.pixels, spec) for original in originals])
+        turns = rotation(torch.tensor([math.radians(angle) for angle in views]), spec.width / spec.height)
+        index = torch.arange(len(originals))
+        labels = torch.tensor([original.label for original in originals])
+        return Batch(images, labels, index, index // len(views), turns.repeat(len(originals) // len(views), 1, 1))
+
+    def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
+        """Batches of one split, this process's share."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return BatchLoader(
+            self.samples(split),
+            self.batch_size,
+            shuffle=shuffle,
+            seed=global_seed(),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def train_dataloader(self) -> BatchLoader:
+        """The training split, in a new order every epoch."""
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> BatchLoader:
+        """The validation split."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> BatchLoader:
+        """The test split."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        """The test split."""
+        return self.loader("test")
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """uint8 ``(H, W, C)`` to float ``(1, C, H, W)`` in [0, 255]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+
+
+def _turn(pixels: Pixels, angle: float) -> Pixels:
+    if angle == 0:
+        return pixels
+    height, width = pixels.shape[:2]
+    turned = warp(to_tensor(pixels), rotation(torch.tensor([math.radians(angle)]), width / height))
+    rounded: Pixels = turned[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return rounded
+
+
+def _fit(pixels: Pixels, spec: ImageSpec) -> Tensor:
+    fitted = resize(to_tensor(pixels), spec.height, spec.width, spec.resize)
+    return fitted[0].round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,102 @@
+"""Batches from memory: the order is f(seed, epoch), the position inside the epoch is the loader's only state."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def global_seed() -> int:
+    """The seed that Lightning's ``seed_everything`` set (it keeps it in the environment for its processes), or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    Args:
+        images: uint8 ``(B, C, H, W)``.
+        labels: int64 ``(B,)``.
+        index: position in the split, int64 ``(B,)``.
+        group: which source image it shows, int64 ``(B,)``; several views of one image share it.
+        transforms: what the source did to it, ``(B, 3, 3)``, output to input coordinates.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    group: Tensor
+    transforms: Tensor
+
+
+class EpochOrder:
+    """The order of ``count`` samples, a function of seed and epoch. Lightning calls `set_epoch` on it."""
+
+    def __init__(self, count: int, *, shuffle: bool, seed: int) -> None:
+        self.count, self.shuffle, self.seed, self.epoch = count, shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, the order of that epoch."""
+        self.epoch = epoch
+
+    def __call__(self) -> Tensor:
+        """Indices ``(count,)``."""
+        if not self.shuffle:
+            return torch.arange(self.count)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.count, generator=generator)
+
+
+class BatchLoader:
+    """Iterate a split that lies in memory, resumable in mid-epoch, every process its share.
+
+    Training (``shuffle``) drops what does not fill a batch on every process; it is other samples in every epoch.
+    Otherwise every sample comes exactly once, on one process.
+
+    Args:
+        samples: the whole split as one `Batch`.
+        batch_size: samples per batch and process.
+        shuffle: a new order every epoch.
+        seed: of the order.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, samples: Batch, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.samples, self.rank, self.world_size = samples, rank, world_size
+        # A training set smaller than one batch is one batch.
+        self.batch_size = min(batch_size, max(1, len(samples.labels) // world_size)) if shuffle else batch_size
+        # Lightning looks for `set_epoch` under `sampler`, and expects both names as a DataLoader has them.
+        self.batch_sampler = None
+        self.sampler = EpochOrder(len(samples.labels), shuffle=shuffle, seed=seed)
+        self._position = 0
+        self._resume_at = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch on this process."""
+        if self.sampler.shuffle:
+            return self.sampler.count // (self.batch_size * self.world_size)
+        mine = len(range(self.rank, self.sampler.count, self.world_size))
+        return -(-mine // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of the current epoch, from where a restored state left off."""
+        # Lightning sets the epoch after it has called iter(), so nothing is read before the first batch is asked for.
+        order = self.sampler()[self.rank :: self.world_size]
+        start, self._resume_at = self._resume_at % max(1, len(self)), 0
+        for position in range(start, len(self)):
+            chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+            self._position = position + 1
+            yield Batch(*(field[chosen] for field in self.samples))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches of this epoch that were handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration goes on after that many batches."""
+        self._resume_at = self._position = state["position"]

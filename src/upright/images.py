@@ -1,0 +1,159 @@
+"""What an image is (`ImageSpec`), and decoding any picture to uint8. Never imports torch."""
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from upright.errors import UprightError
+
+Pixels = npt.NDArray[np.uint8]
+"""One decoded image, uint8, shape ``(H, W, C)``."""
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 64_000_000
+"""The largest picture that is decoded unless told otherwise, in pixels."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What every stage from decoding to deployment must agree on; declared by the datamodule, never measured.
+
+    Args:
+        channels: 1 (pictures are turned to grey, ITU-R 601) or 3 (RGB).
+        height: rows that the network sees.
+        width: columns that the network sees.
+        classes: names, in the order of the labels.
+        mean: per channel, on the scale of 0 to 1, subtracted before the network.
+        std: per channel, divided by.
+        resize: ``stretch`` to ``height`` x ``width``, or ``crop`` the largest centred box of that aspect first.
+        background: grey level (0 to 255) that transparent pixels are laid over.
+
+    A picture's EXIF orientation is always applied; only the first frame of an animation is read.
+    """
+
+    channels: int
+    height: int
+    width: int
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Literal["stretch", "crop"] = "stretch"
+    background: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no picture can be."""
+        if self.channels not in (1, 3):
+            raise UprightError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}.")
+        if min(self.height, self.width) < 1:
+            raise UprightError(f"An image needs at least 1x1 pixels, got {self.height}x{self.width}.")
+        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
+            raise UprightError(
+                f"mean and std need one number per channel ({self.channels}), std above 0; "
+                f"got mean {list(self.mean)}, std {list(self.std)}."
+            )
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            raise UprightError(f"At least two classes of different names are needed, got {list(self.classes)}.")
+        if self.resize not in ("stretch", "crop"):
+            raise UprightError(f"resize must be 'stretch' or 'crop', got '{self.resize}'.")
+        if not 0 <= self.background <= 255:
+            raise UprightError(f"background must be a grey level from 0 to 255, got {self.background}.")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of what the network sees."""
+        return self.channels, self.height, self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for checkpoints and manifests."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ImageSpec":
+        """The inverse of `to_dict`."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def decode(
+    source: str | Path | bytes | Image.Image | npt.ArrayLike, spec: ImageSpec, max_pixels: int = MAX_PIXELS
+) -> Pixels:
+    """Any picture as uint8 of shape ``(H, W, spec.channels)``, at its own size.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, or a uint8 array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or
+            4 (RGBA) channels.
+        spec: says channels and background.
+        max_pixels: a larger picture is refused before it is decoded.
+
+    Raises:
+        UprightError: naming the source, for whatever cannot be read as a picture.
+    """
+    name = f"'{source}'" if isinstance(source, str | Path) else "The image"
+    try:
+        if isinstance(source, str | Path):
+            with Image.open(source) as image:
+                return _decode(image, spec, max_pixels)
+        if isinstance(source, bytes):
+            with Image.open(io.BytesIO(source)) as image:
+                return _decode(image, spec, max_pixels)
+        if isinstance(source, Image.Image):
+            return _decode(source, spec, max_pixels)
+        return _decode(Image.fromarray(_picture_array(np.asarray(source))), spec, max_pixels)
+    except FileNotFoundError:
+        raise UprightError(f"{name} does not exist.") from None
+    except UnidentifiedImageError:
+        raise UprightError(f"{name} is not a picture that Pillow can read.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UprightError(f"{name} cannot be decoded: {error}") from None
+
+
+def _picture_array(array: npt.NDArray[Any]) -> Pixels:
+    if array.dtype != np.uint8:
+        raise ValueError(f"an array must be uint8 with values from 0 to 255, got {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(f"an array must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}")
+    return np.ascontiguousarray(array)
+
+
+def _decode(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.size and not 0 <= values.min() <= values.max() <= 0xFFFF:
+            raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits first")
+        # Pillow's own conversion clips 16 bits at 255; the high byte is what it takes of 16-bit colour.
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pictures have no agreed range; convert it to 8 or 16 bits first")
+    if image.has_transparency_data:
+        below = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
+        image = Image.alpha_composite(below, image.convert("RGBA"))
+    pixels = np.array(image.convert("L" if spec.channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], spec.channels)
+
+
+def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """Files as they are given, folders as the pictures under them (sorted, by suffix).
+
+    Raises:
+        UprightError: for a path that does not exist and a folder without pictures.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not found:
+                raise UprightError(f"Folder '{path}' holds no pictures ({' '.join(sorted(SUFFIXES))}).")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise UprightError(f"'{path}' does not exist.")

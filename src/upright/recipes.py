@@ -1,0 +1,88 @@
+"""A class and its arguments as plain data (``class_path``, ``init_args``), and back.
+
+Whatever Upright injects (networks, losses, optimisers, schedules, augmentations) is given as a callable: a class, or
+``functools.partial`` of a class. Both, and what the command line makes of a YAML, can be written into a checkpoint
+that loads with ``weights_only=True``, and rebuilt from it.
+"""
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from upright.errors import UprightError, nearest
+
+Recipe = dict[str, Any]
+
+
+def recipe(part: Any) -> Any:
+    """Plain data for ``part``: numbers, strings, lists, dicts; a class or a partial of one as its recipe.
+
+    Raises:
+        UprightError: for a lambda, a function or an object, which a checkpoint could not rebuild.
+    """
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, Path):
+        return str(part)
+    if isinstance(part, list | tuple):
+        return [recipe(item) for item in part]
+    if isinstance(part, dict):
+        return {str(key): recipe(value) for key, value in part.items()}
+    if isinstance(part, type):
+        return {"class_path": f"{part.__module__}.{part.__qualname__}"}
+    if isinstance(part, partial):
+        # People write partial(cls, **arguments); jsonargparse injects partial(how to instantiate, cls, **arguments).
+        *_, cls = part.func, *part.args
+        if isinstance(cls, type):
+            return recipe(cls) | {"init_args": recipe(part.keywords)}
+    raise UprightError(
+        f"{part!r} cannot be written into a checkpoint, so the model could not be rebuilt from it: "
+        "give a class, or functools.partial(Class, name=value, ...), of an importable module."
+    )
+
+
+def load_class(class_path: str) -> type:
+    """The class at ``package.module.Class``.
+
+    Raises:
+        UprightError: if the module or the class does not exist, with the nearest name.
+    """
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise UprightError(
+            f"class_path '{class_path}': cannot import module '{module_name}' ({error}). "
+            "Is the file in the working directory, or the package installed?"
+        ) from error
+    cls = getattr(module, name, None)
+    if not isinstance(cls, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UprightError(
+            f"class_path '{class_path}': module '{module_name}' has no class '{name}'.{nearest(name, classes)}"
+        )
+    return cls
+
+
+def build(data: Any) -> Any:
+    """The inverse of `recipe`: every recipe inside ``data`` becomes ``partial(Class, **arguments)``."""
+    if isinstance(data, list):
+        return [build(item) for item in data]
+    if isinstance(data, dict) and "class_path" in data:
+        return partial(load_class(data["class_path"]), **build(data.get("init_args", {})))
+    if isinstance(data, dict):
+        return {key: build(value) for key, value in data.items()}
+    return data
+
+
+class Recorded:
+    """Base for classes that remember how they were constructed: ``self.arguments``, the keywords given."""
+
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the keyword arguments before ``__init__`` of whatever subclass runs."""
+        instance = super().__new__(cls)
+        object.__setattr__(instance, "arguments", kwargs)
+        return instance

@@ -1,0 +1,1 @@
+"""Bundle -> answers, on numpy, Pillow and onnxruntime alone: nothing here imports torch."""

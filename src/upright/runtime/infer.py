@@ -1,0 +1,95 @@
+"""``upright infer``: classify pictures with a bundle."""
+
+import csv
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from upright.errors import UprightError
+from upright.images import Pixels, decode, find_images
+from upright.runtime.predictor import Prediction, Predictor
+
+
+def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -> int:
+    """Print a line per picture; a bad one is reported on standard error, and the rest goes on.
+
+    Args:
+        bundle: the folder of a bundle.
+        images: pictures, and folders of pictures.
+        format: ``table``, ``jsonl`` or ``csv``.
+        top: how many classes per picture.
+
+    Returns:
+        0, or 2 if any picture could not be read.
+    """
+    predictor = Predictor(bundle)
+    if not 1 <= top <= len(predictor.spec.classes):
+        raise UprightError(f"--top must be from 1 to {len(predictor.spec.classes)} (the number of classes), got {top}.")
+    failed, read = 0, []
+
+    def pictures() -> Iterator[Pixels]:
+        nonlocal failed
+        for name in images:
+            try:
+                paths = list(find_images([name]))
+            except UprightError as error:
+                failed += 1
+                print(f"upright: error: {error}", file=sys.stderr)
+                continue
+            for path in paths:
+                try:
+                    pixels = decode(path, predictor.spec)
+                except UprightError as error:
+                    failed += 1
+                    print(f"upright: error: {error}", file=sys.stderr)
+                    continue
+                read.append(path)
+                yield pixels
+
+    write = WRITERS[format](top)
+    with warnings.catch_warnings():
+        # A picture over our own limit is reported by us.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for position, row in enumerate(predictor.probabilities(pictures())):
+            write(read[position], predictor.answer(row))
+    return 2 if failed else 0
+
+
+Writer = Callable[[Path, Prediction], None]
+
+
+def _table(top: int) -> Writer:
+    def write(path: Path, prediction: Prediction) -> None:
+        answers = "   ".join(f"{label:<12} {probability:6.4f}" for label, probability in prediction.top(top))
+        print(f"{path!s:<40}  {answers}")
+
+    return write
+
+
+def _jsonl(top: int) -> Writer:
+    def write(path: Path, prediction: Prediction) -> None:
+        record = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
+        if top > 1:
+            record["top"] = [{"label": label, "probability": p} for label, p in prediction.top(top)]
+        print(json.dumps(record, ensure_ascii=False))
+
+    return write
+
+
+def _csv(top: int) -> Writer:
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    numbers = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
+    rows.writerow(["path", *(f"{column}{number}" for number in numbers for column in ("label", "probability"))])
+
+    def write(path: Path, prediction: Prediction) -> None:
+        answers = ((label, f"{probability:.6f}") for label, probability in prediction.top(top))
+        rows.writerow([path, *(field for answer in answers for field in answer)])
+
+    return write
+
+
+WRITERS: dict[str, Callable[[int], Writer]] = {"table": _table, "jsonl": _jsonl, "csv": _csv}

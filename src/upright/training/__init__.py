@@ -1,0 +1,1 @@
+"""ImageClassifier around any network, its checkpoints, and the verbs that are Lightning's."""

@@ -1,0 +1,164 @@
+"""What a run leaves behind: checkpoints with all they need, metrics.csv, and the picture of the transformer."""
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from upright.architectures.spatial_transformer import observing
+from upright.data.datamodule import ImageDataModule
+from upright.training.checkpoint import KEY, contents
+from upright.training.classifier import ImageClassifier
+
+
+def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
+    """``best.ckpt`` by validation accuracy and ``last.ckpt`` after every epoch, and every so many steps within one."""
+    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
+    found: list[Callback] = [
+        ModelCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max"),
+        ModelCheckpoint(**common, filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
+    ]
+    if every_n_steps:
+        found.append(ModelCheckpoint(**common, filename="last", every_n_train_steps=every_n_steps))
+    return found
+
+
+class RunRecord(Callback):
+    """Writes Upright's part into every checkpoint.
+
+    Args:
+        run: name and id of the run, as the checkpoint shall hold them.
+    """
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See `checkpoint.contents`."""
+        assert isinstance(pl_module, ImageClassifier)
+        data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
+        checkpoint[KEY] = contents(pl_module, data, self.run, _scalars(trainer))
+
+
+def _scalars(trainer: L.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+
+
+class MetricsFile(Callback):
+    """One row per epoch in ``metrics.csv``; a resumed run goes on where its checkpoint stood.
+
+    Args:
+        path: of the file.
+        lines: also print a line now and then, for terminals without a progress bar.
+    """
+
+    def __init__(self, path: Path, *, lines: bool = False) -> None:
+        self.path, self.lines = path, lines
+        self._started = time.monotonic()
+
+    @rank_zero_only
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the row."""
+        row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row |= {name: f"{value:.6g}" for name, value in _scalars(trainer).items()}
+        row |= {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"}
+        row |= {"seconds": f"{time.monotonic() - self._started:.3f}"}
+        rows = [old for old in _read_rows(self.path) if int(old["epoch"]) < trainer.current_epoch] + [row]
+        aside = self.path.with_name(f".{self.path.name}")
+        with open(aside, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for old in rows for name in old)))
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(aside, self.path)
+        epochs = trainer.max_epochs or 0
+        if self.lines and (epochs < 10 or (trainer.current_epoch + 1) % (epochs // 10) == 0):
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in _scalars(trainer).items())
+            print(f"epoch {trainer.current_epoch + 1}/{epochs}  {shown}", flush=True)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class TransformerPicture(Callback):
+    """``transformer.png``: images as they came in and as the transformer turned them, at several angles.
+
+    Args:
+        folder: where it is written.
+        count: how many images.
+    """
+
+    def __init__(self, folder: Path, count: int = 6) -> None:
+        self.folder, self.count = folder, count
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the test split's first images of different classes."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, ImageClassifier)
+        if pl_module.transformers and isinstance(data, ImageDataModule):
+            draw_transformer(pl_module, data, self.folder / "transformer.png", self.count)
+
+
+def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: Path, count: int = 6) -> None:
+    """Two rows per image: the views of the test split, and what the network saw of them.
+
+    Args:
+        classifier: with a spatial transformer.
+        data: its test split is drawn.
+        path: of the PNG.
+        count: images of as many classes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    samples, views = data.samples("test"), data.views("test")
+    labels = samples.labels[:: len(views)]
+    firsts = [int((labels == label).nonzero()[0]) for label in labels.unique()[:count]]
+    figure, axes = pyplot.subplots(
+        2 * len(firsts), len(views), figsize=(1.1 * len(views) + 1.2, 2.2 * len(firsts) + 0.6), squeeze=False
+    )
+    for row, first in enumerate(firsts):
+        images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)
+        with torch.no_grad(), observing() as seen:
+            predicted = classifier(images).argmax(dim=1)
+        # What it turned is normalised; a picture has colours from 0 to 1.
+        turned = (seen[-1].turned * classifier.model.std + classifier.model.mean) / 255
+        for column, angle in enumerate(views):
+            for axis, image in (
+                (axes[2 * row, column], images[column] / 255),
+                (axes[2 * row + 1, column], turned[column].clamp(0, 1)),
+            ):
+                axis.imshow(image.permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1)
+                axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axes[0, column].set_title(f"{angle:+g}°", fontsize=10)
+            axes[2 * row + 1, column].set_xlabel(
+                data.spec.classes[int(predicted[column])],
+                fontsize=8,
+                color="black" if int(predicted[column]) == int(labels[first]) else "crimson",
+            )
+        axes[2 * row, 0].set_ylabel("as it came", fontsize=8)
+        axes[2 * row + 1, 0].set_ylabel("turned", fontsize=8)
+    figure.suptitle("What the spatial transformer does (below: the prediction)", fontsize=10)
+    figure.tight_layout()
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=110, format="png")
+    pyplot.close(figure)
+    os.replace(aside, path)

@@ -1,0 +1,191 @@
+"""Checkpoints: written whole or not at all, read without running code, and enough to rebuild model and data."""
+
+import os
+import pickle
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from upright.data.datamodule import ImageDataModule
+from upright.errors import UprightError, nearest
+from upright.images import ImageSpec
+from upright.recipes import build
+from upright.training.classifier import ImageClassifier
+
+FORMAT = 1
+KEY = "upright"
+"""Under this key a checkpoint holds Upright's own part; see `contents`."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the target, sync, rename. (Lightning's own goes through the temporary folder, which may be another
+    file system, where a rename is a copy that can be cut off.)"""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """See Lightning's `CheckpointIO.save_checkpoint`."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with open(aside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def contents(
+    classifier: ImageClassifier, data: ImageDataModule | None, run: Mapping[str, Any], metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """Upright's part of a checkpoint, plain data and tensors only."""
+    return {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("upright", "torch", "lightning")},
+        "git_commit": git_commit(),
+        "model": classifier.recipe,
+        "spec": classifier.spec.to_dict(),
+        "data": data.recipe if data else None,
+        "split": data.manifest.to_dict() if data else None,
+        "run": dict(run),
+        "metrics": dict(metrics),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory (with ``+`` when tracked files differ from it), if it is a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint file, or the ``best.ckpt`` of a run's folder.
+
+    Raises:
+        UprightError: if there is none, with the nearest name beside it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "best.ckpt").is_file():
+            return path / "best.ckpt"
+        raise UprightError(f"Folder '{path}' holds no best.ckpt; give the checkpoint file itself.")
+    if not path.is_file():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise UprightError(
+            f"Checkpoint '{path}' does not exist.{nearest(str(path), [str(file) for file in siblings])} "
+            "`upright fit` writes them to checkpoints/NAME/best.ckpt."
+        )
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A whole checkpoint, on the CPU, without running any code in it.
+
+    Raises:
+        UprightError: for a file that is missing, cut off, not a checkpoint, a pickle with code, a checkpoint of
+            something else, or one of a newer format.
+    """
+    path = find_checkpoint(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UprightError(
+            f"'{path}' is not an Upright checkpoint: it is damaged, or a pickle that would run code when loaded "
+            f"({str(error).splitlines()[0][:120]})."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UprightError(
+            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({str(error).splitlines()[0][:120]})."
+        ) from None
+    ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict) or "state_dict" not in checkpoint:
+        raise UprightError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
+    if ours["format"] > FORMAT:
+        raise UprightError(
+            f"'{path}' has format {ours['format']}, made by Upright {ours['versions'].get('upright')}; "
+            f"this version reads up to {FORMAT}. Install a newer Upright."
+        )
+    return checkpoint
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    classifier: ImageClassifier
+    data: ImageDataModule
+    contents: dict[str, Any]
+
+
+def restore(path: str | Path, data: ImageDataModule | None = None) -> Restored:
+    """Rebuild the model, in evaluation mode, and the datamodule it was trained with.
+
+    Args:
+        path: a checkpoint, or a run's folder.
+        data: used instead of the checkpoint's own datamodule.
+
+    Raises:
+        UprightError: see `read_checkpoint` and `check_data`; or if its classes cannot be imported.
+    """
+    checkpoint = read_checkpoint(path)
+    ours = checkpoint[KEY]
+    classifier = build(ours["model"])(spec=ImageSpec.from_dict(ours["spec"]))
+    own_data = data is None
+    if own_data:
+        if ours["data"] is None:
+            raise UprightError(f"'{path}' does not say what data it was trained with; give them with --data.")
+        data = build(ours["data"])()
+        # Augmentations are recipes, to be completed by the datamodule; everything else was plain data.
+    assert data is not None
+    load_weights(classifier, checkpoint, path)
+    check_data(ours, data, path, same_split=own_data)
+    return Restored(classifier.eval(), data, ours)
+
+
+def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Put the checkpoint's weights into the classifier.
+
+    Raises:
+        UprightError: if they are of another network.
+    """
+    try:
+        classifier.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise UprightError(f"'{path}' holds the weights of another network: {reasons}") from None
+
+
+def check_data(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path, *, same_split: bool) -> None:
+    """Refuse data that do not fit the checkpoint.
+
+    Args:
+        ours: Upright's part of the checkpoint.
+        data: the datamodule.
+        path: of the checkpoint, for messages.
+        same_split: whether they must be the very images it was trained and selected on, in the same splits.
+
+    Raises:
+        UprightError: if classes or pixels differ, or the split does.
+    """
+    spec, given = ImageSpec.from_dict(ours["spec"]), data.spec
+    if given.classes != spec.classes or given.channels != spec.channels:
+        raise UprightError(
+            f"'{path}' knows {spec.channels} channel(s) and the classes {list(spec.classes)}; "
+            f"the data have {given.channels} and {list(given.classes)}."
+        )
+    if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
+        raise UprightError(
+            f"The data of '{path}' have changed since it was trained: other images, or other splits. "
+            "Restore them, or say with --data what to use."
+        )

@@ -1,0 +1,171 @@
+"""The LightningModule around any network."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
+from upright.data.augmentation import Augmentation, Augmented
+from upright.data.loader import Batch, global_seed
+from upright.errors import UprightError
+from upright.images import ImageSpec
+from upright.recipes import Recorded, recipe
+from upright.training.losses import CrossEntropy
+from upright.training.model import Model
+from upright.training.schedules import OneCycle
+from upright.training.uprightness import Uprightness, final_pose, upright_loss
+from upright.warp import pixel_centres
+
+Groups = Iterable[dict[str, Any]]
+
+
+class ImageClassifier(Recorded, L.LightningModule):
+    """Train, validate, test and predict with any network. The parts are callables, completed here.
+
+    Args:
+        spec: what an image is; the command line takes it from the data.
+        network: completed with ``(input_shape, num_classes)``.
+        optimizer: completed with parameter groups; one group per ``lr_factor`` that a module asks for.
+        scheduler: completed with ``(optimizer, total_steps)``; steps after every batch.
+        loss: completed with ``(num_classes)``; called with logits and labels.
+        upright_weight: weight of the upright loss; 0 trains the spatial transformer by classification alone.
+    """
+
+    def __init__(
+        self,
+        spec: ImageSpec,
+        network: Network,
+        optimizer: Callable[[Groups], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] = OneCycle,
+        loss: Callable[[int], nn.Module] = CrossEntropy,
+        upright_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.recipe: dict[str, Any] = {
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "init_args": recipe({key: value for key, value in self.arguments.items() if key != "spec"}),
+        }
+        self.optimizer, self.scheduler, self.upright_weight = optimizer, scheduler, upright_weight
+        num_classes = len(spec.classes)
+        try:
+            self.model = Model(spec, network(spec.input_shape, num_classes))
+        except ValueError as error:
+            raise UprightError(str(error)) from error
+        self.loss = loss(num_classes)
+        self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
+        if upright_weight < 0 or (upright_weight > 0 and not self.transformers):
+            raise UprightError(
+                f"upright_weight {upright_weight} needs a SpatialTransformer in the network; "
+                "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
+            )
+        self.metrics = nn.ModuleDict({stage: self._stage_metrics(num_classes) for stage in ("_val", "_test")})
+
+    def _stage_metrics(self, num_classes: int) -> nn.ModuleDict:
+        metrics: dict[str, Metric] = {
+            "loss": MeanMetric(),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+        }
+        if self.transformers:
+            metrics["uprightness"] = Uprightness()
+        return nn.ModuleDict(metrics)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimiser over groups by ``lr_factor``, and the injected schedule over all steps."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for factor, parameter in _with_factors(self.model, 1.0):
+            groups.setdefault(factor, []).append(parameter)
+        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
+        for factor, group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] *= factor
+        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Find the augmentation; refuse an upright loss that would have nothing to compare."""
+        self.augmentation = getattr(self.trainer.datamodule, "augmentation", None) or Augmentation()  # type: ignore[attr-defined]
+        self.augmentation.to(self.device)
+        if self.upright_weight and not self.augmentation.moves:
+            raise UprightError(
+                "The upright loss compares two augmented views of an image, and the data are not turned: add "
+                "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Augment, classify, and compare with a second view of the same images where there is an upright loss."""
+        # Augmentation and dropout are functions of seed, epoch, batch and process: a resumed run draws the same.
+        torch.manual_seed(hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)))
+        view: Augmented = self.augmentation(batch.images)
+        with observing() as seen:
+            logits = self.model(view.images)
+        loss: Tensor = self.loss(logits, batch.labels)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(logits))
+        if self.upright_weight:
+            other: Augmented = self.augmentation(batch.images)
+            with observing(stop_after=len(seen)) as seen_other:
+                self.model(other.images)
+            points = pixel_centres(4, 4, device=self.device)
+            turned = upright_loss(
+                final_pose(view.transforms, seen, points), final_pose(other.transforms, seen_other, points)
+            )
+            self.log("train/upright_loss", turned.detach(), on_step=False, on_epoch=True, batch_size=len(logits))
+            loss = loss + self.upright_weight * turned
+        return loss
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        metrics: Any = self.metrics[f"_{stage}"]
+        with observing() as seen:
+            logits = self.model(batch.images)
+        metrics["loss"].update(self.loss(logits, batch.labels), weight=len(logits))
+        metrics["accuracy"].update(logits, batch.labels)
+        if seen:
+            metrics["uprightness"].update(batch.group, batch.transforms, seen, self.spec.width / self.spec.height)
+
+    def _report(self, stage: str) -> None:
+        for name, metric in self.metrics[f"_{stage}"].items():  # type: ignore[operator]
+            value = metric.compute()
+            if not value.isnan():
+                self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
+            metric.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the test metrics."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._report("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Position in the split ``(B,)``, label ``(B,)``, probabilities ``(B, K)``."""
+        return batch.index, batch.labels, self.model(batch.images).softmax(dim=1)
+
+
+def _with_factors(module: nn.Module, factor: float) -> Iterator[tuple[float, nn.Parameter]]:
+    """Every parameter with the ``lr_factor`` of the modules it is in, multiplied."""
+    factor *= getattr(module, "lr_factor", 1.0)
+    for parameter in module.parameters(recurse=False):
+        if parameter.requires_grad:
+            yield factor, parameter
+    for child in module.children():
+        yield from _with_factors(child, factor)

@@ -1,0 +1,414 @@
+"""``fit validate test predict``: Lightning's command line, with Upright's run folder, restoring and one-line errors."""
+
+import csv
+import importlib
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from upright.data.datamodule import ImageDataModule
+from upright.errors import UprightError, nearest
+from upright.training.callbacks import MetricsFile, RunRecord, TransformerPicture, checkpoints
+from upright.training.checkpoint import (
+    KEY,
+    AtomicCheckpointIO,
+    check_data,
+    find_checkpoint,
+    git_commit,
+    load_weights,
+    read_checkpoint,
+)
+from upright.training.classifier import ImageClassifier
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "checkpoints",
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    # Everything is logged per epoch; Lightning warns when an epoch has fewer steps than this.
+    "log_every_n_steps": 1,
+}
+OWN_OPTIONS = ("name", "force", "wandb", "save_every_n_steps", "output", "ckpt_path", "weights_only", "config")
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Run one of Lightning's verbs.
+
+    Args:
+        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        arguments: what followed it on the command line.
+
+    Raises:
+        UprightError: for every mistake of the user's.
+    """
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+        # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below it.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
+        warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
+        # Lightning 2.6 asks for a class that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # A resumed run goes on in its own folder.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        try:
+            UprightCLI(verb, _with_own_config(verb, arguments, Path(scratch)))
+        except MisconfigurationException as error:
+            raise UprightError(" ".join(str(error).split())) from error
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raised, one ValueError around the other.
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, UprightError):
+                cause = cause.__cause__
+            raise cause or error from None
+    return 0
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The last value of ``--name value`` or ``--name=value``, before anything heavy parses them."""
+    found = None
+    for position, argument in enumerate(arguments):
+        if argument == f"--{name}" and position + 1 < len(arguments):
+            found = arguments[position + 1]
+        elif argument.startswith(f"--{name}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str]:
+    """Put first what a checkpoint or a run's folder says of itself, so that the user's own arguments win."""
+    if {"-h", "--help"} & set(arguments):
+        return arguments
+    config = _option(arguments, "config") or _option(arguments, "c")
+    path = _option(arguments, "ckpt_path")
+    if verb == "fit":
+        if config or "-c" in arguments:
+            return arguments
+        if path is None:
+            raise UprightError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
+        folder = _run_folder(arguments) if path in ("last", "best") else Path(path).parent
+        if not (folder / "config.yaml").is_file():
+            raise UprightError(f"'{folder}' holds no config.yaml of a run to go on with; give --config.")
+        return ["--config", str(folder / "config.yaml"), *arguments]
+    if path is None:
+        raise UprightError(f"{verb} needs --ckpt_path, for example `upright {verb} --ckpt_path checkpoints/NAME/best.ckpt`.")
+    ours = read_checkpoint(path)[KEY]
+    own = {"model": ours["model"]["init_args"]} | ({"data": ours["data"]} if ours["data"] else {})
+    (scratch / "checkpoint.yaml").write_text(yaml.safe_dump(own))
+    return ["--config", str(scratch / "checkpoint.yaml"), *arguments]
+
+
+def _run_folder(arguments: list[str]) -> Path:
+    name = _option(arguments, "name")
+    if name is None:
+        raise UprightError("--ckpt_path last needs to know the run: give --config or --name.")
+    return Path(_option(arguments, "trainer.default_root_dir") or str(TRAINER_DEFAULTS["default_root_dir"])) / name
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says in one line what is wrong, instead of fifty lines of usage."""
+
+    def error(self, message: str, *_: Any) -> Any:
+        """See `explain`."""
+        raise UprightError(explain(message, self._option_string_actions)) from None
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """One line from jsonargparse's nested report: the innermost reason, with the nearest name.
+
+    Args:
+        message: the report.
+        options: the parser's own option strings.
+    """
+    key = "".join(f"{name}: " for name in [".".join(re.findall(r'Parser key "([^"]+)"', message))] if name)
+    if match := re.search(r"unrecognized arguments: (\S+)", message):
+        given = match[1].partition("=")[0]
+        return f"unknown option {given}.{nearest(given, options)}"
+    class_paths = re.findall(r"class_path[= ]'([^']+)'", message)
+    if match := re.search(r"Option '([^']+)' is not accepted", message):
+        allowed = _parameters(class_paths[0]) if class_paths else []
+        where = f" of {class_paths[0]}" if class_paths else ""
+        return f"{key}unknown option '{match[1]}'{where}.{nearest(match[1], allowed)} Allowed: {', '.join(allowed)}."
+    if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
+        module = importlib.import_module(match[1])
+        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
+        return f"{key}module '{match[1]}' has no class '{match[2]}'.{nearest(match[2], classes)}"
+    if match := re.search(r"No module named '([^']+)'", message):
+        return (
+            f"{key}no module named '{match[1]}'.{_nearest_module(match[1])} "
+            "Is the file in the working directory, or the package installed?"
+        )
+    if match := re.search(r"Key '([^']+)' is not expected|Nested key '([^']+)' is not", message):
+        given = f"--{match[1] or match[2]}"
+        return f"unknown key '{given[2:]}'.{nearest(given, options).replace('--', '')}"
+    if match := re.search(r"(Expected an? .*?\. Got value: \S+?)(?:\. Got value|\s|$)", message):
+        return f"{key}{match[1]}".replace("<class '", "").replace("'>", "")
+    return " ".join(message.split())[:400]
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    found = [parameter for base in cls.__mro__ if "__init__" in vars(base) for parameter in inspect.signature(base).parameters.values()]
+    named = (p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return sorted(set(named) - {"input_shape", "num_classes", "params", "optimizer", "total_steps", "self"})
+
+
+def _nearest_module(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    folders = list(importlib.import_module(parent).__path__) if parent and find_spec(parent) else ["."]
+    names = [path.stem for folder in folders for path in Path(folder).glob("*.py")]
+    return nearest(last, names)
+
+
+class UprightCLI(LightningCLI):
+    """One verb of Lightning's, run.
+
+    Args:
+        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        arguments: its options.
+    """
+
+    def __init__(self, verb: str, arguments: list[str]) -> None:
+        self.verb, self.arguments = verb, arguments
+        super().__init__(
+            ImageClassifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            parser_class=OneLineParser,
+            trainer_defaults=TRAINER_DEFAULTS | {"enable_progress_bar": sys.stderr.isatty()},
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=[verb, *arguments],
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # stock: a static method of all four
+        """Only the verb that runs: its parser is a quarter of the start-up."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what we were given, whatever ``sys.argv`` says."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Upright's own options."""
+        parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
+        if self.verb == "fit":
+            parser.add_argument("--name", type=str | None, help="Name of the run; the config's by default.")
+            parser.add_argument("--force", action="store_true", help="Replace an existing run of this name.")
+            parser.add_argument(
+                "--wandb",
+                type=Literal["offline", "online", "off"],
+                default="offline",
+                help="Track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not.",
+            )
+            parser.add_argument(
+                "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
+            )
+        if self.verb == "predict":
+            parser.add_argument("--output", type=str | None, help="CSV to write; predictions.csv beside the checkpoint.")
+
+    def _own(self, key: str) -> Any:
+        return self._get(self.config, key)
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint and the run's folder, before anything is built."""
+        if self._own("data") is None:
+            raise UprightError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
+        self.checkpoint: Path | None = None
+        if self.verb != "fit":
+            self.checkpoint = find_checkpoint(self._own("ckpt_path"))
+            self.folder = self.checkpoint.parent
+            return
+        configs = [str(path) for path in self._own("config") or []]
+        self.name = self._own("name") or (_stem(configs[-1]) if configs else "run")
+        if Path(self.name).name != self.name or self.name.startswith("."):
+            raise UprightError(f"--name '{self.name}' must be a plain folder name.")
+        self.folder = Path(self._own("trainer").default_root_dir) / self.name
+        path = self._own("ckpt_path")
+        if path is None:
+            if self.folder.exists() and not self._own("force"):
+                raise UprightError(
+                    f"Run '{self.folder}' exists: --ckpt_path last goes on with it, --force replaces it, "
+                    "--name gives this one another name."
+                )
+        elif path in ("last", "best"):
+            self.checkpoint = self.folder / f"{path}.ckpt"
+            if not self.checkpoint.is_file():
+                raise UprightError(f"There is no '{self.checkpoint}' to go on with; leave --ckpt_path out to start anew.")
+        else:
+            self.checkpoint = find_checkpoint(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Lightning's trainer with Upright's callbacks, logger and checkpoint writer."""
+        config = self._get(self.config_init, "trainer")
+        callbacks: list[Callback] = []
+        logger: Logger | bool = False
+        if self.verb == "fit":
+            run = {"name": self.name, "id": uuid.uuid4().hex[:8]}
+            if self.checkpoint:
+                run["id"] = read_checkpoint(self.checkpoint)[KEY]["run"]["id"]
+            callbacks += [
+                RunRecord(run),
+                RunFolder(self),
+                *checkpoints(self.folder, self._own("save_every_n_steps")),
+                MetricsFile(self.folder / "metrics.csv", lines=not config.enable_progress_bar),
+            ]
+            if config.logger is None:
+                logger = self._wandb(run["id"]) or False
+        elif self.verb == "test":
+            callbacks.append(TransformerPicture(self.folder))
+        config = {**config, "plugins": [*_as_list(config.plugins), AtomicCheckpointIO()]}
+        if config["logger"] is None:
+            config["logger"] = logger
+        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+
+    def _wandb(self, run_id: str) -> Logger | None:
+        mode = self._own("wandb")
+        if mode == "off":
+            return None
+        if find_spec("wandb") is None:
+            if mode == "online":
+                raise UprightError("--wandb online needs the package wandb: `pip install wandb`.")
+            print("wandb is not installed (`pip install wandb`): this run is tracked in metrics.csv only.")
+            return None
+        if mode == "offline":
+            # Nothing to say but where the record lies, and `fit` says that at its end.
+            os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        if mode == "online" and not wandb.api.api_key:
+            raise UprightError("--wandb online needs an account: `wandb login` once, or set WANDB_API_KEY.")
+        return WandbLogger(
+            project="upright",
+            name=self.name,
+            id=run_id,
+            save_dir=self.folder,
+            offline=mode == "offline",
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(console="off"),
+        )
+
+    def resolved_config(self) -> dict[str, Any]:
+        """The whole experiment as plain data, all defaults included."""
+        parser = self._parser(self.verb)
+        text = parser.dump(self.config[self.verb], skip_none=False, skip_link_targets=True)
+        config: dict[str, Any] = yaml.safe_load(text)
+        return {key: value for key, value in config.items() if key not in OWN_OPTIONS}
+
+    def fit(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
+        """Train; leave nothing behind if it did not get as far as a checkpoint."""
+        resume = str(self.checkpoint) if self.checkpoint else None
+        if self.checkpoint:
+            checkpoint = read_checkpoint(self.checkpoint)
+            load_weights(model, checkpoint, self.checkpoint)
+            check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
+        elif self.folder.exists():
+            if any(self.folder.iterdir()) and not (self.folder / "config.yaml").is_file():
+                raise UprightError(f"'{self.folder}' is not the folder of a run; --force does not replace it.")
+            shutil.rmtree(self.folder)
+        existed = self.folder.exists()
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        finally:
+            if not existed and self.folder.exists() and not any(self.folder.glob("*.ckpt")):
+                shutil.rmtree(self.folder)
+        best = self.folder / "best.ckpt"
+        if best.is_file():
+            metrics = read_checkpoint(best)[KEY]["metrics"]
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val/"))
+            print(f"\nBest: {shown}\nRun:  {self.folder}\nNext: upright test --ckpt_path {best}")
+
+    def _evaluate(self, model: ImageClassifier, datamodule: ImageDataModule) -> None:
+        assert self.checkpoint
+        checkpoint = read_checkpoint(self.checkpoint)
+        load_weights(model, checkpoint, self.checkpoint)
+        # The first --config is the checkpoint's own; anything about data beyond it is the user's.
+        given = [a for a in self.arguments[2:] if re.match(r"--(data|config)\b|-c\b", a)]
+        check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given)
+
+    def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
+        """Metrics of the validation split."""
+        self._evaluate(model, datamodule)
+        self.trainer.validate(model, datamodule=datamodule)
+
+    def test(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
+        """Metrics of the test split, also in ``test.json`` beside the checkpoint, with the transformer's picture."""
+        self._evaluate(model, datamodule)
+        (metrics,) = self.trainer.test(model, datamodule=datamodule)
+        record = {"checkpoint": str(self.checkpoint), "data": datamodule.recipe, "metrics": metrics}
+        write_text(self.folder / "test.json", json.dumps(record, indent=2) + "\n")
+        print(f"Written: {self.folder / 'test.json'}")
+        if model.transformers:
+            print(f"Picture: {self.folder / 'transformer.png'}")
+
+    def predict(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
+        """Probabilities of every image of the test split, as CSV."""
+        self._evaluate(model, datamodule)
+        batches = self.trainer.predict(model, datamodule=datamodule) or []
+        index, labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        names, classes = [original.name for original in datamodule.originals("test")], datamodule.spec.classes
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["name", "label", "prediction", *classes])
+        for i, label, row in zip(index.tolist(), labels.tolist(), probabilities, strict=True):
+            writer.writerow([names[i], classes[label], classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
+        path = Path(self._own("output") or self.folder / "predictions.csv")
+        write_text(path, text.getvalue())
+        print(f"Written: {path} ({len(index)} images)")
+
+
+class RunFolder(Callback):
+    """Writes ``config.yaml``, and tells the logger what the run is."""
+
+    def __init__(self, cli: UprightCLI) -> None:
+        self.cli = cli
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Before the first step."""
+        if trainer.is_global_zero:
+            config = self.cli.resolved_config()
+            self.cli.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.cli.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            facts = {"split_digest": trainer.datamodule.manifest.digest, "git_commit": git_commit()}
+            for logger in trainer.loggers:
+                logger.log_hyperparams(config | facts)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, then rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _stem(path: str) -> str:
+    # The config of an existing run stands for the run.
+    return Path(path).parent.name if Path(path).name == "config.yaml" else Path(path).stem

@@ -1,0 +1,35 @@
+"""The one module that training, evaluation and export share: resize -> normalise -> network -> logits."""
+
+import torch
+from torch import Tensor, nn
+
+from upright.images import ImageSpec
+from upright.warp import resize
+
+
+class Model(nn.Module):
+    """A network with its preprocessing inside.
+
+    Args:
+        spec: what an image is.
+        network: from normalised images ``(B, C, H, W)`` to logits ``(B, K)``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ImageSpec, network: nn.Module) -> None:
+        super().__init__()
+        self.spec, self.network = spec, network
+        # Declared in the spec, which the checkpoint holds: not part of the weights.
+        self.register_buffer("mean", 255 * torch.tensor(spec.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(spec.std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
+        size = (self.spec.height, self.spec.width)
+        # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
+        if torch.compiler.is_exporting() or images.shape[-2:] != size:
+            images = resize(images.float(), *size, self.spec.resize)
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits

@@ -1,0 +1,90 @@
+"""How upright a spatial transformer turns things, and the loss that makes it: Upright's own measure and loss.
+
+Both look at the pose that an image ends in: the transform that was done to it, followed by what the transformer did.
+Two views of one image should end in the same pose. Nobody says which: the network chooses its own upright.
+Kin in the literature: learned canonicalisation (Kaba et al. 2023, arXiv:2211.06489).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from upright.architectures.spatial_transformer import Observation, composed_points
+from upright.warp import pixel_centres, rotation_angle, transform_points
+
+
+def final_pose(transforms: Tensor, seen: list[Observation], points: Tensor) -> Tensor:
+    """Where output ``points`` ``(N, 2)`` of the transformers lie in the undistorted images: ``(B, N, 2)``.
+
+    Args:
+        transforms: what was done to each image before, ``(B, 3, 3)``.
+        seen: what the transformers did, in order.
+        points: at which to compare.
+    """
+    return transform_points(transforms, composed_points(seen, points))
+
+
+def upright_loss(first: Tensor, second: Tensor) -> Tensor:
+    """Disagreement of two final poses ``(B, N, 2)`` of the same images: a scalar.
+
+    The mean squared distance between the points, over the sum of the two spreads: 0 when they agree, 1 when they have
+    nothing to do with each other, and nothing is to be gained by shrinking everything to a point.
+    """
+    spreads = _spread(first) + _spread(second)
+    return ((first - second).square().mean(dim=(1, 2)) / spreads.clamp(min=1e-6)).mean()
+
+
+def _spread(points: Tensor) -> Tensor:
+    return (points - points.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
+
+
+class Uprightness(Metric):
+    """Spread of the angle after the transformer over that before it: 0 turns all upright, 1 turns nothing.
+
+    Update with several views of each image at known angles. Per image, the variance of the residual angle (around its
+    circular mean) and the variance of the angle applied; the ratio of their means over all images, as a root.
+    """
+
+    full_state_update = False
+    groups: list[Tensor]
+    applied: list[Tensor]
+    residual: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("groups", "applied", "residual"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, groups: Tensor, transforms: Tensor, seen: list[Observation], aspect: float) -> None:
+        """Add a batch.
+
+        Args:
+            groups: which image each one shows, ``(B,)``.
+            transforms: what was done to each, ``(B, 3, 3)``.
+            seen: what the transformers did.
+            aspect: width / height of the images.
+        """
+        points = pixel_centres(4, 4, device=transforms.device)
+        self.groups.append(groups)
+        self.applied.append(rotation_angle(transform_points(transforms, points), points, aspect))
+        self.residual.append(rotation_angle(final_pose(transforms, seen, points), points, aspect))
+
+    def compute(self) -> Tensor:
+        """The measure, a scalar; NaN when no image was shown at different angles."""
+        groups, applied, residual = (torch.cat(list(part)) for part in (self.groups, self.applied, self.residual))
+        _, groups = groups.unique(return_inverse=True)
+        ratio = _circular_variance(residual, groups).mean() / _circular_variance(applied, groups).mean()
+        return ratio.sqrt()
+
+
+def _circular_variance(angles: Tensor, groups: Tensor) -> Tensor:
+    """Mean squared deviation, in radians, from each group's circular mean: one number per group."""
+    count = int(groups.max()) + 1
+    sums = torch.zeros(count, 2, device=angles.device)
+    sums.index_add_(0, groups, torch.stack([angles.cos(), angles.sin()], dim=1))
+    deviation = angles - torch.atan2(sums[:, 1], sums[:, 0])[groups]
+    deviation = torch.remainder(deviation + math.pi, 2 * math.pi) - math.pi
+    squares = torch.zeros(count, device=angles.device).index_add_(0, groups, deviation.square())
+    return squares / groups.bincount(minlength=count)

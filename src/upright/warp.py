@@ -1,0 +1,108 @@
+"""Sampling points, affine matrices and resizing: augmentation and the spatial transformer share all of it.
+
+Coordinates are normalised: (-1, -1) is the outer corner of the top left pixel and (1, 1) that of the bottom right
+(``align_corners=False``), x to the right, y down. A transform maps *output* coordinates to the *input* coordinates they
+are sampled from, as in the spatial transformer paper; so warping by A and then by B samples the image at A(B(x)).
+
+Letters: ``B C H W`` images, ``N`` points.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+Padding = Literal["zeros", "border", "reflection"]
+
+
+def pixel_centres(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """Coordinates ``(x, y)`` of all pixel centres, row by row: shape ``(H*W, 2)``."""
+    y = (2 * torch.arange(height, device=device, dtype=torch.float32) + 1) / height - 1
+    x = (2 * torch.arange(width, device=device, dtype=torch.float32) + 1) / width - 1
+    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
+
+
+def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
+    """Apply affine ``matrices`` ``(B, 2 or 3, 3)`` to ``points`` ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``.
+
+    One matrix product: in ONNX Runtime it replaces the multiply-and-sum that ``affine_grid`` is decomposed into, which
+    takes most of a spatial transformer's time there.
+    """
+    linear, shift = matrices[:, :2, :2], matrices[:, :2, 2]
+    return points @ linear.transpose(1, 2) + shift[:, None]
+
+
+def sample(images: Tensor, points: Tensor, height: int, width: int, padding: Padding = "zeros") -> Tensor:
+    """Bilinear values of ``images`` ``(B, C, h, w)`` at ``points`` ``(B, height*width, 2)``: ``(B, C, height, width)``."""
+    grid = points.reshape(-1, height, width, 2)
+    return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def warp(images: Tensor, matrices: Tensor, padding: Padding = "zeros") -> Tensor:
+    """Float ``images`` ``(B, C, H, W)`` sampled through affine ``matrices`` ``(B, 2 or 3, 3)``, at their own size."""
+    height, width = images.shape[-2:]
+    points = transform_points(matrices, pixel_centres(height, width, device=images.device))
+    return sample(images, points, height, width, padding)
+
+
+def identity(batch: int, *, device: torch.device | None = None) -> Tensor:
+    """``batch`` matrices ``(B, 3, 3)`` that change nothing."""
+    return torch.eye(3, device=device).expand(batch, 3, 3)
+
+
+def rotation(angles: Tensor, aspect: float = 1.0) -> Tensor:
+    """Matrices ``(B, 3, 3)`` that turn what is seen anticlockwise by ``angles`` ``(B,)`` in radians.
+
+    Args:
+        angles: as seen by someone who looks at the picture.
+        aspect: width / height, without which a rotation in normalised coordinates would shear an oblong image.
+    """
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    one = torch.ones_like(angles)
+    rows = [[cos, -sin / aspect, zero], [sin * aspect, cos, zero], [zero, zero, one]]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def rotation_angle(points: Tensor, reference: Tensor, aspect: float = 1.0) -> Tensor:
+    """The rotation, in radians ``(B,)``, that fits best how ``reference`` ``(N, 2)`` became ``points`` ``(B, N, 2)``.
+
+    The planar case of the orthogonal Procrustes problem, so that it is defined for every smooth transform.
+    """
+    scale = torch.tensor([aspect, 1.0], device=points.device)
+    p = (points - points.mean(dim=-2, keepdim=True)) * scale
+    r = (reference - reference.mean(dim=-2, keepdim=True)) * scale
+    cross = (r[..., 0] * p[..., 1] - r[..., 1] * p[..., 0]).sum(dim=-1)
+    return torch.atan2(cross, (r * p).sum(dim=(-2, -1)))
+
+
+def resize(images: Tensor, height: int, width: int, rule: Literal["stretch", "crop"] = "stretch") -> Tensor:
+    """Float ``images`` ``(B, C, h, w)`` at ``height`` x ``width``, antialiased: rows x image x columns.
+
+    The triangle filter of ``interpolate(mode="bilinear", antialias=True)`` as two matrix products, which every ONNX
+    runtime computes alike (the ``antialias`` of ONNX ``Resize`` is ignored by some). At equal size it changes no bit.
+
+    Args:
+        images: any float dtype, any size.
+        height: rows wanted.
+        width: columns wanted.
+        rule: ``stretch`` takes the whole image, ``crop`` the largest centred box of the wanted aspect.
+    """
+    # Sizes come from tensors: torch.export refuses to divide symbolic integers.
+    rows = torch.arange(images.shape[-2], device=images.device, dtype=images.dtype)
+    columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
+    h, w = rows[-1:] + 1, columns[-1:] + 1
+    box_h, box_w = h, w
+    if rule == "crop":
+        scale = torch.minimum(h / height, w / width)
+        box_h, box_w = scale * height, scale * width
+    return _filter(rows, h, box_h, height) @ images @ _filter(columns, w, box_w, width).T
+
+
+def _filter(positions: Tensor, size: Tensor, box: Tensor, wanted: int) -> Tensor:
+    """Weights ``(wanted, size)`` that resample the centred ``box`` of a line of ``size`` pixels."""
+    step = box / wanted
+    centres = (torch.arange(wanted, device=positions.device, dtype=positions.dtype) + 0.5) * step + (size - box) / 2
+    distance = (positions + 0.5 - centres[:, None]).abs() / step.clamp(min=1)
+    weights = torch.relu(1 - distance)
+    return weights / weights.sum(dim=1, keepdim=True)
