@@ -76,7 +76,10 @@ class ImageSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageSpec":
         """The inverse of `to_dict`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        arguments: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**arguments)
 
 
 def decode(

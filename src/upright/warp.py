@@ -34,7 +34,7 @@ def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
 
 
 def sample(images: Tensor, points: Tensor, height: int, width: int, padding: Padding = "zeros") -> Tensor:
-    """Bilinear values of ``images`` ``(B, C, h, w)`` at ``points`` ``(B, height*width, 2)``: ``(B, C, height, width)``."""
+    """Bilinear values of ``images`` ``(B, C, h, w)`` at ``points`` ``(B, H*W, 2)``: ``(B, C, height, width)``."""
     grid = points.reshape(-1, height, width, 2)
     return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 

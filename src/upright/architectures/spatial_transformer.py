@@ -92,7 +92,7 @@ class SpatialTransformer(nn.Module):
         """Where ``theta`` ``(B, P)`` samples the input for output points ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``."""
         if self.transform == "rotation":
             return transform_points(rotation(theta[:, 0], self.aspect), reference)
-        return transform_points(theta.unflatten(1, (2, 3)) + torch.eye(2, 3, device=theta.device), reference)
+        return transform_points(theta.reshape(-1, 2, 3) + torch.eye(2, 3, device=theta.device), reference)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` turned: ``(B, C, H, W)``."""

@@ -134,9 +134,10 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         originals = list(self.originals(split))
         images = torch.stack([_fit(original.pixels, spec) for original in originals])
         turns = rotation(torch.tensor([math.radians(angle) for angle in views]), spec.width / spec.height)
-        index = torch.arange(len(originals))
+        position = torch.arange(len(originals))
         labels = torch.tensor([original.label for original in originals])
-        return Batch(images, labels, index, index // len(views), turns.repeat(len(originals) // len(views), 1, 1))
+        group = position // len(views)
+        return Batch(images, labels, position, group, turns.repeat(len(originals) // len(views), 1, 1))
 
     def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
         """Batches of one split, this process's share."""

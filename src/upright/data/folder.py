@@ -11,7 +11,7 @@ from upright.images import SUFFIXES, ImageSpec, Pixels, decode
 
 
 class Folder(ImageDataModule):
-    """``root/<class>/*``, split by us; or ``root/train/<class>/*`` with ``root/test/<class>/*``, ``root/val/<class>/*``.
+    """``root/<class>/*``, split by us; or ``root/<split>/<class>/*`` for the splits train, val and test.
 
     Args:
         root: the folder. A split that it lacks is split off the training images.
@@ -47,7 +47,9 @@ class Folder(ImageDataModule):
     def _class_folders(self) -> dict[str, Path]:
         """By split (or under ``""`` when there are none), the folder that holds the classes."""
         if not self.root.is_dir():
-            raise UprightError(f"Folder '{self.root}' does not exist; give --data.init_args.root the folder of classes.")
+            raise UprightError(
+                f"Folder '{self.root}' does not exist; give --data.init_args.root the folder of classes."
+            )
         given = {name: self.root / name for name in SPLITS if (self.root / name).is_dir()}
         if given and "train" not in given:
             raise UprightError(f"Folder '{self.root}' has {sorted(given)} but no 'train'.")
@@ -59,7 +61,9 @@ class Folder(ImageDataModule):
         training = self._class_folders.get("train", self.root)
         classes = tuple(sorted(path.name for path in training.iterdir() if path.is_dir()))
         if len(classes) < 2:
-            raise UprightError(f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}.")
+            raise UprightError(
+                f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}."
+            )
         size = self.size
         return ImageSpec(
             self.channels, size, size, classes, self.mean, self.std, self.resize, background=self.background
@@ -76,7 +80,9 @@ class Folder(ImageDataModule):
             for path in _pictures(folder):
                 name = path.relative_to(folder).parts[0]
                 if name not in spec.classes:
-                    raise UprightError(f"Class '{name}' of '{folder}' is not among the training classes {spec.classes}.")
+                    raise UprightError(
+                        f"Class '{name}' of '{folder}' is not among the training classes {spec.classes}."
+                    )
                 paths.append(path)
                 labels.append(spec.classes.index(name))
             splits[split] = range(first, len(paths))

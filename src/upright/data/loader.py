@@ -19,14 +19,14 @@ class Batch(NamedTuple):
     Args:
         images: uint8 ``(B, C, H, W)``.
         labels: int64 ``(B,)``.
-        index: position in the split, int64 ``(B,)``.
+        position: in the split, int64 ``(B,)``.
         group: which source image it shows, int64 ``(B,)``; several views of one image share it.
         transforms: what the source did to it, ``(B, 3, 3)``, output to input coordinates.
     """
 
     images: Tensor
     labels: Tensor
-    index: Tensor
+    position: Tensor
     group: Tensor
     transforms: Tensor
 

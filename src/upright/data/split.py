@@ -1,7 +1,7 @@
 """Which image is in which split: seeded, stratified, never overlapping, and provable afterwards."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ Indices = npt.NDArray[np.int64]
 SPLITS = ("train", "val", "test")
 
 
-def stratified_split(labels: Sequence[int], fractions: Mapping[str, float], seed: int) -> dict[str, Indices]:
+def stratified_split(labels: npt.ArrayLike, fractions: Mapping[str, float], seed: int) -> dict[str, Indices]:
     """Sorted indices per split: ``train`` gets what ``fractions`` leave, every class in its share.
 
     Args:
@@ -30,21 +30,21 @@ def stratified_split(labels: Sequence[int], fractions: Mapping[str, float], seed
     """
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
         raise UprightError(f"Split fractions must be above 0 and leave a part for training, got {dict(fractions)}.")
-    labels = np.asarray(labels)
-    rest = np.arange(len(labels), dtype=np.int64)
+    classes = np.asarray(labels)
+    rest = np.arange(len(classes), dtype=np.int64)
     splits: dict[str, Indices] = {}
     try:
         for name, fraction in fractions.items():
-            wanted = round(fraction * len(labels))
-            rest, part = train_test_split(rest, test_size=wanted, stratify=labels[rest], random_state=seed)
+            wanted = round(fraction * len(classes))
+            rest, part = train_test_split(rest, test_size=wanted, stratify=classes[rest], random_state=seed)
             splits[name] = np.sort(part)
     except ValueError as error:
         raise UprightError(
-            f"{len(labels)} images of {len(np.unique(labels))} classes cannot be split by {dict(fractions)}: {error}"
+            f"{len(classes)} images of {len(np.unique(classes))} classes cannot be split by {dict(fractions)}: {error}"
         ) from None
     splits["train"] = np.sort(rest)
     for name, part in splits.items():
-        if missing := set(labels.tolist()) - set(labels[part].tolist()):
+        if missing := set(classes.tolist()) - set(classes[part].tolist()):
             raise UprightError(f"No image of class {sorted(missing)} in split '{name}': too few images of it.")
     return splits
 

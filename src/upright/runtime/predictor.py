@@ -71,7 +71,7 @@ class Predictor:
 
 
 def open_session(model: Path) -> onnxruntime.InferenceSession:
-    """onnxruntime on the CPU for an ONNX file.
+    """Onnxruntime on the CPU for an ONNX file.
 
     Raises:
         UprightError: if onnxruntime refuses the file.

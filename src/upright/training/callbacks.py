@@ -130,7 +130,7 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
 
     samples, views = data.samples("test"), data.views("test")
     labels = samples.labels[:: len(views)]
-    firsts = [int((labels == label).nonzero()[0]) for label in labels.unique()[:count]]
+    firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
     figure, axes = pyplot.subplots(
         2 * len(firsts), len(views), figsize=(1.1 * len(views) + 1.2, 2.2 * len(firsts) + 0.6), squeeze=False
     )

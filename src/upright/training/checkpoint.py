@@ -23,8 +23,11 @@ KEY = "upright"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target, sync, rename. (Lightning's own goes through the temporary folder, which may be another
-    file system, where a rename is a copy that can be cut off.)"""
+    """Write beside the target, sync, rename.
+
+    Lightning's own goes through the temporary folder, which may be another file system, where a rename is a copy that
+    can be cut off.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -117,7 +120,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"'{path}' has format {ours['format']}, made by Upright {ours['versions'].get('upright')}; "
             f"this version reads up to {FORMAT}. Install a newer Upright."
         )
-    return checkpoint
+    whole: dict[str, Any] = checkpoint
+    return whole
 
 
 class Restored(NamedTuple):

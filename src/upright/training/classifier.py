@@ -158,7 +158,7 @@ class ImageClassifier(Recorded, L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Position in the split ``(B,)``, label ``(B,)``, probabilities ``(B, K)``."""
-        return batch.index, batch.labels, self.model(batch.images).softmax(dim=1)
+        return batch.position, batch.labels, self.model(batch.images).softmax(dim=1)
 
 
 def _with_factors(module: nn.Module, factor: float) -> Iterator[tuple[float, nn.Parameter]]:

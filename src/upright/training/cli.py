@@ -2,11 +2,11 @@
 
 import csv
 import importlib
-import inspect
 import io
 import json
 import logging
 import os
+import pkgutil
 import re
 import shutil
 import sys
@@ -16,14 +16,14 @@ import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError, nearest
@@ -74,11 +74,7 @@ def run(verb: str, arguments: list[str]) -> int:
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
         except ValueError as error:
-            # jsonargparse wraps what a constructor raised, one ValueError around the other.
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, UprightError):
-                cause = cause.__cause__
-            raise cause or error from None
+            raise _user_error(error) or error from None
     return 0
 
 
@@ -109,7 +105,9 @@ def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str
             raise UprightError(f"'{folder}' holds no config.yaml of a run to go on with; give --config.")
         return ["--config", str(folder / "config.yaml"), *arguments]
     if path is None:
-        raise UprightError(f"{verb} needs --ckpt_path, for example `upright {verb} --ckpt_path checkpoints/NAME/best.ckpt`.")
+        raise UprightError(
+            f"{verb} needs --ckpt_path, for example `upright {verb} --ckpt_path checkpoints/NAME/best.ckpt`."
+        )
     ours = read_checkpoint(path)[KEY]
     own = {"model": ours["model"]["init_args"]} | ({"data": ours["data"]} if ours["data"] else {})
     (scratch / "checkpoint.yaml").write_text(yaml.safe_dump(own))
@@ -126,57 +124,59 @@ def _run_folder(arguments: list[str]) -> Path:
 class OneLineParser(LightningArgumentParser):
     """Says in one line what is wrong, instead of fifty lines of usage."""
 
-    def error(self, message: str, *_: Any) -> Any:
-        """See `explain`."""
-        raise UprightError(explain(message, self._option_string_actions)) from None
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the innermost reason, under the key where it stands."""
+        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+        inner = _user_error(ex)
+        options = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                # The verb's own parser.
+                options += [name for verb in action.choices.values() for name in verb._option_string_actions]
+        reason = str(inner) if inner else explain(message, options)
+        raise UprightError(f"{key}: {reason}" if key and not reason.startswith(key) else reason) from None
+
+
+def _user_error(error: BaseException | None) -> UprightError | None:
+    """The `UprightError` that jsonargparse wrapped, one exception around the other."""
+    while error and not isinstance(error, UprightError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line from jsonargparse's nested report: the innermost reason, with the nearest name.
+    """One line from jsonargparse's report: what was given, what is allowed, the nearest name.
 
     Args:
         message: the report.
-        options: the parser's own option strings.
+        options: the parser's own option strings, ``--name``.
     """
-    key = "".join(f"{name}: " for name in [".".join(re.findall(r'Parser key "([^"]+)"', message))] if name)
-    if match := re.search(r"unrecognized arguments: (\S+)", message):
-        given = match[1].partition("=")[0]
-        return f"unknown option {given}.{nearest(given, options)}"
-    class_paths = re.findall(r"class_path[= ]'([^']+)'", message)
+    names = sorted(option[2:] for option in options if re.fullmatch(r"--.*(?<!help)(?<!\+)", option))
+    if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+        return f"unknown option '--{match[1]}'.{nearest(match[1], names)} `--help` shows all."
+    if match := re.search(r"unrecognized arguments: (.*)", message):
+        return f"'{match[1]}' belongs to no option; options begin with --."
     if match := re.search(r"Option '([^']+)' is not accepted", message):
-        allowed = _parameters(class_paths[0]) if class_paths else []
-        where = f" of {class_paths[0]}" if class_paths else ""
-        return f"{key}unknown option '{match[1]}'{where}.{nearest(match[1], allowed)} Allowed: {', '.join(allowed)}."
+        return f"unknown option '{match[1]}'.{nearest(match[1], names)} Allowed: {', '.join(names)}."
+    if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
+        given = match[1] or match[2]
+        # `model.netwrk.class_path` is reported whole, and the parser knows no further than `model.network`.
+        level = given.count(".") + 1
+        allowed = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, level)}
+        return f"unknown key '{given}'.{nearest(given, allowed)}"
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
         module = importlib.import_module(match[1])
-        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
-        return f"{key}module '{match[1]}' has no class '{match[2]}'.{nearest(match[2], classes)}"
+        found = [name for name, value in vars(module).items() if isinstance(value, type)]
+        found += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
+        return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], found)}"
     if match := re.search(r"No module named '([^']+)'", message):
-        return (
-            f"{key}no module named '{match[1]}'.{_nearest_module(match[1])} "
-            "Is the file in the working directory, or the package installed?"
-        )
-    if match := re.search(r"Key '([^']+)' is not expected|Nested key '([^']+)' is not", message):
-        given = f"--{match[1] or match[2]}"
-        return f"unknown key '{given[2:]}'.{nearest(given, options).replace('--', '')}"
-    if match := re.search(r"(Expected an? .*?\. Got value: \S+?)(?:\. Got value|\s|$)", message):
-        return f"{key}{match[1]}".replace("<class '", "").replace("'>", "")
-    return " ".join(message.split())[:400]
-
-
-def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    found = [parameter for base in cls.__mro__ if "__init__" in vars(base) for parameter in inspect.signature(base).parameters.values()]
-    named = (p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
-    return sorted(set(named) - {"input_shape", "num_classes", "params", "optimizer", "total_steps", "self"})
-
-
-def _nearest_module(name: str) -> str:
-    parent, _, last = name.rpartition(".")
-    folders = list(importlib.import_module(parent).__path__) if parent and find_spec(parent) else ["."]
-    names = [path.stem for folder in folders for path in Path(folder).glob("*.py")]
-    return nearest(last, names)
+        return f"no module named '{match[1]}'. Is the file in the working directory, or the package installed?"
+    if expected := dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)):
+        kinds = [re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]", r"\1\2", kind) for kind in expected]
+        value = re.search(r"Got value: (\S+)|Given value: (.+)", message)
+        given = f", got {value[1] or value[2]}" if value else ""
+        return f"expected {' or '.join(kinds).replace('NoneType', 'null')}{given}"
+    return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]
 
 
 class UprightCLI(LightningCLI):
@@ -226,7 +226,9 @@ class UprightCLI(LightningCLI):
                 "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
             )
         if self.verb == "predict":
-            parser.add_argument("--output", type=str | None, help="CSV to write; predictions.csv beside the checkpoint.")
+            parser.add_argument(
+                "--output", type=str | None, help="CSV to write; predictions.csv beside the checkpoint."
+            )
 
     def _own(self, key: str) -> Any:
         return self._get(self.config, key)
@@ -234,7 +236,9 @@ class UprightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and the run's folder, before anything is built."""
         if self._own("data") is None:
-            raise UprightError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
+            raise UprightError(
+                "No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml."
+            )
         self.checkpoint: Path | None = None
         if self.verb != "fit":
             self.checkpoint = find_checkpoint(self._own("ckpt_path"))
@@ -255,7 +259,9 @@ class UprightCLI(LightningCLI):
         elif path in ("last", "best"):
             self.checkpoint = self.folder / f"{path}.ckpt"
             if not self.checkpoint.is_file():
-                raise UprightError(f"There is no '{self.checkpoint}' to go on with; leave --ckpt_path out to start anew.")
+                raise UprightError(
+                    f"There is no '{self.checkpoint}' to go on with; leave --ckpt_path out to start anew."
+                )
         else:
             self.checkpoint = find_checkpoint(path)
 
@@ -297,7 +303,7 @@ class UprightCLI(LightningCLI):
             os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        if mode == "online" and not wandb.api.api_key:
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise UprightError("--wandb online needs an account: `wandb login` once, or set WANDB_API_KEY.")
         return WandbLogger(
             project="upright",

@@ -19,9 +19,7 @@ class OneCycle(LambdaLR):
         start: multiplier of the first step.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.3, start: float = 0.04
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.3, start: float = 0.04) -> None:
         super().__init__(optimizer, partial(one_cycle, total_steps=total_steps, warmup=warmup, start=start))
 
 

@@ -74,7 +74,7 @@ class Uprightness(Metric):
     def compute(self) -> Tensor:
         """The measure, a scalar; NaN when no image was shown at different angles."""
         groups, applied, residual = (torch.cat(list(part)) for part in (self.groups, self.applied, self.residual))
-        _, groups = groups.unique(return_inverse=True)
+        _, groups = torch.unique(groups, return_inverse=True)
         ratio = _circular_variance(residual, groups).mean() / _circular_variance(applied, groups).mean()
         return ratio.sqrt()
 

@@ -1,0 +1,37 @@
+# `make help` lists the targets. Everything happens in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types tests clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED)  ## make the environment in .venv (once)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Upright needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,wandb,dev]'
+	@touch $@
+
+demo: install  ## fit -> test -> export -> verify -> infer on real digits
+	@$(BIN)/upright demo
+
+test: lint types tests  ## what CI runs: lint, types, tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+tests: install
+	$(BIN)/pytest -n 2
+
+clean:  ## remove .venv and what tools cached
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -1,0 +1,72 @@
+"""``upright demo``: the whole line once, by the very commands that a user would type."""
+
+import json
+import shlex
+from pathlib import Path
+
+from upright.cli import main
+from upright.data.datamodule import ImageDataModule
+from upright.errors import UprightError
+from upright.exporting.export import write_png
+from upright.runtime.predictor import Predictor
+from upright.training.checkpoint import restore
+
+
+def demo(name: str = "demo") -> int:
+    """Train, test, export, verify and infer on real digits turned at random, and say what came of it.
+
+    Args:
+        name: of the run and of the bundle; both are replaced.
+
+    Raises:
+        UprightError: if it is not started where the configs are.
+    """
+    config = Path("configs/stn_lenet.yaml")
+    if not config.is_file():
+        raise UprightError(f"There is no '{config}' here; start the demo in the checkout's own folder.")
+    run, bundle = Path("checkpoints", name), Path("export", name)
+    images = run / "test-images"
+    steps = (
+        ["fit", "--config", str(config), "--name", name, "--force"],
+        ["test", "--ckpt_path", str(run / "best.ckpt")],
+        ["export", str(run), "--name", name, "--force"],
+        ["verify", str(bundle)],
+    )
+    for step in steps:
+        if code := _say_and_run(step):
+            return code
+    labels = _write_test_images(images, restore(run).data)
+    a_few = [str(path) for path in list(labels)[:: len(labels) // 8][:8]]
+    if code := _say_and_run(["infer", str(bundle), *a_few]):
+        return code
+    predictions = Predictor(bundle).predict(list(labels))
+    right = sum(prediction.label == label for prediction, label in zip(predictions, labels.values(), strict=True))
+    metrics = json.loads((run / "test.json").read_text())["metrics"]
+    print(f"""
+Accuracy on {len(labels)} test images
+  PyTorch, from the datamodule    {metrics["test/accuracy"]:.4f}
+  ONNX Runtime, from PNG files    {right / len(labels):.4f}
+Uprightness                       {metrics["test/uprightness"]:.3f}   (0: turns all upright, 1: turns nothing)
+
+Run      {run}
+Bundle   {bundle}
+Images   {images}
+Picture  {run / "transformer.png"}""")
+    return 0
+
+
+def _say_and_run(arguments: list[str]) -> int:
+    print(f"\n$ upright {shlex.join(arguments)}", flush=True)
+    return main(arguments)
+
+
+def _write_test_images(folder: Path, data: ImageDataModule) -> dict[Path, str]:
+    """The test split as ``folder/<class>/<name>.png``: path -> class."""
+    labels = {}
+    for original in data.originals("test"):
+        label = data.spec.classes[original.label]
+        path = folder / label / f"{original.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, original)
+        labels[path] = label
+    return labels

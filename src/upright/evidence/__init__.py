@@ -1,0 +1,1 @@
+"""What a model and a claim are worth, measured."""

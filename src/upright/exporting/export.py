@@ -1,0 +1,197 @@
+"""``upright export``: checkpoint -> bundle, which appears whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from upright.data.datamodule import ImageDataModule, Original
+from upright.errors import GateError, UprightError
+from upright.exporting.graph import OPSET, write_graph
+from upright.exporting.parity import TOLERANCE, measure_parity
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODEL, SAMPLES, SUMS, checksums
+from upright.runtime.predictor import open_session, run_session
+from upright.training.checkpoint import restore
+
+SAMPLE_COUNT = 16
+
+
+def export(checkpoint: str, name: str | None = None, force: bool = False) -> int:
+    """Export, compare with PyTorch on the whole validation split, and only then show the bundle.
+
+    Args:
+        checkpoint: a checkpoint, or the folder of a run.
+        name: of the bundle; the run's by default.
+        force: replace an existing bundle.
+
+    Raises:
+        UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
+        GateError: if ONNX Runtime and PyTorch do not agree; no bundle is written.
+    """
+    restored = restore(checkpoint)
+    name = name or restored.contents["run"]["name"]
+    if Path(name).name != name or name.startswith("."):
+        raise UprightError(f"--name '{name}' must be a plain folder name.")
+    target = Path("export") / name
+    if target.exists() and not force:
+        raise UprightError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
+    if target.exists() and any(target.iterdir()) and not (target / SUMS).is_file():
+        raise UprightError(f"'{target}' is not a bundle; --force does not replace it.")
+    model, data = restored.classifier.cpu().model.eval(), restored.data
+    with appearing(target) as folder:
+        print(f"Exporting '{checkpoint}' (opset {OPSET}) ...", flush=True)
+        write_graph(model, folder / MODEL)
+        session = open_session(folder / MODEL)
+        print("Comparing with PyTorch on the validation split's originals ...", flush=True)
+        parity = measure_parity(model, session, data)
+        if not parity["passed"]:
+            raise GateError(_refusal(parity))
+        _write_json(folder / "parity.json", parity)
+        _write_samples(folder, session, data)
+        manifest = _manifest(restored.contents, data, name)
+        _write_json(folder / MANIFEST, manifest)
+        (folder / "README.md").write_text(_card(manifest, parity, name))
+        (folder / SUMS).write_text(checksums(folder))
+    accuracy = parity["accuracy"]
+    print(
+        f"{parity['images']} images: agreement {parity['agreement']:.2%}, largest difference "
+        f"{parity['largest_difference']:.1e}, accuracy PyTorch {accuracy['pytorch']:.4f}, "
+        f"ONNX Runtime {accuracy['onnxruntime']:.4f}.\n"
+        f"Bundle: {target}\nNext:   upright verify {target}"
+    )
+    return 0
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to write into, which takes its place at the end; on any error nothing is left."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (target.with_name(f".{target.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _refusal(parity: dict[str, Any]) -> str:
+    offending = parity["offending"]
+    shown = ", ".join(
+        f"{sample['name']} (PyTorch {sample['pytorch']}, ONNX Runtime {sample['onnxruntime']}, "
+        f"off by {sample['difference']:.2g})"
+        for sample in offending[:10]
+    )
+    more = f" and {len(offending) - 10} more" if len(offending) > 10 else ""
+    return (
+        f"ONNX Runtime and PyTorch disagree on {len(offending)} of {parity['images']} validation images "
+        f"(allowed difference {parity['tolerance']:.0e}), so there is no bundle: {shown}{more}."
+    )
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_samples(folder: Path, session: Any, data: ImageDataModule) -> None:
+    """Real validation images as PNG, with what the graph says of them."""
+    originals = list(data.originals("val"))
+    chosen = [originals[i] for i in np.linspace(0, len(originals) - 1, min(SAMPLE_COUNT, len(originals))).astype(int)]
+    (folder / SAMPLES).mkdir()
+    expected = []
+    for number, original in enumerate(chosen):
+        file = f"{SAMPLES}/{number:02d}.png"
+        write_png(folder / file, original)
+        (row,) = run_session(session, [original.pixels], 1)
+        sample = {"file": file, "name": original.name, "label": data.spec.classes[original.label]}
+        expected.append(sample | {"probabilities": [float(p) for p in row]})
+    _write_json(folder / EXPECTED, expected)
+
+
+def write_png(path: Path, original: Original) -> None:
+    """The very pixels, losslessly."""
+    pixels = original.pixels[:, :, 0] if original.pixels.shape[2] == 1 else original.pixels
+    Image.fromarray(pixels).save(path)
+
+
+def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str) -> dict[str, Any]:
+    packages = ("upright", "torch", "onnx", "onnxscript", "onnxruntime")
+    return {
+        "format": FORMAT,
+        "name": name,
+        "spec": data.spec.to_dict(),
+        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", "height", "width", data.spec.channels]},
+        "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", len(data.spec.classes)]},
+        "opset": OPSET,
+        "tolerance": TOLERANCE,
+        "provenance": {
+            "versions": {package: version(package) for package in packages},
+            "run": contents["run"],
+            "git_commit": contents["git_commit"],
+            "model": contents["model"],
+            "data": contents["data"],
+            "split": {"digest": data.manifest.digest, "counts": data.manifest.counts},
+            "metrics": contents["metrics"],
+        },
+    }
+
+
+def _card(manifest: dict[str, Any], parity: dict[str, Any], name: str) -> str:
+    spec, provenance, accuracy = manifest["spec"], manifest["provenance"], parity["accuracy"]
+    network = provenance["model"]["init_args"]["network"]["class_path"]
+    data = (provenance["data"] or {}).get("class_path", "given by hand")
+    size = f"{spec['height']} x {spec['width']}"
+    metrics = "\n".join(f"| {key} | {value:.4f} |" for key, value in provenance["metrics"].items())
+    return f"""# {name}
+
+An image classifier exported by Upright {provenance["versions"]["upright"]} from run `{provenance["run"]["name"]}`
+(id {provenance["run"]["id"]}, git {provenance["git_commit"] or "not known"}).
+
+| | |
+|---|---|
+| Network | `{network}` |
+| Data | `{data}`, split `{provenance["split"]["digest"][:16]}` |
+| Classes | {", ".join(spec["classes"])} |
+| Input | `images`: uint8 (batch, height, width, {spec["channels"]}), any size; {spec["resize"]} to {size} \
+and normalisation are inside |
+| Output | `probabilities`: float32 (batch, {len(spec["classes"])}) |
+| ONNX opset | {manifest["opset"]} |
+
+## Parity on the validation split
+
+PyTorch and ONNX Runtime on all {parity["images"]} originals; `parity.json` holds the same.
+
+| | |
+|---|---|
+| Agreement of the first class | {parity["agreement"]:.4%} |
+| Largest difference of a probability | {parity["largest_difference"]:.2e} (allowed {parity["tolerance"]:.0e}) |
+| Accuracy, PyTorch | {accuracy["pytorch"]:.4f} |
+| Accuracy, ONNX Runtime | {accuracy["onnxruntime"]:.4f} |
+| Accuracy, the cached pipeline that training used | {accuracy["cached_pipeline"]:.4f} |
+
+## When it was trained
+
+| metric | value |
+|---|---|
+{metrics}
+
+## Use
+
+With Upright installed (its base install needs no PyTorch):
+
+    upright verify {name}          # hashes, and the same answers on this machine
+    upright infer {name} IMAGE ...
+
+In Python: `from upright.runtime.predictor import Predictor; Predictor("{name}")("image.png").label`
+"""

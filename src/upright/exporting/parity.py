@@ -1,0 +1,93 @@
+"""Does the ONNX graph say what PyTorch says, on every original of a real split?"""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from upright.data.datamodule import ImageDataModule, Original
+from upright.exporting.graph import Graph
+from upright.runtime.predictor import run_session
+from upright.training.model import Model
+
+TOLERANCE = 1e-4
+"""Largest difference of a probability; a flip of the first class counts when its margin exceeds twice this."""
+
+
+def measure_parity(
+    model: Model, session: onnxruntime.InferenceSession, data: ImageDataModule, split: str = "val"
+) -> dict[str, Any]:
+    """Run every original of ``split``, at its own size, through both.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        session: onnxruntime with the exported graph.
+        data: gives the originals.
+        split: its name.
+
+    Returns:
+        What ``parity.json`` holds. ``offending`` names the samples over budget; ``passed`` is whether there are none.
+    """
+    graph = Graph(model).eval()
+    offending: list[dict[str, Any]] = []
+    total = agreeing = right_torch = right_onnx = 0
+    largest = sum_of_largest = 0.0
+    for batch in _same_size(data.originals(split), 64):
+        pixels = np.stack([original.pixels for original in batch])
+        labels = np.array([original.label for original in batch])
+        with torch.no_grad():
+            ours = graph(torch.from_numpy(pixels)).numpy()
+        theirs = np.stack(list(run_session(session, pixels, len(pixels))))
+        difference = np.abs(ours - theirs).max(axis=1)
+        ranked = np.sort(ours, axis=1)
+        margin = ranked[:, -1] - ranked[:, -2]
+        flipped = ours.argmax(axis=1) != theirs.argmax(axis=1)
+        # A NaN is over budget, too.
+        over = ~(difference <= TOLERANCE) | (flipped & (margin > 2 * TOLERANCE))
+        for i in np.flatnonzero(over):
+            names = {
+                "pytorch": data.spec.classes[ours[i].argmax()],
+                "onnxruntime": data.spec.classes[theirs[i].argmax()],
+            }
+            offending.append({"name": batch[i].name, "difference": float(difference[i]), **names})
+        total += len(batch)
+        agreeing += int((~flipped).sum())
+        right_torch += int((ours.argmax(axis=1) == labels).sum())
+        right_onnx += int((theirs.argmax(axis=1) == labels).sum())
+        largest = max(largest, float(difference.max()))
+        sum_of_largest += float(difference.sum())
+    return {
+        "split": split,
+        "images": total,
+        "tolerance": TOLERANCE,
+        "agreement": agreeing / total,
+        "largest_difference": largest,
+        "mean_difference": sum_of_largest / total,
+        "accuracy": {
+            "pytorch": right_torch / total,
+            "onnxruntime": right_onnx / total,
+            "cached_pipeline": _cached_accuracy(model, data, split),
+        },
+        "offending": offending,
+        "passed": not offending,
+    }
+
+
+def _same_size(originals: Iterable[Original], most: int) -> Iterator[list[Original]]:
+    for _, group in groupby(originals, key=lambda original: original.pixels.shape):
+        while batch := list(islice(group, most)):
+            yield batch
+
+
+@torch.no_grad()
+def _cached_accuracy(model: Model, data: ImageDataModule, split: str) -> float:
+    """Of the uint8 images at the network's size that training used; a gate on it would punish their rounding."""
+    samples = data.samples(split)
+    right = [
+        (model(images).argmax(dim=1) == labels).sum()
+        for images, labels in zip(torch.split(samples.images, 256), torch.split(samples.labels, 256), strict=True)
+    ]
+    return int(torch.stack(right).sum()) / len(samples.labels)
