@@ -6,6 +6,7 @@ that loads with ``weights_only=True``, and rebuilt from it.
 """
 
 import importlib
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -77,12 +78,13 @@ def build(data: Any) -> Any:
 
 
 class Recorded:
-    """Base for classes that remember how they were constructed: ``self.arguments``, the keywords given."""
+    """Base for classes that remember how they were constructed: ``self.arguments``, what was given, by name."""
 
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the keyword arguments before ``__init__`` of whatever subclass runs."""
+        """Note the arguments before ``__init__`` of whatever subclass runs."""
         instance = super().__new__(cls)
-        object.__setattr__(instance, "arguments", kwargs)
+        names = list(inspect.signature(cls).parameters)
+        object.__setattr__(instance, "arguments", dict(zip(names, args, strict=False)) | kwargs)
         return instance

@@ -78,6 +78,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         self.augmentation = Augmentation(part() for part in augment)
         self.recipe: dict[str, Any] = recipe(type(self)) | {"init_args": recipe(self.arguments)}
         self.samples = cache(self._samples)
+        self._resume_from: dict[str, Any] = {"position": 0}
+        self._train_loader: BatchLoader | None = None
 
     @property
     @abstractmethod
@@ -153,7 +155,20 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """The training split, in a new order every epoch."""
-        return self.loader("train", shuffle=True)
+        self._train_loader = loader = self.loader("train", shuffle=True)
+        loader.load_state_dict(self._resume_from)
+        self._resume_from = {"position": 0}
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the epoch training stands."""
+        # Lightning restores a loader's state only if nobody asked for the number of batches before, and every schedule
+        # over all steps does.
+        return self._train_loader.state_dict() if self._train_loader else self._resume_from
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The next training loader goes on from there."""
+        self._resume_from = state_dict
 
     def val_dataloader(self) -> BatchLoader:
         """The validation split."""

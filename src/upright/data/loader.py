@@ -98,5 +98,5 @@ class BatchLoader:
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on after that many batches."""
+        """The next iteration goes on after that many batches; after a whole epoch, at the beginning of the next."""
         self._resume_at = self._position = state["position"]

@@ -17,15 +17,29 @@ from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """Knows its best score again after the run's folder was moved (Lightning's own forgets it then)."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the files where the folder is now."""
+
+        def here(path: str) -> str:
+            return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})
+
+
 def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
     """``best.ckpt`` by validation accuracy and ``last.ckpt`` after every epoch, and every so many steps within one."""
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
     found: list[Callback] = [
-        ModelCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max"),
-        ModelCheckpoint(**common, filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
+        RunCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max"),
+        RunCheckpoint(**common, filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
     ]
     if every_n_steps:
-        found.append(ModelCheckpoint(**common, filename="last", every_n_train_steps=every_n_steps))
+        found.append(RunCheckpoint(**common, filename="last", every_n_train_steps=every_n_steps))
     return found
 
 
@@ -145,7 +159,7 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
                 (axes[2 * row, column], images[column] / 255),
                 (axes[2 * row + 1, column], turned[column].clamp(0, 1)),
             ):
-                axis.imshow(image.permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
                 axis.set(xticks=[], yticks=[])
             if row == 0:
                 axes[0, column].set_title(f"{angle:+g}°", fontsize=10)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -102,15 +103,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of a pickle's protocol before it refuses what is in it.
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UprightError(
             f"'{path}' is not an Upright checkpoint: it is damaged, or a pickle that would run code when loaded "
-            f"({str(error).splitlines()[0][:120]})."
+            f"({_first_line(error)})."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UprightError(
-            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({str(error).splitlines()[0][:120]})."
+            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
         ) from None
     ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict) or "state_dict" not in checkpoint:
@@ -122,6 +126,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     whole: dict[str, Any] = checkpoint
     return whole
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 class Restored(NamedTuple):

@@ -141,7 +141,7 @@ def _user_error(error: BaseException | None) -> UprightError | None:
     """The `UprightError` that jsonargparse wrapped, one exception around the other."""
     while error and not isinstance(error, UprightError):
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, UprightError) else None
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
@@ -287,7 +287,10 @@ class UprightCLI(LightningCLI):
         config = {**config, "plugins": [*_as_list(config.plugins), AtomicCheckpointIO()]}
         if config["logger"] is None:
             config["logger"] = logger
-        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+        try:
+            return self._instantiate_trainer({**config, **kwargs}, callbacks)
+        except ValueError as error:
+            raise UprightError(" ".join(str(error).split())) from error
 
     def _wandb(self, run_id: str) -> Logger | None:
         mode = self._own("wandb")

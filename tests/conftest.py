@@ -1,0 +1,71 @@
+"""What many tests need: the checkout, a command line, one small trained run and its bundle."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+# As many threads as cores in every one of several processes is many times slower; set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Upright = Callable[..., Answer]
+
+
+@pytest.fixture
+def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Upright:
+    """Run a verb in an empty folder: `upright("fit", "--config", path)`."""
+    from upright.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Answer:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Answer(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run `checkpoints/small` and the bundle `export/small`. Tests do not write into it."""
+    from upright.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = str(ROOT / "configs/stn_lenet.yaml")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit = ["fit", "--config", config, "--name", "small", "--trainer.max_epochs", "2", "--wandb", "off"]
+            assert main(fit) == 0
+            assert main(["export", "checkpoints/small"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained: Path, tmp_path: Path) -> Path:
+    """An own copy of the trained run."""
+    shutil.copytree(trained / "checkpoints/small", tmp_path / "checkpoints/small")
+    return tmp_path / "checkpoints/small"
+
+
+@pytest.fixture
+def bundle(trained: Path, tmp_path: Path) -> Path:
+    """An own copy of the bundle."""
+    shutil.copytree(trained / "export/small", tmp_path / "export/small")
+    return tmp_path / "export/small"

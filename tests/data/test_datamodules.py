@@ -1,0 +1,208 @@
+"""What every dataset promises, and what each one is."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from tests.conftest import ROOT
+from upright.data.augmentation import RandomAffine
+from upright.data.datamodule import ImageDataModule, Source
+from upright.data.digits import Digits
+from upright.data.folder import Folder
+from upright.errors import UprightError
+from upright.images import ImageSpec
+from upright.recipes import build
+from upright.warp import rotation_angle, transform_points
+
+DATA = sorted(ROOT.glob("configs/data/*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of small photographs of different sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for name, base in (("dark", 40), ("light", 180)):
+        (root / name).mkdir()
+        for number in range(20):
+            size = generator.integers(20, 60, 2)
+            pixels = generator.integers(0, 40, (*size, 3), dtype=np.uint8) + np.uint8(base)
+            Image.fromarray(pixels).save(root / name / f"é {number:02d}.png")
+    return root
+
+
+@pytest.fixture(params=DATA, ids=lambda path: path.stem)
+def data(request: pytest.FixtureRequest, pictures: Path) -> ImageDataModule:
+    recipe = yaml.safe_load(request.param.read_text())
+    if "root" in recipe["init_args"]:
+        recipe["init_args"]["root"] = str(pictures)
+    module = build(recipe)()
+    assert isinstance(module, ImageDataModule)
+    return module
+
+
+def test_loaders_give_what_a_model_takes(data: ImageDataModule) -> None:
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        batch = next(iter(loader))
+        count = len(batch.labels)
+        assert batch.images.shape == (count, *data.spec.input_shape) and batch.images.dtype == torch.uint8
+        assert batch.labels.max() < len(data.spec.classes)
+        assert batch.transforms.shape == (count, 3, 3)
+
+
+def test_the_spec_is_declared_before_anything_is_read(data: ImageDataModule) -> None:
+    assert data.spec == data.spec
+    assert "source" not in vars(data)
+
+
+def test_originals_are_in_the_order_of_the_loader(data: ImageDataModule) -> None:
+    samples, originals = data.samples("test"), list(data.originals("test"))
+    assert [original.label for original in originals] == samples.labels.tolist()
+    assert len({original.name for original in originals}) == len(originals)
+    assert all(original.pixels.dtype == np.uint8 for original in originals)
+
+
+def test_the_same_arguments_give_the_same_split(data: ImageDataModule) -> None:
+    again = build(data.recipe)()
+    assert again.manifest.digest == data.manifest.digest
+    assert again.recipe == data.recipe
+
+
+def test_every_data_yaml_states_the_same_keys() -> None:
+    keys = [set(yaml.safe_load(path.read_text())["init_args"]) for path in DATA]
+    common = {"batch_size", "val_fraction", "test_fraction", "split_seed", "angles", "augment", "size"}
+    for path, found in zip(DATA, keys, strict=True):
+        assert common <= found, f"{path.name} leaves {common - found} to what stood before it"
+
+
+def test_views_show_known_angles_of_the_same_image() -> None:
+    data = Digits(size=20, angles=(-90, 0, 90))
+    samples = data.samples("val")
+    assert (samples.group[:6].tolist(), samples.position[:6].tolist()) == ([0, 0, 0, 1, 1, 1], list(range(6)))
+    left, upright, right = samples.images[:3]
+    assert torch.equal(left, torch.rot90(upright, -1, (1, 2))) and torch.equal(right, torch.rot90(upright, 1, (1, 2)))
+    points = torch.rand(5, 2)
+    degrees = rotation_angle(transform_points(samples.transforms[:3], points), points).rad2deg()
+    torch.testing.assert_close(degrees, torch.tensor([-90.0, 0.0, 90.0]), atol=1e-3, rtol=0)
+    assert len(data.samples("train").images) == len(data.splits["train"])
+
+
+def test_views_of_an_image_are_never_in_two_splits() -> None:
+    data = Digits(angles=(-30, 30))
+    stems = [{original.name.split("_")[0] for original in data.originals(split)} for split in ("train", "val", "test")]
+    assert not stems[0] & stems[1] and not stems[0] & stems[2] and not stems[1] & stems[2]
+
+
+def test_digits_are_all_there() -> None:
+    data = Digits()
+    assert sum(len(part) for part in data.splits.values()) == 1797
+    pixels = data.samples("train").images.float() / 255
+    assert abs(pixels.mean() - data.spec.mean[0]) < 0.005 and abs(pixels.std() - data.spec.std[0]) < 0.005
+
+
+def test_folder_takes_any_sizes_and_names(pictures: Path) -> None:
+    data = Folder(root=str(pictures), size=16)
+    assert data.spec.classes == ("dark", "light")
+    samples = data.samples("val")
+    assert samples.images.shape[1:] == (3, 16, 16)
+    assert ((samples.images.float().mean(dim=(1, 2, 3)) > 128).long() == samples.labels).all()
+    assert {original.pixels.shape[2] for original in data.originals("val")} == {3}
+    assert len({original.pixels.shape for original in data.originals("val")}) > 1
+
+
+def test_folder_with_splits_keeps_them(pictures: Path, tmp_path: Path) -> None:
+    for split, source in (("train", pictures), ("test", pictures)):
+        for name in ("dark", "light"):
+            target = tmp_path / split / name
+            target.mkdir(parents=True)
+            for number, file in enumerate(sorted((source / name).iterdir())):
+                if (number < 5) == (split == "test"):
+                    (target / file.name).write_bytes(file.read_bytes())
+    data = Folder(root=str(tmp_path), val_fraction=0.2)
+    assert {name: len(part) for name, part in data.splits.items()} == {"train": 24, "val": 6, "test": 10}
+    assert all(original.name.startswith("test/") for original in data.originals("test"))
+    assert all(original.name.startswith("train/") for original in data.originals("val"))
+
+
+def test_a_folders_root_is_absolute_wherever_it_is_used(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pictures.parent)
+    assert Folder(root=pictures.name).recipe["init_args"]["root"] == str(pictures)
+
+
+def test_folder_refuses(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UprightError, match="nope' does not exist; give --data.init_args.root"):
+        _ = Folder(root=str(tmp_path / "nope")).spec
+    (tmp_path / "only").mkdir()
+    with pytest.raises(UprightError, match="at least two folders, one per class; found 1"):
+        _ = Folder(root=str(tmp_path)).spec
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UprightError, match=r"No picture in class \['only', 'other'\]"):
+        _ = Folder(root=str(tmp_path)).source
+    (tmp_path / "test" / "third").mkdir(parents=True)
+    with pytest.raises(UprightError, match=r"has \['test'\] but no 'train'"):
+        _ = Folder(root=str(tmp_path)).spec
+
+
+def test_a_class_in_test_that_training_lacks(pictures: Path, tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test/a", "test/c"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
+    with pytest.raises(UprightError, match="Class 'c' of .*test' is not among the training classes"):
+        _ = Folder(root=str(tmp_path)).source
+
+
+def test_an_unreadable_picture_is_named(pictures: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "a" / "3.png").write_text("not a picture")
+    with pytest.raises(UprightError, match=r"a/3.png' is not a picture"):
+        _ = Folder(root=str(tmp_path)).manifest
+
+
+class Stripes(ImageDataModule):
+    """The example of the README: a dataset in one file."""
+
+    def __init__(self, *, width: int = 16, **options: object) -> None:
+        super().__init__(**options)
+        self.width = width
+
+    @property
+    def spec(self) -> ImageSpec:
+        return ImageSpec(1, 16, self.width, ("across", "down"), (0.5,), (0.5,))
+
+    def read(self) -> Source:
+        across = np.zeros((16, self.width, 1), np.uint8)
+        across[::2] = 255
+        down = np.zeros((16, self.width, 1), np.uint8)
+        down[:, ::2] = 255
+        return Source([across, down] * 20, [0, 1] * 20, [f"stripes-{i}" for i in range(40)])
+
+
+def test_an_own_dataset_in_one_class() -> None:
+    data = Stripes(width=20, batch_size=4, augment=[partial(RandomAffine, rotate=5), nn.Identity])
+    assert next(iter(data.train_dataloader())).images.shape == (4, 1, 16, 20)
+    assert len(data.augmentation.parts) == 2
+    assert data.recipe["init_args"]["width"] == 20
+    assert build(data.recipe)().manifest.digest == data.manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"angles": []}, r"\[0\] shows every image as it is"),
+        ({"size": 7}, "at least 8, got 7"),
+        ({"augment": [lambda: nn.Identity()]}, "cannot be written into a checkpoint"),
+    ],
+)
+def test_refuses(options: dict[str, object], text: str) -> None:
+    with pytest.raises(UprightError, match=text):
+        Digits(**options)

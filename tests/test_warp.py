@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+from torch.nn.functional import affine_grid, grid_sample, interpolate
+
+from upright.warp import (
+    identity,
+    pixel_centres,
+    resize,
+    rotation,
+    rotation_angle,
+    sample,
+    transform_points,
+    warp,
+)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 9, 13, generator=torch.Generator().manual_seed(0))
+
+
+def test_identity_changes_nothing(images: torch.Tensor) -> None:
+    torch.testing.assert_close(warp(images, identity(2)), images)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_right_angles_equal_rot90(turns: int) -> None:
+    square = torch.rand(2, 1, 8, 8)
+    turned = warp(square, rotation(torch.full((2,), turns * math.pi / 2)))
+    torch.testing.assert_close(turned, torch.rot90(square, turns, (2, 3)), atol=1e-5, rtol=0)
+
+
+def test_points_equal_torchs_affine_grid(images: torch.Tensor) -> None:
+    matrices = torch.eye(2, 3) + 0.3 * torch.rand(2, 2, 3)
+    grid = affine_grid(matrices, list(images.shape), align_corners=False)
+    points = transform_points(matrices, pixel_centres(9, 13))
+    torch.testing.assert_close(points, grid.reshape(2, -1, 2))
+    torch.testing.assert_close(sample(images, points, 9, 13), grid_sample(images, grid, align_corners=False))
+
+
+def test_an_oblong_image_is_rotated_without_shear() -> None:
+    # A bar along x in a 20 x 40 image is, after a quarter turn, a bar along y of the same length and width.
+    image = torch.zeros(1, 1, 20, 40)
+    image[..., 9:11, 14:26] = 1
+    turned = warp(image, rotation(torch.tensor([math.pi / 2]), aspect=2.0))
+    rows, columns = (turned[0, 0] > 0.5).nonzero().T
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 15, 19, 20)
+
+
+def test_warping_twice_is_composing() -> None:
+    smooth = interpolate(torch.rand(1, 1, 5, 5), (64, 64), mode="bicubic")
+    first, second = rotation(torch.tensor([0.2])), rotation(torch.tensor([0.3]))
+    twice, once = warp(warp(smooth, first), second), warp(smooth, first @ second)
+    assert (twice - once)[..., 16:-16, 16:-16].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("aspect", [0.5, 1.0, 2.0])
+def test_rotation_angle_is_recovered_from_points(aspect: float) -> None:
+    angles = torch.tensor([-3.0, -0.4, 0.0, 1.5])
+    points = pixel_centres(4, 4)
+    moved = transform_points(rotation(angles, aspect), points) * 0.7 + 0.1
+    torch.testing.assert_close(rotation_angle(moved, points, aspect), angles)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (5, 7), (9, 13), (3, 20), (1, 1)])
+def test_resize_equals_antialiased_interpolate(images: torch.Tensor, size: tuple[int, int]) -> None:
+    expected = interpolate(images, size, mode="bilinear", antialias=True)
+    torch.testing.assert_close(resize(images, *size), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["stretch", "crop"])
+def test_resize_to_the_same_size_changes_no_bit(images: torch.Tensor, rule: str) -> None:
+    assert torch.equal(resize(images, 9, 13, rule), images)
+
+
+def test_crop_takes_the_largest_centred_box(images: torch.Tensor) -> None:
+    torch.testing.assert_close(resize(images, 9, 9, "crop"), images[..., 2:11])
+    inside = (..., slice(None), slice(2, -2))  # a crop still sees what is beyond its left and right border
+    enlarged = resize(images[..., 2:11], 18, 18)
+    torch.testing.assert_close(resize(images, 18, 18, "crop")[inside], enlarged[inside])

@@ -1,0 +1,156 @@
+import pickle
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from upright.architectures.lenet import LeNet
+from upright.data.digits import Digits
+from upright.errors import UprightError
+from upright.training.callbacks import RunRecord
+from upright.training.checkpoint import AtomicCheckpointIO, find_checkpoint, read_checkpoint, restore
+from upright.training.classifier import ImageClassifier
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("code of a checkpoint ran",))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "not a whole checkpoint"),
+        (b"hello", "not an Upright checkpoint|not a whole checkpoint"),
+        (pickle.dumps(Exploit()), "not an Upright checkpoint.*would run code"),
+    ],
+    ids=["empty", "text", "pickle"],
+)
+def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, text: str) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UprightError, match=text):
+        read_checkpoint(path)
+
+
+def test_a_zip_with_code_in_it(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "upright": Exploit()}, tmp_path / "x.ckpt")
+    with pytest.raises(UprightError, match="would run code"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint(run_folder: Path, part: float) -> None:
+    path = run_folder / "best.ckpt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(UprightError, match="damaged"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    with pytest.raises(UprightError, match="not a checkpoint that `upright fit` wrote"):
+        read_checkpoint(tmp_path / "other.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(UprightError, match="not a checkpoint that `upright fit` wrote"):
+        read_checkpoint(tmp_path / "list.ckpt")
+
+
+def edit(path: Path, **changes: object) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["upright"].update(changes)
+    torch.save(checkpoint, path)
+
+
+def test_a_newer_format(run_folder: Path) -> None:
+    edit(run_folder / "best.ckpt", format=99)
+    with pytest.raises(UprightError, match="format 99, made by Upright .* reads up to 1"):
+        restore(run_folder)
+
+
+def test_a_class_that_is_gone(run_folder: Path) -> None:
+    edit(run_folder / "best.ckpt", data={"class_path": "upright.data.digits.Digts", "init_args": {}})
+    with pytest.raises(UprightError, match="no class 'Digts'. Did you mean 'Digits'"):
+        restore(run_folder)
+    edit(run_folder / "best.ckpt", data={"class_path": "gone.Digits", "init_args": {}})
+    with pytest.raises(UprightError, match="cannot import module 'gone'"):
+        restore(run_folder)
+
+
+def test_a_run_without_data(run_folder: Path) -> None:
+    edit(run_folder / "best.ckpt", data=None)
+    with pytest.raises(UprightError, match="does not say what data"):
+        restore(run_folder)
+    assert restore(run_folder, data=Digits(angles=(0,))).data.angles == (0,)
+
+
+def test_data_that_changed_are_an_error(run_folder: Path) -> None:
+    ours = read_checkpoint(run_folder)["upright"]
+    ours["data"]["init_args"]["split_seed"] = 5
+    edit(run_folder / "best.ckpt", data=ours["data"])
+    with pytest.raises(UprightError, match="have changed since it was trained: other images, or other splits"):
+        restore(run_folder)
+
+
+def test_data_of_other_classes_are_an_error(run_folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from upright.data.folder import Folder
+
+    for name in ("a", "b"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(tmp_path / "x" / name / "0.png")
+    with pytest.raises(UprightError, match=r"1 channel.* the data have 1 and \['a', 'b'\]"):
+        restore(run_folder, data=Folder(root=str(tmp_path / "x"), channels=1))
+
+
+def test_weights_of_another_network(run_folder: Path) -> None:
+    checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
+    checkpoint["state_dict"].popitem()
+    torch.save(checkpoint, run_folder / "best.ckpt")
+    with pytest.raises(UprightError, match="weights of another network: .*Missing key"):
+        restore(run_folder)
+
+
+def test_finding(run_folder: Path, tmp_path: Path) -> None:
+    assert find_checkpoint(run_folder) == run_folder / "best.ckpt"
+    with pytest.raises(UprightError, match="bst.ckpt' does not exist. Did you mean '.*best.ckpt'"):
+        find_checkpoint(run_folder / "bst.ckpt")
+    with pytest.raises(UprightError, match="holds no best.ckpt"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_run_from_python_restores_alike(tmp_path: Path) -> None:
+    data = Digits(size=14, batch_size=128)
+    network = partial(LeNet, widths=(4, 8, 32, 16), activation="relu")
+    classifier = ImageClassifier(data.spec, network, partial(torch.optim.SGD, lr=0.1))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[RunRecord({"name": "python", "id": "1"})],
+    )
+    trainer.fit(classifier, data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    restored = restore(tmp_path / "x.ckpt")
+    images = data.samples("test").images
+    with torch.no_grad():
+        assert torch.equal(restored.classifier(images), classifier.eval()(images))
+    assert not restored.classifier.training
+    assert restored.data.manifest.digest == data.manifest.digest
+    assert restored.contents["metrics"]["val/accuracy"] > 0
+
+
+def test_a_save_that_fails_leaves_what_stood(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(2)}, path)
+    with pytest.raises(AttributeError):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(2), "b": lambda: None}, path)
+    assert list(torch.load(path, weights_only=True)) == ["a"]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]

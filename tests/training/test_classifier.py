@@ -1,0 +1,151 @@
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from upright.architectures.lenet import LeNet
+from upright.architectures.spatial_transformer import SpatialTransformer, TransformerNetwork
+from upright.data.augmentation import RandomAffine
+from upright.data.digits import Digits
+from upright.errors import UprightError
+from upright.training.classifier import ImageClassifier
+from upright.training.schedules import OneCycle
+
+SPEC = Digits(size=12).spec
+ADAM = partial(torch.optim.Adam, lr=0.01)
+STN = partial(TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, lr_factor=0.1))
+
+
+def trainer(**options: object) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return L.Trainer(accelerator="cpu", enable_checkpointing=False, **(quiet | {"max_epochs": 1} | options))
+
+
+def digits(**options: object) -> Digits:
+    return Digits(size=12, angles=(-30, 30), augment=[partial(RandomAffine, rotate=30)], **options)
+
+
+def test_lr_factor_reaches_the_optimiser_and_the_schedule_keeps_the_ratio() -> None:
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    classifier = ImageClassifier(SPEC, STN, ADAM)
+    trainer(callbacks=[Rates()], limit_val_batches=0).fit(classifier, digits())
+    peak = max(rate for pair in rates for rate in pair)
+    assert peak == pytest.approx(0.01, rel=0.05)
+    assert all(slow == pytest.approx(0.1 * fast) for slow, fast in (sorted(pair) for pair in rates[:-1]))
+    groups = classifier.optimizers().param_groups
+    slow = {
+        id(parameter)
+        for group in groups
+        if len(groups) == 2 and group["initial_lr"] < 0.005
+        for parameter in group["params"]
+    }
+    assert slow == {id(parameter) for parameter in classifier.model.network.transformer.parameters()}
+
+
+def test_one_cycle_rises_to_the_optimisers_rate_and_falls_to_nothing() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, rates = OneCycle(optimizer, 100, warmup=0.3, start=0.1), []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.2) and rates[30] == pytest.approx(2.0) and rates[100] == pytest.approx(0)
+    assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
+
+
+class Noted(nn.Module):
+    """Remembers what it was shown, behind dropout."""
+
+    shown: list[torch.Tensor] = []  # noqa: RUF012  # shared on purpose: the network is made elsewhere
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(input_shape[1] ** 2, num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.shown.append(self.layers[0](images).detach().clone())
+        return self.layers(images)
+
+
+def shown(seed: int, **options: object) -> list[torch.Tensor]:
+    Noted.shown.clear()
+    L.seed_everything(seed)
+    classifier = ImageClassifier(SPEC, Noted, ADAM)
+    torch.manual_seed(torch.seed())  # what was drawn before training must not matter
+    trainer(limit_train_batches=3, limit_val_batches=0, **options).fit(classifier, digits())
+    return list(Noted.shown)
+
+
+def test_what_training_sees_is_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    first, again, other = shown(1, max_epochs=2), shown(1, max_epochs=2), shown(2, max_epochs=2)
+    assert len(first) == 6 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert len({float(batch.sum()) for batch in first}) == 6
+
+
+def test_the_upright_loss_costs_a_pass_of_the_localiser_and_not_of_the_network() -> None:
+    calls = {"localiser": 0, "network": 0}
+    classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
+    network = classifier.model.network
+    network.transformer.localisation.register_forward_hook(lambda *_: calls.update(localiser=calls["localiser"] + 1))
+    network.network.register_forward_hook(lambda *_: calls.update(network=calls["network"] + 1))
+    fit = trainer(limit_train_batches=4, limit_val_batches=0)
+    fit.fit(classifier, digits())
+    assert calls == {"localiser": 8, "network": 4}
+    assert {"train/loss", "train/upright_loss"} <= set(fit.callback_metrics)
+
+
+def test_metrics_of_each_stage() -> None:
+    data, classifier = digits(), ImageClassifier(SPEC, STN, ADAM)
+    metrics = trainer().test(classifier, data, verbose=False)[0]
+    assert set(metrics) == {"test/loss", "test/accuracy", "test/uprightness"}
+    # Untrained, the transformer is the identity.
+    assert metrics["test/uprightness"] == pytest.approx(1, abs=1e-3)
+    samples = data.samples("test")
+    with torch.no_grad():
+        logits = classifier(samples.images)
+    assert metrics["test/accuracy"] == pytest.approx(float((logits.argmax(1) == samples.labels).float().mean()))
+    assert metrics["test/loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, samples.labels)), rel=1e-4)
+
+
+def test_without_views_or_transformer_there_is_no_uprightness() -> None:
+    for network, data in ((STN, Digits(size=12)), (LeNet, digits())):
+        metrics = trainer().test(ImageClassifier(SPEC, network, ADAM), data, verbose=False)[0]
+        assert "test/uprightness" not in metrics
+
+
+def test_images_of_any_size_and_type() -> None:
+    classifier = ImageClassifier(SPEC, LeNet, ADAM).eval()
+    images = torch.randint(0, 256, (2, 1, 12, 12), dtype=torch.uint8)
+    assert torch.equal(classifier(images), classifier(images.float()))
+    assert classifier(torch.zeros(1, 1, 40, 7)).shape == (1, 10)
+
+
+def test_an_upright_loss_without_a_transformer_is_refused() -> None:
+    with pytest.raises(UprightError, match=r"upright_weight 1.0 needs a SpatialTransformer"):
+        ImageClassifier(SPEC, LeNet, ADAM, upright_weight=1.0)
+
+
+def test_an_upright_loss_without_turned_data_is_refused() -> None:
+    classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
+    with pytest.raises(UprightError, match="the data are not turned: add"):
+        trainer().fit(classifier, Digits(size=12))
+
+
+def test_an_architectures_refusal_is_the_users_error() -> None:
+    with pytest.raises(UprightError, match="at least 12x12 pixels, got 8x8"):
+        ImageClassifier(Digits(size=8).spec, LeNet, ADAM)
+
+
+def test_what_could_not_be_rebuilt_is_refused() -> None:
+    with pytest.raises(UprightError, match=r"cannot be written into a checkpoint.*functools.partial"):
+        ImageClassifier(SPEC, lambda shape, classes: LeNet(shape, classes), ADAM)

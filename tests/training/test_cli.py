@@ -1,0 +1,255 @@
+"""The verbs that are Lightning's, as a user types them."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import CONFIGS, ROOT, Upright
+from upright.training.cli import explain
+
+STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
+QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--wandb", "off")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_tests_and_exports(upright: Upright, tmp_path: Path, config: Path) -> None:
+    assert upright("fit", "--config", config, *QUICK).code == 0
+    run = tmp_path / "checkpoints" / config.stem
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv"}
+    assert upright("test", "--ckpt_path", run / "best.ckpt").code == 0
+    assert upright("export", run).code == 0
+    assert upright("verify", tmp_path / "export" / config.stem).code == 0
+
+
+def test_a_run_says_where_it_is_and_what_is_next(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("fit", "--config", LENET, *QUICK)
+    assert "Run:  checkpoints/lenet" in answer.out
+    assert "Next: upright test --ckpt_path checkpoints/lenet/best.ckpt" in answer.out
+    rows = read_csv(tmp_path / "checkpoints/lenet/metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0"] and float(rows[0]["val/accuracy"]) >= 0
+
+
+def test_the_written_config_is_the_experiment(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", STN, "--model.upright_weight", 3, *QUICK).code == 0
+    written = tmp_path / "checkpoints/stn_lenet/config.yaml"
+    config = yaml.safe_load(written.read_text())
+    assert config["model"]["upright_weight"] == 3 and config["model"]["scheduler"]["init_args"]["warmup"] == 0.3
+    assert not {"name", "force", "wandb", "ckpt_path"} & set(config)
+    assert upright("fit", "--config", written, "--name", "again", "--wandb", "off").code == 0
+    ours, theirs = (
+        torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("stn_lenet", "again")
+    )
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_print_config(upright: Upright, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        upright("fit", "--config", LENET, "--print_config")
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"] == "upright.data.digits.Digits"
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_after_fit_the_checkpoint_alone_is_enough(
+    upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert upright(verb, "--ckpt_path", run_folder / "best.ckpt").code == 0
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_validate_finds_the_metrics_of_the_checkpoint(upright: Upright, run_folder: Path) -> None:
+    told = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]
+    answer = upright("validate", "--ckpt_path", run_folder)
+    assert f"{told['val/accuracy']:.6f}"[:7] in answer.out
+
+
+def test_test_writes_its_metrics_and_the_picture(upright: Upright, run_folder: Path) -> None:
+    assert upright("test", "--ckpt_path", run_folder).code == 0
+    record = json.loads((run_folder / "test.json").read_text())
+    assert set(record["metrics"]) == {"test/loss", "test/accuracy", "test/uprightness"}
+    assert (run_folder / "transformer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_on_other_data(upright: Upright, run_folder: Path) -> None:
+    assert upright("test", "--ckpt_path", run_folder, "--data.angles", "[0]").code == 0
+    record = json.loads((run_folder / "test.json").read_text())
+    assert record["data"]["init_args"]["angles"] == [0] and "test/uprightness" not in record["metrics"]
+
+
+def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+    assert upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "p.csv").code == 0
+    rows = read_csv(tmp_path / "p.csv")
+    assert len(rows) == 5 * 359 and len({row["name"] for row in rows}) == len(rows)
+    upright("test", "--ckpt_path", run_folder)
+    accuracy = json.loads((run_folder / "test.json").read_text())["metrics"]["test/accuracy"]
+    assert sum(row["label"] == row["prediction"] for row in rows) / len(rows) == pytest.approx(accuracy, abs=1e-6)
+    for row in rows[:20]:
+        probabilities = {label: float(row[label]) for label in "0123456789"}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
+        assert max(probabilities, key=probabilities.__getitem__) == row["prediction"]
+
+
+def test_an_existing_run_is_kept_unless_forced(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+    before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
+    answer = upright("fit", "--config", LENET, *QUICK)
+    assert answer.code == 2 and "--ckpt_path last goes on with it, --force replaces it" in answer.err
+    assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() == before
+    assert upright("fit", "--config", LENET, "--force", "--seed_everything", 5, *QUICK).code == 0
+    assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() != before
+
+
+def test_force_does_not_delete_what_is_no_run(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/lenet").mkdir(parents=True)
+    (tmp_path / "checkpoints/lenet/thesis.tex").touch()
+    answer = upright("fit", "--config", LENET, "--force", *QUICK)
+    assert answer.code == 2 and "not the folder of a run" in answer.err
+    assert (tmp_path / "checkpoints/lenet/thesis.tex").exists()
+
+
+def test_last_goes_on_by_name_alone(upright: Upright, run_folder: Path) -> None:
+    answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--wandb", "off")
+    assert answer.code == 0
+    rows = read_csv(run_folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    # The folder is a copy: what was best there is best here.
+    best = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]["val/accuracy"]
+    assert best == pytest.approx(max(float(row["val/accuracy"]) for row in rows), abs=1e-5)
+
+
+def test_a_failure_leaves_no_run(upright: Upright, tmp_path: Path) -> None:
+    augment = "[{class_path: torch.nn.Flatten}]"
+    with pytest.raises(Exception):  # noqa: B017, PT011  # whatever torch says of a flat image
+        upright("fit", "--config", LENET, "--data.augment", augment, *QUICK)
+    assert not (tmp_path / "checkpoints/lenet").exists()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+BAD = [
+    (("fit",), "fit needs an experiment, for example"),
+    (("fit", "--config", "nope.yaml"), "File does not exist"),
+    (("fit", "--config", STN, "--foo", 1), "unknown option '--foo'"),
+    (("fit", "--config", STN, "--trainer.max_epochz", 1), "Did you mean 'trainer.max_epochs'?"),
+    (("fit", "--config", STN, "--trainer.max_epochs", "x"), "trainer.max_epochs: expected int or null, got x"),
+    (("fit", "--config", STN, "--model.network.init_args.netwrk", 1), "'netwrk'. Did you mean 'network'?"),
+    (("fit", "--config", STN, "--model.network", "upright.architectures.lenet.LeNut"), "Did you mean 'LeNet'?"),
+    (("fit", "--config", STN, "--model.network", "upright.architectures.lenut.LeNet"), "Did you mean 'lenet'?"),
+    (("fit", "--config", STN, "--model.network", "own.LeNet"), "no module named 'own'. Is the file in the working"),
+    (("fit", "--config", LENET, "--data.siz", 3), "'siz'. Did you mean 'size'? Allowed: angles, augment"),
+    (("fit", "--config", LENET, "--data.size", 7), "size must be at least 8, got 7"),
+    (("fit", "--config", LENET, "--data.size", 10), "LeNet needs images of at least 12x12 pixels, got 10x10"),
+    (("fit", "--config", LENET, "--data", "upright.data.digits.Digts"), "Did you mean 'Digits'?"),
+    (("fit", "--config", LENET, "--model.upright_weight", 1), "needs a SpatialTransformer"),
+    (("fit", "--config", LENET, "--name", "a/b"), "must be a plain folder name"),
+    (("fit", "--config", LENET, "--ckpt_path", "last"), "There is no 'checkpoints/lenet/last.ckpt'"),
+    (("fit", "--name", "x", "--ckpt_path", "last"), "'checkpoints/x' holds no config.yaml"),
+    (("fit", "--ckpt_path", "last"), "give --config or --name"),
+    (("fit", "--config", LENET, "--data", ROOT / "configs/data/folder.yaml"), "my-images' does not exist"),
+    (("fit", "--config", LENET, "--trainer.accelerator", "gpux"), "gpux"),
+    (("test",), "test needs --ckpt_path"),
+    (("test", "--ckpt_path", "nope.ckpt"), "'nope.ckpt' does not exist"),
+    (("predict", "--ckpt_path", STN), "is not an Upright checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    upright: Upright, tmp_path: Path, arguments: tuple[object, ...], text: str
+) -> None:
+    answer = upright(*arguments)
+    assert answer.code == 2
+    assert answer.err.startswith("upright: error: ") and answer.err.count("\n") == 1
+    assert text in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_of_a_config_that_does_not_exist(upright: Upright, tmp_path: Path) -> None:
+    for text, expected in (
+        ("modell: {network: x}", "unknown key 'modell.network'. Did you mean 'model.network'?"),
+        ("model: {netwrk: x}", "unknown key 'model.netwrk'. Did you mean 'model.network'?"),
+        ("model: [", "while parsing"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        answer = upright("fit", "--config", tmp_path / "bad.yaml")
+        assert answer.code == 2 and expected in answer.err and answer.err.count("\n") == 1
+
+
+def test_a_target_that_cannot_be_written(upright: Upright, tmp_path: Path, run_folder: Path) -> None:
+    (tmp_path / "file").touch()
+    answer = upright("fit", "--config", LENET, "--trainer.default_root_dir", tmp_path / "file", *QUICK)
+    assert answer.code == 2 and "Not a directory" in answer.err and answer.err.count("\n") == 1
+    answer = upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "no/such/folder/p.csv")
+    assert answer.code == 2 and "No such file or directory" in answer.err and answer.err.count("\n") == 1
+
+
+def test_an_own_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "strip.py").write_text(
+        "from torch import nn\n"
+        "class Strip(nn.Sequential):\n"
+        "    def __init__(self, input_shape, num_classes, *, width: int = 8):\n"
+        "        channels, height, columns = input_shape\n"
+        "        super().__init__(nn.Conv2d(channels, width, (height, 1)), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(width * columns, num_classes))\n"
+    )
+    config = yaml.safe_load(LENET.read_text())
+    config["model"]["network"] = {"class_path": "strip.Strip", "init_args": {"width": 4}}
+    config["data"] = str(ROOT / "configs/data/digits.yaml")
+    (tmp_path / "strip.yaml").write_text(yaml.safe_dump(config))
+    assert upright("fit", "--config", "strip.yaml", *QUICK).code == 0
+    assert upright("export", "checkpoints/strip").code == 0
+    assert upright("verify", "export/strip").code == 0
+
+
+def test_wandb_offline_is_the_default_and_asks_nothing(upright: Upright, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "upright", "fit", "--config", LENET, *QUICK[:4]]
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "checkpoints/lenet/wandb").glob("offline-run-*/run-*.wandb")
+    run_id = torch.load(tmp_path / "checkpoints/lenet/last.ckpt", weights_only=True)["upright"]["run"]["id"]
+    assert record.stem == f"run-{run_id}"
+    content = record.read_bytes()
+    for logged in (b"val/accuracy", b"train/loss", b"split_digest", b"upright.architectures.lenet.LeNet"):
+        assert logged in content
+
+
+def test_without_wandb_a_run_works_and_says_so(
+    upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upright.training.cli.find_spec", lambda name: None)
+    answer = upright("fit", "--config", LENET, *QUICK[:4])
+    assert answer.code == 0 and "wandb is not installed (`pip install wandb`)" in answer.out
+    assert (tmp_path / "checkpoints/lenet/metrics.csv").exists()
+    answer = upright("fit", "--config", LENET, "--name", "b", *QUICK[:4], "--wandb", "online")
+    assert answer.code == 2 and "needs the package wandb" in answer.err
+
+
+def test_wandb_online_needs_an_account(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answer = upright("fit", "--config", LENET, *QUICK[:4], "--wandb", "online")
+    assert answer.code == 2 and "`wandb login` once, or set WANDB_API_KEY" in answer.err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_explanation_is_one_line_whatever_comes() -> None:
+    assert "\n" not in explain("something\nnobody foresaw\n  in three lines")

@@ -1,0 +1,97 @@
+"""A run that is killed in mid-epoch and resumed ends with the weights of a run that was not, bit by bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+OWN = """
+import os, signal
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(144, 32), nn.BatchNorm1d(32), nn.ReLU(),
+                                    nn.Dropout(0.5), nn.Linear(32, num_classes))
+    def forward(self, images):
+        return self.layers(images)
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+CONFIG = """
+seed_everything: 3
+model:
+  network: own.Net
+  optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
+data:
+  class_path: upright.data.digits.Digits
+  init_args:
+    size: 12
+    augment: [{class_path: upright.data.augmentation.RandomAffine, init_args: {rotate: 20}}]
+trainer: {max_epochs: 3, callbacks: [{class_path: own.Kill}], accelerator: cpu}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def fit(folder: Path, name: str, *arguments: str, kill_at: int = -1) -> int:
+    command = [sys.executable, "-m", "upright", "fit", "--config", "own.yaml", "--name", name, "--wandb", "off"]
+    environment = os.environ | {"KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def last(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "checkpoints" / name / "last.ckpt", weights_only=True)
+    optimizer = checkpoint["optimizer_states"][0]["state"]
+    moments = {f"{key}.{name}": value for key, state in optimizer.items() for name, value in state.items()}
+    return checkpoint["state_dict"] | moments | {"step": torch.tensor(checkpoint["global_step"])}
+
+
+def test_killed_and_resumed_equals_uninterrupted(folder: Path) -> None:
+    # An epoch has 18 steps: the kills come in mid-epoch, a few steps after the last checkpoint, and at an epoch's start.
+    options = ("--save_every_n_steps", "4")
+    assert fit(folder, "whole", *options) == 0
+    assert fit(folder, "killed", *options, kill_at=27) == -signal.SIGKILL
+    state = torch.load(folder / "checkpoints/killed/last.ckpt", weights_only=True)
+    assert state["global_step"] == 24
+    assert fit(folder, "killed", *options, "--ckpt_path", "last", kill_at=36) == -signal.SIGKILL
+    assert fit(folder, "killed", *options, "--ckpt_path", "last") == 0
+    whole, resumed = last(folder, "whole"), last(folder, "killed")
+    assert whole.keys() == resumed.keys() and int(whole["step"]) == 54
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    metrics = (folder / "checkpoints/killed/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in metrics] == ["epoch", "0", "1", "2"]
+    ours = [
+        torch.load(folder / f"checkpoints/{name}/last.ckpt", weights_only=True)["upright"]
+        for name in ("whole", "killed")
+    ]
+    assert ours[0]["metrics"]["val/loss"] == ours[1]["metrics"]["val/loss"]
+    assert state["upright"]["run"] == ours[1]["run"]
+
+
+def test_the_test_above_can_fail(folder: Path) -> None:
+    assert fit(folder, "one") == 0
+    assert fit(folder, "two", "--seed_everything", "4") == 0
+    one, two = last(folder, "one"), last(folder, "two")
+    assert not torch.equal(one["model.network.layers.1.weight"], two["model.network.layers.1.weight"])

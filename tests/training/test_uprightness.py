@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from upright.architectures.spatial_transformer import Observation, SpatialTransformer
+from upright.training.uprightness import Uprightness, final_pose, upright_loss
+from upright.warp import pixel_centres, rotation
+
+ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
+
+
+def seen(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
+    """What a transformer that turns by `angles` would have done."""
+    theta = angles[:, None]
+    if kind == "affine":
+        theta = (rotation(angles)[:, :2] - torch.eye(2, 3)).flatten(1)
+    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, torch.empty(0))]
+
+
+def measure(applied: torch.Tensor, undone: torch.Tensor, groups: torch.Tensor, kind: str = "rotation") -> float:
+    metric = Uprightness()
+    metric.update(groups, rotation(applied), seen(undone, kind), 1.0)
+    return float(metric.compute())
+
+
+@pytest.mark.parametrize("kind", ["rotation", "affine"])
+@pytest.mark.parametrize("done", [0.0, 0.25, 0.5, 1.0])
+def test_zero_turns_all_upright_and_one_turns_nothing(done: float, kind: str) -> None:
+    applied = ANGLES.repeat(3)
+    # Every image may have its own upright: the measure asks only that its views agree.
+    own = torch.tensor([0.0, 0.7, -0.4]).repeat_interleave(5)
+    found = measure(applied, -done * applied + own, torch.arange(3).repeat_interleave(5), kind)
+    assert found == pytest.approx(1 - done, abs=1e-3)
+
+
+def test_what_overshoots_is_worse_than_nothing() -> None:
+    assert measure(ANGLES, ANGLES, torch.zeros(5, dtype=torch.long)) == pytest.approx(2, abs=1e-3)
+
+
+def test_angles_wrap_around() -> None:
+    undone = -ANGLES + math.pi + torch.tensor([0, 2, 0, -2, 0]) * math.pi
+    assert measure(ANGLES, undone, torch.zeros(5, dtype=torch.long)) == pytest.approx(0, abs=1e-3)
+
+
+def test_batches_may_cut_through_an_image() -> None:
+    metric, groups = Uprightness(), torch.tensor([7, 7, 7, 7, 7])
+    undone = -0.8 * ANGLES
+    for part in (slice(0, 2), slice(2, 5)):
+        metric.update(groups[part], rotation(ANGLES[part]), seen(undone[part]), 1.0)
+    assert float(metric.compute()) == pytest.approx(measure(ANGLES, undone, groups), abs=1e-6)
+
+
+def test_one_view_says_nothing() -> None:
+    assert math.isnan(measure(torch.zeros(4), torch.zeros(4), torch.arange(4)))
+
+
+def poses(applied: torch.Tensor, undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:
+    return final_pose(rotation(applied), seen(undone, kind), pixel_centres(4, 4))
+
+
+def test_the_loss_is_zero_when_two_views_end_in_the_same_pose() -> None:
+    first, second = torch.tensor([0.5, -0.3]), torch.tensor([-0.2, 0.9])
+    same = upright_loss(poses(first, 0.1 - first), poses(second, 0.1 - second))
+    other = upright_loss(poses(first, -first), poses(second, 0.3 - second))
+    assert same < 1e-6 < 0.01 < other
+
+
+def test_nothing_is_gained_by_shrinking() -> None:
+    first, second = poses(torch.tensor([0.5]), torch.zeros(1)), poses(torch.tensor([-0.5]), torch.zeros(1))
+    torch.testing.assert_close(upright_loss(first, second), upright_loss(first / 100, second / 100))
+
+
+def test_following_the_loss_turns_things_upright() -> None:
+    torch.manual_seed(0)
+    # The transformer is told the angle: a line through the origin with slope -1 undoes it.
+    line = nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(line.parameters(), lr=0.05)
+    for _ in range(200):
+        first, second = (torch.rand(2, 64) * 2 - 1) * math.pi / 3
+        views = (poses(angle, line(angle[:, None])[:, 0]) for angle in (first, second))
+        loss = upright_loss(*views)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert measure(ANGLES, line(ANGLES[:, None])[:, 0], torch.zeros(5, dtype=torch.long)) < 0.05
