@@ -106,14 +106,14 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UprightError, match=text):
             decode(tmp_path / name, GREY)
-    with pytest.raises(UprightError, match="nope.png' does not exist"):
+    with pytest.raises(UprightError, match=r"nope.png' does not exist"):
         decode(tmp_path / "nope.png", GREY)
-    with pytest.raises(UprightError, match="Is a directory"):
+    with pytest.raises(UprightError, match=r"Is a directory"):
         decode(tmp_path, GREY)
 
 
 def test_a_picture_over_the_limit_is_not_decoded() -> None:
-    with pytest.raises(UprightError, match="20x10 pixels are more than the limit of 199"):
+    with pytest.raises(UprightError, match=r"20x10 pixels are more than the limit of 199"):
         decode(png(Image.new("L", (20, 10))), GREY, max_pixels=199)
 
 
@@ -137,7 +137,7 @@ def test_find_images(tmp_path: Path) -> None:
     assert list(find_images([tmp_path])) == [tmp_path / "a.png", tmp_path / "b/z.JPG"]
     assert list(find_images([tmp_path / "notes.txt"])) == [tmp_path / "notes.txt"]
     (tmp_path / "none").mkdir()
-    with pytest.raises(UprightError, match="none' holds no pictures"):
+    with pytest.raises(UprightError, match=r"none' holds no pictures"):
         list(find_images([tmp_path / "none"]))
-    with pytest.raises(UprightError, match="nope' does not exist"):
+    with pytest.raises(UprightError, match=r"nope' does not exist"):
         list(find_images([tmp_path / "nope"]))

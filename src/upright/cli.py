@@ -107,9 +107,10 @@ def _load(function: str) -> Callable[..., Any]:
     try:
         loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("upright"):
+        package = (error.name or "").partition(".")[0]
+        if package == "upright":
             raise
-        raise UprightError(f"This verb needs the package '{error.name}': pip install 'upright[train]'.") from error
+        raise UprightError(f"This verb needs the package '{package}': pip install 'upright[train]'.") from error
     return loaded
 
 

@@ -25,5 +25,5 @@ def test_any_size_from_the_least(shape: tuple[int, int, int]) -> None:
 
 
 def test_too_small() -> None:
-    with pytest.raises(ValueError, match="at least 12x12 pixels, got 11x28"):
+    with pytest.raises(ValueError, match=r"at least 12x12 pixels, got 11x28"):
         LeNet((1, 11, 28), 10)

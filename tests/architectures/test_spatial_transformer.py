@@ -77,7 +77,7 @@ def test_any_network_localises() -> None:
 
 
 def test_too_small() -> None:
-    with pytest.raises(ValueError, match="at least 8x8 pixels, got 7x16"):
+    with pytest.raises(ValueError, match=r"at least 8x8 pixels, got 7x16"):
         Localiser((1, 7, 16), 32)
 
 

@@ -136,10 +136,10 @@ def test_a_folders_root_is_absolute_wherever_it_is_used(pictures: Path, monkeypa
 
 
 def test_folder_refuses(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UprightError, match="nope' does not exist; give --data.init_args.root"):
+    with pytest.raises(UprightError, match=r"nope' does not exist; give --data.init_args.root"):
         _ = Folder(root=str(tmp_path / "nope")).spec
     (tmp_path / "only").mkdir()
-    with pytest.raises(UprightError, match="at least two folders, one per class; found 1"):
+    with pytest.raises(UprightError, match=r"at least two folders, one per class; found 1"):
         _ = Folder(root=str(tmp_path)).spec
     (tmp_path / "other").mkdir()
     with pytest.raises(UprightError, match=r"No picture in class \['only', 'other'\]"):
@@ -153,7 +153,7 @@ def test_a_class_in_test_that_training_lacks(pictures: Path, tmp_path: Path) -> 
     for name in ("train/a", "train/b", "test/a", "test/c"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
-    with pytest.raises(UprightError, match="Class 'c' of .*test' is not among the training classes"):
+    with pytest.raises(UprightError, match=r"Class 'c' of .*test' is not among the training classes"):
         _ = Folder(root=str(tmp_path)).source
 
 

@@ -1,4 +1,6 @@
+import functools
 import itertools
+import operator
 
 import pytest
 import torch
@@ -63,8 +65,8 @@ def test_evaluation_sees_every_sample_once_in_order() -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_split(shuffle: bool, world: int) -> None:
     parts = [BatchLoader(samples(25), 4, shuffle=shuffle, seed=1, rank=rank, world_size=world) for rank in range(world)]
-    found = [sum(seen(part), []) for part in parts]
-    together = sorted(sum(found, []))
+    found = [functools.reduce(operator.iadd, seen(part), []) for part in parts]
+    together = sorted(functools.reduce(operator.iadd, found, []))
     assert len(together) == len(set(together))
     if shuffle:
         assert len({len(part) for part in parts}) == 1

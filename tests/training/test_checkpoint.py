@@ -37,7 +37,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, text: str) -> Non
 
 def test_a_zip_with_code_in_it(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "upright": Exploit()}, tmp_path / "x.ckpt")
-    with pytest.raises(UprightError, match="would run code"):
+    with pytest.raises(UprightError, match=r"would run code"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -46,16 +46,16 @@ def test_a_truncated_checkpoint(run_folder: Path, part: float) -> None:
     path = run_folder / "best.ckpt"
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(UprightError, match="damaged"):
+    with pytest.raises(UprightError, match=r"damaged"):
         read_checkpoint(path)
 
 
 def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
-    with pytest.raises(UprightError, match="not a checkpoint that `upright fit` wrote"):
+    with pytest.raises(UprightError, match=r"not a checkpoint that `upright fit` wrote"):
         read_checkpoint(tmp_path / "other.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(UprightError, match="not a checkpoint that `upright fit` wrote"):
+    with pytest.raises(UprightError, match=r"not a checkpoint that `upright fit` wrote"):
         read_checkpoint(tmp_path / "list.ckpt")
 
 
@@ -67,22 +67,22 @@ def edit(path: Path, **changes: object) -> None:
 
 def test_a_newer_format(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", format=99)
-    with pytest.raises(UprightError, match="format 99, made by Upright .* reads up to 1"):
+    with pytest.raises(UprightError, match=r"format 99, made by Upright .* reads up to 1"):
         restore(run_folder)
 
 
 def test_a_class_that_is_gone(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", data={"class_path": "upright.data.digits.Digts", "init_args": {}})
-    with pytest.raises(UprightError, match="no class 'Digts'. Did you mean 'Digits'"):
+    with pytest.raises(UprightError, match=r"no class 'Digts'. Did you mean 'Digits'"):
         restore(run_folder)
     edit(run_folder / "best.ckpt", data={"class_path": "gone.Digits", "init_args": {}})
-    with pytest.raises(UprightError, match="cannot import module 'gone'"):
+    with pytest.raises(UprightError, match=r"cannot import module 'gone'"):
         restore(run_folder)
 
 
 def test_a_run_without_data(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", data=None)
-    with pytest.raises(UprightError, match="does not say what data"):
+    with pytest.raises(UprightError, match=r"does not say what data"):
         restore(run_folder)
     assert restore(run_folder, data=Digits(angles=(0,))).data.angles == (0,)
 
@@ -91,7 +91,7 @@ def test_data_that_changed_are_an_error(run_folder: Path) -> None:
     ours = read_checkpoint(run_folder)["upright"]
     ours["data"]["init_args"]["split_seed"] = 5
     edit(run_folder / "best.ckpt", data=ours["data"])
-    with pytest.raises(UprightError, match="have changed since it was trained: other images, or other splits"):
+    with pytest.raises(UprightError, match=r"have changed since it was trained: other images, or other splits"):
         restore(run_folder)
 
 
@@ -111,15 +111,15 @@ def test_weights_of_another_network(run_folder: Path) -> None:
     checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
     checkpoint["state_dict"].popitem()
     torch.save(checkpoint, run_folder / "best.ckpt")
-    with pytest.raises(UprightError, match="weights of another network: .*Missing key"):
+    with pytest.raises(UprightError, match=r"weights of another network: .*Missing key"):
         restore(run_folder)
 
 
 def test_finding(run_folder: Path, tmp_path: Path) -> None:
     assert find_checkpoint(run_folder) == run_folder / "best.ckpt"
-    with pytest.raises(UprightError, match="bst.ckpt' does not exist. Did you mean '.*best.ckpt'"):
+    with pytest.raises(UprightError, match=r"bst.ckpt' does not exist. Did you mean '.*best.ckpt'"):
         find_checkpoint(run_folder / "bst.ckpt")
-    with pytest.raises(UprightError, match="holds no best.ckpt"):
+    with pytest.raises(UprightError, match=r"holds no best.ckpt"):
         find_checkpoint(tmp_path)
 
 

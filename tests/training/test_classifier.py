@@ -137,12 +137,12 @@ def test_an_upright_loss_without_a_transformer_is_refused() -> None:
 
 def test_an_upright_loss_without_turned_data_is_refused() -> None:
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
-    with pytest.raises(UprightError, match="the data are not turned: add"):
+    with pytest.raises(UprightError, match=r"the data are not turned: add"):
         trainer().fit(classifier, Digits(size=12))
 
 
 def test_an_architectures_refusal_is_the_users_error() -> None:
-    with pytest.raises(UprightError, match="at least 12x12 pixels, got 8x8"):
+    with pytest.raises(UprightError, match=r"at least 12x12 pixels, got 8x8"):
         ImageClassifier(Digits(size=8).spec, LeNet, ADAM)
 
 

@@ -129,7 +129,7 @@ def test_last_goes_on_by_name_alone(upright: Upright, run_folder: Path) -> None:
 
 def test_a_failure_leaves_no_run(upright: Upright, tmp_path: Path) -> None:
     augment = "[{class_path: torch.nn.Flatten}]"
-    with pytest.raises(Exception):  # noqa: B017, PT011  # whatever torch says of a flat image
+    with pytest.raises(Exception):  # noqa: B017  # whatever torch says of a flat image
         upright("fit", "--config", LENET, "--data.augment", augment, *QUICK)
     assert not (tmp_path / "checkpoints/lenet").exists()
 

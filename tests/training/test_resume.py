@@ -68,7 +68,7 @@ def last(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder: Path) -> None:
-    # An epoch has 18 steps: the kills come in mid-epoch, a few steps after the last checkpoint, and at an epoch's start.
+    # An epoch has 18 steps: one kill is in mid-epoch, steps after the last checkpoint, one at an epoch's start.
     options = ("--save_every_n_steps", "4")
     assert fit(folder, "whole", *options) == 0
     assert fit(folder, "killed", *options, kill_at=27) == -signal.SIGKILL

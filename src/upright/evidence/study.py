@@ -24,7 +24,5 @@ def study(study: str, seeds: int = 5) -> int:
     if seeds < 2:
         raise UprightError(f"--seeds must be at least 2 to show a spread, got {seeds}.")
     module = importlib.import_module(f"{studies.__name__}.{study}")
-    folder = Path("checkpoints") / f"study-{study}"
-    folder.mkdir(parents=True, exist_ok=True)
-    module.run(folder, seeds)
+    module.run(Path("checkpoints") / f"study-{study}", seeds)
     return 0

@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import Upright
+from upright.exporting import export as export_module
+from upright.exporting.graph import write_graph
+from upright.exporting.parity import measure_parity
+from upright.runtime.bundle import Bundle
+from upright.training.checkpoint import restore
+from upright.training.model import Model
+
+
+def wrong_mean(model: Model, path: Path) -> None:
+    """What a deployment with its own idea of preprocessing does."""
+    right = model.mean.clone()
+    model.mean.add_(8)
+    write_graph(model, path)
+    model.mean.copy_(right)
+
+
+def test_the_bundle_holds_all_that_proves_it(bundle: Path, trained: Path) -> None:
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    samples = {f"samples/{number:02d}.png" for number in range(16)} | {"samples/expected.json"}
+    assert files == {"model.onnx", "manifest.json", "parity.json", "README.md", "SHA256SUMS"} | samples
+    restored = restore(trained / "checkpoints/small")
+    manifest = Bundle.open(bundle).manifest
+    assert manifest["format"] == 1 and Bundle.open(bundle).spec == restored.data.spec
+    provenance = manifest["provenance"]
+    assert provenance["run"] == restored.contents["run"]
+    assert provenance["model"] == restored.contents["model"] and provenance["data"] == restored.contents["data"]
+    assert provenance["split"]["digest"] == restored.data.manifest.digest
+    assert provenance["metrics"] == restored.contents["metrics"]
+    assert set(provenance["versions"]) == {"upright", "torch", "onnx", "onnxscript", "onnxruntime"}
+
+
+def test_sums_are_those_of_sha256sum(bundle: Path) -> None:
+    import hashlib
+
+    for line in (bundle / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_graph_is_what_the_design_says(bundle: Path) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
+    assert opset == 18
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, len(images.shape), images.shape[3]) == ("images", "tensor(uint8)", 4, 1)
+    assert not any(isinstance(size, int) for size in images.shape[:3])
+    assert (probabilities.name, probabilities.type, probabilities.shape[1]) == ("probabilities", "tensor(float)", 10)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["upright"])["classes"] == list("0123456789")
+
+
+def test_parity_covers_the_whole_validation_split(bundle: Path, trained: Path) -> None:
+    parity = json.loads((bundle / "parity.json").read_text())
+    data = restore(trained / "checkpoints/small").data
+    assert parity["images"] == 5 * len(data.splits["val"]) and parity["passed"] and parity["offending"] == []
+    assert parity["agreement"] == 1 and 0 <= parity["largest_difference"] < 1e-4
+    told = torch.load(trained / "checkpoints/small/best.ckpt", weights_only=True)["upright"]["metrics"]["val/accuracy"]
+    # At their own size the originals are the cache.
+    assert all(value == pytest.approx(told) for value in parity["accuracy"].values())
+    card = (bundle / "README.md").read_text()
+    for figure in (f"{told:.4f}", f"{parity['largest_difference']:.2e}", f"{parity['images']} originals", "100.0000%"):
+        assert figure in card
+
+
+def test_samples_are_validation_images_with_the_graphs_answers(bundle: Path, trained: Path) -> None:
+    originals = {o.name: o for o in restore(trained / "checkpoints/small").data.originals("val")}
+    for sample in json.loads((bundle / "samples/expected.json").read_text()):
+        original = originals[sample["name"]]
+        assert np.array_equal(np.asarray(Image.open(bundle / sample["file"])), original.pixels[:, :, 0])
+        assert sample["label"] == str(original.label) and sum(sample["probabilities"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_gate_fails_for_a_graph_with_a_wrong_mean(trained: Path, tmp_path: Path) -> None:
+    restored = restore(trained / "checkpoints/small")
+    wrong_mean(restored.classifier.model, tmp_path / "wrong.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "wrong.onnx", providers=["CPUExecutionProvider"])
+    parity = measure_parity(restored.classifier.model, session, restored.data)
+    assert not parity["passed"] and parity["largest_difference"] > 1e-3
+    names = {original.name for original in restored.data.originals("val")}
+    assert {sample["name"] for sample in parity["offending"]} <= names
+    assert all(sample["difference"] > 1e-4 for sample in parity["offending"])
+
+
+def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
+    restored = restore(trained / "checkpoints/small")
+    model = restored.classifier.model
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        write_graph(model, tmp_path / "nan.onnx")
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+    session = onnxruntime.InferenceSession(tmp_path / "nan.onnx", providers=["CPUExecutionProvider"])
+    assert len(measure_parity(model, session, restored.data)["offending"]) == 1350
+
+
+def test_over_budget_there_is_no_bundle(
+    upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "write_graph", wrong_mean)
+    answer = upright("export", run_folder)
+    assert answer.code == 1
+    assert "disagree on" in answer.err and "so there is no bundle: digit-" in answer.err
+    assert list((tmp_path / "export").iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["write_graph", "measure_parity", "_write_samples", "_card", "checksums"])
+def test_the_bundle_appears_whole_or_not_at_all(
+    upright: Upright, bundle: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(export_module, broken, fail)
+    for arguments in (("--name", "new"), ("--force",)):
+        answer = upright("export", run_folder, *arguments)
+        assert answer.code == 2 and answer.err == "upright: error: No space left on device: 'somewhere'.\n"
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["small"]
+
+
+def test_an_existing_bundle_is_kept_unless_forced(upright: Upright, bundle: Path, run_folder: Path) -> None:
+    (bundle / "README.md").write_text("mine")
+    answer = upright("export", run_folder)
+    assert answer.code == 2 and "export/small' exists: --force replaces it" in answer.err
+    assert (bundle / "README.md").read_text() == "mine"
+    assert upright("export", run_folder, "--force").code == 0
+    assert upright("verify", bundle).code == 0
+    assert [path.name for path in bundle.parent.iterdir()] == ["small"]
+
+
+def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "export/small").mkdir(parents=True)
+    (tmp_path / "export/small/thesis.tex").touch()
+    answer = upright("export", run_folder, "--force")
+    assert answer.code == 2 and "is not a bundle; --force does not replace it" in answer.err
+    assert (tmp_path / "export/small/thesis.tex").exists()
+
+
+def test_a_target_that_cannot_be_written(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "export").touch()
+    answer = upright("export", run_folder)
+    assert answer.code == 2 and "File exists" in answer.err and answer.err.count("\n") == 1

@@ -1,0 +1,95 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.conftest import Upright
+from upright.errors import UprightError
+from upright.runtime.bundle import SUMS, Bundle, checksums
+
+
+def files(bundle: Path) -> list[Path]:
+    return sorted(path for path in bundle.rglob("*") if path.is_file())
+
+
+def test_one_changed_bit_in_any_file_is_refused(bundle: Path) -> None:
+    choose = random.Random(0)
+    Bundle.open(bundle)
+    for path in files(bundle):
+        content = path.read_bytes()
+        for _ in range(5):
+            position, bit = choose.randrange(len(content)), choose.randrange(8)
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(
+                UprightError, match=rf"damaged or was changed: .*{path.name if path.name != SUMS else ''}"
+            ):
+                Bundle.open(bundle)
+        path.write_bytes(content)
+    Bundle.open(bundle)
+
+
+def test_added_removed_and_empty_files_are_refused(bundle: Path) -> None:
+    (bundle / "extra.txt").write_text("x")
+    with pytest.raises(UprightError, match=r"extra\.txt"):
+        Bundle.open(bundle)
+    (bundle / "extra.txt").unlink()
+    (bundle / "samples/03.png").unlink()
+    with pytest.raises(UprightError, match=r"03\.png"):
+        Bundle.open(bundle)
+    (bundle / "samples/03.png").touch()
+    with pytest.raises(UprightError, match=r"03\.png"):
+        Bundle.open(bundle)
+
+
+def rewrite(bundle: Path, **changes: object) -> None:
+    """Change the manifest as its maker would: with matching sums."""
+    manifest = json.loads((bundle / "manifest.json").read_text()) | changes
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / SUMS).write_text(checksums(bundle))
+
+
+def test_a_newer_format_is_refused(bundle: Path, upright: Upright) -> None:
+    rewrite(bundle, format=2)
+    answer = upright("verify", bundle)
+    assert answer.code == 2 and "has format 2, made by Upright 0.1.0; this version reads up to 1" in answer.err
+
+
+def test_no_bundle(upright: Upright, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nope"):
+        answer = upright("verify", path)
+        assert answer.code == 2 and "is not a bundle: it has no SHA256SUMS" in answer.err
+
+
+def test_verify_is_content_with_a_whole_bundle(upright: Upright, bundle: Path) -> None:
+    answer = upright("verify", bundle)
+    assert answer.code == 0 and "hashes, format 1, 16 samples within" in answer.out
+
+
+def test_verify_notices_other_answers(upright: Upright, bundle: Path) -> None:
+    expected = json.loads((bundle / "samples/expected.json").read_text())
+    expected[3]["probabilities"] = expected[3]["probabilities"][::-1]
+    (bundle / "samples/expected.json").write_text(json.dumps(expected))
+    (bundle / SUMS).write_text(checksums(bundle))
+    answer = upright("verify", bundle)
+    assert answer.code == 1 and "1 of 16 samples" in answer.err and "samples/03.png" in answer.err
+
+
+def test_verify_notices_a_model_of_other_classes(upright: Upright, bundle: Path) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    onnx.helper.set_model_props(model, {"upright": json.dumps({"classes": list("9876543210"), "format": 1})})
+    onnx.save(model, bundle / "model.onnx")
+    (bundle / SUMS).write_text(checksums(bundle))
+    answer = upright("verify", bundle)
+    assert answer.code == 1 and "differ from the manifest" in answer.err
+
+
+def test_a_model_that_onnxruntime_refuses(upright: Upright, bundle: Path) -> None:
+    (bundle / "model.onnx").write_bytes(np.random.default_rng(0).bytes(1000))
+    (bundle / SUMS).write_text(checksums(bundle))
+    answer = upright("verify", bundle)
+    assert answer.code == 2 and "cannot load" in answer.err and "Traceback" not in answer.err

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Upright
+from upright.cli import LIGHTNING, VERBS
+
+
+def test_the_overview_names_every_verb(upright: Upright) -> None:
+    for arguments in ((), ("--help",)):
+        answer = upright(*arguments)
+        assert answer.code == 0 and all(f"\n  {verb} " in answer.out for verb in [*LIGHTNING, *VERBS])
+
+
+def test_version(upright: Upright) -> None:
+    assert upright("--version").out == "upright 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("exprot",), "unknown verb 'exprot'. Did you mean 'export'? Verbs: fit, validate"),
+        (("export",), "export: the following arguments are required: checkpoint"),
+        (("export", "x", "--forse"), "unrecognized arguments: --forse. Did you mean '--force'?"),
+        (("export", "nope"), "Checkpoint 'nope' does not exist"),
+        (("export", "x", "--name", "../y"), "does not exist"),
+        (("infer", "nope", "x.png"), "'nope' is not a bundle"),
+        (("infer", "b", "x.png", "--format", "xml"), "invalid choice: 'xml'"),
+        (("study", "uprightnes"), "There is no study 'uprightnes'. Did you mean 'uprightness'?"),
+        (("study", "uprightness", "--seeds", "1"), "--seeds must be at least 2 to show a spread, got 1"),
+        (("study", "uprightness"), "start the study in the checkout's own folder"),
+        (("demo",), "start the demo in the checkout's own folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    upright: Upright, tmp_path: Path, arguments: tuple[str, ...], text: str
+) -> None:
+    answer = upright(*arguments)
+    assert answer.code == 2 and text in answer.err
+    assert answer.err.startswith("upright: error: ") and answer.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

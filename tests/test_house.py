@@ -1,0 +1,115 @@
+"""How the house stands: who imports whom, what is light, what is installed."""
+
+import ast
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "src/upright"
+# Each may import itself and what stands before it (CONTRIBUTING.md).
+ORDER = (
+    ("errors", "recipes"),
+    ("images",),
+    ("runtime",),
+    ("warp",),
+    ("architectures",),
+    ("data",),
+    ("training",),
+    ("exporting",),
+    ("evidence",),
+    ("cli", "demo", "__main__"),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of upright that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("upright.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        assert imported(path) == set()
+        return
+    above = {other for other in imported(path) if RANK[other] > RANK[part(path)]}
+    assert not above, f"{path.relative_to(ROOT)} imports {above}, which stand above it"
+
+
+def loaded_by(code: str) -> set[str]:
+    """What of the heavy packages a fresh interpreter has loaded after ``code``."""
+    program = f"import sys\n{code}\nprint(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "module", ["images", "runtime.bundle", "runtime.predictor", "runtime.infer", "runtime.verify", "cli"]
+)
+def test_the_runtime_is_light(module: str) -> None:
+    assert loaded_by(f"import upright.{module}") == set()
+
+
+def test_the_test_above_can_fail() -> None:
+    assert "torch" in loaded_by("import upright.warp")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([verb, "--help"] for verb in ("export", "verify", "infer", "study"))]
+)
+def test_help_loads_nothing(arguments: list[str]) -> None:
+    code = f"from upright.cli import main\ntry:\n  main({arguments!r})\nexcept SystemExit:\n  pass"
+    assert loaded_by(code) == set()
+
+
+def test_verify_and_infer_load_nothing_heavy(bundle: Path) -> None:
+    for arguments in (["verify", str(bundle)], ["infer", str(bundle), str(bundle / "samples")]):
+        assert loaded_by(f"from upright.cli import main\nassert main({arguments!r}) == 0") == set()
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['lightning'] = None; from upright.cli import main; sys.exit(main(['fit', '--config', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "needs the package 'lightning': pip install 'upright[train]'" in done.stderr
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    import re
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in wanted}
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert set(pins) == names and pins["torch"] == "2.13.0"
+
+
+@pytest.mark.slow
+def test_the_base_install_verifies_and_infers_without_torch(bundle: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", ROOT], check=True)
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout.lower()
+    assert "onnxruntime" in listed and not any(name in listed for name in ("torch", "lightning", "scikit"))
+    upright = tmp_path / "venv/bin/upright"
+    subprocess.run([upright, "verify", bundle], check=True)
+    subprocess.run([upright, "infer", bundle, bundle / "samples"], check=True)
