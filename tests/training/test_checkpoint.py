@@ -124,7 +124,7 @@ def test_finding(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_from_python_restores_alike(tmp_path: Path) -> None:
-    data = Digits(size=14, batch_size=128)
+    data = Digits(size=16, batch_size=128)
     network = partial(LeNet, widths=(4, 8, 32, 16), activation="relu")
     classifier = ImageClassifier(data.spec, network, partial(torch.optim.SGD, lr=0.1))
     trainer = L.Trainer(

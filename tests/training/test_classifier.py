@@ -13,7 +13,7 @@ from upright.errors import UprightError
 from upright.training.classifier import ImageClassifier
 from upright.training.schedules import OneCycle
 
-SPEC = Digits(size=12).spec
+SPEC = Digits(size=12, margin=0).spec
 ADAM = partial(torch.optim.Adam, lr=0.01)
 STN = partial(TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, lr_factor=0.1))
 
@@ -24,7 +24,7 @@ def trainer(**options: object) -> L.Trainer:
 
 
 def digits(**options: object) -> Digits:
-    return Digits(size=12, angles=(-30, 30), augment=[partial(RandomAffine, rotate=30)], **options)
+    return Digits(size=12, margin=0, angles=(-30, 30), augment=[partial(RandomAffine, rotate=30)], **options)
 
 
 def test_lr_factor_reaches_the_optimiser_and_the_schedule_keeps_the_ratio() -> None:
@@ -118,7 +118,7 @@ def test_metrics_of_each_stage() -> None:
 
 
 def test_without_views_or_transformer_there_is_no_uprightness() -> None:
-    for network, data in ((STN, Digits(size=12)), (LeNet, digits())):
+    for network, data in ((STN, Digits(size=12, margin=0)), (LeNet, digits())):
         metrics = trainer().test(ImageClassifier(SPEC, network, ADAM), data, verbose=False)[0]
         assert "test/uprightness" not in metrics
 
@@ -138,12 +138,12 @@ def test_an_upright_loss_without_a_transformer_is_refused() -> None:
 def test_an_upright_loss_without_turned_data_is_refused() -> None:
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
     with pytest.raises(UprightError, match=r"the data are not turned: add"):
-        trainer().fit(classifier, Digits(size=12))
+        trainer().fit(classifier, Digits(size=12, margin=0))
 
 
 def test_an_architectures_refusal_is_the_users_error() -> None:
     with pytest.raises(UprightError, match=r"at least 12x12 pixels, got 8x8"):
-        ImageClassifier(Digits(size=8).spec, LeNet, ADAM)
+        ImageClassifier(Digits(size=8, margin=0).spec, LeNet, ADAM)
 
 
 def test_what_could_not_be_rebuilt_is_refused() -> None:

@@ -38,6 +38,7 @@ data:
   class_path: upright.data.digits.Digits
   init_args:
     size: 12
+    margin: 0
     augment: [{class_path: upright.data.augmentation.RandomAffine, init_args: {rotate: 20}}]
 trainer: {max_epochs: 3, callbacks: [{class_path: own.Kill}], accelerator: cpu}
 """

@@ -145,34 +145,27 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
     samples, views = data.samples("test"), data.views("test")
     labels = samples.labels[:: len(views)]
     firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
-    figure, axes = pyplot.subplots(
-        2 * len(firsts), len(views), figsize=(1.1 * len(views) + 1.2, 2.2 * len(firsts) + 0.6), squeeze=False
-    )
-    for row, first in enumerate(firsts):
+    rows = -(-len(firsts) // 2)
+    figure = pyplot.figure(figsize=(2 * (0.8 * len(views) + 0.4), 2.1 * rows + 0.4), layout="constrained")
+    figure.suptitle("What the spatial transformer does: above as it came, below turned, with the prediction", fontsize=9)
+    blocks = figure.subfigures(rows, 2, squeeze=False)
+    for block, first in zip(blocks.flat, firsts, strict=False):
         images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)
         with torch.no_grad(), observing() as seen:
-            predicted = classifier(images).argmax(dim=1)
+            predicted = classifier(images).argmax(dim=1).tolist()
         # What it turned is normalised; a picture has colours from 0 to 1.
         turned = (seen[-1].turned * classifier.model.std + classifier.model.mean) / 255
+        axes = block.subplots(2, len(views), squeeze=False)
         for column, angle in enumerate(views):
-            for axis, image in (
-                (axes[2 * row, column], images[column] / 255),
-                (axes[2 * row + 1, column], turned[column].clamp(0, 1)),
-            ):
+            for axis, image in zip(axes[:, column], (images[column] / 255, turned[column].clamp(0, 1)), strict=True):
                 axis.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
                 axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axes[0, column].set_title(f"{angle:+g}°", fontsize=10)
-            axes[2 * row + 1, column].set_xlabel(
-                data.spec.classes[int(predicted[column])],
-                fontsize=8,
-                color="black" if int(predicted[column]) == int(labels[first]) else "crimson",
+            axes[0, column].set_title(f"{angle:+g}°" if angle else "0°", fontsize=8, pad=2)
+            right = predicted[column] == int(labels[first])
+            axes[1, column].set_xlabel(
+                data.spec.classes[predicted[column]], fontsize=8, labelpad=1, color="black" if right else "crimson"
             )
-        axes[2 * row, 0].set_ylabel("as it came", fontsize=8)
-        axes[2 * row + 1, 0].set_ylabel("turned", fontsize=8)
-    figure.suptitle("What the spatial transformer does (below: the prediction)", fontsize=10)
-    figure.tight_layout()
     aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=110, format="png")
+    figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)
     os.replace(aside, path)

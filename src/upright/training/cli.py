@@ -308,7 +308,7 @@ class UprightCLI(LightningCLI):
 
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise UprightError("--wandb online needs an account: `wandb login` once, or set WANDB_API_KEY.")
-        return WandbLogger(
+        logger = WandbLogger(
             project="upright",
             name=self.name,
             id=run_id,
@@ -317,6 +317,9 @@ class UprightCLI(LightningCLI):
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(console="off"),
         )
+        # Lightning 2.6 always passes it, and wandb 0.31 warns of it.
+        logger._wandb_init.pop("anonymous", None)
+        return logger
 
     def resolved_config(self) -> dict[str, Any]:
         """The whole experiment as plain data, all defaults included."""
