@@ -84,7 +84,9 @@ def test_verify_and_infer_load_nothing_heavy(bundle: Path) -> None:
 
 
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['lightning'] = None; from upright.cli import main; sys.exit(main(['fit', '-c', 'x']))"
+    code = (
+        "import sys; sys.modules['lightning'] = None; from upright.cli import main; sys.exit(main(['fit', '-c', 'x']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "needs the package 'lightning': pip install 'upright[train]'" in done.stderr
 

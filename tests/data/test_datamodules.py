@@ -74,13 +74,6 @@ def test_the_same_arguments_give_the_same_split(data: ImageDataModule) -> None:
     assert again.recipe == data.recipe
 
 
-def test_every_data_yaml_states_the_same_keys() -> None:
-    keys = [set(yaml.safe_load(path.read_text())["init_args"]) for path in DATA]
-    common = {"batch_size", "val_fraction", "test_fraction", "split_seed", "angles", "augment", "size"}
-    for path, found in zip(DATA, keys, strict=True):
-        assert common <= found, f"{path.name} leaves {common - found} to what stood before it"
-
-
 def test_views_show_known_angles_of_the_same_image() -> None:
     data = Digits(size=20, angles=(-90, 0, 90))
     samples = data.samples("val")

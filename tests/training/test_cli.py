@@ -86,6 +86,16 @@ def test_test_on_other_data(upright: Upright, run_folder: Path) -> None:
     assert record["data"]["init_args"]["angles"] == [0] and "test/uprightness" not in record["metrics"]
 
 
+def test_other_data_replace_the_configs(upright: Upright, tmp_path: Path) -> None:
+    # Digits turned by angles, in a margin: nothing of it may reach the plain digits.
+    (tmp_path / "plain.yaml").write_text("class_path: upright.data.digits.Digits\ninit_args: {margin: 2}\n")
+    for name, arguments in (("a", ["--data", "plain.yaml"]), ("b", ["--data=plain.yaml", "--data.batch_size", 32])):
+        assert upright("fit", "--config", LENET, *arguments, "--name", name, *QUICK).code == 0
+        data = yaml.safe_load((tmp_path / f"checkpoints/{name}/config.yaml").read_text())["data"]["init_args"]
+        assert (data["margin"], data["angles"], data["augment"]) == (2, [0.0], [])
+        assert data["batch_size"] == (32 if name == "b" else 64)
+
+
 def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     assert upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "p.csv").code == 0
     rows = read_csv(tmp_path / "p.csv")

@@ -147,7 +147,9 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
     firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
     rows = -(-len(firsts) // 2)
     figure = pyplot.figure(figsize=(2 * (0.8 * len(views) + 0.4), 2.1 * rows + 0.4), layout="constrained")
-    figure.suptitle("What the spatial transformer does: above as it came, below turned, with the prediction", fontsize=9)
+    figure.suptitle(
+        "What the spatial transformer does: above as it came, below turned, with the prediction", fontsize=9
+    )
     blocks = figure.subfigures(rows, 2, squeeze=False)
     for block, first in zip(blocks.flat, firsts, strict=False):
         images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)

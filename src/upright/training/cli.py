@@ -70,7 +70,7 @@ def run(verb: str, arguments: list[str]) -> int:
         # A resumed run goes on in its own folder.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
-            UprightCLI(verb, _with_own_config(verb, arguments, Path(scratch)))
+            UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))))
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
         except ValueError as error:
@@ -112,6 +112,20 @@ def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str
     own = {"model": ours["model"]["init_args"]} | ({"data": ours["data"]} if ours["data"] else {})
     (scratch / "checkpoint.yaml").write_text(yaml.safe_dump(own))
     return ["--config", str(scratch / "checkpoint.yaml"), *arguments]
+
+
+def _replacing_data(arguments: list[str]) -> list[str]:
+    """Let ``--data FILE`` replace the data that stood before it.
+
+    jsonargparse merges the file into them, and so options of one dataset would leak into another.
+    """
+    replaced = []
+    for position, argument in enumerate(arguments):
+        value = arguments[position + 1] if argument == "--data" and position + 1 < len(arguments) else argument
+        if argument.startswith("--data") and value.endswith((".yaml", ".yml", ".json")):
+            replaced += ["--data", "null"]
+        replaced.append(argument)
+    return replaced
 
 
 def _run_folder(arguments: list[str]) -> Path:
@@ -324,7 +338,7 @@ class UprightCLI(LightningCLI):
     def resolved_config(self) -> dict[str, Any]:
         """The whole experiment as plain data, all defaults included."""
         parser = self._parser(self.verb)
-        text = parser.dump(self.config[self.verb], skip_none=False, skip_link_targets=True)
+        text = parser.dump(self.config[self.verb], skip_unset=False, skip_link_targets=True)
         config: dict[str, Any] = yaml.safe_load(text)
         return {key: value for key, value in config.items() if key not in OWN_OPTIONS}
 

@@ -1,0 +1,74 @@
+"""The README is typed in as it stands: its files are written, its commands are run, section by section."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, Upright
+from upright.cli import LIGHTNING, VERBS
+
+README = (ROOT / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
+QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--wandb", "off"]
+
+
+def blocks(section: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[section], flags=re.M | re.S)
+
+
+def commands(section: str) -> list[list[str]]:
+    lines = (line for block in blocks(section, "sh") for line in block.splitlines())
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    return tmp_path
+
+
+@pytest.mark.parametrize("section", ["The line", "Your own architecture", "Your own images", "Your own dataset"])
+def test_as_documented(section: str, upright: Upright, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(checkout)
+    for name in ("cat", "dog"):
+        (checkout / "my-images" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.full((20 + number, 30, 3), 10 * number + (name == "dog"), np.uint8)
+            Image.fromarray(pixels).save(checkout / "my-images" / name / f"{number}.jpg")
+    for block in blocks(section, "python") + blocks(section, "yaml"):
+        name = block.partition("\n")[0].removeprefix("# ")
+        (checkout / name).write_text(block)
+    found = commands(section)
+    assert found
+    for program, *arguments in found:
+        assert program == "upright"
+        answer = upright(*arguments, *(QUICK if arguments[0] == "fit" else []))
+        assert answer.code == 0, (arguments, answer.err)
+
+
+def test_python_as_documented(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("In Python", "python")
+    exec(code.replace("export/stn_lenet", str(bundle)))
+    assert capsys.readouterr().out.startswith("[('")
+
+
+def test_every_command_exists() -> None:
+    for verb in re.findall(r"`upright (\w+)", README):
+        assert verb in LIGHTNING or verb in VERBS
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for target in re.findall(r"`?make (\w+)`?", " ".join(re.findall(r"`make \w+|^make \w+", README, flags=re.M))):
+        assert target in targets
+    for path in re.findall(r"configs/[\w/]+\.yaml", README):
+        assert (ROOT / path).is_file() or path == "configs/strip.yaml"
+
+
+def test_every_recipe_says_its_command_and_its_result() -> None:
+    for path in sorted(ROOT.glob("configs/*.yaml")):
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert head[0] == f"# upright fit --config configs/{path.name}"
+        assert re.search(r"test accuracy 0\.\d+ ± 0\.\d+ \(\d+ seeds\)", " ".join(head)), path.name
