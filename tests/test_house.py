@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "recipes"),
+    ("errors", "files", "recipes"),
     ("images",),
     ("runtime",),
     ("warp",),

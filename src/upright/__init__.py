@@ -3,6 +3,7 @@
 The map, in the order of the imports (each part knows only those above it):
 
     errors        what a user did wrong, in one line
+    files         written whole, or not at all
     recipes       a class and its arguments as plain data, and back
     images        ImageSpec, and decoding any picture to uint8               (numpy, Pillow)
     runtime       bundle -> answers: verify, infer, Predictor                (numpy, Pillow, onnxruntime)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.conftest import CONFIGS, ROOT, Upright
-from upright.training.cli import explain
+from upright.training.parser import explain
 
 STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
 QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--wandb", "off")
@@ -245,7 +245,7 @@ def test_wandb_offline_is_the_default_and_asks_nothing(upright: Upright, tmp_pat
 def test_without_wandb_a_run_works_and_says_so(
     upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upright.training.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("upright.training.tracking.find_spec", lambda name: None)
     answer = upright("fit", "--config", LENET, *QUICK[:4])
     assert answer.code == 0 and "wandb is not installed (`pip install wandb`)" in answer.out
     assert (tmp_path / "checkpoints/lenet/metrics.csv").exists()

@@ -1,10 +1,6 @@
 """``upright export``: checkpoint -> bundle, which appears whole or not at all."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from upright.data.datamodule import ImageDataModule, Original
 from upright.errors import GateError, UprightError
 from upright.exporting.graph import OPSET, write_graph
 from upright.exporting.parity import TOLERANCE, measure_parity
+from upright.files import replacing_folder
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODEL, SAMPLES, SUMS, checksums
 from upright.runtime.predictor import open_session, run_session
 from upright.training.checkpoint import restore
@@ -45,7 +42,7 @@ def export(checkpoint: str, name: str | None = None, force: bool = False) -> int
     if target.exists() and any(target.iterdir()) and not (target / SUMS).is_file():
         raise UprightError(f"'{target}' is not a bundle; --force does not replace it.")
     model, data = restored.classifier.cpu().model.eval(), restored.data
-    with appearing(target) as folder:
+    with replacing_folder(target) as folder:
         print(f"Exporting '{checkpoint}' (opset {OPSET}) ...", flush=True)
         write_graph(model, folder / MODEL)
         session = open_session(folder / MODEL)
@@ -67,23 +64,6 @@ def export(checkpoint: str, name: str | None = None, force: bool = False) -> int
         f"Bundle: {target}\nNext:   upright verify {target}"
     )
     return 0
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` to write into, which takes its place at the end; on any error nothing is left."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (target.with_name(f".{target.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        if target.exists():
-            os.replace(target, old)
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _refusal(parity: dict[str, Any]) -> str:

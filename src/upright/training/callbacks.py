@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from upright.architectures.spatial_transformer import observing
 from upright.data.datamodule import ImageDataModule
+from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
 
@@ -57,7 +58,9 @@ class RunRecord(Callback):
         """See `checkpoint.contents`."""
         assert isinstance(pl_module, ImageClassifier)
         data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
-        checkpoint[KEY] = contents(pl_module, data, self.run, _scalars(trainer))
+        # A training metric still is the last epoch's when validation ends.
+        metrics = {name: value for name, value in _scalars(trainer).items() if name.startswith("val/")}
+        checkpoint[KEY] = contents(pl_module, data, self.run, metrics)
 
 
 def _scalars(trainer: L.Trainer) -> dict[str, float]:
@@ -89,12 +92,10 @@ class MetricsFile(Callback):
         row |= {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"}
         row |= {"seconds": f"{time.monotonic() - self._started:.3f}"}
         rows = [old for old in _read_rows(self.path) if int(old["epoch"]) < trainer.current_epoch] + [row]
-        aside = self.path.with_name(f".{self.path.name}")
-        with open(aside, "w", newline="") as file:
+        with replacing_file(self.path) as aside, open(aside, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for old in rows for name in old)))
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(aside, self.path)
         epochs = trainer.max_epochs or 0
         if self.lines and (epochs < 10 or (trainer.current_epoch + 1) % (epochs // 10) == 0):
             shown = "  ".join(f"{name} {value:.4f}" for name, value in _scalars(trainer).items())
@@ -167,7 +168,6 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
             axes[1, column].set_xlabel(
                 data.spec.classes[predicted[column]], fontsize=8, labelpad=1, color="black" if right else "crimson"
             )
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
+    with replacing_file(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)
-    os.replace(aside, path)

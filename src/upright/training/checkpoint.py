@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError, nearest
+from upright.files import replacing_file
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.training.classifier import ImageClassifier
@@ -36,15 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """See Lightning's `CheckpointIO.save_checkpoint`."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with open(aside, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing_file(target) as aside:
+            torch.save(checkpoint, aside)
 
 
 def contents(
@@ -64,6 +59,7 @@ def contents(
     }
 
 
+@cache
 def git_commit() -> str | None:
     """The commit of the working directory (with ``+`` when tracked files differ from it), if it is a repository."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]

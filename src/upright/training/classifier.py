@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
 from upright.data.augmentation import Augmentation, Augmented
+from upright.data.datamodule import ImageDataModule
 from upright.data.loader import Batch, global_seed
 from upright.errors import UprightError
 from upright.images import ImageSpec
@@ -94,26 +95,31 @@ class ImageClassifier(Recorded, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Find the augmentation; refuse an upright loss that would have nothing to compare."""
-        self.augmentation = getattr(self.trainer.datamodule, "augmentation", None) or Augmentation()  # type: ignore[attr-defined]
-        self.augmentation.to(self.device)
-        if self.upright_weight and not self.augmentation.moves:
+        """Refuse an upright loss that would have nothing to compare."""
+        augmentation = self._augmentation.to(self.device)
+        if self.upright_weight and not augmentation.moves:
             raise UprightError(
                 "The upright loss compares two augmented views of an image, and the data are not turned: add "
                 "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
             )
 
+    @property
+    def _augmentation(self) -> Augmentation:
+        """The datamodule's: it belongs to the data, and not into the weights."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.augmentation if isinstance(data, ImageDataModule) else Augmentation()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Augment, classify, and compare with a second view of the same images where there is an upright loss."""
         # Augmentation and dropout are functions of seed, epoch, batch and process: a resumed run draws the same.
         torch.manual_seed(hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)))
-        view: Augmented = self.augmentation(batch.images)
+        view: Augmented = self._augmentation(batch.images)
         with observing() as seen:
             logits = self.model(view.images)
         loss: Tensor = self.loss(logits, batch.labels)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(logits))
         if self.upright_weight:
-            other: Augmented = self.augmentation(batch.images)
+            other: Augmented = self._augmentation(batch.images)
             with observing(stop_after=len(seen)) as seen_other:
                 self.model(other.images)
             points = pixel_centres(4, 4, device=self.device)

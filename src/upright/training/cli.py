@@ -1,32 +1,28 @@
 """``fit validate test predict``: Lightning's command line, with Upright's run folder, restoring and one-line errors."""
 
 import csv
-import importlib
 import io
 import json
 import logging
-import os
-import pkgutil
 import re
 import shutil
 import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError, nearest
+from upright.errors import UprightError
+from upright.files import write_text
 from upright.training.callbacks import MetricsFile, RunRecord, TransformerPicture, checkpoints
 from upright.training.checkpoint import (
     KEY,
@@ -38,6 +34,8 @@ from upright.training.checkpoint import (
     read_checkpoint,
 )
 from upright.training.classifier import ImageClassifier
+from upright.training.parser import OneLineParser, user_error
+from upright.training.tracking import wandb_logger
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "checkpoints",
@@ -74,17 +72,17 @@ def run(verb: str, arguments: list[str]) -> int:
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
         except ValueError as error:
-            raise _user_error(error) or error from None
+            raise user_error(error) or error from None
     return 0
 
 
-def _option(arguments: list[str], name: str) -> str | None:
-    """The last value of ``--name value`` or ``--name=value``, before anything heavy parses them."""
+def _option(arguments: list[str], *flags: str) -> str | None:
+    """The last value of ``--flag value`` or ``--flag=value``, before anything heavy parses them."""
     found = None
-    for position, argument in enumerate(arguments):
-        if argument == f"--{name}" and position + 1 < len(arguments):
-            found = arguments[position + 1]
-        elif argument.startswith(f"--{name}="):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if argument in flags:
+            found = following
+        elif argument.startswith(tuple(f"{flag}=" for flag in flags)):
             found = argument.partition("=")[2]
     return found
 
@@ -93,10 +91,9 @@ def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str
     """Put first what a checkpoint or a run's folder says of itself, so that the user's own arguments win."""
     if {"-h", "--help"} & set(arguments):
         return arguments
-    config = _option(arguments, "config") or _option(arguments, "c")
-    path = _option(arguments, "ckpt_path")
+    path = _option(arguments, "--ckpt_path")
     if verb == "fit":
-        if config or "-c" in arguments:
+        if _option(arguments, "--config", "-c"):
             return arguments
         if path is None:
             raise UprightError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
@@ -129,68 +126,10 @@ def _replacing_data(arguments: list[str]) -> list[str]:
 
 
 def _run_folder(arguments: list[str]) -> Path:
-    name = _option(arguments, "name")
+    name = _option(arguments, "--name")
     if name is None:
         raise UprightError("--ckpt_path last needs to know the run: give --config or --name.")
-    return Path(_option(arguments, "trainer.default_root_dir") or str(TRAINER_DEFAULTS["default_root_dir"])) / name
-
-
-class OneLineParser(LightningArgumentParser):
-    """Says in one line what is wrong, instead of fifty lines of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the innermost reason, under the key where it stands."""
-        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-        inner = _user_error(ex)
-        options = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action.choices, dict):
-                # The verb's own parser.
-                options += [name for verb in action.choices.values() for name in verb._option_string_actions]
-        reason = str(inner) if inner else explain(message, options)
-        raise UprightError(f"{key}: {reason}" if key and not reason.startswith(key) else reason) from None
-
-
-def _user_error(error: BaseException | None) -> UprightError | None:
-    """The `UprightError` that jsonargparse wrapped, one exception around the other."""
-    while error and not isinstance(error, UprightError):
-        error = error.__cause__ or error.__context__
-    return error if isinstance(error, UprightError) else None
-
-
-def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line from jsonargparse's report: what was given, what is allowed, the nearest name.
-
-    Args:
-        message: the report.
-        options: the parser's own option strings, ``--name``.
-    """
-    names = sorted(option[2:] for option in options if re.fullmatch(r"--.*(?<!help)(?<!\+)", option))
-    if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
-        return f"unknown option '--{match[1]}'.{nearest(match[1], names)} `--help` shows all."
-    if match := re.search(r"unrecognized arguments: (.*)", message):
-        return f"'{match[1]}' belongs to no option; options begin with --."
-    if match := re.search(r"Option '([^']+)' is not accepted", message):
-        return f"unknown option '{match[1]}'.{nearest(match[1], names)} Allowed: {', '.join(names)}."
-    if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
-        given = match[1] or match[2]
-        # `model.netwrk.class_path` is reported whole, and the parser knows no further than `model.network`.
-        level = given.count(".") + 1
-        allowed = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, level)}
-        return f"unknown key '{given}'.{nearest(given, allowed)}"
-    if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
-        module = importlib.import_module(match[1])
-        found = [name for name, value in vars(module).items() if isinstance(value, type)]
-        found += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
-        return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], found)}"
-    if match := re.search(r"No module named '([^']+)'", message):
-        return f"no module named '{match[1]}'. Is the file in the working directory, or the package installed?"
-    if expected := dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)):
-        kinds = [re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]", r"\1\2", kind) for kind in expected]
-        value = re.search(r"Got value: (\S+)|Given value: (.+)", message)
-        given = f", got {value[1] or value[2]}" if value else ""
-        return f"expected {' or '.join(kinds).replace('NoneType', 'null')}{given}"
-    return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]
+    return Path(_option(arguments, "--trainer.default_root_dir") or str(TRAINER_DEFAULTS["default_root_dir"])) / name
 
 
 class UprightCLI(LightningCLI):
@@ -295,7 +234,7 @@ class UprightCLI(LightningCLI):
                 MetricsFile(self.folder / "metrics.csv", lines=not config.enable_progress_bar),
             ]
             if config.logger is None:
-                logger = self._wandb(run["id"]) or False
+                logger = wandb_logger(self._own("wandb"), self.folder, run) or False
         elif self.verb == "test":
             callbacks.append(TransformerPicture(self.folder))
         config = {**config, "plugins": [*_as_list(config.plugins), AtomicCheckpointIO()]}
@@ -305,35 +244,6 @@ class UprightCLI(LightningCLI):
             return self._instantiate_trainer({**config, **kwargs}, callbacks)
         except ValueError as error:
             raise UprightError(" ".join(str(error).split())) from error
-
-    def _wandb(self, run_id: str) -> Logger | None:
-        mode = self._own("wandb")
-        if mode == "off":
-            return None
-        if find_spec("wandb") is None:
-            if mode == "online":
-                raise UprightError("--wandb online needs the package wandb: `pip install wandb`.")
-            print("wandb is not installed (`pip install wandb`): this run is tracked in metrics.csv only.")
-            return None
-        if mode == "offline":
-            # Nothing to say but where the record lies, and `fit` says that at its end.
-            os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise UprightError("--wandb online needs an account: `wandb login` once, or set WANDB_API_KEY.")
-        logger = WandbLogger(
-            project="upright",
-            name=self.name,
-            id=run_id,
-            save_dir=self.folder,
-            offline=mode == "offline",
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(console="off"),
-        )
-        # Lightning 2.6 always passes it, and wandb 0.31 warns of it.
-        logger._wandb_init.pop("anonymous", None)
-        return logger
 
     def resolved_config(self) -> dict[str, Any]:
         """The whole experiment as plain data, all defaults included."""
@@ -360,7 +270,7 @@ class UprightCLI(LightningCLI):
             if not existed and self.folder.exists() and not any(self.folder.glob("*.ckpt")):
                 shutil.rmtree(self.folder)
         best = self.folder / "best.ckpt"
-        if best.is_file():
+        if best.is_file() and self.trainer.is_global_zero:
             metrics = read_checkpoint(best)[KEY]["metrics"]
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val/"))
             print(f"\nBest: {shown}\nRun:  {self.folder}\nNext: upright test --ckpt_path {best}")
@@ -419,16 +329,6 @@ class RunFolder(Callback):
             facts = {"split_digest": trainer.datamodule.manifest.digest, "git_commit": git_commit()}
             for logger in trainer.loggers:
                 logger.log_hyperparams(config | facts)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UprightError
+from upright.files import write_text
 from upright.training.cli import run as run_verb
-from upright.training.cli import write_text
 
 VARIANTS = {
     "lenet": ("LeNet", ["--config", "configs/lenet.yaml"]),

@@ -1,0 +1,53 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from upright.files import replacing_file, replacing_folder, write_text
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "öld")
+    with replacing_file(tmp_path / "a.txt") as aside:
+        aside.write_text("new")
+        assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "öld"
+    assert (tmp_path / "a.txt").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_fails_changes_nothing(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(RuntimeError), replacing_file(tmp_path / "a.txt") as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "b") as first:
+        pass
+    first.mkdir()
+    (first / "left").touch()
+    with replacing_folder(tmp_path / "b") as folder:
+        (folder / "x").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "x"]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_folder_that_cannot_take_its_place_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    target = tmp_path / "b"
+    if existing:
+        target.mkdir()
+        (target / "old").touch()
+    rename = os.replace
+
+    def fail(source: Path, destination: Path) -> None:
+        if source.name.endswith(".new"):
+            raise OSError("no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"), replacing_folder(target) as folder:
+        (folder / "x").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == (["b", "old"] if existing else [])
