@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     from upright.cli import main
 
     monkeypatch.chdir(tmp_path)
+    # What a verb adds to it is this test's alone.
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments: object) -> Answer:
         capsys.readouterr()

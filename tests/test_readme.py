@@ -33,8 +33,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("section", ["The line", "Your own architecture", "Your own images", "Your own dataset"])
-def test_as_documented(section: str, upright: Upright, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(checkout)
+def test_as_documented(section: str, upright: Upright, checkout: Path) -> None:
     for name in ("cat", "dog"):
         (checkout / "my-images" / name).mkdir(parents=True)
         for number in range(10):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -88,9 +89,10 @@ def _run(arguments: list[str]) -> int:
         print(f"upright {version('upright')}")
         return 0
     name, *rest = arguments
-    # A console script does not see the working directory; an own architecture lies there.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    # A console script does not see the working directory, where an own architecture lies. Its absolute path: the
+    # parser changes into a config's folder while it reads it.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     if name in LIGHTNING:
         return int(_load("upright.training.cli:run")(name, rest) or 0)
     if name not in VERBS:

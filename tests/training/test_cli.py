@@ -219,6 +219,7 @@ def test_an_own_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path
     config["data"] = str(ROOT / "configs/data/digits.yaml")
     (tmp_path / "strip.yaml").write_text(yaml.safe_dump(config))
     assert upright("fit", "--config", "strip.yaml", *QUICK).code == 0
+    assert upright("test", "--ckpt_path", "checkpoints/strip").code == 0
     assert upright("export", "checkpoints/strip").code == 0
     assert upright("verify", "export/strip").code == 0
 

@@ -117,7 +117,8 @@ class ImageClassifier(Recorded, L.LightningModule):
         with observing() as seen:
             logits = self.model(view.images)
         loss: Tensor = self.loss(logits, batch.labels)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(logits))
+        per_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": len(logits)}
+        self.log("train/loss", loss.detach(), **per_epoch)
         if self.upright_weight:
             other: Augmented = self._augmentation(batch.images)
             with observing(stop_after=len(seen)) as seen_other:
@@ -126,7 +127,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             turned = upright_loss(
                 final_pose(view.transforms, seen, points), final_pose(other.transforms, seen_other, points)
             )
-            self.log("train/upright_loss", turned.detach(), on_step=False, on_epoch=True, batch_size=len(logits))
+            self.log("train/upright_loss", turned.detach(), **per_epoch)
             loss = loss + self.upright_weight * turned
         return loss
 
@@ -143,7 +144,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         for name, metric in self.metrics[f"_{stage}"].items():  # type: ignore[operator]
             value = metric.compute()
             if not value.isnan():
-                self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
+                self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
             metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -292,6 +292,8 @@ class UprightCLI(LightningCLI):
         """Metrics of the test split, also in ``test.json`` beside the checkpoint, with the transformer's picture."""
         self._evaluate(model, datamodule)
         (metrics,) = self.trainer.test(model, datamodule=datamodule)
+        if not self.trainer.is_global_zero:
+            return
         record = {"checkpoint": str(self.checkpoint), "data": datamodule.recipe, "metrics": metrics}
         write_text(self.folder / "test.json", json.dumps(record, indent=2) + "\n")
         print(f"Written: {self.folder / 'test.json'}")
@@ -300,6 +302,8 @@ class UprightCLI(LightningCLI):
 
     def predict(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Probabilities of every image of the test split, as CSV."""
+        if self.trainer.world_size > 1:
+            raise UprightError(f"predict runs in one process, got {self.trainer.world_size}: --trainer.devices 1.")
         self._evaluate(model, datamodule)
         batches = self.trainer.predict(model, datamodule=datamodule) or []
         index, labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
