@@ -23,14 +23,14 @@ demo: install  ## fit -> test -> export -> verify -> infer on real digits
 
 test: lint types tests  ## what CI runs: lint, types, tests
 
-lint: install
+lint: install  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
+types: install  ## mypy
 	$(BIN)/mypy
 
-tests: install
+tests: install  ## pytest
 	$(BIN)/pytest -n 2
 
 clean:  ## remove .venv and what tools cached

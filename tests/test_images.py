@@ -1,4 +1,5 @@
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,36 @@ def test_grey_arrays_with_and_without_a_channel() -> None:
 def test_sixteen_bits_keep_their_range() -> None:
     values = np.array([[0, 256, 0x7FFF, 0xFFFF]], dtype=np.uint16)
     assert decode(png(Image.fromarray(values)), GREY)[..., 0].tolist() == [[0, 1, 0x7F, 0xFF]]
+
+
+def test_a_32_bit_picture_keeps_8_bits_and_refuses_more_than_16() -> None:
+    def tiff(values: list[int]) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.array([values], dtype=np.int32)).save(file, "TIFF")
+        return file.getvalue()
+
+    assert decode(tiff([0, 200]), GREY)[0, :, 0].tolist() == [0, 200]
+    assert decode(tiff([0, 0xFF00]), GREY)[0, :, 0].tolist() == [0, 255]
+    with pytest.raises(UprightError, match=r"more than 16 bits"):
+        decode(tiff([0, 70000]), GREY)
+
+
+def test_a_changed_byte_is_never_more_than_an_error() -> None:
+    choose = random.Random(0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
+        file = io.BytesIO()
+        image.save(file, kind, exif=exif) if kind != "BMP" else image.save(file, kind)
+        whole = file.getvalue()
+        for _ in range(200):
+            content = bytearray(whole)
+            content[choose.randrange(min(len(content), 200))] = choose.randrange(256)
+            try:
+                assert decode(bytes(content), RGB).shape[2] == 3
+            except UprightError as error:
+                assert "\n" not in str(error)
 
 
 def test_transparent_pixels_show_the_background() -> None:

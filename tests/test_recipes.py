@@ -36,8 +36,15 @@ def test_paths_become_strings() -> None:
     assert recipe(Path("a/b")) == "a/b"
 
 
+class Outer:
+    class Inner:
+        pass
+
+
 @pytest.mark.parametrize(
-    "part", [lambda: 1, Pair(), partial(print, 1), open], ids=["lambda", "object", "call", "function"]
+    "part",
+    [lambda: 1, Pair(), partial(print, 1), open, Outer.Inner, partial(Pair, Outer)],
+    ids=["lambda", "object", "call", "function", "nested", "positional"],
 )
 def test_what_cannot_be_rebuilt(part: object) -> None:
     with pytest.raises(UprightError, match=r"cannot be written into a checkpoint.*functools\.partial"):

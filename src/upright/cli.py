@@ -22,6 +22,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run (its best.ckpt)")
     parser.add_argument("--name", help="name of the bundle: export/NAME; the run's name by default")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--data", metavar="YAML", help="the data, if they are not where they were when it was trained")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,10 @@ VERBS = {
 }
 
 
+USES_OWN_CODE = {*LIGHTNING, "export"}
+"""Verbs that import what a config or a checkpoint names."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
@@ -91,8 +96,8 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     # A console script does not see the working directory, where an own architecture lies. Its absolute path: the
     # parser changes into a config's folder while it reads it.
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+    if name in USES_OWN_CODE and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     if name in LIGHTNING:
         return int(_load("upright.training.cli:run")(name, rest) or 0)
     if name not in VERBS:
@@ -130,10 +135,15 @@ def main(arguments: list[str] | None = None) -> int:
     except UprightError as error:
         print(f"upright: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Who reads our output has had enough; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno is None:
             raise
-        print(f"upright: error: {error.strerror}: '{error.filename}'.", file=sys.stderr)
+        where = f": '{error.filename}'" if error.filename else ""
+        print(f"upright: error: {error.strerror}{where}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("upright: stopped.", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Written aside, synced, then renamed: a file or a folder is there whole, or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ def replacing_file(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write to, which takes its place at the end; on any error nothing changes."""
     # Always the same name: what a killed process left is overwritten, and does not pile up.
     aside = target.with_name(f".{target.name}.new")
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", str(target))
     try:
         yield aside
         with open(aside, "rb") as file:
@@ -32,18 +35,21 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` to fill, which takes its place at the end; on any error nothing changes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    if old.exists() and not target.exists():
+        # A process was killed between the two renames.
+        os.replace(old, target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-        try:
-            os.replace(aside, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
+        os.replace(aside, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

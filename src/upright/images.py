@@ -111,8 +111,8 @@ def decode(
         raise UprightError(f"{name} does not exist.") from None
     except UnidentifiedImageError:
         raise UprightError(f"{name} is not a picture that Pillow can read.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UprightError(f"{name} cannot be decoded: {error}") from None
+    except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
+        raise UprightError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
 
 
 def _picture_array(array: npt.NDArray[Any]) -> Pixels:
@@ -133,8 +133,10 @@ def _decode(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
         values = np.asarray(image).astype(np.int64)
         if values.size and not 0 <= values.min() <= values.max() <= 0xFFFF:
             raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits first")
-        # Pillow's own conversion clips 16 bits at 255; the high byte is what it takes of 16-bit colour.
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        # Pillow's own conversion clips 16 bits at 255; the high byte is what it takes of 16-bit colour. Mode I may hold
+        # 8 bits as well.
+        shift = 0 if image.mode == "I" and values.max() <= 0xFF else 8
+        image = Image.fromarray((values >> shift).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pictures have no agreed range; convert it to 8 or 16 bits first")
     if image.has_transparency_data:

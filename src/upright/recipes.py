@@ -7,6 +7,7 @@ that loads with ``weights_only=True``, and rebuilt from it.
 
 import importlib
 import inspect
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -31,15 +32,17 @@ def recipe(part: Any) -> Any:
     if isinstance(part, dict):
         return {str(key): recipe(value) for key, value in part.items()}
     if isinstance(part, type):
-        return {"class_path": f"{part.__module__}.{part.__qualname__}"}
-    if isinstance(part, partial):
+        module, name = part.__module__, part.__qualname__
+        if module != "__main__" and vars(sys.modules[module]).get(name) is part:
+            return {"class_path": f"{module}.{name}"}
+    elif isinstance(part, partial):
         # People write partial(cls, **arguments); jsonargparse injects partial(how to instantiate, cls, **arguments).
-        *_, cls = part.func, *part.args
-        if isinstance(cls, type):
+        *others, cls = part.func, *part.args
+        if isinstance(cls, type) and not any(isinstance(other, type) for other in others):
             return recipe(cls) | {"init_args": recipe(part.keywords)}
     raise UprightError(
         f"{part!r} cannot be written into a checkpoint, so the model could not be rebuilt from it: "
-        "give a class, or functools.partial(Class, name=value, ...), of an importable module."
+        "give a class of an importable module (not of a script or a function), or functools.partial(Class, name=value)."
     )
 
 

@@ -51,12 +51,13 @@ def identity(batch: int, *, device: torch.device | None = None) -> Tensor:
     return torch.eye(3, device=device).expand(batch, 3, 3)
 
 
-def rotation(angles: Tensor, aspect: float = 1.0) -> Tensor:
+def rotation(angles: Tensor, aspect: float | Tensor = 1.0) -> Tensor:
     """Matrices ``(B, 3, 3)`` that turn what is seen anticlockwise by ``angles`` ``(B,)`` in radians.
 
     Args:
         angles: as seen by someone who looks at the picture.
-        aspect: width / height, without which a rotation in normalised coordinates would shear an oblong image.
+        aspect: width / height, of all or of each ``(B,)``, without which a rotation in normalised coordinates would
+            shear an oblong image.
     """
     cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
     one = torch.ones_like(angles)

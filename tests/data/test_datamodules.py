@@ -204,3 +204,68 @@ def test_an_own_dataset_in_one_class() -> None:
 def test_refuses(options: dict[str, object], text: str) -> None:
     with pytest.raises(UprightError, match=text):
         Digits(**options)
+
+
+class Given(Stripes):
+    """Defines some of its splits."""
+
+    given: dict[str, list[int]]
+
+    def read(self) -> Source:
+        source = super().read()
+        return Source(source.images, source.labels, source.names, self.given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"test": range(20, 40)}, {"val": range(10)}, {"test": range(8), "val": range(30, 40)}]
+)
+def test_a_split_that_is_given_is_kept_and_kept_apart(given: dict[str, range]) -> None:
+    data = Given()
+    data.given = {name: list(part) for name, part in given.items()}
+    assert sorted(np.concatenate(list(data.splits.values()))) == list(range(40))
+    for name, part in given.items():
+        assert data.splits[name].tolist() == list(part)
+
+
+def test_an_image_in_two_given_splits_is_refused() -> None:
+    data = Given()
+    data.given = {"val": [1, 2], "test": [2, 3]}
+    with pytest.raises(UprightError, match="more than one split"):
+        _ = data.splits
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop"])
+def test_the_transform_of_an_oblong_original_is_the_one_done(tmp_path: Path, resize: str) -> None:
+    from upright.warp import warp
+
+    blob = np.zeros((64, 128), np.uint8)
+    blob[24:40, 50:90] = 255
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            Image.fromarray(np.roll(blob, number, axis=1)).save(tmp_path / name / f"{number}.png")
+    data = Folder(root=str(tmp_path), size=64, channels=1, resize=resize, angles=(0, 60))
+    samples = data.samples("test")
+    plain, turned = samples.images[0::2].float(), samples.images[1::2].float()
+    assert (warp(plain, samples.transforms[1::2]) - turned).abs().mean() < 2
+    assert (warp(plain, samples.transforms[0::2]) - turned).abs().mean() > 8
+
+
+@pytest.mark.parametrize(("split", "missing"), [("val", "a"), ("test", "b"), ("train", "b")])
+def test_a_class_without_pictures_in_a_split(tmp_path: Path, split: str, missing: str) -> None:
+    for folder in ("train", "val", "test"):
+        for name in ("a", "b"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            if (folder, name) != (split, missing):
+                Image.new("L", (8, 8)).save(tmp_path / folder / name / "x.png")
+    with pytest.raises(UprightError, match=rf"No picture in class \['{missing}'\] of '.*{split}'"):
+        _ = Folder(root=str(tmp_path)).source
+
+
+def test_hidden_files_and_folders_do_not_count(tmp_path: Path) -> None:
+    for name in ("a", "b", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
+    (tmp_path / "a" / "._x.png").write_text("a Mac was here")
+    data = Folder(root=str(tmp_path))
+    assert data.spec.classes == ("a", "b") and list(data.source.names) == ["a/x.png", "b/x.png"]

@@ -39,12 +39,24 @@ def test_the_epoch_may_be_set_after_iter_is_called() -> None:
 def test_resumes_after_the_batches_that_were_handed_out(handed_out: int) -> None:
     loader, resumed = (BatchLoader(samples(23), 4, shuffle=True, seed=3) for _ in range(2))
     whole = seen(loader)
-    for _ in itertools.islice(loader, handed_out):
+    state = BatchLoader(samples(23), 4, shuffle=True, seed=3)
+    for _ in itertools.islice(state, handed_out):
         pass
-    resumed.load_state_dict(loader.state_dict() if handed_out else {"position": 0})
-    # A state at the end of an epoch is the beginning of the next.
-    assert seen(resumed) == (whole[handed_out:] or whole)
+    resumed.load_state_dict(state.state_dict())
+    assert seen(resumed) == whole[handed_out:]
+    # Once only: what is asked for again is whole.
     assert seen(resumed) == whole
+
+
+def test_a_state_of_an_epochs_end_is_not_for_the_next_epoch() -> None:
+    loader, resumed = (BatchLoader(samples(23), 4, shuffle=True) for _ in range(2))
+    # Lightning may end an epoch early (limit_train_batches).
+    for _ in itertools.islice(loader, 2):
+        pass
+    resumed.load_state_dict(loader.state_dict())
+    for one in (loader, resumed):
+        one.sampler.set_epoch(1)
+    assert seen(resumed) == seen(loader) and len(seen(loader)) == 5
 
 
 def test_training_drops_what_does_not_fill_a_batch() -> None:

@@ -112,7 +112,8 @@ def test_over_budget_there_is_no_bundle(
     monkeypatch.setattr(export_module, "write_graph", wrong_mean)
     answer = upright("export", run_folder)
     assert answer.code == 1
-    assert "disagree on" in answer.err and "so there is no bundle: digit-" in answer.err
+    assert "disagree on" in answer.err and "so there is no bundle" in answer.err
+    assert answer.out.count("  digit-") == int(answer.err.split("disagree on ")[1].split(" ")[0])
     assert list((tmp_path / "export").iterdir()) == []
 
 
@@ -141,6 +142,29 @@ def test_an_existing_bundle_is_kept_unless_forced(upright: Upright, bundle: Path
     assert upright("export", run_folder, "--force").code == 0
     assert upright("verify", bundle).code == 0
     assert [path.name for path in bundle.parent.iterdir()] == ["small"]
+
+
+def test_a_bundles_name_is_a_plain_folder_name(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+    for name in ("../y", "", ".hidden"):
+        answer = upright("export", run_folder, "--name", name)
+        assert answer.code == 2 and f"--name '{name}' must be a plain folder name" in answer.err
+    assert not (tmp_path / "export").exists()
+
+
+def test_data_may_be_elsewhere(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("class_path: upright.data.digits.Digits\ninit_args: {angles: [20]}\n")
+    assert upright("export", run_folder, "--data", "data.yaml").code == 0
+    assert json.loads((tmp_path / "export/small/parity.json").read_text())["images"] == 270
+    manifest = json.loads((tmp_path / "export/small/manifest.json").read_text())
+    assert manifest["provenance"]["data"]["init_args"] == {"angles": [20]}
+    for content, text in (
+        ("[", "cannot be read as YAML"),
+        ("a: 1", "needs a class_path"),
+        ("class_path: os.Nope", "no class"),
+    ):
+        (tmp_path / "data.yaml").write_text(content)
+        answer = upright("export", run_folder, "--force", "--data", "data.yaml")
+        assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
 
 
 def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: Path, tmp_path: Path) -> None:

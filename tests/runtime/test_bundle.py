@@ -59,6 +59,14 @@ def test_a_newer_format_is_refused(bundle: Path, upright: Upright) -> None:
     assert answer.code == 2 and "has format 2, made by Upright 0.1.0; this version reads up to 1" in answer.err
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"format": 1}', '{"format": "x", "provenance": {}}'])
+def test_whole_but_not_ours(upright: Upright, bundle: Path, content: str) -> None:
+    (bundle / "manifest.json").write_text(content)
+    (bundle / SUMS).write_text(checksums(bundle))
+    answer = upright("verify", bundle)
+    assert answer.code == 2 and "is not one that `upright export` wrote" in answer.err and answer.err.count("\n") == 1
+
+
 def test_no_bundle(upright: Upright, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nope"):
         answer = upright("verify", path)

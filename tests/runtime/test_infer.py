@@ -2,6 +2,7 @@ import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,13 +72,13 @@ def test_pictures_of_any_kind_and_size(upright: Upright, bundle: Path, tmp_path:
     exif[0x0112] = 3
     Image.fromarray(pixels[::-1, ::-1]).save(tmp_path / "exif.png", exif=exif)
     Image.fromarray(pixels).resize((84, 84), Image.Resampling.BICUBIC).save(tmp_path / "large.png")
-    Image.fromarray(255 - pixels).convert("CMYK").save(tmp_path / "cmyk.tif")
-    names = ["rgb.png", "deep.png", "alpha.png", "exif.png", "large.png"]
-    answer = upright("infer", bundle, *names, "cmyk.tif", "--format", "jsonl")
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.tif")
+    names = ["rgb.png", "deep.png", "alpha.png", "exif.png", "cmyk.tif", "large.png"]
+    answer = upright("infer", bundle, *names, "--format", "jsonl")
     records = [json.loads(line) for line in answer.out.splitlines()]
-    assert answer.code == 0 and [record["path"] for record in records] == [*names, "cmyk.tif"]
-    assert [record["label"] for record in records[:5]] == [label] * 5
-    same = [record["probability"] for record in records[:4]]
+    assert answer.code == 0 and [record["path"] for record in records] == names
+    assert [record["label"] for record in records] == [label] * 6
+    same = [record["probability"] for record in records[:5]]
     assert max(same) - min(same) < 1e-4
 
 
@@ -99,6 +100,17 @@ def test_batches_do_not_change_answers(bundle: Path) -> None:
     for batch_size in (1, 2, 7, 64):
         for one, other in zip(alone, predictor.predict(images, batch_size), strict=True):
             assert one == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_large_pictures_go_through_in_small_batches(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upright.runtime.predictor.MAX_BATCH_PIXELS", 5000)
+    sizes = []
+    predictor = Predictor(bundle)
+    run = predictor.session.run
+    predictor.session = SimpleNamespace(run=lambda names, feed: sizes.append(feed["images"].shape) or run(names, feed))
+    pictures = [np.zeros((40, 50), np.uint8)] * 5 + [np.zeros((100, 100), np.uint8)] * 2
+    assert len(predictor.predict(pictures)) == 7
+    assert [shape[0] for shape in sizes] == [2, 2, 1, 1, 1]
 
 
 def test_threads_share_a_predictor(bundle: Path) -> None:

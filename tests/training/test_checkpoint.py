@@ -1,4 +1,5 @@
 import pickle
+import random
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,20 @@ def test_a_zip_with_code_in_it(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "upright": Exploit()}, tmp_path / "x.ckpt")
     with pytest.raises(UprightError, match=r"would run code"):
         read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_noise_is_no_checkpoint(tmp_path: Path, run_folder: Path) -> None:
+    choose = random.Random(0)
+    whole = (run_folder / "best.ckpt").read_bytes()
+    for number in range(200):
+        content = bytearray(whole) if number % 2 else bytearray(choose.randbytes(choose.randrange(1, 60)))
+        for _ in range(20):
+            content[choose.randrange(min(len(content), 3000))] = choose.randrange(256)
+        (tmp_path / "x.ckpt").write_bytes(content)
+        try:
+            read_checkpoint(tmp_path / "x.ckpt")
+        except UprightError as error:
+            assert "x.ckpt" in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
@@ -93,6 +108,14 @@ def test_data_that_changed_are_an_error(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", data=ours["data"])
     with pytest.raises(UprightError, match=r"have changed since it was trained: other images, or other splits"):
         restore(run_folder)
+
+
+def test_data_of_ones_choice_must_not_hold_training_images(run_folder: Path) -> None:
+    assert restore(run_folder, data=Digits(angles=(10,))).data.angles == (10,)
+    with pytest.raises(
+        UprightError, match=r"of 270 images in split 'val' of these data are images that .* was trained"
+    ):
+        restore(run_folder, data=Digits(split_seed=5))
 
 
 def test_data_of_other_classes_are_an_error(run_folder: Path, tmp_path: Path) -> None:

@@ -119,6 +119,56 @@ def test_an_existing_run_is_kept_unless_forced(upright: Upright, tmp_path: Path)
     assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() != before
 
 
+def test_going_on_from_another_run_does_not_overwrite_this_one(
+    upright: Upright, run_folder: Path, tmp_path: Path
+) -> None:
+    assert upright("fit", "--config", STN, "--name", "two", *QUICK).code == 0
+    before = (tmp_path / "checkpoints/two/metrics.csv").read_bytes()
+    go_on = ("fit", "--config", STN, "--ckpt_path", run_folder / "last.ckpt", "--trainer.max_epochs", 3, *QUICK[2:])
+    answer = upright(*go_on, "--name", "two")
+    assert answer.code == 2 and "Run 'checkpoints/two' exists" in answer.err
+    assert (tmp_path / "checkpoints/two/metrics.csv").read_bytes() == before
+    answer = upright(*go_on, "--name", "three")
+    assert answer.code == 0 and "Best: " in answer.out
+    assert (tmp_path / "checkpoints/three/best.ckpt").exists()
+
+
+def test_a_forced_run_that_fails_gives_the_old_one_back(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+    before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
+    with pytest.raises(Exception):  # noqa: B017  # whatever torch says of a flat image
+        upright("fit", "--config", LENET, "--force", "--data.augment", "[{class_path: torch.nn.Flatten}]", *QUICK)
+    assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["lenet"]
+
+
+def test_nothing_to_go_on_with(upright: Upright, run_folder: Path) -> None:
+    answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off")
+    assert answer.code == 2 and "has 2 epochs behind it; raise --trainer.max_epochs" in answer.err
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1, "--trainer.max_epochs", 3)
+    answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off", *sgd)
+    assert answer.code == 2 and "was trained with optimizer torch.optim" in answer.err
+
+
+def test_two_processes_train_and_test_as_one(upright: Upright, tmp_path: Path) -> None:
+    def run(*arguments: object) -> None:
+        command = [sys.executable, "-m", "upright", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    run("fit", "--config", STN, *QUICK, *two)
+    run("test", "--ckpt_path", "checkpoints/stn_lenet", *two)
+    together = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
+    assert upright("test", "--ckpt_path", "checkpoints/stn_lenet").code == 0
+    alone = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
+    assert together == pytest.approx(alone, abs=1e-5) and set(alone) == {
+        "test/loss",
+        "test/accuracy",
+        "test/uprightness",
+    }
+
+
 def test_force_does_not_delete_what_is_no_run(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "checkpoints/lenet").mkdir(parents=True)
     (tmp_path / "checkpoints/lenet/thesis.tex").touch()
@@ -164,6 +214,8 @@ BAD = [
     (("fit", "--config", LENET, "--data", "upright.data.digits.Digts"), "Did you mean 'Digits'?"),
     (("fit", "--config", LENET, "--model.upright_weight", 1), "needs a SpatialTransformer"),
     (("fit", "--config", LENET, "--name", "a/b"), "must be a plain folder name"),
+    (("fit", "--config", LENET, "--name", ""), "--name '' must be a plain folder name"),
+    (("fit", "--config", ROOT / "docs/transformer.png"), "A config must be YAML in UTF-8"),
     (("fit", "--config", LENET, "--ckpt_path", "last"), "There is no 'checkpoints/lenet/last.ckpt'"),
     (("fit", "--name", "x", "--ckpt_path", "last"), "'checkpoints/x' holds no config.yaml"),
     (("fit", "--ckpt_path", "last"), "give --config or --name"),
@@ -201,6 +253,9 @@ def test_a_target_that_cannot_be_written(upright: Upright, tmp_path: Path, run_f
     (tmp_path / "file").touch()
     answer = upright("fit", "--config", LENET, "--trainer.default_root_dir", tmp_path / "file", *QUICK)
     assert answer.code == 2 and "Not a directory" in answer.err and answer.err.count("\n") == 1
+    for path in (tmp_path, "/dev/null"):
+        answer = upright("predict", "--ckpt_path", run_folder, "--output", path)
+        assert answer.code == 2 and "Not a regular file" in answer.err and answer.err.count("\n") == 1
     answer = upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "no/such/folder/p.csv")
     assert answer.code == 2 and "No such file or directory" in answer.err and answer.err.count("\n") == 1
 

@@ -92,7 +92,14 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path) -> None:
 
 
 def test_the_test_above_can_fail(folder: Path) -> None:
-    assert fit(folder, "one") == 0
-    assert fit(folder, "two", "--seed_everything", "4") == 0
-    one, two = last(folder, "one"), last(folder, "two")
-    assert not torch.equal(one["model.network.layers.1.weight"], two["model.network.layers.1.weight"])
+    options = ("--save_every_n_steps", "4", "--trainer.max_epochs", "1")
+    assert fit(folder, "whole", *options) == 0
+    assert fit(folder, "killed", *options, kill_at=10) == -signal.SIGKILL
+    path = folder / "checkpoints/killed/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["Digits"] == {"epoch": 0, "position": 8}
+    checkpoint["Digits"]["position"] = 7
+    torch.save(checkpoint, path)
+    assert fit(folder, "killed", *options, "--ckpt_path", "last") == 0
+    whole, resumed = last(folder, "whole"), last(folder, "killed")
+    assert not torch.equal(whole["model.network.layers.1.weight"], resumed["model.network.layers.1.weight"])

@@ -53,7 +53,8 @@ def test_batches_may_cut_through_an_image() -> None:
 
 
 def test_one_view_says_nothing() -> None:
-    assert math.isnan(measure(torch.zeros(4), torch.zeros(4), torch.arange(4)))
+    for applied in (torch.zeros(50), torch.rand(50)):
+        assert math.isnan(measure(applied, torch.randn(50), torch.arange(50)))
 
 
 def poses(applied: torch.Tensor, undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:

@@ -56,7 +56,7 @@ class RandomAffine(Geometric):
 
     def matrices(self, batch: int, aspect: float) -> Tensor:
         """See `Geometric.matrices`."""
-        # Always five draws per image, in this order: switching one option leaves the others' numbers as they were.
+        # Always six draws per image, in this order: switching one option leaves the others' numbers as they were.
         turn, size, slant, mirror, *shifts = torch.rand(6, batch)
         matrices = rotation(math.radians(self.rotate) * (2 * turn - 1), aspect)
         inner = identity(batch).clone()

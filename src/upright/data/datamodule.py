@@ -78,7 +78,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         self.augmentation = Augmentation(part() for part in augment)
         self.recipe: dict[str, Any] = recipe(type(self)) | {"init_args": recipe(self.arguments)}
         self.samples = cache(self._samples)
-        self._resume_from: dict[str, Any] = {"position": 0}
+        self._resume_from: dict[str, Any] = {}
         self._train_loader: BatchLoader | None = None
 
     @property
@@ -102,7 +102,10 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         fractions = {"val": self.val_fraction, "test": self.test_fraction}
         fractions = {name: fraction for name, fraction in fractions.items() if name not in given}
         labels = np.asarray(self.source.labels)
-        pool = given.pop("train", np.arange(len(labels)))
+        taken = np.concatenate([np.empty(0, np.int64), *given.values()])
+        if len(np.unique(taken)) < len(taken):
+            raise UprightError("The source has an image in more than one split.")
+        pool = given.pop("train", np.setdiff1d(np.arange(len(labels)), taken))
         if fractions:
             parts = stratified_split(labels[pool], fractions, self.split_seed)
             return given | {name: pool[part] for name, part in parts.items()}
@@ -125,21 +128,33 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     def originals(self, split: str) -> Iterator[Original]:
         """Decoded images at their own sizes, in the order of the loader; never the cache."""
+        names = self.names(split)
         for i in self.splits[split].tolist():
+            pixels = self.source.images[i]
             for angle in self.views(split):
-                name = self.source.names[i] + (f"_{angle:+g}" if len(self.views(split)) > 1 else "")
-                yield Original(name, _turn(self.source.images[i], angle), int(self.source.labels[i]))
+                yield Original(next(names), _turn(pixels, angle), int(self.source.labels[i]))
+
+    def names(self, split: str) -> Iterator[str]:
+        """The names of the originals, without decoding them."""
+        views = self.views(split)
+        for i in self.splits[split].tolist():
+            for angle in views:
+                yield self.source.names[i] + (f"_{angle:+g}" if len(views) > 1 else "")
 
     def _samples(self, split: str) -> Batch:
         """The cache: every original of the split at the network's size, rounded to uint8."""
         spec, views = self.spec, self.views(split)
-        originals = list(self.originals(split))
-        images = torch.stack([_fit(original.pixels, spec) for original in originals])
-        turns = rotation(torch.tensor([math.radians(angle) for angle in views]), spec.width / spec.height)
-        position = torch.arange(len(originals))
-        labels = torch.tensor([original.label for original in originals])
-        group = position // len(views)
-        return Batch(images, labels, position, group, turns.repeat(len(originals) // len(views), 1, 1))
+        count = len(self.splits[split]) * len(views)
+        images = torch.empty(count, *spec.input_shape, dtype=torch.uint8)
+        labels = torch.empty(count, dtype=torch.int64)
+        aspects = torch.empty(count)
+        for i, (_, pixels, label) in enumerate(self.originals(split)):
+            images[i], labels[i] = _fit(pixels, spec), label
+            # Stretching keeps normalised coordinates, in which a turn depends on the original's own aspect.
+            aspects[i] = pixels.shape[1] / pixels.shape[0] if spec.resize == "stretch" else spec.width / spec.height
+        position = torch.arange(count)
+        angles = torch.tensor(views).deg2rad().repeat(len(self.splits[split]))
+        return Batch(images, labels, position, position // len(views), rotation(angles, aspects))
 
     def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
         """Batches of one split, this process's share."""
@@ -156,8 +171,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """The training split, in a new order every epoch."""
         self._train_loader = loader = self.loader("train", shuffle=True)
-        loader.load_state_dict(self._resume_from)
-        self._resume_from = {"position": 0}
+        if self._resume_from:
+            loader.load_state_dict(self._resume_from)
+            self._resume_from = {}
         return loader
 
     def state_dict(self) -> dict[str, Any]:

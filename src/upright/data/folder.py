@@ -13,6 +13,8 @@ from upright.images import SUFFIXES, ImageSpec, Pixels, decode
 class Folder(ImageDataModule):
     """``root/<class>/*``, split by us; or ``root/<split>/<class>/*`` for the splits train, val and test.
 
+    Files and folders whose names begin with a dot do not count.
+
     Args:
         root: the folder. A split that it lacks is split off the training images.
         size: height and width that the network sees.
@@ -59,7 +61,7 @@ class Folder(ImageDataModule):
     def spec(self) -> ImageSpec:
         """Classes are the names of the folders, sorted."""
         training = self._class_folders.get("train", self.root)
-        classes = tuple(sorted(path.name for path in training.iterdir() if path.is_dir()))
+        classes = tuple(sorted(path.name for path in training.iterdir() if path.is_dir() and path.name[0] != "."))
         if len(classes) < 2:
             raise UprightError(
                 f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}."
@@ -86,8 +88,11 @@ class Folder(ImageDataModule):
                 paths.append(path)
                 labels.append(spec.classes.index(name))
             splits[split] = range(first, len(paths))
-        if empty := [name for label, name in enumerate(spec.classes) if label not in labels]:
-            raise UprightError(f"No picture in class {empty} of '{self.root}' ({' '.join(sorted(SUFFIXES))}).")
+        for split, part in splits.items():
+            found = {labels[i] for i in part}
+            if empty := [name for label, name in enumerate(spec.classes) if label not in found]:
+                where = self.root / split
+                raise UprightError(f"No picture in class {empty} of '{where}' ({' '.join(sorted(SUFFIXES))}).")
         names = [path.relative_to(self.root).as_posix() for path in paths]
         return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None)
 
@@ -107,5 +112,6 @@ class _Decoded(Sequence[Pixels]):
 
 def _pictures(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.glob("*/**/*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
             yield path

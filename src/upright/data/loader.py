@@ -74,7 +74,7 @@ class BatchLoader:
         self.batch_sampler = None
         self.sampler = EpochOrder(len(samples.labels), shuffle=shuffle, seed=seed)
         self._position = 0
-        self._resume_at = 0
+        self._resume: dict[str, Any] = {}
 
     def __len__(self) -> int:
         """Batches per epoch on this process."""
@@ -87,16 +87,18 @@ class BatchLoader:
         """Batches of the current epoch, from where a restored state left off."""
         # Lightning sets the epoch after it has called iter(), so nothing is read before the first batch is asked for.
         order = self.sampler()[self.rank :: self.world_size]
-        start, self._resume_at = self._resume_at % max(1, len(self)), 0
+        # A state of another epoch is one of its end, and this epoch begins at its beginning.
+        start = self._resume.get("position", 0) if self._resume.get("epoch") == self.sampler.epoch else 0
+        self._resume = {}
         for position in range(start, len(self)):
             chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
             self._position = position + 1
             yield Batch(*(field[chosen] for field in self.samples))
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches of this epoch that were handed out."""
-        return {"position": self._position}
+        """The epoch, and the batches of it that were handed out."""
+        return {"epoch": self.sampler.epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on after that many batches; after a whole epoch, at the beginning of the next."""
-        self._resume_at = self._position = state["position"]
+        """The next iteration goes on there, if it is of the same epoch."""
+        self._resume, self._position = state, state["position"]

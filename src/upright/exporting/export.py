@@ -15,46 +15,53 @@ from upright.exporting.parity import TOLERANCE, measure_parity
 from upright.files import replacing_folder
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODEL, SAMPLES, SUMS, checksums
 from upright.runtime.predictor import open_session, run_session
-from upright.training.checkpoint import restore
+from upright.training.checkpoint import check_name, read_data, restore
 
 SAMPLE_COUNT = 16
 
 
-def export(checkpoint: str, name: str | None = None, force: bool = False) -> int:
+def export(checkpoint: str, name: str | None = None, force: bool = False, data: str | None = None) -> int:
     """Export, compare with PyTorch on the whole validation split, and only then show the bundle.
 
     Args:
         checkpoint: a checkpoint, or the folder of a run.
         name: of the bundle; the run's by default.
         force: replace an existing bundle.
+        data: a YAML of the data, if they are not where they were.
 
     Raises:
         UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
         GateError: if ONNX Runtime and PyTorch do not agree; no bundle is written.
     """
-    restored = restore(checkpoint)
-    name = name or restored.contents["run"]["name"]
-    if Path(name).name != name or name.startswith("."):
-        raise UprightError(f"--name '{name}' must be a plain folder name.")
+    restored = restore(checkpoint, read_data(data) if data else None)
+    name = restored.contents["run"]["name"] if name is None else name
+    check_name(name)
     target = Path("export") / name
     if target.exists() and not force:
         raise UprightError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
     if target.exists() and any(target.iterdir()) and not (target / SUMS).is_file():
         raise UprightError(f"'{target}' is not a bundle; --force does not replace it.")
-    model, data = restored.classifier.cpu().model.eval(), restored.data
+    model, datamodule = restored.classifier.cpu().model.eval(), restored.data
     with replacing_folder(target) as folder:
         print(f"Exporting '{checkpoint}' (opset {OPSET}) ...", flush=True)
         write_graph(model, folder / MODEL)
         session = open_session(folder / MODEL)
         print("Comparing with PyTorch on the validation split's originals ...", flush=True)
-        parity = measure_parity(model, session, data)
+        parity = measure_parity(model, session, datamodule)
         if not parity["passed"]:
-            raise GateError(_refusal(parity))
+            for sample in parity["offending"]:
+                print(
+                    "  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, off by {difference:.2g}".format(**sample)
+                )
+            raise GateError(
+                f"ONNX Runtime and PyTorch disagree on {len(parity['offending'])} of {parity['images']} validation "
+                f"images (allowed difference {TOLERANCE:.0e}), which are listed above; so there is no bundle."
+            )
         _write_json(folder / "parity.json", parity)
-        _write_samples(folder, session, data)
-        manifest = _manifest(restored.contents, data, name)
+        _write_samples(folder, session, datamodule)
+        manifest = _manifest(restored.contents, datamodule, name)
         _write_json(folder / MANIFEST, manifest)
-        (folder / "README.md").write_text(_card(manifest, parity, name))
+        (folder / "README.md").write_text(_card(manifest, parity, name), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
     accuracy = parity["accuracy"]
     print(
@@ -66,31 +73,18 @@ def export(checkpoint: str, name: str | None = None, force: bool = False) -> int
     return 0
 
 
-def _refusal(parity: dict[str, Any]) -> str:
-    offending = parity["offending"]
-    shown = ", ".join(
-        f"{sample['name']} (PyTorch {sample['pytorch']}, ONNX Runtime {sample['onnxruntime']}, "
-        f"off by {sample['difference']:.2g})"
-        for sample in offending[:10]
-    )
-    more = f" and {len(offending) - 10} more" if len(offending) > 10 else ""
-    return (
-        f"ONNX Runtime and PyTorch disagree on {len(offending)} of {parity['images']} validation images "
-        f"(allowed difference {parity['tolerance']:.0e}), so there is no bundle: {shown}{more}."
-    )
-
-
 def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_samples(folder: Path, session: Any, data: ImageDataModule) -> None:
     """Real validation images as PNG, with what the graph says of them."""
-    originals = list(data.originals("val"))
-    chosen = [originals[i] for i in np.linspace(0, len(originals) - 1, min(SAMPLE_COUNT, len(originals))).astype(int)]
+    count = len(list(data.names("val")))
+    chosen = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
     (folder / SAMPLES).mkdir()
-    expected = []
-    for number, original in enumerate(chosen):
+    expected: list[dict[str, Any]] = []
+    for original in (original for i, original in enumerate(data.originals("val")) if i in chosen):
+        number = len(expected)
         file = f"{SAMPLES}/{number:02d}.png"
         write_png(folder / file, original)
         (row,) = run_session(session, [original.pixels], 1)
@@ -120,7 +114,7 @@ def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str) -> dic
             "run": contents["run"],
             "git_commit": contents["git_commit"],
             "model": contents["model"],
-            "data": contents["data"],
+            "data": data.recipe,
             "split": {"digest": data.manifest.digest, "counts": data.manifest.counts},
             "metrics": contents["metrics"],
         },
@@ -130,7 +124,7 @@ def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str) -> dic
 def _card(manifest: dict[str, Any], parity: dict[str, Any], name: str) -> str:
     spec, provenance, accuracy = manifest["spec"], manifest["provenance"], parity["accuracy"]
     network = provenance["model"]["init_args"]["network"]["class_path"]
-    data = (provenance["data"] or {}).get("class_path", "given by hand")
+    data = provenance["data"]["class_path"]
     size = f"{spec['height']} x {spec['width']}"
     metrics = "\n".join(f"| {key} | {value:.4f} |" for key, value in provenance["metrics"].items())
     return f"""# {name}

@@ -58,19 +58,23 @@ class Bundle:
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
         bundle = cls(folder)
-        version = bundle.manifest.get("format")
-        if not isinstance(version, int) or version > FORMAT:
-            made_by = bundle.manifest.get("provenance", {}).get("versions", {}).get("upright")
-            raise UprightError(
-                f"Bundle '{folder}' has format {version}, made by Upright {made_by}; "
-                f"this version reads up to {FORMAT}. Install a newer Upright."
-            )
-        return bundle
+        try:
+            version, made_by = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
+            if version <= FORMAT:
+                _ = bundle.spec, bundle.tolerance, bundle.samples[0]["probabilities"]
+                return bundle
+        except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UprightError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
+        raise UprightError(
+            f"Bundle '{folder}' has format {version}, made by Upright {made_by}; "
+            f"this version reads up to {FORMAT}. Install a newer Upright."
+        )
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """``manifest.json``."""
-        manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         return manifest
 
     @cached_property
@@ -78,8 +82,13 @@ class Bundle:
         """What an image is; the manifest rules."""
         return ImageSpec.from_dict(self.manifest["spec"])
 
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of a probability that `verify` allows."""
+        return float(self.manifest["tolerance"])
+
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """Real images with what the model says of them: ``file``, ``label``, ``probabilities``."""
-        samples: list[dict[str, Any]] = json.loads((self.folder / EXPECTED).read_text())
+        samples: list[dict[str, Any]] = json.loads((self.folder / EXPECTED).read_text(encoding="utf-8"))
         return samples

@@ -36,7 +36,7 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -
         for name in images:
             try:
                 paths = list(find_images([name]))
-            except UprightError as error:
+            except (UprightError, OSError) as error:
                 failed += 1
                 print(f"upright: error: {error}", file=sys.stderr)
                 continue

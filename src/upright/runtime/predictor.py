@@ -1,9 +1,9 @@
 """Answers from a bundle in Python."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from upright.images import Pixels, decode
 from upright.runtime.bundle import MODEL, Bundle
 
 Probabilities = npt.NDArray[np.float32]
+Item = TypeVar("Item")
 
 
 class Prediction(NamedTuple):
@@ -85,16 +86,20 @@ def open_session(model: Path) -> onnxruntime.InferenceSession:
         raise UprightError(f"onnxruntime {onnxruntime.__version__} cannot load '{model}': {error}") from error
 
 
+MAX_BATCH_PIXELS = 4_000_000
+"""A batch of large pictures is cut at so many pixels, so that a folder of photographs fits into memory."""
+
+
 def run_session(
     session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int
 ) -> Iterator[Probabilities]:
     """See `Predictor.probabilities`."""
-    for _, same_size in groupby(pixels, key=lambda image: image.shape):
-        batch: list[Pixels] = []
-        for image in same_size:
-            batch.append(image)
-            if len(batch) == batch_size:
-                yield from session.run(["probabilities"], {"images": np.stack(batch)})[0]
-                batch = []
-        if batch:
-            yield from session.run(["probabilities"], {"images": np.stack(batch)})[0]
+    for batch in batches_of_one_size(pixels, lambda image: image, batch_size):
+        yield from session.run(["probabilities"], {"images": np.stack(batch)})[0]
+
+
+def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], most: int) -> Iterator[list[Item]]:
+    """Neighbours whose ``pixels`` have one shape, at most so many, and at most `MAX_BATCH_PIXELS` unless it is one."""
+    for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
+        while batch := list(islice(group, max(1, min(most, MAX_BATCH_PIXELS // (height * width))))):
+            yield batch

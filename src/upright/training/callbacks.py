@@ -22,11 +22,13 @@ class RunCheckpoint(ModelCheckpoint):
     """Knows its best score again after the run's folder was moved (Lightning's own forgets it then)."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the files where the folder is now."""
+        """Put the files where the folder is now; a best one that is not there is none."""
 
         def here(path: str) -> str:
             return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
 
+        if not os.path.isfile(here(state_dict["best_model_path"])):
+            return
         paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         best = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})
@@ -58,7 +60,7 @@ class RunRecord(Callback):
         """See `checkpoint.contents`."""
         assert isinstance(pl_module, ImageClassifier)
         data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
-        # A training metric still is the last epoch's when validation ends.
+        # What it was chosen by; a training metric may be of the epoch before.
         metrics = {name: value for name, value in _scalars(trainer).items() if name.startswith("val/")}
         checkpoint[KEY] = contents(pl_module, data, self.run, metrics)
 
@@ -157,6 +159,8 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
         with torch.no_grad(), observing() as seen:
             predicted = classifier(images).argmax(dim=1).tolist()
         # What it turned is normalised; a picture has colours from 0 to 1.
+        if seen[-1].turned.shape[1:] != data.spec.input_shape:
+            return  # it turns feature maps
         turned = (seen[-1].turned * classifier.model.std + classifier.model.mean) / 255
         axes = block.subplots(2, len(views), squeeze=False)
         for column, angle in enumerate(views):

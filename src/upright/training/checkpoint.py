@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from upright.data.datamodule import ImageDataModule
@@ -108,12 +109,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"'{path}' is not an Upright checkpoint: it is damaged, or a pickle that would run code when loaded "
             f"({_first_line(error)})."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's unpickler raises whatever a broken file leads it to
         raise UprightError(
             f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
         ) from None
     ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if not isinstance(ours, dict) or "state_dict" not in checkpoint:
+    if not isinstance(ours, dict) or "state_dict" not in checkpoint or not isinstance(ours.get("format"), int):
         raise UprightError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
     if ours["format"] > FORMAT:
         raise UprightError(
@@ -154,11 +155,41 @@ def restore(path: str | Path, data: ImageDataModule | None = None) -> Restored:
         if ours["data"] is None:
             raise UprightError(f"'{path}' does not say what data it was trained with; give them with --data.")
         data = build(ours["data"])()
-        # Augmentations are recipes, to be completed by the datamodule; everything else was plain data.
     assert data is not None
     load_weights(classifier, checkpoint, path)
     check_data(ours, data, path, same_split=own_data)
     return Restored(classifier.eval(), data, ours)
+
+
+def read_data(path: str | Path) -> ImageDataModule:
+    """The datamodule of a YAML like those in ``configs/data``.
+
+    Raises:
+        UprightError: if it is no such file.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
+        raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
+    try:
+        data = build(found)()
+    except TypeError as error:
+        raise UprightError(f"'{path}': {error}.") from None
+    if not isinstance(data, ImageDataModule):
+        raise UprightError(f"'{path}' describes a {type(data).__name__}, which is no ImageDataModule.")
+    return data
+
+
+def check_name(name: str) -> None:
+    """A run and a bundle are named by a plain folder name.
+
+    Raises:
+        UprightError: for anything else.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UprightError(f"--name '{name}' must be a plain folder name.")
 
 
 def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -184,7 +215,8 @@ def check_data(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path,
         same_split: whether they must be the very images it was trained and selected on, in the same splits.
 
     Raises:
-        UprightError: if classes or pixels differ, or the split does.
+        UprightError: if classes or channels differ; if the split does; or, with data of the user's choice, if the
+            images it was trained on are among those it would be judged by.
     """
     spec, given = ImageSpec.from_dict(ours["spec"]), data.spec
     if given.classes != spec.classes or given.channels != spec.channels:
@@ -192,8 +224,17 @@ def check_data(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path,
             f"'{path}' knows {spec.channels} channel(s) and the classes {list(spec.classes)}; "
             f"the data have {given.channels} and {list(given.classes)}."
         )
-    if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
+    if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
+        return
+    if same_split:
         raise UprightError(
             f"The data of '{path}' have changed since it was trained: other images, or other splits. "
             "Restore them, or say with --data what to use."
         )
+    for split in ("val", "test"):
+        trained_on = torch.isin(data.manifest.hashes[split], ours["split"]["hashes"]["train"])
+        if trained_on.any():
+            raise UprightError(
+                f"{int(trained_on.sum())} of {len(trained_on)} images in split '{split}' of these data are images that "
+                f"'{path}' was trained on, so its accuracy there would mean nothing."
+            )

@@ -28,6 +28,7 @@ from upright.training.checkpoint import (
     KEY,
     AtomicCheckpointIO,
     check_data,
+    check_name,
     find_checkpoint,
     git_commit,
     load_weights,
@@ -41,6 +42,8 @@ TRAINER_DEFAULTS = {
     "default_root_dir": "checkpoints",
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
+    # Several processes are a choice: they change the batch that the optimiser sees.
+    "devices": 1,
     # Everything is logged per epoch; Lightning warns when an epoch has fewer steps than this.
     "log_every_n_steps": 1,
 }
@@ -67,10 +70,14 @@ def run(verb: str, arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         # A resumed run goes on in its own folder.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # It may do without the saving within epochs that the run had before.
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         try:
             UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))))
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
+        except UnicodeDecodeError as error:
+            raise UprightError(f"A config must be YAML in UTF-8: {error}.") from error
         except ValueError as error:
             raise user_error(error) or error from None
     return 0
@@ -119,7 +126,7 @@ def _replacing_data(arguments: list[str]) -> list[str]:
     replaced = []
     for position, argument in enumerate(arguments):
         value = arguments[position + 1] if argument == "--data" and position + 1 < len(arguments) else argument
-        if argument.startswith("--data") and value.endswith((".yaml", ".yml", ".json")):
+        if re.match(r"--data(=|$)", argument) and value.endswith((".yaml", ".yml", ".json")):
             replaced += ["--data", "null"]
         replaced.append(argument)
     return replaced
@@ -198,25 +205,30 @@ class UprightCLI(LightningCLI):
             self.folder = self.checkpoint.parent
             return
         configs = [str(path) for path in self._own("config") or []]
-        self.name = self._own("name") or (_stem(configs[-1]) if configs else "run")
-        if Path(self.name).name != self.name or self.name.startswith("."):
-            raise UprightError(f"--name '{self.name}' must be a plain folder name.")
-        self.folder = Path(self._own("trainer").default_root_dir) / self.name
+        # The parser reads an empty name as null.
+        given = _option(self.arguments, "--name")
+        self.name = _stem(configs[-1]) if given is None else given
+        check_name(self.name)
+        self.folder = Path(self._own("trainer").default_root_dir or "checkpoints") / self.name
         path = self._own("ckpt_path")
-        if path is None:
-            if self.folder.exists() and not self._own("force"):
-                raise UprightError(
-                    f"Run '{self.folder}' exists: --ckpt_path last goes on with it, --force replaces it, "
-                    "--name gives this one another name."
-                )
-        elif path in ("last", "best"):
+        if path in ("last", "best"):
             self.checkpoint = self.folder / f"{path}.ckpt"
             if not self.checkpoint.is_file():
                 raise UprightError(
                     f"There is no '{self.checkpoint}' to go on with; leave --ckpt_path out to start anew."
                 )
-        else:
+        elif path is not None:
             self.checkpoint = find_checkpoint(path)
+        self.goes_on = self.checkpoint is not None and self.checkpoint.parent.resolve() == self.folder.resolve()
+        if self.goes_on or not self.folder.exists():
+            return
+        if not self._own("force"):
+            raise UprightError(
+                f"Run '{self.folder}' exists: --ckpt_path last goes on with it, --force replaces it, "
+                "--name gives this one another name."
+            )
+        if any(self.folder.iterdir()) and not (self.folder / "config.yaml").is_file():
+            raise UprightError(f"'{self.folder}' is not the folder of a run; --force does not replace it.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Lightning's trainer with Upright's callbacks, logger and checkpoint writer."""
@@ -253,22 +265,25 @@ class UprightCLI(LightningCLI):
         return {key: value for key, value in config.items() if key not in OWN_OPTIONS}
 
     def fit(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
-        """Train; leave nothing behind if it did not get as far as a checkpoint."""
+        """Train; what did not get as far as a checkpoint leaves nothing behind, and what stood before stands again."""
         resume = str(self.checkpoint) if self.checkpoint else None
         if self.checkpoint:
             checkpoint = read_checkpoint(self.checkpoint)
             load_weights(model, checkpoint, self.checkpoint)
             check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
-        elif self.folder.exists():
-            if any(self.folder.iterdir()) and not (self.folder / "config.yaml").is_file():
-                raise UprightError(f"'{self.folder}' is not the folder of a run; --force does not replace it.")
-            shutil.rmtree(self.folder)
-        existed = self.folder.exists()
+            _check_resumable(checkpoint, model, self.trainer.max_epochs, self.checkpoint)
+        replaced = self.folder.with_name(f".{self.name}.old")
+        if not self.goes_on and self.folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.folder.rename(replaced)
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
         finally:
-            if not existed and self.folder.exists() and not any(self.folder.glob("*.ckpt")):
-                shutil.rmtree(self.folder)
+            if not any(self.folder.glob("*.ckpt")):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if replaced.exists():
+                    replaced.rename(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         best = self.folder / "best.ckpt"
         if best.is_file() and self.trainer.is_global_zero:
             metrics = read_checkpoint(best)[KEY]["metrics"]
@@ -307,7 +322,7 @@ class UprightCLI(LightningCLI):
         self._evaluate(model, datamodule)
         batches = self.trainer.predict(model, datamodule=datamodule) or []
         index, labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        names, classes = [original.name for original in datamodule.originals("test")], datamodule.spec.classes
+        names, classes = list(datamodule.names("test")), datamodule.spec.classes
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["name", "label", "prediction", *classes])
@@ -341,4 +356,19 @@ def _as_list(value: Any) -> list[Any]:
 
 def _stem(path: str) -> str:
     # The config of an existing run stands for the run.
-    return Path(path).parent.name if Path(path).name == "config.yaml" else Path(path).stem
+    return Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
+
+
+def _check_resumable(
+    checkpoint: dict[str, Any], model: ImageClassifier, max_epochs: int | None, path: str | Path
+) -> None:
+    for part in ("optimizer", "scheduler"):
+        theirs, ours = (r["init_args"].get(part, {}) for r in (checkpoint[KEY]["model"], model.recipe))
+        if theirs.get("class_path") != ours.get("class_path"):
+            raise UprightError(
+                f"'{path}' was trained with {part} {theirs.get('class_path')} and cannot go on with "
+                f"{ours.get('class_path')}; leave --ckpt_path out to start anew."
+            )
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if max_epochs is not None and 0 <= max_epochs <= done:
+        raise UprightError(f"'{path}' has {done} epochs behind it; raise --trainer.max_epochs above that to go on.")

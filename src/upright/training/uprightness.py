@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from upright.architectures.spatial_transformer import Observation, composed_points
 from upright.warp import pixel_centres, rotation_angle, transform_points
@@ -73,10 +74,11 @@ class Uprightness(Metric):
 
     def compute(self) -> Tensor:
         """The measure, a scalar; NaN when no image was shown at different angles."""
-        groups, applied, residual = (torch.cat(list(part)) for part in (self.groups, self.applied, self.residual))
+        groups, applied, residual = (dim_zero_cat(part) for part in (self.groups, self.applied, self.residual))
         _, groups = torch.unique(groups, return_inverse=True)
-        ratio = _circular_variance(residual, groups).mean() / _circular_variance(applied, groups).mean()
-        return ratio.sqrt()
+        before, after = (_circular_variance(angles, groups).mean() for angles in (applied, residual))
+        # Less than a hundredth of a degree is rounding.
+        return (after / before).sqrt() if before > 1e-8 else torch.full_like(before, torch.nan)
 
 
 def _circular_variance(angles: Tensor, groups: Tensor) -> Tensor:
