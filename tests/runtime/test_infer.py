@@ -33,7 +33,7 @@ def test_every_format_gives_the_answers_of_the_bundle(upright: Upright, bundle: 
         assert record["probability"] == pytest.approx(probability, abs=1e-4)
         assert (row["path"], row["label"]) == (str(path), label)
         assert float(row["probability"]) == pytest.approx(probability, abs=1e-4)
-        assert line.split() == [str(path), label, f"{probability:.4f}"]
+        assert line.split() == [label, f"{probability:.4f}", str(path)]
 
 
 def test_top(upright: Upright, bundle: Path) -> None:

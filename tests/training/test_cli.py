@@ -86,6 +86,14 @@ def test_test_on_other_data(upright: Upright, run_folder: Path) -> None:
     assert record["data"]["init_args"]["angles"] == [0] and "test/uprightness" not in record["metrics"]
 
 
+def test_a_subclass_of_the_classifier_is_not_mistaken_for_it(upright: Upright, run_folder: Path) -> None:
+    checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
+    checkpoint["upright"]["model"]["class_path"] = "own.Classifier"
+    torch.save(checkpoint, run_folder / "best.ckpt")
+    answer = upright("test", "--ckpt_path", run_folder)
+    assert answer.code == 2 and "is of a own.Classifier" in answer.err and answer.err.count("\n") == 1
+
+
 def test_other_data_replace_the_configs(upright: Upright, tmp_path: Path) -> None:
     # Digits turned by angles, in a margin: nothing of it may reach the plain digits.
     (tmp_path / "plain.yaml").write_text("class_path: upright.data.digits.Digits\ninit_args: {margin: 2}\n")

@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -50,7 +50,7 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -
                 read.append(path)
                 yield pixels
 
-    write = WRITERS[format](top)
+    write = WRITERS[format](top, predictor.spec.classes)
     with warnings.catch_warnings():
         # A picture over our own limit is reported by us.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -62,15 +62,18 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -
 Writer = Callable[[Path, Prediction], None]
 
 
-def _table(top: int) -> Writer:
+def _table(top: int, classes: Sequence[str]) -> Writer:
+    widest = max(map(len, classes))
+
     def write(path: Path, prediction: Prediction) -> None:
-        answers = "   ".join(f"{label:<12} {probability:6.4f}" for label, probability in prediction.top(top))
-        print(f"{path!s:<40}  {answers}")
+        # The path last: whatever its length, the columns stay.
+        answers = "  ".join(f"{label:<{widest}} {probability:.4f}" for label, probability in prediction.top(top))
+        print(f"{answers}  {path}")
 
     return write
 
 
-def _jsonl(top: int) -> Writer:
+def _jsonl(top: int, classes: Sequence[str]) -> Writer:
     def write(path: Path, prediction: Prediction) -> None:
         record = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
         if top > 1:
@@ -80,7 +83,7 @@ def _jsonl(top: int) -> Writer:
     return write
 
 
-def _csv(top: int) -> Writer:
+def _csv(top: int, classes: Sequence[str]) -> Writer:
     rows = csv.writer(sys.stdout, lineterminator="\n")
     numbers = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
     rows.writerow(["path", *(f"{column}{number}" for number in numbers for column in ("label", "probability"))])
@@ -92,4 +95,4 @@ def _csv(top: int) -> Writer:
     return write
 
 
-WRITERS: dict[str, Callable[[int], Writer]] = {"table": _table, "jsonl": _jsonl, "csv": _csv}
+WRITERS: dict[str, Callable[[int, Sequence[str]], Writer]] = {"table": _table, "jsonl": _jsonl, "csv": _csv}

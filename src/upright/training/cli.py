@@ -113,6 +113,11 @@ def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str
             f"{verb} needs --ckpt_path, for example `upright {verb} --ckpt_path checkpoints/NAME/best.ckpt`."
         )
     ours = read_checkpoint(path)[KEY]
+    if ours["model"]["class_path"] != f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}":
+        raise UprightError(
+            f"'{path}' is of a {ours['model']['class_path']}, and the command line knows ImageClassifier only: "
+            "upright.training.checkpoint.restore gives it in Python."
+        )
     own = {"model": ours["model"]["init_args"]} | ({"data": ours["data"]} if ours["data"] else {})
     (scratch / "checkpoint.yaml").write_text(yaml.safe_dump(own))
     return ["--config", str(scratch / "checkpoint.yaml"), *arguments]
