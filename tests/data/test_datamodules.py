@@ -134,7 +134,7 @@ def test_a_folders_root_is_absolute_wherever_it_is_used(pictures: Path, monkeypa
 
 
 def test_folder_refuses(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UprightError, match=r"nope' does not exist; give --data.init_args.root"):
+    with pytest.raises(UprightError, match=r"nope' does not exist; `root` .--data.root. is the folder"):
         _ = Folder(root=str(tmp_path / "nope")).spec
     (tmp_path / "only").mkdir()
     with pytest.raises(UprightError, match=r"at least two folders, one per class; found 1"):

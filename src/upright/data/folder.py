@@ -49,9 +49,7 @@ class Folder(ImageDataModule):
     def _class_folders(self) -> dict[str, Path]:
         """By split (or under ``""`` when there are none), the folder that holds the classes."""
         if not self.root.is_dir():
-            raise UprightError(
-                f"Folder '{self.root}' does not exist; give --data.init_args.root the folder of classes."
-            )
+            raise UprightError(f"Folder '{self.root}' does not exist; `root` (--data.root) is the folder of classes.")
         given = {name: self.root / name for name in SPLITS if (self.root / name).is_dir()}
         if given and "train" not in given:
             raise UprightError(f"Folder '{self.root}' has {sorted(given)} but no 'train'.")

@@ -211,8 +211,8 @@ class UprightCLI(LightningCLI):
             return
         configs = [str(path) for path in self._own("config") or []]
         # The parser reads an empty name as null.
-        given = _option(self.arguments, "--name")
-        self.name = _stem(configs[-1]) if given is None else given
+        names = (_option(self.arguments, "--name"), self._own("name"), *map(_stem, reversed(configs)))
+        self.name = next(name for name in names if name is not None)
         check_name(self.name)
         self.folder = Path(self._own("trainer").default_root_dir or "checkpoints") / self.name
         path = self._own("ckpt_path")
@@ -242,7 +242,7 @@ class UprightCLI(LightningCLI):
         logger: Logger | bool = False
         if self.verb == "fit":
             run = {"name": self.name, "id": uuid.uuid4().hex[:8]}
-            if self.checkpoint:
+            if self.checkpoint and self.goes_on:
                 run["id"] = read_checkpoint(self.checkpoint)[KEY]["run"]["id"]
             callbacks += [
                 RunRecord(run),
