@@ -13,7 +13,7 @@ from upright.architectures.spatial_transformer import (
     composed_points,
     observing,
 )
-from upright.warp import pixel_centres, rotation, transform_points
+from upright.warp import pixel_centres, rotation, sample
 
 KINDS = ("rotation", "affine")
 SHAPE = (2, 16, 16)
@@ -108,11 +108,13 @@ def test_observing_can_stop_before_the_network_runs() -> None:
     assert seen[0].theta.shape == (3, 1)
 
 
-def test_transformers_in_series_compose() -> None:
-    first, second = (SpatialTransformer(SHAPE, transform="rotation") for _ in range(2))
-    first.localisation, second.localisation = Always([0.3]), Always([0.5])
+def test_transformers_in_series_compose_in_their_order() -> None:
+    first, second = SpatialTransformer(SHAPE, transform="rotation"), SpatialTransformer(SHAPE, transform="affine")
+    # A quarter turn, then two of sixteen pixels to the left: both exact on the grid, and they do not commute.
+    first.localisation, second.localisation = Always([math.pi / 2]), Always([0.0, 0.0, 0.25, 0.0, 0.0, 0.0])
+    images = torch.rand(1, *SHAPE)
     with observing() as seen:
-        nn.Sequential(first, second)(torch.rand(1, *SHAPE))
-    points = pixel_centres(4, 4)
-    expected = transform_points(rotation(torch.tensor([0.8])), points)
-    torch.testing.assert_close(composed_points(seen, points), expected)
+        turned = nn.Sequential(first, second)(images)
+    points = composed_points(seen, pixel_centres(16, 16))
+    torch.testing.assert_close(sample(images, points, 16, 16), turned, atol=1e-4, rtol=0)
+    torch.testing.assert_close(turned[..., :14], torch.rot90(images, 1, (2, 3))[..., 2:], atol=1e-4, rtol=0)

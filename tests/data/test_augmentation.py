@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from upright.data.augmentation import Augmentation, RandomAffine
+from upright.data.augmentation import Augmentation, Geometric, RandomAffine
 from upright.errors import UprightError
-from upright.warp import rotation_angle, transform_points, warp
+from upright.warp import rotation, rotation_angle, transform_points, warp
 
 
 @pytest.fixture
@@ -50,6 +52,31 @@ def test_neighbours_are_composed_and_sampled_once(images: torch.Tensor, monkeypa
     view = Augmentation(parts)(images)
     assert len(calls) == 2
     torch.testing.assert_close(view.transforms, calls[0][1] @ calls[1][1])
+
+
+class Always(Geometric):
+    """The same transform for every image."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def matrices(self, batch: int, aspect: float) -> torch.Tensor:
+        return self.matrix.expand(batch, 3, 3)
+
+
+def test_parts_are_done_in_their_order() -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 1, 6] = 255
+    quarter = Always(rotation(torch.tensor(math.pi / 2)))
+    left = Always(torch.tensor([[1.0, 0, 0.5], [0, 1, 0], [0, 0, 1]]))  # two of eight pixels
+    turned_then_moved = Augmentation([quarter, left])(image)
+    moved_then_turned = Augmentation([left, quarter])(image)
+    one = torch.rot90(image, 1, (2, 3)).roll(-2, 3)
+    other = torch.rot90(image.roll(-2, 3), 1, (2, 3))
+    assert one.argmax() != other.argmax()
+    assert turned_then_moved.images.argmax() == one.argmax()
+    assert moved_then_turned.images.argmax() == other.argmax()
 
 
 def test_any_module_on_a_batch_plugs_in(images: torch.Tensor) -> None:
