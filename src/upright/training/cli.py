@@ -36,7 +36,7 @@ from upright.training.checkpoint import (
 )
 from upright.training.classifier import ImageClassifier
 from upright.training.parser import OneLineParser, user_error
-from upright.training.tracking import wandb_logger
+from upright.training.tracking import finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "checkpoints",
@@ -284,6 +284,7 @@ class UprightCLI(LightningCLI):
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
         finally:
+            finish_wandb()
             if not any(self.folder.glob("*.ckpt")):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 if replaced.exists():

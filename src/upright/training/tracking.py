@@ -1,6 +1,7 @@
 """Weights & Biases: on this disk by default, never a prompt, never an account."""
 
 import os
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,3 +49,10 @@ def wandb_logger(mode: Literal["offline", "online", "off"], folder: Path, run: M
     # Lightning 2.6 always passes it, and wandb 0.31 warns of it.
     logger._wandb_init.pop("anonymous", None)
     return logger
+
+
+def finish_wandb() -> None:
+    """Close the record of a run, or the next one in this process would write into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
