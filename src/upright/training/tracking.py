@@ -41,7 +41,8 @@ def wandb_logger(mode: Literal["offline", "online", "off"], folder: Path, run: M
         project="upright",
         name=run["name"],
         id=run["id"],
-        save_dir=folder,
+        # The process that writes it may have started in another folder.
+        save_dir=folder.resolve(),
         offline=mode == "offline",
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(console="off"),
