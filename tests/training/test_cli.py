@@ -144,7 +144,7 @@ def test_going_on_from_another_run_does_not_overwrite_this_one(
 def test_a_forced_run_that_fails_gives_the_old_one_back(upright: Upright, tmp_path: Path) -> None:
     assert upright("fit", "--config", LENET, *QUICK).code == 0
     before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
-    with pytest.raises(Exception):  # noqa: B017  # whatever torch says of a flat image
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
         upright("fit", "--config", LENET, "--force", "--data.augment", "[{class_path: torch.nn.Flatten}]", *QUICK)
     assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["lenet"]
@@ -197,7 +197,7 @@ def test_last_goes_on_by_name_alone(upright: Upright, run_folder: Path) -> None:
 
 def test_a_failure_leaves_no_run(upright: Upright, tmp_path: Path) -> None:
     augment = "[{class_path: torch.nn.Flatten}]"
-    with pytest.raises(Exception):  # noqa: B017  # whatever torch says of a flat image
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
         upright("fit", "--config", LENET, "--data.augment", augment, *QUICK)
     assert not (tmp_path / "checkpoints/lenet").exists()
 

@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -29,26 +30,29 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -
     predictor = Predictor(bundle)
     if not 1 <= top <= len(predictor.spec.classes):
         raise UprightError(f"--top must be from 1 to {len(predictor.spec.classes)} (the number of classes), got {top}.")
-    failed, read = 0, []
+    failed, read = False, []
+
+    @contextmanager
+    def reporting() -> Iterator[None]:
+        nonlocal failed
+        try:
+            yield
+        except (UprightError, OSError) as error:
+            failed = True
+            print(f"upright: error: {error}", file=sys.stderr)
 
     def pictures() -> Iterator[Pixels]:
-        nonlocal failed
         for name in images:
-            try:
+            paths: list[Path] = []
+            with reporting():
                 paths = list(find_images([name]))
-            except (UprightError, OSError) as error:
-                failed += 1
-                print(f"upright: error: {error}", file=sys.stderr)
-                continue
             for path in paths:
-                try:
+                pixels = None
+                with reporting():
                     pixels = decode(path, predictor.spec)
-                except UprightError as error:
-                    failed += 1
-                    print(f"upright: error: {error}", file=sys.stderr)
-                    continue
-                read.append(path)
-                yield pixels
+                if pixels is not None:
+                    read.append(path)
+                    yield pixels
 
     write = WRITERS[format](top, predictor.spec.classes)
     with warnings.catch_warnings():
