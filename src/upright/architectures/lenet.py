@@ -8,12 +8,9 @@ scale and bias, and the output is linear (the paper's is radial basis functions)
 it has 61,706 parameters. ``activation="relu", pooling="max"`` is the modern variant.
 """
 
-from typing import Literal
-
 from torch import Tensor, nn
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
-POOLINGS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
+from upright.architectures.layers import ACTIVATIONS, POOLINGS, Activation, Pooling, check_size, least_size, size_after
 
 
 class LeNet(nn.Module):
@@ -34,17 +31,17 @@ class LeNet(nn.Module):
         num_classes: int,
         *,
         widths: tuple[int, int, int, int] = (6, 16, 120, 84),
-        activation: Literal["tanh", "relu", "sigmoid"] = "tanh",
-        pooling: Literal["avg", "max"] = "avg",
+        activation: Activation = "tanh",
+        pooling: Pooling = "avg",
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
-        if min(height, width) < 12:
-            raise ValueError(f"LeNet needs images of at least 12x12 pixels, got {height}x{width}.")
         padding = 2 if min(height, width) < 32 else 0
+        windows = [(5, 1, padding), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
+        check_size(self, input_shape, least_size(windows))
         c1, c3, c5, f6 = widths
         act, pool = ACTIVATIONS[activation], POOLINGS[pooling]
-        rows, columns = (((size + 2 * padding - 4) // 2 - 4) // 2 for size in (height, width))
+        rows, columns = (size_after(size, windows) for size in (height, width))
         self.features = nn.Sequential(
             nn.Conv2d(channels, c1, 5, padding=padding),
             act(),
