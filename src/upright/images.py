@@ -1,10 +1,11 @@
 """What an image is (`ImageSpec`), and decoding any picture to uint8. Never imports torch."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from upright.errors import UprightError
 
 Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
+
+Item = TypeVar("Item")
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 64_000_000
@@ -162,3 +165,14 @@ def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
             yield path
         else:
             raise UprightError(f"'{path}' does not exist.")
+
+
+MAX_BATCH_PIXELS = 4_000_000
+"""A batch of large pictures is cut at so many pixels, so that a folder of photographs fits into memory."""
+
+
+def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], most: int) -> Iterator[list[Item]]:
+    """Neighbours whose ``pixels`` have one shape, at most so many, and at most `MAX_BATCH_PIXELS` unless it is one."""
+    for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
+        while batch := list(islice(group, max(1, min(most, MAX_BATCH_PIXELS // (height * width))))):
+            yield batch

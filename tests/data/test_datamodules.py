@@ -40,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=DATA, ids=lambda path: path.stem)
 def data(request: pytest.FixtureRequest, pictures: Path) -> ImageDataModule:
     recipe = yaml.safe_load(request.param.read_text())
-    if "root" in recipe["init_args"]:
+    if recipe["init_args"].get("root") == "my-images":
         recipe["init_args"]["root"] = str(pictures)
     module = build(recipe)()
     assert isinstance(module, ImageDataModule)

@@ -103,7 +103,7 @@ def test_batches_do_not_change_answers(bundle: Path) -> None:
 
 
 def test_large_pictures_go_through_in_small_batches(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upright.runtime.predictor.MAX_BATCH_PIXELS", 5000)
+    monkeypatch.setattr("upright.images.MAX_BATCH_PIXELS", 5000)
     sizes = []
     predictor = Predictor(bundle)
     run = predictor.session.run

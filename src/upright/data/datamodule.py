@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +17,9 @@ from upright.data.augmentation import Augmentation
 from upright.data.loader import Batch, BatchLoader, global_seed
 from upright.data.split import SPLITS, Indices, SplitManifest, stratified_split
 from upright.errors import UprightError
-from upright.images import ImageSpec, Pixels
+from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.recipes import Recorded, recipe
-from upright.warp import resize, rotation, warp
+from upright.warp import pixel_centres, resize, rotation, sample, transform_points
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         for i in self.splits[split].tolist():
             pixels = self.source.images[i]
             for angle in self.views(split):
-                yield Original(next(names), _turn(pixels, angle), int(self.source.labels[i]))
+                (turned,) = _turn(to_tensor(pixels[None]), angle).to(torch.uint8).permute(0, 2, 3, 1)
+                yield Original(next(names), turned.contiguous().numpy(), int(self.source.labels[i]))
 
     def names(self, split: str) -> Iterator[str]:
         """The names of the originals, without decoding them."""
@@ -143,18 +145,26 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     def _samples(self, split: str) -> Batch:
         """The cache: every original of the split at the network's size, rounded to uint8."""
-        spec, views = self.spec, self.views(split)
-        count = len(self.splits[split]) * len(views)
+        spec, views, indices = self.spec, self.views(split), self.splits[split]
+        count = len(indices) * len(views)
         images = torch.empty(count, *spec.input_shape, dtype=torch.uint8)
-        labels = torch.empty(count, dtype=torch.int64)
         aspects = torch.empty(count)
-        for i, (_, pixels, label) in enumerate(self.originals(split)):
-            images[i], labels[i] = _fit(pixels, spec), label
+        done = 0
+        sources = (self.source.images[i] for i in indices.tolist())
+        for batch in batches_of_one_size(sources, lambda pixels: pixels, 256):
+            pixels, end = to_tensor(np.stack(batch)), done + len(batch) * len(views)
+            for view, angle in enumerate(views):
+                images[done + view : end : len(views)] = _fit(_turn(pixels, angle), spec)
             # Stretching keeps normalised coordinates, in which a turn depends on the original's own aspect.
-            aspects[i] = pixels.shape[1] / pixels.shape[0] if spec.resize == "stretch" else spec.width / spec.height
+            shape = pixels.shape[-2:] if spec.resize == "stretch" else (spec.height, spec.width)
+            aspects[done:end] = shape[1] / shape[0]
+            done = end
+        labels = torch.tensor([int(self.source.labels[i]) for i in indices.tolist()])
         position = torch.arange(count)
-        angles = torch.tensor(views).deg2rad().repeat(len(self.splits[split]))
-        return Batch(images, labels, position, position // len(views), rotation(angles, aspects))
+        angles = torch.tensor(views).deg2rad().repeat(len(indices))
+        return Batch(
+            images, labels.repeat_interleave(len(views)), position, position // len(views), rotation(angles, aspects)
+        )
 
     def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
         """Batches of one split, this process's share."""
@@ -199,20 +209,23 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         return self.loader("test")
 
 
-def to_tensor(pixels: Pixels) -> Tensor:
-    """uint8 ``(H, W, C)`` to float ``(1, C, H, W)`` in [0, 255]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+def to_tensor(images: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 ``(B, H, W, C)`` to float ``(B, C, H, W)`` in [0, 255]."""
+    return torch.tensor(images).permute(0, 3, 1, 2).float()
 
 
-def _turn(pixels: Pixels, angle: float) -> Pixels:
+def _turn(images: Tensor, angle: float) -> Tensor:
+    """``(B, C, H, W)`` turned anticlockwise by ``angle`` degrees, rounded; the same bits whatever the batch."""
     if angle == 0:
-        return pixels
-    height, width = pixels.shape[:2]
-    turned = warp(to_tensor(pixels), rotation(torch.tensor([math.radians(angle)]), width / height))
-    rounded: Pixels = turned[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    return rounded
+        return images
+    height, width = images.shape[-2:]
+    points = transform_points(
+        rotation(torch.tensor([math.radians(angle)]), width / height), pixel_centres(height, width)
+    )
+    return sample(images, points.expand(len(images), -1, -1), height, width).round().clamp(0, 255)
 
 
-def _fit(pixels: Pixels, spec: ImageSpec) -> Tensor:
-    fitted = resize(to_tensor(pixels), spec.height, spec.width, spec.resize)
-    return fitted[0].round().clamp(0, 255).to(torch.uint8)
+def _fit(images: Tensor, spec: ImageSpec) -> Tensor:
+    if images.shape[-2:] != (spec.height, spec.width):
+        images = resize(images, spec.height, spec.width, spec.resize).round().clamp(0, 255)
+    return images.to(torch.uint8)

@@ -8,7 +8,8 @@ import torch
 
 from upright.data.datamodule import ImageDataModule
 from upright.exporting.graph import Graph
-from upright.runtime.predictor import batches_of_one_size, run_session
+from upright.images import batches_of_one_size
+from upright.runtime.predictor import run_session
 from upright.training.model import Model
 
 TOLERANCE = 1e-4

@@ -1,9 +1,8 @@
 """Answers from a bundle in Python."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +10,10 @@ import onnxruntime
 from PIL import Image
 
 from upright.errors import UprightError
-from upright.images import Pixels, decode
+from upright.images import Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import MODEL, Bundle
 
 Probabilities = npt.NDArray[np.float32]
-Item = TypeVar("Item")
 
 
 class Prediction(NamedTuple):
@@ -86,20 +84,9 @@ def open_session(model: Path) -> onnxruntime.InferenceSession:
         raise UprightError(f"onnxruntime {onnxruntime.__version__} cannot load '{model}': {error}") from error
 
 
-MAX_BATCH_PIXELS = 4_000_000
-"""A batch of large pictures is cut at so many pixels, so that a folder of photographs fits into memory."""
-
-
 def run_session(
     session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int
 ) -> Iterator[Probabilities]:
     """See `Predictor.probabilities`."""
     for batch in batches_of_one_size(pixels, lambda image: image, batch_size):
         yield from session.run(["probabilities"], {"images": np.stack(batch)})[0]
-
-
-def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], most: int) -> Iterator[list[Item]]:
-    """Neighbours whose ``pixels`` have one shape, at most so many, and at most `MAX_BATCH_PIXELS` unless it is one."""
-    for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
-        while batch := list(islice(group, max(1, min(most, MAX_BATCH_PIXELS // (height * width))))):
-            yield batch
