@@ -16,11 +16,11 @@ ORDER = (
     ("errors", "files", "recipes"),
     ("images",),
     ("runtime",),
-    ("warp",),
+    ("warp", "anatomy"),
     ("architectures",),
     ("data",),
     ("training",),
-    ("exporting",),
+    ("describe", "exporting"),
     ("evidence",),
     ("cli", "demo", "__main__"),
 )
@@ -71,7 +71,7 @@ def test_the_test_above_can_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([verb, "--help"] for verb in ("export", "verify", "infer", "study"))]
+    "arguments", [["--help"], *([verb, "--help"] for verb in ("describe", "export", "verify", "infer", "study"))]
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
     code = f"from upright.cli import main\ntry:\n  main({arguments!r})\nexcept SystemExit:\n  pass"

@@ -31,7 +31,7 @@ def test_spec_survives_plain_data() -> None:
         ({"mean": (0.1, 0.2)}, "one number per channel"),
         ({"std": (0.0,)}, "std above 0"),
         ({"classes": ("a", "a")}, "two classes of different names"),
-        ({"resize": "fit"}, "'stretch' or 'crop', got 'fit'"),
+        ({"resize": "fit"}, "resize must be one of stretch, crop, none; got 'fit'"),
         ({"background": 256}, "from 0 to 255, got 256"),
     ],
 )

@@ -18,6 +18,12 @@ class Verb(NamedTuple):
     function: str
 
 
+def _describe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CONFIG_OR_CHECKPOINT", help="a YAML, a checkpoint, or the folder of a run")
+    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="default: table")
+    parser.add_argument("--data", metavar="YAML", help="describe it for these data instead of its own")
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run (its best.ckpt)")
     parser.add_argument("--name", help="name of the bundle: export/NAME; the run's name by default")
@@ -52,6 +58,7 @@ LIGHTNING = {
     "predict": "write the probabilities of the test split; --ckpt_path says of what",
 }
 VERBS = {
+    "describe": Verb("what a network is made of, layer by layer", _describe, "upright.describe:run"),
     "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
@@ -60,7 +67,7 @@ VERBS = {
 }
 
 
-USES_OWN_CODE = {*LIGHTNING, "export"}
+USES_OWN_CODE = {*LIGHTNING, "describe", "export"}
 """Verbs that import what a config or a checkpoint names."""
 
 

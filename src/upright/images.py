@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
 
 Item = TypeVar("Item")
+Resize = Literal["stretch", "crop", "none"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 64_000_000
@@ -29,12 +30,13 @@ class ImageSpec:
 
     Args:
         channels: 1 (pictures are turned to grey, ITU-R 601) or 3 (RGB).
-        height: rows that the network sees.
-        width: columns that the network sees.
+        height: rows that the network sees; with ``resize`` none, those of the training images.
+        width: columns, likewise.
         classes: names, in the order of the labels.
         mean: per channel, on the scale of 0 to 1, subtracted before the network.
         std: per channel, divided by.
-        resize: ``stretch`` to ``height`` x ``width``, or ``crop`` the largest centred box of that aspect first.
+        resize: ``stretch`` to ``height`` x ``width``, ``crop`` the largest centred box of that aspect first, or
+            ``none``, for a network that takes any size.
         background: grey level (0 to 255) that transparent pixels are laid over.
 
     A picture's EXIF orientation is always applied; only the first frame of an animation is read.
@@ -46,7 +48,7 @@ class ImageSpec:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: Literal["stretch", "crop"] = "stretch"
+    resize: Resize = "stretch"
     background: int = 0
 
     def __post_init__(self) -> None:
@@ -62,8 +64,8 @@ class ImageSpec:
             )
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise UprightError(f"At least two classes of different names are needed, got {list(self.classes)}.")
-        if self.resize not in ("stretch", "crop"):
-            raise UprightError(f"resize must be 'stretch' or 'crop', got '{self.resize}'.")
+        if self.resize not in get_args(Resize):
+            raise UprightError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
         if not 0 <= self.background <= 255:
             raise UprightError(f"background must be a grey level from 0 to 255, got {self.background}.")
 

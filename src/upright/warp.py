@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import avg_pool2d, grid_sample
 
+Sampling = Literal["bilinear", "bicubic", "nearest"]
 Padding = Literal["zeros", "border", "reflection"]
 
 
@@ -33,10 +34,65 @@ def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
     return points @ linear.transpose(1, 2) + shift[:, None]
 
 
-def sample(images: Tensor, points: Tensor, height: int, width: int, padding: Padding = "zeros") -> Tensor:
-    """Bilinear values of ``images`` ``(B, C, h, w)`` at ``points`` ``(B, H*W, 2)``: ``(B, C, height, width)``."""
-    grid = points.reshape(-1, height, width, 2)
-    return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+def project_points(matrices: Tensor, points: Tensor) -> Tensor:
+    """Apply projective ``matrices`` ``(B, 3, 3)`` to ``points`` ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``.
+
+    Points near the horizon and beyond it are kept before it: they have no image.
+    """
+    depth = points @ matrices[:, 2, :2, None] + matrices[:, 2, 2, None, None]
+    projected: Tensor = transform_points(matrices, points) / depth.clamp(min=0.05)
+    return projected
+
+
+def spline_solution(controls: Tensor) -> Tensor:
+    """What `spline_weights` needs to know of ``controls`` ``(K, 2)``: ``(K + 3, K)``."""
+    count = len(controls)
+    system = torch.zeros(count + 3, count + 3, dtype=torch.float64)
+    system[:count] = _spline_basis(controls.double(), controls.double())
+    system[count:, :count] = system[:count, count:].T
+    # Of the inverse only what multiplies the values is wanted; the side conditions are zeros.
+    solution: Tensor = torch.linalg.inv(system)[:, :count].float()
+    return solution
+
+
+def spline_weights(controls: Tensor, solution: Tensor, points: Tensor) -> Tensor:
+    """What each of ``controls`` ``(K, 2)`` contributes at ``points`` ``(..., N, 2)``: ``(..., N, K)``.
+
+    The thin-plate spline (Bookstein 1989, "Principal warps"): ``weights @ values`` ``(K, D)`` is the function of least
+    bending that has those values at the controls; it reproduces every affine function.
+    """
+    return _spline_basis(controls, points) @ solution
+
+
+def _spline_basis(controls: Tensor, points: Tensor) -> Tensor:
+    squares = (points[..., None, :] - controls).square().sum(dim=-1)
+    radial = squares * squares.clamp(min=1e-12).log()
+    return torch.cat([radial, torch.ones_like(points[..., :1]), points], dim=-1)
+
+
+def sample(
+    images: Tensor,
+    points: Tensor,
+    height: int,
+    width: int,
+    padding: Padding = "zeros",
+    sampling: Sampling = "bilinear",
+    shrink: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """Values of ``images`` ``(B, C, h, w)`` at ``points`` ``(B, N, 2)``: ``(B, C, height, width)``.
+
+    Args:
+        images: float.
+        points: row by row, as `pixel_centres` gives them for ``height * shrink[0]`` x ``width * shrink[1]``.
+        height: rows of the result.
+        width: columns of the result.
+        padding: what is seen beyond the border.
+        sampling: how values between pixels are made.
+        shrink: so many points per pixel of the result, down and across, are averaged.
+    """
+    grid = points.reshape(-1, height * shrink[0], width * shrink[1], 2)
+    values = grid_sample(images, grid, mode=sampling, padding_mode=padding, align_corners=False)
+    return values if shrink == (1, 1) else avg_pool2d(values, shrink)
 
 
 def warp(images: Tensor, matrices: Tensor, padding: Padding = "zeros") -> Tensor:

@@ -1,7 +1,9 @@
 """What every architecture promises, over every YAML in configs/: a new one is tested the moment its YAML exists."""
 
 import copy
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -10,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from tests.architectures.variants import CANNOT_LEARN, VARIANTS, WITHOUT_GRADIENT, Variant
 from tests.conftest import CONFIGS, ROOT
 from upright.exporting.graph import write_graph
 from upright.images import ImageSpec
@@ -19,62 +22,81 @@ from upright.training.model import Model
 CLASSES = 7
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
-def spec_and_network(request: pytest.FixtureRequest) -> tuple[ImageSpec, nn.Module]:
-    config = yaml.safe_load(request.param.read_text())
-    data = build(yaml.safe_load((ROOT / "configs" / config["data"]).read_text()))()
-    spec = ImageSpec.from_dict(data.spec.to_dict() | {"classes": [str(label) for label in range(CLASSES)]})
+class Case(NamedTuple):
+    name: str
+    spec: ImageSpec
+    network: nn.Module
+
+
+@pytest.fixture(params=[*CONFIGS, *VARIANTS], ids=lambda case: case.stem if isinstance(case, Path) else case.name)
+def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
-    return spec, build(config["model"]["network"])(spec.input_shape, CLASSES)
+    if isinstance(request.param, Variant):
+        name, recipe, (channels, height, width) = request.param.name, request.param.recipe, request.param.input_shape
+    else:
+        config = yaml.safe_load(request.param.read_text())
+        data = build(yaml.safe_load((ROOT / "configs" / config["data"]).read_text()))()
+        name, recipe, (channels, height, width) = request.param.stem, config["model"]["network"], data.spec.input_shape
+    classes = tuple(str(label) for label in range(CLASSES))
+    spec = ImageSpec(channels, height, width, classes, (0.3,) * channels, (0.2,) * channels)
+    return Case(name, spec, build(recipe)(spec.input_shape, CLASSES))
 
 
 @pytest.fixture
-def images(spec_and_network: tuple[ImageSpec, nn.Module]) -> torch.Tensor:
-    return torch.randn(5, *spec_and_network[0].input_shape, generator=torch.Generator().manual_seed(1))
+def images(case: Case) -> torch.Tensor:
+    return torch.randn(5, *case.spec.input_shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_logits_for_an_unusual_number_of_classes(spec_and_network, images) -> None:
-    network = spec_and_network[1]
+def test_logits_for_an_unusual_number_of_classes(case: Case, images: torch.Tensor) -> None:
+    network = case.network
     for training in (True, False):
         logits = network.train(training)(images)
         assert isinstance(logits, torch.Tensor)
         assert logits.shape == (5, CLASSES) and logits.dtype == torch.float32
 
 
-def test_rows_are_independent_in_evaluation(spec_and_network, images) -> None:
-    network = spec_and_network[1].eval()
+def test_rows_are_independent_in_evaluation(case: Case, images: torch.Tensor) -> None:
+    network = case.network.eval()
     torch.testing.assert_close(network(images)[2:3], network(images[2:3]), atol=1e-5, rtol=1e-4)
 
 
-def test_every_parameter_learns(spec_and_network, images) -> None:
-    network = spec_and_network[1].train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+def test_every_parameter_learns(case: Case, images: torch.Tensor) -> None:
+    network = case.network.train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     labels = torch.arange(5) % CLASSES
     # What a transformer starts with is zero, and so are gradients behind it in the first step.
     for _ in range(3):
         optimizer.zero_grad()
         nn.functional.cross_entropy(network(images), labels).backward()
         optimizer.step()
+    without = WITHOUT_GRADIENT.get(case.name, "nothing")
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+        assert parameter.grad.abs().sum() > 0 or re.match(without, name), name
 
 
-def test_one_batch_can_be_learnt_by_heart(spec_and_network, images) -> None:
-    network = spec_and_network[1].train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    labels = torch.arange(5) % CLASSES
-    for _ in range(150):
+def learn(network: nn.Module, images: torch.Tensor, steps: int) -> None:
+    optimizer = torch.optim.Adam(network.train().parameters(), lr=1e-3)
+    for _ in range(steps):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
+        nn.functional.cross_entropy(network(images), torch.arange(len(images)) % CLASSES).backward()
         optimizer.step()
-    assert loss < 0.05
-    assert (network.eval()(images).argmax(dim=1) == labels).all()
 
 
-def test_state_dict_round_trip(spec_and_network, images) -> None:
-    spec, network = spec_and_network
+def test_one_batch_can_be_learnt_by_heart(case: Case, images: torch.Tensor) -> None:
+    if case.name in CANNOT_LEARN:
+        pytest.skip(CANNOT_LEARN[case.name])
+    for _ in range(8):
+        learn(case.network, images, 50)
+        with torch.no_grad():
+            found = case.network.eval()(images).argmax(dim=1)
+        if found.tolist() == list(range(5)):
+            return
+    pytest.fail(f"after 400 steps: {found.tolist()}")
+
+
+def test_state_dict_round_trip(case: Case, images: torch.Tensor) -> None:
+    spec, network = case.spec, case.network
     other = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -85,14 +107,15 @@ def test_state_dict_round_trip(spec_and_network, images) -> None:
         assert torch.equal(one(images), two(images))
 
 
-def test_onnx_equals_pytorch_at_any_batch_and_size(spec_and_network, tmp_path: Path) -> None:
-    spec, network = spec_and_network
-    # A transformer at its identity would prove little.
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+@pytest.mark.parametrize("opset", [18, pytest.param(20, marks=pytest.mark.slow)])
+def test_onnx_equals_pytorch_at_any_batch_and_size(
+    case: Case, images: torch.Tensor, opset: int, tmp_path: Path
+) -> None:
+    spec, network = case.spec, case.network
+    # At its start a network says the same of every image, and a transformer does nothing.
+    learn(network, images, 30)
     model = Model(spec, network).eval()
-    write_graph(model, tmp_path / "model.onnx")
+    write_graph(model, tmp_path / "model.onnx", opset)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     native = (spec.height, spec.width)

@@ -1,33 +1,45 @@
 import math
-from functools import partial
+from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate
 
+from upright.architectures.initialisation import initialise
 from upright.architectures.lenet import LeNet
 from upright.architectures.spatial_transformer import (
-    Localiser,
+    ConvLocaliser,
+    DenseLocaliser,
     SpatialTransformer,
-    TransformerNetwork,
-    composed_points,
+    last_of,
     observing,
 )
+from upright.architectures.transforms import TransformName
 from upright.warp import pixel_centres, rotation, sample
 
-KINDS = ("rotation", "affine")
+KINDS = get_args(TransformName)
 SHAPE = (2, 16, 16)
+QUARTER, HALF = math.pi / 2, math.log(0.5)
+PIXEL = 2 / 16
 
 
 class Always(nn.Module):
     """A localisation that always says the same theta."""
 
-    def __init__(self, theta: list[float]) -> None:
+    def __init__(self, theta: Sequence[float]) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.tensor([theta]))
+        self.theta = nn.Parameter(torch.tensor([list(theta)]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.theta.expand(len(images), -1)
+
+
+def saying(theta: Sequence[float], shape: tuple[int, int, int] = SHAPE, **options: object) -> SpatialTransformer:
+    transformer = SpatialTransformer(shape, **options)
+    transformer.localisation = Always(theta)
+    return transformer
 
 
 @pytest.fixture
@@ -35,86 +47,176 @@ def images() -> torch.Tensor:
     return torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("sampling", ["bilinear", "bicubic", "nearest"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_starts_exactly_at_the_identity(kind: str, images: torch.Tensor) -> None:
-    transformer = SpatialTransformer(SHAPE, transform=kind)
+def test_starts_exactly_at_the_identity(kind: str, sampling: str, images: torch.Tensor) -> None:
+    transformer = SpatialTransformer(SHAPE, transform=kind, sampling=sampling)
     assert (transformer.localisation(images) == 0).all()
-    torch.testing.assert_close(transformer(images), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(transformer(images), images, atol=3e-6, rtol=0)
+    # Whatever scheme the other weights start by.
+    initialise(transformer, "he_normal")
+    assert (transformer.localisation(images) == 0).all()
+    assert transformer.localisation[0].layers[1].weight.std() > 0.1
 
 
 def test_rotation_by_a_quarter_equals_rot90(images: torch.Tensor) -> None:
-    transformer = SpatialTransformer(SHAPE, transform="rotation")
-    transformer.localisation = Always([math.pi / 2])
-    torch.testing.assert_close(transformer(images), torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+    for kind, theta in (("rotation", [QUARTER]), ("similarity", [QUARTER, 0.0, 0.0, 0.0])):
+        turned = saying(theta, transform=kind)(images)
+        torch.testing.assert_close(turned, torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
 
 
-def test_affine_moves_known_pixels_to_known_places(images: torch.Tensor) -> None:
-    transformer = SpatialTransformer(SHAPE, transform="affine")
+@pytest.mark.parametrize(
+    ("kind", "theta"),
+    [
+        ("translation", [2 * PIXEL, 0.0]),
+        ("attention", [0.0, 2 * PIXEL, 0.0]),
+        ("similarity", [0.0, 0.0, 2 * PIXEL, 0.0]),
+        ("affine", [0.0, 0.0, 2 * PIXEL, 0.0, 0.0, 0.0]),
+        ("projective", [0.0, 0.0, 2 * PIXEL, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ("thin_plate", [2 * PIXEL, 0.0] * 16),
+    ],
+)
+def test_a_shift_moves_known_pixels_to_known_places(kind: str, theta: list[float], images: torch.Tensor) -> None:
     # Output x samples input x + 2 pixels: the image moves two pixels to the left, zeros come in.
-    transformer.localisation = Always([0.0, 0.0, 2 * 2 / 16, 0.0, 0.0, 0.0])
-    moved = transformer(images)
-    torch.testing.assert_close(moved[..., :14], images[..., 2:], atol=1e-5, rtol=0)
-    assert moved[..., 14:].abs().max() == 0
+    moved = saying(theta, transform=kind)(images)
+    torch.testing.assert_close(moved[..., :14], images[..., 2:], atol=1e-4, rtol=0)
+    assert moved[..., 14:].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "theta"),
+    [
+        ("attention", [HALF, 0.0, 0.0]),
+        ("similarity", [0.0, HALF, 0.0, 0.0]),
+        ("affine", [-0.5, 0.0, 0.0, 0.0, -0.5, 0.0]),
+    ],
+)
+def test_zooming_shows_the_middle_twice_as_large(kind: str, theta: list[float], images: torch.Tensor) -> None:
+    zoomed = saying(theta, transform=kind, sampling="nearest")(images)
+    expected = images[..., 4:12, 4:12].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(zoomed, expected)
+
+
+def test_projective_follows_the_formula_and_has_no_image_behind_the_horizon() -> None:
+    theta = [0.1, 0.2, 0.3, -0.1, 0.0, 0.05, 0.3, -0.4]
+    points = torch.tensor([[0.0, 0.0], [0.5, -0.5], [-1.0, 0.8]])
+    found = SpatialTransformer(SHAPE, transform="projective").points(torch.tensor([theta]), points)[0]
+    for (x, y), place in zip(points.tolist(), found.tolist(), strict=True):
+        depth = 0.3 * x - 0.4 * y + 1
+        assert place == pytest.approx([(1.1 * x + 0.2 * y + 0.3) / depth, (-0.1 * x + y + 0.05) / depth], abs=1e-5)
+    wild = torch.full((1, 8), 3.0)
+    assert SpatialTransformer(SHAPE, transform="projective").points(wild, points).isfinite().all()
+
+
+@pytest.mark.parametrize("control_points", [2, 3, 5])
+def test_a_thin_plate_passes_through_its_control_points(control_points: int) -> None:
+    transformer = SpatialTransformer(SHAPE, transform="thin_plate", control_points=control_points)
+    theta = 0.3 * torch.randn(4, 2 * control_points**2)
+    controls = transformer.transform.controls
+    moved = transformer.points(theta, controls)
+    torch.testing.assert_close(moved, controls + theta.unflatten(1, (-1, 2)), atol=1e-4, rtol=0)
+    assert controls[1].tolist() == [-1 + 2 / (control_points - 1), -1]  # row by row
+
+
+def test_projective_and_thin_plate_reduce_to_affine(images: torch.Tensor) -> None:
+    affine = torch.tensor([0.1, -0.3, 0.2, 0.25, -0.2, -0.1])
+    expected = saying(affine.tolist())(images)
+    projective = saying([*affine.tolist(), 0.0, 0.0], transform="projective")
+    torch.testing.assert_close(projective(images), expected, atol=1e-5, rtol=0)
+    thin_plate = SpatialTransformer(SHAPE, transform="thin_plate")
+    controls = thin_plate.transform.controls
+    shifts = controls @ affine.reshape(2, 3)[:, :2].T + affine.reshape(2, 3)[:, 2]
+    thin_plate.localisation = Always(shifts.flatten().tolist())
+    torch.testing.assert_close(thin_plate(images), expected, atol=1e-4, rtol=0)
 
 
 def test_affine_and_rotation_agree_where_both_can(images: torch.Tensor) -> None:
-    turn, affine = (SpatialTransformer(SHAPE, transform=kind) for kind in KINDS)
     matrix = rotation(torch.tensor([0.4]))[0, :2] - torch.eye(2, 3)
-    turn.localisation, affine.localisation = Always([0.4]), Always(matrix.flatten().tolist())
-    torch.testing.assert_close(turn(images), affine(images))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_theta_gets_a_gradient(kind: str, images: torch.Tensor) -> None:
-    transformer = SpatialTransformer(SHAPE, transform=kind)
-    (transformer(images) * torch.linspace(0, 1, 16)).sum().backward()
-    assert transformer.localisation[-1].bias.grad.abs().min() > 0
-
-
-def test_any_network_localises() -> None:
-    transformer = SpatialTransformer((1, 28, 28), localiser=LeNet, features=12)
-    assert transformer(torch.zeros(2, 1, 28, 28)).shape == (2, 1, 28, 28)
-
-
-def test_too_small() -> None:
-    with pytest.raises(ValueError, match=r"at least 8x8 pixels, got 7x16"):
-        Localiser((1, 7, 16), 32)
-
-
-def network() -> TransformerNetwork:
-    return TransformerNetwork(
-        (1, 16, 16), 4, network=LeNet, transformer=partial(SpatialTransformer, transform="rotation")
+    torch.testing.assert_close(
+        saying([0.4], transform="rotation")(images), saying(matrix.flatten().tolist(), transform="affine")(images)
     )
 
 
-def test_observing_changes_nothing_and_sees_everything() -> None:
-    model, images = network(), torch.rand(3, 1, 16, 16)
-    expected = model(images)
-    with observing() as seen:
-        logits = model(images)
-    assert torch.equal(logits, expected)
-    (one,) = seen
-    assert one.transformer is model.transformer and one.theta.shape == (3, 1)
-    assert torch.equal(model.network(one.turned), expected)
-    model(images)
-    assert len(seen) == 1
+@pytest.mark.parametrize("kind", KINDS)
+def test_theta_gets_a_gradient_and_none_from_nearest(kind: str, images: torch.Tensor) -> None:
+    for sampling in ("bilinear", "bicubic", "nearest"):
+        # Where all points are pixel centres even the gradient of a bilinear value is one-sided.
+        transformer = SpatialTransformer(SHAPE, transform=kind, sampling=sampling)
+        transformer = SpatialTransformer(
+            SHAPE, transform=kind, sampling=sampling, start=[0.03] * transformer.transform.size
+        )
+        (transformer(images) * torch.linspace(0, 1, 16)).sum().backward()
+        gradient = transformer.localisation[-1].bias.grad.abs()
+        assert gradient.max() == 0 if sampling == "nearest" else gradient.min() > 0
 
 
-def test_observing_can_stop_before_the_network_runs() -> None:
-    model = network()
-    model.network = None  # would fail if it were called
-    with observing(stop_after=1) as seen:
-        model(torch.rand(3, 1, 16, 16))
-    assert seen[0].theta.shape == (3, 1)
+def test_a_smaller_output_is_averaged_and_a_larger_one_interpolated(images: torch.Tensor) -> None:
+    smaller = SpatialTransformer(SHAPE, output_size=(8, 4))
+    assert smaller.output_shape == (2, 8, 4)
+    torch.testing.assert_close(smaller(images), avg_pool2d(images, (2, 4)), atol=1e-5, rtol=0)
+    larger = SpatialTransformer(SHAPE, output_size=(32, 24), padding="border")
+    expected = interpolate(images, (32, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(larger(images), expected, atol=1e-5, rtol=0)
+    # Stripes of one pixel are grey from afar, and do not alias.
+    stripes = torch.ones(1, *SHAPE) * (torch.arange(16) % 2)
+    odd = SpatialTransformer(SHAPE, output_size=(16, 6), padding="border")(stripes)
+    assert (odd - 0.5).abs().max() < 0.25
 
 
-def test_transformers_in_series_compose_in_their_order() -> None:
-    first, second = SpatialTransformer(SHAPE, transform="rotation"), SpatialTransformer(SHAPE, transform="affine")
+@pytest.mark.parametrize(("padding", "seen"), [("zeros", 0.0), ("border", 1.0), ("reflection", 1.0)])
+def test_padding_is_what_is_seen_beyond_the_border(padding: str, seen: float) -> None:
+    with torch.no_grad():
+        moved = saying([2 * PIXEL, 0.0], transform="translation", padding=padding)(torch.ones(1, *SHAPE))
+    assert moved[..., -1].mean() == pytest.approx(seen, abs=1e-4)
+
+
+def test_sampling_points_are_exact_in_half_precision() -> None:
+    transformer = saying([1.0], (1, 128, 128), transform="rotation")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theta = transformer.localisation(torch.zeros(1, 1, 128, 128)).bfloat16()
+        assert transformer(torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16)).dtype == torch.float32
+        points = transformer.points(theta, transformer.grid(torch.device("cpu")))
+    assert points.dtype == torch.float32
+    expected = transformer.points(torch.tensor([[1.0]]), transformer.grid(torch.device("cpu")))
+    assert (points - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("localiser", [LeNet, ConvLocaliser, DenseLocaliser])
+def test_any_network_localises(localiser: type[nn.Module]) -> None:
+    transformer = SpatialTransformer((1, 28, 28), localiser=localiser, features=12)
+    assert transformer(torch.zeros(2, 1, 28, 28)).shape == (2, 1, 28, 28)
+
+
+def test_start_is_what_it_says_before_training(images: torch.Tensor) -> None:
+    transformer = SpatialTransformer(SHAPE, transform="attention", start=[HALF, -0.5, 0.5])
+    assert transformer.localisation(images).tolist() == [pytest.approx([HALF, -0.5, 0.5])] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"output_size": (0, 4)}, "output_size must be at least 1x1, got 0x4"),
+        ({"transform": "thin_plate", "control_points": 1}, "at least 2 control points per axis, got 1"),
+        ({"transform": "rotation", "start": [0.0, 0.0]}, "start needs 1 numbers for 'rotation', got 2"),
+    ],
+)
+def test_refuses(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        SpatialTransformer(SHAPE, **options)
+
+
+def test_too_small() -> None:
+    with pytest.raises(ValueError, match=r"ConvLocaliser needs images of at least 8x8 pixels, got 7x16"):
+        ConvLocaliser((1, 7, 16), 32)
+
+
+def test_transformers_one_after_the_other_compose_in_their_order() -> None:
     # A quarter turn, then two of sixteen pixels to the left: both exact on the grid, and they do not commute.
-    first.localisation, second.localisation = Always([math.pi / 2]), Always([0.0, 0.0, 0.25, 0.0, 0.0, 0.0])
+    first, second = saying([QUARTER], transform="rotation"), saying([0.0, 0.0, 2 * PIXEL, 0.0, 0.0, 0.0])
     images = torch.rand(1, *SHAPE)
     with observing() as seen:
         turned = nn.Sequential(first, second)(images)
-    points = composed_points(seen, pixel_centres(16, 16))
+    (last,) = last_of(seen)
+    points = last.points(pixel_centres(16, 16))
     torch.testing.assert_close(sample(images, points, 16, 16), turned, atol=1e-4, rtol=0)
     torch.testing.assert_close(turned[..., :14], torch.rot90(images, 1, (2, 3))[..., 2:], atol=1e-4, rtol=0)

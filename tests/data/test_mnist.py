@@ -115,5 +115,5 @@ def test_labels_that_do_not_fit_are_refused(root: Path, labels: np.ndarray) -> N
 
 
 def test_a_folder_without_them_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UprightError, match="holds neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"):
+    with pytest.raises(UprightError, match=r"holds neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"):
         _ = MNIST(root=str(tmp_path)).source

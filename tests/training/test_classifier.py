@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import SpatialTransformer, TransformerNetwork
+from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
 from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.errors import UprightError

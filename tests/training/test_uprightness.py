@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
-from upright.training.uprightness import Uprightness, final_pose, upright_loss
+from upright.training.uprightness import Uprightness, final_poses, upright_loss
 from upright.warp import pixel_centres, rotation
 
 ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
@@ -14,9 +14,16 @@ ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
 def seen(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
     """What a transformer that turns by `angles` would have done."""
     theta = angles[:, None]
-    if kind == "affine":
-        theta = (rotation(angles)[:, :2] - torch.eye(2, 3)).flatten(1)
-    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, torch.empty(0))]
+    matrices = rotation(angles)[:, :2] - torch.eye(2, 3)
+    zeros = torch.zeros(len(angles), 3)
+    if kind == "similarity":
+        theta = torch.cat([theta, zeros], dim=1)
+    elif kind == "thin_plate":
+        controls = SpatialTransformer((1, 8, 8), transform=kind).transform.controls
+        theta = (controls @ matrices[:, :, :2].mT).flatten(1)
+    elif kind != "rotation":
+        theta = torch.cat([matrices.flatten(1), zeros[:, 1:]], dim=1)[:, : {"affine": 6, "projective": 8}[kind]]
+    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, torch.empty(0), None)]
 
 
 def measure(applied: torch.Tensor, undone: torch.Tensor, groups: torch.Tensor, kind: str = "rotation") -> float:
@@ -25,7 +32,7 @@ def measure(applied: torch.Tensor, undone: torch.Tensor, groups: torch.Tensor, k
     return float(metric.compute())
 
 
-@pytest.mark.parametrize("kind", ["rotation", "affine"])
+@pytest.mark.parametrize("kind", ["rotation", "similarity", "affine", "projective", "thin_plate"])
 @pytest.mark.parametrize("done", [0.0, 0.25, 0.5, 1.0])
 def test_zero_turns_all_upright_and_one_turns_nothing(done: float, kind: str) -> None:
     applied = ANGLES.repeat(3)
@@ -37,6 +44,13 @@ def test_zero_turns_all_upright_and_one_turns_nothing(done: float, kind: str) ->
 
 def test_what_overshoots_is_worse_than_nothing() -> None:
     assert measure(ANGLES, ANGLES, torch.zeros(5, dtype=torch.long)) == pytest.approx(2, abs=1e-3)
+
+
+def test_parallel_transformers_are_measured_one_by_one() -> None:
+    upright, idle = seen(-ANGLES), seen(torch.zeros(5))
+    metric = Uprightness()
+    metric.update(torch.zeros(5, dtype=torch.long), rotation(ANGLES), upright + idle, 1.0)
+    assert float(metric.compute()) == pytest.approx(0.5**0.5, abs=1e-3)
 
 
 def test_angles_wrap_around() -> None:
@@ -58,7 +72,8 @@ def test_one_view_says_nothing() -> None:
 
 
 def poses(applied: torch.Tensor, undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:
-    return final_pose(rotation(applied), seen(undone, kind), pixel_centres(4, 4))
+    (pose,) = final_poses(rotation(applied), seen(undone, kind), pixel_centres(4, 4))
+    return pose
 
 
 def test_the_loss_is_zero_when_two_views_end_in_the_same_pose() -> None:

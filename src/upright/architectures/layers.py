@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Activation = Literal["relu", "tanh", "sigmoid"]
 Pooling = Literal["max", "avg"]
@@ -44,3 +45,51 @@ def check_size(network: nn.Module, input_shape: tuple[int, int, int], least: int
         raise ValueError(
             f"{type(network).__name__} needs images of at least {least}x{least} pixels, got {height}x{width}."
         )
+
+
+def scaled(maps: int, width: float) -> int:
+    """``maps`` of a paper's table in a network ``width`` times as wide, at least one.
+
+    Raises:
+        ValueError: if ``width`` is not positive.
+    """
+    if not width > 0:
+        raise ValueError(f"width multiplies the numbers of maps and must be above 0, got {width}.")
+    return max(1, round(maps * width))
+
+
+class ConvReLU(nn.Sequential):
+    """A convolution and a ReLU, with batch normalisation between them in place of the bias.
+
+    Args:
+        channels: maps that come in.
+        maps: maps that go out.
+        kernel: one number if it is square.
+        stride: in pixels.
+        padding: of zeros; ``same`` keeps the size at stride 1.
+        batch_norm: without it the convolution has a bias.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        maps: int,
+        kernel: int | tuple[int, int] = 1,
+        *,
+        stride: int = 1,
+        padding: int | Literal["same"] = "same",
+        batch_norm: bool = True,
+    ) -> None:
+        super().__init__(nn.Conv2d(channels, maps, kernel, stride, padding, bias=not batch_norm))
+        if batch_norm:
+            # The epsilon with which Google's Inceptions were trained.
+            self.append(nn.BatchNorm2d(maps, eps=1e-3))
+        self.append(nn.ReLU())
+
+
+class Concat(nn.ModuleList):
+    """Branches that see the same maps; what they make of them is stacked along the channels."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps ``(B, C, H, W)`` to as many as all branches give."""
+        return torch.cat([branch(maps) for branch in self], dim=1)

@@ -5,25 +5,28 @@ classified; both are trained by the classification alone.
 
 What differs from the paper: the regression layer is our own, behind any localisation network, and starts at zero, so
 that every transformer starts exactly at the identity; sampling points are one matrix product; border pixels follow
-``align_corners=False``. The angle of ``rotation`` is not in the paper's list; it is what a rotated digit needs.
+``align_corners=False``. ``rotation`` and ``similarity`` are not in the paper's list: a rotated digit needs no more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from upright.warp import Padding, pixel_centres, rotation, sample, transform_points
+from upright.architectures.layers import check_size
+from upright.architectures.transforms import MATRIX_TRANSFORMS, ThinPlate, TransformName
+from upright.warp import Padding, Sampling, pixel_centres, sample
 
-Network = Callable[[tuple[int, int, int], int], nn.Module]
+Shape = tuple[int, int, int]
+Network = Callable[[Shape, int], nn.Module]
 """A network to be: completed with ``(input_shape, num_classes)``."""
 
 
-class Localiser(nn.Module):
-    """The paper's (appendix A): half the size, two 5 x 5 convolutions with pooling, then a fully connected layer.
+class ConvLocaliser(nn.Module):
+    """The paper's for images (appendix A): half the size, two 5 x 5 convolutions with pooling, one linear layer.
 
     Args:
         input_shape: ``(C, H, W)``, at least 8 x 8.
@@ -31,11 +34,10 @@ class Localiser(nn.Module):
         width: maps of each convolution.
     """
 
-    def __init__(self, input_shape: tuple[int, int, int], num_outputs: int, *, width: int = 20) -> None:
+    def __init__(self, input_shape: Shape, num_outputs: int, *, width: int = 20) -> None:
         super().__init__()
+        check_size(self, input_shape, 8)
         channels, height, columns = input_shape
-        if min(height, columns) < 8:
-            raise ValueError(f"The localiser needs images of at least 8x8 pixels, got {height}x{columns}.")
         self.layers = nn.Sequential(
             nn.AvgPool2d(2),
             nn.Conv2d(channels, width, 5, padding=2),
@@ -54,100 +56,153 @@ class Localiser(nn.Module):
         return features
 
 
+class DenseLocaliser(nn.Module):
+    """The paper's for fully connected networks (appendix A), and for feature maps too small to convolve.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_outputs: features it ends in.
+        widths: units of the hidden layers.
+    """
+
+    def __init__(self, input_shape: Shape, num_outputs: int, *, widths: Sequence[int] = (32, 32)) -> None:
+        super().__init__()
+        channels, height, columns = input_shape
+        self.layers = nn.Sequential(nn.Flatten())
+        inputs = channels * height * columns
+        for width in widths:
+            self.layers.extend([nn.Linear(inputs, width), nn.ReLU()])
+            inputs = width
+        self.layers.append(nn.Linear(inputs, num_outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` to features ``(B, num_outputs)``."""
+        features: Tensor = self.layers(images)
+        return features
+
+
 class SpatialTransformer(nn.Module):
     """Localise, make sampling points, sample.
 
-    ``theta`` ``(B, P)``, zero at the identity: for ``rotation`` the angle in radians (P = 1); for ``affine`` what is
-    added to the 2 x 3 matrix of the identity, row by row (P = 6).
+    ``theta`` ``(B, P)`` is zero at the identity; `upright.architectures.transforms` says what it means.
 
     Args:
-        input_shape: ``(C, H, W)`` of the images or feature maps it turns; the output has the same.
+        input_shape: ``(C, H, W)`` of the images or feature maps that it turns.
         transform: what it may do.
+        control_points: of the thin-plate spline, per axis.
         localiser: any module from ``(input_shape, num_outputs)``.
         features: number of features between the localiser and the regression of ``theta``.
+        sampling: how values between pixels are made; ``nearest`` gives the localiser no gradient.
         padding: what is seen beyond the border.
+        output_size: ``(H, W)`` of what it gives, the input's by default. Where that is smaller, several points per
+            pixel are averaged, as the paper does behind its transformer, so that nothing aliases.
+        start: ``theta`` before any training, where that is not the identity, as for parallel transformers that are
+            laid out over the image.
         lr_factor: its learning rate, as a multiple of the network's.
     """
 
     def __init__(
         self,
-        input_shape: tuple[int, int, int],
+        input_shape: Shape,
         *,
-        transform: Literal["rotation", "affine"] = "affine",
-        localiser: Network = Localiser,
+        transform: TransformName = "affine",
+        control_points: int = 4,
+        localiser: Network = ConvLocaliser,
         features: int = 32,
+        sampling: Sampling = "bilinear",
         padding: Padding = "zeros",
+        output_size: tuple[int, int] | None = None,
+        start: Sequence[float] | None = None,
         lr_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.transform, self.padding, self.lr_factor = transform, padding, lr_factor
-        _, height, width = input_shape
-        self.aspect = width / height
-        regression = nn.Linear(features, {"rotation": 1, "affine": 6}[transform])
-        nn.init.zeros_(regression.weight)
-        nn.init.zeros_(regression.bias)
-        self.localisation = nn.Sequential(localiser(input_shape, features), nn.ReLU(), regression)
+        channels, height, width = input_shape
+        rows, columns = output_size or (height, width)
+        if min(rows, columns) < 1:
+            raise ValueError(f"output_size must be at least 1x1, got {rows}x{columns}.")
+        self.sampling, self.padding, self.lr_factor = sampling, padding, lr_factor
+        self.output_shape: Shape = (channels, rows, columns)
+        self.shrink = (-(-height // rows), -(-width // columns))
+        self.transform: nn.Module
+        if transform == "thin_plate":
+            self.transform = ThinPlate(control_points)
+        else:
+            self.transform = MATRIX_TRANSFORMS[transform](width / height)
+        size = int(self.transform.size)
+        if start is not None and len(start) != size:
+            raise ValueError(f"start needs {size} numbers for '{transform}', got {len(start)}.")
+        self.localisation = nn.Sequential(
+            localiser(input_shape, features), nn.ReLU(), Regression(features, start or [0.0] * size)
+        )
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
         """Where ``theta`` ``(B, P)`` samples the input for output points ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``."""
-        if self.transform == "rotation":
-            return transform_points(rotation(theta[:, 0], self.aspect), reference)
-        return transform_points(theta.reshape(-1, 2, 3) + torch.eye(2, 3, device=theta.device), reference)
+        # Eight bits of a half precision matrix product are half a pixel at 128 pixels.
+        with torch.autocast(theta.device.type, enabled=False):
+            points: Tensor = self.transform(theta.float(), reference)
+        return points
+
+    def grid(self, device: torch.device) -> Tensor:
+        """The output's points ``(N, 2)``; several per pixel where it shrinks."""
+        _, rows, columns = self.output_shape
+        return pixel_centres(rows * self.shrink[0], columns * self.shrink[1], device=device)
+
+    def sample(self, images: Tensor, points: Tensor) -> Tensor:
+        """Output ``(B, C, H', W')`` from what ``points``, those of `grid` transformed, see of ``images``."""
+        _, rows, columns = self.output_shape
+        return sample(images.float(), points, rows, columns, self.padding, self.sampling, self.shrink)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` turned: ``(B, C, H, W)``."""
+        """Images ``(B, C, H, W)`` turned: ``(B, C, H', W')``."""
         theta = self.localisation(images)
-        observer = _observer.get()
-        if observer and len(observer.seen) + 1 == observer.stop_after:
-            observer.seen.append(Observation(self, theta, images))
-            raise _SeenEnough
-        height, width = images.shape[-2:]
-        points = self.points(theta, pixel_centres(height, width, device=images.device))
-        turned = sample(images, points, height, width, self.padding)
-        if observer:
-            observer.seen.append(Observation(self, theta, turned))
-        return turned
+        return observed(self, theta, lambda: self.sample(images, self.points(theta, self.grid(images.device))))
 
 
-class TransformerNetwork(nn.Module):
-    """A spatial transformer in front of any network.
+class Regression(nn.Linear):
+    """From features to ``theta``; says ``start`` whatever it sees, until it is trained."""
+
+    starts_fixed = True
+
+    def __init__(self, features: int, start: Sequence[float]) -> None:
+        super().__init__(features, len(start))
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():
+            self.bias.copy_(torch.tensor(start))
+
+
+@dataclass(eq=False)
+class Observation:
+    """What one transformer did in one forward pass.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
-        network: the network that sees the turned images.
-        transformer: the transformer, completed with ``(input_shape)``.
+        transformer: which one.
+        theta: what it said, ``(B, P)``.
+        turned: what it gave, ``(B, C, H', W')``; nothing where the pass was stopped before.
+        before: what was done before to what it looked at.
     """
-
-    def __init__(
-        self,
-        input_shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        network: Network,
-        transformer: Callable[[tuple[int, int, int]], nn.Module] = SpatialTransformer,
-    ) -> None:
-        super().__init__()
-        self.transformer = transformer(input_shape)
-        self.network = network(input_shape, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
-        logits: Tensor = self.network(self.transformer(images))
-        return logits
-
-
-class Observation(NamedTuple):
-    """What one transformer did in one forward pass."""
 
     transformer: SpatialTransformer
     theta: Tensor
     turned: Tensor
+    before: "Observation | None"
+
+    def points(self, reference: Tensor) -> Tensor:
+        """Where, in the first transformer's input, ``reference`` points ``(N, 2)`` of this one's output lie."""
+        points = self.transformer.points(self.theta, reference)
+        return self.before.points(points) if self.before else points
 
 
-class _Observer(NamedTuple):
+def last_of(seen: list[Observation]) -> list[Observation]:
+    """Those after which nothing more was done: one, or one for each of parallel transformers."""
+    followed = {id(observation.before) for observation in seen}
+    return [observation for observation in seen if id(observation) not in followed]
+
+
+@dataclass
+class _Observer:
     seen: list[Observation]
     stop_after: int | None
+    before: Observation | None = None
 
 
 class _SeenEnough(Exception):
@@ -175,9 +230,25 @@ def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
         _observer.reset(token)
 
 
-def composed_points(observations: list[Observation], reference: Tensor) -> Tensor:
-    """Where, in the first transformer's input, the last one's output ``reference`` ``(N, 2)`` lies: ``(B, N, 2)``."""
-    points = reference
-    for seen in reversed(observations):
-        points = seen.transformer.points(seen.theta, points)
-    return points
+def observed(transformer: SpatialTransformer, theta: Tensor, turn: Callable[[], Tensor]) -> Tensor:
+    """What ``turn`` gives, with a note of it for whoever observes."""
+    observer = _observer.get()
+    if observer is None:
+        return turn()
+    last = len(observer.seen) + 1 == observer.stop_after
+    turned = theta.new_empty(0) if last else turn()
+    observer.before = Observation(transformer, theta, turned, observer.before)
+    observer.seen.append(observer.before)
+    if last:
+        raise _SeenEnough
+    return turned
+
+
+def branch(module: nn.Module, images: Tensor) -> Tensor:
+    """``module(images)``, as one of several on the same images: none follows what another one did."""
+    observer = _observer.get()
+    before = observer.before if observer else None
+    found: Tensor = module(images)
+    if observer:
+        observer.before = before
+    return found

@@ -227,5 +227,10 @@ def _turn(images: Tensor, angle: float) -> Tensor:
 
 def _fit(images: Tensor, spec: ImageSpec) -> Tensor:
     if images.shape[-2:] != (spec.height, spec.width):
+        if spec.resize == "none":
+            raise UprightError(
+                f"With resize none the images of a batch must have one size, {spec.height}x{spec.width}; "
+                f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch or crop."
+            )
         images = resize(images, spec.height, spec.width, spec.resize).round().clamp(0, 255)
     return images.to(torch.uint8)

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from upright.data.datamodule import ImageDataModule, Source
 from upright.data.split import SPLITS
 from upright.errors import UprightError
-from upright.images import SUFFIXES, ImageSpec, Pixels, decode
+from upright.images import SUFFIXES, ImageSpec, Pixels, Resize, decode
 
 
 class Folder(ImageDataModule):
@@ -19,7 +18,8 @@ class Folder(ImageDataModule):
         root: the folder. A split that it lacks is split off the training images.
         size: height and width that the network sees.
         channels: 1 (grey) or 3 (RGB).
-        resize: ``stretch``, or ``crop`` the largest centred square first.
+        resize: ``stretch``, ``crop`` the largest centred square first, or ``none`` where all have ``size`` and the
+            network takes any.
         background: grey level that transparent pixels are laid over.
         mean: subtracted, one number per channel or one for all, on the scale of 0 to 1.
         std: divided by, likewise.
@@ -32,7 +32,7 @@ class Folder(ImageDataModule):
         root: str,
         size: int = 32,
         channels: int = 3,
-        resize: Literal["stretch", "crop"] = "stretch",
+        resize: Resize = "stretch",
         background: int = 0,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),

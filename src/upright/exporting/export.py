@@ -125,7 +125,7 @@ def _card(manifest: dict[str, Any], parity: dict[str, Any], name: str) -> str:
     spec, provenance, accuracy = manifest["spec"], manifest["provenance"], parity["accuracy"]
     network = provenance["model"]["init_args"]["network"]["class_path"]
     data = provenance["data"]["class_path"]
-    size = f"{spec['height']} x {spec['width']}"
+    fitted = "" if spec["resize"] == "none" else f"{spec['resize']} to {spec['height']} x {spec['width']} and "
     metrics = "\n".join(f"| {key} | {value:.4f} |" for key, value in provenance["metrics"].items())
     return f"""# {name}
 
@@ -137,8 +137,7 @@ An image classifier exported by Upright {provenance["versions"]["upright"]} from
 | Network | `{network}` |
 | Data | `{data}`, split `{provenance["split"]["digest"][:16]}` |
 | Classes | {", ".join(spec["classes"])} |
-| Input | `images`: uint8 (batch, height, width, {spec["channels"]}), any size; {spec["resize"]} to {size} \
-and normalisation are inside |
+| Input | `images`: uint8 (batch, height, width, {spec["channels"]}), any size; {fitted}normalisation inside |
 | Output | `probabilities`: float32 (batch, {len(spec["classes"])}) |
 | ONNX opset | {manifest["opset"]} |
 

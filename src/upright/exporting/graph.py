@@ -33,7 +33,7 @@ class Graph(nn.Module):
         return probabilities
 
 
-def write_graph(model: Model, path: Path) -> None:
+def write_graph(model: Model, path: Path, opset: int = OPSET) -> None:
     """Export ``model``, which must be in evaluation mode, to one file at ``path``.
 
     Batch, height and width stay free; resizing, normalisation and softmax are inside, and so are the names of the
@@ -51,7 +51,7 @@ def write_graph(model: Model, path: Path) -> None:
             Graph(model).eval(),
             (example,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["images"],
             output_names=["probabilities"],
             dynamic_shapes={"images": {0: free, 1: free, 2: free}},

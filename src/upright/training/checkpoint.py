@@ -161,16 +161,33 @@ def restore(path: str | Path, data: ImageDataModule | None = None) -> Restored:
     return Restored(classifier.eval(), data, ours)
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UprightError: if it cannot be read.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
 def read_data(path: str | Path) -> ImageDataModule:
     """The datamodule of a YAML like those in ``configs/data``.
 
     Raises:
         UprightError: if it is no such file.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return data_of(read_yaml(path), path)
+
+
+def data_of(found: Any, path: str | Path) -> ImageDataModule:
+    """The datamodule of what was ``found`` in the YAML at ``path``.
+
+    Raises:
+        UprightError: if it describes none.
+    """
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
         raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
     try:

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
 from upright.data.augmentation import Augmentation, Augmented
 from upright.data.datamodule import ImageDataModule
@@ -21,7 +22,7 @@ from upright.recipes import Recorded, recipe
 from upright.training.losses import CrossEntropy
 from upright.training.model import Model
 from upright.training.schedules import OneCycle
-from upright.training.uprightness import Uprightness, final_pose, upright_loss
+from upright.training.uprightness import Uprightness, final_poses, upright_loss
 from upright.warp import pixel_centres
 
 Groups = Iterable[dict[str, Any]]
@@ -36,6 +37,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         optimizer: completed with parameter groups; one group per ``lr_factor`` that a module asks for.
         scheduler: completed with ``(optimizer, total_steps)``; steps after every batch.
         loss: completed with ``(num_classes)``; called with logits and labels.
+        init: scheme of the weights to start from; by default the network's own.
         upright_weight: weight of the upright loss; 0 trains the spatial transformer by classification alone.
     """
 
@@ -46,6 +48,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         optimizer: Callable[[Groups], Optimizer],
         scheduler: Callable[[Optimizer, int], LRScheduler] = OneCycle,
         loss: Callable[[int], nn.Module] = CrossEntropy,
+        init: Scheme | None = None,
         upright_weight: float = 0.0,
     ) -> None:
         super().__init__()
@@ -60,6 +63,10 @@ class ImageClassifier(Recorded, L.LightningModule):
             self.model = Model(spec, network(spec.input_shape, num_classes))
         except ValueError as error:
             raise UprightError(str(error)) from error
+        if spec.resize == "none":
+            _check_any_size(self.model)
+        if init:
+            initialise(self.model, init)
         self.loss = loss(num_classes)
         self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
         if upright_weight < 0 or (upright_weight > 0 and not self.transformers):
@@ -124,9 +131,9 @@ class ImageClassifier(Recorded, L.LightningModule):
             with observing(stop_after=len(seen)) as seen_other:
                 self.model(other.images)
             points = pixel_centres(4, 4, device=self.device)
-            turned = upright_loss(
-                final_pose(view.transforms, seen, points), final_pose(other.transforms, seen_other, points)
-            )
+            poses = final_poses(view.transforms, seen, points)
+            poses_other = final_poses(other.transforms, seen_other, points)
+            turned = torch.stack([upright_loss(*pair) for pair in zip(poses, poses_other, strict=True)]).mean()
             self.log("train/upright_loss", turned.detach(), **per_epoch)
             loss = loss + self.upright_weight * turned
         return loss
@@ -166,6 +173,19 @@ class ImageClassifier(Recorded, L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Position in the split ``(B,)``, label ``(B,)``, probabilities ``(B, K)``."""
         return batch.position, batch.labels, self.model(batch.images).softmax(dim=1)
+
+
+@torch.no_grad()
+def _check_any_size(model: Model) -> None:
+    channels, height, width = model.spec.input_shape
+    try:
+        model.eval()(torch.zeros(1, channels, height + 5, width + 9))
+    except RuntimeError:
+        raise UprightError(
+            f"resize none needs a network that takes images of any size, as those do that end in a global mean; "
+            f"{type(model.network).__name__} takes {height}x{width} only. Use stretch or crop."
+        ) from None
+    model.train()
 
 
 def _with_factors(module: nn.Module, factor: float) -> Iterator[tuple[float, nn.Parameter]]:

@@ -12,19 +12,19 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from upright.architectures.spatial_transformer import Observation, composed_points
+from upright.architectures.spatial_transformer import Observation, last_of
 from upright.warp import pixel_centres, rotation_angle, transform_points
 
 
-def final_pose(transforms: Tensor, seen: list[Observation], points: Tensor) -> Tensor:
-    """Where output ``points`` ``(N, 2)`` of the transformers lie in the undistorted images: ``(B, N, 2)``.
+def final_poses(transforms: Tensor, seen: list[Observation], points: Tensor) -> list[Tensor]:
+    """Where output ``points`` ``(N, 2)`` lie in the undistorted images, ``(B, N, 2)``, for each of `last_of` ``seen``.
 
     Args:
         transforms: what was done to each image before, ``(B, 3, 3)``.
         seen: what the transformers did, in order.
         points: at which to compare.
     """
-    return transform_points(transforms, composed_points(seen, points))
+    return [transform_points(transforms, last.points(points)) for last in last_of(seen)]
 
 
 def upright_loss(first: Tensor, second: Tensor) -> Tensor:
@@ -45,7 +45,8 @@ class Uprightness(Metric):
     """Spread of the angle after the transformer over that before it: 0 turns all upright, 1 turns nothing.
 
     Update with several views of each image at known angles. Per image, the variance of the residual angle (around its
-    circular mean) and the variance of the angle applied; the ratio of their means over all images, as a root.
+    circular mean) and the variance of the angle applied; the ratio of their means over all images, as a root. Each of
+    several parallel transformers counts as an image of its own.
     """
 
     full_state_update = False
@@ -68,9 +69,12 @@ class Uprightness(Metric):
             aspect: width / height of the images.
         """
         points = pixel_centres(4, 4, device=transforms.device)
-        self.groups.append(groups)
-        self.applied.append(rotation_angle(transform_points(transforms, points), points, aspect))
-        self.residual.append(rotation_angle(final_pose(transforms, seen, points), points, aspect))
+        applied = rotation_angle(transform_points(transforms, points), points, aspect)
+        poses = final_poses(transforms, seen, points)
+        for branch, pose in enumerate(poses):
+            self.groups.append(groups * len(poses) + branch)
+            self.applied.append(applied)
+            self.residual.append(rotation_angle(pose, points, aspect))
 
     def compute(self) -> Tensor:
         """The measure, a scalar; NaN when no image was shown at different angles."""

@@ -1,0 +1,260 @@
+"""What a network is made of, layer by layer: the table that a student draws by hand."""
+
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+
+CLIFF = 8
+"""A layer that leaves fewer than one in so many positions, and more than one position, is warned of."""
+ELSEWHERE = "(elsewhere)"
+"""Name of what ran, or has parameters, outside of all layers."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Of a convolution or pooling, per axis; the kernel with its dilation."""
+
+    kernel: Shape
+    stride: Shape
+    padding: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module inside which no other runs, in one of its runs; or what ran outside of all of them.
+
+    Args:
+        name: its path in the network.
+        kind: its class.
+        window: of a convolution or pooling.
+        output: shape of what it gives for one image.
+        receptive_field: rows and columns of the image that one output position sees, no more than it has; None where
+            they cannot be followed.
+        jump: by how many rows and columns of the image neighbouring positions differ; 0 where all see the whole image.
+        parameters: those that no layer above it has.
+        multiply_adds: of convolutions and matrix products, without biases, for one image.
+        activations: number of output values for one image.
+        connections: multiply-adds over those of a dense layer between the same input and output.
+        weights: weights over those of such a dense layer.
+    """
+
+    name: str
+    kind: str
+    window: Window | None
+    output: Shape
+    receptive_field: Shape | None
+    jump: Shape | None
+    parameters: int
+    multiply_adds: int
+    activations: int
+    connections: float | None = None
+    weights: float | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of a whole network; ``megabytes`` (10^6 bytes) are those of its parameters as float32."""
+
+    parameters: int
+    trainable: int
+    multiply_adds: int
+    activations: int
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found."""
+
+    input: Shape
+    layers: list[Layer]
+    totals: Totals
+    warnings: list[str]
+
+
+def describe(network: nn.Module, input_shape: Shape) -> Description:
+    """Run one image of zeros through ``network`` and note what every layer does.
+
+    Args:
+        network: from images ``(B, C, H, W)``; on any device, ``meta`` included, where it costs no time. It is left in
+            evaluation mode.
+        input_shape: ``(C, H, W)``.
+    """
+    network.eval()
+    device = next((tensor.device for tensor in chain(network.parameters(), network.buffers())), None)
+    images = torch.zeros(1, *input_shape, device=device)
+    fields = _Fields(images)
+    counter = FlopCounterMode(display=False, custom_mapping={aten.mkldnn_rnn_layer: _rnn_flops})
+    names = {module: name for name, module in network.named_modules()}
+    layers: list[Layer] = []
+    warnings: list[str] = []
+    counted: set[nn.Parameter] = set()
+    started: list[tuple[int, int]] = []
+
+    def before(*_: Any) -> None:
+        started.append((len(layers), counter.get_total_flops()))
+
+    def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        layers_before, flops_before = started.pop()
+        given, output = next(_tensors((args, kwargs)), None), next(_tensors(result), None)
+        if len(layers) > layers_before or given is None or output is None:
+            return
+        field = fields.of.get(output)
+        parameters = set(module.parameters())
+        multiply_adds = (counter.get_total_flops() - flops_before) // 2
+        connections = weights = None
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            dense = given.numel() * output.numel()
+            connections, weights = multiply_adds / dense, module.weight.numel() / dense
+        layer = Layer(
+            name=names[module],
+            kind=type(module).__name__ + (" (ceil)" if getattr(module, "ceil_mode", False) else ""),
+            window=_window(module),
+            output=tuple(output.shape[1:] if len(output) == 1 else output.shape),
+            receptive_field=field and field.size,
+            jump=field and field.jump,
+            parameters=_size(parameters - counted),
+            multiply_adds=multiply_adds,
+            activations=output.numel(),
+            connections=connections,
+            weights=weights,
+        )
+        layers.append(layer)
+        counted.update(parameters)
+        if given.ndim == output.ndim == 4:
+            had, left = prod(given.shape[2:]), prod(output.shape[2:])
+            if 1 < left < had / CLIFF:
+                warnings.append(
+                    f"{layer.name} ({layer.kind}) leaves {left:,} of {had:,} positions, 1 in {had / left:.0f}; "
+                    "smaller strides in more than one layer lose less."
+                )
+
+    hooks = [module.register_forward_pre_hook(before) for module in names]
+    hooks += [module.register_forward_hook(after, with_kwargs=True) for module in names]
+    try:
+        with torch.no_grad(), fields, counter:
+            network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    every = set(network.parameters())
+    totals = Totals(
+        parameters=_size(every),
+        trainable=_size(parameter for parameter in every if parameter.requires_grad),
+        multiply_adds=counter.get_total_flops() // 2,
+        activations=sum(layer.activations for layer in layers),
+        megabytes=4 * _size(every) / 1e6,
+    )
+    rest = totals.multiply_adds - sum(layer.multiply_adds for layer in layers)
+    if rest or every - counted:
+        layers.append(Layer(ELSEWHERE, "", None, (), None, None, _size(every - counted), rest, 0))
+    return Description(tuple(input_shape), layers, totals, warnings)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _rnn_flops(sequence: Shape, input_weight: Shape, state_weight: Shape, *_: Any, **__: Any) -> int:
+    """Of the one operation that a recurrent layer is on the CPU, which torch does not count."""
+    return 2 * prod(sequence[:-1]) * (prod(input_weight) + prod(state_weight))
+
+
+def _window(module: Any) -> Window | None:
+    if not hasattr(module, "kernel_size") or not hasattr(module, "padding") or getattr(module, "transposed", False):
+        return None
+    kernel, stride, dilation = (
+        _pair(value) for value in (module.kernel_size, module.stride, getattr(module, "dilation", 1))
+    )
+    kernel = tuple((f - 1) * d + 1 for f, d in zip(kernel, dilation, strict=True))
+    if isinstance(module.padding, str):
+        return Window(kernel, stride, tuple((f - 1) / 2 if module.padding == "same" else 0 for f in kernel))
+    return Window(kernel, stride, _pair(module.padding))
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+
+
+class _Field(NamedTuple):
+    """Receptive field and jump, rows and columns."""
+
+    size: Shape
+    jump: Shape
+
+
+_UNMOVED = {
+    *(aten.view, aten._unsafe_view, aten.expand, aten.unsqueeze, aten.squeeze, aten.select, aten.unbind),
+    *(aten.split, aten.split_with_sizes, aten.cat, aten.stack),
+    # That the statistics of a normalisation see the whole image does not count, by custom.
+    *(aten._native_batch_norm_legit_no_training, aten.native_group_norm, aten.native_layer_norm),
+}
+"""Operations that leave values in their rows and columns, if the last two dimensions stay what they are."""
+_PADDING = {aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d}
+
+
+class _Fields(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The receptive field of every tensor that depends on ``images``, by the operations that made it.
+
+    Where an operation has several inputs the largest field counts. After whatever is not known to be local (matrix
+    products, means, sampling at computed points) a value sees the whole image.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.image = tuple(images.shape[-2:])
+        self.of: MutableMapping[Tensor, _Field] = WeakTensorKeyDictionary()
+        self.of[images] = _Field((1, 1), (1, 1))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = [tensor for tensor in _tensors((args, kwargs)) if tensor in self.of]
+        if inputs:
+            sizes, jumps = zip(*(self.of[tensor] for tensor in inputs), strict=True)
+            field = _Field(*(tuple(map(max, zip(*values, strict=True))) for values in (sizes, jumps)))
+            names = (argument.name for argument in func._schema.arguments)
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            for tensor in _tensors(result):
+                self.of[tensor] = self._after(func, given, field, inputs[0], tensor)
+        return result
+
+    def _after(self, func: Any, given: dict[str, Any], field: _Field, before: Tensor, after: Tensor) -> _Field:
+        operation = func.overloadpacket
+        kernel = given.get("kernel_size", ())
+        if operation is aten.convolution and not given["transposed"]:
+            kernel = given["weight"].shape[2:]
+        if len(kernel) > 1 and before.ndim == after.ndim:
+            return self._through(field, kernel, given.get("stride") or kernel, given.get("dilation") or (1, 1))
+        if operation in (aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d):
+            sizes = list(zip(before.shape[-2:], after.shape[-2:], strict=True))
+            if all(n % m == 0 for n, m in sizes):
+                steps = [n // m for n, m in sizes]
+                return self._through(field, steps, steps, (1, 1))
+        if operation is aten.slice:
+            places = [given.get("dim", 0) % before.ndim == before.ndim + axis for axis in (-2, -1)]
+            return self._through(field, (1, 1), [given.get("step", 1) if place else 1 for place in places], (1, 1))
+        unmoved = operation in _UNMOVED and before.shape[-2:] == after.shape[-2:]
+        if unmoved or operation in _PADDING or torch.Tag.pointwise in func.tags:
+            return field
+        return _Field(self.image, (0, 0))
+
+    def _through(self, field: _Field, kernel: Any, stride: Any, dilation: Any) -> _Field:
+        axes = zip(field.size, field.jump, self.image, kernel[-2:], stride[-2:], dilation[-2:], strict=True)
+        sizes, jumps = zip(*((min(r + (f - 1) * d * j, n), j * s) for r, j, n, f, s, d in axes), strict=True)
+        return _Field(sizes, jumps)

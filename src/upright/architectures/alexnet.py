@@ -1,0 +1,107 @@
+"""AlexNet (Krizhevsky, Sutskever, Hinton 2012, "ImageNet classification with deep convolutional neural networks").
+
+The idea: LeNet made far deeper and wider, which ReLU, dropout and two GPUs made possible to train.
+
+What differs from the paper: the first convolution pads by 2, without which images of 224 do not give its 55 x 55 maps;
+response normalisation spans both towers, which were on a GPU each; weights start by He et al. 2015, for the paper's
+deviation of 0.01 lets the signal die in a narrow network (``paper_start=True`` brings it back). Images of 224 and
+1000 classes give 60,965,224 parameters, and 62,378,344 as one tower.
+"""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from upright.architectures.initialisation import initialise
+from upright.architectures.layers import Window, check_size, least_size, size_after
+
+
+class Stage(NamedTuple):
+    """A convolution and what follows it."""
+
+    window: Window
+    towers: bool = False
+    """Whether each tower sees its own maps only."""
+    normalised: bool = False
+    pooled: bool = False
+
+
+STAGES = (
+    Stage((11, 4, 2), normalised=True, pooled=True),
+    Stage((5, 1, 2), towers=True, normalised=True, pooled=True),
+    Stage((3, 1, 1)),
+    Stage((3, 1, 1), towers=True),
+    Stage((3, 1, 1), towers=True, pooled=True),
+)
+POOLING: Window = (3, 2, 0)
+
+
+class AlexNet(nn.Module):
+    """Five convolutions, overlapping pooling, three fully connected layers.
+
+    Args:
+        input_shape: ``(C, H, W)``, at least 63 x 63, or 15 x 15 with the stem ``(3, 1, 1)``.
+        num_classes: ``K``.
+        widths: maps of the convolutions.
+        units: of the two hidden fully connected layers.
+        groups: 2 for the paper's two towers, which meet in the third convolution; 1 for a single one.
+        stem: window ``(kernel, stride, padding)`` of the first convolution.
+        local_response_norm: after the first two convolutions.
+        dropout: share of hidden fully connected units that are dropped.
+        paper_start: weights of deviation 0.01, and biases of one where the paper has them.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        widths: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256),
+        units: tuple[int, int] = (4096, 4096),
+        groups: Literal[1, 2] = 2,
+        stem: Window = STAGES[0].window,
+        local_response_norm: bool = True,
+        dropout: float = 0.5,
+        paper_start: bool = False,
+    ) -> None:
+        super().__init__()
+        if groups not in (1, 2):
+            raise ValueError(f"AlexNet has 1 or 2 groups, got {groups}.")
+        stages = (STAGES[0]._replace(window=stem), *STAGES[1:])
+        windows: list[Window] = []
+        layers: list[nn.Module] = []
+        inputs, height, width = input_shape
+        for outputs, stage in zip(widths, stages, strict=True):
+            layers += [nn.Conv2d(inputs, outputs, *stage.window, groups=groups if stage.towers else 1), nn.ReLU()]
+            windows.append(stage.window)
+            inputs = outputs
+            if stage.normalised and local_response_norm:
+                # PyTorch divides alpha by the size; the paper's is 1e-4.
+                layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2))
+            if stage.pooled:
+                layers.append(nn.MaxPool2d(*POOLING))
+                windows.append(POOLING)
+        check_size(self, input_shape, least_size(windows))
+        self.features = nn.Sequential(*layers)
+        rows, columns = (size_after(size, windows) for size in (height, width))
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(inputs * rows * columns, units[0]),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units[0], units[1]),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units[1], num_classes),
+        )
+        initialise(self, "normal" if paper_start else "he_normal")
+        if paper_start:
+            biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]
+            # Convolutions 2, 4, 5 and the hidden layers: their ReLUs then pass something on from the first step.
+            for layer in (1, 3, 4, 5, 6):
+                nn.init.constant_(biases[layer], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        logits: Tensor = self.classifier(self.features(images))
+        return logits

@@ -1,0 +1,114 @@
+"""GoogLeNet (Szegedy et al. 2014, "Going deeper with convolutions", arXiv:1409.4842, table 1).
+
+The idea: look at the same maps through windows of several sizes at once, and pay for the large ones with 1 x 1
+convolutions that first reduce the number of maps; a global average in place of large fully connected layers.
+
+What differs from the paper: no auxiliary classifiers, so that there is one output in training and evaluation alike;
+pooling is padded by 1, which gives the paper's sizes at torch's rounding; local response normalisation, which only the
+paper's figure 3 shows, has the constants of Caffe's reference model. 6,998,552 parameters at 1000 classes.
+Weights start by He et al. 2015, without which a narrow one does not learn. ``batch_norm=True`` is after Ioffe and
+Szegedy 2015 (arXiv:1502.03167), who changed widths and windows too.
+"""
+
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+
+from upright.architectures.initialisation import initialise
+from upright.architectures.layers import Concat, ConvReLU, scaled
+
+Widths = tuple[int, tuple[int, int], tuple[int, int], int]
+"""Maps of the four branches: 1 x 1; 1 x 1 then 3 x 3; 1 x 1 then 5 x 5; pooling then 1 x 1."""
+
+STAGES: tuple[tuple[Widths, ...], ...] = (
+    (  # 3a, 3b: 28 x 28 pixels of the paper's 224
+        (64, (96, 128), (16, 32), 32),
+        (128, (128, 192), (32, 96), 64),
+    ),
+    (  # 4a to 4e: 14 x 14
+        (192, (96, 208), (16, 48), 64),
+        (160, (112, 224), (24, 64), 64),
+        (128, (128, 256), (24, 64), 64),
+        (112, (144, 288), (32, 64), 64),
+        (256, (160, 320), (32, 128), 128),
+    ),
+    (  # 5a, 5b: 7 x 7
+        (256, (160, 320), (32, 128), 128),
+        (384, (192, 384), (48, 128), 128),
+    ),
+)
+
+
+class Inception(Concat):
+    """Four windows on the same maps (figure 2b).
+
+    Args:
+        channels: maps that come in.
+        widths: maps of the branches in the paper.
+        width: factor on them.
+        batch_norm: after every convolution.
+    """
+
+    def __init__(self, channels: int, widths: Widths, *, width: float, batch_norm: bool) -> None:
+        a, b, c, d = widths
+        one, before_three, three, before_five, five, pooled = (scaled(maps, width) for maps in (a, *b, *c, d))
+        conv = partial(ConvReLU, batch_norm=batch_norm)
+        super().__init__(
+            [
+                conv(channels, one),
+                nn.Sequential(conv(channels, before_three), conv(before_three, three, 3)),
+                nn.Sequential(conv(channels, before_five), conv(before_five, five, 5)),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(channels, pooled)),
+            ]
+        )
+        self.maps = one + three + five + pooled
+
+
+class GoogLeNet(nn.Module):
+    """A stem, nine inception blocks in three stages, a global average, one linear layer.
+
+    Args:
+        input_shape: ``(C, H, W)`` of any size.
+        num_classes: ``K``.
+        stem: the ``paper``'s brings 224 pixels to 28 before the first block; the ``small`` one brings 28 pixels there
+            as they are, with a first window of 3 x 3 and no pooling.
+        batch_norm: after every convolution, in place of its bias and of local response normalisation.
+        width: factor on every number of maps.
+        dropout: probability, before the linear layer.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        stem: Literal["paper", "small"] = "paper",
+        batch_norm: bool = False,
+        width: float = 1.0,
+        dropout: float = 0.4,
+    ) -> None:
+        super().__init__()
+        conv = partial(ConvReLU, batch_norm=batch_norm)
+        norm = nn.Identity if batch_norm else partial(nn.LocalResponseNorm, 5)
+        halve = partial(nn.MaxPool2d, 3, 2, 1)
+        pixels, first, channels = input_shape[0], scaled(64, width), scaled(192, width)
+        if stem == "paper":
+            seen, between, end = conv(pixels, first, 7, stride=2, padding=3), [halve(), norm()], [norm(), halve()]
+        else:
+            seen, between, end = conv(pixels, first, 3), [], []
+        self.features = nn.Sequential(seen, *between, conv(first, first), conv(first, channels, 3), *end)
+        for number, stage in enumerate(STAGES):
+            if number > 0:
+                self.features.append(halve())
+            for widths in stage:
+                block = Inception(channels, widths, width=width, batch_norm=batch_norm)
+                self.features.append(block)
+                channels = block.maps
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
+        initialise(self, "he_normal")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,90 @@
+"""Inception-v3 (Szegedy et al. 2015, "Rethinking the Inception architecture for computer vision", arXiv:1512.00567).
+
+The idea: a large window is several small ones in a row, and n x n is 1 x n then n x 1, for fewer parameters and more
+nonlinearities between; the image shrinks by convolution and pooling side by side, so that no layer is a bottleneck.
+
+What differs from the paper: it is the network that its authors published (TF-slim), which table 1 only outlines. Its
+stem ends in 1 x 1 to 80 maps, 3 x 3 to 192 and pooling, its 35 x 35 blocks keep one 5 x 5 window, and it alone has the
+numbers of maps within the blocks. No auxiliary classifier, so that there is one output in training and evaluation
+alike, and no label smoothing, which is the loss's task. 23,834,568 parameters at 1000 classes.
+"""
+
+from torch import Tensor, nn
+
+from upright.architectures.inception import Conv, Plan, Valid, assemble, shrinking_windows
+from upright.architectures.layers import check_size, least_size
+
+
+def block_a(pooled: int) -> Plan:
+    """Figure 5: 5 x 5 as two 3 x 3, beside a true 5 x 5."""
+    return [
+        Conv(64),
+        (Conv(48), Conv(64, 5)),
+        (Conv(64), Conv(96, 3), Conv(96, 3)),
+        ("avg", Conv(pooled)),
+    ]
+
+
+def block_b(inner: int) -> Plan:
+    """Figure 6, with n = 7: each 7 x 7 as 1 x 7 and 7 x 1."""
+    return [
+        Conv(192),
+        (Conv(inner), Conv(inner, (1, 7)), Conv(192, (7, 1))),
+        (Conv(inner), Conv(inner, (7, 1)), Conv(inner, (1, 7)), Conv(inner, (7, 1)), Conv(192, (1, 7))),
+        ("avg", Conv(192)),
+    ]
+
+
+BLOCK_C: Plan = [  # Figure 7: wide, for the coarsest grid
+    Conv(320),
+    (Conv(384), [Conv(384, (1, 3)), Conv(384, (3, 1))]),
+    (Conv(448), Conv(384, 3), [Conv(384, (1, 3)), Conv(384, (3, 1))]),
+    ("avg", Conv(192)),
+]
+
+STAGES: tuple[Plan, ...] = (
+    # 35 x 35 x 192, from the paper's 299 x 299
+    (Valid(32, stride=2), Valid(32), Conv(64, 3), "max", Conv(80), Valid(192), "max"),
+    # 35 x 35 x 288
+    tuple(block_a(pooled) for pooled in (32, 64, 64)),
+    # 17 x 17 x 768, as figure 10
+    [Valid(384, stride=2), (Conv(64), Conv(96, 3), Valid(96, stride=2)), "max"],
+    tuple(block_b(inner) for inner in (128, 160, 160, 192)),
+    # 8 x 8 x 1280
+    [
+        (Conv(192), Valid(320, stride=2)),
+        (Conv(192), Conv(192, (1, 7)), Conv(192, (7, 1)), Valid(192, stride=2)),
+        "max",
+    ],
+    # 8 x 8 x 2048
+    (BLOCK_C, BLOCK_C),
+)
+
+
+class InceptionV3(nn.Module):
+    """A stem, eleven blocks on three grids, a global average, one linear layer.
+
+    Args:
+        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's are 299 x 299.
+        num_classes: ``K``.
+        width: factor on every number of maps.
+        dropout: probability, before the linear layer.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        width: float = 1.0,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        check_size(self, input_shape, least_size(shrinking_windows(STAGES)))
+        self.features, channels = assemble(STAGES, input_shape[0], width)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,68 @@
+"""Network in network (Lin, Chen, Yan 2013, arXiv:1312.4400).
+
+The idea: after each convolution a small network runs at every pixel, as 1 x 1 convolutions; the last gives a map per
+class, whose mean is the logit, so that no fully connected layer is needed.
+
+What differs from the paper: the default is the network for ImageNet that its authors released later (7,595,176
+parameters at 1000 classes), with dropout before the last block only; logits are not rectified, for a class whose map is
+zero everywhere would never learn; weights start by He et al. 2015. The paper's network for CIFAR-10 is nearly
+``widths=(192, 192, 192), stem=(5, 1, 2)``; its 1 x 1 convolutions are narrower in the first block.
+"""
+
+from torch import Tensor, nn
+
+from upright.architectures.initialisation import initialise
+from upright.architectures.layers import Window, check_size, least_size
+
+WINDOWS: tuple[Window, ...] = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1))
+PIXEL: Window = (1, 1, 0)
+POOLING: Window = (3, 2, 0)
+
+
+def mlpconv(inputs: int, widths: tuple[int, int, int], window: Window) -> list[nn.Module]:
+    """A convolution, and two that mix its maps at every pixel."""
+    layers: list[nn.Module] = []
+    for outputs, (kernel, stride, padding) in zip(widths, (window, PIXEL, PIXEL), strict=True):
+        layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.ReLU()]
+        inputs = outputs
+    return layers
+
+
+class NiN(nn.Module):
+    """Blocks with pooling between them, then the mean over all pixels; images may have any size at run time.
+
+    Args:
+        input_shape: ``(C, H, W)``, at least 67 x 67; 7 x 7 for the network of CIFAR-10 above.
+        num_classes: ``K``.
+        widths: maps of each block; fewer than four leave the last blocks out.
+        stem: window ``(kernel, stride, padding)`` of the first convolution.
+        dropout: share of values that are dropped before the last block.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        widths: tuple[int, ...] = (96, 256, 384, 1024),
+        stem: Window = WINDOWS[0],
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 1 <= len(widths) <= 4:
+            raise ValueError(f"NiN has 1 to 4 blocks, got {len(widths)} widths.")
+        inputs = input_shape[0]
+        *before, (width, last) = zip(widths, (stem, *WINDOWS[1:]), strict=False)
+        check_size(self, input_shape, least_size([w for _, window in before for w in (window, POOLING)] + [last]))
+        layers: list[nn.Module] = []
+        for outputs, window in before:
+            layers += [*mlpconv(inputs, (outputs, outputs, outputs), window), nn.MaxPool2d(*POOLING)]
+            inputs = outputs
+        *block, _ = mlpconv(inputs, (width, width, num_classes), last)
+        self.layers = nn.Sequential(*layers, nn.Dropout(dropout), *block)
+        initialise(self, "he_normal")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        maps: Tensor = self.layers(images)  # (B, K, h, w)
+        return maps.mean(dim=(2, 3))  # (B, K)

@@ -1,0 +1,87 @@
+"""Recurrent networks (Elman 1990; LSTM: Hochreiter, Schmidhuber 1997; GRU: Cho et al. 2014, arXiv:1406.1078).
+
+The idea: a state carries what was seen so far from row to row; after the last one it knows the image.
+
+What differs from the papers: an image becomes a sequence (pixel by pixel: Le et al. 2015, arXiv:1504.00941), and only
+the last state is classified. The cells are PyTorch's: the LSTM has the forget gate of Gers et al. 2000, the GRU resets
+after its matrix product, and every gate has two biases.
+
+With g gates (rnn 1, gru 3, lstm 4), hidden units h, inputs n (of the image in the first layer, of the layer before in
+the others) and d directions, a layer has d * g * h * (n + h + 2) parameters, and the output K * (d * h + 1).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Cell = Literal["lstm", "gru", "rnn"]
+Order = Literal["rows", "columns", "pixels"]
+
+CELLS: dict[Cell, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+def sequence(images: Tensor, order: Order) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, T, D)``, from the top left."""
+    if order == "rows":
+        return images.transpose(1, 2).flatten(2)  # (B, H, C * W)
+    if order == "columns":
+        return images.permute(0, 3, 1, 2).flatten(2)  # (B, W, C * H)
+    return images.flatten(2).transpose(1, 2)  # (B, H * W, C)
+
+
+class Recurrent(nn.Module):
+    """A recurrent network over the image, and a linear layer on its last state.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_classes: ``K``.
+        cell: the LSTM and the GRU are one node of an ONNX graph; the plain cell is unrolled, some six nodes a step.
+        order: what is read at each step, with all its channels.
+        hidden: units of the state.
+        layers: recurrent layers, each reading the states of the one before.
+        bidirectional: read backwards too; the last states of both directions are classified.
+        dropout: share of the values that are dropped between one layer and the next, the output included.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        cell: Cell = "lstm",
+        order: Order = "rows",
+        hidden: int = 128,
+        layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        inputs: dict[Order, int] = {"rows": channels * width, "columns": channels * height, "pixels": channels}
+        if cell not in CELLS:
+            raise ValueError(f"Recurrent has a cell {', '.join(CELLS)}, got {cell!r}.")
+        if order not in inputs:
+            raise ValueError(f"Recurrent has an order {', '.join(inputs)}, got {order!r}.")
+        self.order = order
+        self.directions = 2 if bidirectional else 1
+        self.recurrent = CELLS[cell](
+            inputs[order],
+            hidden,
+            layers,
+            batch_first=True,
+            bidirectional=bidirectional,
+            # PyTorch's is between layers only, and warns where there is one.
+            dropout=dropout if layers > 1 else 0.0,
+        )
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.directions * hidden, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        _, state = self.recurrent(sequence(images, self.order))
+        # The LSTM's state is a pair: what it shows and what it keeps.
+        shown = state if isinstance(state, Tensor) else state[0]  # (layers * directions, B, hidden)
+        last = torch.cat(shown[-self.directions :].unbind(), dim=1)  # (B, directions * hidden)
+        logits: Tensor = self.classifier(last)
+        return logits

@@ -1,0 +1,199 @@
+"""ResNet (He, Zhang, Ren, Sun 2015, "Deep residual learning for image recognition", arXiv:1512.03385).
+
+The idea: layers that learn what to add to their input can do no harm by doing nothing, so depth stops hurting.
+
+What differs from the paper: a bottleneck strides in its 3 x 3 convolution, as everyone does since, for a 1 x 1 with a
+stride skips three quarters of the pixels; the number of parameters is the same. ``ResNet`` is the family of table 1,
+``SmallResNet`` that of section 4.2. ``shortcuts=False`` gives the plain networks that the paper compares with.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from upright.architectures.initialisation import initialise
+
+Part = Callable[[int, int, int], nn.Module]
+"""A module to be, from ``(inputs, width, stride)``."""
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """A normalised convolution that keeps height and width, divided by the stride."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+def basic(inputs: int, width: int, stride: int) -> nn.Sequential:
+    """Two 3 x 3 convolutions."""
+    return nn.Sequential(convolution(inputs, width, 3, stride), nn.ReLU(), convolution(width, width, 3))
+
+
+def bottleneck(inputs: int, width: int, stride: int) -> nn.Sequential:
+    """A 3 x 3 convolution on few maps, between two of 1 x 1; it ends in ``4 * width`` maps."""
+    return nn.Sequential(
+        convolution(inputs, width, 1),
+        nn.ReLU(),
+        convolution(width, width, 3, stride),
+        nn.ReLU(),
+        convolution(width, 4 * width, 1),
+    )
+
+
+def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """The paper's shortcut B."""
+    return convolution(inputs, outputs, 1, stride)
+
+
+class Subsampling(nn.Module):
+    """The paper's shortcut A, without parameters: every ``stride``-th pixel, and zeros for the maps that are new."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.extra, self.stride = outputs - inputs, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, inputs, H, W)`` to ``(B, outputs, H / stride, W / stride)``."""
+        return nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
+
+class Residual(nn.Module):
+    """``relu(shortcut(x) + body(x))``, or ``relu(body(x))`` without a shortcut."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps to maps."""
+        y: Tensor = self.body(x)
+        return torch.relu(y if self.shortcut is None else self.shortcut(x) + y)
+
+
+def blocks(
+    widths: tuple[int, ...], counts: tuple[int, ...], body: Part, expansion: int, shortcut: Part | None
+) -> nn.Sequential:
+    """Stages of residual blocks; each stage but the first halves height and width.
+
+    Args:
+        widths: of the body, one per stage; the first is also the number of maps that come in.
+        counts: blocks of each stage.
+        body: what a block adds.
+        expansion: how many times its width a body ends in.
+        shortcut: where input and output differ in shape; elsewhere it is the identity. None for no shortcuts at all.
+    """
+    made: list[nn.Module] = []
+    inputs = widths[0]
+    for stage, (width, count) in enumerate(zip(widths, counts, strict=True)):
+        for block in range(count):
+            stride = 2 if stage > 0 and block == 0 else 1
+            outputs = expansion * width
+            around: nn.Module | None = None
+            if shortcut:
+                around = nn.Identity() if (inputs, stride) == (outputs, 1) else shortcut(inputs, outputs, stride)
+            made.append(Residual(body(inputs, width, stride), around))
+            inputs = outputs
+    return nn.Sequential(*made)
+
+
+# Table 1: body, how many times its width it ends in, blocks of each stage.
+DEPTHS: dict[int, tuple[Part, int, tuple[int, ...]]] = {
+    18: (basic, 1, (2, 2, 2, 2)),
+    34: (basic, 1, (3, 4, 6, 3)),
+    50: (bottleneck, 4, (3, 4, 6, 3)),
+    101: (bottleneck, 4, (3, 4, 23, 3)),
+    152: (bottleneck, 4, (3, 8, 36, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """The networks for ImageNet; images may have any size, also at run time.
+
+    With 1000 classes, 11,689,512 parameters at depth 18, then 21,797,672 (34), 25,557,032 (50), 44,549,160 (101), and
+    60,192,808 (152).
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_classes: ``K``.
+        depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
+        widths: maps of each stage; fewer than four leave the last stages out.
+        shortcuts: whether blocks add to their input.
+        stem: ``imagenet`` begins with a 7 x 7 convolution and pooling, a stride of 4 in all; ``small`` with a 3 x 3
+            convolution of stride 1, for images of some 32 pixels.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        depth: int = 18,
+        widths: tuple[int, ...] = (64, 128, 256, 512),
+        shortcuts: bool = True,
+        stem: Literal["imagenet", "small"] = "imagenet",
+    ) -> None:
+        super().__init__()
+        if depth not in DEPTHS:
+            raise ValueError(f"ResNet has a depth of {', '.join(map(str, DEPTHS))}, got {depth}.")
+        if not 1 <= len(widths) <= 4:
+            raise ValueError(f"ResNet has 1 to 4 stages, got {len(widths)} widths.")
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f"ResNet has a stem 'imagenet' or 'small', got {stem!r}.")
+        body, expansion, counts = DEPTHS[depth]
+        channels = input_shape[0]
+        if stem == "imagenet":
+            self.stem = nn.Sequential(convolution(channels, widths[0], 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        else:
+            self.stem = nn.Sequential(convolution(channels, widths[0], 3), nn.ReLU())
+        self.blocks = blocks(widths, counts[: len(widths)], body, expansion, projection if shortcuts else None)
+        self.classifier = nn.Linear(expansion * widths[-1], num_classes)
+        initialise(self, "he_normal")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        maps = self.blocks(self.stem(images))  # (B, D, h, w)
+        logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
+        return logits
+
+
+class SmallResNet(nn.Module):
+    """The networks for CIFAR-10, with shortcuts that have no parameters; any size, also at run time.
+
+    With 10 classes and RGB, 269,722 parameters at depth 20, then 464,154 (32), 658,586 (44), 853,018 (56), 1,727,962
+    (110), and 19,421,274 at depth 1202.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_classes: ``K``.
+        depth: 6n + 2 makes three stages of n blocks.
+        width: maps of the first stage, doubled in each of the others.
+        shortcuts: whether blocks add to their input.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        depth: int = 20,
+        width: int = 16,
+        shortcuts: bool = True,
+    ) -> None:
+        super().__init__()
+        count, rest = divmod(depth - 2, 6)
+        if count < 1 or rest:
+            raise ValueError(f"SmallResNet has a depth of 6n + 2 (8, 14, 20, ...), got {depth}.")
+        self.stem = nn.Sequential(convolution(input_shape[0], width, 3), nn.ReLU())
+        widths = (width, 2 * width, 4 * width)
+        self.blocks = blocks(widths, (count, count, count), basic, 1, Subsampling if shortcuts else None)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+        initialise(self, "he_normal")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        maps = self.blocks(self.stem(images))  # (B, D, h, w)
+        logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
+        return logits

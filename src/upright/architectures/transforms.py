@@ -1,0 +1,155 @@
+"""What a spatial transformer may do: families of transforms of the plane, all with ``theta`` zero at the identity.
+
+Each maps output to input coordinates (`upright.warp`), and is called with ``theta`` ``(B, P)`` and points ``(N, 2)`` or
+``(B, N, 2)``. The order of ``theta``, shifts in half images, angles in radians anticlockwise:
+
+| name | P | theta |
+|---|---|---|
+| translation | 2 | x, y |
+| rotation | 1 | angle |
+| attention | 3 | log of the scale, x, y |
+| similarity | 4 | angle, log of the scale, x, y |
+| affine | 6 | what is added to the 2 x 3 matrix of the identity, row by row |
+| projective | 8 | likewise to the 3 x 3 matrix, whose last entry stays 1 |
+| thin_plate | 2 K² | x, y of the shift of each of K x K control points, row by row |
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from upright.warp import project_points, rotation, spline_solution, spline_weights, transform_points
+
+TransformName = Literal["translation", "rotation", "attention", "similarity", "affine", "projective", "thin_plate"]
+
+
+class Transform(nn.Module, ABC):
+    """A family of transforms.
+
+    Args:
+        aspect: width / height of the input, which rotations need to know.
+    """
+
+    size: int
+    """``P``, the number of parameters."""
+
+    def __init__(self, aspect: float = 1.0) -> None:
+        super().__init__()
+        self.aspect = aspect
+
+    def forward(self, theta: Tensor, points: Tensor) -> Tensor:
+        """Where output ``points`` lie in the input: ``(B, N, 2)``."""
+        return transform_points(self.matrices(theta), points)
+
+    @abstractmethod
+    def matrices(self, theta: Tensor) -> Tensor:
+        """``(B, 2 or 3, 3)``."""
+
+
+class Translation(Transform):
+    """Shift."""
+
+    size = 2
+
+    def matrices(self, theta: Tensor) -> Tensor:
+        """See `Transform`."""
+        return _identity(theta) + pad(theta[:, :, None], (2, 0))
+
+
+class Rotation(Transform):
+    """Turn around the centre."""
+
+    size = 1
+
+    def matrices(self, theta: Tensor) -> Tensor:
+        """See `Transform`."""
+        return rotation(theta[:, 0], self.aspect)
+
+
+class Attention(Transform):
+    """Zoom, the same along both axes, and shift."""
+
+    size = 3
+
+    def matrices(self, theta: Tensor) -> Tensor:
+        """See `Transform`."""
+        scale = theta[:, :1, None].exp()
+        return torch.cat([scale * torch.eye(2, device=theta.device), theta[:, 1:, None]], dim=2)
+
+
+class Similarity(Transform):
+    """Turn, zoom and shift."""
+
+    size = 4
+
+    def matrices(self, theta: Tensor) -> Tensor:
+        """See `Transform`."""
+        linear = theta[:, 1, None, None].exp() * rotation(theta[:, 0], self.aspect)[:, :2, :2]
+        return torch.cat([linear, theta[:, 2:, None]], dim=2)
+
+
+class Affine(Transform):
+    """Anything that keeps parallels parallel."""
+
+    size = 6
+
+    def matrices(self, theta: Tensor) -> Tensor:
+        """See `Transform`."""
+        return _identity(theta) + theta.reshape(-1, 2, 3)
+
+
+class Projective(Transform):
+    """A plane seen from anywhere."""
+
+    size = 8
+
+    def matrices(self, theta: Tensor) -> Tensor:
+        """See `Transform`."""
+        return torch.eye(3, device=theta.device) + pad(theta, (0, 1)).reshape(-1, 3, 3)
+
+    def forward(self, theta: Tensor, points: Tensor) -> Tensor:
+        """See `Transform`."""
+        return project_points(self.matrices(theta), points)
+
+
+class ThinPlate(nn.Module):
+    """The thin-plate spline through a grid of control points, moved one by one; the paper has 4 x 4.
+
+    Args:
+        control_points: ``K``, per axis, from border to border.
+    """
+
+    controls: Tensor
+    solution: Tensor
+
+    def __init__(self, control_points: int = 4) -> None:
+        super().__init__()
+        if control_points < 2:
+            raise ValueError(f"A thin-plate spline needs at least 2 control points per axis, got {control_points}.")
+        line = torch.linspace(-1, 1, control_points, device="cpu")
+        controls = torch.cartesian_prod(line, line).flip(1)
+        self.size = controls.numel()
+        # Both follow from the number of points: not part of the weights.
+        self.register_buffer("controls", controls, persistent=False)
+        self.register_buffer("solution", spline_solution(controls), persistent=False)
+
+    def forward(self, theta: Tensor, points: Tensor) -> Tensor:
+        """See `Transform`."""
+        return points + spline_weights(self.controls, self.solution, points) @ theta.reshape(-1, self.size // 2, 2)
+
+
+MATRIX_TRANSFORMS: dict[TransformName, type[Transform]] = {
+    "translation": Translation,
+    "rotation": Rotation,
+    "attention": Attention,
+    "similarity": Similarity,
+    "affine": Affine,
+    "projective": Projective,
+}
+
+
+def _identity(theta: Tensor) -> Tensor:
+    return torch.eye(2, 3, device=theta.device)

@@ -1,0 +1,80 @@
+"""VGG (Simonyan, Zisserman 2014, arXiv:1409.1556).
+
+The idea: two 3 x 3 convolutions see as much as one of 5 x 5, with fewer weights and a nonlinearity more; so stack them.
+
+What differs from the paper: weights start by He et al. 2015. The paper's deviation of 0.01 lets the signal fade from
+layer to layer, so that its authors had to start the deep networks from a trained shallow one. Batch normalisation
+(``batch_norm=True``, convolutions then without bias) came a year later. Images of 224 and 1000 classes give 132,863,336
+parameters at depth 11, then 133,047,848, 138,357,544, and 143,667,240 at depth 19.
+"""
+
+from torch import Tensor, nn
+
+from upright.architectures.initialisation import initialise
+from upright.architectures.layers import Window, check_size, least_size, size_after
+
+# Table 1: convolutions of each stage; with the three fully connected layers they make the depth.
+STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+CONVOLUTION: Window = (3, 1, 1)
+POOLING: Window = (2, 2, 0)
+
+
+class VGG(nn.Module):
+    """Stages of convolutions, each with a pooling at its end, then three fully connected layers.
+
+    Args:
+        input_shape: ``(C, H, W)``, at least 32 x 32, and half of it for every stage less.
+        num_classes: ``K``.
+        depth: 11, 13, 16 or 19, the paper's A, B, D, E.
+        widths: maps of each stage; fewer than five leave the last stages out.
+        units: of the two hidden fully connected layers.
+        batch_norm: after each convolution.
+        dropout: share of hidden fully connected units that are dropped.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        depth: int = 16,
+        widths: tuple[int, ...] = (64, 128, 256, 512, 512),
+        units: tuple[int, int] = (4096, 4096),
+        batch_norm: bool = False,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if depth not in STAGES:
+            raise ValueError(f"VGG has a depth of {', '.join(map(str, STAGES))}, got {depth}.")
+        if not 1 <= len(widths) <= 5:
+            raise ValueError(f"VGG has 1 to 5 stages, got {len(widths)} widths.")
+        windows: list[Window] = []
+        layers: list[nn.Module] = []
+        inputs, height, width = input_shape
+        for outputs, convolutions in zip(widths, STAGES[depth], strict=False):
+            for _ in range(convolutions):
+                layers.append(nn.Conv2d(inputs, outputs, *CONVOLUTION, bias=not batch_norm))
+                layers += [nn.BatchNorm2d(outputs), nn.ReLU()] if batch_norm else [nn.ReLU()]
+                windows.append(CONVOLUTION)
+                inputs = outputs
+            layers.append(nn.MaxPool2d(*POOLING))
+            windows.append(POOLING)
+        check_size(self, input_shape, least_size(windows))
+        self.features = nn.Sequential(*layers)
+        rows, columns = (size_after(size, windows) for size in (height, width))
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(inputs * rows * columns, units[0]),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units[0], units[1]),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units[1], num_classes),
+        )
+        initialise(self, "he_normal")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        logits: Tensor = self.classifier(self.features(images))
+        return logits

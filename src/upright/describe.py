@@ -1,0 +1,149 @@
+"""``upright describe``: what a network is made of, layer by layer."""
+
+import json
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
+from upright.errors import UprightError, nearest
+from upright.images import ImageSpec
+from upright.recipes import build
+from upright.training.checkpoint import KEY, data_of, read_checkpoint, read_data, read_yaml
+
+WIDTH = 120
+"""Of the table."""
+
+
+def run(source: str, format: str = "table", data: str | None = None) -> int:
+    """Print what the network of a config or a checkpoint is made of.
+
+    Args:
+        source: a YAML like those in ``configs/``, a checkpoint, or the folder of a run.
+        format: ``table``, ``json`` or ``markdown``.
+        data: a YAML of data that it is described for instead of its own.
+
+    Raises:
+        UprightError: if ``source`` or its data cannot be used, or the network does not take such images.
+    """
+    recipe, spec = _network_and_spec(Path(source), data)
+    network = build(recipe)
+    try:
+        try:
+            with torch.device("meta"):
+                description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
+        except Exception:  # a network that looks at its values cannot run without them
+            description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
+    except ValueError as error:
+        raise UprightError(str(error)) from error
+    except TypeError as error:
+        raise UprightError(f"'{source}': {error}.") from error
+    print(FORMATS[format](description))
+    return 0
+
+
+def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
+    """The recipe of the network, and what an image is."""
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise UprightError(
+            f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} "
+            "Give a YAML like configs/lenet.yaml, a checkpoint, or the folder of a run."
+        )
+    if path.suffix not in (".yaml", ".yml"):
+        ours = read_checkpoint(path)[KEY]
+        own_spec = ImageSpec.from_dict(ours["spec"])
+        return ours["model"]["init_args"]["network"], read_data(data).spec if data else own_spec
+    config = read_yaml(path)
+    model = config.get("model") if isinstance(config, dict) else None
+    recipe = model.get("network") if isinstance(model, dict) else None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
+        raise UprightError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
+    if data:
+        return recipe, read_data(data).spec
+    own_data = config.get("data")
+    if own_data is None:
+        raise UprightError(f"'{path}' does not say what data it is for; give them with --data.")
+    return recipe, (read_data(path.parent / own_data) if isinstance(own_data, str) else data_of(own_data, path)).spec
+
+
+TEXT = ("layer", "type")
+NUMBERS = ("f", "s", "p", "output", "field", "jump", "parameters", "multiply-adds", "activations", "dense %")
+LEGEND = (
+    "output: floor((n - f + 2p) / s) + 1 by kernel f (with its dilation), stride s, padding p; (ceil) rounds up",
+    "field, jump: pixels of the image that one position sees, and from one position to the next; all: the whole image",
+    "parameters: of a layer that runs again, or shares them, counted once",
+    "multiply-adds: of convolutions and matrix products, without biases, for one image",
+    "activations: output values for one image",
+    "dense %: multiply-adds in percent of those of a dense layer between the same input and output",
+    f"warned of: a layer that leaves fewer than 1 in {CLIFF} positions (height x width), but more than one",
+)
+
+
+def _cells(description: Description) -> list[list[str]]:
+    image, totals = description.input[1:], description.totals
+    rows = [[*TEXT, *NUMBERS]]
+    for layer in description.layers:
+        shape = " x ".join(map(str, layer.output))
+        field = "all" if layer.receptive_field == image else _short(layer.receptive_field or ())
+        jump = _short(layer.jump or ()) if any(layer.jump or ()) else ""
+        numbers = (layer.parameters, layer.multiply_adds, layer.activations)
+        share = "" if layer.connections is None else f"{100 * layer.connections:.3g}"
+        window = [_short(values) for values in astuple(layer.window)] if layer.window else [""] * 3
+        rows.append([layer.name, layer.kind, *window, shape, field, jump, *map(_count, numbers), share])
+    numbers = (totals.parameters, totals.multiply_adds, totals.activations)
+    return [*rows, ["total", *[""] * 7, *map(_count, numbers), ""]]
+
+
+def _short(values: tuple[float, ...]) -> str:
+    """``3`` for 3 x 3, else ``3x1``."""
+    return "x".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else ""
+
+
+def _summary(description: Description) -> str:
+    totals = description.totals
+    return (
+        f"input {' x '.join(map(str, description.input))}; {totals.trainable:,} of {totals.parameters:,} parameters "
+        f"are trained; {totals.megabytes:,.2f} MB as float32"
+    )
+
+
+def _table(description: Description) -> str:
+    rows = _cells(description)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # Names give way: their end says more than their beginning.
+    widths[0] = max(len(ELSEWHERE), min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = []
+    for name, *others in rows:
+        cells = [name if len(name) <= widths[0] else "…" + name[1 - widths[0] :], *others]
+        sides = "<" * len(TEXT) + ">" * len(NUMBERS)
+        lines.append("  ".join(f"{c:{side}{width}}" for c, side, width in zip(cells, sides, widths, strict=True)))
+    lines.insert(1, "-" * len(lines[0]))
+    lines.insert(-1, lines[1])
+    notes = [*_warned(description), _summary(description), "", *LEGEND]
+    return "\n".join(line.rstrip() for line in [*lines, "", *notes])
+
+
+def _markdown(description: Description) -> str:
+    header, *rows = _cells(description)
+    rule = ["---"] * len(TEXT) + ["--:"] * len(NUMBERS)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+    notes = [*_warned(description), _summary(description), *LEGEND]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+
+
+def _warned(description: Description) -> list[str]:
+    return [f"warning: {text}" for text in description.warnings]
+
+
+def _json(description: Description) -> str:
+    return json.dumps(asdict(description), indent=2)
+
+
+FORMATS = {"table": _table, "json": _json, "markdown": _markdown}

@@ -1,0 +1,148 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import CONFIGS, ROOT, Upright
+
+LENET = ROOT / "configs/lenet.yaml"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config(config: Path, upright: Upright) -> None:
+    answer = upright("describe", config)
+    assert answer.code == 0 and answer.err == ""
+    assert all(len(line) <= 120 for line in answer.out.splitlines()), answer.out
+    found = json.loads(upright("describe", config, "--format", "json").out)
+    for column in ("parameters", "multiply_adds", "activations"):
+        assert sum(layer[column] for layer in found["layers"]) == found["totals"][column]
+
+
+def test_the_table(upright: Upright) -> None:
+    lines = upright("describe", LENET).out.splitlines()
+    shown = {number: " ".join(lines[number].split()) for number in (0, 2, 8, 15)}
+    assert shown == {
+        0: "layer type f s p output field jump parameters multiply-adds activations dense %",
+        2: "features.0 Conv2d 5 1 2 6 x 28 x 28 5 1 156 117,600 4,704 3.19",
+        8: "classifier.0 Flatten 400 all 400",
+        15: "total 61,706 416,520 15,002",
+    }
+    assert lines[17] == "input 1 x 28 x 28; 61,706 of 61,706 parameters are trained; 0.25 MB as float32"
+    # Numbers stand under each other.
+    end = lines[0].index("parameters") + len("parameters")
+    assert [line[:end].split()[-1] for line in (lines[2], lines[5], lines[15])] == ["156", "2,416", "61,706"]
+
+
+def test_long_names_lose_their_beginning(upright: Upright) -> None:
+    out = upright("describe", ROOT / "configs/stn_lenet.yaml").out
+    assert re.search(r"^….*0\.layers\.1 +Conv2d", out, flags=re.M)
+
+
+def test_markdown(upright: Upright) -> None:
+    table, notes = upright("describe", LENET, "--format", "markdown").out.split("\n\n")
+    rows = [line.strip("|").split("|") for line in table.splitlines()]
+    assert {len(row) for row in rows} == {12} and set("".join(rows[1])) == set(" -:")
+    assert rows[2][0].strip() == "features.0" and rows[2][9].strip() == "117,600"
+    assert all(line.startswith("- ") for line in notes.splitlines())
+
+
+def test_json(upright: Upright) -> None:
+    found = json.loads(upright("describe", LENET, "--format", "json").out)
+    assert found["input"] == [1, 28, 28] and found["warnings"] == []
+    assert found["totals"]["parameters"] == 61_706
+    assert found["layers"][0] == {
+        "name": "features.0",
+        "kind": "Conv2d",
+        "window": {"kernel": [5, 5], "stride": [1, 1], "padding": [2, 2]},
+        "output": [6, 28, 28],
+        "receptive_field": [5, 5],
+        "jump": [1, 1],
+        "parameters": 156,
+        "multiply_adds": 117_600,
+        "activations": 4704,
+        "connections": pytest.approx(25 / 784),
+        "weights": pytest.approx(150 / (784 * 4704)),
+    }
+
+
+def test_a_checkpoint_is_what_its_config_was(upright: Upright, run_folder: Path) -> None:
+    from_config = upright("describe", ROOT / "configs/stn_lenet.yaml").out
+    for source in (run_folder, run_folder / "last.ckpt", run_folder / "config.yaml"):
+        assert upright("describe", source).out == from_config
+
+
+def test_other_data(upright: Upright, run_folder: Path) -> None:
+    data = yaml.safe_load((ROOT / "configs/data/digits.yaml").read_text())
+    data["init_args"]["size"] = 40
+    Path("data.yaml").write_text(yaml.safe_dump(data))
+    for source in (LENET, run_folder):
+        assert "input 1 x 40 x 40;" in upright("describe", source, "--data", "data.yaml").out
+
+
+OWN = """
+from torch import nn
+
+class Careful(nn.Sequential):
+    def __init__(self, input_shape, num_classes):
+        super().__init__(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(input_shape[0] * 49, num_classes))
+
+    def forward(self, images):
+        assert images.sum().item() == 0
+        return super().forward(images)
+"""
+
+
+def test_a_network_that_looks_at_its_values_and_a_warning(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "careful.py").write_text(OWN)
+    config = {"model": {"network": {"class_path": "careful.Careful"}}, "data": str(ROOT / "configs/data/digits.yaml")}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    texts = {format: upright("describe", "own.yaml", "--format", format).out for format in ("table", "markdown")}
+    assert "\nwarning: 0 (MaxPool2d) leaves 49 of 784 positions, 1 in 16; smaller strides" in texts["table"]
+    assert "\n- warning: 0 (MaxPool2d) leaves" in texts["markdown"]
+    assert json.loads(upright("describe", "own.yaml", "--format", "json").out)["warnings"]
+
+
+NETWORK = "model: {network: {class_path: upright.architectures.lenet.LeNet%s}}\n"
+DIGITS = "data: {class_path: upright.data.digits.Digits, init_args: {size: %d, margin: 0}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "'own.yaml' cannot be read as YAML: while parsing"),
+        ("- 1", "'own.yaml' needs a model.network with class_path and init_args, like configs/lenet.yaml."),
+        (DIGITS % 28, "'own.yaml' needs a model.network"),
+        ("model: {network: LeNet}", "'own.yaml' needs a model.network"),
+        (NETWORK % "", "'own.yaml' does not say what data it is for; give them with --data."),
+        (NETWORK % "" + "data: 3", "'own.yaml' needs a class_path and init_args, like configs/data/digits.yaml."),
+        (NETWORK % "" + "data: nope.yaml", "'nope.yaml' cannot be read as YAML: [Errno 2]"),
+        (
+            NETWORK % "t" + DIGITS % 28,
+            "module 'upright.architectures.lenet' has no class 'LeNett'. Did you mean 'LeNet'?",
+        ),
+        (NETWORK % ", init_args: {wide: 1}" + DIGITS % 28, "'own.yaml': LeNet.__init__() got an unexpected keyword"),
+        (NETWORK % "" + DIGITS % 8, "LeNet needs images of at least 12x12 pixels, got 8x8."),
+    ],
+)
+def test_a_bad_config_is_one_line(text: str, message: str, upright: Upright) -> None:
+    Path("own.yaml").write_text(text)
+    answer = upright("describe", "own.yaml")
+    assert answer.code == 2 and answer.out == "" and message in answer.err
+    assert answer.err.startswith("upright: error: ") and answer.err.count("\n") == 1
+
+
+def test_a_bad_file_is_one_line(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "lenet.yaml").touch()
+    (tmp_path / "folder").mkdir()
+    torch.save({}, tmp_path / "other.ckpt")
+    for source, message in {
+        "lenet.yml": "'lenet.yml' does not exist. Did you mean 'lenet.yaml'? Give a YAML like configs/lenet.yaml",
+        "folder": "Folder 'folder' holds no best.ckpt",
+        "other.ckpt": "'other.ckpt' holds weights, but it is not a checkpoint",
+    }.items():
+        answer = upright("describe", source)
+        assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
+    assert "invalid choice: 'csv'" in upright("describe", LENET, "--format", "csv").err
