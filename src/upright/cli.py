@@ -29,6 +29,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the bundle: export/NAME; the run's name by default")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--data", metavar="YAML", help="the data, if they are not where they were when it was trained")
+    parser.add_argument(
+        "--outputs",
+        nargs="+",
+        default=(),
+        choices=("theta", "warped"),
+        help="what the graph gives beside probabilities: each spatial transformer's theta, and what it sees",
+    )
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:

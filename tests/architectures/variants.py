@@ -59,7 +59,7 @@ NETWORKS = [
     Variant("nin", A + "nin.NiN", {"widths": [8, 16, 16, 16], "dropout": 0.05}, (1, 67, 67)),
     Variant("nin-small", A + "nin.NiN", {"widths": [16, 16, 16], "stem": [5, 1, 2], "dropout": 0.0}, RGB),
     Variant("googlenet", A + "googlenet.GoogLeNet", {"width": 0.15, "dropout": 0.0}, RGB),
-    Variant("googlenet-small", A + "googlenet.GoogLeNet", {"stem": "small", "width": 0.15}, (1, 12, 12)),
+    Variant("googlenet-small", A + "googlenet.GoogLeNet", {"stem": [3, 1, 1], "width": 0.15}, (1, 12, 12)),
     Variant("googlenet-batch-norm", A + "googlenet.GoogLeNet", {"batch_norm": True, "width": 0.1}, RGB),
     Variant("inception-v3", A + "inception_v3.InceptionV3", {"width": 0.1}, (3, 75, 75)),
     Variant("inception-v4", A + "inception_v4.InceptionV4", {"width": 0.1, "blocks": [1, 1, 1]}, (3, 75, 75)),

@@ -8,16 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import Upright
+from tests.conftest import ROOT, Upright
+from upright.architectures.lenet import LeNet
+from upright.architectures.spatial_transformer import observing
+from upright.architectures.transformer_network import TransformerNetwork
 from upright.exporting import export as export_module
 from upright.exporting.graph import write_graph
 from upright.exporting.parity import measure_parity
+from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
 from upright.training.checkpoint import restore
 from upright.training.model import Model
 
 
-def wrong_mean(model: Model, path: Path) -> None:
+def wrong_mean(model: Model, path: Path, **_: object) -> None:
     """What a deployment with its own idea of preprocessing does."""
     right = model.mean.clone()
     model.mean.add_(8)
@@ -38,6 +42,59 @@ def test_the_bundle_holds_all_that_proves_it(bundle: Path, trained: Path) -> Non
     assert provenance["split"]["digest"] == restored.data.manifest.digest
     assert provenance["metrics"] == restored.contents["metrics"]
     assert set(provenance["versions"]) == {"upright", "torch", "onnx", "onnxscript", "onnxruntime"}
+
+
+def test_the_graph_gives_theta_and_what_it_sees_on_request(run_folder: Path, upright: Upright, monkeypatch) -> None:
+    answer = upright("export", run_folder, "--name", "more", "--outputs", "theta", "warped")
+    assert answer.code == 0, answer.err
+    bundle = Bundle.open("export/more")
+    assert bundle.manifest["other_outputs"] == ["theta", "warped"]
+    assert "`probabilities`: float32 (batch, 10), `theta`, `warped` |" in (bundle.folder / "README.md").read_text()
+    assert upright("verify", "export/more").code == 0
+    model, session = (
+        restore(run_folder).classifier.model.eval(),
+        onnxruntime.InferenceSession(bundle.folder / "model.onnx", providers=["CPUExecutionProvider"]),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    probabilities, theta, warped = session.run(["probabilities", "theta", "warped"], {"images": pixels})
+    with torch.no_grad(), observing() as seen:
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        expected = model(images).softmax(dim=1)
+    assert np.abs(probabilities - expected.numpy()).max() < 1e-5
+    assert np.abs(theta - seen[0].theta.numpy()).max() < 1e-5 and np.abs(theta).max() > 0.01
+    # Padded by the border, what was turned after normalisation and before it are the same pixels.
+    turned = (seen[0].turned * model.std + model.mean).permute(0, 2, 3, 1).numpy()
+    assert warped.shape == (3, 28, 28, 1) and np.abs(warped - turned).max() < 0.05
+    assert np.abs(warped - pixels).max() > 20
+
+
+def test_outputs_need_a_transformer(upright: Upright) -> None:
+    options = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--wandb", "off")
+    assert upright("fit", "--config", ROOT / "configs/lenet.yaml", *options).code == 0
+    answer = upright("export", "checkpoints/lenet", "--outputs", "theta")
+    assert answer.code == 2 and "The network has no spatial transformer, so it cannot give theta." in answer.err
+    assert not Path("export/lenet").exists()
+
+
+def test_several_transformers_are_numbered(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
+    network = TransformerNetwork(spec.input_shape, 2, network=LeNet, places=["input", "features.3"])
+    write_graph(Model(spec, network).eval(), tmp_path / "model.onnx", outputs=["theta", "warped"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
+    found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"images": pixels}), strict=True))
+    assert {name: value.shape for name, value in found.items()} == {
+        "probabilities": (2, 2),
+        "theta_1": (2, 6),
+        "theta_2": (2, 6),
+        "warped_1": (2, 28, 28, 1),
+        "warped_2": (2, 14, 14, 1),
+    }
+    # At the identity the one in front sees the image, the one inside sees it at the size of its maps.
+    assert np.abs(found["warped_1"] - pixels).max() < 0.01
+    halves = pixels.reshape(2, 14, 2, 14, 2, 1).mean(axis=(2, 4))
+    assert np.abs(found["warped_2"] - halves).max() < 0.01
 
 
 def test_sums_are_those_of_sha256sum(bundle: Path) -> None:
@@ -123,7 +180,7 @@ def test_the_bundle_appears_whole_or_not_at_all(
 ) -> None:
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
     monkeypatch.setattr(export_module, broken, fail)

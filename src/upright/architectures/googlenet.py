@@ -11,12 +11,11 @@ Szegedy 2015 (arXiv:1502.03167), who changed widths and windows too.
 """
 
 from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Concat, ConvReLU, scaled
+from upright.architectures.layers import Concat, ConvReLU, Window, scaled
 
 Widths = tuple[int, tuple[int, int], tuple[int, int], int]
 """Maps of the four branches: 1 x 1; 1 x 1 then 3 x 3; 1 x 1 then 5 x 5; pooling then 1 x 1."""
@@ -71,8 +70,8 @@ class GoogLeNet(nn.Module):
     Args:
         input_shape: ``(C, H, W)`` of any size.
         num_classes: ``K``.
-        stem: the ``paper``'s brings 224 pixels to 28 before the first block; the ``small`` one brings 28 pixels there
-            as they are, with a first window of 3 x 3 and no pooling.
+        stem: window ``(kernel, stride, padding)`` of the first convolution. The paper's brings 224 pixels to 28 before
+            the first block; ``(3, 1, 1)`` brings 28 pixels to 7.
         batch_norm: after every convolution, in place of its bias and of local response normalisation.
         width: factor on every number of maps.
         dropout: probability, before the linear layer.
@@ -83,7 +82,7 @@ class GoogLeNet(nn.Module):
         input_shape: tuple[int, int, int],
         num_classes: int,
         *,
-        stem: Literal["paper", "small"] = "paper",
+        stem: Window = (7, 2, 3),
         batch_norm: bool = False,
         width: float = 1.0,
         dropout: float = 0.4,
@@ -93,11 +92,11 @@ class GoogLeNet(nn.Module):
         norm = nn.Identity if batch_norm else partial(nn.LocalResponseNorm, 5)
         halve = partial(nn.MaxPool2d, 3, 2, 1)
         pixels, first, channels = input_shape[0], scaled(64, width), scaled(192, width)
-        if stem == "paper":
-            seen, between, end = conv(pixels, first, 7, stride=2, padding=3), [halve(), norm()], [norm(), halve()]
-        else:
-            seen, between, end = conv(pixels, first, 3), [], []
-        self.features = nn.Sequential(seen, *between, conv(first, first), conv(first, channels, 3), *end)
+        kernel, stride, padding = stem
+        self.features = nn.Sequential(
+            *[conv(pixels, first, kernel, stride=stride, padding=padding), halve(), norm()],
+            *[conv(first, first), conv(first, channels, 3), norm(), halve()],
+        )
         for number, stage in enumerate(STAGES):
             if number > 0:
                 self.features.append(halve())

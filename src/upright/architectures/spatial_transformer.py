@@ -191,6 +191,17 @@ class Observation:
         points = self.transformer.points(self.theta, reference)
         return self.before.points(points) if self.before else points
 
+    def view(self, images: Tensor) -> Tensor:
+        """What it sees of the ``images`` ``(B, C, H, W)`` that came in, at the size of what it gives.
+
+        For a transformer on images that is `turned`; for one inside a network, what its feature maps are of.
+        """
+        _, rows, columns = self.transformer.output_shape
+        shrink = (-(-images.shape[-2] // rows), -(-images.shape[-1] // columns))
+        grid = pixel_centres(rows * shrink[0], columns * shrink[1], device=images.device)
+        how = self.transformer
+        return sample(images.float(), self.points(grid), rows, columns, how.padding, how.sampling, shrink)
+
 
 def last_of(seen: list[Observation]) -> list[Observation]:
     """Those after which nothing more was done: one, or one for each of parallel transformers."""

@@ -1,6 +1,7 @@
 """``upright export``: checkpoint -> bundle, which appears whole or not at all."""
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 
 from upright.data.datamodule import ImageDataModule, Original
 from upright.errors import GateError, UprightError
-from upright.exporting.graph import OPSET, write_graph
+from upright.exporting.graph import OPSET, Output, output_names, write_graph
 from upright.exporting.parity import TOLERANCE, measure_parity
 from upright.files import replacing_folder
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODEL, SAMPLES, SUMS, checksums
@@ -20,7 +21,13 @@ from upright.training.checkpoint import check_name, read_data, restore
 SAMPLE_COUNT = 16
 
 
-def export(checkpoint: str, name: str | None = None, force: bool = False, data: str | None = None) -> int:
+def export(
+    checkpoint: str,
+    name: str | None = None,
+    force: bool = False,
+    data: str | None = None,
+    outputs: Sequence[Output] = (),
+) -> int:
     """Export, compare with PyTorch on the whole validation split, and only then show the bundle.
 
     Args:
@@ -28,6 +35,7 @@ def export(checkpoint: str, name: str | None = None, force: bool = False, data: 
         name: of the bundle; the run's by default.
         force: replace an existing bundle.
         data: a YAML of the data, if they are not where they were.
+        outputs: what the graph gives beside probabilities, see `Graph`.
 
     Raises:
         UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
@@ -44,7 +52,7 @@ def export(checkpoint: str, name: str | None = None, force: bool = False, data: 
     model, datamodule = restored.classifier.cpu().model.eval(), restored.data
     with replacing_folder(target) as folder:
         print(f"Exporting '{checkpoint}' (opset {OPSET}) ...", flush=True)
-        write_graph(model, folder / MODEL)
+        write_graph(model, folder / MODEL, outputs=outputs)
         session = open_session(folder / MODEL)
         print("Comparing with PyTorch on the validation split's originals ...", flush=True)
         parity = measure_parity(model, session, datamodule)
@@ -59,7 +67,7 @@ def export(checkpoint: str, name: str | None = None, force: bool = False, data: 
             )
         _write_json(folder / "parity.json", parity)
         _write_samples(folder, session, datamodule)
-        manifest = _manifest(restored.contents, datamodule, name)
+        manifest = _manifest(restored.contents, datamodule, name, output_names(model, outputs)[1:])
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(_card(manifest, parity, name), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
@@ -99,7 +107,7 @@ def write_png(path: Path, original: Original) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str) -> dict[str, Any]:
+def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str, others: list[str]) -> dict[str, Any]:
     packages = ("upright", "torch", "onnx", "onnxscript", "onnxruntime")
     return {
         "format": FORMAT,
@@ -107,6 +115,7 @@ def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str) -> dic
         "spec": data.spec.to_dict(),
         "input": {"name": "images", "dtype": "uint8", "shape": ["batch", "height", "width", data.spec.channels]},
         "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", len(data.spec.classes)]},
+        "other_outputs": others,
         "opset": OPSET,
         "tolerance": TOLERANCE,
         "provenance": {
@@ -126,6 +135,7 @@ def _card(manifest: dict[str, Any], parity: dict[str, Any], name: str) -> str:
     network = provenance["model"]["init_args"]["network"]["class_path"]
     data = provenance["data"]["class_path"]
     fitted = "" if spec["resize"] == "none" else f"{spec['resize']} to {spec['height']} x {spec['width']} and "
+    others = "".join(f", `{other}`" for other in manifest["other_outputs"])
     metrics = "\n".join(f"| {key} | {value:.4f} |" for key, value in provenance["metrics"].items())
     return f"""# {name}
 
@@ -138,7 +148,7 @@ An image classifier exported by Upright {provenance["versions"]["upright"]} from
 | Data | `{data}`, split `{provenance["split"]["digest"][:16]}` |
 | Classes | {", ".join(spec["classes"])} |
 | Input | `images`: uint8 (batch, height, width, {spec["channels"]}), any size; {fitted}normalisation inside |
-| Output | `probabilities`: float32 (batch, {len(spec["classes"])}) |
+| Output | `probabilities`: float32 (batch, {len(spec["classes"])}){others} |
 | ONNX opset | {manifest["opset"]} |
 
 ## Parity on the validation split

@@ -38,7 +38,7 @@ def measure_parity(
         pixels = np.stack([original.pixels for original in batch])
         labels = np.array([original.label for original in batch])
         with torch.no_grad():
-            ours = graph(torch.from_numpy(pixels)).numpy()
+            ours = graph(torch.from_numpy(pixels))[0].numpy()
         theirs = np.stack(list(run_session(session, pixels, len(pixels))))
         difference = np.abs(ours - theirs).max(axis=1)
         flipped = ours.argmax(axis=1) != theirs.argmax(axis=1)

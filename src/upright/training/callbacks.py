@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from upright.architectures.spatial_transformer import observing
+from upright.architectures.spatial_transformer import last_of, observing
 from upright.data.datamodule import ImageDataModule
 from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
@@ -132,7 +132,10 @@ class TransformerPicture(Callback):
 
 
 def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: Path, count: int = 6) -> None:
-    """Two rows per image: the views of the test split, and what the network saw of them.
+    """Rows for each image: the views of the test split, and below what the last transformer sees of them.
+
+    Of parallel transformers each has its own row. A transformer inside the network is shown by what its feature maps
+    are of.
 
     Args:
         classifier: with a spatial transformer.
@@ -148,28 +151,29 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
     samples, views = data.samples("test"), data.views("test")
     labels = samples.labels[:: len(views)]
     firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
+    shown = []
+    for first in firsts:
+        images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)
+        with torch.no_grad(), observing() as seen:
+            predicted = classifier(images).argmax(dim=1).tolist()
+            shown.append((first, [images, *(last.view(images) for last in last_of(seen))], predicted))
+    height = 0.8 * len(shown[0][1]) + 0.5
     rows = -(-len(firsts) // 2)
-    figure = pyplot.figure(figsize=(2 * (0.8 * len(views) + 0.4), 2.1 * rows + 0.4), layout="constrained")
+    figure = pyplot.figure(figsize=(2 * (0.8 * len(views) + 0.4), height * rows + 0.4), layout="constrained")
     figure.suptitle(
         "What the spatial transformer does: above as it came, below turned, with the prediction", fontsize=9
     )
     blocks = figure.subfigures(rows, 2, squeeze=False)
-    for block, first in zip(blocks.flat, firsts, strict=False):
-        images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)
-        with torch.no_grad(), observing() as seen:
-            predicted = classifier(images).argmax(dim=1).tolist()
-        # What it turned is normalised; a picture has colours from 0 to 1.
-        if seen[-1].turned.shape[1:] != data.spec.input_shape:
-            return  # it turns feature maps
-        turned = (seen[-1].turned * classifier.model.std + classifier.model.mean) / 255
-        axes = block.subplots(2, len(views), squeeze=False)
+    for block, (first, pictures, predicted) in zip(blocks.flat, shown, strict=False):
+        axes = block.subplots(len(pictures), len(views), squeeze=False)
         for column, angle in enumerate(views):
-            for axis, image in zip(axes[:, column], (images[column] / 255, turned[column].clamp(0, 1)), strict=True):
-                axis.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+            for axis, picture in zip(axes[:, column], pictures, strict=True):
+                image = (picture[column] / 255).clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy()
+                axis.imshow(image, cmap="gray", vmin=0, vmax=1)
                 axis.set(xticks=[], yticks=[])
             axes[0, column].set_title(f"{angle:+g}°" if angle else "0°", fontsize=8, pad=2)
             right = predicted[column] == int(labels[first])
-            axes[1, column].set_xlabel(
+            axes[-1, column].set_xlabel(
                 data.spec.classes[predicted[column]], fontsize=8, labelpad=1, color="black" if right else "crimson"
             )
     with replacing_file(path) as aside:

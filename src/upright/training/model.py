@@ -26,11 +26,19 @@ class Model(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(spec.mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std)[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
+    def fitted(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, h, w)`` of any size at the size that the network sees."""
         size = (self.spec.height, self.spec.width)
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
         if self.spec.resize != "none" and (torch.compiler.is_exporting() or images.shape[-2:] != size):
-            images = resize(images.float(), *size, self.spec.resize)
-        logits: Tensor = self.network((images - self.mean) / self.std)
+            return resize(images.float(), *size, self.spec.resize)
+        return images
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
+        return self.classify(self.fitted(images))
+
+    def classify(self, fitted: Tensor) -> Tensor:
+        """What `fitted` gave, to logits ``(B, K)``."""
+        logits: Tensor = self.network((fitted - self.mean) / self.std)
         return logits
