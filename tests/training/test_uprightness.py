@@ -8,6 +8,7 @@ from upright.architectures.spatial_transformer import Observation, SpatialTransf
 from upright.training.uprightness import Uprightness, final_poses, upright_loss
 from upright.warp import pixel_centres, rotation
 
+POINTS = pixel_centres(4, 4)
 ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
 
 
@@ -78,14 +79,28 @@ def poses(applied: torch.Tensor, undone: torch.Tensor, kind: str = "rotation") -
 
 def test_the_loss_is_zero_when_two_views_end_in_the_same_pose() -> None:
     first, second = torch.tensor([0.5, -0.3]), torch.tensor([-0.2, 0.9])
-    same = upright_loss(poses(first, 0.1 - first), poses(second, 0.1 - second))
-    other = upright_loss(poses(first, -first), poses(second, 0.3 - second))
+    same = upright_loss(poses(first, 0.1 - first), poses(second, 0.1 - second), POINTS)
+    other = upright_loss(poses(first, -first), poses(second, 0.3 - second), POINTS)
     assert same < 1e-6 < 0.01 < other
 
 
 def test_nothing_is_gained_by_shrinking() -> None:
     first, second = poses(torch.tensor([0.5]), torch.zeros(1)), poses(torch.tensor([-0.5]), torch.zeros(1))
-    torch.testing.assert_close(upright_loss(first, second), upright_loss(first / 100, second / 100))
+    torch.testing.assert_close(upright_loss(first, second, POINTS), upright_loss(first / 100, second / 100, POINTS))
+
+
+def test_nothing_is_gained_by_looking_from_afar() -> None:
+    angles, shift = torch.tensor([0.5]), torch.tensor([0.2, 0.0])
+    losses = [
+        upright_loss(scale * poses(angles, -angles), scale * poses(-angles, angles) + shift, POINTS)
+        for scale in (0.5, 1.0, 2.0, 10.0)
+    ]
+    # The views agree but for a shift, which is the less of what is seen the farther away one stands.
+    assert losses[0] > losses[1] and losses[1:] == [pytest.approx(float(losses[1]))] * 3
+    apart = [
+        upright_loss(scale * poses(angles, 0 * angles), scale * poses(-angles, 0 * angles), POINTS) for scale in (1, 3)
+    ]
+    assert apart[1] > apart[0]
 
 
 def test_following_the_loss_turns_things_upright() -> None:
@@ -96,7 +111,7 @@ def test_following_the_loss_turns_things_upright() -> None:
     for _ in range(200):
         first, second = (torch.rand(2, 64) * 2 - 1) * math.pi / 3
         views = (poses(angle, line(angle[:, None])[:, 0]) for angle in (first, second))
-        loss = upright_loss(*views)
+        loss = upright_loss(*views, POINTS)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -133,7 +133,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             points = pixel_centres(4, 4, device=self.device)
             poses = final_poses(view.transforms, seen, points)
             poses_other = final_poses(other.transforms, seen_other, points)
-            turned = torch.stack([upright_loss(*pair) for pair in zip(poses, poses_other, strict=True)]).mean()
+            turned = torch.stack([upright_loss(*pair, points) for pair in zip(poses, poses_other, strict=True)]).mean()
             self.log("train/upright_loss", turned.detach(), **per_epoch)
             loss = loss + self.upright_weight * turned
         return loss

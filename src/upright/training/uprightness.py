@@ -27,14 +27,15 @@ def final_poses(transforms: Tensor, seen: list[Observation], points: Tensor) -> 
     return [transform_points(transforms, last.points(points)) for last in last_of(seen)]
 
 
-def upright_loss(first: Tensor, second: Tensor) -> Tensor:
+def upright_loss(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
     """Disagreement of two final poses ``(B, N, 2)`` of the same images: a scalar.
 
     The mean squared distance between the points, over the sum of the two spreads: 0 when they agree, 1 when they have
-    nothing to do with each other, and nothing is to be gained by shrinking everything to a point.
+    nothing to do with each other, and nothing is to be gained by shrinking everything to a point. Nor by looking from
+    afar, where a shift would seem small: the spreads count no more than that of ``points`` ``(N, 2)`` as they were.
     """
-    spreads = _spread(first) + _spread(second)
-    return ((first - second).square().mean(dim=(1, 2)) / spreads.clamp(min=1e-6)).mean()
+    spreads = (_spread(first) + _spread(second)).clamp(min=1e-6, max=2 * float(_spread(points[None])))
+    return ((first - second).square().mean(dim=(1, 2)) / spreads).mean()
 
 
 def _spread(points: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""What every recipe in ``configs/`` reaches: test accuracy, uprightness and minutes over several seeds.
+
+    python benchmarks/recipes.py [NAME ...] [--seeds 3]
+
+Trains ``configs/NAME.yaml`` (all of them by default) with the seeds 0, 1, ... into ``checkpoints/recipes/NAME-SEED``,
+tests the best checkpoint, and prints a table. What is there already is not trained again.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path("checkpoints/recipes")
+UPRIGHT = [sys.executable, "-m", "upright"]
+
+
+def measure(name: str, seed: int) -> dict[str, float]:
+    """Metrics of the test split, and the minutes of training and validation."""
+    run = FOLDER / f"{name}-{seed}"
+    if not (run / "test.json").is_file():
+        where = ["--trainer.default_root_dir", str(FOLDER), "--name", run.name, "--force", "--wandb", "off"]
+        config = ["--config", f"configs/{name}.yaml", "--seed_everything", str(seed)]
+        subprocess.run([*UPRIGHT, "fit", *config, *where], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*UPRIGHT, "test", "--ckpt_path", str(run / "best.ckpt")], check=True, stdout=subprocess.DEVNULL)
+    with open(run / "metrics.csv", newline="") as file:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    metrics: dict[str, float] = json.loads((run / "test.json").read_text())["metrics"]
+    return metrics | {"minutes": seconds / 60}
+
+
+def mean_and_spread(runs: list[dict[str, float]], key: str, digits: int) -> str:
+    """``mean ± standard deviation``, or a dash where it was not measured."""
+    values = [run[key] for run in runs if key in run]
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" if values else "-"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of configs; all by default")
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2; default: 3")
+    options = parser.parse_args()
+    names = options.names or sorted(path.stem for path in Path("configs").glob("*.yaml"))
+    print("| recipe | test accuracy | uprightness | minutes |\n|---|---|---|---|")
+    for name in names:
+        runs = [measure(name, seed) for seed in range(max(2, options.seeds))]
+        cells = [mean_and_spread(runs, "test/accuracy", 4), mean_and_spread(runs, "test/uprightness", 3)]
+        minutes = statistics.median(run["minutes"] for run in runs)
+        print("|", " | ".join([name, *cells, f"{minutes:.1f}"]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
