@@ -7,10 +7,12 @@ The map, in the order of the imports (each part knows only those above it):
     recipes       a class and its arguments as plain data, and back
     images        ImageSpec, and decoding any picture to uint8               (numpy, Pillow)
     runtime       bundle -> answers: verify, infer, Predictor                (numpy, Pillow, onnxruntime)
-    warp          sampling points, affine matrices, resizing                 (torch, as all that follows)
+    warp          sampling points, transforms, resizing                      (torch, as all that follows)
+    anatomy       what a network is made of, layer by layer
     architectures one network per file; knows nothing of images or training
     data          source -> splits -> batches; augmentation
     training      ImageClassifier, checkpoints, fit / validate / test / predict
+    describe      the anatomy of a config's or a checkpoint's network, printed
     exporting     checkpoint -> verified bundle
     evidence      studies: one textbook claim each, measured
     cli, demo     the verbs, and the verbs one after the other

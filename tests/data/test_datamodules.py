@@ -114,6 +114,13 @@ def test_folder_takes_any_sizes_and_names(pictures: Path) -> None:
     assert len({original.pixels.shape for original in data.originals("val")}) > 1
 
 
+def test_without_resizing_a_batch_has_one_size(pictures: Path) -> None:
+    with pytest.raises(UprightError, match=r"must have one size, 16x16; one has \d+x\d+. Use stretch or crop"):
+        Folder(root=str(pictures), size=16, resize="none").samples("val")
+    data = Folder(root=str(pictures), size=16, resize="none")
+    assert data.spec.resize == "none" and ImageSpec.from_dict(data.spec.to_dict()) == data.spec
+
+
 def test_folder_with_splits_keeps_them(pictures: Path, tmp_path: Path) -> None:
     for split, source in (("train", pictures), ("test", pictures)):
         for name in ("dark", "light"):

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,14 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
+from upright.architectures.googlenet import GoogLeNet
+from upright.architectures.inception_resnet import InceptionResNetV2
+from upright.architectures.inception_v3 import InceptionV3
+from upright.architectures.inception_v4 import InceptionV4
 from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import observing
+from upright.architectures.nin import NiN
+from upright.architectures.resnet import ResNet, SmallResNet
+from upright.architectures.spatial_transformer import Network, observing
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.exporting import export as export_module
 from upright.exporting.graph import write_graph
@@ -18,6 +25,7 @@ from upright.exporting.parity import measure_parity
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
 from upright.training.checkpoint import restore
+from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
 
 
@@ -74,6 +82,36 @@ def test_outputs_need_a_transformer(upright: Upright) -> None:
     answer = upright("export", "checkpoints/lenet", "--outputs", "theta")
     assert answer.code == 2 and "The network has no spatial transformer, so it cannot give theta." in answer.err
     assert not Path("export/lenet").exists()
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        partial(SmallResNet, depth=8, width=4),
+        partial(ResNet, widths=(4, 8), stem="small"),
+        partial(NiN, widths=(8, 8, 8), stem=(5, 1, 2)),
+        partial(GoogLeNet, width=0.1, batch_norm=True),
+        partial(InceptionV3, width=0.1),
+        partial(InceptionV4, width=0.1, blocks=(1, 1, 1)),
+        partial(InceptionResNetV2, width=0.1, blocks=(1, 1, 2)),
+    ],
+    ids=lambda network: network.func.__name__,
+)
+def test_a_global_mean_takes_any_size(network: Network, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = ImageSpec(3, 80, 80, ("a", "b", "c"), (0.5,) * 3, (0.2,) * 3, resize="none")
+    classifier = ImageClassifier(spec, network, partial(torch.optim.SGD, lr=0.1), init="he_normal").eval()
+    write_graph(classifier.model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    generator, answers = np.random.default_rng(0), []
+    for batch, height, width in ((1, 80, 80), (3, 75, 96), (2, 131, 77)):
+        pixels = generator.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+        (found,) = session.run(["probabilities"], {"images": pixels})
+        with torch.no_grad():
+            expected = classifier(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
+        assert np.abs(found - expected).max() < 1e-4, (height, width)
+        answers.append(found[0])
+    assert np.abs(answers[0] - answers[1]).max() > 0
 
 
 def test_several_transformers_are_numbered(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -6,12 +7,16 @@ import torch
 from torch import nn
 
 from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.mlp import MLP
+from upright.architectures.recurrent import Recurrent
+from upright.architectures.resnet import SmallResNet
+from upright.architectures.spatial_transformer import DenseLocaliser, Regression, SpatialTransformer, observing
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.errors import UprightError
 from upright.training.classifier import ImageClassifier
+from upright.training.losses import PerceptronLoss
 from upright.training.schedules import OneCycle
 
 SPEC = Digits(size=12, margin=0).spec
@@ -150,3 +155,72 @@ def test_an_architectures_refusal_is_the_users_error() -> None:
 def test_what_could_not_be_rebuilt_is_refused() -> None:
     with pytest.raises(UprightError, match=r"cannot be written into a checkpoint.*functools.partial"):
         ImageClassifier(SPEC, lambda shape, classes: LeNet(shape, classes), ADAM)
+
+
+def test_resize_none_lets_a_network_see_images_at_their_own_size() -> None:
+    spec = replace(SPEC, resize="none")
+    classifier = ImageClassifier(spec, partial(SmallResNet, depth=8, width=4), ADAM).eval()
+    images = torch.rand(2, 1, 30, 17) * 255
+    network, model = classifier.model.network, classifier.model
+    assert torch.equal(classifier(images), network((images - model.mean) / model.std))
+    stretched = ImageClassifier(SPEC, partial(SmallResNet, depth=8, width=4), ADAM).eval()
+    stretched.load_state_dict(classifier.state_dict())
+    assert not torch.allclose(classifier(images), stretched(images))
+
+
+@pytest.mark.parametrize("network", [LeNet, STN, partial(MLP, widths=(8,)), Recurrent])
+def test_resize_none_is_refused_where_the_size_is_fixed(network: object) -> None:
+    with pytest.raises(UprightError, match=r"resize none needs a network that takes images of any size.*Use stretch"):
+        ImageClassifier(replace(SPEC, resize="none"), network, ADAM)
+
+
+def test_init_starts_any_network_by_a_scheme() -> None:
+    for scheme in ("he_normal", "orthogonal"):
+        torch.manual_seed(0)
+        classifier = ImageClassifier(SPEC, STN, ADAM, init=scheme)
+        assert classifier.recipe["init_args"]["init"] == scheme
+        weights = classifier.model.network.network.classifier[1].weight
+        products = weights @ weights.T if weights.shape[0] < weights.shape[1] else weights.T @ weights
+        assert torch.allclose(products, torch.eye(len(products)), atol=1e-4) == (scheme == "orthogonal")
+        with observing() as seen:
+            classifier(torch.rand(2, 1, 12, 12))
+        assert (seen[0].theta == 0).all()
+
+
+def test_every_transformer_takes_part_in_the_upright_loss() -> None:
+    network = partial(
+        TransformerNetwork,
+        network=LeNet,
+        places=["input", "features.3"],
+        transformer=partial(SpatialTransformer, localiser=DenseLocaliser),
+    )
+    classifier = ImageClassifier(SPEC, network, ADAM, upright_weight=1.0)
+    # Nothing but the upright loss: labels say nothing where all logits are alike.
+    for name in ("classifier", "features"):
+        for parameter in getattr(classifier.model.network.network, name)[-1].parameters():
+            nn.init.zeros_(parameter)
+    before = [
+        parameter.clone()
+        for module in classifier.modules()
+        if isinstance(module, Regression)
+        for parameter in module.parameters()
+    ]
+    trainer(max_steps=3, limit_val_batches=0).fit(classifier, digits())
+    after = [
+        parameter
+        for module in classifier.modules()
+        if isinstance(module, Regression)
+        for parameter in module.parameters()
+    ]
+    assert len(before) == 4 and all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_the_perceptron_loss_counts_mistakes_only() -> None:
+    loss = PerceptronLoss(3)
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]], requires_grad=True)
+    assert loss(logits, torch.tensor([0, 1])).item() == 0
+    wrong = loss(logits, torch.tensor([0, 2]))
+    wrong.backward()
+    # The right class gains what the one it was taken for loses; nothing else moves.
+    assert wrong.item() == 1.0
+    assert logits.grad.tolist() == [[0, 0, 0], [0, 0.5, -0.5]]

@@ -60,13 +60,14 @@ class ImageClassifier(Recorded, L.LightningModule):
         self.optimizer, self.scheduler, self.upright_weight = optimizer, scheduler, upright_weight
         num_classes = len(spec.classes)
         try:
-            self.model = Model(spec, network(spec.input_shape, num_classes))
+            made = network(spec.input_shape, num_classes)
         except ValueError as error:
             raise UprightError(str(error)) from error
+        if init:
+            initialise(made, init)
+        self.model = Model(spec, made)
         if spec.resize == "none":
             _check_any_size(self.model)
-        if init:
-            initialise(self.model, init)
         self.loss = loss(num_classes)
         self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
         if upright_weight < 0 or (upright_weight > 0 and not self.transformers):
