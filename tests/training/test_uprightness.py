@@ -89,6 +89,21 @@ def test_nothing_is_gained_by_shrinking() -> None:
     torch.testing.assert_close(upright_loss(first, second, POINTS), upright_loss(first / 100, second / 100, POINTS))
 
 
+def test_the_loss_is_one_less_the_cosine_of_the_angle_between() -> None:
+    angles = torch.tensor([0.9])
+    for between in (0.0, 0.5, math.pi / 2, 3.0):
+        loss = upright_loss(poses(angles, -angles), poses(angles, between - angles), POINTS)
+        assert loss.item() == pytest.approx(1 - math.cos(between), abs=1e-5)
+
+
+def test_shrinking_one_view_is_no_way_out() -> None:
+    angles = torch.tensor([0.0])
+    for between in (0.0, 1.0, math.pi / 2, 3.0):
+        first, second = poses(angles, angles), poses(angles, angles + between)
+        losses = [upright_loss(scale * first, second, POINTS).item() for scale in (1.0, 0.5, 0.1, 0.01)]
+        assert losses == sorted(losses) and losses[0] < losses[1] - 0.1
+
+
 def test_nothing_is_gained_by_looking_from_afar() -> None:
     angles, shift = torch.tensor([0.5]), torch.tensor([0.2, 0.0])
     losses = [

@@ -30,12 +30,13 @@ def final_poses(transforms: Tensor, seen: list[Observation], points: Tensor) -> 
 def upright_loss(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
     """Disagreement of two final poses ``(B, N, 2)`` of the same images: a scalar.
 
-    The mean squared distance between the points, over the sum of the two spreads: 0 when they agree, 1 when they have
-    nothing to do with each other, and nothing is to be gained by shrinking everything to a point. Nor by looking from
-    afar, where a shift would seem small: the spreads count no more than that of ``points`` ``(N, 2)`` as they were.
+    The mean squared distance between the points, over twice the geometric mean of the two spreads: 0 when they agree,
+    1 - cos(angle) when they differ by an angle. So nothing is gained by shrinking both to a point; something is lost by
+    shrinking one, which a transformer that is not sure of the angle would else do; and nothing is gained by looking
+    from afar, where a shift would seem small, for the spread counts no more than that of ``points`` ``(N, 2)``.
     """
-    spreads = (_spread(first) + _spread(second)).clamp(min=1e-6, max=2 * float(_spread(points[None])))
-    return ((first - second).square().mean(dim=(1, 2)) / spreads).mean()
+    spread = (_spread(first) * _spread(second)).clamp(min=1e-12).sqrt().clamp(max=float(_spread(points[None])))
+    return ((first - second).square().mean(dim=(1, 2)) / (2 * spread)).mean()
 
 
 def _spread(points: Tensor) -> Tensor:
