@@ -28,7 +28,11 @@ class Case(NamedTuple):
     network: nn.Module
 
 
-@pytest.fixture(params=[*CONFIGS, *VARIANTS], ids=lambda case: case.stem if isinstance(case, Path) else case.name)
+QUICK = [*CONFIGS, *(variant for variant in VARIANTS if not variant.slow)]
+SLOW = [pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS if variant.slow]
+
+
+@pytest.fixture(params=[*QUICK, *SLOW], ids=lambda case: case.stem if isinstance(case, Path) else case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     if isinstance(request.param, Variant):

@@ -191,8 +191,8 @@ def test_last_goes_on_by_name_alone(upright: Upright, run_folder: Path) -> None:
     rows = read_csv(run_folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     # The folder is a copy: what was best there is best here.
-    best = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]["val/accuracy"]
-    assert best == pytest.approx(max(float(row["val/accuracy"]) for row in rows), abs=1e-5)
+    best = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]["val/loss"]
+    assert best == pytest.approx(min(float(row["val/loss"]) for row in rows), abs=1e-5)
 
 
 def test_a_failure_leaves_no_run(upright: Upright, tmp_path: Path) -> None:

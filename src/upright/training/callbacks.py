@@ -35,10 +35,13 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
-    """``best.ckpt`` by validation accuracy and ``last.ckpt`` after every epoch, and every so many steps within one."""
+    """``best.ckpt`` by validation loss and ``last.ckpt`` after every epoch, and every so many steps within one.
+
+    Accuracy on a few thousand images is coarse, and its luckiest epoch often one before the rate has come down.
+    """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
     found: list[Callback] = [
-        RunCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max"),
+        RunCheckpoint(**common, filename="best", monitor="val/loss", mode="min"),
         RunCheckpoint(**common, filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
     ]
     if every_n_steps:

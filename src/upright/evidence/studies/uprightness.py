@@ -1,7 +1,7 @@
 """A spatial transformer trained by classification alone turns things upright only in part; the upright loss makes it.
 
 Protocol: the digits, turned at random by up to 60 degrees in training; every test image at -60, -30, 0, 30 and 60
-degrees; one split, the seeds change weights, order and augmentation; the checkpoint of the best validation accuracy.
+degrees; one split, the seeds change weights, order and augmentation; the checkpoint of the least validation loss.
 """
 
 import json
