@@ -44,10 +44,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of configs; all by default")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2; default: 3")
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds must be at least 2 to show a spread, got {options.seeds}")
     names = options.names or sorted(path.stem for path in Path("configs").glob("*.yaml"))
     print("| recipe | test accuracy | uprightness | minutes |\n|---|---|---|---|")
     for name in names:
-        runs = [measure(name, seed) for seed in range(max(2, options.seeds))]
+        runs = [measure(name, seed) for seed in range(options.seeds)]
         cells = [mean_and_spread(runs, "test/accuracy", 4), mean_and_spread(runs, "test/uprightness", 3)]
         minutes = statistics.median(run["minutes"] for run in runs)
         print("|", " | ".join([name, *cells, f"{minutes:.1f}"]), "|", flush=True)

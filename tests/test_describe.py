@@ -6,7 +6,10 @@ import pytest
 import torch
 import yaml
 
+from tests.architectures.variants import VARIANTS, Variant
 from tests.conftest import CONFIGS, ROOT, Upright
+from upright.anatomy import describe
+from upright.recipes import build
 
 LENET = ROOT / "configs/lenet.yaml"
 
@@ -146,3 +149,30 @@ def test_a_bad_file_is_one_line(upright: Upright, tmp_path: Path) -> None:
         answer = upright("describe", source)
         assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
     assert "invalid choice: 'csv'" in upright("describe", LENET, "--format", "csv").err
+
+
+@pytest.mark.parametrize("case", [*CONFIGS, *VARIANTS], ids=lambda case: getattr(case, "stem", None) or case.name)
+def test_every_network_is_described_without_being_run(case: Path | Variant) -> None:
+    if isinstance(case, Path):
+        recipe, shape = yaml.safe_load(case.read_text())["model"]["network"], (1, 28, 28)
+    else:
+        recipe, shape = case.recipe, case.input_shape
+    with torch.device("meta"):
+        network = build(recipe)(shape, 7)
+        description = describe(network, shape)
+    assert description.totals.parameters == sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        ("{class_path: upright.architectures.lenet.LeNet, init_args: {activation: gelu}}", "must be one of relu, tanh"),
+        ("{class_path: upright.architectures.lenet.LeNet, init_args: {widths: [1, 2, 3]}}", "got 3"),
+        ("{class_path: upright.architectures.vgg.VGG, init_args: {units: [10]}}", "got 1 units"),
+        ("{class_path: upright.architectures.mlp.MLP, init_args: {widths: [-3]}}", "cannot be built for images of"),
+    ],
+)
+def test_a_network_that_cannot_be_is_one_line(recipe: str, text: str, upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"model:\n  network: {recipe}\ndata: {ROOT}/configs/data/digits.yaml\n")
+    answer = upright("describe", "x.yaml")
+    assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1

@@ -40,6 +40,10 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
         raise UprightError(str(error)) from error
     except TypeError as error:
         raise UprightError(f"'{source}': {error}.") from error
+    except (RuntimeError, LookupError) as error:
+        raise UprightError(
+            f"The network of '{source}' cannot be built for images of {spec.input_shape}: {error}"
+        ) from error
     print(FORMATS[format](description))
     return 0
 

@@ -7,6 +7,7 @@ are sampled from, as in the spatial transformer paper; so warping by A and then 
 Letters: ``B C H W`` images, ``N`` points.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -15,6 +16,12 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 Sampling = Literal["bilinear", "bicubic", "nearest"]
 Padding = Literal["zeros", "border", "reflection"]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: eight bits of a coordinate are half a pixel at 128 pixels."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def pixel_centres(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
@@ -31,15 +38,18 @@ def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
     takes most of a spatial transformer's time there.
     """
     linear, shift = matrices[:, :2, :2], matrices[:, :2, 2]
-    return points @ linear.transpose(1, 2) + shift[:, None]
+    with full_precision(points.device):
+        return points @ linear.transpose(1, 2) + shift[:, None]
 
 
 def project_points(matrices: Tensor, points: Tensor) -> Tensor:
     """Apply projective ``matrices`` ``(B, 3, 3)`` to ``points`` ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``.
 
-    Points near the horizon and beyond it are kept before it: they have no image.
+    What lies on the horizon or behind it has no image; it is divided by a small depth instead of none or a negative
+    one, so that all stays finite.
     """
-    depth = points @ matrices[:, 2, :2, None] + matrices[:, 2, 2, None, None]
+    with full_precision(points.device):
+        depth = points @ matrices[:, 2, :2, None] + matrices[:, 2, 2, None, None]
     projected: Tensor = transform_points(matrices, points) / depth.clamp(min=0.05)
     return projected
 
@@ -47,7 +57,7 @@ def project_points(matrices: Tensor, points: Tensor) -> Tensor:
 def spline_solution(controls: Tensor) -> Tensor:
     """What `spline_weights` needs to know of ``controls`` ``(K, 2)``: ``(K + 3, K)``."""
     count = len(controls)
-    system = torch.zeros(count + 3, count + 3, dtype=torch.float64)
+    system = torch.zeros(count + 3, count + 3, dtype=torch.float64, device=controls.device)
     system[:count] = _spline_basis(controls.double(), controls.double())
     system[count:, :count] = system[:count, count:].T
     # Of the inverse only what multiplies the values is wanted; the side conditions are zeros.

@@ -22,4 +22,9 @@ def test_weights_have_the_deviation_of_the_scheme(scheme: Scheme) -> None:
     biases = [parameter for name, parameter in network.named_parameters() if "bias" in name]
     assert len(biases) == 5 and all((bias == 0).all() for bias in biases)
     assert (network[2].weight == 1).all()
-    assert network[3].weight_hh_l0.std() > 0
+    # A recurrent layer's gates stand in one matrix, and each starts as a layer of its own.
+    wanted = {"xavier": 2 / 128, "he": 2 / 64, "lecun": 1 / 64, "orthogonal": 1 / 64}
+    for gate in network[3].weight_hh_l0.chunk(4):
+        assert gate.std() == pytest.approx(wanted.get(kind, 0.01**2) ** 0.5, rel=0.07)
+        if kind == "orthogonal":
+            torch.testing.assert_close(gate @ gate.T, torch.eye(64), atol=1e-4, rtol=0)

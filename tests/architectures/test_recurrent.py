@@ -76,7 +76,7 @@ def test_onnx_equals_pytorch_at_any_batch(cell, order, layers: int, bidirectiona
 
 
 def test_cells_and_orders_that_it_has_not() -> None:
-    with pytest.raises(ValueError, match=r"a cell lstm, gru, rnn, got 'tanh'\."):
+    with pytest.raises(ValueError, match=r"cell must be one of lstm, gru, rnn; got 'tanh'\."):
         Recurrent((1, 4, 3), 2, cell="tanh")
-    with pytest.raises(ValueError, match=r"an order rows, columns, pixels, got 'spiral'\."):
+    with pytest.raises(ValueError, match=r"order must be one of rows, columns, pixels; got 'spiral'\."):
         Recurrent((1, 4, 3), 2, order="spiral")

@@ -87,7 +87,7 @@ def test_depths_that_the_paper_has_not() -> None:
 
 
 def test_stems_and_stages_that_it_has_not() -> None:
-    with pytest.raises(ValueError, match=r"a stem 'imagenet' or 'small', got 'cifar'\."):
+    with pytest.raises(ValueError, match=r"stem must be one of imagenet, small; got 'cifar'\."):
         ResNet((3, 32, 32), 10, stem="cifar")
     for widths in ((), (4,) * 5):
         with pytest.raises(ValueError, match=rf"1 to 4 stages, got {len(widths)} widths\."):

@@ -86,20 +86,72 @@ def test_places_take_their_own_shapes_and_survive_copying() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"places": ["features.9"]}, r"no module 'features.9' to put a transformer before; it has: input, features, "),
-        ({"places": ["classifier.1"]}, r"'classifier.1' must run once, on feature maps .C, H, W.*it runs 1 times, on"),
+        ({"places": ["features.9"]}, r"no module .features.9. to put a transformer before; it has: features, "),
+        ({"places": ["features.3", "features.3"]}, "places must be a list of different names, got .'features.3'"),
+        ({"places": "input"}, "places must be a list of different names, got 'input'"),
+        (
+            {"places": ["classifier.1"]},
+            r"'classifier.1' must be called once, with feature maps .C, H, W.*it is called with .\(64,\)",
+        ),
         (
             {"places": ["features.3"], "transformer": partial(TURN, output_size=(3, 3))},
             "What follows the transformer at 'features.3' cannot take its output",
         ),
         ({"transformer": lambda shape: nn.Identity()}, "Identity has no output_shape"),
-        ({"network": MLP, "places": ["layers.0", "layers.1"]}, "'layers.1' must run once, on feature maps"),
-        ({"network": Recurrent, "places": ["recurrent"]}, "'recurrent' must run once, on feature maps"),
+        ({"network": MLP, "places": ["layers.0", "layers.1"]}, "'layers.1' must be called once, with feature maps"),
+        ({"network": Recurrent, "places": ["recurrent"]}, "'recurrent' must be called once, with feature maps"),
     ],
 )
 def test_places_that_cannot_be_are_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         network(**options)
+
+
+def test_names_are_those_of_the_network_as_it_was() -> None:
+    for places in (["blocks", "blocks.1"], ["blocks.1", "blocks"]):
+        model = network(
+            network=partial(SmallResNet, depth=8, width=4),
+            transformer=partial(TURN, localiser=DenseLocaliser),
+            places=places,
+        )
+        around, blocks = model.network.blocks
+        assert isinstance(around, SpatialTransformer) and isinstance(blocks[1][0], SpatialTransformer)
+        assert len(blocks) == 3 and around.output_shape == (4, 16, 16) == blocks[1][0].output_shape
+
+
+class Named(nn.Module):
+    """Calls its part by keyword."""
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.part, self.classifier = nn.Conv2d(1, 4, 3), nn.Linear(4, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.part(input=images).mean(dim=(2, 3)))
+
+
+def test_a_part_that_is_called_by_keyword_is_refused() -> None:
+    assert network(network=Named)(torch.rand(2, *SHAPE)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"'part' must be called once, with .* it is called with none"):
+        network(network=Named, places=["part"])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        partial(SeriesTransformer, SHAPE),
+        partial(ParallelTransformer, SHAPE),
+        partial(ParallelNetwork, SHAPE, 4, network=LeNet),
+    ],
+)
+def test_none_at_all_is_refused(made: partial) -> None:
+    with pytest.raises(ValueError, match="transformers must name at least one"):
+        made(transformers=[])
+
+
+def test_a_series_is_of_single_transformers() -> None:
+    with pytest.raises(ValueError, match="A series is of SpatialTransformers, got a ParallelTransformer"):
+        SeriesTransformer(SHAPE, transformers=[partial(ParallelTransformer, transformers=[TURN])])
 
 
 def series() -> SeriesTransformer:
@@ -116,8 +168,10 @@ def smooth(*shape: int) -> torch.Tensor:
 def test_a_series_samples_the_original_once() -> None:
     made, images = series(), smooth(3, 1, 16, 16)
     first, second = made.transformers
-    points = first.points(torch.tensor([[0.5]]), second.points(second.localisation.theta, second.grid(images.device)))
-    expected = second.sample(images, points.expand(3, -1, -1))
+    turn = torch.tensor([[0.5]]).expand(3, 1)
+    expected = second.look(
+        images, lambda points: first.points(turn, second.points(second.localisation(images), points))
+    )
     turned = made(images)
     assert turned.shape == (3, *made.output_shape) == (3, 1, 8, 12)
     torch.testing.assert_close(turned, expected)
@@ -125,6 +179,14 @@ def test_a_series_samples_the_original_once() -> None:
     with torch.no_grad():
         difference = (second(first(images)) - turned).abs()[..., 2:-2, 3:-3]
     assert 0 < difference.mean() < 0.02
+
+
+def test_a_series_that_shrinks_does_not_alias() -> None:
+    small = partial(SpatialTransformer, output_size=(6, 6), padding="border", localiser=DenseLocaliser)
+    made = SeriesTransformer(SHAPE, transformers=[small, partial(TURN, padding="border", localiser=DenseLocaliser)])
+    stripes = torch.ones(1, *SHAPE) * (torch.arange(16) % 2)
+    torch.testing.assert_close(made(stripes), small(SHAPE)(stripes), atol=1e-5, rtol=0)
+    assert (made(stripes) - 0.5).abs().max() < 0.25
 
 
 def test_each_of_a_series_looks_at_what_the_one_before_it_gave() -> None:

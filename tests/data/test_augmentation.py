@@ -107,3 +107,16 @@ def test_one_option_does_not_change_the_numbers_of_another() -> None:
 def test_refuses(options: dict[str, object], text: str) -> None:
     with pytest.raises(UprightError, match=text):
         RandomAffine(**options)
+
+
+def test_half_precision_elsewhere_changes_nothing_here() -> None:
+    augmentation = Augmentation(
+        [RandomAffine(rotate=30, scale=(0.8, 1.2), shear=10, shift=0.1), RandomAffine(rotate=5)]
+    )
+    images = 255 * torch.rand(4, 1, 28, 28)
+    torch.manual_seed(0)
+    expected = augmentation(images)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = augmentation(images)
+    assert torch.equal(found.images, expected.images) and torch.equal(found.transforms, expected.transforms)

@@ -17,13 +17,15 @@ from upright.architectures.inception_v4 import InceptionV4
 from upright.architectures.lenet import LeNet
 from upright.architectures.nin import NiN
 from upright.architectures.resnet import ResNet, SmallResNet
-from upright.architectures.spatial_transformer import Network, observing
+from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
 from upright.architectures.transformer_network import TransformerNetwork
+from upright.errors import UprightError
 from upright.exporting import export as export_module
 from upright.exporting.graph import write_graph
 from upright.exporting.parity import measure_parity
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
+from upright.runtime.predictor import open_session, run_session
 from upright.training.checkpoint import restore
 from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
@@ -70,10 +72,40 @@ def test_the_graph_gives_theta_and_what_it_sees_on_request(run_folder: Path, upr
         expected = model(images).softmax(dim=1)
     assert np.abs(probabilities - expected.numpy()).max() < 1e-5
     assert np.abs(theta - seen[0].theta.numpy()).max() < 1e-5 and np.abs(theta).max() > 0.01
-    # Padded by the border, what was turned after normalisation and before it are the same pixels.
     turned = (seen[0].turned * model.std + model.mean).permute(0, 2, 3, 1).numpy()
     assert warped.shape == (3, 28, 28, 1) and np.abs(warped - turned).max() < 0.05
     assert np.abs(warped - pixels).max() > 20
+    told = json.loads((bundle.folder / "parity.json").read_text())["other_outputs"]
+    assert set(told) == {"theta", "warped"} and 0 < told["theta"] < 1e-3 and 0 < told["warped"] < 0.5
+
+
+def test_the_gate_compares_the_other_outputs_too(run_folder: Path, upright: Upright, monkeypatch) -> None:
+    def wrong_theta(model: Model, path: Path, outputs: list[str]) -> None:
+        write_graph(model, path, outputs=outputs)
+        graph = onnx.load(path)
+        (node,) = (node for node in graph.graph.node if "theta" in node.output)
+        names = ["before" if name == "theta" else name for name in node.output]
+        node.output[:] = names
+        for other in graph.graph.node:
+            other.input[:] = ["before" if name == "theta" else name for name in other.input]
+        graph.graph.node.append(onnx.helper.make_node("Neg", ["before"], ["theta"]))
+        onnx.save(graph, path)
+
+    monkeypatch.setattr(export_module, "write_graph", wrong_theta)
+    answer = upright("export", run_folder, "--name", "wrong", "--outputs", "theta", "theta")
+    assert answer.code == 1 and "disagree on 0 of" in answer.err and "other outputs {'theta': " in answer.err
+    assert not Path("export/wrong").exists()
+
+
+def test_what_is_beyond_the_border_is_shown_as_the_network_sees_it(tmp_path: Path) -> None:
+    spec = ImageSpec(1, 16, 16, ("a", "b"), (0.4,), (0.5,))
+    shift = partial(SpatialTransformer, transform="translation", start=(0.5, 0.0))
+    model = Model(spec, TransformerNetwork((1, 16, 16), 2, network=LeNet, transformer=shift)).eval()
+    write_graph(model, tmp_path / "model.onnx", outputs=["warped"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (warped,) = session.run(["warped"], {"images": np.full((1, 16, 16, 1), 200, np.uint8)})
+    # Zeros come in after normalisation: they are the mean, not black.
+    assert np.abs(warped[0, :, :12] - 200).max() < 0.01 and np.abs(warped[0, :, 12:] - 0.4 * 255).max() < 0.01
 
 
 def test_outputs_need_a_transformer(upright: Upright) -> None:
@@ -274,3 +306,11 @@ def test_a_target_that_cannot_be_written(upright: Upright, run_folder: Path, tmp
     (tmp_path / "export").touch()
     answer = upright("export", run_folder)
     assert answer.code == 2 and "File exists" in answer.err and answer.err.count("\n") == 1
+
+
+def test_an_image_that_the_model_cannot_take_is_one_line(tmp_path: Path) -> None:
+    spec = ImageSpec(1, 20, 20, ("a", "b"), (0.4,), (0.5,), resize="none")
+    network = NiN((1, 20, 20), 2, widths=(4, 4, 4), stem=(5, 1, 2))
+    write_graph(Model(spec, network).eval(), tmp_path / "model.onnx")
+    with pytest.raises(UprightError, match=r"The model cannot take images of \(H, W, C\) 2x2x1: "):
+        list(run_session(open_session(tmp_path / "model.onnx"), [np.zeros((2, 2, 1), np.uint8)], 1))

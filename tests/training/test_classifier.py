@@ -168,7 +168,7 @@ def test_resize_none_lets_a_network_see_images_at_their_own_size() -> None:
     assert not torch.allclose(classifier(images), stretched(images))
 
 
-@pytest.mark.parametrize("network", [LeNet, STN, partial(MLP, widths=(8,)), Recurrent])
+@pytest.mark.parametrize("network", [LeNet, partial(MLP, widths=(8,)), Recurrent])
 def test_resize_none_is_refused_where_the_size_is_fixed(network: object) -> None:
     with pytest.raises(UprightError, match=r"resize none needs a network that takes images of any size.*Use stretch"):
         ImageClassifier(replace(SPEC, resize="none"), network, ADAM)
@@ -224,3 +224,24 @@ def test_the_perceptron_loss_counts_mistakes_only() -> None:
     # The right class gains what the one it was taken for loses; nothing else moves.
     assert wrong.item() == 1.0
     assert logits.grad.tolist() == [[0, 0, 0], [0, 0.5, -0.5]]
+
+
+def test_mixed_precision_trains_and_measures() -> None:
+    torch.manual_seed(0)
+    classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
+    mixed = trainer(precision="bf16-mixed", max_steps=4)
+    mixed.fit(classifier, digits())
+    found = mixed.validate(classifier, digits(), verbose=False)[0]["val/uprightness"]
+    # Weights are rounded to eight bits and coordinates are not: only theta may differ, and by little.
+    exact = trainer().validate(classifier, digits(), verbose=False)[0]["val/uprightness"]
+    assert found == pytest.approx(exact, rel=0.05)
+
+
+def test_a_network_that_cannot_be_built_is_one_line() -> None:
+    with pytest.raises(UprightError, match=r"The network cannot be built for images of \(1, 12, 12\): .*negative"):
+        ImageClassifier(SPEC, partial(MLP, widths=(-3,)), ADAM)
+
+
+def test_resize_none_is_refused_with_a_transformer() -> None:
+    with pytest.raises(UprightError, match=r"resize none and a spatial transformer do not go together"):
+        ImageClassifier(replace(SPEC, resize="none"), STN, ADAM)

@@ -67,6 +67,8 @@ class AlexNet(nn.Module):
         super().__init__()
         if groups not in (1, 2):
             raise ValueError(f"AlexNet has 1 or 2 groups, got {groups}.")
+        if len(widths) != 5 or len(units) != 2:
+            raise ValueError(f"AlexNet needs 5 widths and 2 units, got {len(widths)} and {len(units)}.")
         stages = (STAGES[0]._replace(window=stem), *STAGES[1:])
         windows: list[Window] = []
         layers: list[nn.Module] = []

@@ -5,7 +5,7 @@ train stably and fast.
 
 What differs from the paper: it is the network that its authors published (TF-slim), of 55,843,464 parameters at 1000
 classes. Where the paper has the stem of Inception-v4 (384 maps), it has that of Inception-v3 and one block more (320);
-hence 1088 and 2080 maps in place of 1152 and 2144 after the reductions. There are 10, 20, 10 blocks, not 5, 10, 5;
+hence 1088 and 2080 maps after the reductions, where 1152 and 2144 would be. There are 10, 20, 10 blocks, not 5, 10, 5;
 a last 1 x 1 convolution to 1536; and the last block is neither scaled nor rectified.
 """
 

@@ -1,7 +1,7 @@
 """Weights to start from, by the schemes of the literature, for any network.
 
 ``xavier``: Glorot, Bengio 2010; ``he``: He et al. 2015 (arXiv:1502.01852); ``lecun``: LeCun et al. 1998, "Efficient
-BackProp"; ``orthogonal``: Saxe et al. 2014 (arXiv:1312.6120); ``normal``: deviation 0.01, as in AlexNet and VGG.
+BackProp"; ``orthogonal``: Saxe et al. 2014 (arXiv:1312.6120); ``normal``: deviation 0.01, as in AlexNet.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,10 @@ def initialise(network: nn.Module, scheme: Scheme) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.RNNBase) and not getattr(module, "starts_fixed", False):
             for parameter in module.parameters(recurse=False):
-                if parameter.ndim > 1:
-                    SCHEMES[scheme](parameter)
-                else:
+                if parameter.ndim == 1:
                     init.zeros_(parameter)
+                    continue
+                # The gates of a recurrent layer stand one below the other in one matrix.
+                gates = len(parameter) // module.hidden_size if isinstance(module, nn.RNNBase) else 1
+                for part in parameter.detach().chunk(gates):
+                    SCHEMES[scheme](part)

@@ -16,6 +16,16 @@ Window = tuple[int, int, int]
 """``(kernel, stride, padding)`` of a convolution or pooling."""
 
 
+def choice(name: str, given: str, allowed: Iterable[str]) -> None:
+    """Refuse an option that does not exist.
+
+    Raises:
+        ValueError: with those that do.
+    """
+    if given not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}.")
+
+
 def least_size(windows: Iterable[Window]) -> int:
     """The smallest height or width from which ``windows``, one after the other, still leave one pixel.
 

@@ -10,7 +10,16 @@ it has 61,706 parameters. ``activation="relu", pooling="max"`` is the modern var
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import ACTIVATIONS, POOLINGS, Activation, Pooling, check_size, least_size, size_after
+from upright.architectures.layers import (
+    ACTIVATIONS,
+    POOLINGS,
+    Activation,
+    Pooling,
+    check_size,
+    choice,
+    least_size,
+    size_after,
+)
 
 
 class LeNet(nn.Module):
@@ -39,6 +48,10 @@ class LeNet(nn.Module):
         padding = 2 if min(height, width) < 32 else 0
         windows = [(5, 1, padding), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
         check_size(self, input_shape, least_size(windows))
+        choice("activation", activation, ACTIVATIONS)
+        choice("pooling", pooling, POOLINGS)
+        if len(widths) != 4:
+            raise ValueError(f"LeNet needs widths of C1, C3, C5 and F6, got {len(widths)}.")
         c1, c3, c5, f6 = widths
         act, pool = ACTIVATIONS[activation], POOLINGS[pooling]
         rows, columns = (size_after(size, windows) for size in (height, width))

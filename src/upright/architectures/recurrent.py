@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from upright.architectures.layers import choice
+
 Cell = Literal["lstm", "gru", "rnn"]
 Order = Literal["rows", "columns", "pixels"]
 
@@ -60,10 +62,8 @@ class Recurrent(nn.Module):
         super().__init__()
         channels, height, width = input_shape
         inputs: dict[Order, int] = {"rows": channels * width, "columns": channels * height, "pixels": channels}
-        if cell not in CELLS:
-            raise ValueError(f"Recurrent has a cell {', '.join(CELLS)}, got {cell!r}.")
-        if order not in inputs:
-            raise ValueError(f"Recurrent has an order {', '.join(inputs)}, got {order!r}.")
+        choice("cell", cell, CELLS)
+        choice("order", order, inputs)
         self.order = order
         self.directions = 2 if bidirectional else 1
         self.recurrent = CELLS[cell](

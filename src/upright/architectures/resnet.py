@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
+from upright.architectures.layers import choice
 
 Part = Callable[[int, int, int], nn.Module]
 """A module to be, from ``(inputs, width, stride)``."""
@@ -140,8 +141,7 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet has a depth of {', '.join(map(str, DEPTHS))}, got {depth}.")
         if not 1 <= len(widths) <= 4:
             raise ValueError(f"ResNet has 1 to 4 stages, got {len(widths)} widths.")
-        if stem not in ("imagenet", "small"):
-            raise ValueError(f"ResNet has a stem 'imagenet' or 'small', got {stem!r}.")
+        choice("stem", stem, ("imagenet", "small"))
         body, expansion, counts = DEPTHS[depth]
         channels = input_shape[0]
         if stem == "imagenet":

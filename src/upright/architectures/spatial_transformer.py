@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.layers import check_size
+from upright.architectures.layers import check_size, choice
 from upright.architectures.transforms import MATRIX_TRANSFORMS, ThinPlate, TransformName
-from upright.warp import Padding, Sampling, pixel_centres, sample
+from upright.warp import Padding, Sampling, full_precision, pixel_centres, sample
 
 Shape = tuple[int, int, int]
 Network = Callable[[Shape, int], nn.Module]
@@ -122,7 +124,7 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"output_size must be at least 1x1, got {rows}x{columns}.")
         self.sampling, self.padding, self.lr_factor = sampling, padding, lr_factor
         self.output_shape: Shape = (channels, rows, columns)
-        self.shrink = (-(-height // rows), -(-width // columns))
+        choice("transform", transform, get_args(TransformName))
         self.transform: nn.Module
         if transform == "thin_plate":
             self.transform = ThinPlate(control_points)
@@ -137,25 +139,24 @@ class SpatialTransformer(nn.Module):
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
         """Where ``theta`` ``(B, P)`` samples the input for output points ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``."""
-        # Eight bits of a half precision matrix product are half a pixel at 128 pixels.
-        with torch.autocast(theta.device.type, enabled=False):
+        with full_precision(theta.device):
             points: Tensor = self.transform(theta.float(), reference)
         return points
 
-    def grid(self, device: torch.device) -> Tensor:
-        """The output's points ``(N, 2)``; several per pixel where it shrinks."""
-        _, rows, columns = self.output_shape
-        return pixel_centres(rows * self.shrink[0], columns * self.shrink[1], device=device)
+    def look(self, images: Tensor, where: Callable[[Tensor], Tensor]) -> Tensor:
+        """``images`` ``(B, C, H, W)`` sampled ``where`` the points ``(N, 2)`` of the output lie: ``(B, C, H', W')``.
 
-    def sample(self, images: Tensor, points: Tensor) -> Tensor:
-        """Output ``(B, C, H', W')`` from what ``points``, those of `grid` transformed, see of ``images``."""
+        Where the output has fewer pixels, several points of each are averaged.
+        """
         _, rows, columns = self.output_shape
-        return sample(images.float(), points, rows, columns, self.padding, self.sampling, self.shrink)
+        shrink = (-(-images.shape[-2] // rows), -(-images.shape[-1] // columns))
+        grid = pixel_centres(rows * shrink[0], columns * shrink[1], device=images.device)
+        return sample(images.float(), where(grid), rows, columns, self.padding, self.sampling, shrink)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` turned: ``(B, C, H', W')``."""
         theta = self.localisation(images)
-        return observed(self, theta, lambda: self.sample(images, self.points(theta, self.grid(images.device))))
+        return observed(self, theta, lambda: self.look(images, partial(self.points, theta)))
 
 
 class Regression(nn.Linear):
@@ -196,11 +197,7 @@ class Observation:
 
         For a transformer on images that is `turned`; for one inside a network, what its feature maps are of.
         """
-        _, rows, columns = self.transformer.output_shape
-        shrink = (-(-images.shape[-2] // rows), -(-images.shape[-1] // columns))
-        grid = pixel_centres(rows * shrink[0], columns * shrink[1], device=images.device)
-        how = self.transformer
-        return sample(images.float(), self.points(grid), rows, columns, how.padding, how.sampling, shrink)
+        return self.transformer.look(images, self.points)
 
 
 def last_of(seen: list[Observation]) -> list[Observation]:

@@ -28,10 +28,13 @@ class SeriesTransformer(nn.Module):
 
     def __init__(self, input_shape: Shape, *, transformers: Sequence[Callable[[Shape], SpatialTransformer]]) -> None:
         super().__init__()
+        _some(transformers)
         self.transformers = nn.ModuleList()
         self.output_shape = input_shape
         for part in transformers:
             transformer = part(self.output_shape)
+            if not isinstance(transformer, SpatialTransformer):
+                raise ValueError(f"A series is of SpatialTransformers, got a {type(transformer).__name__}.")
             self.transformers.append(transformer)
             self.output_shape = transformer.output_shape
 
@@ -46,10 +49,12 @@ class SeriesTransformer(nn.Module):
 
     @staticmethod
     def _sample(images: Tensor, said: list[tuple[SpatialTransformer, Tensor]]) -> Tensor:
-        points = said[-1][0].grid(images.device)
-        for transformer, theta in reversed(said):
-            points = transformer.points(theta, points)
-        return said[-1][0].sample(images, points)
+        def where(points: Tensor) -> Tensor:
+            for transformer, theta in reversed(said):
+                points = transformer.points(theta, points)
+            return points
+
+        return said[-1][0].look(images, where)
 
 
 class ParallelTransformer(nn.Module):
@@ -64,6 +69,7 @@ class ParallelTransformer(nn.Module):
 
     def __init__(self, input_shape: Shape, *, transformers: Sequence[Part]) -> None:
         super().__init__()
+        _some(transformers)
         self.transformers = nn.ModuleList(part(input_shape) for part in transformers)
         shapes = [_output_shape(transformer) for transformer in self.transformers]
         if len({shape[1:] for shape in shapes}) != 1:
@@ -98,6 +104,7 @@ class ParallelNetwork(nn.Module):
         features: int = 64,
     ) -> None:
         super().__init__()
+        _some(transformers)
         self.branches = nn.ModuleList()
         for part in transformers:
             transformer = part(input_shape)
@@ -119,7 +126,8 @@ class TransformerNetwork(nn.Module):
         network: the network that sees what was turned.
         transformer: completed with the shape of what it turns; one for every place.
         places: ``input``, and names of modules of the network (as ``named_modules`` gives them), before each of which
-            a transformer turns the feature maps.
+            a transformer turns the feature maps. Each is taken to follow the one that ran before it, so that no two
+            should be in branches side by side.
     """
 
     def __init__(
@@ -132,17 +140,29 @@ class TransformerNetwork(nn.Module):
         places: Sequence[str] = ("input",),
     ) -> None:
         super().__init__()
+        if len(set(places)) < len(places) or isinstance(places, str):
+            raise ValueError(f"places must be a list of different names, got {places!r}.")
         self.transformer = transformer(input_shape) if "input" in places else nn.Identity()
         shape = _output_shape(self.transformer) if "input" in places else input_shape
         self.network = network(shape, num_classes)
-        for place in places:
-            if place != "input":
-                _insert(self.network, place, shape, transformer)
+        inside = [place for place in places if place != "input"]
+        modules = dict(self.network.named_modules())
+        for place in inside:
+            if not place or place not in modules:
+                names = ", ".join(name for name in modules if name)
+                raise ValueError(f"The network has no module '{place}' to put a transformer before; it has: {names}.")
+        for place in inside:
+            _insert(self.network, place, modules[place], shape, transformer)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.network(self.transformer(images))
         return logits
+
+
+def _some(transformers: Sequence[Part]) -> None:
+    if not transformers:
+        raise ValueError("transformers must name at least one.")
 
 
 def _output_shape(transformer: nn.Module) -> Shape:
@@ -153,22 +173,20 @@ def _output_shape(transformer: nn.Module) -> Shape:
     return found
 
 
-def _insert(network: nn.Module, place: str, input_shape: Shape, transformer: Part) -> None:
-    """Put a transformer before the module at ``place``, whose input is found by a forward pass."""
-    modules = dict(network.named_modules())
-    if not place or place not in modules:
-        names = ", ".join(name for name in modules if name)
-        raise ValueError(f"The network has no module '{place}' to put a transformer before; it has: input, {names}.")
+def _insert(network: nn.Module, place: str, module: nn.Module, input_shape: Shape, transformer: Part) -> None:
+    """Put a transformer before ``module``, whose input is found by a forward pass."""
     found: list[Shape] = []
-    handle = modules[place].register_forward_pre_hook(lambda _, inputs: found.append(tuple(inputs[0].shape[1:])))
+    handle = module.register_forward_pre_hook(lambda _, inputs: found.extend(tuple(x.shape[1:]) for x in inputs))
     _try(network, input_shape)
     handle.remove()
     if len(found) != 1 or len(found[0]) != 3:
         raise ValueError(
-            f"'{place}' must run once, on feature maps (C, H, W), for a transformer before it; it runs {len(found)} "
-            f"times{f', on {found[0]}' if found else ''}."
+            f"'{place}' must be called once, with feature maps (C, H, W) as its one positional argument, for a "
+            f"transformer before it; it is called with {found or 'none'}."
         )
-    network.set_submodule(place, nn.Sequential(transformer(found[0]), modules[place]))
+    # Its name is another one if a transformer was put before a module that holds it.
+    (name,) = (name for name, other in network.named_modules() if other is module)
+    network.set_submodule(name, nn.Sequential(transformer(found[0]), module))
     try:
         _try(network, input_shape)
     except RuntimeError as error:

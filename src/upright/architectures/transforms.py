@@ -129,7 +129,7 @@ class ThinPlate(nn.Module):
         super().__init__()
         if control_points < 2:
             raise ValueError(f"A thin-plate spline needs at least 2 control points per axis, got {control_points}.")
-        line = torch.linspace(-1, 1, control_points, device="cpu")
+        line = torch.linspace(-1, 1, control_points)
         controls = torch.cartesian_prod(line, line).flip(1)
         self.size = controls.numel()
         # Both follow from the number of points: not part of the weights.

@@ -2,8 +2,8 @@
 
 The idea: two 3 x 3 convolutions see as much as one of 5 x 5, with fewer weights and a nonlinearity more; so stack them.
 
-What differs from the paper: weights start by He et al. 2015. The paper's deviation of 0.01 lets the signal fade from
-layer to layer, so that its authors had to start the deep networks from a trained shallow one. Batch normalisation
+What differs from the paper: weights start by He et al. 2015. From the paper's normal ones, the same in every layer, its
+authors could not train the deep networks but from a trained shallow one. Batch normalisation
 (``batch_norm=True``, convolutions then without bias) came a year later. Images of 224 and 1000 classes give 132,863,336
 parameters at depth 11, then 133,047,848, 138,357,544, and 143,667,240 at depth 19.
 """
@@ -48,6 +48,8 @@ class VGG(nn.Module):
             raise ValueError(f"VGG has a depth of {', '.join(map(str, STAGES))}, got {depth}.")
         if not 1 <= len(widths) <= 5:
             raise ValueError(f"VGG has 1 to 5 stages, got {len(widths)} widths.")
+        if len(units) != 2:
+            raise ValueError(f"VGG has two hidden fully connected layers, got {len(units)} units.")
         windows: list[Window] = []
         layers: list[nn.Module] = []
         inputs, height, width = input_shape

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from upright.errors import UprightError
-from upright.warp import identity, rotation, warp
+from upright.warp import full_precision, identity, rotation, warp
 
 
 class Geometric(nn.Module, ABC):
@@ -96,7 +96,11 @@ class Augmentation(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Augmented:
         """uint8 or float ``images`` ``(B, C, H, W)`` in [0, 255]."""
-        images = images.float()
+        # Matrices are composed on the CPU.
+        with full_precision(images.device), full_precision(torch.device("cpu")):
+            return self._augmented(images.float())
+
+    def _augmented(self, images: Tensor) -> Augmented:
         batch, aspect = len(images), images.shape[-1] / images.shape[-2]
         done = pending = identity(batch)
         unsampled = False

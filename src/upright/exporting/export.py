@@ -41,6 +41,7 @@ def export(
         UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
         GateError: if ONNX Runtime and PyTorch do not agree; no bundle is written.
     """
+    outputs = list(dict.fromkeys(outputs))
     restored = restore(checkpoint, read_data(data) if data else None)
     name = restored.contents["run"]["name"] if name is None else name
     check_name(name)
@@ -55,7 +56,7 @@ def export(
         write_graph(model, folder / MODEL, outputs=outputs)
         session = open_session(folder / MODEL)
         print("Comparing with PyTorch on the validation split's originals ...", flush=True)
-        parity = measure_parity(model, session, datamodule)
+        parity = measure_parity(model, session, datamodule, outputs=outputs)
         if not parity["passed"]:
             for sample in parity["offending"]:
                 print(
@@ -63,7 +64,8 @@ def export(
                 )
             raise GateError(
                 f"ONNX Runtime and PyTorch disagree on {len(parity['offending'])} of {parity['images']} validation "
-                f"images (allowed difference {TOLERANCE:.0e}), which are listed above; so there is no bundle."
+                f"images (allowed difference {TOLERANCE:.0e}), which are listed above; largest differences of other "
+                f"outputs {parity['other_outputs']}; so there is no bundle."
             )
         _write_json(folder / "parity.json", parity)
         _write_samples(folder, session, datamodule)

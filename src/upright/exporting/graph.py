@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.spatial_transformer import SpatialTransformer, observing
+from upright.architectures.spatial_transformer import Observation, SpatialTransformer, observing
 from upright.errors import UprightError
 from upright.runtime.bundle import FORMAT
 from upright.training.model import Model
@@ -37,12 +37,12 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """uint8 ``(B, H, W, C)`` to ``(B, K)`` and the other outputs, each for all transformers in their order."""
-        fitted = self.model.fitted(images.permute(0, 3, 1, 2))
+        normalised = self.model.normalised(images.permute(0, 3, 1, 2))
         with observing() as seen:
-            probabilities = self.model.classify(fitted).softmax(dim=1)
-        others = {
+            probabilities = self.model.network(normalised).softmax(dim=1)
+        others: dict[Output, Callable[[Observation], Tensor]] = {
             "theta": lambda one: one.theta,
-            "warped": lambda one: one.view(fitted).permute(0, 2, 3, 1),
+            "warped": lambda one: self.model.shown(one.view(normalised)).permute(0, 2, 3, 1),
         }
         return probabilities, *(others[name](one) for name in self.outputs for one in seen)
 

@@ -89,4 +89,9 @@ def run_session(
 ) -> Iterator[Probabilities]:
     """See `Predictor.probabilities`."""
     for batch in batches_of_one_size(pixels, lambda image: image, batch_size):
-        yield from session.run(["probabilities"], {"images": np.stack(batch)})[0]
+        try:
+            (probabilities,) = session.run(["probabilities"], {"images": np.stack(batch)})
+        except Exception as error:  # onnxruntime's exceptions have no common base but this
+            shape = "x".join(map(str, batch[0].shape))
+            raise UprightError(f"The model cannot take images of (H, W, C) {shape}: {error}") from error
+        yield from probabilities

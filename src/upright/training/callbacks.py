@@ -159,7 +159,9 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
         images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)
         with torch.no_grad(), observing() as seen:
             predicted = classifier(images).argmax(dim=1).tolist()
-            shown.append((first, [images, *(last.view(images) for last in last_of(seen))], predicted))
+            normalised = classifier.model.normalised(images)
+            views_of = [classifier.model.shown(last.view(normalised)) for last in last_of(seen)]
+            shown.append((first, [images, *views_of], predicted))
     height = 0.8 * len(shown[0][1]) + 0.5
     rows = -(-len(firsts) // 2)
     figure = pyplot.figure(figsize=(2 * (0.8 * len(views) + 0.4), height * rows + 0.4), layout="constrained")

@@ -63,6 +63,8 @@ class ImageClassifier(Recorded, L.LightningModule):
             made = network(spec.input_shape, num_classes)
         except ValueError as error:
             raise UprightError(str(error)) from error
+        except RuntimeError as error:
+            raise UprightError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
         if init:
             initialise(made, init)
         self.model = Model(spec, made)
@@ -134,7 +136,9 @@ class ImageClassifier(Recorded, L.LightningModule):
             points = pixel_centres(4, 4, device=self.device)
             poses = final_poses(view.transforms, seen, points)
             poses_other = final_poses(other.transforms, seen_other, points)
-            turned = torch.stack([upright_loss(*pair, points) for pair in zip(poses, poses_other, strict=True)]).mean()
+            aspect = self.spec.width / self.spec.height
+            losses = [upright_loss(*pair, points, aspect) for pair in zip(poses, poses_other, strict=True)]
+            turned = torch.stack(losses).mean()
             self.log("train/upright_loss", turned.detach(), **per_epoch)
             loss = loss + self.upright_weight * turned
         return loss
@@ -179,6 +183,8 @@ class ImageClassifier(Recorded, L.LightningModule):
 @torch.no_grad()
 def _check_any_size(model: Model) -> None:
     channels, height, width = model.spec.input_shape
+    if any(isinstance(module, SpatialTransformer) for module in model.modules()):
+        raise UprightError("resize none and a spatial transformer do not go together: it turns images of one size.")
     try:
         model.eval()(torch.zeros(1, channels, height + 5, width + 9))
     except RuntimeError:

@@ -26,19 +26,19 @@ class Model(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(spec.mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std)[:, None, None], persistent=False)
 
-    def fitted(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, h, w)`` of any size at the size that the network sees."""
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, h, w)`` of any size, values 0 to 255, as the network sees them."""
         size = (self.spec.height, self.spec.width)
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
         if self.spec.resize != "none" and (torch.compiler.is_exporting() or images.shape[-2:] != size):
-            return resize(images.float(), *size, self.spec.resize)
-        return images
+            images = resize(images.float(), *size, self.spec.resize)
+        return (images - self.mean) / self.std
+
+    def shown(self, normalised: Tensor) -> Tensor:
+        """What the network sees, at values of 0 to 255 again."""
+        return normalised * self.std + self.mean
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
-        return self.classify(self.fitted(images))
-
-    def classify(self, fitted: Tensor) -> Tensor:
-        """What `fitted` gave, to logits ``(B, K)``."""
-        logits: Tensor = self.network((fitted - self.mean) / self.std)
+        logits: Tensor = self.network(self.normalised(images))
         return logits

@@ -27,15 +27,25 @@ def final_poses(transforms: Tensor, seen: list[Observation], points: Tensor) -> 
     return [transform_points(transforms, last.points(points)) for last in last_of(seen)]
 
 
-def upright_loss(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
+def upright_loss(first: Tensor, second: Tensor, points: Tensor, aspect: float = 1.0) -> Tensor:
     """Disagreement of two final poses ``(B, N, 2)`` of the same images: a scalar.
 
     The mean squared distance between the points, over twice the geometric mean of the two spreads: 0 when they agree,
-    1 - cos(angle) when they differ by an angle. So nothing is gained by shrinking both to a point; something is lost by
-    shrinking one, which a transformer that is not sure of the angle would else do; and nothing is gained by looking
-    from afar, where a shift would seem small, for the spread counts no more than that of ``points`` ``(N, 2)``.
+    1 - cos(angle) when one is the other turned by an angle. So nothing is gained by shrinking both to a point;
+    something is lost by shrinking one, which a transformer that is not sure of the angle would else do; and nothing is
+    gained by looking from afar, where a shift would seem small, for the spread counts no more than that of ``points``.
+
+    Args:
+        first: where output points lie in the undistorted images, for one view.
+        second: for the other.
+        points: the output points, ``(N, 2)``.
+        aspect: width / height of the images.
     """
-    spread = (_spread(first) * _spread(second)).clamp(min=1e-12).sqrt().clamp(max=float(_spread(points[None])))
+    scale = torch.tensor([aspect, 1.0], device=points.device)
+    first, second = first * scale, second * scale
+    most = float(_spread((points * scale)[None]))
+    # From below, so that one wild theta does not end the training.
+    spread = (_spread(first) * _spread(second)).clamp(min=(0.01 * most) ** 2).sqrt().clamp(max=most)
     return ((first - second).square().mean(dim=(1, 2)) / (2 * spread)).mean()
 
 
