@@ -198,6 +198,8 @@ def test_start_is_what_it_says_before_training(images: torch.Tensor) -> None:
     [
         ({"output_size": (0, 4)}, "output_size must be at least 1x1, got 0x4"),
         ({"transform": "thin_plate", "control_points": 1}, "at least 2 control points per axis, got 1"),
+        ({"sampling": "linear"}, "sampling must be one of bilinear, bicubic, nearest; got 'linear'"),
+        ({"padding": "black"}, "padding must be one of zeros, border, reflection; got 'black'"),
         ({"transform": "rotat"}, "transform must be one of translation, rotation, .*; got 'rotat'"),
         ({"transform": "rotation", "start": [0.0, 0.0]}, "start needs 1 numbers for 'rotation', got 2"),
     ],

@@ -125,6 +125,8 @@ class SpatialTransformer(nn.Module):
         self.sampling, self.padding, self.lr_factor = sampling, padding, lr_factor
         self.output_shape: Shape = (channels, rows, columns)
         choice("transform", transform, get_args(TransformName))
+        choice("sampling", sampling, get_args(Sampling))
+        choice("padding", padding, get_args(Padding))
         self.transform: nn.Module
         if transform == "thin_plate":
             self.transform = ThinPlate(control_points)
