@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from upright.evidence.study import mean_and_spread
+
 FOLDER = Path("checkpoints/recipes")
 UPRIGHT = [sys.executable, "-m", "upright"]
 
@@ -30,12 +32,6 @@ def measure(name: str, seed: int) -> dict[str, float]:
         seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
     metrics: dict[str, float] = json.loads((run / "test.json").read_text())["metrics"]
     return metrics | {"minutes": seconds / 60}
-
-
-def mean_and_spread(runs: list[dict[str, float]], key: str, digits: int) -> str:
-    """``mean ± standard deviation``, or a dash where it was not measured."""
-    values = [run[key] for run in runs if key in run]
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" if values else "-"
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import Window, check_size, least_size, size_after
+from upright.architectures.mlp import MLP
 
 
 class Stage(NamedTuple):
@@ -86,16 +87,7 @@ class AlexNet(nn.Module):
         check_size(self, input_shape, least_size(windows))
         self.features = nn.Sequential(*layers)
         rows, columns = (size_after(size, windows) for size in (height, width))
-        self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(inputs * rows * columns, units[0]),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units[0], units[1]),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units[1], num_classes),
-        )
+        self.classifier = MLP((inputs, rows, columns), num_classes, widths=units, dropout=dropout)
         initialise(self, "normal" if paper_start else "he_normal")
         if paper_start:
             biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import Window, check_size, least_size, size_after
+from upright.architectures.mlp import MLP
 
 # Table 1: convolutions of each stage; with the three fully connected layers they make the depth.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -64,16 +65,7 @@ class VGG(nn.Module):
         check_size(self, input_shape, least_size(windows))
         self.features = nn.Sequential(*layers)
         rows, columns = (size_after(size, windows) for size in (height, width))
-        self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(inputs * rows * columns, units[0]),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units[0], units[1]),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units[1], num_classes),
-        )
+        self.classifier = MLP((inputs, rows, columns), num_classes, widths=units, dropout=dropout)
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from upright.errors import UprightError, nearest
@@ -26,3 +28,9 @@ def study(study: str, seeds: int = 5) -> int:
     module = importlib.import_module(f"{studies.__name__}.{study}")
     module.run(Path("checkpoints") / f"study-{study}", seeds)
     return 0
+
+
+def mean_and_spread(runs: Sequence[Mapping[str, float]], name: str, digits: int = 4) -> str:
+    """Metric ``name`` over runs of different seeds: mean ± standard deviation, or a dash where it was not measured."""
+    values = [run[name] for run in runs if name in run]
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" if values else "-"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UprightError
+from upright.evidence.study import mean_and_spread
 from upright.files import write_text
 from upright.training.cli import run as run_verb
 
@@ -43,7 +44,7 @@ def run(folder: Path, seeds: int) -> None:
 def _table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = ["| network | test accuracy | uprightness |", "|---|---|---|"]
     for key, (title, _) in VARIANTS.items():
-        cells = (_mean_and_spread(results[key], name) for name in ("test/accuracy", "test/uprightness"))
+        cells = (mean_and_spread(results[key], name) for name in ("test/accuracy", "test/uprightness"))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     plain, upright = (_values(results[key], "test/uprightness") for key in ("transformer", "upright"))
     held = max(upright) < min(plain)
@@ -58,8 +59,3 @@ def _table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def _values(runs: list[dict[str, Any]], name: str) -> list[float]:
     return [run[name] for run in runs if name in run]
-
-
-def _mean_and_spread(runs: list[dict[str, Any]], name: str) -> str:
-    values = _values(runs, name)
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if values else "-"
