@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -22,21 +22,34 @@ from upright.recipes import Recorded, recipe
 from upright.warp import pixel_centres, resize, rotation, sample, transform_points
 
 
+class Images(Protocol):
+    """A list of pictures, an array ``(N, H, W, C)``, or what decodes a file at every access."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, index: int, /) -> Pixels:
+        """One, uint8 ``(H, W, C)``; raises `UprightError`, naming the file, if it cannot be decoded."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A dataset as it comes.
 
     Args:
-        images: decoded, uint8 ``(H, W, C)``, each of its own size; decoding on access is welcome.
+        images: decoded, uint8 ``(H, W, C)``, each of its own size.
         labels: index into the spec's classes.
         names: short, unique; for messages and files.
         splits: indices of ``train``, ``val`` and ``test`` where the dataset itself defines some of them.
+        fingerprint: another one whenever the files are others, so that what was made of them can be kept on disk; none
+            where the images are in memory.
     """
 
-    images: Sequence[Pixels]
+    images: Images
     labels: Sequence[int]
     names: Sequence[str]
     splits: Mapping[str, Sequence[int]] | None = None
+    fingerprint: str | None = None
 
 
 class Original(NamedTuple):
