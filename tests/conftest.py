@@ -50,6 +50,14 @@ def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where decoded images are kept, instead of the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["UPRIGHT_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture
 def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Upright:
     """Run a verb in an empty folder: `upright("fit", "--config", path)`."""

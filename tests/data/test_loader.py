@@ -2,15 +2,17 @@ import functools
 import itertools
 import operator
 
+import numpy as np
 import pytest
 import torch
 
-from upright.data.loader import Batch, BatchLoader
+from upright.data.cache import Kept
+from upright.data.loader import BatchLoader, Samples
 
 
-def samples(count: int) -> Batch:
-    number = torch.arange(count)
-    return Batch(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), number, number, number, torch.zeros(count, 3, 3))
+def samples(count: int) -> Samples:
+    pixels = Kept(np.zeros((count, 1, 1, 2, 2), np.uint8))
+    return Samples(pixels, np.arange(count), torch.arange(count), torch.zeros(count, 1, 3, 3))
 
 
 def seen(loader: BatchLoader) -> list[list[int]]:

@@ -1,7 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from upright.data.split import SplitManifest, content_hash, stratified_split
+from upright.data.split import SplitManifest, content_hash, copies, first_copies, stratified_part, stratified_split
 from upright.errors import UprightError
 
 LABELS = np.repeat([0, 1, 2], [100, 50, 20])
@@ -47,10 +49,50 @@ def test_the_hash_knows_pixels_and_shape() -> None:
 
 def test_the_digest_knows_which_image_is_in_which_split() -> None:
     def manifest(train: list[int], test: list[int]) -> SplitManifest:
-        return SplitManifest.of({"train": [(image(v), "a") for v in train], "test": [(image(v), "b") for v in test]})
+        splits = {"train": np.array(train), "test": np.array(test)}
+        return SplitManifest.of("x.X", splits, np.array([0, 0, 0, 1, 0]), np.arange(5) * 7, ["a", "b"])
 
     one = manifest([1, 2], [3])
-    assert one.counts == {"train": {"a": 2}, "test": {"b": 1}}
+    assert one.counts == {"train": {"a": 2}, "test": {"b": 1}} and one.to_dict()["source"] == "x.X"
     assert one.digest == manifest([2, 1], [3]).digest
     assert one.digest != manifest([1, 3], [2]).digest
     assert one.digest != manifest([1, 2], [4]).digest
+
+
+def test_folds_are_equal_parts_that_do_not_overlap_and_leave_the_test_images_alone() -> None:
+    splits = [stratified_split(LABELS, {"test": 0.2}, seed=0, folds=4, fold=fold) for fold in range(4)]
+    parts = [part["val"] for part in splits]
+    assert len({part["test"].tobytes() for part in splits}) == 1
+    assert sorted(np.concatenate([*parts, splits[0]["test"]])) == list(range(170))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 3
+    for part in splits:
+        assert sorted(np.concatenate(list(part.values()))) == list(range(170))
+        assert (np.bincount(LABELS[part["val"]]) >= [19, 9, 4]).all()
+
+
+def test_more_folds_than_images_of_a_class() -> None:
+    with pytest.raises(UprightError, match=r"folds': 30.*30 folds need so many images of every class, and one has 16"):
+        stratified_split(LABELS, {"test": 0.2}, seed=0, folds=30)
+
+
+def test_a_smaller_part_is_in_every_larger_one_and_has_every_class() -> None:
+    parts = [set(stratified_part(LABELS, fraction, seed=0).tolist()) for fraction in (0.001, 0.1, 0.5, 1.0)]
+    assert [len(part) for part in parts] == [3, 17, 85, 170]
+    assert all(small <= large for small, large in itertools.pairwise(parts))
+    assert {LABELS[i] for i in parts[0]} == {0, 1, 2}
+
+
+def test_copies_are_found_and_reported() -> None:
+    splits = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4, 5])}
+    hashes, labels = np.array([10, 11, 12, 13, 11, 12]), np.array([0, 0, 1, 1, 0, 0])
+    names = list("uvwxyz")
+    assert copies(splits, labels, np.arange(6), ["a", "b"], names) == []
+    assert copies(splits, labels, hashes, ["a", "b"], names) == [
+        "2 of the 3 images in 'train' are in 'test' too, for example 'v' and 'y'.",
+        "1 images have a copy of another class, for example 'w' (b) and 'z' (a).",
+    ]
+
+
+def test_first_copies() -> None:
+    first, place = first_copies(np.array([5, 3, 5, 9, 3]))
+    assert first.tolist() == [0, 1, 3] and place.tolist() == [0, 1, 0, 2, 1]

@@ -1,63 +1,33 @@
 """The base of every dataset: read a source, split it, turn it into uint8 batches; and go back to the originals."""
 
-import math
+import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, get_args
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from upright.data.augmentation import Augmentation
-from upright.data.loader import Batch, BatchLoader, global_seed
-from upright.data.split import SPLITS, Indices, SplitManifest, stratified_split
+from upright.data.cache import Cache, Decoder, Where, to_tensor
+from upright.data.loader import BatchLoader, Samples, global_seed
+from upright.data.source import Original, Source
+from upright.data.split import (
+    SPLITS,
+    Indices,
+    SplitManifest,
+    copies,
+    first_copies,
+    stratified_part,
+    stratified_split,
+)
+from upright.data.views import Angles, Views
 from upright.errors import UprightError
-from upright.images import ImageSpec, Pixels, batches_of_one_size
+from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
-from upright.warp import pixel_centres, resize, rotation, sample, transform_points
-
-
-class Images(Protocol):
-    """A list of pictures, an array ``(N, H, W, C)``, or what decodes a file at every access."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def __getitem__(self, index: int, /) -> Pixels:
-        """One, uint8 ``(H, W, C)``; raises `UprightError`, naming the file, if it cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A dataset as it comes.
-
-    Args:
-        images: decoded, uint8 ``(H, W, C)``, each of its own size.
-        labels: index into the spec's classes.
-        names: short, unique; for messages and files.
-        splits: indices of ``train``, ``val`` and ``test`` where the dataset itself defines some of them.
-        fingerprint: another one whenever the files are others, so that what was made of them can be kept on disk; none
-            where the images are in memory.
-    """
-
-    images: Images
-    labels: Sequence[int]
-    names: Sequence[str]
-    splits: Mapping[str, Sequence[int]] | None = None
-    fingerprint: str | None = None
-
-
-class Original(NamedTuple):
-    """One image as it goes into a deployed model: uint8 ``(H, W, C)`` at its own size."""
-
-    name: str
-    pixels: Pixels
-    label: int
 
 
 class ImageDataModule(Recorded, L.LightningDataModule):
@@ -68,8 +38,16 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         val_fraction: of all images, for validation; of the training images where only the test split is given.
         test_fraction: of all images, for test.
         split_seed: of the split; does not change with the seed of a run.
+        folds: cross-validation: ``val`` is one of so many equal parts of all but the test images, instead of
+            ``val_fraction`` of them; 0 does without.
+        fold: which part, from 0.
+        train_fraction: of the training images, for learning curves; what a smaller fraction takes, a larger one does.
         angles: validation and test show every image turned anticlockwise by each of these degrees, as uint8.
         augment: what training does to a batch, in order: each `Geometric` or any ``nn.Module`` on a float batch.
+        cache: where decoded pictures are kept: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files
+            whenever they are wanted; ``auto`` is disk for what takes more than 64 MiB.
+        num_workers: processes that decode files; by default one per core, at most 8.
+        max_unreadable: so many pictures that cannot be read are left out, and reported.
     """
 
     def __init__(
@@ -79,19 +57,39 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         val_fraction: float = 0.15,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        folds: int = 0,
+        fold: int = 0,
+        train_fraction: float = 1.0,
         angles: Sequence[float] = (0.0,),
         augment: Sequence[Callable[[], nn.Module]] = (),
+        cache: Where = "auto",
+        num_workers: int | None = None,
+        max_unreadable: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise UprightError(f"batch_size must be at least 1, got {batch_size}.")
         if not angles:
             raise UprightError("angles needs at least one angle; [0] shows every image as it is.")
+        if folds and not (folds > 1 and 0 <= fold < folds):
+            raise UprightError(
+                f"folds needs at least 2 and fold one of 0 to folds - 1, got folds {folds}, fold {fold}."
+            )
+        if not 0 < train_fraction <= 1:
+            raise UprightError(f"train_fraction must be above 0 and at most 1, got {train_fraction}.")
+        if cache not in get_args(Where):
+            raise UprightError(f"cache must be one of {', '.join(get_args(Where))}; got '{cache}'.")
+        if max_unreadable < 0 or (num_workers is not None and num_workers < 0):
+            raise UprightError(
+                f"num_workers and max_unreadable cannot be negative, got {num_workers} and {max_unreadable}."
+            )
         self.batch_size, self.split_seed, self.angles = batch_size, split_seed, tuple(angles)
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.val_fraction, self.test_fraction, self.train_fraction = val_fraction, test_fraction, train_fraction
+        self.folds, self.fold = folds, fold
+        self.cache, self.num_workers, self.max_unreadable = cache, num_workers, max_unreadable
         self.augmentation = Augmentation(part() for part in augment)
         self.recipe: dict[str, Any] = recipe(type(self)) | {"init_args": recipe(self.arguments)}
-        self.samples = cache(self._samples)
+        self.samples = functools.cache(self._samples)
         self._resume_from: dict[str, Any] = {}
         self._train_loader: BatchLoader | None = None
 
@@ -104,91 +102,136 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def read(self) -> Source:
         """The whole dataset; called once, when it is first needed."""
 
+    def prepare_data(self) -> None:
+        """Read and decode all; Lightning calls it in one process, and what is kept on disk is then there for all."""
+        _ = self.images
+
     @cached_property
     def source(self) -> Source:
         """What `read` gave."""
         return self.read()
 
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width at which training images are kept, before augmentation: what the network sees."""
+        return self.spec.height, self.spec.width
+
+    @cached_property
+    def images(self) -> Cache:
+        """Every image of the source, as training gets it."""
+        source = self.source
+        every = np.arange(len(source.labels))
+        return self._cache(Decoder(source.images, every, self.spec, self.stored_size), self.max_unreadable)
+
+    def _cache(self, decoder: Decoder, max_unreadable: int = 0) -> Cache:
+        return Cache(decoder, self.source.files, self.cache, workers=self.num_workers, max_unreadable=max_unreadable)
+
+    @cached_property
+    def _labels(self) -> Indices:
+        return np.asarray(self.source.labels, dtype=np.int64)
+
     @cached_property
     def splits(self) -> dict[str, Indices]:
-        """Indices into the source: those that it defines, the others split off its training images."""
-        given = {name: np.asarray(part, dtype=np.int64) for name, part in (self.source.splits or {}).items()}
-        fractions = {"val": self.val_fraction, "test": self.test_fraction}
-        fractions = {name: fraction for name, fraction in fractions.items() if name not in given}
-        labels = np.asarray(self.source.labels)
+        """Indices into the source: those that it defines, the others split off its training images.
+
+        Of several copies of one image, what we split puts all into the same split.
+        """
+        readable = np.flatnonzero(self.images.readable)
+        given = {
+            name: np.intersect1d(np.asarray(part, dtype=np.int64), readable)
+            for name, part in (self.source.splits or {}).items()
+        }
         taken = np.concatenate([np.empty(0, np.int64), *given.values()])
         if len(np.unique(taken)) < len(taken):
             raise UprightError("The source has an image in more than one split.")
-        pool = given.pop("train", np.setdiff1d(np.arange(len(labels)), taken))
-        if fractions:
-            parts = stratified_split(labels[pool], fractions, self.split_seed)
-            return given | {name: pool[part] for name, part in parts.items()}
-        return given | {"train": pool}
+        if self.folds and "val" in given:
+            raise UprightError(f"folds {self.folds}: these data define their own validation split; use folds 0.")
+        pool = given.pop("train", np.setdiff1d(readable, taken))
+        fractions = {"val": self.val_fraction, "test": self.test_fraction}
+        for name in [*given, *(["val"] if self.folds else [])]:
+            del fractions[name]
+        if fractions or self.folds:
+            first, place = first_copies(self.images.facts["hash"][pool])
+            labels = self._labels[pool][first]
+            try:
+                parts = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
+            except UprightError as error:
+                more = len(pool) - len(first)
+                raise UprightError(f"{error}{f' {more} copies of them count for nothing.' if more else ''}") from None
+            given |= {name: pool[np.isin(place, part)] for name, part in parts.items()}
+        else:
+            given["train"] = pool
+        if self.train_fraction < 1:
+            train = given["train"]
+            given["train"] = train[stratified_part(self._labels[train], self.train_fraction, self.split_seed)]
+        return given
 
     @cached_property
     def manifest(self) -> SplitManifest:
         """What is in each split, by content."""
-        classes, source = self.spec.classes, self.source
-        return SplitManifest.of(
-            {
-                name: ((source.images[i], classes[source.labels[i]]) for i in self.splits[name].tolist())
-                for name in SPLITS
-            }
-        )
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        splits = {split: self.splits[split] for split in SPLITS}
+        return SplitManifest.of(name, splits, self._labels, self.images.facts["hash"], self.spec.classes)
 
-    def views(self, split: str) -> tuple[float, ...]:
-        """The angles, in degrees, at which every image of ``split`` is shown."""
-        return (0.0,) if split == "train" else self.angles
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What a user should know of these data, in sentences: copies, and pictures that were left out."""
+        splits = {split: self.splits[split] for split in SPLITS}
+        found = copies(splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names)
+        if len(left_out := np.flatnonzero(~self.images.readable)):
+            found.append(
+                f"{len(left_out)} of {len(self._labels)} pictures cannot be read and are left out, for example "
+                f"'{self.source.names[left_out[0]]}'."
+            )
+        return found
+
+    def views(self, split: str) -> Views:
+        """What every image of ``split`` is shown as."""
+        return Angles((0.0,) if split == "train" else self.angles)
 
     def originals(self, split: str) -> Iterator[Original]:
         """Decoded images at their own sizes, in the order of the loader; never the cache."""
-        names = self.names(split)
+        names, views = self.names(split), self.views(split)
         for i in self.splits[split].tolist():
-            pixels = self.source.images[i]
-            for angle in self.views(split):
-                (turned,) = _turn(to_tensor(pixels[None]), angle).to(torch.uint8).permute(0, 2, 3, 1)
-                yield Original(next(names), turned.contiguous().numpy(), int(self.source.labels[i]))
+            (shown,) = views.show(to_tensor(self.source.images[i][None]), torch.tensor([i]))
+            for pixels in shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
+                yield Original(next(names), pixels, int(self._labels[i]))
 
     def names(self, split: str) -> Iterator[str]:
         """The names of the originals, without decoding them."""
         views = self.views(split)
         for i in self.splits[split].tolist():
-            for angle in views:
-                yield self.source.names[i] + (f"_{angle:+g}" if len(views) > 1 else "")
+            for view in views.names:
+                yield self.source.names[i] + (f"_{view}" if view else "")
 
-    def _samples(self, split: str) -> Batch:
-        """The cache: every original of the split at the network's size, rounded to uint8."""
+    def _samples(self, split: str) -> Samples:
+        """Training images as they are stored, the others as the network sees them, rounded to uint8."""
         spec, views, indices = self.spec, self.views(split), self.splits[split]
-        count = len(indices) * len(views)
-        images = torch.empty(count, *spec.input_shape, dtype=torch.uint8)
-        aspects = torch.empty(count)
-        done = 0
-        sources = (self.source.images[i] for i in indices.tolist())
-        for batch in batches_of_one_size(sources, lambda pixels: pixels, 256):
-            pixels, end = to_tensor(np.stack(batch)), done + len(batch) * len(views)
-            for view, angle in enumerate(views):
-                images[done + view : end : len(views)] = _fit(_turn(pixels, angle), spec)
+        images, positions = self.images, indices
+        size = (spec.height, spec.width)
+        if split != "train" and not (views.plain and size == self.stored_size):
+            images = self._cache(Decoder(self.source.images, indices, spec, size, views))
+            positions = np.arange(len(indices))
+        aspects = torch.full((len(indices),), spec.width / spec.height)
+        if spec.resize == "stretch":
             # Stretching keeps normalised coordinates, in which a turn depends on the original's own aspect.
-            shape = pixels.shape[-2:] if spec.resize == "stretch" else (spec.height, spec.width)
-            aspects[done:end] = shape[1] / shape[0]
-            done = end
-        labels = torch.tensor([int(self.source.labels[i]) for i in indices.tolist()])
-        position = torch.arange(count)
-        angles = torch.tensor(views).deg2rad().repeat(len(indices))
-        return Batch(
-            images, labels.repeat_interleave(len(views)), position, position // len(views), rotation(angles, aspects)
-        )
+            facts = self.images.facts[indices]
+            aspects = torch.from_numpy(facts["width"] / facts["height"]).float()
+        transforms = views.transforms(torch.from_numpy(indices), aspects)
+        return Samples(images.pixels, positions, torch.from_numpy(self._labels[indices]), transforms)
 
     def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
         """Batches of one split, this process's share."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        samples = self.samples(split)
         return BatchLoader(
-            self.samples(split),
+            samples,
             self.batch_size,
             shuffle=shuffle,
             seed=global_seed(),
             rank=rank,
             world_size=world_size,
+            workers=self.images.workers if isinstance(samples.pixels, Decoder) else 0,
         )
 
     def train_dataloader(self) -> BatchLoader:
@@ -220,30 +263,3 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def predict_dataloader(self) -> BatchLoader:
         """The test split."""
         return self.loader("test")
-
-
-def to_tensor(images: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 ``(B, H, W, C)`` to float ``(B, C, H, W)`` in [0, 255]."""
-    return torch.tensor(images).permute(0, 3, 1, 2).float()
-
-
-def _turn(images: Tensor, angle: float) -> Tensor:
-    """``(B, C, H, W)`` turned anticlockwise by ``angle`` degrees, rounded; the same bits whatever the batch."""
-    if angle == 0:
-        return images
-    height, width = images.shape[-2:]
-    points = transform_points(
-        rotation(torch.tensor([math.radians(angle)]), width / height), pixel_centres(height, width)
-    )
-    return sample(images, points.expand(len(images), -1, -1), height, width).round().clamp(0, 255)
-
-
-def _fit(images: Tensor, spec: ImageSpec) -> Tensor:
-    if images.shape[-2:] != (spec.height, spec.width):
-        if spec.resize == "none":
-            raise UprightError(
-                f"With resize none the images of a batch must have one size, {spec.height}x{spec.width}; "
-                f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch or crop."
-            )
-        images = resize(images, spec.height, spec.width, spec.resize).round().clamp(0, 255)
-    return images.to(torch.uint8)

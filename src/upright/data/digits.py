@@ -7,7 +7,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from upright.data.datamodule import ImageDataModule, Source
+from upright.data.datamodule import ImageDataModule
+from upright.data.source import Source
 from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.warp import resize

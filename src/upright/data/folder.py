@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from upright.data.datamodule import ImageDataModule, Source
+from upright.data.datamodule import ImageDataModule
+from upright.data.source import Source
 from upright.data.split import SPLITS
 from upright.errors import UprightError
 from upright.images import SUFFIXES, ImageSpec, Pixels, Resize, decode
@@ -92,7 +93,7 @@ class Folder(ImageDataModule):
                 where = self.root / split
                 raise UprightError(f"No picture in class {empty} of '{where}' ({' '.join(sorted(SUFFIXES))}).")
         names = [path.relative_to(self.root).as_posix() for path in paths]
-        return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None)
+        return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None, paths)
 
 
 class _Decoded(Sequence[Pixels]):

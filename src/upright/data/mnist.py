@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pooch
 
-from upright.data.datamodule import ImageDataModule, Source
+from upright.data.datamodule import ImageDataModule
+from upright.data.source import Source
 from upright.errors import UprightError
 from upright.images import ImageSpec, Pixels
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from upright.data.datamodule import ImageDataModule, Original
+from upright.data.datamodule import ImageDataModule
+from upright.data.source import Original
 from upright.errors import GateError, UprightError
 from upright.exporting.graph import OPSET, Output, output_names, write_graph
 from upright.exporting.parity import TOLERANCE, measure_parity

@@ -89,9 +89,5 @@ def measure_parity(
 @torch.no_grad()
 def _cached_accuracy(model: Model, data: ImageDataModule, split: str) -> float:
     """Of the uint8 images at the network's size that training used; a gate on it would punish their rounding."""
-    samples = data.samples(split)
-    right = [
-        (model(images).argmax(dim=1) == labels).sum()
-        for images, labels in zip(torch.split(samples.images, 256), torch.split(samples.labels, 256), strict=True)
-    ]
-    return int(torch.stack(right).sum()) / len(samples.labels)
+    right = [model(batch.images).argmax(dim=1) == batch.labels for batch in data.loader(split)]
+    return float(torch.cat(right).double().mean())

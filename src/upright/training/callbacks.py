@@ -152,11 +152,11 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
     from matplotlib import pyplot
 
     samples, views = data.samples("test"), data.views("test")
-    labels = samples.labels[:: len(views)]
+    columns, labels = len(views.names), samples.labels
     firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
     shown = []
     for first in firsts:
-        images = samples.images[first * len(views) : (first + 1) * len(views)].to(classifier.device)
+        images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as seen:
             predicted = classifier(images).argmax(dim=1).tolist()
             normalised = classifier.model.normalised(images)
@@ -164,19 +164,19 @@ def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: P
             shown.append((first, [images, *views_of], predicted))
     height = 0.8 * len(shown[0][1]) + 0.5
     rows = -(-len(firsts) // 2)
-    figure = pyplot.figure(figsize=(2 * (0.8 * len(views) + 0.4), height * rows + 0.4), layout="constrained")
+    figure = pyplot.figure(figsize=(2 * (0.8 * columns + 0.4), height * rows + 0.4), layout="constrained")
     figure.suptitle(
         "What the spatial transformer does: above as it came, below turned, with the prediction", fontsize=9
     )
     blocks = figure.subfigures(rows, 2, squeeze=False)
     for block, (first, pictures, predicted) in zip(blocks.flat, shown, strict=False):
-        axes = block.subplots(len(pictures), len(views), squeeze=False)
-        for column, angle in enumerate(views):
+        axes = block.subplots(len(pictures), columns, squeeze=False)
+        for column, view in enumerate(views.names):
             for axis, picture in zip(axes[:, column], pictures, strict=True):
                 image = (picture[column] / 255).clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy()
                 axis.imshow(image, cmap="gray", vmin=0, vmax=1)
                 axis.set(xticks=[], yticks=[])
-            axes[0, column].set_title(f"{angle:+g}°" if angle else "0°", fontsize=8, pad=2)
+            axes[0, column].set_title(view + views.unit, fontsize=8, pad=2)
             right = predicted[column] == int(labels[first])
             axes[-1, column].set_xlabel(
                 data.spec.classes[predicted[column]], fontsize=8, labelpad=1, color="black" if right else "crimson"

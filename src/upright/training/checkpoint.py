@@ -222,7 +222,14 @@ def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: 
         raise UprightError(f"'{path}' holds the weights of another network: {reasons}") from None
 
 
-def check_data(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path, *, same_split: bool) -> None:
+def check_data(
+    ours: Mapping[str, Any],
+    data: ImageDataModule,
+    path: str | Path,
+    *,
+    same_split: bool,
+    allow_seen: bool = False,
+) -> None:
     """Refuse data that do not fit the checkpoint.
 
     Args:
@@ -230,6 +237,7 @@ def check_data(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path,
         data: the datamodule.
         path: of the checkpoint, for messages.
         same_split: whether they must be the very images it was trained and selected on, in the same splits.
+        allow_seen: whether it may be judged by images that it was trained on.
 
     Raises:
         UprightError: if classes or channels differ; if the split does; or, with data of the user's choice, if the
@@ -248,10 +256,10 @@ def check_data(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path,
             f"The data of '{path}' have changed since it was trained: other images, or other splits. "
             "Restore them, or say with --data what to use."
         )
-    for split in ("val", "test"):
+    for split in () if allow_seen else ("val", "test"):
         trained_on = torch.isin(data.manifest.hashes[split], ours["split"]["hashes"]["train"])
         if trained_on.any():
             raise UprightError(
                 f"{int(trained_on.sum())} of {len(trained_on)} images in split '{split}' of these data are images that "
-                f"'{path}' was trained on, so its accuracy there would mean nothing."
+                f"'{path}' was trained on, so its accuracy there would mean nothing (--allow_seen_images: go on)."
             )

@@ -47,7 +47,17 @@ TRAINER_DEFAULTS = {
     # Everything is logged per epoch; Lightning warns when an epoch has fewer steps than this.
     "log_every_n_steps": 1,
 }
-OWN_OPTIONS = ("name", "force", "wandb", "save_every_n_steps", "output", "ckpt_path", "weights_only", "config")
+OWN_OPTIONS = (
+    "name",
+    "force",
+    "wandb",
+    "save_every_n_steps",
+    "output",
+    "allow_seen_images",
+    "ckpt_path",
+    "weights_only",
+    "config",
+)
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -73,6 +83,7 @@ def run(verb: str, arguments: list[str]) -> int:
         # It may do without the saving within epochs that the run had before.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         try:
+            arguments = ["--data.cache=none" if argument == "--no-cache" else argument for argument in arguments]
             UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))))
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
@@ -190,6 +201,12 @@ class UprightCLI(LightningCLI):
             parser.add_argument(
                 "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
             )
+        else:
+            parser.add_argument(
+                "--allow_seen_images",
+                action="store_true",
+                help="Go on where the model was trained on images that it would be judged by.",
+            )
         if self.verb == "predict":
             parser.add_argument(
                 "--output", type=str | None, help="CSV to write; predictions.csv beside the checkpoint."
@@ -302,7 +319,8 @@ class UprightCLI(LightningCLI):
         load_weights(model, checkpoint, self.checkpoint)
         # The first --config is the checkpoint's own; anything about data beyond it is the user's.
         given = [a for a in self.arguments[2:] if re.match(r"--(data|config)\b|-c\b", a)]
-        check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given)
+        allowed = self._own("allow_seen_images")
+        check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, allow_seen=allowed)
 
     def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Metrics of the validation split."""
@@ -348,6 +366,8 @@ class RunFolder(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Before the first step."""
         if trainer.is_global_zero:
+            for remark in trainer.datamodule.remarks:
+                print(f"Note: {remark}", file=sys.stderr)
             config = self.cli.resolved_config()
             self.cli.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.cli.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))

@@ -1,0 +1,65 @@
+"""Worker processes: torch's, with a user's mistake left in its one line."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from upright.errors import UprightError
+
+Key = TypeVar("Key", contravariant=True)
+Item = TypeVar("Item", covariant=True)
+
+
+class Keyed(Protocol[Key, Item]):
+    """Gives an item for a key."""
+
+    def __getitem__(self, key: Key, /) -> Item:
+        """The item."""
+
+
+def fetch(items: Keyed[Any, Item], keys: Sequence[Any], workers: int) -> Iterator[Item]:
+    """``items[key]`` for every key, in their order.
+
+    Args:
+        items: what a worker can be sent.
+        keys: whatever it takes.
+        workers: processes; 0 does it here.
+
+    Raises:
+        UprightError: of an item, as it was.
+    """
+    if not workers:
+        yield from map(items.__getitem__, keys)
+        return
+    loader: DataLoader[Any] = DataLoader(
+        _Answers(items),
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        # Else it draws a seed for its workers from the global one.
+        generator=torch.Generator(),
+    )
+    for answer in loader:
+        if isinstance(answer, UprightError):
+            raise answer
+        yield answer
+
+
+class _Answers(Dataset[Any]):
+    """Returns a mistake: one that is raised comes out of a worker with its traceback as its text."""
+
+    def __init__(self, items: Keyed[Any, Any]) -> None:
+        self.items = items
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.items[key]
+        except UprightError as error:
+            return error
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer

@@ -1,0 +1,271 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from upright.data import cache as module
+from upright.data.folder import Folder
+from upright.errors import UprightError
+from upright.images import decode
+
+COUNT = 60
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Photographs of two classes and of many sizes, none twice."""
+    generator = np.random.default_rng(0)
+    for number in range(COUNT):
+        file = tmp_path / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size = generator.integers(10, 40, 2)
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UPRIGHT_CACHE", str(tmp_path / "cache"))
+    # Several chunks, so that something can happen between them.
+    monkeypatch.setattr(module, "CHUNK_BYTES", 10 * 12 * 12 * 3)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files that are decoded."""
+    found: list[str] = []
+
+    def counting(path: Path, spec: object) -> object:
+        found.append(Path(path).name)
+        return decode(path, spec)
+
+    monkeypatch.setattr("upright.data.folder.decode", counting)
+    return found
+
+
+def folder(root: Path, **options: object) -> Folder:
+    return Folder(root=str(root), size=12, **options)
+
+
+def everything(data: Folder) -> list[torch.Tensor]:
+    return [part for split in ("train", "val", "test") for part in data.samples(split)[:]]
+
+
+@pytest.mark.parametrize("angles", [(0,), (-30, 0, 30)])
+@pytest.mark.parametrize(
+    "options", [{"cache": "disk"}, {"cache": "none"}, {"cache": "disk", "num_workers": 2}], ids=str
+)
+def test_where_images_are_kept_does_not_change_them(
+    pictures: Path, options: dict[str, object], angles: tuple[int, ...]
+) -> None:
+    kept = folder(pictures, angles=angles, cache="memory")
+    other = folder(pictures, angles=angles, **options)
+    assert other.manifest.digest == kept.manifest.digest
+    assert all(torch.equal(a, b) for a, b in zip(everything(other), everything(kept), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_streamed_batches_are_the_same_whatever_the_number_of_workers(pictures: Path, workers: int) -> None:
+    def batches(**options: object) -> list[torch.Tensor]:
+        data = folder(pictures, batch_size=7, **options)
+        loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+        return [part for loader in loaders for batch in loader for part in batch]
+
+    state = torch.get_rng_state()
+    streamed = batches(cache="none", num_workers=workers)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(streamed, batches(cache="memory"), strict=True))
+
+
+def test_a_second_run_decodes_nothing(pictures: Path, decoded: list[str]) -> None:
+    first = everything(folder(pictures, cache="disk"))
+    assert len(decoded) == COUNT
+    second = everything(folder(pictures, cache="disk"))
+    # Other splits of the same pictures are the same pictures.
+    folder(pictures, cache="disk", folds=3, fold=1, train_fraction=0.5).samples("train")
+    assert len(decoded) == COUNT
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_is_new_is_added_and_what_changes_is_decoded_again(pictures: Path, decoded: list[str]) -> None:
+    _ = folder(pictures, cache="disk").images
+    decoded.clear()
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(pictures / "even/new.png")
+    Image.new("RGB", (20, 20), (4, 5, 6)).save(pictures / "odd/001.png")
+    (pictures / "odd/003.png").unlink()
+    changed = folder(pictures, cache="disk")
+    assert changed.images.readable.all() and sorted(decoded) == ["001.png", "new.png"]
+    assert changed.manifest.digest == folder(pictures, cache="memory").manifest.digest
+    pairs = zip(everything(changed), everything(folder(pictures, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_another_size_or_rule_is_another_cache(pictures: Path) -> None:
+    for options in ({"size": 12}, {"size": 14}, {"size": 12, "resize": "crop"}, {"size": 12, "channels": 1}):
+        found, kept = (Folder(root=str(pictures), cache=where, **options) for where in ("disk", "memory"))
+        assert torch.equal(found.samples("train")[:].images, kept.samples("train")[:].images)
+
+
+def test_small_sets_stay_in_memory_and_large_ones_do_not(
+    pictures: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ = folder(pictures).images
+    assert not own_cache.exists()
+    monkeypatch.setattr(module, "MAX_MEMORY", COUNT * 12 * 12 * 3 - 1)
+    data = folder(pictures)
+    assert isinstance(data.images.pixels, module.Kept) and isinstance(data.images.pixels.pixels, np.memmap)
+
+
+def test_a_run_that_is_interrupted_is_taken_up_where_it_was(
+    pictures: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(path: Path, spec: object) -> object:
+        if len(decoded) == 35:
+            raise KeyboardInterrupt
+        return counting(path, spec)
+
+    from upright.data import folder as folder_module
+
+    counting = folder_module.decode
+    monkeypatch.setattr(folder_module, "decode", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        _ = folder(pictures, cache="disk").images
+    monkeypatch.setattr(folder_module, "decode", counting)
+    decoded.clear()
+    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    # 30 were written, in chunks of 10.
+    assert len(decoded) == 30 + COUNT
+
+
+FILL = """
+import sys
+from upright.data import cache
+from upright.data.folder import Folder
+import time
+cache.CHUNK_BYTES = 10 * 12 * 12 * 3
+slow = cache.content_hash
+cache.content_hash = lambda pixels: time.sleep(0.02) or slow(pixels)
+data = Folder(root=sys.argv[1], size=12, cache="disk")
+print(data.manifest.digest, int(data.samples("train")[:].images.sum()), flush=True)
+"""
+
+
+def test_two_processes_at_once_and_one_that_is_killed(pictures: Path) -> None:
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", FILL, str(pictures)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed = start()
+    deadline = time.monotonic() + 60
+    facts = Path(os.environ["UPRIGHT_CACHE"])
+    while not (sum(f.stat().st_size for f in facts.glob("*/facts")) if facts.exists() else 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    both = [start(), start()]
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    answers = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    data = folder(pictures, cache="memory")
+    expected = f"{data.manifest.digest} {int(data.samples('train')[:].images.sum())}\n"
+    assert [out for out, _ in answers] == [expected, expected]
+
+
+def test_a_full_disk_is_an_error_and_no_broken_cache(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(0, 0, 1000))
+        with pytest.raises(UprightError, match=r"cannot be used: 0.0 GB are needed and 0.0 GB are free.*--no-cache"):
+            _ = folder(pictures, cache="disk").images
+    written = []
+
+    class Full(io.FileIO):
+        def write(self, content: bytes) -> int:
+            written.append(content)
+            if len(written) > 5:
+                raise OSError(28, "No space left on device")
+            return super().write(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_opened", lambda path: Full(os.open(path, os.O_RDWR | os.O_CREAT), "r+"))
+        with pytest.raises(UprightError, match=r"No space left on device. Set UPRIGHT_CACHE to a folder with room"):
+            _ = folder(pictures, cache="disk").images
+    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_large_file_may_be_deleted(pictures: Path, own_cache: Path, decoded: list[str]) -> None:
+    _ = folder(pictures, cache="disk").images
+    (file,) = own_cache.glob("*/pixels")
+    file.unlink()
+    assert int(folder(pictures, cache="disk").samples("train")[:].images.sum()) > 0
+    assert len(decoded) == 2 * COUNT
+
+
+def test_a_cache_that_cannot_be_written_is_named(pictures: Path, own_cache: Path) -> None:
+    own_cache.write_text("a file")
+    with pytest.raises(UprightError, match=r"The cache '.*/cache/.*' cannot be used: Not a directory"):
+        _ = folder(pictures, cache="disk").images
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "none"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures(pictures: Path, where: str, workers: int) -> None:
+    (pictures / "even/000.png").write_bytes(b"")
+    (pictures / "odd/001.png").write_bytes((pictures / "odd/001.png").read_bytes()[:200])
+    options = {"cache": where, "num_workers": workers}
+    for _ in range(2):  # the second time the disk knows it already
+        with pytest.raises(
+            UprightError, match=r"^'.*/(even/000|odd/001).png' [^\n]*--data.max_unreadable allows more.$"
+        ):
+            _ = folder(pictures, **options).images
+    with pytest.raises(UprightError, match=r"that may be left out: 1;"):
+        _ = folder(pictures, max_unreadable=1, **options).images
+    data = folder(pictures, max_unreadable=2, **options)
+    assert sum(map(len, data.splits.values())) == COUNT - 2
+    assert data.remarks == [f"2 of {COUNT} pictures cannot be read and are left out, for example 'even/000.png'."]
+    assert len(list(data.originals("val"))) == len(data.splits["val"]) == len(data.samples("val")[:].labels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_vanishes_while_it_is_streamed_is_named_in_one_line(pictures: Path, workers: int) -> None:
+    data = folder(pictures, cache="none", num_workers=workers)
+    loader = data.train_dataloader()
+    for file in pictures.glob("even/*"):
+        file.unlink()
+    with pytest.raises(UprightError, match=r"^'.*\.png' does not exist\.$"):
+        list(loader)
+
+
+LARGE = """
+import resource, sys
+from upright.data.folder import Folder
+import torch
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]), -1))
+data = Folder(root=sys.argv[1], size=512, cache="disk", num_workers=0)
+total = sum(int(batch.images.sum(dtype=torch.int64)) for batch in data.train_dataloader())
+print(data.images.pixels.pixels.nbytes, total)
+"""
+
+
+@pytest.mark.slow
+def test_a_set_larger_than_memory(tmp_path: Path) -> None:
+    for number in range(3000):
+        file = tmp_path / "large" / f"{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 1 + number % 250).save(file)
+        file.write_bytes(file.read_bytes() + number.to_bytes(2, "big"))
+    limit = 1_000_000_000
+    command = [sys.executable, "-c", LARGE, str(tmp_path / "large"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, total = map(int, done.stdout.split())
+    assert size > 2 * limit and total > 0
