@@ -20,7 +20,7 @@ ORDER = (
     ("architectures",),
     ("data",),
     ("training",),
-    ("describe", "exporting"),
+    ("describe", "preview", "exporting"),
     ("evidence",),
     ("cli", "demo", "__main__"),
 )
@@ -71,7 +71,8 @@ def test_the_test_above_can_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([verb, "--help"] for verb in ("describe", "export", "verify", "infer", "study"))]
+    "arguments",
+    [["--help"], *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "study"))],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
     code = f"from upright.cli import main\ntry:\n  main({arguments!r})\nexcept SystemExit:\n  pass"

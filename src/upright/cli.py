@@ -24,6 +24,15 @@ def _describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="YAML", help="describe it for these data instead of its own")
 
 
+def _preview(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="DATA", help="a YAML of data or of an experiment, a checkpoint, or the folder of a run"
+    )
+    parser.add_argument("--root", metavar="PATH", help="where the data are, in place of what the YAML says")
+    parser.add_argument("--output", metavar="PNG", default="preview.png", help="default: preview.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the augmented copies; default: 0")
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run (its best.ckpt)")
     parser.add_argument("--name", help="name of the bundle: export/NAME; the run's name by default")
@@ -66,6 +75,7 @@ LIGHTNING = {
 }
 VERBS = {
     "describe": Verb("what a network is made of, layer by layer", _describe, "upright.describe:run"),
+    "preview": Verb("what a network will be fed: a picture, and figures", _preview, "upright.preview:preview"),
     "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
@@ -74,7 +84,7 @@ VERBS = {
 }
 
 
-USES_OWN_CODE = {*LIGHTNING, "describe", "export"}
+USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export"}
 """Verbs that import what a config or a checkpoint names."""
 
 

@@ -11,7 +11,7 @@ from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
 from upright.errors import UprightError, nearest
 from upright.images import ImageSpec
 from upright.recipes import build
-from upright.training.checkpoint import KEY, data_of, read_checkpoint, read_data, read_yaml
+from upright.training.checkpoint import KEY, read_checkpoint, read_data, read_yaml
 
 WIDTH = 120
 """Of the table."""
@@ -65,12 +65,9 @@ def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
     recipe = model.get("network") if isinstance(model, dict) else None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
         raise UprightError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
-    if data:
-        return recipe, read_data(data).spec
-    own_data = config.get("data")
-    if own_data is None:
+    if not data and config.get("data") is None:
         raise UprightError(f"'{path}' does not say what data it is for; give them with --data.")
-    return recipe, (read_data(path.parent / own_data) if isinstance(own_data, str) else data_of(own_data, path)).spec
+    return recipe, read_data(data or path).spec
 
 
 TEXT = ("layer", "type")

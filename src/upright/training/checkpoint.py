@@ -173,25 +173,27 @@ def read_yaml(path: str | Path) -> Any:
         raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
-def read_data(path: str | Path) -> ImageDataModule:
-    """The datamodule of a YAML like those in ``configs/data``.
+def read_data(path: str | Path, **options: object) -> ImageDataModule:
+    """The datamodule of a YAML like those in ``configs/data``, or of an experiment's.
 
-    Raises:
-        UprightError: if it is no such file.
-    """
-    return data_of(read_yaml(path), path)
-
-
-def data_of(found: Any, path: str | Path) -> ImageDataModule:
-    """The datamodule of what was ``found`` in the YAML at ``path``.
+    Args:
+        path: of the YAML.
+        **options: of the datamodule, in place of what stands there.
 
     Raises:
         UprightError: if it describes none.
     """
+    found = read_yaml(path)
+    if isinstance(found, dict) and "model" in found:
+        found = found.get("data")
+        if found is None:
+            raise UprightError(f"'{path}' does not say what data it is for; give the YAML of some.")
+        if isinstance(found, str):
+            return read_data(Path(path).parent / found, **options)
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
         raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
     try:
-        data = build(found)()
+        data = build(found)(**options)
     except TypeError as error:
         raise UprightError(f"'{path}': {error}.") from None
     if not isinstance(data, ImageDataModule):

@@ -1,0 +1,173 @@
+"""``upright preview``: what a network will be fed, as one picture and in figures."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upright.data.datamodule import ImageDataModule
+from upright.data.split import SPLITS
+from upright.errors import UprightError, nearest
+from upright.files import replacing_file
+from upright.images import Pixels
+from upright.recipes import build
+from upright.training.checkpoint import KEY, read_checkpoint, read_data
+
+COLUMNS = 10
+COPIES = 3
+MOST_CLASSES = 40
+"""So many rows the table of classes has at most."""
+MOST_MEASURED = 10_000
+"""So many images mean and deviation are taken of at most."""
+
+
+def preview(source: str, root: str | None = None, output: str = "preview.png", seed: int = 0) -> int:
+    """Print counts, sizes, mean and deviation, and draw images of every split as they come and as they are fed.
+
+    Args:
+        source: a YAML of data or of an experiment, a checkpoint, or the folder of a run.
+        root: where the data are, in place of what ``source`` says.
+        output: the PNG.
+        seed: of the augmented copies.
+
+    Raises:
+        UprightError: if there are no such data, or they cannot be read.
+    """
+    data = _data(Path(source), root)
+    print(_table(data), flush=True)
+    for remark in data.remarks:
+        print(f"Note: {remark}")
+    draw(data, Path(output), seed)
+    print(f"Picture: {output}")
+    return 0
+
+
+def _data(path: Path, root: str | None) -> ImageDataModule:
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise UprightError(
+            f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} "
+            "Give a YAML like configs/data/digits.yaml or configs/lenet.yaml, a checkpoint, or the folder of a run."
+        )
+    options = {"root": root} if root else {}
+    if path.suffix in (".yaml", ".yml"):
+        return read_data(path, **options)
+    recipe = read_checkpoint(path)[KEY]["data"]
+    if recipe is None:
+        raise UprightError(f"'{path}' does not say what data it was trained with.")
+    data: ImageDataModule = build(recipe)(**options)
+    return data
+
+
+def _table(data: ImageDataModule) -> str:
+    spec, facts, manifest = data.spec, data.images.facts, data.manifest
+    lines = [f"{'class':<24}{''.join(f'{split:>10}' for split in SPLITS)}"]
+    for name in spec.classes[:MOST_CLASSES]:
+        counts = (manifest.counts[split].get(name, 0) for split in SPLITS)
+        lines.append(f"{_short(name, 23):<24}{''.join(f'{count:>10,}' for count in counts)}")
+    if (more := len(spec.classes) - MOST_CLASSES) > 0:
+        lines.append(f"... and {more} more")
+    lines.append(f"{'all':<24}{''.join(f'{len(data.splits[split]):>10,}' for split in SPLITS)}")
+    lines.append(f"{'views of each':<24}{''.join(f'{len(data.views(split).names):>10}' for split in SPLITS)}")
+    used = facts[np.concatenate([data.splits[split] for split in SPLITS])]
+    sizes = np.stack([used["height"], used["width"]])
+    low, middle, high = (f"{h:.0f}x{w:.0f}" for h, w in (sizes.min(1), np.median(sizes, axis=1), sizes.max(1)))
+    came = low if low == high else f"from {low} to {high} (median of each {middle})"
+    mean, std, count = _measured(data)
+    lines += [
+        "",
+        f"Images come as {came}; the network sees {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
+        f"Mean and deviation of {count:,} training images as they are kept, before augmentation:",
+        f"  measured  mean {_numbers(mean)}  std {_numbers(std)}",
+        f"  declared  mean {_numbers(spec.mean)}  std {_numbers(spec.std)}",
+    ]
+    return "\n".join(lines)
+
+
+def _short(name: str, width: int) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return "[" + ", ".join(f"{value:.4f}" for value in values) + "]"
+
+
+def _measured(data: ImageDataModule) -> tuple[list[float], list[float], int]:
+    """Per channel, on the scale of 0 to 1, of evenly spaced training images."""
+    samples = data.samples("train")
+    chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MOST_MEASURED)).long()
+    total = squares = torch.zeros(data.spec.channels, dtype=torch.float64)
+    pixels = 0
+    for part in torch.split(chosen, 64):
+        images = samples[part].images.double() / 255
+        total, squares = total + images.sum(dim=(0, 2, 3)), squares + images.square().sum(dim=(0, 2, 3))
+        pixels += images[:, 0].numel()
+    mean = total / pixels
+    return mean.tolist(), (squares / pixels - mean.square()).clamp(min=0).sqrt().tolist(), len(chosen)
+
+
+def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
+    """A contact sheet: images of as many classes as there is room for, per split.
+
+    Training images as they came, and some augmented copies; of the others every view, as the network sees it.
+
+    Args:
+        data: what is drawn.
+        path: of the PNG.
+        seed: of the augmented copies.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
+    rows: list[tuple[str, list[Tensor], list[str]]] = []
+    for split in SPLITS:
+        chosen = _of_many_classes(data, split, columns)
+        labels = [data.spec.classes[int(data.source.labels[data.splits[split][place]])] for place in chosen]
+        came = [_picture(data.source.images[int(data.splits[split][place])]) for place in chosen]
+        rows.append((f"{split}\nas it came", came, labels))
+        views = data.views(split).names
+        samples = data.samples(split)
+        if split == "train":
+            batch = samples[torch.tensor(chosen)]
+            torch.manual_seed(seed)
+            for _ in range(COPIES):
+                rows.append(("augmented", list(data.augmentation(batch.images).images), []))
+        else:
+            for number, view in enumerate(views[:5]):
+                batch = samples[torch.tensor(chosen) * len(views) + number]
+                title = f"as fed, {view}{data.views(split).unit}" if view else "as fed"
+                rows.append((title, list(batch.images.float()), []))
+    figure, axes = pyplot.subplots(
+        len(rows), columns, figsize=(columns + 1.2, 1.02 * len(rows) + 0.5), squeeze=False, layout="constrained"
+    )
+    for line, (title, pictures, labels) in zip(axes, rows, strict=True):
+        for column, (axis, picture) in enumerate(zip(line, pictures, strict=True)):
+            axis.imshow((picture / 255).clamp(0, 1).permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if labels:
+                axis.set_title(_short(labels[column], 12), fontsize=8, pad=3)
+        line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+    with replacing_file(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")
+    pyplot.close(figure)
+
+
+def _picture(pixels: Pixels) -> Tensor:
+    return torch.tensor(pixels).permute(2, 0, 1).float()
+
+
+def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:
+    """Places in the split: the first image of every class, then the second, and so on."""
+    labels = np.asarray(data.source.labels)[data.splits[split]]
+    seen: dict[int, int] = {}
+    rank = []
+    for label in labels.tolist():
+        rank.append(seen.get(label, 0))
+        seen[label] = rank[-1] + 1
+    order: list[int] = np.lexsort((labels, np.array(rank)))[:count].tolist()
+    return order
