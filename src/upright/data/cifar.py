@@ -185,7 +185,7 @@ def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     """The files ``folder/name`` of an archive, in one pass; nothing is unpacked onto the disk."""
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive) as packed:
+        with tarfile.open(archive, "r:gz") as packed:
             for member in packed:
                 inside, _, name = member.name.removeprefix("./").rpartition("/")
                 if inside == folder and name in names and (file := packed.extractfile(member)):
