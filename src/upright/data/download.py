@@ -40,4 +40,4 @@ def download(file: str, md5: str, mirrors: Sequence[str], folder: Path, what: st
             return Path(pooch.retrieve(url, f"md5:{md5}", file, folder, progressbar=sys.stderr.isatty()))
         except Exception as error:  # whatever a network or a disk leads the libraries below to
             failures.append(f"{url} cannot be downloaded ({' '.join(str(error).split())[:300]})")
-    raise UprightError(f"{'; '.join(failures)}. Put {what} into '{folder}', or say with --data.root where it is.")
+    raise UprightError(f"{'; '.join(failures)}. Put {what} into '{folder}', or say with --data.root where they are.")

@@ -38,6 +38,7 @@ class EMNIST(IDX):
     """
 
     cached_as = "emnist"
+    # About that for every arrangement: one declared pair.
     mean, std = 0.1722, 0.3309
     mirrors = ("https://biometrics.nist.gov/cs_links/EMNIST",)
     checksums: ClassVar = {ARCHIVE: "58c8d27c78d21e728a6bc7b3cc06412e"}
@@ -59,7 +60,7 @@ class EMNIST(IDX):
         try:
             member = zipfile.Path(archive, f"gzip/{name}.gz")
         except (OSError, zipfile.BadZipFile) as error:
-            raise UprightError(f"'{archive}' cannot be read: {error}.") from None
+            raise UprightError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
         if not member.is_file():
             raise UprightError(f"'{archive}' holds no gzip/{name}.gz: it is not the published archive of EMNIST.")
         return member

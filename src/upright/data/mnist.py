@@ -114,7 +114,7 @@ def read_idx(path: Path | zipfile.Path) -> Bytes:
         content = path.read_bytes()
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UprightError(f"'{path}' cannot be read: {error}.") from None
+        raise UprightError(f"'{path}' cannot be read: {error}. It may not be whole; bring it again.") from None
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4].ljust(4, b"\xff"))
     if (zeros, kind) != (0, 8) or len(content) < 4 + 4 * dimensions:
         raise UprightError(f"'{path}' is not an IDX file of unsigned bytes.")
