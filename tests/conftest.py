@@ -1,9 +1,7 @@
 """What many tests need: the checkout, a command line, one small trained run and its bundle."""
 
-import gzip
 import os
 import shutil
-import struct
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,23 +27,15 @@ class Answer(NamedTuple):
 Upright = Callable[..., Answer]
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
 @pytest.fixture(scope="session", autouse=True)
-def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MNIST's four files, of 500 digits of scikit-learn's: what is to be found where the real ones would be."""
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files where those of every published dataset would be found; MNIST's are 500 digits of scikit-learn's."""
+    from tests.data.formats import write_all
     from upright.data.digits import Digits
 
     root = tmp_path_factory.mktemp("data")
     source = Digits().source
-    images, labels = np.stack(source.images[:500])[..., 0], np.array(source.labels[:500], np.uint8)
-    for part, chosen in (("train", slice(400)), ("t10k", slice(400, 500))):
-        write_idx(root / f"mnist/{part}-images-idx3-ubyte.gz", images[chosen])
-        write_idx(root / f"mnist/{part}-labels-idx1-ubyte.gz", labels[chosen])
+    write_all(root, np.stack(source.images[:500])[..., 0], np.array(source.labels[:500], np.uint8))
     os.environ["UPRIGHT_DATA"] = str(root)
     return root
 

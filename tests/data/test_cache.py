@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from upright.data import cache as module
+from upright.data import pictures as pictures_module
 from upright.data.folder import Folder
 from upright.errors import UprightError
 from upright.images import decode
@@ -48,7 +49,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(Path(path).name)
         return decode(path, spec)
 
-    monkeypatch.setattr("upright.data.folder.decode", counting)
+    monkeypatch.setattr("upright.data.pictures.decode", counting)
     return found
 
 
@@ -133,13 +134,11 @@ def test_a_run_that_is_interrupted_is_taken_up_where_it_was(
             raise KeyboardInterrupt
         return counting(path, spec)
 
-    from upright.data import folder as folder_module
-
-    counting = folder_module.decode
-    monkeypatch.setattr(folder_module, "decode", stopping)
+    counting = pictures_module.decode
+    monkeypatch.setattr(pictures_module, "decode", stopping)
     with pytest.raises(KeyboardInterrupt):
         _ = folder(pictures, cache="disk").images
-    monkeypatch.setattr(folder_module, "decode", counting)
+    monkeypatch.setattr(pictures_module, "decode", counting)
     decoded.clear()
     pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -35,14 +35,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             size = generator.integers(20, 60, 2)
             pixels = generator.integers(0, 40, (*size, 3), dtype=np.uint8) + np.uint8(base)
             Image.fromarray(pixels).save(root / name / f"é {number:02d}.png")
+    lines = [f"{file.relative_to(root)},{file.parent.name}" for file in sorted(root.glob("*/*"))]
+    (root / "table.csv").write_text("\n".join(["path,label", *lines]), encoding="utf-8")
     return root
 
 
 @pytest.fixture(params=DATA, ids=lambda path: path.stem)
 def data(request: pytest.FixtureRequest, pictures: Path) -> ImageDataModule:
     recipe = yaml.safe_load(request.param.read_text())
-    if recipe["init_args"].get("root") == "my-images":
-        recipe["init_args"]["root"] = str(pictures)
+    ours = {"root": ("my-images", pictures), "file": ("my-images.csv", pictures / "table.csv")}
+    for name, (theirs, here) in ours.items():
+        if recipe["init_args"].get(name) == theirs:
+            recipe["init_args"][name] = str(here)
     module = build(recipe)()
     assert isinstance(module, ImageDataModule)
     return module

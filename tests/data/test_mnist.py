@@ -1,31 +1,31 @@
+import gzip
 import struct
-import threading
-from collections.abc import Iterator
-from functools import partial
-from hashlib import md5
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import write_idx
-from upright.data import mnist
-from upright.data.mnist import FILES, MNIST, read_idx
+from tests.data.formats import idx, write_emnist, write_idx
+from upright.data.emnist import CLASSES, EMNIST
+from upright.data.mnist import KMNIST, MNIST, FashionMNIST, read_idx
 from upright.errors import UprightError
+
+FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 @pytest.fixture
-def root(small_mnist: Path, tmp_path: Path) -> Path:
+def root(small_data: Path, tmp_path: Path) -> Path:
     """An own copy of the small MNIST, two files packed and two not."""
     for name in FILES:
-        array = read_idx(small_mnist / f"mnist/{name}.gz")
+        array = read_idx(small_data / f"mnist/{name}.gz")
         write_idx(tmp_path / (name if "labels" in name else f"{name}.gz"), array)
     return tmp_path
 
 
-def test_the_four_files_are_read_as_published(root: Path) -> None:
-    data = MNIST(root=str(root), val_fraction=0.2)
+@pytest.mark.parametrize("family", [MNIST, FashionMNIST, KMNIST])
+def test_the_four_files_are_read_as_published(family: type[MNIST], root: Path) -> None:
+    data = family(root=str(root), val_fraction=0.2)
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 320, "val": 80, "test": 100}
     pixels, labels = (read_idx(next(root.glob(f"t10k-{kind}*"))) for kind in ("images", "labels"))
     samples = data.samples("test")[:]
@@ -33,54 +33,9 @@ def test_the_four_files_are_read_as_published(root: Path) -> None:
     assert next(data.names("test")) == "test-00000" and set(data.names("val")) <= {f"train-{i:05d}" for i in range(400)}
 
 
-def test_without_a_root_they_come_from_the_users_cache(small_mnist: Path) -> None:
+def test_without_a_root_they_come_from_the_users_cache() -> None:
     data = MNIST()
     assert len(data.source.labels) == 500 and data.recipe["init_args"] == {}
-
-
-@pytest.fixture
-def mirror(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A server of packed files, whose checksums are the published ones."""
-    served = root / "served"
-    for name in FILES:
-        array = read_idx(next(path for path in root.glob(f"{name}*")))
-        write_idx(served / f"{name}.gz", array)
-        monkeypatch.setitem(FILES, name, md5((served / f"{name}.gz").read_bytes()).hexdigest())
-    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(mnist, "MIRROR", f"http://127.0.0.1:{server.server_port}")
-        yield served
-        server.shutdown()
-
-
-def test_what_is_not_there_is_downloaded_once(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPRIGHT_DATA", str(tmp_path / "cache"))
-    MNIST().prepare_data()
-    assert {path.name for path in (tmp_path / "cache/mnist").iterdir()} == {f"{name}.gz" for name in FILES}
-    for path in mirror.iterdir():
-        path.unlink()
-    assert len(MNIST().source.labels) == 500
-
-
-def test_a_wrong_download_is_refused_and_not_kept(
-    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("UPRIGHT_DATA", str(tmp_path / "cache"))
-    file = mirror / "t10k-labels-idx1-ubyte.gz"
-    file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(
-        UprightError, match=r"cannot be downloaded \(.*does not match.*Put the four IDX files into '.*mnist"
-    ):
-        MNIST().prepare_data()
-    assert not (tmp_path / "cache/mnist" / file.name).exists()
-
-
-def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPRIGHT_DATA", str(tmp_path))
-    monkeypatch.setattr(mnist, "MIRROR", "http://127.0.0.1:9")
-    with pytest.raises(UprightError, match=rf"Put the four IDX files into '{tmp_path}/mnist', or say with --data.root"):
-        MNIST().prepare_data()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +47,7 @@ def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pyt
         (struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"\0" * 7, r"says that it holds \(2, 2, 2\) bytes, and holds 7"),
         (struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"\0" * 9, "and holds 9: it is not whole"),
         (struct.pack(">HBB", 0, 8, 200), "is not an IDX file"),
+        (gzip.compress(b"x" * 100)[:-4], "cannot be read"),
     ],
 )
 def test_foreign_and_cut_off_files_are_refused(content: bytes, text: str, tmp_path: Path) -> None:
@@ -103,17 +59,108 @@ def test_foreign_and_cut_off_files_are_refused(content: bytes, text: str, tmp_pa
 def test_a_cut_off_archive_is_refused(root: Path) -> None:
     path = root / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UprightError, match=r"t10k-images-idx3-ubyte.gz' cannot be read"):
+    with pytest.raises(UprightError, match=r"t10k-images-idx3-ubyte.gz' cannot be read: .* bring it again"):
         _ = MNIST(root=str(root)).source
 
 
-@pytest.mark.parametrize("labels", [np.zeros(99, np.uint8), np.full(100, 10, np.uint8), np.zeros((100, 1), np.uint8)])
+@pytest.mark.parametrize(
+    "labels", [np.zeros(99), np.full(100, 10), np.zeros((100, 1)), np.zeros(0), np.zeros((100, 28, 28))]
+)
 def test_labels_that_do_not_fit_are_refused(root: Path, labels: np.ndarray) -> None:
     write_idx(root / "t10k-labels-idx1-ubyte", labels)
-    with pytest.raises(UprightError, match=r"The t10k files do not fit together: .* got \(100, 28, 28\) and"):
+    with pytest.raises(
+        UprightError, match=r"The test files of '.*' do not fit together: .* got \(100, 28, 28, 1\) and"
+    ):
+        _ = MNIST(root=str(root)).source
+
+
+@pytest.mark.parametrize("shape", [(100, 20, 20), (100,), (0, 28, 28), (100, 28, 28, 3)])
+def test_images_that_are_none_of_mnists_are_refused(root: Path, shape: tuple[int, ...]) -> None:
+    write_idx(root / "t10k-images-idx3-ubyte", np.zeros(shape))
+    with pytest.raises(UprightError, match=r"images of \(28, 28, 1\) and \(N,\) labels below 10 are needed, got"):
         _ = MNIST(root=str(root)).source
 
 
 def test_a_folder_without_them_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UprightError, match=r"holds neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"):
+    with pytest.raises(UprightError, match=r"does not hold the four IDX files \(no train-images-idx3-ubyte.gz\)"):
         _ = MNIST(root=str(tmp_path)).source
+
+
+def letter_l(count: int) -> np.ndarray:
+    """L: a stroke down the left, and one along the bottom; no two images are equal."""
+    images = np.zeros((count, 28, 28), np.uint8)
+    images[:, 4:24, 8:10] = 255
+    images[:, 22:24, 8:16] = 255
+    images[:, 0, :2] = np.stack([np.arange(count) // 200, np.arange(count) % 200], axis=1)
+    return images
+
+
+@pytest.fixture(params=sorted(CLASSES))
+def emnist(request: pytest.FixtureRequest, tmp_path: Path) -> EMNIST:
+    """Every arrangement, twenty of each class to train on and two to test, all of them an L."""
+    count = len(CLASSES[request.param])
+    parts = {
+        part: (letter_l(count * each), np.arange(count * each, dtype=np.uint8) % count)
+        for part, each in (("train", 20), ("test", 2))
+    }
+    write_emnist(tmp_path / "gzip.zip", request.param, parts)
+    return EMNIST(split=request.param, root=str(tmp_path))
+
+
+def test_emnist_is_upright_and_its_labels_begin_at_0(emnist: EMNIST) -> None:
+    classes = emnist.spec.classes
+    assert len(classes) == {"letters": 26, "balanced": 47, "byclass": 62, "bymerge": 47}.get(
+        emnist.arguments["split"], 10
+    )
+    assert (emnist.source.images[..., 0] == letter_l(len(classes) * 22)).all()
+    assert emnist.source.labels[: len(classes)] == list(range(len(classes)))
+    assert emnist.source.splits == {
+        "train": range(len(classes) * 20),
+        "test": range(len(classes) * 20, len(classes) * 22),
+    }
+    assert len(emnist.splits["val"]) == len(classes) * 2
+
+
+def test_emnist_knows_its_letters() -> None:
+    assert "".join(CLASSES["letters"]) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert "".join(CLASSES["balanced"]) == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
+    assert CLASSES["byclass"][10] == "A" and CLASSES["byclass"][61] == "z"
+
+
+@pytest.mark.parametrize("folder", ["", "gzip"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_emnist_may_be_unpacked(folder: str, packed: bool, small_data: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(small_data / "emnist/gzip.zip") as archive:
+        for name in archive.namelist():
+            if name.endswith(".gz"):
+                content = archive.read(name)
+                path = tmp_path / folder / name.removeprefix("gzip/").removesuffix("" if packed else ".gz")
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content if packed else gzip.decompress(content))
+    ours, theirs = EMNIST(root=str(tmp_path)), EMNIST()
+    assert (ours.source.images == theirs.source.images).all() and ours.source.labels == theirs.source.labels
+
+
+def test_emnist_refuses(small_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UprightError, match=r"split must be one of letters, balanced, .*mnist; got 'letter'"):
+        EMNIST(split="letter")
+    with pytest.raises(
+        UprightError, match=r"holds no gzip/emnist-digits-train-images-idx3-ubyte.gz: it is not the pub"
+    ):
+        _ = EMNIST(split="digits").source
+    content = (small_data / "emnist/gzip.zip").read_bytes()
+    (tmp_path / "gzip.zip").write_bytes(content[:1000])
+    with pytest.raises(UprightError, match=r"gzip.zip' cannot be read: File is not a zip file"):
+        _ = EMNIST(root=str(tmp_path)).source
+    place = content.index(b"train-images-idx3-ubyte.gz") + 2000
+    (tmp_path / "gzip.zip").write_bytes(content[:place] + b"other" + content[place + 5 :])
+    with pytest.raises(UprightError, match=r"train-images-idx3-ubyte.gz' cannot be read: Bad CRC-32"):
+        _ = EMNIST(root=str(tmp_path)).source
+
+
+def test_a_letter_before_the_first_is_refused(small_data: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(small_data / "emnist/gzip.zip") as archive:
+        archive.extractall(tmp_path)
+    (tmp_path / "emnist-letters-test-labels-idx1-ubyte").write_bytes(idx(np.zeros(100)))
+    with pytest.raises(UprightError, match=r"labels below 26 are needed, got .* up to 255"):
+        _ = EMNIST(root=str(tmp_path)).source

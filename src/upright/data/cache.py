@@ -284,8 +284,13 @@ def _identities(files: list[Path]) -> list[int]:
     """64 bits for each file as it is now."""
     found = []
     for file in files:
-        status = file.stat()
-        digest = blake2b(f"{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(), digest_size=8)
+        try:
+            status = file.stat()
+            state = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:
+            # A link to nothing, say: decoding names it.
+            state = ""
+        digest = blake2b(f"{file}\0{state}".encode(errors="surrogateescape"), digest_size=8)
         found.append(int.from_bytes(digest.digest(), "little"))
     return found
 

@@ -1,50 +1,32 @@
 """Your own pictures: one folder per class."""
 
-from collections.abc import Iterator, Sequence
+import os
 from pathlib import Path
+from typing import NoReturn
 
-from upright.data.datamodule import ImageDataModule
+from upright.data.download import absolute
+from upright.data.pictures import Pictures
 from upright.data.source import Source
 from upright.data.split import SPLITS
 from upright.errors import UprightError
-from upright.images import SUFFIXES, ImageSpec, Pixels, Resize, decode
+from upright.images import SUFFIXES, ImageSpec
 
 
-class Folder(ImageDataModule):
+class Folder(Pictures):
     """``root/<class>/*``, split by us; or ``root/<split>/<class>/*`` for the splits train, val and test.
 
-    Files and folders whose names begin with a dot do not count.
+    Pictures may lie deeper; links to files and folders are followed. Files and folders whose names begin with a dot
+    do not count.
 
     Args:
         root: the folder. A split that it lacks is split off the training images.
-        size: height and width that the network sees.
-        channels: 1 (grey) or 3 (RGB).
-        resize: ``stretch``, ``crop`` the largest centred square first, or ``none`` where all have ``size`` and the
-            network takes any.
-        background: grey level that transparent pixels are laid over.
-        mean: subtracted, one number per channel or one for all, on the scale of 0 to 1.
-        std: divided by, likewise.
-        **options: see `ImageDataModule`.
+        **options: see `Pictures`.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str,
-        size: int = 32,
-        channels: int = 3,
-        resize: Resize = "stretch",
-        background: int = 0,
-        mean: Sequence[float] = (0.5,),
-        std: Sequence[float] = (0.25,),
-        **options: object,
-    ) -> None:
-        self.root = Path(root).expanduser().resolve()
-        # A checkpoint is used from any working directory.
+    def __init__(self, *, root: str, **options: object) -> None:
+        self.root = absolute(root)
         self.arguments["root"] = str(self.root)
         super().__init__(**options)  # type: ignore[arg-type]  # jsonargparse reads the base's own types
-        self.size, self.channels, self.resize, self.background = size, channels, resize, background
-        self.mean, self.std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
 
     @property
     def _class_folders(self) -> dict[str, Path]:
@@ -60,57 +42,56 @@ class Folder(ImageDataModule):
     def spec(self) -> ImageSpec:
         """Classes are the names of the folders, sorted."""
         training = self._class_folders.get("train", self.root)
-        classes = tuple(sorted(path.name for path in training.iterdir() if path.is_dir() and path.name[0] != "."))
+        classes = tuple(_classes(training))
         if len(classes) < 2:
             raise UprightError(
                 f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}."
             )
-        size = self.size
-        return ImageSpec(
-            self.channels, size, size, classes, self.mean, self.std, self.resize, background=self.background
-        )
+        return self.spec_of(classes)
 
     def read(self) -> Source:
         """Find all pictures; they are decoded when they are needed."""
-        spec = self.spec
+        classes = self.spec.classes
         paths: list[Path] = []
         labels: list[int] = []
         splits: dict[str, range] = {}
         for split, folder in self._class_folders.items():
             first = len(paths)
-            for path in _pictures(folder):
-                name = path.relative_to(folder).parts[0]
-                if name not in spec.classes:
-                    raise UprightError(
-                        f"Class '{name}' of '{folder}' is not among the training classes {spec.classes}."
-                    )
-                paths.append(path)
-                labels.append(spec.classes.index(name))
+            for name in _classes(folder):
+                if not (found := _pictures(folder / name)):
+                    continue
+                if name not in classes:
+                    raise UprightError(f"Class '{name}' of '{folder}' is not among the training classes {classes}.")
+                paths += found
+                labels += [classes.index(name)] * len(found)
             splits[split] = range(first, len(paths))
-        for split, part in splits.items():
-            found = {labels[i] for i in part}
-            if empty := [name for label, name in enumerate(spec.classes) if label not in found]:
-                where = self.root / split
-                raise UprightError(f"No picture in class {empty} of '{where}' ({' '.join(sorted(SUFFIXES))}).")
         names = [path.relative_to(self.root).as_posix() for path in paths]
-        return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None, paths)
+        return self.source_of(paths, labels, names, splits)
+
+    def where(self, split: str) -> str:
+        """The folder, and what counts as a picture."""
+        return f"'{self.root / split}' ({' '.join(sorted(SUFFIXES))})"
 
 
-class _Decoded(Sequence[Pixels]):
-    """Pictures, decoded at every access."""
-
-    def __init__(self, paths: list[Path], spec: ImageSpec) -> None:
-        self.paths, self.spec = paths, spec
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # one picture at a time is all that is asked for
-        return decode(self.paths[index], self.spec)
+def _classes(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.glob("*/**/*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
-            yield path
+def _pictures(folder: Path) -> list[Path]:
+    """All under one class, sorted; a real folder counts once, by whatever links it is reached, so that a loop ends."""
+    # A link back up would bring the other classes' pictures into this one.
+    seen = {os.path.realpath(parent) for parent in (*folder.parents, *folder.resolve().parents)}
+    found: list[Path] = []
+    for here, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += (Path(here, name) for name in files if name[0] != "." and Path(name).suffix.lower() in SUFFIXES)
+    return sorted(found)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UprightError(f"Folder '{error.filename}' cannot be read: {error.strerror}.") from None

@@ -1,102 +1,110 @@
-"""MNIST, and whatever else comes in its four IDX files."""
+"""MNIST, and what comes in its four IDX files in its place: Fashion-MNIST and Kuzushiji-MNIST."""
 
 import gzip
-import os
 import struct
-import sys
+import zipfile
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import pooch
 
-from upright.data.datamodule import ImageDataModule
-from upright.data.source import Source
+from upright.data.published import Bytes, Part, Published
 from upright.errors import UprightError
-from upright.images import ImageSpec, Pixels
-
-FILES = {
-    "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
-}
-"""Names, and the MD5 of what is downloaded (with ``.gz``)."""
-
-MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist"
+from upright.images import ImageSpec
 
 
-class MNIST(ImageDataModule):
-    """70,000 handwritten digits, 28 x 28 grey (LeCun, Cortes, Burges 1998): 60,000 to train on, 10,000 to test.
+class IDX(Published):
+    """Four IDX files, packed (``.gz``) or not: images ``(N, 28, 28)`` and labels, to train on and to test."""
 
-    Args:
-        root: folder of the four IDX files, packed (``.gz``) or not. By default ``$UPRIGHT_DATA/mnist``, or the user's
-            cache where that variable is not set; what is not there is downloaded once, and its MD5 checked.
-        val_fraction: of the 60,000, for validation.
-        **options: see `ImageDataModule`.
-    """
-
-    def __init__(self, *, root: str | None = None, val_fraction: float = 0.1, **options: object) -> None:
-        if root is not None:
-            # A checkpoint is used from any working directory.
-            root = self.arguments["root"] = str(Path(root).expanduser().resolve())
-        super().__init__(val_fraction=val_fraction, **options)  # type: ignore[arg-type]  # the base's own types
-        self.root = root
+    classes: tuple[str, ...]
+    """In the order of the labels."""
+    mean: ClassVar[float]
+    std: ClassVar[float]
+    """Of the training images, on the scale of 0 to 1: well-known numbers, declared, not measured here."""
+    stems: tuple[str, str] = ("train", "t10k")
+    """What the names of the files begin with: those to train on, those to test on."""
+    what = "the four IDX files"
 
     @property
     def spec(self) -> ImageSpec:
-        """Grey, 0 to 9."""
-        return ImageSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,))
+        """Grey, 28 x 28."""
+        return ImageSpec(1, 28, 28, self.classes, (self.mean,), (self.std,))
 
     def prepare_data(self) -> None:
         """Download what is not there; Lightning calls it in one process."""
-        for name in FILES:
-            self._file(name)
+        for stem in self.stems:
+            for file in _files(stem):
+                self.file(file)
 
-    def read(self) -> Source:
-        """All 70,000, in the published order."""
-        images: list[Pixels] = []
-        labels: list[int] = []
-        for part in ("train", "t10k"):
-            pixels = read_idx(self._file(f"{part}-images-idx3-ubyte"))
-            classes = read_idx(self._file(f"{part}-labels-idx1-ubyte"))
-            if pixels.ndim != 3 or classes.shape != pixels.shape[:1] or classes.max(initial=0) > 9:
-                raise UprightError(
-                    f"The {part} files do not fit together: (N, H, W) images and (N,) labels from 0 to 9 are needed, "
-                    f"got {pixels.shape} and {classes.shape} up to {classes.max(initial=0)}."
-                )
-            images += list(pixels[..., None])
-            labels += classes.tolist()
-            if part == "train":
-                count = len(labels)
-        names = [f"train-{i:05d}" if i < count else f"test-{i - count:05d}" for i in range(len(labels))]
-        return Source(images, labels, names, {"train": range(count), "test": range(count, len(labels))})
+    def parts(self) -> tuple[Part, Part]:
+        """What the four files hold."""
+        train, test = (self.part(stem) for stem in self.stems)
+        return train, test
 
-    def _file(self, name: str) -> Path:
-        """The file, downloaded if it may be and is not there."""
-        folder = Path(self.root or Path(os.environ.get("UPRIGHT_DATA", pooch.os_cache("upright"))) / "mnist")
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-        if self.root:
-            raise UprightError(
-                f"'{folder}' holds neither {name} nor {name}.gz; `root` (--data.root) is the folder of the four IDX "
-                "files. Without it they are downloaded."
-            )
-        url = f"{MIRROR}/{name}.gz"
-        try:
-            return Path(
-                pooch.retrieve(url, f"md5:{FILES[name]}", f"{name}.gz", folder, progressbar=sys.stderr.isatty())
-            )
-        except Exception as error:  # whatever a network or a disk leads the libraries below to
-            raise UprightError(
-                f"{url} cannot be downloaded ({' '.join(str(error).split())[:200]}). Put the four IDX files into "
-                f"'{folder}', or say with --data.root where they are."
-            ) from error
+    def part(self, stem: str) -> Part:
+        """Two of the files."""
+        images, labels = (read_idx(self.file(file)) for file in _files(stem))
+        return Part(images[..., None], labels)
+
+    def file(self, name: str) -> Path | zipfile.Path:
+        """The file, packed or not, downloaded if it may be and is not there."""
+        return self.find(name, f"{name}.gz") or self.fetch(f"{name}.gz")
 
 
-def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+class MNIST(IDX):
+    """70,000 handwritten digits, 28 x 28 grey (LeCun, Cortes, Burges 1998): 60,000 to train on, 10,000 to test."""
+
+    cached_as = "mnist"
+    classes = tuple("0123456789")
+    mean, std = 0.1307, 0.3081
+    mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist",)
+    checksums: ClassVar = {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    }
+
+
+class FashionMNIST(IDX):
+    """70,000 pictures of clothes, 28 x 28 grey (Xiao, Rasul, Vollgraf 2017): 60,000 to train on, 10,000 to test."""
+
+    cached_as = "fashion-mnist"
+    classes = (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
+    mean, std = 0.2860, 0.3530
+    mirrors = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",)
+    checksums: ClassVar = {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    }
+
+
+class KMNIST(IDX):
+    """70,000 cursive Japanese characters, 28 x 28 grey (Clanuwat et al. 2018): 60,000 to train on, 10,000 to test."""
+
+    cached_as = "kmnist"
+    classes = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+    mean, std = 0.1918, 0.3483
+    mirrors = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist",)
+    checksums: ClassVar = {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    }
+
+
+def _files(stem: str) -> tuple[str, str]:
+    return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
+
+
+def read_idx(path: Path | zipfile.Path) -> Bytes:
     """The uint8 array of an IDX file, packed with gzip or not.
 
     Raises:
@@ -104,9 +112,9 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UprightError(f"'{path}' cannot be read: {error}.") from None
+        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise UprightError(f"'{path}' cannot be read: {error}. It may not be whole; bring it again.") from None
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4].ljust(4, b"\xff"))
     if (zeros, kind) != (0, 8) or len(content) < 4 + 4 * dimensions:
         raise UprightError(f"'{path}' is not an IDX file of unsigned bytes.")

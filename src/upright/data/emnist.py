@@ -1,0 +1,74 @@
+"""EMNIST: handwritten letters and digits, in six arrangements, all in one archive."""
+
+import zipfile
+from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits
+from typing import ClassVar, Literal, get_args
+
+from upright.data.mnist import IDX
+from upright.data.published import Part
+from upright.errors import UprightError
+
+Arrangement = Literal["letters", "balanced", "byclass", "bymerge", "digits", "mnist"]
+
+# Upper and lower case are one class where they look alike.
+MERGED = (*digits, *ascii_uppercase, *"abdefghnqrt")
+CLASSES: dict[str, tuple[str, ...]] = {
+    "letters": tuple(ascii_uppercase),
+    "balanced": MERGED,
+    "byclass": (*digits, *ascii_uppercase, *ascii_lowercase),
+    "bymerge": MERGED,
+    "digits": tuple(digits),
+    "mnist": tuple(digits),
+}
+ARCHIVE = "gzip.zip"
+
+
+class EMNIST(IDX):
+    """Handwritten characters of NIST's Special Database 19, 28 x 28 grey (Cohen, Afshar, Tapson, van Schaik 2017).
+
+    Args:
+        split: the arrangement. ``letters``: 145,600 of 26, upper and lower case merged; ``balanced``: 131,600 of 47,
+            as many of each; ``byclass``: all 814,255 of 62; ``bymerge``: all of 47; ``digits``: 280,000 of 10;
+            ``mnist``: 70,000 of 10. Each is divided into what to train on and what to test on.
+        root: folder of the published ``gzip.zip`` or of the IDX files in it (packed or not, also in ``gzip/``). By
+            default ``$UPRIGHT_DATA/emnist``, or the user's cache where that variable is not set; the archive is
+            downloaded there once (560 MB), and its MD5 checked.
+        **options: see `Published`.
+    """
+
+    cached_as = "emnist"
+    # About that for every arrangement: one declared pair.
+    mean, std = 0.1722, 0.3309
+    mirrors = ("https://biometrics.nist.gov/cs_links/EMNIST",)
+    checksums: ClassVar = {ARCHIVE: "58c8d27c78d21e728a6bc7b3cc06412e"}
+    what = f"{ARCHIVE} or the IDX files in it"
+
+    def __init__(self, *, split: Arrangement = "letters", root: str | None = None, **options: object) -> None:
+        if split not in get_args(Arrangement):
+            raise UprightError(f"split must be one of {', '.join(get_args(Arrangement))}; got '{split}'.")
+        super().__init__(root=root, **options)  # type: ignore[arg-type]  # the base's own types
+        self.classes = CLASSES[split]
+        self.stems = (f"emnist-{split}-train", f"emnist-{split}-test")
+        self.first_label = 1 if split == "letters" else 0
+
+    def file(self, name: str) -> Path | zipfile.Path:
+        """The file, or what stands for it in the archive, which is downloaded if it may be and is not there."""
+        if unpacked := self.find(*(f"{folder}{name}{suffix}" for folder in ("", "gzip/") for suffix in ("", ".gz"))):
+            return unpacked
+        archive = self.find(ARCHIVE) or self.fetch(ARCHIVE)
+        try:
+            member = zipfile.Path(archive, f"gzip/{name}.gz")
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UprightError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
+        if not member.is_file():
+            raise UprightError(f"'{archive}' holds no gzip/{name}.gz: it is not the published archive of EMNIST.")
+        return member
+
+    def part(self, stem: str) -> Part:
+        """Turned upright, for on disk rows are columns; labels from 0, for those of letters begin at 1."""
+        images, labels = super().part(stem)
+        if images.ndim == 4:
+            images = images.swapaxes(1, 2)
+        # uint8: a 0 among labels that begin at 1 becomes 255, which `read` refuses.
+        return Part(images, labels - self.first_label)

@@ -1,0 +1,142 @@
+"""What people's folders hold: every kind of picture, links, loops, odd names."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from upright.data.folder import Folder
+from upright.errors import UprightError
+
+GREY = 100
+COLOUR = (200, 100, 50)
+
+
+def save(path: Path, image: Image.Image, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Class a: one picture of every kind; class b: greys."""
+    a, orange = tmp_path / "a", Image.new("RGB", (12, 8), COLOUR)
+    save(a / "alpha.png", Image.new("RGBA", (12, 8), (*COLOUR, 0)))
+    save(a / "animated.gif", orange, save_all=True, append_images=[Image.new("RGB", (12, 8))])
+    save(a / "cmyk.jpg", Image.new("CMYK", (12, 8), (0, 0, 0, 255 - GREY)), quality=100)
+    save(a / "colour.bmp", orange)
+    save(a / "deep.png", Image.fromarray(np.full((8, 12), GREY * 256 + 7, np.uint16)))
+    save(a / "deep.tif", Image.fromarray(np.full((8, 12), GREY * 256 + 7, np.uint16)))
+    save(a / "eins/ßwei.webp", orange, lossless=True)
+    save(a / "grey.PNG", Image.new("L", (12, 8), GREY))
+    save(a / "palette.png", orange.quantize(4))
+    save(a / "日本 🙂.png", Image.new("1", (12, 8), 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(a / "turned.jpg", orange, exif=exif, quality=100)
+    for number in range(10):
+        save(tmp_path / "b" / f"{number}.png", Image.new("L", (30 + number, 20), number))
+    return tmp_path
+
+
+def test_every_kind_of_picture_in_one_folder(mixed: Path) -> None:
+    source = Folder(root=str(mixed)).source
+    found = dict(zip(source.names, source.images, strict=True))
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in found.values())
+    sizes = {name: image.shape[:2] for name, image in found.items() if name.startswith("a/")}
+    assert sizes.pop("a/turned.jpg") == (12, 8) and set(sizes.values()) == {(8, 12)} and len(sizes) == 10
+    expected = {
+        "alpha.png": 0, "cmyk.jpg": GREY, "deep.png": GREY, "deep.tif": GREY, "grey.PNG": GREY, "日本 🙂.png": 255
+    }  # fmt: skip
+    for name, image in found.items():
+        if name.startswith("a/"):
+            wanted = expected.get(name.removeprefix("a/"), COLOUR)
+            assert abs(image.astype(int) - np.array(wanted)).max() <= 3, name
+    assert Folder(root=str(mixed), size=16, val_fraction=0.2).samples("train")[:].images.shape[1:] == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is not a picture that Pillow can read"),
+        (b"GIF89a", "cannot be decoded|is not a picture"),
+        ("cut", "cannot be decoded: .*truncated"),
+        ("link", "does not exist"),
+        ("float", "cannot be decoded: floating-point pictures have no agreed range"),
+    ],
+)
+def test_a_bad_picture_among_good_ones_is_named(mixed: Path, content: bytes | str, text: str) -> None:
+    bad = mixed / "a/bad ü.tif"
+    if content == "link":
+        bad.symlink_to(mixed / "nothing.png")
+    elif content == "float":
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(bad)
+    elif isinstance(content, str):
+        whole = mixed / "whole.png"
+        Image.effect_noise((64, 64), 50).save(whole)
+        bad.write_bytes(whole.read_bytes()[:2000])
+        whole.unlink()
+    else:
+        bad.write_bytes(content)
+    source = Folder(root=str(mixed)).source
+    index = list(source.names).index("a/bad ü.tif")
+    with pytest.raises(UprightError, match=f"/a/bad ü.tif' ({text})"):
+        source.images[index]
+    assert source.images[index + 1].shape[2] == 3
+
+
+def test_links_are_followed(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("c/1.png", "more/deeper/2.png", "3.png"):
+        save(elsewhere / name, Image.new("L", (8, 8)))
+    (mixed / "c").symlink_to(elsewhere / "c")
+    (elsewhere / "c/more").symlink_to(elsewhere / "more")
+    (elsewhere / "c/3.png").symlink_to(elsewhere / "3.png")
+    source = Folder(root=str(mixed)).source
+    assert [name for name in source.names if name.startswith("c")] == ["c/1.png", "c/3.png", "c/more/deeper/2.png"]
+
+
+def test_loops_end_and_a_picture_counts_once_in_a_class(mixed: Path) -> None:
+    before = Folder(root=str(mixed)).source
+    (mixed / "a/self").symlink_to(mixed / "a")
+    (mixed / "a/up").symlink_to(mixed)
+    (mixed / "a/zwei").symlink_to(mixed / "a/eins")
+    (mixed / "b/round").mkdir()
+    (mixed / "b/round/and").symlink_to(mixed / "b")
+    source = Folder(root=str(mixed)).source
+    assert list(source.names) == list(before.names) and source.labels == before.labels
+
+
+def test_a_class_that_is_a_link_to_the_whole_holds_nothing(mixed: Path) -> None:
+    (mixed / "c").symlink_to(mixed)
+    with pytest.raises(UprightError, match=r"No picture in class \['c'\]"):
+        _ = Folder(root=str(mixed)).source
+
+
+def test_a_folder_that_may_not_be_read_is_named(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("eins"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UprightError, match=r"Folder '.*/a/eins' cannot be read: Permission denied\."):
+        _ = Folder(root=str(mixed)).source
+
+
+def test_an_empty_folder_in_test_is_no_class(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        save(tmp_path / name / "x.png", Image.new("L", (8, 8)))
+    (tmp_path / "test/thumbs").mkdir()
+    assert len(Folder(root=str(tmp_path)).source.labels) == 4
+
+
+def test_its_images_can_be_sent_to_workers(mixed: Path) -> None:
+    images = Folder(root=str(mixed)).source.images
+    again = pickle.loads(pickle.dumps(images))
+    assert len(again) == len(images) and (again[4] == images[4]).all()
