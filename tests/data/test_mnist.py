@@ -99,9 +99,10 @@ def letter_l(count: int) -> np.ndarray:
 def emnist(request: pytest.FixtureRequest, tmp_path: Path) -> EMNIST:
     """Every arrangement, twenty of each class to train on and two to test, all of them an L."""
     count = len(CLASSES[request.param])
+    images, labels = letter_l(count * 22), np.arange(count * 22, dtype=np.uint8) % count
     parts = {
-        part: (letter_l(count * each), np.arange(count * each, dtype=np.uint8) % count)
-        for part, each in (("train", 20), ("test", 2))
+        "train": (images[: count * 20], labels[: count * 20]),
+        "test": (images[count * 20 :], labels[count * 20 :]),
     }
     write_emnist(tmp_path / "gzip.zip", request.param, parts)
     return EMNIST(split=request.param, root=str(tmp_path))
