@@ -21,14 +21,14 @@ def test_there_and_back() -> None:
         "class_path": name,
         "init_args": {
             "first": {"class_path": name, "init_args": {"second": [1, 2.5, "x", None, True]}},
-            "second": {"a": [1, 2], "b": {"class_path": name}},
+            "second": {"a": (1, 2), "b": {"class_path": name}},
         },
     }
     rebuilt = build(data)()
     assert rebuilt.first().second == [1, 2.5, "x", None, True]
-    assert rebuilt.second["a"] == [1, 2] and isinstance(rebuilt.second["b"](), Pair)
+    assert rebuilt.second["a"] == (1, 2) and isinstance(rebuilt.second["b"](), Pair)
     assert recipe(build(data)) == data | {
-        "init_args": data["init_args"] | {"second": {"a": [1, 2], "b": {"class_path": name, "init_args": {}}}}
+        "init_args": data["init_args"] | {"second": {"a": (1, 2), "b": {"class_path": name, "init_args": {}}}}
     }
 
 

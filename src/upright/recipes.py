@@ -28,7 +28,8 @@ def recipe(part: Any) -> Any:
     if isinstance(part, Path):
         return str(part)
     if isinstance(part, list | tuple):
-        return [recipe(item) for item in part]
+        # Some tell one from the other (kornia does).
+        return (tuple if isinstance(part, tuple) else list)(recipe(item) for item in part)
     if isinstance(part, dict):
         return {str(key): recipe(value) for key, value in part.items()}
     if isinstance(part, type):
@@ -71,8 +72,8 @@ def load_class(class_path: str) -> type:
 
 def build(data: Any) -> Any:
     """The inverse of `recipe`: every recipe inside ``data`` becomes ``partial(Class, **arguments)``."""
-    if isinstance(data, list):
-        return [build(item) for item in data]
+    if isinstance(data, list | tuple):
+        return type(data)(build(item) for item in data)
     if isinstance(data, dict) and "class_path" in data:
         return partial(load_class(data["class_path"]), **build(data.get("init_args", {})))
     if isinstance(data, dict):

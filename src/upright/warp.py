@@ -37,9 +37,8 @@ def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
     One matrix product: in ONNX Runtime it replaces the multiply-and-sum that ``affine_grid`` is decomposed into, which
     takes most of a spatial transformer's time there.
     """
-    linear, shift = matrices[:, :2, :2], matrices[:, :2, 2]
     with full_precision(points.device):
-        return points @ linear.transpose(1, 2) + shift[:, None]
+        return _combined(_homogeneous(points), matrices[:, :2])
 
 
 def project_points(matrices: Tensor, points: Tensor) -> Tensor:
@@ -49,9 +48,22 @@ def project_points(matrices: Tensor, points: Tensor) -> Tensor:
     one, so that all stays finite.
     """
     with full_precision(points.device):
-        depth = points @ matrices[:, 2, :2, None] + matrices[:, 2, 2, None, None]
-    projected: Tensor = transform_points(matrices, points) / depth.clamp(min=0.05)
-    return projected
+        projected = _combined(_homogeneous(points), matrices)
+    return projected[..., :2] / projected[..., 2:].clamp(min=0.05)
+
+
+def _homogeneous(points: Tensor) -> Tensor:
+    return torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
+
+
+def _combined(terms: Tensor, factors: Tensor) -> Tensor:
+    """``terms @ factors.mT``: ``terms`` ``(N, K)`` or ``(B, N, K)`` by ``factors`` ``(B, D, K)``, to ``(B, N, D)``."""
+    if terms.dim() == 3:
+        return terms @ factors.mT
+    # One product for the whole batch, x and y apart in memory: 28 x 28 points of 128 images took a twentieth of the
+    # time of 128 small products (CPU, one thread), and sampling reads either layout equally fast.
+    batch, size, count = factors.shape
+    return (factors.reshape(-1, count) @ terms.T).reshape(batch, size, -1).mT
 
 
 def spline_solution(controls: Tensor) -> Tensor:
@@ -72,6 +84,14 @@ def spline_weights(controls: Tensor, solution: Tensor, points: Tensor) -> Tensor
     bending that has those values at the controls; it reproduces every affine function.
     """
     return _spline_basis(controls, points) @ solution
+
+
+def spline_points(controls: Tensor, solution: Tensor, shifts: Tensor, points: Tensor) -> Tensor:
+    """Where the splines that move ``controls`` ``(K, 2)`` by ``shifts`` ``(B, K, 2)`` take ``points``: ``(B, N, 2)``.
+
+    ``points`` are ``(N, 2)``, whose weights are then the same for all images, or ``(B, N, 2)``.
+    """
+    return points + _combined(spline_weights(controls, solution, points), shifts.mT)
 
 
 def _spline_basis(controls: Tensor, points: Tensor) -> Tensor:

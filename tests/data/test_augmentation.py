@@ -1,32 +1,134 @@
 import math
+from collections.abc import Callable
+from functools import partial
 
+import kornia.augmentation as kornia
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
-from upright.data.augmentation import Augmentation, Geometric, RandomAffine
+from upright.data.augmentation import (
+    Augmentation,
+    Geometric,
+    RandomAffine,
+    RandomCrop,
+    RandomElastic,
+    RandomPerspective,
+    RandomResizedCrop,
+    quadrilateral,
+)
 from upright.errors import UprightError
-from upright.warp import rotation, rotation_angle, transform_points, warp
+from upright.recipes import build, recipe
+from upright.warp import pixel_centres, rotation, rotation_angle, sample, transform_points
+
+HEIGHT, WIDTH = 12, 18
+GEOMETRIC = {
+    "affine": partial(RandomAffine, rotate=60, scale=(0.8, 1.2), shear=10, shift=0.1, flip=0.5),
+    "crop": partial(RandomCrop, padding=3),
+    "resized crop": RandomResizedCrop,
+    "perspective": partial(RandomPerspective, distortion=0.2),
+    "elastic": partial(RandomElastic, sigma=0.05),
+}
+AT_REST = {
+    "affine": RandomAffine,
+    "crop": partial(RandomCrop, padding=0),
+    "resized crop": partial(RandomResizedCrop, scale=(1, 1), ratio=(WIDTH / HEIGHT, WIDTH / HEIGHT)),
+    "perspective": partial(RandomPerspective, distortion=0),
+    "elastic": partial(RandomElastic, sigma=0),
+}
+KORNIA = {
+    "rotation": partial(kornia.RandomRotation, 60.0, p=0.7),
+    "affine": partial(kornia.RandomAffine, 30.0, (0.1, 0.1), (0.8, 1.2), 10.0, p=1.0),
+    "flip": partial(kornia.RandomHorizontalFlip),
+    "perspective": partial(kornia.RandomPerspective, 0.5, p=1.0),
+    "crop": partial(kornia.RandomCrop, (HEIGHT, WIDTH), padding=3),
+    "resized crop": partial(kornia.RandomResizedCrop, (HEIGHT, WIDTH)),
+    "another size": partial(kornia.CenterCrop, (8, 10)),
+    "several": lambda: kornia.AugmentationSequential(kornia.RandomRotation(60.0), kornia.RandomVerticalFlip(p=1.0)),
+}
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randint(0, 256, (200, 1, 12, 18), dtype=torch.uint8)
+    return torch.randint(0, 256, (200, 1, HEIGHT, WIDTH), dtype=torch.uint8)
+
+
+def smooth(count: int = 16) -> torch.Tensor:
+    return interpolate(255 * torch.rand(count, 3, 4, 6), (HEIGHT, WIDTH), mode="bicubic").clamp(0, 255)
+
+
+def draw(part: Geometric, batch: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    matrices = part.draw(batch, height, width)
+    assert isinstance(matrices, torch.Tensor) and matrices.shape == (batch, 3, 3)
+    return matrices
+
+
+def check_handed_on(augmentation: Augmentation, images: torch.Tensor) -> None:
+    """What is handed on is what was done, at shared points and at each image's own."""
+    view = augmentation(images)
+    height, width = view.images.shape[-2:]
+    points = pixel_centres(height, width)
+    found = view.transforms(points)
+    torch.testing.assert_close(sample(images.float(), found, height, width), view.images, atol=0.01, rtol=1e-4)
+    torch.testing.assert_close(view.transforms(points.expand(len(images), -1, -1)), found, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_to_do_changes_nothing(images: torch.Tensor) -> None:
-    images_out, transforms = Augmentation()(images)
+    images_out, transforms, targets = Augmentation()(images, torch.arange(200))
     assert images_out.dtype == torch.float32 and torch.equal(images_out, images.float())
-    assert torch.equal(transforms, torch.eye(3).expand(200, 3, 3))
+    points = pixel_centres(4, 4)
+    assert torch.equal(transforms(points), points.expand(200, 16, 2)) and torch.equal(targets, torch.arange(200))
 
 
-def test_the_transforms_handed_on_are_those_done(images: torch.Tensor) -> None:
-    view = Augmentation([RandomAffine(rotate=60, scale=(0.8, 1.2), shear=10, shift=0.1, flip=0.5)])(images)
-    torch.testing.assert_close(view.images, warp(images.float(), view.transforms))
+@pytest.mark.parametrize("part", GEOMETRIC.values(), ids=GEOMETRIC)
+def test_the_transforms_handed_on_are_those_done(part: Callable[[], Geometric]) -> None:
+    images = smooth()
+    augmentation = Augmentation([part()])
+    assert augmentation(images).images.shape == images.shape and augmentation.moves
+    assert not torch.allclose(augmentation(images).images, images, atol=1)
+    check_handed_on(augmentation, images)
+
+
+@pytest.mark.parametrize("part", AT_REST.values(), ids=AT_REST)
+def test_no_strength_is_the_identity(part: Callable[[], Geometric]) -> None:
+    images = smooth()
+    torch.testing.assert_close(Augmentation([part()])(images).images, images, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("part", GEOMETRIC.values(), ids=GEOMETRIC)
+def test_a_part_goes_into_a_checkpoint_and_draws_from_the_seed(part: Callable[[], Geometric]) -> None:
+    images, views = smooth(), []
+    for each in (part, build(recipe(part)), part):
+        torch.manual_seed(len(views) // 2)
+        views.append(Augmentation([each()])(images).images)
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+
+
+def test_all_of_them_are_sampled_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("upright.data.augmentation.sample", lambda *a: calls.append(a) or sample(*a))
+    parts = [part() for part in GEOMETRIC.values()]
+    check_handed_on(Augmentation(parts), smooth())
+    check_handed_on(Augmentation(parts[::-1]), smooth())
+    assert len(calls) == 2
+    Augmentation([RandomAffine(rotate=30), RandomCrop(), nn.Identity(), RandomAffine(flip=1.0)])(images)
+    assert len(calls) == 4
+
+
+def test_what_is_done_before_and_after_another_module_is_handed_on_as_one() -> None:
+    image = smooth()
+    quarter = Always(rotation(torch.tensor(math.pi / 2), WIDTH / HEIGHT))
+    view = Augmentation([quarter, nn.Identity(), RandomElastic(), quarter])(image)
+    points = pixel_centres(4, 4)
+    again = Augmentation([quarter, Always(torch.eye(3)), quarter])(image)
+    # An elastic shift of 3 % in between is all that keeps it from half a turn.
+    torch.testing.assert_close(again.transforms(points), -points.expand(16, -1, -1))
+    assert 0 < (view.transforms(points) + points).abs().mean() < 0.15
 
 
 def test_rotation_is_uniform_in_its_range() -> None:
-    matrices = RandomAffine(rotate=60).matrices(4000, aspect=1.5)
+    matrices = draw(RandomAffine(rotate=60), 4000)
     points = torch.rand(10, 2)
     degrees = rotation_angle(transform_points(matrices, points), points, 1.5).rad2deg()
     assert degrees.abs().max() <= 60.01
@@ -34,34 +136,75 @@ def test_rotation_is_uniform_in_its_range() -> None:
 
 
 def test_scale_shift_flip_and_shear_do_what_they_say() -> None:
-    scaled = RandomAffine(scale=(2, 2)).matrices(3, 1.0)
+    scaled = draw(RandomAffine(scale=(2, 2)), 3)
     # Output to input: what is twice as large samples half as far out.
     torch.testing.assert_close(scaled, torch.diag(torch.tensor([0.5, 0.5, 1])).expand(3, 3, 3))
-    shifts = RandomAffine(shift=0.25).matrices(2000, 1.0)[:, :2, 2]
+    shifts = draw(RandomAffine(shift=0.25), 2000)[:, :2, 2]
     assert 0.48 < shifts.abs().max() <= 0.5
-    flips = RandomAffine(flip=0.3).matrices(2000, 1.0)[:, 0, 0]
+    flips = draw(RandomAffine(flip=0.3), 2000)[:, 0, 0]
     assert abs((flips < 0).float().mean() - 0.3) < 0.05 and (flips.abs() == 1).all()
-    slants = RandomAffine(shear=45).matrices(2000, 1.0)[:, 0, 1]
+    slants = draw(RandomAffine(shear=45), 2000, 8, 8)[:, 0, 1]
     assert 0.98 < slants.abs().max() <= 1.0001
 
 
-def test_neighbours_are_composed_and_sampled_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("upright.data.augmentation.warp", lambda *a: calls.append(a) or warp(*a))
-    parts = [RandomAffine(rotate=30), RandomAffine(shift=0.2), nn.Identity(), RandomAffine(flip=1.0)]
-    view = Augmentation(parts)(images)
-    assert len(calls) == 2
-    torch.testing.assert_close(view.transforms, calls[0][1] @ calls[1][1])
+def test_a_crop_is_exact_to_the_pixel(images: torch.Tensor) -> None:
+    view = Augmentation([RandomCrop(padding=2)])(images)
+    padded = nn.functional.pad(images.float(), (2, 2, 2, 2))
+    crops = {
+        (down, across): padded[..., down : down + HEIGHT, across : across + WIDTH]
+        for down in range(5)
+        for across in range(5)
+    }
+    found = torch.stack([(view.images - crop).abs().amax(dim=(1, 2, 3)) < 0.01 for crop in crops.values()])
+    # Each is one of the 25, and every one of the 25 comes.
+    assert (found.sum(dim=0) == 1).all() and found.any(dim=1).all()
+
+
+def test_a_resized_crop_has_the_area_and_the_aspect_asked_for() -> None:
+    matrices = draw(RandomResizedCrop(scale=(0.1, 0.4), ratio=(0.5, 2)), 4000)
+    across, down = matrices[:, 0, 0], matrices[:, 1, 1]
+    ratio = across * WIDTH / (down * HEIGHT)
+    area = across * down
+    assert 0.0999 < area.min() < 0.105 and 0.395 < area.max() < 0.4001 and abs(area.mean() - 0.25) < 0.01
+    assert 0.4999 < ratio.min() < 0.51 and 1.95 < ratio.max() < 2.001
+    assert abs((ratio < 1).float().mean() - 0.5) < 0.03
+    # It lies inside, and touches no border more than the opposite one.
+    assert ((matrices[:, :2, 2].abs() + torch.stack([across, down], 1)) < 1.0001).all()
+    assert matrices[:, :2, 2].mean(dim=0).abs().max() < 0.03
+
+
+def test_perspective_takes_the_corners_where_they_shall_go() -> None:
+    corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
+    wanted = corners + 0.49 * (2 * torch.rand(500, 4, 2) - 1)
+    composed = Augmentation([Always(quadrilateral(wanted))])(torch.zeros(500, 1, 4, 4)).transforms
+    torch.testing.assert_close(composed(corners), wanted, atol=1e-4, rtol=1e-4)
+    moved = Augmentation([RandomPerspective(distortion=0.2)])(torch.zeros(500, 1, 4, 4)).transforms(corners)
+    assert 0.39 < (moved - corners).abs().max() <= 0.4001
+
+
+def test_elastic_moves_the_points_of_its_grid_by_sigma() -> None:
+    part = RandomElastic(points=3, sigma=0.04)
+    shifts = part.draw(2000, HEIGHT, WIDTH)(part.controls) - part.controls
+    assert shifts.shape == (2000, 9, 2) and abs(shifts.std() - 0.08) < 0.002 and abs(shifts.mean()) < 0.002
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+def test_padding_is_what_is_seen_beyond_the_border(padding: str) -> None:
+    half = Always(torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 1]]))
+    row = torch.tensor([10.0, 20, 30, 40]).expand(1, 1, 2, 4)
+    expected = {"zeros": [30, 40, 0, 0], "border": [30, 40, 40, 40], "reflection": [30, 40, 40, 30]}[padding]
+    found = Augmentation([half], padding=padding)(row).images
+    torch.testing.assert_close(found, torch.tensor(expected).float().expand(1, 1, 2, 4))
 
 
 class Always(Geometric):
-    """The same transform for every image."""
+    """The same transform for every image, or one given for each."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
         self.matrix = matrix
 
-    def matrices(self, batch: int, aspect: float) -> torch.Tensor:
+    def draw(self, batch: int, height: int, width: int) -> torch.Tensor:
         return self.matrix.expand(batch, 3, 3)
 
 
@@ -79,44 +222,109 @@ def test_parts_are_done_in_their_order() -> None:
     assert moved_then_turned.images.argmax() == other.argmax()
 
 
-def test_any_module_on_a_batch_plugs_in(images: torch.Tensor) -> None:
-    class Invert(nn.Module):
-        def forward(self, batch: torch.Tensor) -> torch.Tensor:
-            return 255 - batch
+class Invert(nn.Module):
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        assert batch.min() >= 0 and 0.9 < batch.max() <= 1
+        return 1 - batch
 
-    assert torch.equal(Augmentation([Invert()])(images).images, 255 - images.float())
+
+def test_any_module_on_a_batch_from_0_to_1_plugs_in(images: torch.Tensor) -> None:
+    before = images.clone()
+    torch.testing.assert_close(Augmentation([Invert()])(images).images, 255 - images.float())
+    twice = Augmentation([Invert(), RandomAffine(flip=1), Invert()])(images)
+    torch.testing.assert_close(twice.images, images.flip(3).float(), atol=0.01, rtol=0)
+    assert torch.equal(images, before)
     assert not Augmentation([Invert()]).moves and Augmentation([Invert(), RandomAffine()]).moves
 
 
-def test_one_option_does_not_change_the_numbers_of_another() -> None:
-    def turned(**options: float) -> torch.Tensor:
-        torch.manual_seed(3)
-        return RandomAffine(rotate=45, **options).matrices(5, 1.0)[:, :2, :2]
-
-    assert torch.equal(turned(), turned(shift=0.2))
+@pytest.mark.parametrize("part", KORNIA.values(), ids=KORNIA)
+def test_what_kornia_moves_is_handed_on(part: Callable[[], nn.Module]) -> None:
+    augmentation = Augmentation([part()])
+    assert augmentation.moves and augmentation.untold is None
+    check_handed_on(augmentation, smooth())
+    # Between two of ours, which sample on their own: the same points, if not the same pixels.
+    around = Augmentation([RandomAffine(rotate=30), part(), RandomElastic(sigma=0.01)])
+    image = smooth()
+    view = around(image)
+    once = sample(image, view.transforms(pixel_centres(*view.images.shape[-2:])), *view.images.shape[-2:])
+    inner = (..., slice(3, -3), slice(3, -3))
+    assert (once - view.images)[inner].abs().mean() < 0.1 * (once - once.roll(1, 0))[inner].abs().mean()
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    "part",
     [
-        ({"scale": (0, 1)}, "0 < least <= greatest, got .0, 1."),
-        ({"flip": 2}, "probability from 0 to 1, got 2"),
-        ({"shear": 90}, "below 90 degrees, got 90"),
+        partial(kornia.ColorJitter, 0.3, 0.3, 0.3, 0.1, p=1.0),
+        partial(kornia.RandomErasing, p=1.0),
+        partial(kornia.RandomGaussianNoise, std=0.1, p=1.0),
+    ],
+    ids=lambda part: part.func.__name__,
+)
+def test_what_kornia_recolours_stays_where_it_is_and_comes_from_torchs_seed(part: Callable[[], nn.Module]) -> None:
+    augmentation, views = Augmentation([part()]), []
+    assert not augmentation.moves
+    image = smooth()
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        views.append(augmentation(image))
+    points = pixel_centres(4, 4)
+    assert torch.equal(views[0].transforms(points), points.expand(16, -1, -1))
+    assert torch.equal(views[0].images, views[1].images) and not torch.equal(views[0].images, views[2].images)
+    assert 1 < (views[0].images - image).abs().mean() < 100
+
+
+def test_who_moves_pixels_and_does_not_say_where_is_named() -> None:
+    assert Augmentation([RandomElastic(), kornia.RandomElasticTransform()]).untold == "RandomElasticTransform"
+    hidden = nn.Sequential(kornia.RandomRotation(30.0))
+    assert Augmentation([hidden]).untold == "Sequential" and Augmentation([hidden]).moves
+    several = kornia.AugmentationSequential(kornia.RandomRotation(30.0), kornia.RandomThinPlateSpline())
+    assert Augmentation([several]).untold == "AugmentationSequential"
+    assert Augmentation([nn.Identity(), kornia.ColorJitter()]).untold is None
+
+
+def test_one_option_does_not_change_the_numbers_of_another() -> None:
+    def drawn(part: Geometric) -> torch.Tensor:
+        torch.manual_seed(3)
+        return torch.cat([draw(part, 5)[:, :2, :2].flatten(), torch.rand(3)])
+
+    assert torch.equal(drawn(RandomAffine(rotate=45)), drawn(RandomAffine(rotate=45, shift=0.2)))
+    # Nor what is drawn after it.
+    assert torch.equal(drawn(RandomCrop(padding=0)), drawn(RandomCrop(padding=5)))
+    ours = (RandomResizedCrop(scale=(1, 1)), RandomResizedCrop(ratio=(1, 1)))
+    assert torch.equal(*(drawn(part)[-3:] for part in ours))
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (partial(RandomAffine, scale=(0, 1)), "0 < least <= greatest, got .0, 1."),
+        (partial(RandomAffine, flip=2), "probability from 0 to 1, got 2"),
+        (partial(RandomAffine, shear=90), "below 90 degrees, got 90"),
+        (partial(RandomCrop, padding=-1), "at least 0 pixels, got -1"),
+        (partial(RandomResizedCrop, scale=(0.5, 2)), "<= 1, a fraction of the area, got .0.5, 2."),
+        (partial(RandomResizedCrop, ratio=(2, 1)), "ratio needs 0 < least <= greatest, got .2, 1."),
+        (partial(RandomPerspective, distortion=0.25), "from 0 to below 0.25 of the image, got 0.25"),
+        (partial(RandomElastic, points=1), "at least 2 along each side, got 1"),
+        (partial(RandomElastic, sigma=-0.1), "sigma must be at least 0, got -0.1"),
+        (partial(Augmentation, padding="black"), "one of zeros, border, reflection; got 'black'"),
+        (
+            lambda: Augmentation([kornia.RandomMixUpV2()]),
+            "RandomMixUpV2 of kornia mixes .* use upright.data.mixing.MixUp or CutMix",
+        ),
     ],
 )
-def test_refuses(options: dict[str, object], text: str) -> None:
+def test_refuses(part: Callable[[], nn.Module], text: str) -> None:
     with pytest.raises(UprightError, match=text):
-        RandomAffine(**options)
+        part()
 
 
 def test_half_precision_elsewhere_changes_nothing_here() -> None:
-    augmentation = Augmentation(
-        [RandomAffine(rotate=30, scale=(0.8, 1.2), shear=10, shift=0.1), RandomAffine(rotate=5)]
-    )
-    images = 255 * torch.rand(4, 1, 28, 28)
+    augmentation = Augmentation([part() for part in GEOMETRIC.values()])
+    images, points = 255 * torch.rand(4, 1, 28, 28), pixel_centres(4, 4)
     torch.manual_seed(0)
     expected = augmentation(images)
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = augmentation(images)
-    assert torch.equal(found.images, expected.images) and torch.equal(found.transforms, expected.transforms)
+        assert torch.equal(found.transforms(points), expected.transforms(points))
+    assert torch.equal(found.images, expected.images)

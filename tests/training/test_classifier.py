@@ -1,6 +1,7 @@
 from dataclasses import replace
 from functools import partial
 
+import kornia.augmentation as kornia
 import lightning as L
 import pytest
 import torch
@@ -10,13 +11,20 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.mlp import MLP
 from upright.architectures.recurrent import Recurrent
 from upright.architectures.resnet import SmallResNet
-from upright.architectures.spatial_transformer import DenseLocaliser, Regression, SpatialTransformer, observing
+from upright.architectures.spatial_transformer import (
+    DenseLocaliser,
+    Regression,
+    SpatialTransformer,
+    observed,
+    observing,
+)
 from upright.architectures.transformer_network import TransformerNetwork
-from upright.data.augmentation import RandomAffine
+from upright.data.augmentation import RandomAffine, RandomElastic, RandomPerspective
 from upright.data.digits import Digits
+from upright.data.mixing import CutMix, MixUp
 from upright.errors import UprightError
 from upright.training.classifier import ImageClassifier
-from upright.training.losses import PerceptronLoss
+from upright.training.losses import CrossEntropy, PerceptronLoss
 from upright.training.schedules import OneCycle
 
 SPEC = Digits(size=12, margin=0).spec
@@ -30,7 +38,8 @@ def trainer(**options: object) -> L.Trainer:
 
 
 def digits(**options: object) -> Digits:
-    return Digits(size=12, margin=0, angles=(-30, 30), augment=[partial(RandomAffine, rotate=30)], **options)
+    options = {"augment": [partial(RandomAffine, rotate=30)]} | options
+    return Digits(size=12, margin=0, angles=(-30, 30), **options)
 
 
 def test_lr_factor_reaches_the_optimiser_and_the_schedule_keeps_the_ratio() -> None:
@@ -145,6 +154,113 @@ def test_an_upright_loss_without_turned_data_is_refused() -> None:
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
     with pytest.raises(UprightError, match=r"the data are not turned: add"):
         trainer().fit(classifier, Digits(size=12, margin=0))
+
+
+class WhereIsLight(nn.Module):
+    """For images whose upper half is bright: by how much that is turned, in every feature."""
+
+    def __init__(self, input_shape: object, num_outputs: int) -> None:
+        super().__init__()
+        self.features = num_outputs
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        line = torch.arange(12) - 5.5
+        down, across = (images * line[:, None]).mean(dim=(1, 2, 3)), (images * line).mean(dim=(1, 2, 3))
+        return torch.atan2(-across, -down)[:, None].expand(-1, self.features)
+
+
+class TurnsBack(SpatialTransformer):
+    """Undoes, whatever its weights, the turn that its localiser sees."""
+
+    def __init__(self, input_shape: tuple[int, int, int]) -> None:
+        super().__init__(input_shape, transform="rotation", localiser=WhereIsLight)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        theta = 0 * self.localisation(images) - self.localisation[0](images)[:, :1]
+        return observed(self, theta, lambda: self.look(images, partial(self.points, theta)))
+
+
+@pytest.mark.parametrize(
+    ("augment", "known"),
+    [
+        ([partial(RandomAffine, rotate=40), RandomElastic, partial(RandomPerspective, distortion=0.02)], True),
+        ([partial(kornia.RandomRotation, degrees=40.0, p=1.0)], True),
+        ([partial(kornia.RandomRotation, degrees=30.0), kornia.ColorJitter, partial(RandomAffine, rotate=30)], True),
+        ([RandomAffine, "hidden"], False),
+    ],
+)
+def test_the_upright_loss_knows_of_whatever_moves_pixels(augment: list[object], known: bool) -> None:
+    network = partial(TransformerNetwork, network=LeNet, transformer=TurnsBack)
+    data = digits(augment=[HiddenTurn if part == "hidden" else part for part in augment], batch_size=256)
+    # Where the transformer turns back what was turned, nothing is lost, whoever turned it.
+    images = data.samples("train").images
+    images[:, :, :6], images[:, :, 6:] = 255, 0
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(ImageClassifier(SPEC, network, ADAM, upright_weight=1.0), data)
+    loss = float(fit.callback_metrics["train/upright_loss"])
+    assert loss < 0.03 if known else loss > 0.1
+
+
+class HiddenTurn(nn.Module):
+    """Moves pixels behind everybody's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = [kornia.RandomRotation(40.0, p=1.0)]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.turn[0](images)
+
+
+@pytest.mark.parametrize("part", [MixUp, CutMix])
+def test_mixed_images_are_learnt_with_soft_targets(part: type[nn.Module]) -> None:
+    given = []
+
+    class Listening(CrossEntropy):
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            given.append((self.training, targets))
+            return super().forward(logits, targets)
+
+    classifier = ImageClassifier(SPEC, LeNet, ADAM)
+    classifier.loss = Listening(10, label_smoothing=0.1)
+    fit = trainer(max_steps=2, limit_val_batches=1)
+    fit.fit(classifier, digits(augment=[partial(RandomAffine, rotate=10), part]))
+    # The first was asked before training whether it can.
+    trained = [targets for training, targets in given[1:] if training]
+    assert all(targets.shape == (64, 10) and (targets.amax(dim=1) < 1).any() for targets in trained)
+    # Validation has labels, as everything has without mixing.
+    assert all(targets.dtype == torch.int64 for training, targets in given if not training)
+    given.clear()
+    trainer(max_steps=1, limit_val_batches=0).fit(classifier, digits())
+    assert given[0][1].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("network", "augment", "options", "text"),
+    [
+        (
+            LeNet,
+            [MixUp],
+            {"loss": PerceptronLoss},
+            "MixUp gives an image several classes, and PerceptronLoss takes",
+        ),
+        (STN, [RandomAffine, CutMix], {"upright_weight": 1.0}, "and CutMix puts two into one: leave it out of"),
+        (
+            STN,
+            [RandomAffine, kornia.RandomElasticTransform],
+            {"upright_weight": 1.0},
+            "must know where pixels went, and RandomElasticTransform does not say: use",
+        ),
+        (STN, [kornia.ColorJitter], {"upright_weight": 1.0}, "the data are not turned: add"),
+    ],
+)
+def test_an_augmentation_that_the_losses_cannot_learn_from_is_refused(
+    network: object, augment: list[object], options: dict[str, object], text: str
+) -> None:
+    options = {"scheduler": OneCycle} | options
+    with pytest.raises(UprightError, match=text) as refusal:
+        trainer().fit(ImageClassifier(SPEC, network, ADAM, **options), digits(augment=augment))
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_architectures_refusal_is_the_users_error() -> None:

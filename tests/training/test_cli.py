@@ -104,6 +104,52 @@ def test_other_data_replace_the_configs(upright: Upright, tmp_path: Path) -> Non
         assert data["batch_size"] == (32 if name == "b" else 64)
 
 
+AUGMENTED = """
+class_path: upright.data.digits.Digits
+init_args:
+  angles: [0]
+  augment:
+    - class_path: kornia.augmentation.RandomRotation
+      init_args: {degrees: 20.0, p: 1.0}
+    - class_path: upright.data.augmentation.RandomAffine
+      init_args: {scale: [0.9, 1.1]}
+    - class_path: upright.data.augmentation.RandomElastic
+    - class_path: kornia.augmentation.ColorJitter
+      init_args: {brightness: [0.8, 1.2], contrast: 0.2, p: 1.0}
+    - class_path: kornia.augmentation.RandomCrop
+      init_args: {size: [28, 28], padding: [2, 2]}
+    - class_path: kornia.augmentation.RandomErasing
+      init_args: {scale: [0.02, 0.1]}
+"""
+
+
+def test_kornia_plugs_in_and_the_checkpoint_knows_it(upright: Upright, tmp_path: Path) -> None:
+    from upright.training.checkpoint import restore
+
+    (tmp_path / "mine.yaml").write_text(AUGMENTED)
+    mixing = "    - class_path: upright.data.mixing.MixUp\n      init_args: {alpha: 0.4}\n"
+    (tmp_path / "mixed.yaml").write_text(AUGMENTED + mixing)
+    quick = ("--trainer.max_epochs", 1, "--wandb", "off")
+    weights, upright_loss = [], ("--model.upright_weight", 1)
+    for name, config, data, *options in (
+        ("one", STN, "mine.yaml", *upright_loss),
+        ("two", STN, "mine.yaml", *upright_loss),
+        ("mixed", LENET, "mixed.yaml"),
+    ):
+        answer = upright("fit", "--config", config, "--data", data, "--name", name, *options, *quick)
+        assert answer.code == 0, answer.err
+        weights.append(torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"])
+        assert upright("test", "--ckpt_path", tmp_path / "checkpoints" / name).code == 0
+    # The same seed, the same weights: kornia too draws from torch's.
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+    restored = restore(tmp_path / "checkpoints/mixed/best.ckpt").data.augmentation
+    names = [type(part).__name__ for part in restored.parts]
+    kornias = ["RandomRotation", "ColorJitter", "RandomCrop", "RandomErasing"]
+    assert [name for name in names if name in kornias] == kornias and names[-1] == "MixUp"
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    assert restored(images, torch.eye(10)[:4]).images.shape == images.shape
+
+
 def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     assert upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "p.csv").code == 0
     rows = read_csv(tmp_path / "p.csv")

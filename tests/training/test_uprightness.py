@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -72,8 +73,16 @@ def test_one_view_says_nothing() -> None:
         assert math.isnan(measure(applied, torch.randn(50), torch.arange(50)))
 
 
+def test_what_was_done_may_be_projective() -> None:
+    slanted = rotation(ANGLES)
+    slanted[:, 2, 0] = 0.3
+    metric = Uprightness()
+    metric.update(torch.zeros(5, dtype=torch.long), slanted, seen(torch.zeros(5)), 1.0)
+    assert float(metric.compute()) == pytest.approx(1, abs=1e-3)
+
+
 def poses(applied: torch.Tensor, undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:
-    (pose,) = final_poses(rotation(applied), seen(undone, kind), pixel_centres(4, 4))
+    (pose,) = final_poses(partial(transform_points, rotation(applied)), seen(undone, kind), POINTS)
     return pose
 
 

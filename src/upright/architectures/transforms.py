@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from upright.warp import project_points, rotation, spline_solution, spline_weights, transform_points
+from upright.warp import project_points, rotation, spline_points, spline_solution, transform_points
 
 TransformName = Literal["translation", "rotation", "attention", "similarity", "affine", "projective", "thin_plate"]
 
@@ -138,7 +138,7 @@ class ThinPlate(nn.Module):
 
     def forward(self, theta: Tensor, points: Tensor) -> Tensor:
         """See `Transform`."""
-        return points + spline_weights(self.controls, self.solution, points) @ theta.reshape(-1, self.size // 2, 2)
+        return spline_points(self.controls, self.solution, theta.reshape(-1, self.size // 2, 2), points)
 
 
 MATRIX_TRANSFORMS: dict[TransformName, type[Transform]] = {

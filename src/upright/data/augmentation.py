@@ -1,27 +1,50 @@
-"""Augmentation of a whole batch on its device: one transform per image, one sampling, and the transforms handed on."""
+"""Augmentation of a whole batch on its device: one transform per image, one sampling, and the transforms handed on.
+
+A list of parts, done in order. `Geometric` ones are drawn here; what changes values (brightness, hue, noise, erasing)
+is kornia's, as it is. A part draws from torch's global generator, on the CPU where it is ours, so that one seed gives
+one batch on every device.
+"""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from upright.data.mixing import Mixing
 from upright.errors import UprightError
-from upright.warp import full_precision, identity, rotation, warp
+from upright.warp import (
+    Padding,
+    full_precision,
+    identity,
+    pixel_centres,
+    project_points,
+    rotation,
+    sample,
+    spline_points,
+    spline_solution,
+    transform_points,
+)
+
+Points = Callable[[Tensor], Tensor]
+"""From output points ``(N, 2)`` or ``(B, N, 2)`` to the input points ``(B, N, 2)`` that are seen there."""
 
 
 class Geometric(nn.Module, ABC):
-    """A random transform of where pixels are, as a matrix; `Augmentation` composes and samples."""
+    """A random transform of where pixels are; `Augmentation` composes and samples."""
 
     @abstractmethod
-    def matrices(self, batch: int, aspect: float) -> Tensor:
-        """``batch`` matrices ``(B, 3, 3)`` from output to input coordinates, on the CPU.
+    def draw(self, batch: int, height: int, width: int) -> Tensor | Points:
+        """Transforms from output to input coordinates: matrices ``(B, 3, 3)`` on the CPU, or a function of points.
 
         Args:
             batch: how many.
-            aspect: width / height of the images.
+            height: of the images.
+            width: of the images.
         """
 
 
@@ -54,8 +77,9 @@ class RandomAffine(Geometric):
             raise UprightError(f"shear must be below 90 degrees, got {shear}.")
         self.rotate, self.scale, self.shear, self.shift, self.flip = rotate, scale, shear, shift, flip
 
-    def matrices(self, batch: int, aspect: float) -> Tensor:
-        """See `Geometric.matrices`."""
+    def draw(self, batch: int, height: int, width: int) -> Tensor:
+        """See `Geometric.draw`."""
+        aspect = width / height
         # Always six draws per image, in this order: switching one option leaves the others' numbers as they were.
         turn, size, slant, mirror, *shifts = torch.rand(6, batch)
         matrices = rotation(math.radians(self.rotate) * (2 * turn - 1), aspect)
@@ -69,49 +93,282 @@ class RandomAffine(Geometric):
         return matrices
 
 
+class RandomCrop(Geometric):
+    """The crop of the image's own size out of the image with a margin around it: a shift by whole pixels.
+
+    Args:
+        padding: pixels of the margin on each side.
+    """
+
+    def __init__(self, *, padding: int = 4) -> None:
+        super().__init__()
+        if padding < 0:
+            raise UprightError(f"padding must be at least 0 pixels, got {padding}.")
+        self.padding = padding
+
+    def draw(self, batch: int, height: int, width: int) -> Tensor:
+        """See `Geometric.draw`."""
+        # As `RandomAffine`, the same draws whatever the padding.
+        places = (torch.rand(batch, 2) * (2 * self.padding + 1)).floor() - self.padding
+        matrices = identity(batch).clone()
+        matrices[:, :2, 2] = 2 * places / torch.tensor([width, height])
+        return matrices
+
+
+class RandomResizedCrop(Geometric):
+    """A box of random area, aspect and place, at the image's size (Szegedy et al. 2015, section 6).
+
+    Where a box would be longer than the image, it is cut to its length.
+
+    Args:
+        scale: least and greatest area of the box, as a fraction of the image's; uniform.
+        ratio: least and greatest width / height of the box, in pixels; uniform in its logarithm, so that what lies is
+            as likely as what stands.
+    """
+
+    def __init__(
+        self, *, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ) -> None:
+        super().__init__()
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise UprightError(f"scale needs 0 < least <= greatest <= 1, a fraction of the area, got {list(scale)}.")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise UprightError(f"ratio needs 0 < least <= greatest, got {list(ratio)}.")
+        self.scale, self.ratio = scale, ratio
+
+    def draw(self, batch: int, height: int, width: int) -> Tensor:
+        """See `Geometric.draw`."""
+        size, shape, *places = torch.rand(4, batch)
+        area = self.scale[0] + (self.scale[1] - self.scale[0]) * size
+        low, high = map(math.log, self.ratio)
+        ratio = (low + (high - low) * shape).exp() * height / width
+        sides = torch.stack([area * ratio, area / ratio], dim=1).sqrt().clamp(max=1)
+        matrices = torch.diag_embed(torch.cat([sides, torch.ones(batch, 1)], dim=1))
+        matrices[:, :2, 2] = (1 - sides) * (2 * torch.stack(places, dim=1) - 1)
+        return matrices
+
+
+class RandomPerspective(Geometric):
+    """The image seen at a slant: what is seen in each corner comes from a random place near it.
+
+    Args:
+        distortion: how far from the corner, up to this fraction of the image either way, along x and along y; below
+            0.25, where four corners could come to lie in no convex order.
+    """
+
+    def __init__(self, *, distortion: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= distortion < 0.25:
+            raise UprightError(f"distortion must be from 0 to below 0.25 of the image, got {distortion}.")
+        self.distortion = distortion
+
+    def draw(self, batch: int, height: int, width: int) -> Tensor:
+        """See `Geometric.draw`."""
+        corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+        return quadrilateral(corners + 2 * self.distortion * (2 * torch.rand(batch, 4, 2) - 1))
+
+
+def quadrilateral(corners: Tensor) -> Tensor:
+    """The matrices ``(B, 3, 3)`` that take the image's corners, clockwise from the top left, to ``corners``.
+
+    The closed form of Heckbert 1989, "Fundamentals of texture mapping and image warping", section 2.2.3, for the
+    square from (0, 0) to (1, 1).
+
+    Args:
+        corners: ``(B, 4, 2)``, in convex order.
+    """
+    first, second, third, fourth = corners.unbind(1)  # (B, 2)
+    ahead, behind, surplus = second - third, fourth - third, first - second + third - fourth
+    bottom = torch.stack([_cross(surplus, behind), _cross(ahead, surplus)], dim=1) / _cross(ahead, behind)[:, None]
+    columns = torch.stack([second - first, fourth - first], dim=2) + bottom[:, None] * torch.stack([second, fourth], 2)
+    rows = torch.cat([columns, first[:, :, None]], dim=2)
+    last = torch.cat([bottom, torch.ones_like(bottom[:, :1])], dim=1)[:, None]
+    unit = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
+    matrices = torch.cat([rows, last], dim=1) @ unit
+    # Depth 1 in the middle, as those have that change nothing.
+    return matrices / matrices[:, 2:, 2:]
+
+
+def _cross(first: Tensor, second: Tensor) -> Tensor:
+    return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
+
+
+class RandomElastic(Geometric):
+    """Shift every point of a regular grid at random, and what is between them by a thin-plate spline.
+
+    Cheapest as the last of neighbouring geometric parts: it is then asked for the same points of every image.
+
+    Args:
+        points: of the grid, along x and along y, from border to border.
+        sigma: standard deviation of the shifts, along x and along y, as a fraction of the image.
+    """
+
+    def __init__(self, *, points: int = 4, sigma: float = 0.03) -> None:
+        super().__init__()
+        if points < 2:
+            raise UprightError(f"points must be at least 2 along each side, got {points}.")
+        if sigma < 0:
+            raise UprightError(f"sigma must be at least 0, got {sigma}.")
+        self.sigma = sigma
+        line = torch.linspace(-1, 1, points)
+        self.controls = torch.cartesian_prod(line, line)
+        self.solution = spline_solution(self.controls)
+
+    def draw(self, batch: int, height: int, width: int) -> Points:
+        """See `Geometric.draw`."""
+        shifts = 2 * self.sigma * torch.randn(batch, len(self.controls), 2)
+
+        def moved(points: Tensor) -> Tensor:
+            controls, solution, moves = (known.to(points.device) for known in (self.controls, self.solution, shifts))
+            return spline_points(controls, solution, moves, points)
+
+        return moved
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Transforms of a batch, one after the other, as one: a `Points`.
+
+    Args:
+        batch: of how many images.
+        parts: in the order in which they are done to an image.
+    """
+
+    batch: int
+    parts: tuple[Tensor | Points, ...] = ()
+
+    def then(self, *parts: Tensor | Points) -> "Composition":
+        """With ``parts`` done afterwards; neighbouring matrices are multiplied."""
+        joined = list(self.parts)
+        for part in parts:
+            if joined and isinstance(joined[-1], Tensor) and isinstance(part, Tensor):
+                joined[-1] = joined[-1] @ part
+            else:
+                joined.append(part)
+        return Composition(self.batch, tuple(joined))
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Where output ``points`` ``(N, 2)`` or ``(B, N, 2)`` lie in the input: ``(B, N, 2)``."""
+        with full_precision(points.device):
+            # What was done last is the first that a point of the output meets.
+            for part in reversed(self.parts):
+                if not isinstance(part, Tensor):
+                    points = part(points)
+                elif torch.equal(part[:, 2], identity(self.batch)[:, 2]):
+                    points = transform_points(part.to(points.device), points)
+                else:
+                    points = project_points(part.to(points.device), points)
+        return points.expand(self.batch, -1, -1)
+
+
 class Augmented(NamedTuple):
-    """Float images ``(B, C, H, W)`` in [0, 255], and the transform ``(B, 3, 3)`` that was done to each."""
+    """What became of a batch.
+
+    Args:
+        images: float ``(B, C, H, W)`` in [0, 255].
+        transforms: where output points lie in the images that came in; knows nothing of what was mixed in.
+        targets: as they came in, or mixed.
+    """
 
     images: Tensor
-    transforms: Tensor
+    transforms: Points
+    targets: Tensor | None
 
 
 class Augmentation(nn.Module):
     """The parts one after the other; neighbouring geometric ones are composed and sampled once.
 
     Args:
-        parts: `Geometric` ones, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in [0, 255] to another.
-            ``transforms`` knows only of the geometric ones.
+        parts: `Geometric` and `Mixing` ones, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in [0, 1] to
+            another, kornia's among them. What kornia's own move is handed on with the rest.
+        padding: what the geometric ones see beyond the border.
     """
 
-    def __init__(self, parts: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, parts: Iterable[nn.Module] = (), *, padding: Padding = "zeros") -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        if padding not in get_args(Padding):
+            raise UprightError(f"padding is one of {', '.join(get_args(Padding))}; got '{padding}'.")
+        self.parts, self.padding = nn.ModuleList(parts), padding
+        for part in self.parts:
+            if _of_kornia(part, "mix"):
+                raise UprightError(
+                    f"{type(part).__name__} of kornia mixes images or parts of them, and labels and poses would not "
+                    "know of it: use upright.data.mixing.MixUp or CutMix."
+                )
 
     @property
     def moves(self) -> bool:
-        """Whether any part is geometric."""
-        return any(isinstance(part, Geometric) for part in self.parts)
+        """Whether any part moves pixels."""
+        return any(isinstance(part, Geometric) or _of_kornia(part, "geometric") for part in self.parts)
+
+    @property
+    def mixes(self) -> str | None:
+        """The name of the first part that mixes images, if there is one."""
+        return next((type(part).__name__ for part in self.parts if isinstance(part, Mixing)), None)
+
+    @property
+    def untold(self) -> str | None:
+        """The name of the first part that moves pixels and does not say where, if there is one."""
+        for part in self.parts:
+            moving = [module for module in part.modules() if _of_kornia(module, "geometric", inside=False)]
+            if moving and not all(hasattr(module, "transform_matrix") for module in (part, *moving)):
+                return type(part).__name__
+        return None
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Augmented:
-        """uint8 or float ``images`` ``(B, C, H, W)`` in [0, 255]."""
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Augmented:
+        """A batch as it is trained on.
+
+        Args:
+            images: uint8 or float ``(B, C, H, W)`` in [0, 255].
+            targets: labels ``(B,)``, or probabilities ``(B, K)``, which parts that mix need.
+        """
         # Matrices are composed on the CPU.
         with full_precision(images.device), full_precision(torch.device("cpu")):
-            return self._augmented(images.float())
+            return self._augmented(images.float(), targets)
 
-    def _augmented(self, images: Tensor) -> Augmented:
-        batch, aspect = len(images), images.shape[-1] / images.shape[-2]
-        done = pending = identity(batch)
-        unsampled = False
+    def _augmented(self, images: Tensor, targets: Tensor | None) -> Augmented:
+        done = pending = nothing = Composition(len(images))
+        scale = 1.0
         for part in self.parts:
             if isinstance(part, Geometric):
-                pending, unsampled = pending @ part.matrices(batch, aspect), True
+                pending = pending.then(part.draw(len(images), *images.shape[-2:]))
                 continue
-            if unsampled:
-                images, done = warp(images, pending.to(images.device)), done @ pending
-                pending, unsampled = identity(batch), False
+            images, done, pending = self._sampled(images, pending), done.then(*pending.parts), nothing
+            if isinstance(part, Mixing):
+                images, targets = part(images, targets)
+                continue
+            if scale == 1:
+                images, scale = images / 255, 255.0
+            size = images.shape[-2:]
             images = part(images)
-        if unsampled:
-            images, done = warp(images, pending.to(images.device)), done @ pending
-        return Augmented(images, done.to(images.device))
+            matrices = getattr(part, "transform_matrix", None) if _of_kornia(part, "geometric") else None
+            if isinstance(matrices, Tensor):
+                done = done.then(_normalised(matrices, size, images.shape[-2:]))
+        images, done = self._sampled(images, pending), done.then(*pending.parts)
+        return Augmented(images if scale == 1 else images * scale, done, targets)
+
+    def _sampled(self, images: Tensor, transforms: Composition) -> Tensor:
+        if not transforms.parts:
+            return images
+        height, width = images.shape[-2:]
+        points = transforms(pixel_centres(height, width, device=images.device))
+        return sample(images, points, height, width, self.padding)
+
+
+def _of_kornia(module: nn.Module, kind: str, inside: bool = True) -> bool:
+    """Whether a module is, or has inside, one of kornia's of that kind, which its folders tell without an import."""
+    folder = f"kornia.augmentation._2d.{kind}."
+    modules = module.modules() if inside else [module]
+    return any(cls.__module__.startswith(folder) for each in modules for cls in type(each).__mro__)
+
+
+def _normalised(matrices: Tensor, size: torch.Size, new_size: torch.Size) -> Points:
+    """A transform of ``matrices`` ``(B, 3, 3)`` as kornia's: from input to output, in pixels between their centres."""
+
+    def pixels(height: int, width: int) -> Tensor:
+        rows = [[width / 2, 0.0, (width - 1) / 2], [0.0, height / 2, (height - 1) / 2], [0.0, 0.0, 1.0]]
+        return torch.tensor(rows, device=matrices.device)
+
+    # Stays on its device: to ask whether it is affine would wait for it.
+    return partial(project_points, pixels(*size).inverse() @ matrices.inverse() @ pixels(*new_size))

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
@@ -36,7 +37,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         network: completed with ``(input_shape, num_classes)``.
         optimizer: completed with parameter groups; one group per ``lr_factor`` that a module asks for.
         scheduler: completed with ``(optimizer, total_steps)``; steps after every batch.
-        loss: completed with ``(num_classes)``; called with logits and labels.
+        loss: completed with ``(num_classes)``; called with logits and labels, or probabilities where images are mixed.
         init: scheme of the weights to start from; by default the network's own.
         upright_weight: weight of the upright loss; 0 trains the spatial transformer by classification alone.
     """
@@ -105,13 +106,39 @@ class ImageClassifier(Recorded, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Refuse an upright loss that would have nothing to compare."""
+        """Refuse an augmentation that the losses cannot learn from."""
         augmentation = self._augmentation.to(self.device)
-        if self.upright_weight and not augmentation.moves:
+        mixing = augmentation.mixes
+        if mixing and not self._takes_probabilities():
+            raise UprightError(
+                f"{mixing} gives an image several classes, and {type(self.loss).__name__} takes one label: use "
+                f"upright.training.losses.CrossEntropy, or leave {mixing} out of data.init_args.augment."
+            )
+        if not self.upright_weight:
+            return
+        if not augmentation.moves:
             raise UprightError(
                 "The upright loss compares two augmented views of an image, and the data are not turned: add "
                 "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
             )
+        if mixing:
+            raise UprightError(
+                f"The upright loss needs images of one pose, and {mixing} puts two into one: leave it out of "
+                "data.init_args.augment, or set upright_weight 0."
+            )
+        if augmentation.untold:
+            raise UprightError(
+                f"The upright loss must know where pixels went, and {augmentation.untold} does not say: use "
+                "upright.data.augmentation.RandomElastic or what has a transform_matrix, or set upright_weight 0."
+            )
+
+    def _takes_probabilities(self) -> bool:
+        classes = len(self.spec.classes)
+        try:
+            self.loss(torch.zeros(1, classes, device=self.device), torch.ones(1, classes, device=self.device) / classes)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        return True
 
     @property
     def _augmentation(self) -> Augmentation:
@@ -123,14 +150,17 @@ class ImageClassifier(Recorded, L.LightningModule):
         """Augment, classify, and compare with a second view of the same images where there is an upright loss."""
         # Augmentation and dropout are functions of seed, epoch, batch and process: a resumed run draws the same.
         torch.manual_seed(hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)))
-        view: Augmented = self._augmentation(batch.images)
+        augmentation, targets = self._augmentation, batch.labels
+        if augmentation.mixes:
+            targets = one_hot(targets, len(self.spec.classes)).float()
+        view: Augmented = augmentation(batch.images, targets)
         with observing() as seen:
             logits = self.model(view.images)
-        loss: Tensor = self.loss(logits, batch.labels)
+        loss: Tensor = self.loss(logits, view.targets)
         per_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": len(logits)}
         self.log("train/loss", loss.detach(), **per_epoch)
         if self.upright_weight:
-            other: Augmented = self._augmentation(batch.images)
+            other: Augmented = augmentation(batch.images)
             with observing(stop_after=len(seen)) as seen_other:
                 self.model(other.images)
             points = pixel_centres(4, 4, device=self.device)

@@ -1,10 +1,13 @@
-"""Classification losses: completed with the number of classes, from logits ``(B, K)`` and labels ``(B,)``."""
+"""Classification losses: completed with the number of classes, from logits ``(B, K)`` and labels ``(B,)``.
+
+One that also takes probabilities ``(B, K)`` for labels can learn from mixed images (`upright.data.mixing`).
+"""
 
 from torch import Tensor, nn
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
-    """Softmax cross entropy.
+    """Softmax cross entropy, with labels or probabilities.
 
     Args:
         num_classes: ``K``.

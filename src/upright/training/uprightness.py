@@ -6,6 +6,8 @@ Kin in the literature: learned canonicalisation (Kaba et al. 2023, arXiv:2211.06
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,18 +15,18 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from upright.architectures.spatial_transformer import Observation, last_of
-from upright.warp import pixel_centres, rotation_angle, transform_points
+from upright.warp import pixel_centres, project_points, rotation_angle
 
 
-def final_poses(transforms: Tensor, seen: list[Observation], points: Tensor) -> list[Tensor]:
+def final_poses(transforms: Callable[[Tensor], Tensor], seen: list[Observation], points: Tensor) -> list[Tensor]:
     """Where output ``points`` ``(N, 2)`` lie in the undistorted images, ``(B, N, 2)``, for each of `last_of` ``seen``.
 
     Args:
-        transforms: what was done to each image before, ``(B, 3, 3)``.
+        transforms: what was done to each image before: from output points to points of the undistorted image.
         seen: what the transformers did, in order.
         points: at which to compare.
     """
-    return [transform_points(transforms, last.points(points)) for last in last_of(seen)]
+    return [transforms(last.points(points)) for last in last_of(seen)]
 
 
 def upright_loss(first: Tensor, second: Tensor, points: Tensor, aspect: float = 1.0) -> Tensor:
@@ -76,13 +78,14 @@ class Uprightness(Metric):
 
         Args:
             groups: which image each one shows, ``(B,)``.
-            transforms: what was done to each, ``(B, 3, 3)``.
+            transforms: what was done to each, affine or projective, ``(B, 3, 3)``.
             seen: what the transformers did.
             aspect: width / height of the images.
         """
         points = pixel_centres(4, 4, device=transforms.device)
-        applied = rotation_angle(transform_points(transforms, points), points, aspect)
-        poses = final_poses(transforms, seen, points)
+        done = partial(project_points, transforms)
+        applied = rotation_angle(done(points), points, aspect)
+        poses = final_poses(done, seen, points)
         for branch, pose in enumerate(poses):
             self.groups.append(groups * len(poses) + branch)
             self.applied.append(applied)
