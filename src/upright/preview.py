@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upright.data.augmentation import Augmentation, Distortion
 from upright.data.datamodule import ImageDataModule
 from upright.data.split import SPLITS
 from upright.errors import UprightError, nearest
@@ -79,7 +80,7 @@ def _table(data: ImageDataModule) -> str:
     lines += [
         "",
         f"Images come as {came}; the network sees {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
-        f"Mean and deviation of {count:,} training images as they are kept, before augmentation:",
+        f"Mean and deviation of {count:,} training images, before augmentation:",
         f"  measured  mean {_numbers(mean)}  std {_numbers(std)}",
         f"  declared  mean {_numbers(spec.mean)}  std {_numbers(spec.std)}",
     ]
@@ -95,13 +96,14 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _measured(data: ImageDataModule) -> tuple[list[float], list[float], int]:
-    """Per channel, on the scale of 0 to 1, of evenly spaced training images."""
+    """Per channel, on the scale of 0 to 1, of evenly spaced training images, distorted if that is the task."""
     samples = data.samples("train")
+    task = Augmentation(part for part in data.augmentation.parts if isinstance(part, Distortion))
     chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MOST_MEASURED)).long()
     total = squares = torch.zeros(data.spec.channels, dtype=torch.float64)
     pixels = 0
     for part in torch.split(chosen, 64):
-        images = samples[part].images.double() / 255
+        images = task(samples[part].images).images.double() / 255
         total, squares = total + images.sum(dim=(0, 2, 3)), squares + images.square().sum(dim=(0, 2, 3))
         pixels += images[:, 0].numel()
     mean = total / pixels

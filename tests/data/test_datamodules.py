@@ -53,10 +53,13 @@ def data(request: pytest.FixtureRequest, pictures: Path) -> ImageDataModule:
 
 
 def test_loaders_give_what_a_model_takes(data: ImageDataModule) -> None:
-    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
-        batch = next(iter(loader))
+    channels, *size = data.spec.input_shape
+    for split, wanted in (("train", data.stored_size), ("val", size), ("test", size)):
+        batch = next(iter(data.loader(split)))
         count = len(batch.labels)
-        assert batch.images.shape == (count, *data.spec.input_shape) and batch.images.dtype == torch.uint8
+        assert batch.images.shape == (count, channels, *wanted) and batch.images.dtype == torch.uint8
+        trained_on = data.augmentation(batch.images).images
+        assert split != "train" or trained_on.shape == (count, channels, *size)
         assert batch.labels.max() < len(data.spec.classes)
         assert batch.transforms.shape == (count, 3, 3)
 

@@ -214,15 +214,35 @@ class RandomElastic(Geometric):
         self.controls = torch.cartesian_prod(line, line)
         self.solution = spline_solution(self.controls)
 
-    def draw(self, batch: int, height: int, width: int) -> Points:
+    def draw(self, batch: int, height: int, width: int) -> "Spline":
         """See `Geometric.draw`."""
-        shifts = 2 * self.sigma * torch.randn(batch, len(self.controls), 2)
+        return Spline(self.controls, self.solution, 2 * self.sigma * torch.randn(batch, len(self.controls), 2))
 
-        def moved(points: Tensor) -> Tensor:
-            controls, solution, moves = (known.to(points.device) for known in (self.controls, self.solution, shifts))
-            return spline_points(controls, solution, moves, points)
 
-        return moved
+@dataclass(frozen=True)
+class Spline:
+    """A thin-plate spline per image, as a `Points`: see `upright.warp.spline_points`."""
+
+    controls: Tensor
+    solution: Tensor
+    shifts: Tensor
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Where output ``points`` ``(N, 2)`` or ``(B, N, 2)`` lie in the input: ``(B, N, 2)``."""
+        controls, solution, shifts = (part.to(points.device) for part in (self.controls, self.solution, self.shifts))
+        return spline_points(controls, solution, shifts, points)
+
+    def __getitem__(self, chosen: Tensor) -> "Spline":
+        """Those of some of the images."""
+        return Spline(self.controls, self.solution, self.shifts[chosen])
+
+
+class Distortion(nn.Module, ABC):
+    """Makes another image of each, whatever its size, and says where its pixels come from."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, Points]:
+        """Float images ``(B, C, H, W)`` in [0, 1] to others, with where output points lie in what came in."""
 
 
 @dataclass(frozen=True)
@@ -279,8 +299,8 @@ class Augmentation(nn.Module):
     """The parts one after the other; neighbouring geometric ones are composed and sampled once.
 
     Args:
-        parts: `Geometric` and `Mixing` ones, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in [0, 1] to
-            another, kornia's among them. What kornia's own move is handed on with the rest.
+        parts: `Geometric`, `Distortion` and `Mixing` ones, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in
+            [0, 1] to another, kornia's among them. What kornia's own move is handed on with the rest.
         padding: what the geometric ones see beyond the border.
     """
 
@@ -299,7 +319,7 @@ class Augmentation(nn.Module):
     @property
     def moves(self) -> bool:
         """Whether any part moves pixels."""
-        return any(isinstance(part, Geometric) or _of_kornia(part, "geometric") for part in self.parts)
+        return any(isinstance(part, Geometric | Distortion) or _of_kornia(part, "geometric") for part in self.parts)
 
     @property
     def mixes(self) -> str | None:
@@ -340,6 +360,10 @@ class Augmentation(nn.Module):
                 continue
             if scale == 1:
                 images, scale = images / 255, 255.0
+            if isinstance(part, Distortion):
+                images, moved = part(images)
+                done = done.then(moved)
+                continue
             size = images.shape[-2:]
             images = part(images)
             matrices = getattr(part, "transform_matrix", None) if _of_kornia(part, "geometric") else None

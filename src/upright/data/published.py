@@ -86,7 +86,7 @@ class Published(ImageDataModule):
             UprightError: if images and labels do not fit together, or not to the classes.
         """
         spec = self.spec
-        shape = (spec.height, spec.width, spec.channels)
+        shape = (*self.stored_size, spec.channels)
         parts = dict(zip(("train", "test"), self.parts(), strict=True))
         for name, (images, labels) in parts.items():
             if not len(images) or images.shape != (*labels.shape, *shape) or labels.max() >= len(spec.classes):
