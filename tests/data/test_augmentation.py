@@ -112,8 +112,12 @@ def test_all_of_them_are_sampled_once(images: torch.Tensor, monkeypatch: pytest.
     check_handed_on(Augmentation(parts), smooth())
     check_handed_on(Augmentation(parts[::-1]), smooth())
     assert len(calls) == 2
-    Augmentation([RandomAffine(rotate=30), RandomCrop(), nn.Identity(), RandomAffine(flip=1.0)])(images)
+    Augmentation([RandomAffine(rotate=30), RandomCrop(), nn.Identity(), RandomAffine(flip=1.0)])(images[:100])
     assert len(calls) == 4
+
+
+def test_a_large_batch_is_sampled_piece_by_piece(images: torch.Tensor) -> None:
+    check_handed_on(Augmentation([RandomAffine(rotate=30), RandomElastic()]), images)
 
 
 def test_what_is_done_before_and_after_another_module_is_handed_on_as_one() -> None:

@@ -30,6 +30,10 @@ from upright.warp import (
     transform_points,
 )
 
+AT_ONCE = 128
+"""So many images are sampled at a time on a CPU, in memory that it still has in its cache: 2,048 of 3 x 32 x 32 took a
+third of the time of one call."""
+
 Points = Callable[[Tensor], Tensor]
 """From output points ``(N, 2)`` or ``(B, N, 2)`` to the input points ``(B, N, 2)`` that are seen there."""
 
@@ -345,7 +349,7 @@ class Augmentation(nn.Module):
         """
         # Matrices are composed on the CPU.
         with full_precision(images.device), full_precision(torch.device("cpu")):
-            return self._augmented(images.float(), targets)
+            return self._augmented(images, targets)
 
     def _augmented(self, images: Tensor, targets: Tensor | None) -> Augmented:
         done = pending = nothing = Composition(len(images))
@@ -354,7 +358,7 @@ class Augmentation(nn.Module):
             if isinstance(part, Geometric):
                 pending = pending.then(part.draw(len(images), *images.shape[-2:]))
                 continue
-            images, done, pending = self._sampled(images, pending), done.then(*pending.parts), nothing
+            images, done, pending = self._sampled(images, pending).float(), done.then(*pending.parts), nothing
             if isinstance(part, Mixing):
                 images, targets = part(images, targets)
                 continue
@@ -369,7 +373,7 @@ class Augmentation(nn.Module):
             matrices = getattr(part, "transform_matrix", None) if _of_kornia(part, "geometric") else None
             if isinstance(matrices, Tensor):
                 done = done.then(_normalised(matrices, size, images.shape[-2:]))
-        images, done = self._sampled(images, pending), done.then(*pending.parts)
+        images, done = self._sampled(images, pending).float(), done.then(*pending.parts)
         return Augmented(images if scale == 1 else images * scale, done, targets)
 
     def _sampled(self, images: Tensor, transforms: Composition) -> Tensor:
@@ -377,7 +381,14 @@ class Augmentation(nn.Module):
             return images
         height, width = images.shape[-2:]
         points = transforms(pixel_centres(height, width, device=images.device))
-        return sample(images, points, height, width, self.padding)
+        at_once = AT_ONCE if images.device.type == "cpu" else len(images)
+        if len(images) <= at_once:
+            return sample(images.float(), points, height, width, self.padding)
+        sampled = torch.empty(images.shape, device=images.device)
+        for start in range(0, len(images), at_once):
+            some = slice(start, start + at_once)
+            sampled[some] = sample(images[some].float(), points[some], height, width, self.padding)
+        return sampled
 
 
 def _of_kornia(module: nn.Module, kind: str, inside: bool = True) -> bool:
