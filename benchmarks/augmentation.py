@@ -2,10 +2,13 @@
 
     python benchmarks/augmentation.py [--rounds 30]
 
+An image at a time there are two: the usual pipeline, torchvision's transforms on Pillow images (where torchvision is
+installed, which Upright does not need), and the leanest that can be written with Pillow alone.
+
 All give the same float batch of the same strength: turned by up to 15 degrees, scaled by 0.9 to 1.1, shifted by up to
 10 %, mirrored every other time, cropped out of a margin of 4 pixels; bilinear, black beyond the border. What is
 compared runs in turn, in an order drawn anew every round; medians over all rounds, and the ratio of each to ours taken
-round by round. Pillow has the better of no workers and two beside the threads that the table says.
+round by round. Two workers come beside the threads that the table says.
 """
 
 import argparse
@@ -27,7 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from upright.architectures.lenet import LeNet
 from upright.data.augmentation import Augmentation, RandomAffine, RandomCrop
-from upright.data.loader import Batch, BatchLoader
+from upright.data.cache import Kept
+from upright.data.loader import BatchLoader, Samples
+from upright.training.allocator import keep_freed_memory
+
+try:
+    from torchvision import transforms
+except ImportError:
+    transforms = None
 
 ROTATE, SCALE, SHIFT, FLIP, MARGIN = 15, (0.9, 1.1), 0.1, 0.5, 4
 BATCH = 128
@@ -48,17 +58,37 @@ def theirs(size: int) -> nn.Module:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """The usual pipeline: Pillow, an image at a time."""
+    """An image at a time, as a Pillow image."""
 
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
+    def __init__(self, images: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         pixels = self.images[index]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        return self.transform(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)), index % 10
+
+
+def usual(size: int) -> Callable[[Image.Image], Tensor]:
+    """As most people write it."""
+    bilinear = transforms.InterpolationMode.BILINEAR
+    return transforms.Compose(
+        [
+            transforms.RandomAffine(ROTATE, (SHIFT, SHIFT), SCALE, interpolation=bilinear),
+            transforms.RandomHorizontalFlip(FLIP),
+            transforms.RandomCrop(size, padding=MARGIN),
+            transforms.ToTensor(),
+        ]
+    )
+
+
+class Lean:
+    """The same with as little as possible around Pillow's own loops."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Float ``(C, H, W)`` in [0, 1]."""
         size = image.width
         angle, scale = math.radians(random.uniform(-ROTATE, ROTATE)), random.uniform(*SCALE)
         across, down = (random.uniform(-SHIFT, SHIFT) * size for _ in range(2))
@@ -70,8 +100,8 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         left, top = (random.randint(0, 2 * MARGIN) for _ in range(2))
         image = ImageOps.expand(image, MARGIN).crop((left, top, left + size, top + size))
-        array = np.array(image, copy=True).reshape(pixels.shape)
-        return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255), index % 10
+        array = np.array(image, copy=True).reshape(size, size, -1)
+        return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
@@ -124,30 +154,37 @@ def compare(threads: int, rounds: int) -> None:
     for channels, size in ((1, 28), (3, 32)):
         images = torch.randint(0, 256, (20 * BATCH, channels, size, size), dtype=torch.uint8)
         numbers = torch.arange(len(images))
-        matrices = torch.eye(3).expand(len(images), 3, 3)
-        loader = BatchLoader(Batch(images, numbers % 10, numbers, numbers, matrices), BATCH, shuffle=True)
-        batches = endless(loader)
+        matrices = torch.eye(3).expand(len(images), 1, 3, 3)
+        samples = Samples(Kept(images[:, None].numpy()), numbers.numpy(), numbers % 10, matrices)
+        batches = endless(BatchLoader(samples, BATCH, shuffle=True))
         batch, augment, other = images[:BATCH], ours(), theirs(size)
         array = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
         common: dict[str, Any] = {"batch_size": BATCH, "shuffle": True, "drop_last": True}
-        one = endless(DataLoader(OneByOne(array), **common))
-        workers = endless(DataLoader(OneByOne(array), num_workers=2, persistent_workers=True, **common))
+        singly = {"usual": usual(size)} if transforms else {}
+        singly["lean"] = Lean()
         with torch.no_grad():
             times = side_by_side(
                 {
                     "ours": partial(augment, batch),
                     "ours, loaded": lambda augment=augment, batches=batches: augment(next(batches).images),
                     "kornia": lambda other=other, batch=batch: other(batch / 255),
-                    "Pillow": partial(next, one),
+                }
+                | {
+                    name: partial(next, endless(DataLoader(OneByOne(array, transform), **common)))
+                    for name, transform in singly.items()
                 },
                 rounds,
             )
-        # Apart, for workers go on while others are measured, and would be found to have their batches ready.
-        parallel = side_by_side({"workers": partial(next, workers)}, 2 * rounds)["workers"][rounds:]
-        times |= side_by_side({"step": step(channels, size), "beside": partial(augment, batch)}, rounds)
-        pillow = min(times["Pillow"], parallel, key=statistics.median)
         row = [f"{channels} x {size} x {size}", str(threads), f"{statistics.median(times['ours']):.2f}"]
-        row += [ratio(pillow, times["ours, loaded"]) + (", 2 workers" if pillow is not times["Pillow"] else ", none")]
+        for name in ("usual", "lean"):
+            if name not in singly:
+                row += ["-", "-"]
+                continue
+            # Apart, for workers go on while others are measured, and would be found to have their batches ready.
+            workers = DataLoader(OneByOne(array, singly[name]), num_workers=2, persistent_workers=True, **common)
+            parallel = side_by_side({name: partial(next, endless(workers))}, 2 * rounds)[name][rounds:]
+            row += [ratio(those, times["ours, loaded"]) for those in (times[name], parallel)]
+        times |= side_by_side({"step": step(channels, size), "beside": partial(augment, batch)}, rounds)
         row += [ratio(times["kornia"], times["ours"]), ratio(times["beside"], times["step"])]
         print("|", " | ".join(row), "|", flush=True)
 
@@ -159,9 +196,11 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     everything = torch.get_num_threads()
     torch.manual_seed(0)
+    keep_freed_memory()  # as `upright fit` does; for all sides
     print(f"Batches of {BATCH}; torch {torch.__version__}, kornia {kornia.__version__}\n")
-    print("| images | threads | ours, ms | an image at a time, and workers | kornia | of LeNet's step |")
-    print("|---|---|---|---|---|---|")
+    singly = "usual | usual, 2 workers | lean | lean, 2 workers"
+    print(f"| images | threads | ours, ms | {singly} | kornia | of LeNet's step |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for threads in sorted({1, everything}):
         compare(threads, rounds)
     torch.set_num_threads(1)

@@ -41,6 +41,19 @@ def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
         return _combined(_homogeneous(points), matrices[:, :2])
 
 
+def grid_points(matrices: Tensor, height: int, width: int) -> Tensor:
+    """`transform_points` of `pixel_centres`: ``(B, H*W, 2)``.
+
+    On a whole grid an affine map is a sum of what rows and what columns give, in a quarter of the time of the product
+    (32 x 32, 128 images, CPU, one thread); in ONNX Runtime it is the other way round.
+    """
+    columns = pixel_centres(1, width, device=matrices.device)[:, 0]
+    rows = pixel_centres(height, 1, device=matrices.device)[:, 1]
+    across = matrices[:, :2, 0, None] * columns  # (B, 2, W)
+    down = matrices[:, :2, 1, None] * rows + matrices[:, :2, 2, None]  # (B, 2, H)
+    return (down[..., None] + across[..., None, :]).flatten(2).mT
+
+
 def project_points(matrices: Tensor, points: Tensor) -> Tensor:
     """Apply projective ``matrices`` ``(B, 3, 3)`` to ``points`` ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``.
 
@@ -128,8 +141,7 @@ def sample(
 def warp(images: Tensor, matrices: Tensor, padding: Padding = "zeros") -> Tensor:
     """Float ``images`` ``(B, C, H, W)`` sampled through affine ``matrices`` ``(B, 2 or 3, 3)``, at their own size."""
     height, width = images.shape[-2:]
-    points = transform_points(matrices, pixel_centres(height, width, device=images.device))
-    return sample(images, points, height, width, padding)
+    return sample(images, grid_points(matrices, height, width), height, width, padding)
 
 
 def identity(batch: int, *, device: torch.device | None = None) -> Tensor:

@@ -69,7 +69,8 @@ def test_the_transforms_are_those_done(task: str) -> None:
     samples, side = data.samples("test")[:], SIDES[task]
     digits = torch.from_numpy(data.source.images[data.splits["test"]]).permute(0, 3, 1, 2).float()
     points = project_points(samples.transforms, pixel_centres(side, side))
-    torch.testing.assert_close(sample(framed(digits, side), points, side, side).round(), samples.images.float())
+    expected = sample(framed(digits, side), points, side, side)
+    torch.testing.assert_close(expected, samples.images.float(), atol=0.51, rtol=0)
 
 
 def test_a_spline_turns_nothing_and_says_so() -> None:

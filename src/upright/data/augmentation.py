@@ -20,6 +20,7 @@ from upright.errors import UprightError
 from upright.warp import (
     Padding,
     full_precision,
+    grid_points,
     identity,
     pixel_centres,
     project_points,
@@ -278,11 +279,21 @@ class Composition:
             for part in reversed(self.parts):
                 if not isinstance(part, Tensor):
                     points = part(points)
-                elif torch.equal(part[:, 2], identity(self.batch)[:, 2]):
+                elif _is_affine(part):
                     points = transform_points(part.to(points.device), points)
                 else:
                     points = project_points(part.to(points.device), points)
         return points.expand(self.batch, -1, -1)
+
+    def grid(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Where the pixel centres of the output lie in the input: ``(B, H*W, 2)``."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], Tensor) and _is_affine(self.parts[0]):
+            return grid_points(self.parts[0].to(device), height, width)
+        return self(pixel_centres(height, width, device=device))
+
+
+def _is_affine(matrices: Tensor) -> bool:
+    return torch.equal(matrices[:, 2], identity(len(matrices))[:, 2])
 
 
 class Augmented(NamedTuple):
@@ -380,7 +391,7 @@ class Augmentation(nn.Module):
         if not transforms.parts:
             return images
         height, width = images.shape[-2:]
-        points = transforms(pixel_centres(height, width, device=images.device))
+        points = transforms.grid(height, width, images.device)
         at_once = AT_ONCE if images.device.type == "cpu" else len(images)
         if len(images) <= at_once:
             return sample(images.float(), points, height, width, self.padding)

@@ -28,6 +28,7 @@ from upright.data.views import Angles, Views
 from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
+from upright.warp import Padding
 
 
 class ImageDataModule(Recorded, L.LightningDataModule):
@@ -43,7 +44,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         fold: which part, from 0.
         train_fraction: of the training images, for learning curves; what a smaller fraction takes, a larger one does.
         angles: validation and test show every image turned anticlockwise by each of these degrees, as uint8.
-        augment: what training does to a batch, in order: each `Geometric` or any ``nn.Module`` on a float batch.
+        augment: what training does to a batch, in order: each `Geometric`, `Mixing`, or any ``nn.Module`` on a float
+            batch in [0, 1], kornia's among them.
+        padding: what `Geometric` ones see beyond the border: ``zeros``, ``border`` or ``reflection``.
         cache: where decoded pictures are kept: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files
             whenever they are wanted; ``auto`` is disk for what takes more than 64 MiB.
         num_workers: processes that decode files; by default one per core, at most 8.
@@ -62,6 +65,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         train_fraction: float = 1.0,
         angles: Sequence[float] = (0.0,),
         augment: Sequence[Callable[[], nn.Module]] = (),
+        padding: Padding = "zeros",
         cache: Where = "auto",
         num_workers: int | None = None,
         max_unreadable: int = 0,
@@ -87,7 +91,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         self.val_fraction, self.test_fraction, self.train_fraction = val_fraction, test_fraction, train_fraction
         self.folds, self.fold = folds, fold
         self.cache, self.num_workers, self.max_unreadable = cache, num_workers, max_unreadable
-        self.augmentation = Augmentation(part() for part in augment)
+        self.augmentation = Augmentation((part() for part in augment), padding=padding)
         self.recipe: dict[str, Any] = recipe(type(self)) | {"init_args": recipe(self.arguments)}
         self.samples = functools.cache(self._samples)
         self._resume_from: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from upright.data.split import Indices
 from upright.data.views import Angles, Views
 from upright.errors import UprightError
 from upright.images import ImageSpec
-from upright.warp import identity, pixel_centres, sample
+from upright.warp import identity, sample
 
 Task = Literal["R", "RTS", "P", "E", "TC"]
 
@@ -137,7 +137,7 @@ class MNISTDistortion(Distortion):
         """
         margin = (self.size - SIDE) // 2
         framed = nn.functional.pad(images, [margin] * 4)
-        points = transforms(pixel_centres(self.size, self.size, device=images.device))
+        points = transforms.grid(self.size, self.size, images.device)
         made = sample(framed, points, self.size, self.size).round().clamp(0, 255)
         steps = torch.arange(PATCH, device=images.device)
         whose = torch.arange(len(images), device=images.device)[:, None, None]

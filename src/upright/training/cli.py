@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
+from upright.training.allocator import keep_freed_memory
 from upright.training.callbacks import MetricsFile, RunRecord, TransformerPicture, checkpoints
 from upright.training.checkpoint import (
     KEY,
@@ -70,6 +71,7 @@ def run(verb: str, arguments: list[str]) -> int:
     Raises:
         UprightError: for every mistake of the user's.
     """
+    keep_freed_memory()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
