@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
+from PIL.Image import Resampling
 from torch import Tensor
 
 from upright.data.augmentation import Augmentation, Distortion
@@ -18,6 +20,10 @@ from upright.training.checkpoint import KEY, read_checkpoint, read_data
 
 COLUMNS = 10
 COPIES = 3
+MOST_VIEWS = 6
+CELL, GAP = 96, 4
+STEP = CELL + GAP
+"""Pixels of a picture in the sheet, between two, and from one to the next."""
 MOST_CLASSES = 40
 """So many rows the table of classes has at most."""
 MOST_MEASURED = 10_000
@@ -37,6 +43,8 @@ def preview(source: str, root: str | None = None, output: str = "preview.png", s
         UprightError: if there are no such data, or they cannot be read.
     """
     data = _data(Path(source), root)
+    if not Path(output).absolute().parent.is_dir():
+        raise UprightError(f"--output '{output}': there is no folder '{Path(output).parent}'.")
     print(_table(data), flush=True)
     for remark in data.remarks:
         print(f"Note: {remark}")
@@ -126,41 +134,53 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     from matplotlib import pyplot
 
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
-    rows: list[tuple[str, list[Tensor], list[str]]] = []
+    rows: list[tuple[str, list[Pixels], list[str]]] = []
     for split in SPLITS:
         chosen = _of_many_classes(data, split, columns)
-        labels = [data.spec.classes[int(data.source.labels[data.splits[split][place]])] for place in chosen]
-        came = [_picture(data.source.images[int(data.splits[split][place])]) for place in chosen]
-        rows.append((f"{split}\nas it came", came, labels))
-        views = data.views(split).names
-        samples = data.samples(split)
+        indices = [int(data.splits[split][place]) for place in chosen]
+        labels = [data.spec.classes[data.source.labels[index]] for index in indices]
+        rows.append((f"{split}, as it came", [data.source.images[index] for index in indices], labels))
+        views, samples = data.views(split), data.samples(split)
         if split == "train":
             batch = samples[torch.tensor(chosen)]
             torch.manual_seed(seed)
             for _ in range(COPIES):
-                rows.append(("augmented", list(data.augmentation(batch.images).images), []))
+                rows.append(("augmented", _pictures(data.augmentation(batch.images).images), []))
         else:
-            for number, view in enumerate(views[:5]):
-                batch = samples[torch.tensor(chosen) * len(views) + number]
-                title = f"as fed, {view}{data.views(split).unit}" if view else "as fed"
-                rows.append((title, list(batch.images.float()), []))
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=(columns + 1.2, 1.02 * len(rows) + 0.5), squeeze=False, layout="constrained"
-    )
-    for line, (title, pictures, labels) in zip(axes, rows, strict=True):
-        for column, (axis, picture) in enumerate(zip(line, pictures, strict=True)):
-            axis.imshow((picture / 255).clamp(0, 1).permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            if labels:
-                axis.set_title(_short(labels[column], 12), fontsize=8, pad=3)
-        line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+            for number, view in enumerate(views.names[:MOST_VIEWS]):
+                batch = samples[torch.tensor(chosen) * len(views.names) + number]
+                rows.append((f"as fed, {view}{views.unit}" if view else "as fed", _pictures(batch.images), []))
+    sheet = Image.new("L" if data.spec.channels == 1 else "RGB", (columns * STEP, 0), "white")
+    tops = []
+    for _, pictures, labels in rows:
+        # Room for the names of the classes.
+        top = sheet.height + (GAP * 6 if labels else GAP)
+        sheet = ImageOps.expand(sheet, (0, 0, 0, top + CELL - sheet.height), "white")
+        tops.append(top)
+        for column, pixels in enumerate(pictures):
+            picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+            smaller = max(picture.size) > CELL
+            picture = ImageOps.contain(picture, (CELL, CELL), Resampling.LANCZOS if smaller else Resampling.NEAREST)
+            left = column * STEP + (CELL - picture.width) // 2
+            sheet.paste(picture, (left, top + (CELL - picture.height) // 2))
+    margin, dpi = 140, 100
+    width, height = sheet.width + margin, sheet.height + GAP
+    figure = pyplot.figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    figure.figimage(np.asarray(sheet), margin, GAP, cmap="gray", vmin=0, vmax=255)
+    for (title, _, labels), top in zip(rows, tops, strict=True):
+        middle = 1 - (top + CELL / 2) / height
+        figure.text((margin - 2 * GAP) / width, middle, title, ha="right", va="center", fontsize=9)
+        for column, label in enumerate(labels):
+            x, y = (margin + column * STEP + CELL / 2) / width, 1 - (top - GAP) / height
+            figure.text(x, y, _short(label, 14), ha="center", va="bottom", fontsize=8)
     with replacing_file(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+        figure.savefig(aside, dpi=dpi, format="png")
     pyplot.close(figure)
 
 
-def _picture(pixels: Pixels) -> Tensor:
-    return torch.tensor(pixels).permute(2, 0, 1).float()
+def _pictures(images: Tensor) -> list[Pixels]:
+    found: Pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return list(found)
 
 
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:
