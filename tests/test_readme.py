@@ -1,4 +1,4 @@
-"""The README is typed in as it stands: its files are written, its commands are run, section by section."""
+"""README and docs are typed in as they stand: their files are written, their commands are run, section by section."""
 
 import re
 import shlex
@@ -13,14 +13,21 @@ from tests.conftest import CONFIGS, ROOT, Upright
 from upright.cli import LIGHTNING, VERBS
 
 README = (ROOT / "README.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
+DOCS = README + (ROOT / "docs/data.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", DOCS, flags=re.M | re.S))
 SECTIONS_TO_TYPE = (
     "The line",
     "Networks",
     "The spatial transformer",
+    "Data",
     "Your own architecture",
     "Your own images",
     "Your own dataset",
+    "Look first",
+    "Pictures in a table",
+    "Splits",
+    "Where pictures are kept",
+    "Augmentation",
 )
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--wandb", "off"]
 
@@ -45,11 +52,13 @@ def test_as_documented(section: str, upright: Upright, checkout: Path) -> None:
     for name in ("cat", "dog"):
         (checkout / "my-images" / name).mkdir(parents=True)
         for number in range(10):
-            pixels = np.full((20 + number, 30, 3), 10 * number + (name == "dog"), np.uint8)
+            pixels = np.full((20 + number, 30, 3), 10 * number + 5 * (name == "dog"), np.uint8)
             Image.fromarray(pixels).save(checkout / "my-images" / name / f"{number}.jpg")
     for block in blocks(section, "python") + blocks(section, "yaml"):
         name = block.partition("\n")[0].removeprefix("# ")
         (checkout / name).write_text(block)
+    for block in blocks(section, "csv"):
+        (checkout / "my-images.csv").write_text(block)
     found = commands(section)
     assert found
     for program, *arguments in found:
@@ -65,13 +74,13 @@ def test_python_as_documented(bundle: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_command_exists() -> None:
-    for verb in re.findall(r"`upright (\w+)", README):
+    for verb in re.findall(r"`upright (\w+)", DOCS):
         assert verb in LIGHTNING or verb in VERBS
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
     for target in re.findall(r"`?make (\w+)`?", " ".join(re.findall(r"`make \w+|^make \w+", README, flags=re.M))):
         assert target in targets
-    for path in re.findall(r"configs/[\w/]+\.yaml", README):
-        assert (ROOT / path).is_file() or f"# {path}\n" in README
+    for path in re.findall(r"configs/[a-z_/]+\.yaml", DOCS):
+        assert (ROOT / path).is_file() or f"# {path}\n" in DOCS
 
 
 def test_every_recipe_says_its_command_and_its_result() -> None:

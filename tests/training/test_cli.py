@@ -2,13 +2,17 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.conftest import CONFIGS, ROOT, Upright
 from upright.training.parser import explain
@@ -148,6 +152,60 @@ def test_kornia_plugs_in_and_the_checkpoint_knows_it(upright: Upright, tmp_path:
     assert [name for name in names if name in kornias] == kornias and names[-1] == "MixUp"
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     assert restored(images, torch.eye(10)[:4]).images.shape == images.shape
+
+
+def save_pictures(root: Path, count: int = 30) -> Path:
+    """Two classes of small pictures, the last of each twice."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 100, (20, 16, 3), dtype=np.uint8) + np.uint8(label * 150)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+        shutil.copy(root / name / f"{count - 1}.png", root / name / "copy.png")
+    return root
+
+
+def test_where_pictures_are_kept_and_who_decodes_them_changes_nothing(upright: Upright, tmp_path: Path) -> None:
+    root = save_pictures(tmp_path / "pictures")
+    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", root, "--data.batch_size", 8)
+    weights = []
+    for name, how in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ("--no-cache",))):
+        answer = upright("fit", "--config", LENET, *data, "--name", name, *QUICK, *how, "--data.num_workers", 2)
+        assert answer.code == 0, answer.err
+        weights.append(torch.load(f"checkpoints/{name}/best.ckpt", weights_only=True)["state_dict"])
+        assert upright("test", "--ckpt_path", f"checkpoints/{name}").code == 0
+    assert all(torch.equal(value, other[key]) for other in weights[1:] for key, value in weights[0].items())
+    assert yaml.safe_load(Path("checkpoints/streamed/config.yaml").read_text())["data"]["init_args"]["cache"] == "none"
+
+
+def test_folds_and_parts_of_the_training_images_are_options(upright: Upright) -> None:
+    def counts(*options: object) -> dict[str, int]:
+        answer = upright("fit", "--config", LENET, "--name", "x", "--force", *QUICK, *options)
+        assert answer.code == 0, answer.err
+        found = torch.load("checkpoints/x/best.ckpt", weights_only=True)["upright"]["split"]["counts"]
+        return {split: sum(counts.values()) for split, counts in found.items()}
+
+    assert counts("--data.folds", 4, "--data.fold", 3) == {"train": 1079, "val": 359, "test": 359}
+    assert counts("--data.train_fraction", 0.1) == {"train": 117, "val": 270, "test": 359}
+
+
+def test_copies_in_given_splits_are_reported(upright: Upright, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        save_pictures(tmp_path / "pictures" / split, 12)
+    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", tmp_path / "pictures")
+    answer = upright("fit", "--config", LENET, *data, *QUICK)
+    assert answer.code == 0
+    assert re.search(r"Note: \d+ of the \d+ images in 'train' are in 'test' too, for example 'train/\w+/", answer.err)
+
+
+def test_images_that_were_trained_on_judge_only_if_told_to(upright: Upright, run_folder: Path) -> None:
+    other_split = ("test", "--ckpt_path", run_folder, "--data.split_seed", 1)
+    answer = upright(*other_split)
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert re.search(r"\d+ of 270 images in split 'val' .* \(--allow_seen_images: go on\)", answer.err)
+    assert upright(*other_split, "--allow_seen_images").code == 0
+    assert json.loads((run_folder / "test.json").read_text())["data"]["init_args"]["split_seed"] == 1
 
 
 def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
