@@ -176,3 +176,14 @@ def test_a_folder_without_all_files_is_refused(tmp_path: Path) -> None:
         UprightError, match=r"does not hold cifar-10-binary.tar.gz, cifar-10-python.tar.gz or all files"
     ):
         _ = CIFAR10(root=str(tmp_path)).source
+
+
+def test_a_batch_that_was_cut_between_two_pictures_is_noticed(tmp_path: Path) -> None:
+    members = cifar10("bin")
+    name = "cifar-10-batches-bin/data_batch_3.bin"
+    members[name] = members[name][: 7 * 3073]
+    put(tmp_path, members, "folder")
+    with pytest.raises(
+        UprightError, match=r"data_batch_3.bin' holds 7 pictures and data_batch_1.bin 10: one of them is"
+    ):
+        _ = CIFAR10(root=str(tmp_path)).source

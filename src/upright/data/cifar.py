@@ -71,6 +71,12 @@ class CIFAR(Published):
         read = self._records if version.suffix else self._batch
         found = [read(contents[name], f"{place}/{name}") for name in names]
         train = len(self.stems[0])
+        for name, part in zip(names[:train], found, strict=False):
+            if len(part.images) != len(found[0].images):
+                raise UprightError(
+                    f"'{place}/{name}' holds {len(part.images)} pictures and {names[0]} {len(found[0].images)}: one of "
+                    "them is not whole."
+                )
         return _joined(found[:train]), _joined(found[train:])
 
     def _place(self) -> tuple[Version, Path]:
