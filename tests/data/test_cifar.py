@@ -183,7 +183,5 @@ def test_a_batch_that_was_cut_between_two_pictures_is_noticed(tmp_path: Path) ->
     name = "cifar-10-batches-bin/data_batch_3.bin"
     members[name] = members[name][: 7 * 3073]
     put(tmp_path, members, "folder")
-    with pytest.raises(
-        UprightError, match=r"data_batch_3.bin' holds 7 pictures and data_batch_1.bin 10: one of them is"
-    ):
+    with pytest.raises(UprightError, match=r"data_batch_3.bin' holds 7 pictures and data_batch_1.bin 10: one"):
         _ = CIFAR10(root=str(tmp_path)).source
