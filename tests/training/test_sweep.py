@@ -33,11 +33,13 @@ STUB = """
 import json, os, pickle, sys, time, zipfile
 from pathlib import Path
 
-options = dict(argument[2:].split("=", 1) for argument in sys.argv[1:] if argument.startswith("--") and "=" in argument)
-folder, x, epochs = Path(options["trainer.default_root_dir"], options["name"]), float(options["x"]), int(options["epochs"])
+options = dict(argument[2:].split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+folder = Path(options["trainer.default_root_dir"], options["name"])
+x, epochs = float(options["x"]), int(options["epochs"])
 do = json.loads(os.environ.get("STUB", "{}"))
 if "mistake" in do:
-    sys.exit("upright: error: " + do["mistake"]) if False else (print("upright: error: " + do["mistake"]), sys.exit(2))
+    print("upright: error: " + do["mistake"], file=sys.stderr)
+    sys.exit(2)
 if x > do.get("fail", 2):
     sys.exit("Traceback\\nRuntimeError: x is too large\\n")
 if x > do.get("kill", 2):
@@ -114,6 +116,7 @@ def test_a_space_is_read(tmp_path: Path) -> None:
         ({"space": {"x": {"low": 1, "high": "many"}}}, "low below high"),
         ({"space": {"x": {"low": 0, "high": 1, "log": True}}}, "with it low is above 0 and no step"),
         ({"space": {"x": {"low": 0, "high": 1, "step": 0.3}}}, "steps of 0.3 do not lead from 0 to 1"),
+        ({"space": {"x": {"low": 0, "high": 1}}}, "x: whole numbers from 0 to 1 are these two: [0, 1], or low: 0.0"),
         ({"space": {"x": []}}, "x: a choice of nothing"),
         ({"space": {"x": [1, 2, 1]}}, "x: 1 is there twice"),
         ({"space": {"name": ["a", "b"]}}, "'name' is the sweep's own"),
@@ -146,7 +149,7 @@ def test_a_mistake_in_the_command(stub: Sweep, tmp_path: Path, options: dict[str
 
 def test_a_storage_that_cannot_be_had(stub: Sweep) -> None:
     for url in ("nonsense", "postgresql+nodriver://x/y"):
-        with pytest.raises(UprightError, match="--storage cannot be opened: .* for example postgresql://"):
+        with pytest.raises(UprightError, match=r"--storage cannot be opened: .* for example postgresql://"):
             stub(storage=url)
 
 
@@ -235,16 +238,15 @@ def test_the_same_parameters_are_trained_once(stub: Sweep) -> None:
     assert stub(SPACE | {"space": {"x": [0.1, 0.2], "epochs": 1}}, trials=6) == 0
     assert len(rows()) == 6 and len(list(FOLDER.glob("trial-*"))) == 2
     assert {row["folder"] for row in rows()} == {str(path) for path in FOLDER.glob("trial-*")}
+    assert sum(row["state"] == f"same as {rows()[0]['trial']}" for row in rows()) >= 1
 
 
 def test_a_bad_trial_is_pruned_and_its_folder_stays(stub: Sweep) -> None:
-    # Six good ones, and then one that is worse from the first epoch and would take a minute.
-    space = SPACE | {"space": {"x": {"low": 0, "high": 1}, "epochs": 3}}
+    space = SPACE | {"space": {"x": {"low": 0.0, "high": 1.0}, "epochs": 3}}
     assert stub(space, trials=6) == 0
-    worst = max(float(row["x"]) for row in rows())
     assert stub(space, trials=14, do={"sleep": 0.1}) == 0
     pruned = [row for row in rows() if row["state"] == "pruned"]
-    assert pruned and all(not Path(row["folder"], "best.ckpt").exists() for row in pruned), worst
+    assert pruned and all(not Path(row["folder"], "best.ckpt").exists() for row in pruned)
     for row in pruned:
         assert json.loads(Path(row["folder"], "trial.json").read_text())["state"] == "pruned"
         with pytest.raises(ProcessLookupError):
@@ -293,15 +295,15 @@ def until(path: Path) -> str:
 
 
 def test_two_processes_share_a_sweep(started: Callable[..., subprocess.Popen[str]]) -> None:
-    both = [started(20, sleep=0.05) for _ in range(2)]
+    both = [started(12, sleep=0.05) for _ in range(2)]
     for process in both:
         out, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
-        assert out.count("val/loss 0.") >= 3  # each had its share
+        assert out.count("val/loss 0.") >= 2  # each had its share
     ended = in_order()
-    assert len(ended) == 20 and len(set(searched())) == 20
-    assert all(row["state"] == "complete" for row in ended)
-    assert len({row["folder"] for row in ended}) == 20 == len(list(FOLDER.glob("trial-*")))
+    assert len(ended) == 12 and len(set(searched())) == 12
+    assert {row["state"] for row in ended} <= {"complete", "pruned"}
+    assert len({row["folder"] for row in ended}) == 12 == len(list(FOLDER.glob("trial-*")))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -335,14 +337,16 @@ def test_killed_it_goes_on_with_the_same_parameters(started: Callable[..., subpr
     assert (FOLDER / "trial-000/log.txt").is_file() and [row["trial"] for row in in_order()] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_what_kills_its_sweep_is_not_tried_without_end(
     started: Callable[..., subprocess.Popen[str]], stub: Sweep
 ) -> None:
     for number in range(3):
         process = started(2, sleep=60)
-        until(FOLDER / f"trial-{number:03d}/pid")
-        process.send_signal(signal.SIGINT)
+        trial = int(until(FOLDER / f"trial-{number:03d}/pid"))
+        process.kill()
         process.communicate(timeout=60)
+        os.kill(trial, signal.SIGKILL)
     assert stub(trials=2) == 0
     assert [(row["trial"], row["state"]) for row in in_order()] == [("2", "failed"), ("3", "complete")]
 

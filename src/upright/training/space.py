@@ -33,9 +33,14 @@ class Range(NamedTuple):
     log: bool = False
     step: float | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether only whole numbers are meant."""
+        return all(isinstance(number, int) for number in (self.low, self.high, self.step or 0))
+
     def suggest(self, trial: Trial, option: str) -> float:
         """What Optuna proposes."""
-        if all(isinstance(number, int) for number in (self.low, self.high, self.step or 0)):
+        if self.whole:
             return trial.suggest_int(option, int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return trial.suggest_float(option, self.low, self.high, log=self.log, step=self.step)
 
@@ -198,7 +203,10 @@ def _range(option: str, given: Mapping[str, Any]) -> Range:
         )
     if step is not None and not (step > 0 and math.isclose((high - low) / step, round((high - low) / step))):
         raise UprightError(f"{option}: steps of {step} do not lead from {low} to {high}.")
-    return Range(low, high, log, step)
+    found = Range(low, high, log, step)
+    if found.whole and (low, high) == (0, 1):
+        raise UprightError(f"{option}: whole numbers from 0 to 1 are these two: [0, 1], or low: 0.0 for all between.")
+    return found
 
 
 def _number(given: Any) -> float | int | None:

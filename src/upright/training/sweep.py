@@ -44,7 +44,7 @@ COMMAND = (sys.executable, "-m", "upright.training.trial", "fit")
 ROOT = Path("checkpoints")
 POLL = 0.2  # seconds between two looks at a trial
 GRACE = 20  # seconds that a trial has to end by itself
-ATTEMPTS = 3  # of a trial whose sweep was stopped or killed; it may be what killed it
+ATTEMPTS = 3  # of a trial whose sweep was killed; it may be what killed it
 HEARTBEAT = 30  # seconds; a trial of another machine is given up after four of them
 
 
@@ -223,7 +223,8 @@ class Search:
                 raise
             except KeyboardInterrupt:
                 self._settle(trial, values, "stopped")
-                _try_again(self.study, self.study.trials[trial.number])
+                # Whoever stops a sweep means no harm to the trial that happened to run.
+                _try_again(self.study, self.study.trials[trial.number], attempts=0)
                 raise
             self._settle(trial, values, "complete", score=score)
             return score
@@ -330,7 +331,7 @@ class Search:
         return [
             {
                 "trial": str(trial.number),
-                "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
+                "state": _state(trial),
                 self.space.metric: f"{trial.values[0]:.6g}" if trial.values else "",
                 **{option: str(trial.params.get(option, "")) for option in self.space.searched},
                 "folder": str(self._folder(trial.user_attrs.get("same_as", trial.number))),
@@ -432,11 +433,11 @@ def _study(folder: Path, url: str | None, space: Space, prune: bool) -> Iterator
         storage.engine.dispose()
 
 
-def _try_again(study: Study, trial: FrozenTrial) -> None:
-    """Put a trial that was stopped in the queue again, with its parameters; not without end."""
-    attempt = int(trial.user_attrs.get("attempt", 1))
-    if attempt < ATTEMPTS:
-        study.enqueue_trial(trial.params, {"again": trial.number, "attempt": attempt + 1})
+def _try_again(study: Study, trial: FrozenTrial, attempts: int = 1) -> None:
+    """Put a trial that did not end by itself in the queue again, with its parameters; not without end."""
+    attempts += int(trial.user_attrs.get("attempts", 0))
+    if attempts < ATTEMPTS:
+        study.enqueue_trial(trial.params, {"again": trial.number, "attempts": attempts})
 
 
 def _lock_path(folder: Path, number: int) -> Path:
@@ -520,6 +521,12 @@ def _terminated_is_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _state(trial: FrozenTrial) -> str:
+    if "same_as" in trial.user_attrs:
+        return f"same as {trial.user_attrs['same_as']}"
+    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
 def _cell(value: Any) -> str:
