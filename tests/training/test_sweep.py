@@ -318,7 +318,7 @@ def test_stopped_it_goes_on_with_the_same_parameters(
     with pytest.raises(ProcessLookupError):
         os.kill(trial, 0)
     before = json.loads((FOLDER / "trial-000/trial.json").read_text())
-    assert before["state"] == "stopped"
+    assert before["state"] == "stopped" and not list(FOLDER.glob(".trial*"))
     assert stub(trials=2) == 0
     after = json.loads((FOLDER / "trial-001/trial.json").read_text())
     assert (after["state"], after["options"]) == ("complete", before["options"])
@@ -335,6 +335,24 @@ def test_killed_it_goes_on_with_the_same_parameters(started: Callable[..., subpr
     assert stub(trials=2) == 0
     assert (FOLDER / "trial-001/log.txt").read_text().split("--x=")[1].split(" --name")[0] == options
     assert (FOLDER / "trial-000/log.txt").is_file() and [row["trial"] for row in in_order()] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_a_trial_of_a_machine_that_is_gone_is_tried_again(
+    started: Callable[..., subprocess.Popen[str]], stub: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = started(1, sleep=60)
+    trial = int(until(FOLDER / "trial-000/pid"))
+    process.kill()
+    process.communicate()
+    os.kill(trial, signal.SIGKILL)
+    # Of another machine there is no lock to look at.
+    (FOLDER / ".trial-000.lock").unlink()
+    with pytest.raises(UprightError, match="has a score: none has ended"):
+        stub(trials=1)
+    monkeypatch.setattr("upright.training.sweep.HEARTBEAT", 1)
+    time.sleep(6)
+    assert stub(trials=1) == 0 and [row["trial"] for row in rows()] == ["1"]
 
 
 @pytest.mark.slow

@@ -284,7 +284,10 @@ class Search:
         return next((before for before in complete if before.params == trial.params), None)
 
     def _give_up_abandoned(self) -> None:
-        """Try again what a killed process of this machine left; for other machines' there is the heartbeat."""
+        """Try again what killed processes left: here, whose lock is free; elsewhere, whose heart does not beat."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not _lock_path(self.folder, trial.number).exists():
                 continue
@@ -449,8 +452,10 @@ def _lock(folder: Path, number: int, wait: bool = True) -> Iterator[None]:
     """Held while a trial runs: the system gives it free when the process ends, however that comes."""
     path = _lock_path(folder, number)
     with FileLock(path, blocking=wait):
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
