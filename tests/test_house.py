@@ -25,7 +25,7 @@ ORDER = (
     ("cli", "demo", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse")
+HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse", "optuna")
 
 
 def part(path: Path) -> str:
@@ -72,7 +72,10 @@ def test_the_test_above_can_fail() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "study"))],
+    [
+        ["--help"],
+        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "sweep", "study")),
+    ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
     code = f"from upright.cli import main\ntry:\n  main({arguments!r})\nexcept SystemExit:\n  pass"
@@ -90,6 +93,12 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "needs the package 'lightning': pip install 'upright[train]'" in done.stderr
+
+
+def test_the_extra_of_a_sweep_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['optuna'] = None; from upright.cli import main; sys.exit(main(['sweep', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "needs the package 'optuna': pip install 'upright[sweep]'" in done.stderr
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

@@ -16,6 +16,8 @@ class Verb(NamedTuple):
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     function: str
+    passes_on: str = ""
+    """Whose options stand after ``--``; they are the function's ``options``."""
 
 
 def _describe(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,19 @@ def _infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable classes; default: 1")
 
 
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("space", metavar="SPACE.yaml", help="what is searched; configs/sweeps/lenet_sweep.yaml is one")
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help="how many there shall be in the end; as SPACE.yaml says"
+    )
+    parser.add_argument("--name", help="of the sweep: checkpoints/NAME; SPACE.yaml's by default")
+    parser.add_argument(
+        "--storage", metavar="URL", help="of a database, for several machines; checkpoints/NAME/sweep.db by default"
+    )
+    parser.add_argument("--timeout", type=float, metavar="MINUTES", help="start no trial after so long")
+    parser.add_argument("--no-prune", dest="prune", action="store_false", help="let bad trials run to their end")
+
+
 def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="its name: uprightness")
     parser.add_argument("--seeds", type=int, default=5, help="runs per variant; default: 5")
@@ -79,6 +94,7 @@ VERBS = {
     "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
+    "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
     "demo": Verb("the whole line once, on real digits", _demo, "upright.demo:demo"),
 }
@@ -127,10 +143,20 @@ def _run(arguments: list[str]) -> int:
     if name not in VERBS:
         allowed = [*LIGHTNING, *VERBS]
         raise UprightError(f"unknown verb '{name}'.{nearest(name, allowed)} Verbs: {', '.join(allowed)}.")
-    parser = OneLineParser(prog=f"upright {name}", description=VERBS[name].help, allow_abbrev=False)
-    VERBS[name].arguments(parser)
-    options = vars(parser.parse_args(rest))
-    return int(_load(VERBS[name].function)(**options) or 0)
+    verb = VERBS[name]
+    parser = OneLineParser(prog=f"upright {name}", description=verb.help, allow_abbrev=False)
+    verb.arguments(parser)
+    passed_on = {}
+    if verb.passes_on:
+        parser.epilog = f"What follows -- are options of `{verb.passes_on}`."
+        end = rest.index("--") if "--" in rest else len(rest)
+        rest, passed_on = rest[:end], {"options": rest[end + 1 :]}
+    options = vars(parser.parse_args(rest)) | passed_on
+    return int(_load(verb.function)(**options) or 0)
+
+
+EXTRAS = {"optuna": "sweep"}
+"""Package -> the extra that brings it; all others come with ``train``."""
 
 
 def _load(function: str) -> Callable[..., Any]:
@@ -141,7 +167,8 @@ def _load(function: str) -> Callable[..., Any]:
         package = (error.name or "").partition(".")[0]
         if package == "upright":
             raise
-        raise UprightError(f"This verb needs the package '{package}': pip install 'upright[train]'.") from error
+        extra = EXTRAS.get(package, "train")
+        raise UprightError(f"This verb needs the package '{package}': pip install 'upright[{extra}]'.") from error
     return loaded
 
 

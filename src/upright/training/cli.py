@@ -37,7 +37,7 @@ from upright.training.checkpoint import (
 )
 from upright.training.classifier import ImageClassifier
 from upright.training.parser import OneLineParser, user_error
-from upright.training.tracking import finish_wandb, wandb_logger
+from upright.training.tracking import agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "checkpoints",
@@ -230,7 +230,9 @@ class UprightCLI(LightningCLI):
             return
         configs = [str(path) for path in self._own("config") or []]
         # The parser reads an empty name as null.
-        names = (_option(self.arguments, "--name"), self._own("name"), *map(_stem, reversed(configs)))
+        # The runs of a W&B sweep have one config, and an id each.
+        stems = [f"{_stem(path)}-{agent_run()}" if agent_run() else _stem(path) for path in reversed(configs)]
+        names = (_option(self.arguments, "--name"), self._own("name"), *stems)
         self.name = next(name for name in names if name is not None)
         check_name(self.name)
         self.folder = Path(self._own("trainer").default_root_dir or "checkpoints") / self.name
@@ -260,7 +262,7 @@ class UprightCLI(LightningCLI):
         callbacks: list[Callback] = []
         logger: Logger | bool = False
         if self.verb == "fit":
-            run = {"name": self.name, "id": uuid.uuid4().hex[:8]}
+            run = {"name": self.name, "id": agent_run() or uuid.uuid4().hex[:8]}
             if self.checkpoint and self.goes_on:
                 run["id"] = read_checkpoint(self.checkpoint)[KEY]["run"]["id"]
             callbacks += [

@@ -52,6 +52,11 @@ def wandb_logger(mode: Literal["offline", "online", "off"], folder: Path, run: M
     return logger
 
 
+def agent_run() -> str | None:
+    """The id of this run if the agent of a W&B sweep started it; the agent says so in the environment."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def finish_wandb() -> None:
     """Close the record of a run, or the next one in this process would write into it."""
     wandb = sys.modules.get("wandb")
