@@ -410,9 +410,15 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 class Agree(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.before = pl_module.model.network.stem[0][0].weight.detach().clone()
+    def on_train_epoch_end(self, trainer, pl_module):
+        waits = torch.equal(self.before, pl_module.model.network.stem[0][0].weight)
+        assert waits == (trainer.current_epoch == 0)
     def on_train_batch_end(self, trainer, pl_module, *_):
         mine = torch.stack([p.detach().double().sum() for p in pl_module.parameters()])
         both = pl_module.all_gather(mine)
+        assert len(both) == 2
         assert torch.equal(both[0], both[-1])
 """
 CONFIG = """
