@@ -55,7 +55,9 @@ def contents(
         "spec": classifier.spec.to_dict(),
         "data": data.recipe if data else None,
         "split": data.manifest.to_dict() if data else None,
-        "run": dict(run),
+        "run": dict(run) | ({"start": classifier.start} if classifier.start else {}),
+        # Beside those of its split: what the weights that it started from were learnt from.
+        "seen": classifier.seen,
         "metrics": dict(metrics),
     }
 
@@ -99,20 +101,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             something else, or one of a newer format.
     """
     path = find_checkpoint(path)
-    try:
-        with warnings.catch_warnings():
-            # torch warns of a pickle's protocol before it refuses what is in it.
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UprightError(
-            f"'{path}' is not an Upright checkpoint: it is damaged, or a pickle that would run code when loaded "
-            f"({_first_line(error)})."
-        ) from None
-    except Exception as error:  # torch's unpickler raises whatever a broken file leads it to
-        raise UprightError(
-            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
-        ) from None
+    checkpoint: dict[str, Any] = load_file(path, "an Upright checkpoint")
+    check_format(checkpoint, path)
+    return checkpoint
+
+
+def check_format(checkpoint: Any, path: str | Path) -> None:
+    """Refuse what is no checkpoint of Upright's, or one of a newer format.
+
+    Args:
+        checkpoint: what the file held.
+        path: of the file, for messages.
+
+    Raises:
+        UprightError: if it is.
+    """
     ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict) or "state_dict" not in checkpoint or not isinstance(ours.get("format"), int):
         raise UprightError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
@@ -121,8 +124,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"'{path}' has format {ours['format']}, made by Upright {ours['versions'].get('upright')}; "
             f"this version reads up to {FORMAT}. Install a newer Upright."
         )
-    whole: dict[str, Any] = checkpoint
-    return whole
+
+
+def load_file(path: Path, kind: str) -> Any:
+    """What a file of tensors and plain data holds, on the CPU, without running any code in it.
+
+    Args:
+        path: of the file.
+        kind: what it should be, for messages.
+
+    Raises:
+        UprightError: for a file that is cut off, damaged, or a pickle with code.
+    """
+    try:
+        with warnings.catch_warnings():
+            # torch warns of a pickle's protocol before it refuses what is in it.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UprightError(
+            f"'{path}' is not {kind}: it is damaged, or a pickle that would run code when loaded "
+            f"({_first_line(error)})."
+        ) from None
+    except Exception as error:  # torch's unpickler raises whatever a broken file leads it to
+        raise UprightError(
+            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -212,7 +239,7 @@ def check_name(name: str) -> None:
 
 
 def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Put the checkpoint's weights into the classifier.
+    """Put the checkpoint's weights into the classifier, and what is known of where they started from.
 
     Raises:
         UprightError: if they are of another network.
@@ -222,6 +249,8 @@ def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: 
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise UprightError(f"'{path}' holds the weights of another network: {reasons}") from None
+    ours = checkpoint[KEY]
+    classifier.start, classifier.seen = ours["run"].get("start"), ours.get("seen")
 
 
 def check_data(
@@ -251,15 +280,43 @@ def check_data(
             f"'{path}' knows {spec.channels} channel(s) and the classes {list(spec.classes)}; "
             f"the data have {given.channels} and {list(given.classes)}."
         )
-    if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
-        return
-    if same_split:
+    if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
         raise UprightError(
             f"The data of '{path}' have changed since it was trained: other images, or other splits. "
             "Restore them, or say with --data what to use."
         )
-    for split in () if allow_seen else ("val", "test"):
-        trained_on = torch.isin(data.manifest.hashes[split], ours["split"]["hashes"]["train"])
+    if not allow_seen:
+        check_unseen(ours, data, path)
+
+
+def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:
+    """Content hashes of the images that a checkpoint was trained on, its start's included; None if it had no data.
+
+    Args:
+        ours: Upright's part of the checkpoint.
+    """
+    parts = (ours["split"] and ours["split"]["hashes"]["train"], ours.get("seen"))
+    known = [part for part in parts if part is not None]
+    return torch.unique(torch.cat(known)) if known else None
+
+
+def check_unseen(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path) -> None:
+    """Refuse data whose validation or test images the checkpoint was trained on; its own splits are as they are.
+
+    Args:
+        ours: Upright's part of the checkpoint.
+        data: the datamodule.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UprightError: if there is one.
+    """
+    if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
+        return
+    seen = learnt_from(ours)
+    assert seen is not None
+    for split in ("val", "test"):
+        trained_on = torch.isin(data.manifest.hashes[split], seen)
         if trained_on.any():
             raise UprightError(
                 f"{int(trained_on.sum())} of {len(trained_on)} images in split '{split}' of these data are images that "

@@ -58,6 +58,9 @@ class ImageClassifier(Recorded, L.LightningModule):
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
             "init_args": recipe({key: value for key, value in self.arguments.items() if key != "spec"}),
         }
+        # Where the weights come from, if not from chance, and hashes of the images they knew (see `finetuning`).
+        self.start: dict[str, Any] | None = None
+        self.seen: Tensor | None = None
         self.optimizer, self.scheduler, self.upright_weight = optimizer, scheduler, upright_weight
         num_classes = len(spec.classes)
         try:
@@ -226,10 +229,10 @@ def _check_any_size(model: Model) -> None:
 
 
 def _with_factors(module: nn.Module, factor: float) -> Iterator[tuple[float, nn.Parameter]]:
-    """Every parameter with the ``lr_factor`` of the modules it is in, multiplied."""
+    """Every parameter with its own ``lr_factor`` and those of the modules it is in, multiplied."""
     factor *= getattr(module, "lr_factor", 1.0)
     for parameter in module.parameters(recurse=False):
         if parameter.requires_grad:
-            yield factor, parameter
+            yield factor * getattr(parameter, "lr_factor", 1.0), parameter
     for child in module.children():
         yield from _with_factors(child, factor)

@@ -36,6 +36,7 @@ from upright.training.checkpoint import (
     read_checkpoint,
 )
 from upright.training.classifier import ImageClassifier
+from upright.training.finetuning import Freeze, start_from
 from upright.training.parser import OneLineParser, user_error
 from upright.training.tracking import agent_run, finish_wandb, wandb_logger
 
@@ -203,12 +204,16 @@ class UprightCLI(LightningCLI):
             parser.add_argument(
                 "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
             )
-        else:
             parser.add_argument(
-                "--allow_seen_images",
-                action="store_true",
-                help="Go on where the model was trained on images that it would be judged by.",
+                "--start_from",
+                type=str | None,
+                help="Weights to start from: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG.",
             )
+        parser.add_argument(
+            "--allow_seen_images",
+            action="store_true",
+            help="Go on where the model was trained on images that it would be judged by.",
+        )
         if self.verb == "predict":
             parser.add_argument(
                 "--output", type=str | None, help="CSV to write; predictions.csv beside the checkpoint."
@@ -245,6 +250,14 @@ class UprightCLI(LightningCLI):
                 )
         elif path is not None:
             self.checkpoint = find_checkpoint(path)
+        # A run that goes on has its start behind it: the config's is then history, and another one a contradiction.
+        if self.checkpoint and _option(self.arguments, "--start_from"):
+            raise UprightError(
+                "--start_from begins a run, and --ckpt_path goes on with one that holds its weights: give one of them."
+            )
+        self.start = None
+        if self._own("start_from") is not None and not self.checkpoint:
+            self.start = find_checkpoint(self._own("start_from"))
         self.goes_on = self.checkpoint is not None and self.checkpoint.parent.resolve() == self.folder.resolve()
         if self.goes_on or not self.folder.exists():
             return
@@ -297,7 +310,11 @@ class UprightCLI(LightningCLI):
             checkpoint = read_checkpoint(self.checkpoint)
             load_weights(model, checkpoint, self.checkpoint)
             check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
-            _check_resumable(checkpoint, model, self.trainer.max_epochs, self.checkpoint)
+            _check_resumable(checkpoint, model, self.trainer, self.checkpoint)
+        elif self.start:
+            lines = start_from(model, self.start, datamodule, allow_seen=self._own("allow_seen_images"))
+            if self.trainer.is_global_zero:
+                print(*lines, sep="\n", flush=True)
         replaced = self.folder.with_name(f".{self.name}.old")
         if not self.goes_on and self.folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -376,6 +393,7 @@ class RunFolder(Callback):
             self.cli.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.cli.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             facts = {"split_digest": trainer.datamodule.manifest.digest, "git_commit": git_commit()}
+            facts |= {"start": pl_module.start} if pl_module.start else {}
             for logger in trainer.loggers:
                 logger.log_hyperparams(config | facts)
 
@@ -389,9 +407,7 @@ def _stem(path: str) -> str:
     return Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
 
 
-def _check_resumable(
-    checkpoint: dict[str, Any], model: ImageClassifier, max_epochs: int | None, path: str | Path
-) -> None:
+def _check_resumable(checkpoint: dict[str, Any], model: ImageClassifier, trainer: Any, path: str | Path) -> None:
     for part in ("optimizer", "scheduler"):
         theirs, ours = (r["init_args"].get(part, {}) for r in (checkpoint[KEY]["model"], model.recipe))
         if theirs.get("class_path") != ours.get("class_path"):
@@ -399,6 +415,13 @@ def _check_resumable(
                 f"'{path}' was trained with {part} {theirs.get('class_path')} and cannot go on with "
                 f"{ours.get('class_path')}; leave --ckpt_path out to start anew."
             )
-    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    theirs = checkpoint["callbacks"].get(Freeze.__name__, {}).get("lr_factor", 1.0)
+    ours = next((callback.lr_factor for callback in trainer.callbacks if isinstance(callback, Freeze)), 1.0)
+    if theirs != ours:
+        raise UprightError(
+            f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot go on with {ours}; "
+            "leave Freeze as it was, or --ckpt_path out to start anew."
+        )
+    done, max_epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], trainer.max_epochs
     if max_epochs is not None and 0 <= max_epochs <= done:
         raise UprightError(f"'{path}' has {done} epochs behind it; raise --trainer.max_epochs above that to go on.")

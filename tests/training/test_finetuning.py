@@ -1,0 +1,564 @@
+"""Weights to start from, and a body that waits: what is taken over, what starts anew, what is refused."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from tests.architectures.variants import VARIANTS, Variant
+from tests.conftest import CONFIGS, ROOT, Upright
+from tests.training.test_checkpoint import Exploit
+from tests.training.test_published_weights import random_weights, resnet_forward, resnet_layout, vgg_forward, vgg_layout
+from tests.training.test_resume import fit as fit_process
+from tests.training.test_resume import last
+from upright.architectures.lenet import LeNet
+from upright.architectures.perceptron import Perceptron
+from upright.architectures.resnet import ResNet, SmallResNet
+from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
+from upright.architectures.vgg import VGG
+from upright.data.digits import Digits
+from upright.errors import UprightError
+from upright.images import ImageSpec
+from upright.recipes import build
+from upright.training.checkpoint import contents, read_checkpoint, restore
+from upright.training.classifier import ImageClassifier
+from upright.training.finetuning import Freeze, head, start_from
+
+SPEC = Digits(size=12, margin=0).spec
+FEW = replace(SPEC, classes=("7", "8", "9"))
+RGB = ImageSpec(3, 64, 64, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3)
+SGD = partial(torch.optim.SGD, lr=0.01)
+SMALL = partial(SmallResNet, depth=8, width=4)
+
+
+def classifier(network: object = SMALL, spec: ImageSpec = SPEC, seed: int = 0, **options: object) -> ImageClassifier:
+    torch.manual_seed(seed)
+    return ImageClassifier(spec, network, SGD, **options)
+
+
+def saved(model: ImageClassifier, path: Path) -> Path:
+    state = {"state_dict": model.state_dict(), "upright": contents(model, None, {"name": "one", "id": "1"}, {})}
+    torch.save(state, path)
+    return path
+
+
+def network_state(model: ImageClassifier) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.model.network.state_dict().items()}
+
+
+# --- The head ---------------------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Parameters of its own beside a head, and an output that is more than one layer."""
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(144))
+        self.body = nn.Linear(144, 8)
+        self.logits = nn.Linear(8, num_classes)
+        self.scale = nn.Parameter(torch.ones(num_classes))
+        # Cannot be built on the meta device.
+        self.half = float(self.token.detach().abs().max()) / 2
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.body(images.flatten(1) + self.token)) * self.scale
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.slow], ids=lambda variant: variant.name)
+def test_the_head_of_any_network_is_what_knows_the_number_of_classes(variant: Variant) -> None:
+    # No size inside these networks is 11 or 13 by chance.
+    spec = ImageSpec(
+        *variant.input_shape,
+        tuple(map(str, range(11))),
+        (0.5,) * variant.input_shape[0],
+        (0.25,) * variant.input_shape[0],
+    )
+    model = classifier(build(variant.recipe), spec)
+    found = head(model)
+    other = build(variant.recipe)(spec.input_shape, 13).state_dict()
+    assert found == {name for name, value in network_state(model).items() if other[name].shape != value.shape}
+    assert found and all(11 in network_state(model)[name].shape for name in found)
+
+
+def test_the_head_may_be_several_parts_and_building_it_draws_nothing() -> None:
+    model = classifier(Tokens)
+    before = torch.get_rng_state()
+    assert head(model) == {"logits.weight", "logits.bias", "scale"}
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- From an Upright checkpoint ---------------------------------------------------------------------------------------
+
+
+def test_other_classes_replace_the_head_and_nothing_else(tmp_path: Path) -> None:
+    one, two = classifier(), classifier(spec=FEW, seed=1)
+    own, path = network_state(two), saved(one, tmp_path / "one.ckpt")
+    start, *rest = start_from(two, path)
+    assert start == f"Start: '{path}' (run one, 1), {len(own) - 2} of {len(own)} tensors."
+    assert rest == ["classifier starts anew: 3 classes in place of 10."]
+    theirs = network_state(one)
+    for name, value in network_state(two).items():
+        assert torch.equal(value, (own if name.startswith("classifier.") else theirs)[name]), name
+    assert two.start["anew"] == ["classifier.bias", "classifier.weight"] and len(two.start["sha256"]) == 64
+
+
+def test_the_same_classes_keep_the_head_and_others_of_the_same_number_do_not(tmp_path: Path) -> None:
+    one, two, other = classifier(), classifier(seed=1), classifier(spec=replace(SPEC, classes=SPEC.classes[::-1]))
+    path = saved(one, tmp_path / "one.ckpt")
+    assert len(start_from(two, path)) == 1 and two.start["anew"] == []
+    assert all(
+        torch.equal(*pair) for pair in zip(network_state(one).values(), network_state(two).values(), strict=True)
+    )
+    assert start_from(other, path)[1] == "classifier starts anew: 10 other classes."
+
+
+def test_a_head_of_several_parts_is_named(tmp_path: Path) -> None:
+    lines = start_from(classifier(Tokens, FEW), saved(classifier(Tokens), tmp_path / "one.ckpt"))
+    assert lines[1] == "scale and logits start anew: 3 classes in place of 10."
+
+
+def around(*places: str, network: object = SMALL) -> object:
+    return partial(TransformerNetwork, network=network, transformer=SpatialTransformer, places=list(places))
+
+
+@pytest.mark.parametrize("places", [("input",), ("blocks.1",), ("input", "blocks", "blocks.1")])
+def test_a_bare_network_is_given_transformers_and_rid_of_them(tmp_path: Path, places: tuple[str, ...]) -> None:
+    bare, within = classifier(), classifier(around(*places), seed=1)
+    images, own = torch.rand(2, 1, 12, 12) * 255, network_state(within)
+    lines = start_from(within, saved(bare, tmp_path / "bare.ckpt"))
+    assert lines[1:] == [f"The transformer at {place} starts anew." for place in sorted(places)]
+    anew = set(within.start["anew"])
+    assert all(torch.equal(own[name], network_state(within)[name]) for name in anew)
+    with torch.no_grad():
+        # Untrained transformers are the identity.
+        assert torch.allclose(within.eval()(images), bare.eval()(images), atol=1e-4)
+    back = classifier(seed=2)
+    lines = start_from(back, saved(within, tmp_path / "within.ckpt"))
+    assert lines[1] == f"The transformer at {min(places)} is left out: the network has none there."
+    assert all(torch.equal(value, network_state(bare)[name]) for name, value in network_state(back).items())
+
+
+def test_transformers_at_the_same_place_are_taken_over(tmp_path: Path) -> None:
+    one, two = classifier(around("input", "blocks.0")), classifier(around("input", "blocks.1"), FEW, seed=1)
+    nn.init.normal_(one.model.network.transformer.localisation[-1].bias)
+    lines = start_from(two, saved(one, tmp_path / "one.ckpt"))
+    assert lines[1:] == [
+        "network.classifier starts anew: 3 classes in place of 10.",
+        "The transformer at blocks.1 starts anew.",
+        "The transformer at blocks.0 is left out: the network has none there.",
+    ]
+    ours, theirs = (model.model.network.transformer.state_dict() for model in (two, one))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_transformer_of_another_kind_is_another(tmp_path: Path) -> None:
+    rotation = partial(TransformerNetwork, network=SMALL, transformer=partial(SpatialTransformer, transform="rotation"))
+    text = r"of another network: transformer at input: localisation.2.weight is 1x\d+ in place of 6x"
+    with pytest.raises(UprightError, match=text):
+        start_from(classifier(around("input")), saved(classifier(rotation), tmp_path / "one.ckpt"))
+
+
+def test_another_normalisation_is_said(tmp_path: Path) -> None:
+    lines = start_from(classifier(spec=replace(SPEC, std=(0.5,))), saved(classifier(), tmp_path / "one.ckpt"))
+    assert lines[-1] == (
+        "They learnt from images of mean [0.306] and std [0.325]; these data say mean [0.306] and std [0.5]."
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "text"),
+    [
+        (partial(SmallResNet, depth=14, width=4), "it lacks blocks.3.body.0.0.weight, .* and 27 more; blocks.1"),
+        (partial(SmallResNet, depth=8, width=8), "stem.0.0.weight is 4x1x3x3 in place of 8x1x3x3, .* more."),
+        (LeNet, "it lacks .*; the network has no stem.0.0.weight, stem.0.1.weight, stem.0.1.bias and"),
+    ],
+)
+def test_weights_of_another_network_are_refused_and_leave_it_as_it_was(
+    tmp_path: Path, network: object, text: str
+) -> None:
+    model = classifier(network, seed=1)
+    before = network_state(model)
+    with pytest.raises(UprightError, match=rf"one.ckpt' holds the weights of another network: {text}") as refusal:
+        start_from(model, saved(classifier(), tmp_path / "one.ckpt"))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+    assert model.start is None and all(torch.equal(v, network_state(model)[n]) for n, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ("write", "text"),
+    [
+        (lambda path: path.write_bytes(b""), "is not a whole checkpoint; it is damaged or cut off"),
+        (
+            lambda path: path.write_bytes(pickle.dumps(Exploit())),
+            "not an Upright checkpoint or a state dict: .* would run",
+        ),
+        (lambda path: torch.save({"weight": Exploit()}, path), "would run code"),
+        (lambda path: torch.save([torch.zeros(1)], path), "holds neither an Upright checkpoint nor a state dict"),
+        (lambda path: torch.save({}, path), "holds neither"),
+        (lambda path: torch.save({"model": {"weight": torch.zeros(1)}}, path), "holds neither"),
+        (lambda path: torch.save({"upright": 3}, path), "not a checkpoint that `upright fit` wrote"),
+        (lambda path: torch.save({"w": torch.zeros(1)}, path), "a ResNet or a VGG only; the network is a SmallResNet."),
+        (lambda path: None, "does not exist"),
+    ],
+)
+def test_what_is_nothing_to_start_from(tmp_path: Path, write: object, text: str) -> None:
+    write(tmp_path / "x.pth")
+    with pytest.raises(UprightError, match=text) as refusal:
+        start_from(classifier(), tmp_path / "x.pth")
+    assert "\n" not in str(refusal.value)
+
+
+# --- From torchvision's -----------------------------------------------------------------------------------------------
+
+RESNET_18 = resnet_layout(18)
+NORMALISATION = (
+    "They learnt from images of mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]; "
+    "these data say mean [0.5, 0.5, 0.5] and std [0.25, 0.25, 0.25]."
+)
+
+
+def save_as_published(state: dict[str, torch.Tensor], path: Path) -> None:
+    """As the first files were: in torch's old format, of parameters, and without a count of batches."""
+    kept = {name: value for name, value in state.items() if "tracked" not in name}
+    parameters = OrderedDict(
+        (name, value if "running" in name else nn.Parameter(value)) for name, value in kept.items()
+    )
+    torch.save(parameters, path, _use_new_zipfile_serialization=False)
+
+
+@torch.no_grad()
+def test_a_published_resnet_behind_a_transformer(tmp_path: Path) -> None:
+    state = random_weights(RESNET_18)
+    save_as_published(state, tmp_path / "resnet18.pth")
+    model = classifier(around("input", network=partial(ResNet, depth=18)), RGB)
+    lines = start_from(model, tmp_path / "resnet18.pth")
+    assert lines[1:] == [
+        "network.classifier starts anew: 3 classes in place of 1000.",
+        "The transformer at input starts anew.",
+        NORMALISATION,
+    ]
+    images = torch.randn(2, 3, 64, 64)
+    resnet = model.model.network.network.eval()
+    features = resnet.blocks(resnet.stem(images)).mean(dim=(2, 3))
+    theirs = resnet_forward(state, images, 18)
+    ours = features @ state["fc.weight"].T + state["fc.bias"]
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@torch.no_grad()
+def test_a_vgg_is_fitted_to_the_size_of_the_images_and_knows_imagenets_classes(tmp_path: Path) -> None:
+    state = random_weights(vgg_layout(11, True, narrow=16, units=24))
+    save_as_published(state, tmp_path / "vgg.pth")
+    imagenet = replace(RGB, classes=tuple(f"n{number:08d}" for number in range(1000)))
+    network = partial(VGG, depth=11, widths=(4, 8, 16, 32, 32), units=(24, 24), batch_norm=True)
+    model = classifier(network, imagenet).eval()
+    lines = start_from(model, tmp_path / "vgg.pth")
+    assert lines[1:] == [
+        "classifier.layers.1 learnt from 7x7 maps, and these images make 2x2: it now takes them as torchvision's "
+        "pooling does.",
+        NORMALISATION,
+    ]
+    images = torch.randn(2, 3, 64, 64)
+    theirs = vgg_forward(state, images, 11, True)
+    assert torch.allclose(model.model.network(images), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("network", "spec", "text"),
+    [
+        (partial(ResNet, depth=34), RGB, "it lacks .* and 92 more; the network has no blocks.2.shortcut"),
+        (partial(ResNet, stem="small"), RGB, "stem.0.0.weight is 64x3x7x7 in place of 64x3x3x3"),
+        (ResNet, replace(SPEC, height=64, width=64), "stem.0.0.weight is 64x3x7x7 in place of 64x1x7x7"),
+        (partial(VGG, depth=11, units=(8, 8)), RGB, "it lacks .*; the network has no conv1.weight"),
+    ],
+)
+def test_other_published_weights_are_refused(tmp_path: Path, network: object, spec: ImageSpec, text: str) -> None:
+    torch.save({name: torch.zeros(shape) for name, shape in RESNET_18.items()}, tmp_path / "x.pth")
+    with pytest.raises(UprightError, match=text) as refusal:
+        start_from(classifier(network, spec), tmp_path / "x.pth")
+    assert "\n" not in str(refusal.value)
+
+
+# --- Freeze -----------------------------------------------------------------------------------------------------------
+
+
+class Watch(L.Callback):
+    """Notes the network's state at the start, before every epoch, and at the end, and what is being trained."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, torch.Tensor]] = []
+        self.rates: list[list[float]] = []
+        self.known: list[int] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.states.append(network_state(pl_module))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+        self.known.append(len(trainer.optimizers[0].state))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.states.append(network_state(pl_module))
+
+
+def train(model: ImageClassifier, freeze: Freeze, epochs: int = 3) -> Watch:
+    watch = Watch()
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        enable_checkpointing=False,
+        callbacks=[freeze, watch],
+        limit_train_batches=4,
+        limit_val_batches=1,
+        # Validation within the epoch puts the network into evaluation mode and back.
+        val_check_interval=2,
+        **options,
+    )
+    trainer.fit(model, Digits(size=12, margin=0, batch_size=16))
+    return watch
+
+
+def test_the_body_waits_and_then_learns_at_its_rate() -> None:
+    torch.manual_seed(0)
+    model = ImageClassifier(SPEC, SMALL, partial(torch.optim.Adam, lr=0.01))
+    watch = train(model, Freeze(until_epoch=2, lr_factor=0.1))
+    heads = {"classifier.weight", "classifier.bias"}
+    for epoch, (before, after) in enumerate(zip(watch.states, watch.states[1:], strict=False)):
+        for name, value in before.items():
+            changed = not torch.equal(value, after[name])
+            assert changed == (name in heads or epoch == 2), (epoch, name)
+    count = len(list(model.model.network.parameters()))
+    assert watch.known == [2] * 8 + [count] * 4
+    assert all(slow == pytest.approx(0.1 * fast) for slow, fast in watch.rates[:-1])
+    assert max(fast for _, fast in watch.rates) == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_slow_body_need_not_wait() -> None:
+    model = classifier(Tokens)
+    watch = train(model, Freeze(lr_factor=0.5), epochs=1)
+    assert not any(torch.equal(*pair) for pair in zip(watch.states[0].values(), watch.states[-1].values(), strict=True))
+    groups = model.optimizers().param_groups
+    rates = {id(parameter): group["initial_lr"] for group in groups for parameter in group["params"]}
+    # A parameter beside the layers is of the body, and the module that it is in holds the head too.
+    slow = {name for name, value in model.model.network.named_parameters() if rates[id(value)] == 0.005}
+    assert slow == {"token", "body.weight", "body.bias"}
+
+
+def test_a_transformer_that_starts_anew_does_not_wait(tmp_path: Path) -> None:
+    model = classifier(around("input"))
+    start_from(model, saved(classifier(), tmp_path / "one.ckpt"))
+    watch = train(model, Freeze(until_epoch=1), epochs=1)
+    changed = {name for name, value in watch.states[0].items() if not torch.equal(value, watch.states[-1][name])}
+    assert {name.split(".")[0] for name in changed} == {"transformer", "network"}
+    assert {name for name in changed if name.startswith("network")} == {
+        "network.classifier.weight",
+        "network.classifier.bias",
+    }
+
+
+def test_a_network_that_is_all_head_has_nothing_to_freeze() -> None:
+    with pytest.raises(UprightError, match=r"nothing to freeze: all of Perceptron depends on the number of classes"):
+        train(classifier(Perceptron), Freeze(until_epoch=1))
+
+
+@pytest.mark.parametrize("options", [{"until_epoch": -1}, {"lr_factor": 0}])
+def test_what_freeze_cannot_do(options: dict[str, float]) -> None:
+    with pytest.raises(UprightError, match=r"Freeze needs until_epoch of at least 0 and lr_factor above 0, got"):
+        Freeze(**options)
+
+
+# --- On the command line ----------------------------------------------------------------------------------------------
+
+OWN = """
+import os, signal
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from upright.data.digits import Digits
+from upright.data.source import Source
+from dataclasses import replace
+
+class Some(Digits):
+    def __init__(self, *, classes: str = "0123456", **options):
+        super().__init__(**options)
+        self.classes = classes
+    @property
+    def spec(self):
+        return replace(super().spec, classes=tuple(self.classes))
+    def read(self):
+        whole = super().read()
+        kept = [i for i, label in enumerate(whole.labels) if str(label) in self.classes]
+        labels = [self.classes.index(str(whole.labels[i])) for i in kept]
+        return Source([whole.images[i] for i in kept], labels, [whole.names[i] for i in kept])
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Agree(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.before = pl_module.model.network.stem[0][0].weight.detach().clone()
+    def on_train_epoch_end(self, trainer, pl_module):
+        waits = torch.equal(self.before, pl_module.model.network.stem[0][0].weight)
+        assert waits == (trainer.current_epoch == 0)
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        mine = torch.stack([p.detach().double().sum() for p in pl_module.parameters()])
+        both = pl_module.all_gather(mine)
+        assert len(both) == 2
+        assert torch.equal(both[0], both[-1])
+"""
+CONFIG = """
+seed_everything: 3
+model:
+  network: {class_path: upright.architectures.resnet.SmallResNet, init_args: {depth: 8, width: 4}}
+  optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
+data: {class_path: own.Some, init_args: {size: 12, margin: 0}}
+trainer: {max_epochs: 1, accelerator: cpu}
+"""
+FROM = ("--start_from", "checkpoints/first", "--wandb", "off")
+OTHER = ("fit", "--config", "own.yaml", "--data.classes", "789", "--name", "second", *FROM)
+QUICK = ("--trainer.limit_train_batches", 3)
+
+
+@pytest.fixture
+def first(upright: Upright, tmp_path: Path) -> Path:
+    """A run on the digits from 0 to 6."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    sys.modules.pop("own", None)
+    answer = upright("fit", "--config", "own.yaml", "--name", "first", "--wandb", "off", *QUICK)
+    assert answer.code == 0, answer.err
+    return tmp_path / "checkpoints/first"
+
+
+def test_a_run_starts_from_another_and_says_so(upright: Upright, first: Path, tmp_path: Path) -> None:
+    answer = upright(*OTHER, *QUICK)
+    assert answer.code == 0, answer.err
+    ours = read_checkpoint(first)["upright"]["run"]
+    assert f"Start: 'checkpoints/first/best.ckpt' (run first, {ours['id']})" in answer.out
+    assert "classifier starts anew: 3 classes in place of 7." in answer.out
+    start = read_checkpoint(tmp_path / "checkpoints/second")["upright"]["run"]["start"]
+    assert start["run"] == ours and start["path"] == "checkpoints/first/best.ckpt"
+    config = yaml.safe_load((tmp_path / "checkpoints/second/config.yaml").read_text())
+    assert config["start_from"] == "checkpoints/first"
+    # From here on the first run is not needed, and not forgotten.
+    (first / "best.ckpt").unlink()
+    go_on = ("fit", "--name", "second", "--ckpt_path", "last", "--trainer.max_epochs", 2, "--wandb", "off", *QUICK)
+    answer = upright(*go_on)
+    assert answer.code == 0 and "Start:" not in answer.out, answer.err
+    assert read_checkpoint(tmp_path / "checkpoints/second/last.ckpt")["upright"]["run"]["start"] == start
+    assert upright("test", "--ckpt_path", "checkpoints/second").code == 0
+    assert restore(tmp_path / "checkpoints/second").classifier.start == start
+    assert upright("export", "checkpoints/second").code == 0
+    manifest = json.loads((tmp_path / "export/second/manifest.json").read_text())
+    assert manifest["provenance"]["run"]["start"] == start
+
+
+def test_a_start_is_the_weights_and_nothing_of_the_optimiser(upright: Upright, first: Path, tmp_path: Path) -> None:
+    still = ("--model.optimizer.lr", 0, "--trainer.limit_train_batches", 2)
+    assert upright(*OTHER, *still).code == 0
+    ours, theirs = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (tmp_path / "checkpoints/second/last.ckpt", first / "best.ckpt")
+    )
+    trained = {name for name in ours if "running" not in name and "tracked" not in name and "classifier" not in name}
+    assert len(trained) > 10 and all(torch.equal(ours[name], theirs[name]) for name in trained)
+    checkpoint = torch.load(tmp_path / "checkpoints/second/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+
+
+def test_images_that_the_start_was_trained_on_do_not_judge(upright: Upright, first: Path, tmp_path: Path) -> None:
+    mixed = (*OTHER, "--data.classes", "5678", *QUICK)
+    answer = upright(*mixed)
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "in split 'val' of these data are images that 'checkpoints/first/best.ckpt' was trained on" in answer.err
+    assert not (tmp_path / "checkpoints/second").exists()
+    assert upright(*mixed, "--allow_seen_images").code == 0
+    # What comes after knows them still.
+    assert upright(*OTHER, "--name", "third", *QUICK).code == 0
+    answer = upright("test", "--ckpt_path", "checkpoints/third", "--data.classes", "012")
+    assert answer.code == 2
+    third = read_checkpoint(tmp_path / "checkpoints/third")["upright"]
+    assert torch.isin(read_checkpoint(first)["upright"]["split"]["hashes"]["train"], third["seen"]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--start_from", "nope.ckpt"), "'nope.ckpt' does not exist"),
+        (("--start_from", "own.py"), "is not an Upright checkpoint or a state dict"),
+        (("--model.network.width", 8), "'checkpoints/first/best.ckpt' holds the weights of another network: stem.0.0"),
+        (("--ckpt_path", "checkpoints/first/last.ckpt"), "goes on with one that holds its weights: give one of them."),
+    ],
+)
+def test_a_start_that_is_none_leaves_nothing(
+    upright: Upright, first: Path, tmp_path: Path, options: tuple[object, ...], text: str
+) -> None:
+    answer = upright(*OTHER, *options)
+    assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["first"]
+
+
+FREEZE = "[{class_path: own.Kill}, {class_path: upright.training.finetuning.Freeze, init_args: %s}]"
+
+
+def test_a_frozen_run_that_is_killed_ends_as_one_that_was_not(first: Path, tmp_path: Path) -> None:
+    freeze = FREEZE % "{until_epoch: 2, lr_factor: 0.1}"
+    options = (*FROM, "--data.classes", "789", "--data.batch_size", "32", "--trainer.max_epochs", "3")
+    options += ("--trainer.callbacks", freeze, "--save_every_n_steps", "4")
+    assert fit_process(tmp_path, "whole", *options) == 0
+    steps = int(last(tmp_path, "whole")["step"]) // 3
+    # Killed in the middle of a frozen epoch, and in the middle of the one that is not.
+    resumed = options[2:]
+    assert steps > 6 and fit_process(tmp_path, "killed", *options, kill_at=steps + 5) < 0
+    assert fit_process(tmp_path, "killed", *resumed, "--ckpt_path", "last", kill_at=2 * steps + 6) < 0
+    assert fit_process(tmp_path, "killed", *resumed, "--ckpt_path", "last") == 0
+    whole, killed = last(tmp_path, "whole"), last(tmp_path, "killed")
+    assert whole.keys() == killed.keys() and int(whole["step"]) == 3 * steps
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, killed[name]), name
+
+
+def test_a_resumed_run_keeps_the_rate_of_its_body(upright: Upright, first: Path) -> None:
+    assert upright(*OTHER, *QUICK, "--trainer.callbacks", FREEZE % "{lr_factor: 0.1}").code == 0
+    for freeze, given in ((FREEZE % "{lr_factor: 0.5}", 0.5), ("[]", 1.0)):
+        go_on = ("--name", "second", "--ckpt_path", "last", "--trainer.max_epochs", 2, "--trainer.callbacks", freeze)
+        answer = upright("fit", *go_on, "--wandb", "off")
+        assert answer.code == 2 and answer.err.count("\n") == 1
+        assert f"was trained with an lr_factor of 0.1 for the body and cannot go on with {given}" in answer.err
+
+
+def test_two_processes_agree_on_a_body_that_waits(first: Path, tmp_path: Path) -> None:
+    callbacks = (FREEZE % "{until_epoch: 1}").replace("own.Kill", "own.Agree")
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    options = ("--data.batch_size", "32", "--trainer.max_epochs", "2", "--trainer.callbacks", callbacks)
+    command = [sys.executable, "-m", "upright", *map(str, OTHER), *options, *two]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Start: ") == 1
+    state, start = last(tmp_path, "second"), torch.load(first / "best.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(state["model.network.stem.0.0.weight"], start["model.network.stem.0.0.weight"])
+    counted = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+    steps = int(state["step"]) // 2
+    assert counted == {steps + int(start["model.network.stem.0.1.num_batches_tracked"])}
+
+
+def test_every_config_has_a_head() -> None:
+    for path in CONFIGS:
+        config = yaml.safe_load(path.read_text())
+        data = build(yaml.safe_load((ROOT / "configs" / config["data"]).read_text()))()
+        assert head(classifier(build(config["model"]["network"]), data.spec)), path
