@@ -187,7 +187,7 @@ def test_folds_and_parts_of_the_training_images_are_options(upright: Upright) ->
         return {split: sum(counts.values()) for split, counts in found.items()}
 
     assert counts("--data.folds", 4, "--data.fold", 3) == {"train": 1079, "val": 359, "test": 359}
-    assert counts("--data.train_fraction", 0.1) == {"train": 117, "val": 270, "test": 359}
+    assert counts("--data.train_fraction", 0.1) == {"train": 119, "val": 270, "test": 359}
 
 
 def test_copies_in_given_splits_are_reported(upright: Upright, tmp_path: Path) -> None:
