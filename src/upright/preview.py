@@ -66,7 +66,10 @@ def _data(path: Path, root: str | None) -> ImageDataModule:
     recipe = read_checkpoint(path)[KEY]["data"]
     if recipe is None:
         raise UprightError(f"'{path}' does not say what data it was trained with.")
-    data: ImageDataModule = build(recipe)(**options)
+    try:
+        data: ImageDataModule = build(recipe)(**options)
+    except TypeError as error:
+        raise UprightError(f"--root '{root}': {error}.") from None
     return data
 
 

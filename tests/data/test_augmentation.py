@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from upright.data.augmentation import (
+    AT_ONCE,
     Augmentation,
     Geometric,
     RandomAffine,
@@ -332,3 +333,31 @@ def test_half_precision_elsewhere_changes_nothing_here() -> None:
         found = augmentation(images)
         assert torch.equal(found.transforms(points), expected.transforms(points))
     assert torch.equal(found.images, expected.images)
+
+
+def test_a_shear_is_an_angle_in_pixels_whatever_the_shape() -> None:
+    height, width = 20, 50
+    torch.manual_seed(0)
+    matrices = RandomAffine(shear=30).draw(2000, height, width)
+    # Down one pixel in the new image is so many pixels across in the old one.
+    slants = torch.atan(matrices[:, 0, 1] * width / height).rad2deg()
+    assert 29.5 < slants.abs().max() <= 30.01 and abs(slants.std() - 60 / 12**0.5) < 0.6
+
+
+def test_what_is_beyond_the_border_is_the_same_in_large_batches() -> None:
+    images = torch.full((AT_ONCE + 50, 1, 8, 8), 200, dtype=torch.uint8)
+    for padding, expected in (("border", 200), ("reflection", 200), ("zeros", 0)):
+        images_out = Augmentation([RandomAffine(shift=0.9)], padding=padding)(images).images
+        assert abs(float(images_out.amin(dim=(1, 2, 3)).median()) - expected) < 1e-3
+        assert expected == 0 or (images_out - 200).abs().max() < 1e-3
+
+
+def test_an_elastic_grid_reaches_from_border_to_border() -> None:
+    corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    controls = RandomElastic(points=3).controls
+    assert len(controls) == 9 and all((controls == corner).all(dim=1).any() for corner in corners)
+
+
+def test_a_part_that_does_not_take_the_batch_is_named(images: torch.Tensor) -> None:
+    with pytest.raises(UprightError, match=r"ColorJitter in .* does not take a batch of shape \(200, 1, 12, 18\): "):
+        Augmentation([kornia.ColorJitter(hue=0.1, p=1.0)])(images)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from upright.data import pictures as pictures_module
 from upright.data.folder import Folder
 from upright.errors import UprightError
 from upright.images import decode
+from upright.warp import resize
 
 COUNT = 60
 
@@ -268,3 +270,177 @@ def test_a_set_larger_than_memory(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     size, total = map(int, done.stdout.split())
     assert size > 2 * limit and total > 0
+
+
+def test_facts_of_rows_that_are_gone_are_never_taken_for_true(pictures: Path, own_cache: Path) -> None:
+    _ = folder(pictures, cache="disk").images
+    (file,) = own_cache.glob("*/pixels")
+    file.unlink()
+    # Sorts first, so that every row comes to be another picture's.
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(pictures / "even/00.png")
+
+    class Cut(io.FileIO):
+        def write(self, content: bytes) -> int:
+            if "facts" in str(self.name):
+                raise OSError(28, "No space left on device")
+            return super().write(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_opened", lambda path: path.touch() or Cut(path, "r+"))
+        with pytest.raises(UprightError, match="No space left"):
+            _ = folder(pictures, cache="disk").images
+    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_pictures_that_change_places_take_their_pixels_along(pictures: Path) -> None:
+    one, other = pictures / "even/000.png", pictures / "odd/001.png"
+    other.write_bytes(one.read_bytes()[:-3] + b"abc")
+    for file in (one, other):
+        os.utime(file, ns=(10**18, 10**18))
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(one.with_suffix(".bmp"))
+    Image.new("RGB", (20, 20), (99, 9, 9)).save(other.with_suffix(".bmp"))
+    one, other = one.with_suffix(".bmp"), other.with_suffix(".bmp")
+    for file in (one, other):
+        os.utime(file, ns=(10**18, 10**18))
+    _ = folder(pictures, cache="disk").images
+    aside = pictures / "aside"
+    one.rename(aside), other.rename(one), aside.rename(other)
+    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_files_size_and_its_times_are_looked_at(pictures: Path, decoded: list[str], change: str) -> None:
+    _ = folder(pictures, cache="disk").images
+    decoded.clear()
+    file = pictures / "even/000.png"
+    status = file.stat()
+    if change == "size":
+        file.write_bytes(file.read_bytes() + b"more")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    _ = folder(pictures, cache="disk").images
+    assert decoded == ["000.png"]
+
+
+class Negative:
+    """Another way of decoding."""
+
+    def __init__(self, images: object) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return 255 - self.images[index]
+
+
+class Inverted(Folder):
+    def read(self):  # type: ignore[no-untyped-def]
+        source = super().read()
+        return replace(source, images=Negative(source.images))
+
+
+def test_other_angles_backgrounds_and_decoders_are_other_caches(pictures: Path) -> None:
+    Image.new("RGBA", (16, 16), (50, 50, 50, 0)).save(pictures / "even/clear.png")
+
+    for cls, options in (
+        (Folder, {"angles": (-30, 30)}),
+        (Folder, {"angles": (-60, 60)}),
+        (Folder, {"background": 200}),
+        (Inverted, {}),
+        (Folder, {}),
+    ):
+        kept, found = (cls(root=str(pictures), size=12, cache=where, **options) for where in ("memory", "disk"))
+        assert all(torch.equal(a, b) for a, b in zip(everything(found), everything(kept), strict=True)), options
+
+
+def test_what_could_not_be_read_once_is_tried_again(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path, spec: object) -> object:
+        if Path(path).name == "007.png":
+            raise UprightError(f"'{path}' cannot be decoded: too many open files")
+        return decode(path, spec)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures_module, "decode", failing)
+        with pytest.raises(UprightError, match="too many open files"):
+            _ = folder(pictures, cache="disk").images
+    assert folder(pictures, cache="disk").images.readable.all()
+
+
+def test_a_kept_picture_is_rounded_not_cut(pictures: Path) -> None:
+    data = folder(pictures, cache="disk")
+    originals = list(data.originals("test"))
+    for original, kept in zip(originals, data.samples("test")[:].images, strict=True):
+        exact = resize(torch.from_numpy(original.pixels).permute(2, 0, 1)[None].float(), 12, 12)
+        assert (exact[0] - kept).abs().max() <= 0.501
+
+
+def test_large_originals_are_decoded_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = peak = 0
+
+    class Large(np.ndarray):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def large(path: Path, spec: object) -> np.ndarray:
+        nonlocal alive, peak
+        alive, peak = alive + 1, max(peak, alive + 1)
+        return decode(path, spec).view(Large)
+
+    for number in range(20):
+        file = tmp_path / f"{number % 2}" / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("L", (2100, 2000), number).save(file)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 2**20)
+    monkeypatch.setattr(module, "content_hash", lambda pixels: int(pixels[0, 0, 0]))
+    monkeypatch.setattr(pictures_module, "decode", large)
+    _ = folder(tmp_path).images
+    assert peak <= 3
+
+
+def test_no_cache_needs_no_folder_to_write_to(pictures: Path, own_cache: Path) -> None:
+    own_cache.write_text("a file")
+    data = folder(pictures, cache="none", num_workers=0)
+    assert torch.equal(data.samples("val")[:].images, folder(pictures, cache="memory").samples("val")[:].images)
+
+
+def test_streamed_views_are_decoded_when_they_are_asked_for(pictures: Path, decoded: list[str]) -> None:
+    data = folder(pictures, cache="none", angles=(0, 30), num_workers=0)
+    samples = data.samples("test")
+    assert len(decoded) == COUNT
+    _ = samples[:2]
+    assert len(decoded) == COUNT + 1
+
+
+def test_unreadable_pictures_leave_given_splits_too(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        for label in ("a", "b"):
+            for number in range(4):
+                file = tmp_path / split / label / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), hash((split, label, number)) % 251).save(file)
+    (tmp_path / "test/a/0.png").write_bytes(b"")
+    data = folder(tmp_path, max_unreadable=9)
+    assert {name: len(part) for name, part in data.splits.items()} == {"train": 8, "val": 8, "test": 7}
+    for file in (tmp_path / "val").glob("*/*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(UprightError, match="No picture of split 'val' can be read"):
+        _ = folder(tmp_path, max_unreadable=9).splits
+
+
+def test_copies_stay_together_and_count(pictures: Path) -> None:
+    for number in range(0, 20, 2):
+        (pictures / f"even/copy {number}.png").write_bytes((pictures / f"even/{number:03d}.png").read_bytes())
+    data = folder(pictures)
+    assert sum(map(len, data.splits.values())) == COUNT + 10 and data.remarks == []
+
+
+def test_a_worker_that_dies_is_one_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures_module, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UprightError, match=r"A process that decodes has died .* fewer of them by --data.num_workers"):
+        _ = folder(pictures, cache="memory", num_workers=1).images

@@ -140,3 +140,56 @@ def test_clutter_of_the_test_split_is_cut_from_the_test_split(monkeypatch: pytes
 def test_refuses(options: dict[str, object], text: str) -> None:
     with pytest.raises(UprightError, match=text):
         DistortedMNIST(**options)
+
+
+def spread(task: Task, points: torch.Tensor) -> torch.Tensor:
+    """Where ``points`` of the new image come from, in pixels of it, less where they are: ``(4000, N, 2)``."""
+    torch.manual_seed(0)
+    distortion = MNISTDistortion(task)
+    return (distortion.draw(4000)(points) - points) * distortion.size / 2
+
+
+def test_amounts_are_those_of_the_docstring() -> None:
+    middle = torch.zeros(1, 2)
+    # Without its scale and turn, the shift of the middle is uniform over 7 pixels either way.
+    placed = MNISTDistortion("RTS").parts[1].draw(4000, 42, 42)[:, :2, 2] * 21
+    assert 6.9 < placed.abs().max() <= 7.0001 and abs(placed.std() - 14 / 12**0.5) < 0.1
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    assert abs(spread("E", corners).std() - 1.5) < 0.05
+    shifts = spread("TC", middle)
+    assert shifts.min() == -16 and shifts.max() == 16 and torch.equal(shifts, shifts.round())
+    scales = MNISTDistortion("P").parts[0].draw(4000, 28, 28)[:, 0, 0]
+    assert abs(1 / scales.max() - 0.75) < 0.01 and abs(1 / scales.min() - 1) < 0.01
+
+
+def test_corners_are_moved_normally_and_what_is_left_can_be_seen() -> None:
+    torch.manual_seed(0)
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    matrices = MNISTDistortion("P").parts[1].draw(4000, 28, 28).inverse()
+    moved = torch.cat([corners, torch.ones(4, 1)], dim=1) @ matrices.mT
+    moved = moved[..., :2] / moved[..., 2:]
+    # Drawn again where little is left, they come to lie a little less far off than drawn once.
+    assert 4 < ((moved - corners) * 14).std() < 5
+    x, y = moved.unbind(-1)
+    areas = (x * y.roll(-1, 1) - x.roll(-1, 1) * y).sum(dim=1) / 2
+    assert areas.min() >= 4 / 3 - 1e-2 and areas.mean() > 3
+    sides = moved.roll(-1, 1) - moved
+    turns = sides[..., 0] * sides.roll(-1, 1)[..., 1] - sides[..., 1] * sides.roll(-1, 1)[..., 0]
+    assert (turns > 0).all()
+
+
+def test_patches_are_cut_from_the_ink_and_put_anywhere() -> None:
+    torch.manual_seed(0)
+    _, source, target = MNISTDistortion("TC").draw_clutter(4000)
+    assert (source.min(), source.max(), target.min(), target.max()) == (4, 18, 0, 54)
+
+
+def test_what_is_made_of_a_digit_does_not_depend_on_its_batch(task: str) -> None:
+    data = DistortedMNIST(task=task)
+    views = data.views("test")
+    digits = torch.from_numpy(data.source.images[data.splits["test"]]).permute(0, 3, 1, 2).float()
+    indices = torch.from_numpy(data.splits["test"])
+    whole = views.show(digits, indices)
+    for size in (1, 7, 33):
+        parts = zip(digits.split(size), indices.split(size), strict=True)
+        assert torch.equal(torch.cat([views.show(*part) for part in parts]), whole)

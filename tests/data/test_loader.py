@@ -46,6 +46,7 @@ def test_resumes_after_the_batches_that_were_handed_out(handed_out: int) -> None
         pass
     resumed.load_state_dict(state.state_dict())
     assert seen(resumed) == whole[handed_out:]
+    assert resumed.state_dict() == state.state_dict() | {"position": 5}
     # Once only: what is asked for again is whole.
     assert seen(resumed) == whole
 
@@ -68,6 +69,8 @@ def test_training_drops_what_does_not_fill_a_batch() -> None:
 
 def test_a_training_set_smaller_than_a_batch_is_one_batch() -> None:
     assert sorted(seen(BatchLoader(samples(3), 64, shuffle=True))[0]) == [0, 1, 2]
+    shared = [BatchLoader(samples(7), 64, shuffle=True, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [len(batch) for loader in shared for batch in seen(loader)] == [3, 3]
 
 
 def test_evaluation_sees_every_sample_once_in_order() -> None:
@@ -87,3 +90,15 @@ def test_processes_share_the_split(shuffle: bool, world: int) -> None:
         assert len(together) == 25 // (4 * world) * 4 * world
     else:
         assert together == list(range(25))
+
+
+def test_a_state_that_was_loaded_is_kept_until_it_is_used() -> None:
+    loader = BatchLoader(samples(23), 4, shuffle=True)
+    loader.load_state_dict({"epoch": 0, "position": 3})
+    assert loader.state_dict() == {"epoch": 0, "position": 3}
+
+
+def test_workers_fetch_what_is_asked_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("upright.data.loader.fetch", lambda items, keys, workers: asked.append(workers) or iter(()))
+    assert list(BatchLoader(samples(8), 4, shuffle=False, workers=3)) == [] and asked == [3]

@@ -55,6 +55,10 @@ def test_the_digest_knows_which_image_is_in_which_split() -> None:
     one = manifest([1, 2], [3])
     assert one.counts == {"train": {"a": 2}, "test": {"b": 1}} and one.to_dict()["source"] == "x.X"
     assert one.digest == manifest([2, 1], [3]).digest
+    backwards = SplitManifest.of(
+        "x.X", {"test": np.array([3]), "train": np.array([1, 2])}, np.zeros(5, int), np.arange(5) * 7, ["a", "b"]
+    )
+    assert backwards.digest == one.digest
     assert one.digest != manifest([1, 3], [2]).digest
     assert one.digest != manifest([1, 2], [4]).digest
 
@@ -84,15 +88,22 @@ def test_a_smaller_part_is_in_every_larger_one_and_has_every_class() -> None:
 
 def test_copies_are_found_and_reported() -> None:
     splits = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4, 5])}
-    hashes, labels = np.array([10, 11, 12, 13, 11, 12]), np.array([0, 0, 1, 1, 0, 0])
+    hashes, labels = np.array([10, 11, 12, 13, 12, 11]), np.array([0, 0, 1, 1, 0, 0])
     names = list("uvwxyz")
     assert copies(splits, labels, np.arange(6), ["a", "b"], names) == []
     assert copies(splits, labels, hashes, ["a", "b"], names) == [
-        "2 of the 3 images in 'train' are in 'test' too, for example 'v' and 'y'.",
-        "1 images have a copy of another class, for example 'w' (b) and 'z' (a).",
+        "2 of the 3 images in 'train' are in 'test' too, for example 'v' and 'z'.",
+        "1 images have a copy of another class, for example 'w' (b) and 'y' (a).",
     ]
 
 
 def test_first_copies() -> None:
     first, place = first_copies(np.array([5, 3, 5, 9, 3]))
     assert first.tolist() == [0, 1, 3] and place.tolist() == [0, 1, 0, 2, 1]
+
+
+def test_folds_and_parts_depend_on_the_seed() -> None:
+    folds = [stratified_split(LABELS, {"test": 0.2}, seed=seed, folds=4)["val"].tolist() for seed in (0, 0, 1)]
+    parts = [stratified_part(LABELS, 0.3, seed).tolist() for seed in (0, 0, 1)]
+    for first, again, other in (folds, parts):
+        assert first == again != other

@@ -170,13 +170,22 @@ def test_where_pictures_are_kept_and_who_decodes_them_changes_nothing(upright: U
     root = save_pictures(tmp_path / "pictures")
     data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", root, "--data.batch_size", 8)
     weights = []
-    for name, how in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ("--no-cache",))):
-        answer = upright("fit", "--config", LENET, *data, "--name", name, *QUICK, *how, "--data.num_workers", 2)
+    for name, how in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ())):
+        # The flag may stand anywhere, also before the data.
+        flag = ("--no-cache",) if name == "streamed" else ()
+        options = (*data, *how, "--data.num_workers", 2, "--name", name)
+        answer = upright("fit", *flag, "--config", LENET, *options, *QUICK)
         assert answer.code == 0, answer.err
         weights.append(torch.load(f"checkpoints/{name}/best.ckpt", weights_only=True)["state_dict"])
         assert upright("test", "--ckpt_path", f"checkpoints/{name}").code == 0
     assert all(torch.equal(value, other[key]) for other in weights[1:] for key, value in weights[0].items())
     assert yaml.safe_load(Path("checkpoints/streamed/config.yaml").read_text())["data"]["init_args"]["cache"] == "none"
+    # How they are read makes no other data of them: what has changed is still refused.
+    for picture in (root / "dark").glob("1*.png"):
+        picture.unlink()
+    for how in (("--no-cache",), ("--data.batch_size", 4), ("--data.init_args.num_workers", 0)):
+        answer = upright("test", "--ckpt_path", "checkpoints/memory", *how)
+        assert answer.code == 2 and "have changed since it was trained" in answer.err
 
 
 def test_folds_and_parts_of_the_training_images_are_options(upright: Upright) -> None:
@@ -203,7 +212,7 @@ def test_images_that_were_trained_on_judge_only_if_told_to(upright: Upright, run
     other_split = ("test", "--ckpt_path", run_folder, "--data.split_seed", 1)
     answer = upright(*other_split)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert re.search(r"\d+ of 270 images in split 'val' .* \(--allow_seen_images: go on\)", answer.err)
+    assert re.search(r"\d+ of 359 images in split 'test' .* \(--allow_seen_images: go on\)", answer.err)
     assert upright(*other_split, "--allow_seen_images").code == 0
     assert json.loads((run_folder / "test.json").read_text())["data"]["init_args"]["split_seed"] == 1
 

@@ -241,6 +241,10 @@ class Spline:
         """Those of some of the images."""
         return Spline(self.controls, self.solution, self.shifts[chosen])
 
+    def double(self) -> "Spline":
+        """In double precision: rounded to single, its points are the same whatever else is in the batch."""
+        return Spline(self.controls.double(), self.solution.double(), self.shifts.double())
+
 
 class Distortion(nn.Module, ABC):
     """Makes another image of each, whatever its size, and says where its pixels come from."""
@@ -345,8 +349,9 @@ class Augmentation(nn.Module):
     def untold(self) -> str | None:
         """The name of the first part that moves pixels and does not say where, if there is one."""
         for part in self.parts:
-            moving = [module for module in part.modules() if _of_kornia(module, "geometric", inside=False)]
-            if moving and not all(hasattr(module, "transform_matrix") for module in (part, *moving)):
+            # Whatever moves, and whatever it is inside of.
+            moving = [module for module in part.modules() if _of_kornia(module, "geometric")]
+            if not all(hasattr(module, "transform_matrix") for module in moving):
                 return type(part).__name__
         return None
 
@@ -380,7 +385,13 @@ class Augmentation(nn.Module):
                 done = done.then(moved)
                 continue
             size = images.shape[-2:]
-            images = part(images)
+            try:
+                images = part(images)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise UprightError(
+                    f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
+                    f"{tuple(images.shape)}: {' '.join(str(error).split())[:200]}"
+                ) from error
             matrices = getattr(part, "transform_matrix", None) if _of_kornia(part, "geometric") else None
             if isinstance(matrices, Tensor):
                 done = done.then(_normalised(matrices, size, images.shape[-2:]))

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -29,7 +29,7 @@ from upright.data.split import Indices, content_hash
 from upright.data.views import Angles, Views
 from upright.data.workers import fetch
 from upright.errors import UprightError
-from upright.images import ImageSpec, batches_of_one_size
+from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.warp import resize
 
 Where = Literal["auto", "memory", "disk", "none"]
@@ -48,7 +48,7 @@ CHUNK_BYTES = 4 * 2**20
 
 def cache_folder() -> Path:
     """Where decoded images are kept: ``$UPRIGHT_CACHE``, or ``decoded`` in the user's cache. It may be deleted."""
-    return Path(os.environ.get("UPRIGHT_CACHE") or Path(pooch.os_cache("upright")) / "decoded")
+    return Path(os.environ.get("UPRIGHT_CACHE") or Path(pooch.os_cache("upright")) / "decoded").expanduser()
 
 
 def cores() -> int:
@@ -85,16 +85,19 @@ class Decoder:
         """The images at ``positions``; of one that cannot be read, the facts say so."""
         count = len(positions)
         found = Decoded(torch.zeros(count, *self.row_shape, dtype=torch.uint8), np.zeros(count, FACTS))
-        readable = []
-        for place, index in enumerate(self.indices[positions].tolist()):
-            try:
-                pixels = self.images[index]
-            except UprightError:
-                found.facts[place]["state"] = UNREADABLE
-                continue
-            found.facts[place] = (0, content_hash(pixels), *pixels.shape[:2], READ)
-            readable.append((place, index, pixels))
-        for batch in batches_of_one_size(readable, lambda item: item[2], len(readable)):
+
+        def readable() -> Iterator[tuple[int, int, Pixels]]:
+            for place, index in enumerate(self.indices[positions].tolist()):
+                try:
+                    pixels = self.images[index]
+                except UprightError:
+                    found.facts[place]["state"] = UNREADABLE
+                    continue
+                found.facts[place] = (0, content_hash(pixels), *pixels.shape[:2], READ)
+                yield place, index, pixels
+
+        # One batch of originals at a time: they may be a thousand times as large as what is kept of them.
+        for batch in batches_of_one_size(readable(), lambda item: item[2], count):
             places, indices = [place for place, _, _ in batch], torch.tensor([index for _, index, _ in batch])
             stacked = to_tensor(np.stack([pixels for _, _, pixels in batch]))
             found.pixels[places] = self._fitted(self.views.show(stacked, indices))
@@ -126,7 +129,7 @@ class Decoder:
             self.images[index]
         except UprightError as error:
             return str(error)
-        return f"Picture {index} could not be read, and now it can: was it being written?"
+        return f"Picture {index} could not be read just now, and now it can: run this again."
 
 
 class Kept:
@@ -149,8 +152,9 @@ class Kept:
 class Cache:
     """Facts of every image, and its pixels.
 
-    On disk they are rows of two files that only ever grow, each known by path, size and time of the file it was made
-    of: pictures that come later are added, and one that changes gets another row.
+    On disk they are rows of two files that only ever grow, each known by path, number, size and times of the file it
+    was made of: pictures that come later are added, and one that changes gets another row. They are of one class of
+    `Images`; who changes how an own one decodes deletes the folder.
 
     Args:
         decoder: what to keep.
@@ -161,7 +165,7 @@ class Cache:
         max_unreadable: so many images may be unreadable.
 
     Raises:
-        UprightError: if more images cannot be read, or the disk is full.
+        UprightError: if more images cannot be read, or the cache cannot be written.
     """
 
     def __init__(
@@ -244,10 +248,15 @@ class Cache:
             shape = (int(rows.max()) + 1, *self.decoder.row_shape)
             return Kept(np.memmap(folder / "pixels", np.uint8, "r", shape=shape), rows)
         except OSError as error:
-            raise UprightError(
-                f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder with "
-                "room, or decode files whenever they are wanted: --no-cache."
-            ) from error
+            if with_pixels:
+                raise UprightError(
+                    f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder "
+                    "with room, or decode files whenever they are wanted: --no-cache."
+                ) from error
+            # The facts are small; they are found out again the next time.
+            for _ in self._decoded(np.flatnonzero(self.facts["state"] == 0)):
+                pass
+            return None
 
     def _add_missing(self, folder: Path, identities: list[int], row: int) -> Indices:
         """The row of every image; ``row`` is how many bytes of pixels are kept of each."""
@@ -255,13 +264,18 @@ class Cache:
         known = np.fromfile(path, FACTS) if path.is_file() else self.facts[:0]
         if row:
             # Somebody who wants room may have deleted the large file.
-            known = known[: (folder / "pixels").stat().st_size // row if (folder / "pixels").is_file() else 0]
-        row_of = {int(known[r]["identity"]): int(r) for r in np.flatnonzero(known["state"])}
+            there = (folder / "pixels").stat().st_size // row if (folder / "pixels").is_file() else 0
+            if there < len(known):
+                known = known[:there]
+                # Else the facts would again be taken for true as soon as the large file has grown.
+                os.truncate(path, known.nbytes)
+        # What could not be read is tried again: it may have been the disk.
+        row_of = {int(known[r]["identity"]): int(r) for r in np.flatnonzero(known["state"] == READ)}
         rows = np.array([row_of.get(identity, -1) for identity in identities], np.int64)
         missing = np.flatnonzero(rows < 0)
         self.facts[rows >= 0] = known[rows[rows >= 0]]
         # What a process that was killed had not finished comes first.
-        free = itertools.chain(np.flatnonzero(known["state"] == 0).tolist(), itertools.count(len(known)))
+        free = itertools.chain(np.flatnonzero(known["state"] != READ).tolist(), itertools.count(len(known)))
         rows[missing] = list(itertools.islice(free, len(missing)))
         if not len(missing):
             return rows
@@ -269,10 +283,10 @@ class Cache:
         if (needed := len(missing) * row) > room:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {room / 1e9:.1f} GB are free")
         # Written, not mapped: a full disk is then an error, and not the end of the process.
-        with _opened(path) as facts, _opened(folder / "pixels") as pixels:
+        with _opened(path) as facts, _opened(folder / "pixels") if row else nullcontext() as pixels:
             for chunk, decoded in self._decoded(missing):
                 self.facts["identity"][chunk] = [identities[position] for position in chunk]
-                if row:
+                if pixels:
                     _write(pixels, rows[chunk], decoded.pixels.numpy())
                     os.fsync(pixels.fileno())
                 # Only what is there is said to be there.
@@ -286,7 +300,8 @@ def _identities(files: list[Path]) -> list[int]:
     for file in files:
         try:
             status = file.stat()
-            state = f"{status.st_size}\0{status.st_mtime_ns}"
+            # Two files that change places keep their times of change; their numbers and status do not.
+            state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
         except OSError:
             # A link to nothing, say: decoding names it.
             state = ""
@@ -297,9 +312,10 @@ def _identities(files: list[Path]) -> list[int]:
 
 def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
     """One folder per dataset and way of decoding."""
-    views = [type(decoder.views).__qualname__, decoder.views.names]
-    pixels = [decoder.row_shape, decoder.spec.resize, views] if with_pixels else None
-    key = [FORMAT, os.path.commonpath(files), decoder.spec.channels, decoder.spec.background, pixels]
+    spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
+    pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.names]
+    decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
+    key = [FORMAT, os.path.commonpath(files), decoding, pixels if with_pixels else None]
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
 
 

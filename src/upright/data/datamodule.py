@@ -37,7 +37,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     Args:
         batch_size: per process.
         val_fraction: of all images, for validation; of the training images where only the test split is given.
-        test_fraction: of all images, for test.
+        test_fraction: of all images, for test; of the training images where only validation is given.
         split_seed: of the split; does not change with the seed of a run.
         folds: cross-validation: ``val`` is one of so many equal parts of all but the test images, instead of
             ``val_fraction`` of them; 0 does without.
@@ -75,7 +75,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             raise UprightError(f"batch_size must be at least 1, got {batch_size}.")
         if not angles:
             raise UprightError("angles needs at least one angle; [0] shows every image as it is.")
-        if folds and not (folds > 1 and 0 <= fold < folds):
+        if (folds or fold) and not (folds > 1 and 0 <= fold < folds):
             raise UprightError(
                 f"folds needs at least 2 and fold one of 0 to folds - 1, got folds {folds}, fold {fold}."
             )
@@ -150,6 +150,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             raise UprightError("The source has an image in more than one split.")
         if self.folds and "val" in given:
             raise UprightError(f"folds {self.folds}: these data define their own validation split; use folds 0.")
+        for name, part in given.items():
+            if not len(part):
+                raise UprightError(f"No picture of split '{name}' can be read.")
         pool = given.pop("train", np.setdiff1d(readable, taken))
         fractions = {"val": self.val_fraction, "test": self.test_fraction}
         for name in [*given, *(["val"] if self.folds else [])]:
@@ -211,18 +214,19 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def _samples(self, split: str) -> Samples:
         """Training images as they are stored, the others as the network sees them, rounded to uint8."""
         spec, views, indices = self.spec, self.views(split), self.splits[split]
-        images, positions = self.images, indices
+        pixels, positions = self.images.pixels, indices
         size = (spec.height, spec.width)
         if split != "train" and not (views.plain and size == self.stored_size):
-            images = self._cache(Decoder(self.source.images, indices, spec, size, views))
-            positions = np.arange(len(indices))
+            decoder = Decoder(self.source.images, indices, spec, size, views)
+            streamed = self.cache == "none" and self.source.files is not None
+            pixels, positions = decoder if streamed else self._cache(decoder).pixels, np.arange(len(indices))
         aspects = torch.full((len(indices),), spec.width / spec.height)
         if spec.resize == "stretch":
             # Stretching keeps normalised coordinates, in which a turn depends on the original's own aspect.
             facts = self.images.facts[indices]
             aspects = torch.from_numpy(facts["width"] / facts["height"]).float()
         transforms = views.transforms(torch.from_numpy(indices), aspects)
-        return Samples(images.pixels, positions, torch.from_numpy(self._labels[indices]), transforms)
+        return Samples(pixels, positions, torch.from_numpy(self._labels[indices]), transforms)
 
     def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
         """Batches of one split, this process's share."""

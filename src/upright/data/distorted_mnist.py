@@ -15,6 +15,7 @@ from upright.data.augmentation import (
     Geometric,
     RandomAffine,
     RandomElastic,
+    Spline,
     quadrilateral,
 )
 from upright.data.cache import to_tensor
@@ -35,7 +36,9 @@ PATCH = 6
 
 
 class RandomCorners(Geometric):
-    """The image's corners, each moved to a normally distributed place; in convex order, or drawn again.
+    """The image's corners, each moved to a normally distributed place.
+
+    They are drawn again where they are in no convex order, or span less than a third of the image.
 
     Args:
         sigma: standard deviation, along x and along y, as a fraction of the image.
@@ -55,7 +58,9 @@ class RandomCorners(Geometric):
             sides = drawn.roll(-1, 1) - drawn
             following = sides.roll(-1, 1)
             turns = sides[..., 0] * following[..., 1] - sides[..., 1] * following[..., 0]
-            again = (turns <= 0).any(dim=1)
+            # Each corner's turn is twice the area of the triangle there; opposite ones make the whole.
+            area = (turns[:, 0] + turns[:, 2]) / 2
+            again = (turns <= 0).any(dim=1) | (area < 4 / 3)
         # From output to input: back to where the corners were.
         return quadrilateral(drawn).inverse()
 
@@ -87,7 +92,7 @@ class MNISTDistortion(Distortion):
     - ``RTS``: turned by up to 45 degrees, scaled by 0.7 to 1.2, placed in 42 x 42: uniformly*, its middle up to 7
       pixels off*, so that hardly any ink is lost.
     - ``P``: scaled by 0.75 to 1*, then the corners moved, normally by 5 pixels* (drawn again where they come to lie in
-      no convex order*), 28 x 28.
+      no convex order, or so that less than a third of the area is left*), 28 x 28.
     - ``E``: a thin-plate spline on a regular 4 x 4 grid, from border to border*, its points moved normally by 1.5
       pixels, 28 x 28.
     - ``TC``: placed uniformly by whole pixels* in 60 x 60, with 6 patches of 6 x 6 pixels* cut from the inner 20 x 20
@@ -137,7 +142,7 @@ class MNISTDistortion(Distortion):
         """
         margin = (self.size - SIDE) // 2
         framed = nn.functional.pad(images, [margin] * 4)
-        points = transforms.grid(self.size, self.size, images.device)
+        points = transforms.grid(self.size, self.size, images.device).float()
         made = sample(framed, points, self.size, self.size).round().clamp(0, 255)
         steps = torch.arange(PATCH, device=images.device)
         whose = torch.arange(len(images), device=images.device)[:, None, None]
@@ -196,7 +201,9 @@ class Drawn(Views):
         with torch.random.fork_rng(devices=[]):
             for view in range(len(self.names)):
                 torch.manual_seed(hash((self.seed, view)))
-                found.append((self.distortion.draw(count), self.distortion.draw_clutter(count)))
+                parts = self.distortion.draw(count).parts
+                exact = Composition(count, tuple(p.double() if isinstance(p, Spline) else p for p in parts))
+                found.append((exact, self.distortion.draw_clutter(count)))
         return found
 
     def show(self, images: Tensor, indices: Tensor) -> Tensor:

@@ -42,10 +42,18 @@ def fetch(items: Keyed[Any, Item], keys: Sequence[Any], workers: int) -> Iterato
         # Else it draws a seed for its workers from the global one.
         generator=torch.Generator(),
     )
-    for answer in loader:
-        if isinstance(answer, UprightError):
-            raise answer
-        yield answer
+    try:
+        for answer in loader:
+            if isinstance(answer, UprightError):
+                raise answer
+            yield answer
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UprightError(
+            f"A process that decodes has died ({str(error).splitlines()[0]}), perhaps for want of memory: fewer of "
+            "them by --data.num_workers, 0 for none."
+        ) from error
 
 
 class _Answers(Dataset[Any]):

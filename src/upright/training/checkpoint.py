@@ -4,7 +4,7 @@ import os
 import pickle
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -221,7 +221,7 @@ def read_data(path: str | Path, **options: object) -> ImageDataModule:
         raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
     try:
         data = build(found)(**options)
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than it takes
         raise UprightError(f"'{path}': {error}.") from None
     if not isinstance(data, ImageDataModule):
         raise UprightError(f"'{path}' describes a {type(data).__name__}, which is no ImageDataModule.")
@@ -260,6 +260,7 @@ def check_data(
     *,
     same_split: bool,
     allow_seen: bool = False,
+    splits: Sequence[str] = ("val", "test"),
 ) -> None:
     """Refuse data that do not fit the checkpoint.
 
@@ -269,6 +270,7 @@ def check_data(
         path: of the checkpoint, for messages.
         same_split: whether they must be the very images it was trained and selected on, in the same splits.
         allow_seen: whether it may be judged by images that it was trained on.
+        splits: that it would be judged by.
 
     Raises:
         UprightError: if classes or channels differ; if the split does; or, with data of the user's choice, if the
@@ -286,7 +288,7 @@ def check_data(
             "Restore them, or say with --data what to use."
         )
     if not allow_seen:
-        check_unseen(ours, data, path)
+        check_unseen(ours, data, path, splits)
 
 
 def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:
@@ -300,13 +302,16 @@ def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:
     return torch.unique(torch.cat(known)) if known else None
 
 
-def check_unseen(ours: Mapping[str, Any], data: ImageDataModule, path: str | Path) -> None:
+def check_unseen(
+    ours: Mapping[str, Any], data: ImageDataModule, path: str | Path, splits: Sequence[str] = ("val", "test")
+) -> None:
     """Refuse data whose validation or test images the checkpoint was trained on; its own splits are as they are.
 
     Args:
         ours: Upright's part of the checkpoint.
         data: the datamodule.
         path: of the checkpoint, for messages.
+        splits: that it would be judged by.
 
     Raises:
         UprightError: if there is one.
@@ -315,7 +320,7 @@ def check_unseen(ours: Mapping[str, Any], data: ImageDataModule, path: str | Pat
         return
     seen = learnt_from(ours)
     assert seen is not None
-    for split in ("val", "test"):
+    for split in splits:
         trained_on = torch.isin(data.manifest.hashes[split], seen)
         if trained_on.any():
             raise UprightError(

@@ -56,6 +56,7 @@ OWN_OPTIONS = (
     "save_every_n_steps",
     "output",
     "allow_seen_images",
+    "no_cache",
     "ckpt_path",
     "weights_only",
     "config",
@@ -86,7 +87,9 @@ def run(verb: str, arguments: list[str]) -> int:
         # It may do without the saving within epochs that the run had before.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         try:
-            arguments = ["--data.cache=none" if argument == "--no-cache" else argument for argument in arguments]
+            if "--no-cache" in arguments:
+                # Last, for data that come after it would replace it.
+                arguments = [*(argument for argument in arguments if argument != "--no-cache"), "--data.cache=none"]
             UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))))
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
@@ -192,6 +195,10 @@ class UprightCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Upright's own options."""
         parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
+        # Put in place before parsing; here for --help and for near misses.
+        parser.add_argument(
+            "--no-cache", action="store_true", help="Decode files whenever they are wanted: --data.cache none."
+        )
         if self.verb == "fit":
             parser.add_argument("--name", type=str | None, help="Name of the run; the config's by default.")
             parser.add_argument("--force", action="store_true", help="Replace an existing run of this name.")
@@ -339,9 +346,14 @@ class UprightCLI(LightningCLI):
         checkpoint = read_checkpoint(self.checkpoint)
         load_weights(model, checkpoint, self.checkpoint)
         # The first --config is the checkpoint's own; anything about data beyond it is the user's.
-        given = [a for a in self.arguments[2:] if re.match(r"--(data|config)\b|-c\b", a)]
+        # How they are read, and in what batches, makes no other data of them.
+        how = r"(?!\.(init_args\.)?(cache|num_workers|batch_size)\b)"
+        given = [a for a in self.arguments[2:] if re.match(rf"--(data\b{how}|config\b)|-c\b", a)]
         allowed = self._own("allow_seen_images")
-        check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, allow_seen=allowed)
+        judged_by = ("val" if self.verb == "validate" else "test",)
+        check_data(
+            checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, allow_seen=allowed, splits=judged_by
+        )
 
     def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Metrics of the validation split."""
