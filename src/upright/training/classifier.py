@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
@@ -22,9 +20,10 @@ from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
 from upright.training.losses import CrossEntropy
+from upright.training.metrics import stage_metrics
 from upright.training.model import Model
 from upright.training.schedules import OneCycle
-from upright.training.uprightness import Uprightness, final_poses, upright_loss
+from upright.training.uprightness import final_poses, upright_loss
 from upright.warp import pixel_centres
 
 Groups = Iterable[dict[str, Any]]
@@ -79,16 +78,14 @@ class ImageClassifier(Recorded, L.LightningModule):
                 f"upright_weight {upright_weight} needs a SpatialTransformer in the network; "
                 "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
             )
-        self.metrics = nn.ModuleDict({stage: self._stage_metrics(num_classes) for stage in ("_val", "_test")})
-
-    def _stage_metrics(self, num_classes: int) -> nn.ModuleDict:
-        metrics: dict[str, Metric] = {
-            "loss": MeanMetric(),
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        }
-        if self.transformers:
-            metrics["uprightness"] = Uprightness()
-        return nn.ModuleDict(metrics)
+        self.metrics = nn.ModuleDict(
+            {
+                f"_{stage}": stage_metrics(num_classes, upright=self.transformers > 0, confusion=stage == "test")
+                for stage in ("val", "test")
+            }
+        )
+        self.confusion: Tensor | None = None
+        """Of the last test, ``(K, K)``: images of row's class that were taken for column's."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
@@ -133,8 +130,9 @@ class ImageClassifier(Recorded, L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the loss what it asks of the data; refuse an augmentation that the losses cannot learn from."""
-        if getattr(self.loss, "balanced", False):
-            self.loss.balance(self._train_counts())
+        loss: Any = self.loss
+        if getattr(loss, "balanced", False):
+            loss.balance(self._train_counts())
         augmentation = self._augmentation.to(self.device)
         mixing = augmentation.mixes
         if mixing and not self._takes_probabilities():
@@ -215,17 +213,25 @@ class ImageClassifier(Recorded, L.LightningModule):
         metrics: Any = self.metrics[f"_{stage}"]
         with observing() as seen:
             logits = self.model(batch.images)
-        metrics["loss"].update(self.loss(logits, batch.labels), weight=len(logits))
-        metrics["accuracy"].update(logits, batch.labels)
-        if seen:
-            metrics["uprightness"].update(batch.group, batch.transforms, seen, self.spec.width / self.spec.height)
+        metrics.update(
+            preds=logits.float().softmax(dim=1),
+            target=batch.labels,
+            value=self.loss(logits, batch.labels),
+            weight=len(logits),
+            groups=batch.group,
+            transforms=batch.transforms,
+            seen=seen,
+            aspect=self.spec.width / self.spec.height,
+        )
 
     def _report(self, stage: str) -> None:
-        for name, metric in self.metrics[f"_{stage}"].items():  # type: ignore[operator]
-            value = metric.compute()
+        metrics: Any = self.metrics[f"_{stage}"]
+        found = metrics.compute()
+        self.confusion = found.pop("confusion", None)
+        for name, value in found.items():
             if not value.isnan():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
-            metric.reset()
+        metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics."""
