@@ -82,6 +82,11 @@ def test_test_writes_its_metrics_and_the_picture(upright: Upright, run_folder: P
     assert upright("test", "--ckpt_path", run_folder).code == 0
     record = json.loads((run_folder / "test.json").read_text())
     assert set(record["metrics"]) == METRICS
+    confusion, classes = (read_csv(run_folder / f"{name}.csv") for name in ("confusion", "classes"))
+    right, shown = sum(int(row[row["label"]]) for row in confusion), sum(int(row["support"]) for row in classes)
+    assert right / shown == pytest.approx(record["metrics"]["test/accuracy"]) and shown == 5 * 359
+    means = {name: sum(float(row[name]) for row in classes) / 10 for name in ("precision", "recall", "f1")}
+    assert means == pytest.approx({name: record["metrics"][f"test/{name}"] for name in means}, abs=1e-5)
     assert (run_folder / "transformer.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -40,8 +40,7 @@ def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> Metric
         upright: whether there is a transformer to measure.
         confusion: also the confusion matrix ``(K, K)``: images of row's class that were taken for column's.
     """
-    # Labels come from our own data: looking through every batch for others took a third of the time.
-    common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    common: dict[str, Any] = {"num_classes": num_classes}
     metrics: dict[str, Metric | MetricCollection] = {
         "loss": MeanMetric(),
         "accuracy": MulticlassAccuracy(average="micro", **common),
