@@ -181,8 +181,8 @@ def test_the_upright_loss_knows_of_whatever_moves_pixels(augment: list[object], 
     network = partial(TransformerNetwork, network=LeNet, transformer=TurnsBack)
     data = digits(augment=[HiddenTurn if part == "hidden" else part for part in augment], batch_size=256)
     # Where the transformer turns back what was turned, nothing is lost, whoever turned it.
-    images = data.samples("train").images
-    images[:, :, :6], images[:, :, 6:] = 255, 0
+    pixels = data.images.pixels.pixels
+    pixels[..., :6, :], pixels[..., 6:, :] = 255, 0
     fit = trainer(max_steps=1, limit_val_batches=0)
     fit.fit(ImageClassifier(SPEC, network, ADAM, upright_weight=1.0), data)
     loss = float(fit.callback_metrics["train/upright_loss"])
