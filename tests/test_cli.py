@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,6 @@ def test_the_overview_names_every_verb(upright: Upright) -> None:
     for arguments in ((), ("--help",)):
         answer = upright(*arguments)
         assert answer.code == 0 and all(f"\n  {verb} " in answer.out for verb in [*LIGHTNING, *VERBS])
-
-
-def test_threads_wait_asleep_unless_told_otherwise(upright: Upright, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    upright("--version")
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    upright("--version")
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_version(upright: Upright) -> None:

@@ -154,9 +154,6 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a gate that did not hold, 2 for a user's mistake.
     """
-    # Threads that wait for each other by spinning collapse as soon as another process takes a core: on two busy cores
-    # LeNet's step took 2 to 30 times as long for it. OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except UprightError as error:
