@@ -91,7 +91,25 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path) -> None:
     assert state["upright"]["run"] == ours[1]["run"]
 
 
-def test_the_test_above_can_fail(folder: Path) -> None:
+def test_averaged_weights_go_on_where_they_stood(folder: Path) -> None:
+    average = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}"
+    config = CONFIG.replace("callbacks: [", f"callbacks: [{average}, ").replace("max_epochs: 3", "max_epochs: 2")
+    (folder / "own.yaml").write_text(config)
+    options = ("--save_every_n_steps", "4")
+    assert fit(folder, "whole", *options) == 0
+    assert fit(folder, "killed", *options, kill_at=23) == -signal.SIGKILL
+    assert fit(folder, "killed", *options, "--ckpt_path", "last") == 0
+    whole, resumed = (
+        torch.load(folder / f"checkpoints/{name}/last.ckpt", weights_only=True) for name in ("whole", "killed")
+    )
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert whole[part].keys() == resumed[part].keys()
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, resumed[part][name]), (part, name)
+    assert whole["averaging_state"]["n_averaged"] == 36
+
+
+def test_the_first_test_can_fail(folder: Path) -> None:
     options = ("--save_every_n_steps", "4", "--trainer.max_epochs", "1")
     assert fit(folder, "whole", *options) == 0
     assert fit(folder, "killed", *options, kill_at=10) == -signal.SIGKILL

@@ -1,8 +1,10 @@
 """What a run leaves behind: checkpoints with all they need, metrics.csv, and the picture of the transformer."""
 
 import csv
+import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from upright.architectures.spatial_transformer import last_of, observing
 from upright.data.datamodule import ImageDataModule
+from upright.errors import UprightError
 from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
+from upright.training.metrics import BRIEF
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -75,6 +79,8 @@ def _scalars(trainer: L.Trainer) -> dict[str, float]:
 class MetricsFile(Callback):
     """One row per epoch in ``metrics.csv``; a resumed run goes on where its checkpoint stood.
 
+    ``seconds`` are of the epoch, validation and checkpoints included, and so are ``images_per_second``, of training.
+
     Args:
         path: of the file.
         lines: also print a line now and then, for terminals without a progress bar.
@@ -82,12 +88,19 @@ class MetricsFile(Callback):
 
     def __init__(self, path: Path, *, lines: bool = False) -> None:
         self.path, self.lines = path, lines
-        self._started = time.monotonic()
+        self._started, self._images = time.monotonic(), 0
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._started = time.monotonic()
+        self._started, self._images = time.monotonic(), 0
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count images."""
+        self._images += len(batch.labels) * trainer.world_size
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,23 +108,75 @@ class MetricsFile(Callback):
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row |= {name: f"{value:.6g}" for name, value in _scalars(trainer).items()}
         row |= {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"}
-        row |= {"seconds": f"{time.monotonic() - self._started:.3f}"}
-        rows = [old for old in _read_rows(self.path) if int(old["epoch"]) < trainer.current_epoch] + [row]
+        seconds = time.monotonic() - self._started
+        row |= {"seconds": f"{seconds:.3f}", "images_per_second": f"{self._images / seconds:.1f}"}
+        rows = [old for old in read_rows(self.path) if int(old["epoch"]) < trainer.current_epoch] + [row]
         with replacing_file(self.path) as aside, open(aside, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for old in rows for name in old)))
             writer.writeheader()
             writer.writerows(rows)
         epochs = trainer.max_epochs or 0
         if self.lines and (epochs < 10 or (trainer.current_epoch + 1) % (epochs // 10) == 0):
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in _scalars(trainer).items())
-            print(f"epoch {trainer.current_epoch + 1}/{epochs}  {shown}", flush=True)
+            print(f"epoch {trainer.current_epoch + 1}/{epochs}  {brief(_scalars(trainer))}", flush=True)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def brief(metrics: Mapping[str, float]) -> str:
+    """Those worth a look after every epoch, on one line."""
+    shown = {name: value for name, value in metrics.items() if name.startswith("train/") or name[4:] in BRIEF}
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``metrics.csv``; none where there is no such file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+class Divergence(Callback):
+    """Stops a run whose loss or weights are not finite any more, before a checkpoint of them is written.
+
+    Args:
+        folder: of the run, with what it saved before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._losses: list[tuple[int, torch.Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss."""
+        self._losses.append((trainer.global_step, outputs["loss"].detach()))
+        # Elsewhere a look waits for the device.
+        if pl_module.device.type == "cpu" or len(self._losses) >= 50:
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at what is left."""
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at the weights too: a finite loss may have been their last."""
+        self._look(trainer)
+        if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+            self._stop(trainer, trainer.global_step, "weights are not finite")
+
+    def _look(self, trainer: L.Trainer) -> None:
+        for step, loss in self._losses:
+            if not math.isfinite(loss):
+                self._stop(trainer, step, f"loss is {float(loss)}")
+        self._losses.clear()
+
+    def _stop(self, trainer: L.Trainer, step: int, what: str) -> None:
+        kept = " and ".join(f"'{path}'" for path in sorted(self.folder.glob("*.ckpt")))
+        raise UprightError(
+            f"The run diverged: the {what} at step {step} (epoch {trainer.current_epoch + 1}). Lower "
+            "--model.optimizer.lr, let the schedule warm up, or clip gradients: --trainer.gradient_clip_val 1. "
+            + (f"From before there is {kept}." if kept else "No checkpoint had been written yet.")
+        )
 
 
 class TransformerPicture(Callback):

@@ -1,5 +1,6 @@
 """The LightningModule around any network."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
@@ -21,9 +20,10 @@ from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
 from upright.training.losses import CrossEntropy
+from upright.training.metrics import stage_metrics
 from upright.training.model import Model
 from upright.training.schedules import OneCycle
-from upright.training.uprightness import Uprightness, final_poses, upright_loss
+from upright.training.uprightness import final_poses, upright_loss
 from upright.warp import pixel_centres
 
 Groups = Iterable[dict[str, Any]]
@@ -35,7 +35,7 @@ class ImageClassifier(Recorded, L.LightningModule):
     Args:
         spec: what an image is; the command line takes it from the data.
         network: completed with ``(input_shape, num_classes)``.
-        optimizer: completed with parameter groups; one group per ``lr_factor`` that a module asks for.
+        optimizer: completed with parameter groups; see `grouped_optimizer`.
         scheduler: completed with ``(optimizer, total_steps)``; steps after every batch.
         loss: completed with ``(num_classes)``; called with logits and labels, or probabilities where images are mixed.
         init: scheme of the weights to start from; by default the network's own.
@@ -81,16 +81,14 @@ class ImageClassifier(Recorded, L.LightningModule):
                 f"upright_weight {upright_weight} needs a SpatialTransformer in the network; "
                 "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
             )
-        self.metrics = nn.ModuleDict({stage: self._stage_metrics(num_classes) for stage in ("_val", "_test")})
-
-    def _stage_metrics(self, num_classes: int) -> nn.ModuleDict:
-        metrics: dict[str, Metric] = {
-            "loss": MeanMetric(),
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        }
-        if self.transformers:
-            metrics["uprightness"] = Uprightness()
-        return nn.ModuleDict(metrics)
+        self.metrics = nn.ModuleDict(
+            {
+                f"_{stage}": stage_metrics(num_classes, upright=self.transformers > 0, confusion=stage == "test")
+                for stage in ("val", "test")
+            }
+        )
+        self.confusion: Tensor | None = None
+        """Of the last test, ``(K, K)``: images of row's class that were taken for column's."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
@@ -98,18 +96,46 @@ class ImageClassifier(Recorded, L.LightningModule):
         return logits
 
     def configure_optimizers(self) -> Any:
-        """The injected optimiser over groups by ``lr_factor``, and the injected schedule over all steps."""
-        groups: dict[float, list[nn.Parameter]] = {}
-        for factor, parameter in _with_factors(self.model, 1.0):
-            groups.setdefault(factor, []).append(parameter)
-        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
-        for factor, group in zip(groups, optimizer.param_groups, strict=True):
-            group["lr"] *= factor
-        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        """`grouped_optimizer`, and the injected schedule over all steps."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise UprightError("A schedule must know where the run ends: give --trainer.max_epochs or max_steps.")
+        optimizer = self.grouped_optimizer()
+        scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def grouped_optimizer(self) -> Optimizer:
+        """The injected optimiser over all that trains, each parameter in one group.
+
+        A group per ``lr_factor`` that a module asks for. Where the optimiser decays weights, what should not be drawn
+        to zero has a group of its own: parameters of one dimension (biases, scales of norms), and those of a module
+        with ``no_weight_decay = True`` (He et al. 2019, arXiv:1812.01187).
+
+        Raises:
+            UprightError: for what the optimiser refuses.
+        """
+        treatments = dict(_treatments(self.model, 1.0, True))
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter, (factor, _) in treatments.items():
+            groups.setdefault(factor, []).append(parameter)
+        try:
+            optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
+        except ValueError as error:
+            raise UprightError(f"model.optimizer: {error}") from error
+        # The optimiser's own list grows in the loop.
+        for factor, group in zip(groups, list(optimizer.param_groups), strict=True):
+            group["lr"] *= factor
+            kept = [parameter for parameter in group["params"] if not treatments[parameter][1]]
+            if kept and group.get("weight_decay"):
+                group["params"] = [parameter for parameter in group["params"] if treatments[parameter][1]]
+                optimizer.add_param_group({**group, "params": kept, "weight_decay": 0.0})
+        return optimizer
+
     def on_fit_start(self) -> None:
-        """Refuse an augmentation that the losses cannot learn from."""
+        """Tell the loss what it asks of the data; refuse an augmentation that the losses cannot learn from."""
+        loss: Any = self.loss
+        if getattr(loss, "balanced", False):
+            loss.balance(self._train_counts())
         augmentation = self._augmentation.to(self.device)
         mixing = augmentation.mixes
         if mixing and not self._takes_probabilities():
@@ -149,6 +175,16 @@ class ImageClassifier(Recorded, L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return data.augmentation if isinstance(data, ImageDataModule) else Augmentation()
 
+    def _train_counts(self) -> Tensor:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ImageDataModule):
+            raise UprightError(
+                "class_weights balanced counts the images of an ImageDataModule, and these data are none: "
+                "give one weight per class."
+            )
+        counts = data.manifest.counts["train"]
+        return torch.tensor([counts.get(name, 0) for name in self.spec.classes])
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Augment, classify, and compare with a second view of the same images where there is an upright loss."""
         # Augmentation and dropout are functions of seed, epoch, batch and process: a resumed run draws the same.
@@ -180,17 +216,25 @@ class ImageClassifier(Recorded, L.LightningModule):
         metrics: Any = self.metrics[f"_{stage}"]
         with observing() as seen:
             logits = self.model(batch.images)
-        metrics["loss"].update(self.loss(logits, batch.labels), weight=len(logits))
-        metrics["accuracy"].update(logits, batch.labels)
-        if seen:
-            metrics["uprightness"].update(batch.group, batch.transforms, seen, self.spec.width / self.spec.height)
+        metrics.update(
+            preds=logits.float().softmax(dim=1),
+            target=batch.labels,
+            value=self.loss(logits, batch.labels),
+            weight=len(logits),
+            groups=batch.group,
+            transforms=batch.transforms,
+            seen=seen,
+            aspect=self.spec.width / self.spec.height,
+        )
 
     def _report(self, stage: str) -> None:
-        for name, metric in self.metrics[f"_{stage}"].items():  # type: ignore[operator]
-            value = metric.compute()
+        metrics: Any = self.metrics[f"_{stage}"]
+        found = metrics.compute()
+        self.confusion = found.pop("confusion", None)
+        for name, value in found.items():
             if not value.isnan():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
-            metric.reset()
+        metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics."""
@@ -228,11 +272,13 @@ def _check_any_size(model: Model) -> None:
     model.train()
 
 
-def _with_factors(module: nn.Module, factor: float) -> Iterator[tuple[float, nn.Parameter]]:
-    """Every parameter with its own ``lr_factor`` and those of the modules it is in, multiplied."""
+def _treatments(module: nn.Module, factor: float, decays: bool) -> Iterator[tuple[nn.Parameter, tuple[float, bool]]]:
+    """Every parameter that trains, with all its ``lr_factor``, its own and its modules', and whether it may decay."""
     factor *= getattr(module, "lr_factor", 1.0)
+    decays = decays and not getattr(module, "no_weight_decay", False)
     for parameter in module.parameters(recurse=False):
         if parameter.requires_grad:
-            yield factor * getattr(parameter, "lr_factor", 1.0), parameter
+            own = factor * getattr(parameter, "lr_factor", 1.0)
+            yield parameter, (own, decays and parameter.ndim > 1)
     for child in module.children():
-        yield from _with_factors(child, factor)
+        yield from _treatments(child, factor, decays)

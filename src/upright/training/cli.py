@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
@@ -24,7 +24,15 @@ from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.allocator import keep_freed_memory
-from upright.training.callbacks import MetricsFile, RunRecord, TransformerPicture, checkpoints
+from upright.training.callbacks import (
+    Divergence,
+    MetricsFile,
+    RunRecord,
+    TransformerPicture,
+    brief,
+    checkpoints,
+    read_rows,
+)
 from upright.training.checkpoint import (
     KEY,
     AtomicCheckpointIO,
@@ -37,6 +45,7 @@ from upright.training.checkpoint import (
 )
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze, start_from
+from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
 from upright.training.tracking import agent_run, finish_wandb, wandb_logger
 
@@ -288,6 +297,7 @@ class UprightCLI(LightningCLI):
             callbacks += [
                 RunRecord(run),
                 RunFolder(self),
+                Divergence(self.folder),
                 *checkpoints(self.folder, self._own("save_every_n_steps")),
                 MetricsFile(self.folder / "metrics.csv", lines=not config.enable_progress_bar),
             ]
@@ -318,6 +328,12 @@ class UprightCLI(LightningCLI):
             load_weights(model, checkpoint, self.checkpoint)
             check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
             _check_resumable(checkpoint, model, self.trainer, self.checkpoint)
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if "averaging_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
+                raise UprightError(
+                    f"'{self.checkpoint}' averages its weights and cannot go on without: add the callback of its "
+                    "config.yaml to trainer.callbacks, or leave --ckpt_path out to start anew."
+                )
         elif self.start:
             lines = start_from(model, self.start, datamodule, allow_seen=self._own("allow_seen_images"))
             if self.trainer.is_global_zero:
@@ -337,9 +353,7 @@ class UprightCLI(LightningCLI):
             shutil.rmtree(replaced, ignore_errors=True)
         best = self.folder / "best.ckpt"
         if best.is_file() and self.trainer.is_global_zero:
-            metrics = read_checkpoint(best)[KEY]["metrics"]
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val/"))
-            print(f"\nBest: {shown}\nRun:  {self.folder}\nNext: upright test --ckpt_path {best}")
+            print(_end(self.folder, best))
 
     def _evaluate(self, model: ImageClassifier, datamodule: ImageDataModule) -> None:
         assert self.checkpoint
@@ -369,6 +383,9 @@ class UprightCLI(LightningCLI):
         record = {"checkpoint": str(self.checkpoint), "data": datamodule.recipe, "metrics": metrics}
         write_text(self.folder / "test.json", json.dumps(record, indent=2) + "\n")
         print(f"Written: {self.folder / 'test.json'}")
+        if model.confusion is not None:
+            tables = write_tables(self.folder, model.confusion, model.spec.classes)
+            print(f"Tables:  {', '.join(map(str, tables))}")
         if model.transformers:
             print(f"Picture: {self.folder / 'transformer.png'}")
 
@@ -410,6 +427,21 @@ class RunFolder(Callback):
                 logger.log_hyperparams(config | facts)
 
 
+def _end(folder: Path, best: Path) -> str:
+    """What a run came to, in five lines."""
+    checkpoint, rows = read_checkpoint(best), read_rows(folder / "metrics.csv")
+    seconds = [float(row["seconds"]) for row in rows]
+    # A run of an older version has no such column.
+    images = [float(row.get("images_per_second") or 0) * part for row, part in zip(rows, seconds, strict=True)]
+    epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
+    return (
+        f"\nBest: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}\n"
+        f"Time: {sum(seconds) / 60:.1f} minutes, {sum(images) / max(sum(seconds), 1e-9):,.0f} images per second\n"
+        f"Run:  {folder}\n"
+        f"Next: upright test --ckpt_path {best}"
+    )
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
@@ -434,6 +466,19 @@ def _check_resumable(checkpoint: dict[str, Any], model: ImageClassifier, trainer
             f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot go on with {ours}; "
             "leave Freeze as it was, or --ckpt_path out to start anew."
         )
-    done, max_epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], trainer.max_epochs
+    for callback in trainer.callbacks:
+        if isinstance(callback, Freeze):
+            # It decides about groups.
+            callback.setup(trainer, model, "fit")
+    theirs, ours = (
+        [len(group["params"]) for group in groups]
+        for groups in (checkpoint["optimizer_states"][0]["param_groups"], model.grouped_optimizer().param_groups)
+    )
+    if theirs != ours:
+        raise UprightError(
+            f"'{path}' trained {theirs} parameters in groups, and here they would be {ours}: weight decay, lr_factor "
+            "or what is frozen differ. Go on with what it was trained with, or leave --ckpt_path out to start anew."
+        )
+    max_epochs, done = trainer.max_epochs, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if max_epochs is not None and 0 <= max_epochs <= done:
         raise UprightError(f"'{path}' has {done} epochs behind it; raise --trainer.max_epochs above that to go on.")

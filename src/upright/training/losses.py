@@ -1,22 +1,75 @@
 """Classification losses: completed with the number of classes, from logits ``(B, K)`` and labels ``(B,)``.
 
-One that also takes probabilities ``(B, K)`` for labels can learn from mixed images (`upright.data.mixing`).
+One that also takes probabilities ``(B, K)`` for labels can learn from mixed images (`upright.data.mixing`). One whose
+``balanced`` is true is told before training, by ``balance(counts)``, how many images of each class there are.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from upright.errors import UprightError
 
 
-class CrossEntropy(nn.CrossEntropyLoss):
-    """Softmax cross entropy, with labels or probabilities.
+class CrossEntropy(nn.Module):
+    """Softmax cross entropy, with labels or probabilities: the mean over images.
+
+    With weights it is the mean of ``-w[k] p[k] log q[k]``, summed over classes, whether ``p`` is a label or not, so
+    that the losses of batches average to that of all. (torch divides by the weights of the labels, and for
+    probabilities by the number of images.)
 
     Args:
         num_classes: ``K``.
         label_smoothing: this much of the probability goes to all classes alike.
+        class_weights: ``w``, one per class; ``balanced``: N / (K n[k]) for n[k] of N training images, which weighs all
+            classes alike (King, Zeng 2001).
+
+    Raises:
+        UprightError: unless there is a weight for each class, none negative.
     """
 
-    def __init__(self, num_classes: int, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(label_smoothing=label_smoothing)
-        self.num_classes = num_classes
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | Literal["balanced"] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise UprightError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
+        self.num_classes, self.label_smoothing, self.balanced = num_classes, label_smoothing, False
+        if class_weights is None:
+            self.weight = None
+            return
+        if isinstance(class_weights, str):
+            if class_weights != "balanced":
+                raise UprightError(f"class_weights must be one per class, or balanced; got '{class_weights}'.")
+            self.balanced, class_weights = True, [1.0] * num_classes
+        if len(class_weights) != num_classes or min(class_weights) < 0 or not sum(class_weights):
+            raise UprightError(
+                f"class_weights must be {num_classes} numbers, none negative and not all zero, one per class in the "
+                f"order of the data; got {list(class_weights)}."
+            )
+        # Part of the weights: a test weighs as training did, on whatever data.
+        self.register_buffer("weight", torch.tensor(class_weights, dtype=torch.float32))
+
+    def balance(self, counts: Tensor) -> None:
+        """Weigh by training images of each class, ``(K,)``, where that is wanted."""
+        if self.balanced and self.weight is not None:
+            self.weight.copy_(counts.sum() / (self.num_classes * counts.clamp(min=1)))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits ``(B, K)`` and labels ``(B,)`` or probabilities ``(B, K)`` to a scalar."""
+        total = cross_entropy(
+            logits, targets, weight=self.weight, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        return total / len(logits)
 
 
 class PerceptronLoss(nn.Module):

@@ -1,10 +1,75 @@
-"""Learning rate schedules as multipliers, so that groups of different rates keep their ratio."""
+"""Learning rate schedules as multipliers, one per step, so that groups of different rates keep their ratio.
+
+Of ``n`` steps, ``w = round(warmup * n)`` warm up. At step ``s < w`` of those the multiplier is ``(s + 1) / (w + 1)``: a
+straight line (Goyal et al. 2017, arXiv:1706.02677) whose first step is not lost. From there on each schedule has its
+own formula. `OneCycle` rises along a cosine instead.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from upright.errors import UprightError
+
+
+class Constant(LambdaLR):
+    """The optimiser's own rate: the multiplier is 1.
+
+    Args:
+        optimizer: its rates are the peak.
+        total_steps: of the run, ``n``.
+        warmup: fraction of the steps that rise.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0) -> None:
+        super().__init__(optimizer, _warmed(constant, total_steps, warmup))
+
+
+class Step(LambdaLR):
+    """Falls at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10): ``factor ** (milestones m with s >= m n)``.
+
+    Milestones are fractions, so that a run of other length falls at the same places.
+
+    Args:
+        optimizer: its rates are the peak.
+        total_steps: of the run, ``n``.
+        milestones: fractions of the run.
+        factor: multiplies the rate at each of them.
+        warmup: fraction of the steps that rise.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        milestones: Sequence[float] = (0.5, 0.75),
+        factor: float = 0.1,
+        warmup: float = 0.0,
+    ) -> None:
+        if not all(0 < milestone < 1 for milestone in milestones):
+            raise UprightError(f"milestones are fractions of the run, above 0 and below 1; got {list(milestones)}.")
+        steps = [round(milestone * total_steps) for milestone in milestones]
+        super().__init__(optimizer, _warmed(partial(falling, milestones=steps, factor=factor), total_steps, warmup))
+
+
+class Cosine(LambdaLR):
+    """Down along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983), without restarts.
+
+    The multiplier is ``end + (1 - end) (1 + cos(pi (s - w) / (n - w))) / 2``.
+
+    Args:
+        optimizer: its rates are the peak.
+        total_steps: of the run, ``n``.
+        end: multiplier after the last step.
+        warmup: fraction of the steps that rise.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, *, end: float = 0.0, warmup: float = 0.0) -> None:
+        super().__init__(optimizer, _warmed(partial(cosine, end=end), total_steps, warmup))
 
 
 class OneCycle(LambdaLR):
@@ -20,7 +85,24 @@ class OneCycle(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.3, start: float = 0.04) -> None:
+        _check_warmup(warmup)
         super().__init__(optimizer, partial(one_cycle, total_steps=total_steps, warmup=warmup, start=start))
+
+
+def constant(step: int, start: int, total_steps: int) -> float:
+    """The multiplier of `Constant`."""
+    return 1.0
+
+
+def falling(step: int, start: int, total_steps: int, *, milestones: Sequence[int], factor: float) -> float:
+    """The multiplier of `Step`, with milestones in steps."""
+    return float(factor ** sum(step >= milestone for milestone in milestones))
+
+
+def cosine(step: int, start: int, total_steps: int, *, end: float) -> float:
+    """The multiplier of `Cosine`, which begins at step ``start``."""
+    done = min(1.0, (step - start) / max(1, total_steps - start))
+    return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def one_cycle(step: int, *, total_steps: int, warmup: float, start: float) -> float:
@@ -29,3 +111,18 @@ def one_cycle(step: int, *, total_steps: int, warmup: float, start: float) -> fl
     if step < rise:
         return start + (1 - start) * (1 - math.cos(math.pi * step / rise)) / 2
     return (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total_steps - rise)))) / 2
+
+
+def _warmed(after: Callable[[int, int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
+    """``after`` (step, steps of the warm-up, steps of the run), behind a warm-up."""
+    _check_warmup(warmup)
+    return partial(_multiplier, after=after, rise=round(warmup * total_steps), total_steps=total_steps)
+
+
+def _multiplier(step: int, *, after: Callable[[int, int, int], float], rise: int, total_steps: int) -> float:
+    return (step + 1) / (rise + 1) if step < rise else after(step, rise, total_steps)
+
+
+def _check_warmup(warmup: float) -> None:
+    if not 0 <= warmup < 1:
+        raise UprightError(f"warmup is a fraction of the run, at least 0 and below 1; got {warmup}.")

@@ -1,0 +1,93 @@
+"""What validation and test measure: torchmetrics, updated with every batch, computed once, over all processes."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+from upright.files import write_text
+from upright.training.uprightness import Uprightness
+
+TOP = 5
+BRIEF = ("loss", "accuracy", "uprightness")
+"""What is worth a look after every epoch; all the rest is in metrics.csv."""
+
+
+def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> MetricCollection:
+    """The metrics of one stage.
+
+    ``precision``, ``recall`` and ``f1`` are means over the classes that were shown or predicted. ``top5`` is there for
+    more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
+    arXiv:1706.04599).
+
+    Update it by name: ``preds`` probabilities ``(B, K)``, ``target`` labels ``(B,)``, the ``value`` of the loss and its
+    ``weight``, and what `Uprightness` takes.
+
+    Args:
+        num_classes: ``K``.
+        upright: whether there is a transformer to measure.
+        confusion: also the confusion matrix ``(K, K)``: images of row's class that were taken for column's.
+    """
+    common: dict[str, Any] = {"num_classes": num_classes}
+    metrics: dict[str, Metric | MetricCollection] = {
+        "loss": MeanMetric(),
+        "accuracy": MulticlassAccuracy(average="micro", **common),
+        "precision": MulticlassPrecision(average="macro", **common),
+        "recall": MulticlassRecall(average="macro", **common),
+        "f1": MulticlassF1Score(average="macro", **common),
+        "calibration_error": MulticlassCalibrationError(n_bins=15, norm="l1", **common),
+    }
+    if num_classes > TOP:
+        metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
+    if upright:
+        metrics["uprightness"] = Uprightness()
+    if confusion:
+        metrics["confusion"] = MulticlassConfusionMatrix(**common)
+    # Told, not found: torchmetrics takes states that are equal after the first batch for one, and where all of that
+    # batch is right, accuracy and top5 are.
+    together = ["precision", "recall", "f1"]
+    return MetricCollection(metrics, compute_groups=[together, *([name] for name in metrics if name not in together)])
+
+
+def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> list[Path]:
+    """Write ``confusion.csv`` and ``classes.csv`` (precision, recall, F1 and support of each class).
+
+    Args:
+        folder: where to.
+        confusion: images of row's class that were taken for column's, ``(K, K)``.
+        classes: their names.
+
+    Returns:
+        The two paths.
+    """
+    right, taken, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
+    # A class that was never shown, or never predicted, has a 0 for it, as in scikit-learn.
+    precision, recall = right / taken.clamp(min=1), right / support.clamp(min=1)
+    f1 = 2 * right / (taken + support).clamp(min=1)
+    columns = (precision.tolist(), recall.tolist(), f1.tolist(), support.tolist())
+    each = [
+        [name, *(f"{value:.6f}" for value in row[:3]), row[3]]
+        for name, row in zip(classes, zip(*columns, strict=True), strict=True)
+    ]
+    counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
+    tables = {
+        "confusion.csv": [["label", *classes], *counts],
+        "classes.csv": [["class", "precision", "recall", "f1", "support"], *each],
+    }
+    for name, rows in tables.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(folder / name, text.getvalue())
+    return [folder / name for name in tables]

@@ -1,0 +1,76 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+
+from upright.training.metrics import stage_metrics, write_tables
+
+
+def update(metrics: object, preds: torch.Tensor, target: torch.Tensor, loss: float = 1.0) -> None:
+    metrics.update(preds=preds, target=target, value=torch.tensor(loss), weight=len(target), groups=target)
+
+
+def answers(num_classes: int, count: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, num_classes, (count,), generator=generator)
+    logits = torch.randn(count, num_classes, generator=generator)
+    logits[torch.arange(count), target] += 1
+    return logits.softmax(1), target
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 10])
+def test_metrics_equal_scikit_learns(num_classes: int) -> None:
+    preds, target = answers(num_classes)
+    metrics = stage_metrics(num_classes, upright=False, confusion=True)
+    for part in range(0, 300, 64):
+        update(metrics, preds[part : part + 64], target[part : part + 64])
+    found, predicted = metrics.compute(), preds.argmax(1)
+    assert found.pop("confusion").tolist() == confusion_matrix(target, predicted).tolist()
+    ours = {name: float(value) for name, value in found.items()}
+    precision, recall, f1, _ = precision_recall_fscore_support(target, predicted, average="macro")
+    expected = {"precision": precision, "recall": recall, "f1": f1, "loss": 1.0}
+    expected["accuracy"] = float((predicted == target).float().mean())
+    # Expected calibration error: what is said of those of one bin, against what is so.
+    confidence, right = preds.amax(1), (predicted == target).float()
+    bins = (confidence * 15).ceil()
+    gaps = [(bins == b).float().mean() * (confidence - right)[bins == b].mean().abs() for b in bins.unique()]
+    expected["calibration_error"] = float(sum(gaps))
+    if num_classes > 5:
+        expected["top5"] = top_k_accuracy_score(target, preds, k=5)
+    assert ours == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_first_batch_that_is_all_right_does_not_make_one_metric_of_two() -> None:
+    metrics = stage_metrics(10, upright=False, confusion=False)
+    target = torch.arange(8)
+    update(metrics, torch.eye(10)[:8], target)
+    second = torch.linspace(1, 0.1, 10).expand(8, 10)
+    update(metrics, second / second.sum(1, keepdim=True), target)
+    found = metrics.compute()
+    assert found["accuracy"] == (8 + 1) / 16 and found["top5"] == (8 + 5) / 16
+
+
+def test_the_loss_is_a_mean_over_images() -> None:
+    metrics = stage_metrics(2, upright=False, confusion=False)
+    preds, target = answers(2, 4)
+    update(metrics, preds[:3], target[:3], loss=1.0)
+    update(metrics, preds[3:], target[3:], loss=5.0)
+    assert metrics.compute()["loss"] == 2
+
+
+def test_tables(tmp_path: Path) -> None:
+    preds, target = answers(5)
+    # Nobody ever shows or predicts the last class.
+    confusion = torch.from_numpy(confusion_matrix(target, preds.argmax(1), labels=range(6)))
+    names = ["a", "b, or c", 'd "e"', "ü", "f", "never"]
+    assert write_tables(tmp_path, confusion, names) == [tmp_path / "confusion.csv", tmp_path / "classes.csv"]
+    header, *rows = csv.reader((tmp_path / "confusion.csv").read_text().splitlines())
+    assert header == ["label", *names] and [row[0] for row in rows] == names
+    assert [[int(cell) for cell in row[1:]] for row in rows] == confusion.tolist()
+    header, *rows = csv.reader((tmp_path / "classes.csv").read_text().splitlines())
+    assert header == ["class", "precision", "recall", "f1", "support"] and [row[0] for row in rows] == names
+    expected = precision_recall_fscore_support(target, preds.argmax(1), labels=range(6), zero_division=0)
+    for ours, theirs in zip(zip(*(row[1:] for row in rows), strict=True), expected, strict=True):
+        assert [float(cell) for cell in ours] == pytest.approx(theirs.tolist(), abs=1e-6)

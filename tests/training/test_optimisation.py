@@ -1,0 +1,273 @@
+"""How a network is trained: parameter groups, averaged weights, the trainer's own options, how a run ends."""
+
+import csv
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from tests.conftest import ROOT, Upright
+from tests.training.test_classifier import trainer
+from upright.architectures.lenet import LeNet
+from upright.architectures.resnet import SmallResNet
+from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
+from upright.data.digits import Digits
+from upright.errors import UprightError
+from upright.training.classifier import ImageClassifier
+from upright.training.losses import CrossEntropy
+
+STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
+QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4, "--wandb", "off")
+EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
+SPEC = Digits(size=12, margin=0).spec
+OPTIMISERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.01, weight_decay=0.1),
+    "momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "Nesterov": partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "RMSprop": partial(torch.optim.RMSprop, lr=0.01, weight_decay=0.1),
+    "Adam": partial(torch.optim.Adam, lr=0.01, weight_decay=0.1),
+    "AdamW": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+    "NAdam": partial(torch.optim.NAdam, lr=0.01, weight_decay=0.1),
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.01, weight_decay=0.1),
+}
+STNET = partial(
+    TransformerNetwork,
+    network=partial(SmallResNet, depth=8, width=4),
+    transformer=partial(SpatialTransformer, lr_factor=0.1),
+)
+
+
+class Marked(nn.Module):
+    """Has an embedding that should not decay, and one layer twice."""
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2, input_shape[1] ** 2)
+        self.embedding.no_weight_decay = True
+        self.layer = nn.Linear(input_shape[1] ** 2, num_classes)
+        self.again = self.layer
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images.flatten(1) + self.embedding.weight[0])
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_norms_and_biases_do_not_decay(optimiser: object) -> None:
+    classifier = ImageClassifier(SPEC, STNET, optimiser)
+    groups = classifier.grouped_optimizer().param_groups
+    names = {parameter: name for name, parameter in classifier.model.named_parameters()}
+    found = [names[parameter] for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(names.values())
+    given = sorted((round(group["lr"], 6), group["weight_decay"]) for group in groups)
+    assert given == [(0.001, 0.0), (0.001, 0.1), (0.01, 0.0), (0.01, 0.1)]
+    for group in groups:
+        assert all(parameter.ndim > 1 for parameter in group["params"]) == (group["weight_decay"] > 0)
+        slow = {".transformer." in f".{names[parameter]}" for parameter in group["params"]}
+        assert slow == {group["lr"] < 0.005}
+    # Without a gradient, what decays is what moves.
+    before = {name: parameter.detach().clone() for name, parameter in classifier.model.named_parameters()}
+    optimizer = classifier.grouped_optimizer()
+    for parameter in classifier.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in classifier.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == (parameter.ndim > 1 and bool(before[name].any())), name
+
+
+def test_a_module_marks_what_must_not_decay_and_a_shared_one_counts_once() -> None:
+    classifier = ImageClassifier(SPEC, Marked, OPTIMISERS["AdamW"])
+    decaying, kept = classifier.grouped_optimizer().param_groups
+    network = classifier.model.network
+    assert [id(p) for p in decaying["params"]] == [id(network.layer.weight)]
+    assert {id(p) for p in kept["params"]} == {id(network.embedding.weight), id(network.layer.bias)}
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [partial(torch.optim.Adam, lr=0.01), partial(torch.optim.Rprop, lr=0.01)],
+    ids=["no decay", "none to have"],
+)
+def test_without_weight_decay_there_is_one_group(optimiser: object) -> None:
+    classifier = ImageClassifier(SPEC, LeNet, optimiser)
+    assert len(classifier.grouped_optimizer().param_groups) == 1
+    fit = trainer(max_steps=2, limit_val_batches=0)
+    fit.fit(classifier, Digits(size=12, margin=0))
+    assert float(fit.callback_metrics["train/loss"]) > 0
+
+
+def test_what_an_optimiser_refuses_is_one_line() -> None:
+    for optimiser, text in (
+        (partial(torch.optim.SGD, lr=-1.0), r"model.optimizer: Invalid learning rate: -1.0"),
+        (partial(torch.optim.SGD, lr=1.0, nesterov=True), r"model.optimizer: Nesterov momentum requires"),
+    ):
+        with pytest.raises(UprightError, match=text):
+            ImageClassifier(SPEC, LeNet, optimiser).grouped_optimizer()
+
+
+def test_balanced_weights_come_from_the_training_images() -> None:
+    classifier = ImageClassifier(SPEC, LeNet, OPTIMISERS["SGD"], loss=partial(CrossEntropy, class_weights="balanced"))
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    data = Digits(size=12, margin=0)
+    fit.fit(classifier, data)
+    counts = data.samples("train")[:].labels.bincount()
+    assert torch.allclose(classifier.loss.weight, counts.sum() / (10 * counts))
+    images = torch.utils.data.DataLoader(data.samples("train"))
+    with pytest.raises(UprightError, match=r"class_weights balanced counts the images of an ImageDataModule"):
+        trainer().fit(classifier, images, images)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
+def weights(name: str, which: str = "last") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = checkpoint(name, which)["state_dict"]
+    return found
+
+
+def checkpoint(name: str, which: str = "last") -> dict[str, object]:
+    return torch.load(f"checkpoints/{name}/{which}.ckpt", weights_only=True)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+OPTIONS = {
+    "clipped by norm": ("--trainer.gradient_clip_val", 0.01),
+    "clipped by value": ("--trainer.gradient_clip_val", 1e-4, "--trainer.gradient_clip_algorithm", "value"),
+    "accumulated": ("--trainer.accumulate_grad_batches", 2),
+    "bf16": ("--trainer.precision", "bf16-mixed"),
+    "step": ("--model.scheduler", "upright.training.schedules.Step"),
+    "cosine": ("--model.scheduler", "upright.training.schedules.Cosine", "--model.scheduler.warmup", 0.5),
+    "constant": ("--model.scheduler", "upright.training.schedules.Constant"),
+    "balanced": ("--model.loss.class_weights", "balanced"),
+    "weighted": ("--model.loss.class_weights", "[1,1,1,1,1,1,1,1,1,9]"),
+}
+
+
+def test_options_change_the_training_and_nothing_else(upright: Upright, tmp_path: Path) -> None:
+    # Plain SGD: Adam's steps do not see how long a gradient is.
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1)
+    fit = ("fit", "--config", LENET, *sgd, *QUICK)
+    assert upright(*fit, "--name", "plain").code == 0
+    assert upright(*fit, "--name", "same", "--trainer.deterministic", "true").code == 0
+    assert equal(weights("plain"), weights("same"))
+    for name, options in OPTIONS.items():
+        answer = upright(*fit, "--name", name, *options)
+        assert answer.code == 0, answer.err
+        found = checkpoint(name)
+        assert found["global_step"] == (2 if name == "accumulated" else 4)
+        # The schedule is at its end, however many batches made a step.
+        assert found["lr_schedulers"][0]["last_epoch"] == found["global_step"]
+        assert not equal(weights("plain"), weights(name)), name
+        assert all(tensor.dtype == torch.float32 for tensor in weights(name).values())
+    answer = upright("test", "--ckpt_path", "checkpoints/balanced")
+    assert answer.code == 0 and "loss.weight" in weights("balanced") and "loss.weight" not in weights("plain")
+
+
+def test_early_stopping_stops_early(upright: Upright, tmp_path: Path) -> None:
+    stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    stop["init_args"] = {"monitor": "val/loss", "min_delta": 100.0, "patience": 1}
+    (tmp_path / "stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stop]}}))
+    answer = upright(
+        "fit", "--config", LENET, "--config", "stop.yaml", "--name", "x", *QUICK, "--trainer.max_epochs", 9
+    )
+    assert answer.code == 0, answer.err
+    assert len(rows(tmp_path / "checkpoints/x")) == 2
+    assert re.search(r"Best: epoch [12] of 2 ", answer.out)
+
+
+def test_averaged_weights_are_what_is_measured_tested_and_exported(upright: Upright, tmp_path: Path) -> None:
+    average = {"class_path": EMA, "init_args": {"decay": 0.8}}
+    (tmp_path / "ema.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [average]}}))
+    quick = (*QUICK, "--trainer.max_epochs", 2)
+    assert upright("fit", "--config", LENET, "--name", "plain", *quick).code == 0
+    assert upright("fit", "--config", LENET, "--config", "ema.yaml", "--name", "ema", *quick).code == 0
+    last = checkpoint("ema")
+    # Averaging does not change what is trained, and the checkpoint's weights are not those.
+    assert equal(last["current_model_state"], weights("plain")) and not equal(weights("ema"), weights("plain"))
+    best = checkpoint("ema", "best")["upright"]["metrics"]
+    assert upright("validate", "--ckpt_path", "checkpoints/ema").out.count(f"{best['val/loss']:.5f}"[:7]) == 1
+    assert upright("test", "--ckpt_path", "checkpoints/ema").code == 0
+    tested = json.loads(Path("checkpoints/ema/test.json").read_text())["metrics"]
+    assert upright("test", "--ckpt_path", "checkpoints/plain").code == 0
+    assert tested != json.loads(Path("checkpoints/plain/test.json").read_text())["metrics"]
+    assert upright("export", "checkpoints/ema").code == 0
+    go_on = ("fit", "--name", "ema", "--ckpt_path", "last", "--wandb", "off", "--trainer.max_epochs", 3)
+    answer = upright(*go_on, "--trainer.callbacks", "null")
+    assert answer.code == 2 and "averages its weights and cannot go on without: add the callback" in answer.err
+    assert upright(*go_on).code == 0 and "averaging_state" in checkpoint("ema")
+
+
+def test_a_run_goes_on_with_the_groups_it_had(upright: Upright, run_folder: Path) -> None:
+    go_on = ("fit", "--name", "small", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--wandb", "off")
+    found = torch.load(run_folder / "last.ckpt", weights_only=True)
+    decaying, kept = found["optimizer_states"][0]["param_groups"]
+    # As checkpoints were before norms and biases had a group of their own.
+    found["optimizer_states"][0]["param_groups"] = [decaying | {"params": decaying["params"] + kept["params"]}]
+    torch.save(found, run_folder / "last.ckpt")
+    answer = upright(*go_on)
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    total = len(decaying["params"]) + len(kept["params"])
+    assert f"trained [{total}] parameters in groups, and here they would be [" in answer.err
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(upright: Upright, tmp_path: Path) -> None:
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.scheduler", "upright.training.schedules.Constant")
+    fit = ("fit", "--config", LENET, "--wandb", "off", *sgd)
+    answer = upright(*fit, "--model.optimizer.lr", 1e8, "--name", "at once")
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert re.search(r"The run diverged: the loss is (nan|inf) at step \d+ \(epoch 1\)\. Lower --model", answer.err)
+    assert answer.err.endswith("gradient_clip_val 1. No checkpoint had been written yet.\n")
+    assert not (tmp_path / "checkpoints/at once").exists()
+    assert upright(*fit, "--model.optimizer.lr", 0.01, "--name", "later", "--trainer.max_epochs", 1).code == 0
+    before = Path("checkpoints/later/best.ckpt").read_bytes()
+    # The optimiser's rate is the checkpoint's: data gone wrong are what is left.
+    (tmp_path / "broken.py").write_text(
+        "from torch import nn\nclass Broken(nn.Module):\n    def forward(self, images):\n        return images / 0\n"
+    )
+    go_on = ("--trainer.max_epochs", 2, "--data.augment", "[{class_path: broken.Broken}]", "--ckpt_path", "last")
+    answer = upright("fit", "--name", "later", "--wandb", "off", *go_on)
+    assert answer.code == 2 and "diverged: the loss is nan at step 19 (epoch 2)" in answer.err
+    kept = "From before there is 'checkpoints/later/best.ckpt' and 'checkpoints/later/last.ckpt'."
+    assert kept in answer.err and Path("checkpoints/later/best.ckpt").read_bytes() == before
+    assert checkpoint("later")["global_step"] == 18
+
+
+def test_weights_that_are_not_finite_are_not_saved(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Breaks(Callback):\n"
+        "    def on_train_batch_end(self, trainer, module, *_):\n"
+        "        next(module.parameters()).data.fill_(float('inf'))\n"
+    )
+    (tmp_path / "breaks.yaml").write_text("trainer: {callbacks: [{class_path: breaks.Breaks}]}")
+    options = ("--save_every_n_steps", 1)
+    answer = upright("fit", "--config", LENET, "--config", "breaks.yaml", "--name", "x", *QUICK, *options)
+    assert answer.code == 2 and "the weights are not finite at step 1 (epoch 1)" in answer.err
+    assert not (tmp_path / "checkpoints/x").exists()
+
+
+def test_a_run_without_an_end_is_refused(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("fit", "--config", LENET, "--wandb", "off", "--trainer.max_epochs", -1)
+    assert answer.code == 2 and "A schedule must know where the run ends: give --trainer.max_epochs" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_run_is_a_table(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("fit", "--config", STN, *QUICK, "--trainer.max_epochs", 2)
+    (row, _) = rows(tmp_path / "checkpoints/stn_lenet")
+    assert float(row["images_per_second"]) == pytest.approx(4 * 64 / float(row["seconds"]), rel=0.01)
+    best, minutes, run, following = answer.out.splitlines()[-4:]
+    assert re.fullmatch(r"Best: epoch [12] of 2  val/accuracy 0\.\d+  val/loss \d\.\d+  val/uprightness \d\.\d+", best)
+    assert re.fullmatch(r"Time: \d\.\d minutes, [\d,]+ images per second", minutes)
+    assert run == "Run:  checkpoints/stn_lenet"
+    assert following == "Next: upright test --ckpt_path checkpoints/stn_lenet/best.ckpt"
