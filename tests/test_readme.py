@@ -19,6 +19,7 @@ SECTIONS_TO_TYPE = (
     "The line",
     "Networks",
     "The spatial transformer",
+    "Training",
     "Data",
     "Your own architecture",
     "Your own images",

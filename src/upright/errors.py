@@ -11,7 +11,7 @@ class UprightError(Exception):
 
 
 class GateError(UprightError):
-    """A result that did not hold (parity, a bundle's samples). The command line exits with 1."""
+    """A result that did not hold (parity, a bundle's samples, a run that diverged). The command line exits with 1."""
 
     exit_code = 1
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from tests.conftest import CONFIGS, ROOT, Upright
 from tests.training.test_classifier import METRICS
+from tests.training.wandb_record import read_record
 from upright.training.parser import explain
 
 STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
@@ -415,12 +417,15 @@ def test_wandb_offline_is_the_default_and_asks_nothing(upright: Upright, tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (record,) = (tmp_path / "checkpoints/lenet/wandb").glob("offline-run-*/run-*.wandb")
-    run_id = torch.load(tmp_path / "checkpoints/lenet/last.ckpt", weights_only=True)["upright"]["run"]["id"]
-    assert record.stem == f"run-{run_id}"
-    content = record.read_bytes()
-    for logged in (b"val/accuracy", b"train/loss", b"split_digest", b"upright.architectures.lenet.LeNet"):
-        assert logged in content
+    record = read_record(tmp_path / "checkpoints/lenet")
+    ours = torch.load(tmp_path / "checkpoints/lenet/last.ckpt", weights_only=True)["upright"]
+    assert record["run"].run_id == ours["run"]["id"]
+    config = record["config"]
+    assert config["split_digest"] == ours["split"]["digest"] and "git_commit" in config
+    assert config["model"]["network"]["class_path"] == "upright.architectures.lenet.LeNet"
+    logged = {name: value for row in record["history"] for name, value in row.items()}
+    assert {"train/loss", *ours["metrics"]} <= set(logged)
+    assert all(math.isclose(logged[name], value, rel_tol=1e-6) for name, value in ours["metrics"].items())
 
 
 def test_without_wandb_a_run_works_and_says_so(

@@ -224,7 +224,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(upright: Upright, tmp
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.scheduler", "upright.training.schedules.Constant")
     fit = ("fit", "--config", LENET, "--wandb", "off", *sgd)
     answer = upright(*fit, "--model.optimizer.lr", 1e8, "--name", "at once")
-    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert answer.code == 1 and answer.err.count("\n") == 1
     assert re.search(r"The run diverged: the loss is (nan|inf) at step \d+ \(epoch 1\)\. Lower --model", answer.err)
     assert answer.err.endswith("gradient_clip_val 1. No checkpoint had been written yet.\n")
     assert not (tmp_path / "checkpoints/at once").exists()
@@ -236,7 +236,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(upright: Upright, tmp
     )
     go_on = ("--trainer.max_epochs", 2, "--data.augment", "[{class_path: broken.Broken}]", "--ckpt_path", "last")
     answer = upright("fit", "--name", "later", "--wandb", "off", *go_on)
-    assert answer.code == 2 and "diverged: the loss is nan at step 19 (epoch 2)" in answer.err
+    assert answer.code == 1 and "diverged: the loss is nan at step 19 (epoch 2)" in answer.err
     kept = "From before there is 'checkpoints/later/best.ckpt' and 'checkpoints/later/last.ckpt'."
     assert kept in answer.err and Path("checkpoints/later/best.ckpt").read_bytes() == before
     assert checkpoint("later")["global_step"] == 18
@@ -252,7 +252,7 @@ def test_weights_that_are_not_finite_are_not_saved(upright: Upright, tmp_path: P
     (tmp_path / "breaks.yaml").write_text("trainer: {callbacks: [{class_path: breaks.Breaks}]}")
     options = ("--save_every_n_steps", 1)
     answer = upright("fit", "--config", LENET, "--config", "breaks.yaml", "--name", "x", *QUICK, *options)
-    assert answer.code == 2 and "the weights are not finite at step 1 (epoch 1)" in answer.err
+    assert answer.code == 1 and "the weights are not finite at step 1 (epoch 1)" in answer.err
     assert not (tmp_path / "checkpoints/x").exists()
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from upright.architectures.spatial_transformer import last_of, observing
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import GateError
 from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
@@ -172,7 +172,7 @@ class Divergence(Callback):
 
     def _stop(self, trainer: L.Trainer, step: int, what: str) -> None:
         kept = " and ".join(f"'{path}'" for path in sorted(self.folder.glob("*.ckpt")))
-        raise UprightError(
+        raise GateError(
             f"The run diverged: the {what} at step {step} (epoch {trainer.current_epoch + 1}). Lower "
             "--model.optimizer.lr, let the schedule warm up, or clip gradients: --trainer.gradient_clip_val 1. "
             + (f"From before there is {kept}." if kept else "No checkpoint had been written yet.")

@@ -47,6 +47,7 @@ from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze, start_from
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
+from upright.training.pictures import draw_confusion
 from upright.training.tracking import agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
@@ -386,6 +387,8 @@ class UprightCLI(LightningCLI):
         if model.confusion is not None:
             tables = write_tables(self.folder, model.confusion, model.spec.classes)
             print(f"Tables:  {', '.join(map(str, tables))}")
+            draw_confusion(model.confusion, model.spec.classes, self.folder / "confusion.png")
+            print(f"Picture: {self.folder / 'confusion.png'}")
         if model.transformers:
             print(f"Picture: {self.folder / 'transformer.png'}")
 
