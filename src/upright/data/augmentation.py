@@ -35,6 +35,9 @@ AT_ONCE = 128
 """So many images are sampled at a time on a CPU, in memory that it still has in its cache: 2,048 of 3 x 32 x 32 took a
 third of the time of one call."""
 
+CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+"""Of an image, clockwise from the top left."""
+
 Points = Callable[[Tensor], Tensor]
 """From output points ``(N, 2)`` or ``(B, N, 2)`` to the input points ``(B, N, 2)`` that are seen there."""
 
@@ -169,8 +172,7 @@ class RandomPerspective(Geometric):
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
         """See `Geometric.draw`."""
-        corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-        return quadrilateral(corners + 2 * self.distortion * (2 * torch.rand(batch, 4, 2) - 1))
+        return quadrilateral(CORNERS + 2 * self.distortion * (2 * torch.rand(batch, 4, 2) - 1))
 
 
 def quadrilateral(corners: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def quadrilateral(corners: Tensor) -> Tensor:
     """
     first, second, third, fourth = corners.unbind(1)  # (B, 2)
     ahead, behind, surplus = second - third, fourth - third, first - second + third - fourth
-    bottom = torch.stack([_cross(surplus, behind), _cross(ahead, surplus)], dim=1) / _cross(ahead, behind)[:, None]
+    bottom = torch.stack([cross(surplus, behind), cross(ahead, surplus)], dim=1) / cross(ahead, behind)[:, None]
     columns = torch.stack([second - first, fourth - first], dim=2) + bottom[:, None] * torch.stack([second, fourth], 2)
     rows = torch.cat([columns, first[:, :, None]], dim=2)
     last = torch.cat([bottom, torch.ones_like(bottom[:, :1])], dim=1)[:, None]
@@ -194,8 +196,9 @@ def quadrilateral(corners: Tensor) -> Tensor:
     return matrices / matrices[:, 2:, 2:]
 
 
-def _cross(first: Tensor, second: Tensor) -> Tensor:
-    return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
+def cross(first: Tensor, second: Tensor) -> Tensor:
+    """The area that vectors ``(..., 2)`` span, positive where the second is clockwise of the first as seen."""
+    return first[..., 0] * second[..., 1] - first[..., 1] * second[..., 0]
 
 
 class RandomElastic(Geometric):
@@ -413,11 +416,10 @@ class Augmentation(nn.Module):
         return sampled
 
 
-def _of_kornia(module: nn.Module, kind: str, inside: bool = True) -> bool:
+def _of_kornia(module: nn.Module, kind: str) -> bool:
     """Whether a module is, or has inside, one of kornia's of that kind, which its folders tell without an import."""
     folder = f"kornia.augmentation._2d.{kind}."
-    modules = module.modules() if inside else [module]
-    return any(cls.__module__.startswith(folder) for each in modules for cls in type(each).__mro__)
+    return any(cls.__module__.startswith(folder) for each in module.modules() for cls in type(each).__mro__)
 
 
 def _normalised(matrices: Tensor, size: torch.Size, new_size: torch.Size) -> Points:

@@ -136,7 +136,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     @cached_property
     def splits(self) -> dict[str, Indices]:
-        """Indices into the source: those that it defines, the others split off its training images.
+        """Indices into the source, by split: those that it defines, the others split off its training images.
 
         Of several copies of one image, what we split puts all into the same split.
         """
@@ -171,20 +171,18 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         if self.train_fraction < 1:
             train = given["train"]
             given["train"] = train[stratified_part(self._labels[train], self.train_fraction, self.split_seed)]
-        return given
+        return {split: given[split] for split in SPLITS}
 
     @cached_property
     def manifest(self) -> SplitManifest:
         """What is in each split, by content."""
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        splits = {split: self.splits[split] for split in SPLITS}
-        return SplitManifest.of(name, splits, self._labels, self.images.facts["hash"], self.spec.classes)
+        return SplitManifest.of(name, self.splits, self._labels, self.images.facts["hash"], self.spec.classes)
 
     @cached_property
     def remarks(self) -> list[str]:
         """What a user should know of these data, in sentences: copies, and pictures that were left out."""
-        splits = {split: self.splits[split] for split in SPLITS}
-        found = copies(splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names)
+        found = copies(self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names)
         if len(left_out := np.flatnonzero(~self.images.readable)):
             found.append(
                 f"{len(left_out)} of {len(self._labels)} pictures cannot be read and are left out, for example "

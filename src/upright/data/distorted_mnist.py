@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from upright.data.augmentation import (
+    CORNERS,
     Composition,
     Distortion,
     Geometric,
     RandomAffine,
+    RandomCrop,
     RandomElastic,
     Spline,
+    cross,
     quadrilateral,
 )
 from upright.data.cache import to_tensor
 from upright.data.mnist import MNIST
 from upright.data.published import Bytes
 from upright.data.split import Indices
-from upright.data.views import Angles, Views
+from upright.data.views import Views
 from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.warp import identity, sample
@@ -50,14 +53,12 @@ class RandomCorners(Geometric):
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
         """See `Geometric.draw`."""
-        corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-        drawn = corners.expand(batch, 4, 2).clone()
+        drawn = CORNERS.expand(batch, 4, 2).clone()
         again = torch.ones(batch, dtype=torch.bool)
         while again.any():
-            drawn[again] = corners + 2 * self.sigma * torch.randn(int(again.sum()), 4, 2)
+            drawn[again] = CORNERS + 2 * self.sigma * torch.randn(int(again.sum()), 4, 2)
             sides = drawn.roll(-1, 1) - drawn
-            following = sides.roll(-1, 1)
-            turns = sides[..., 0] * following[..., 1] - sides[..., 1] * following[..., 0]
+            turns = cross(sides, sides.roll(-1, 1))
             # Each corner's turn is twice the area of the triangle there; opposite ones make the whole.
             area = (turns[:, 0] + turns[:, 2]) / 2
             again = (turns <= 0).any(dim=1) | (area < 4 / 3)
@@ -115,7 +116,7 @@ class MNISTDistortion(Distortion):
             "RTS": [RandomAffine(rotate=45, scale=(0.7, 1.2)), RandomAffine(shift=7 / 42)],
             "P": [RandomAffine(scale=(0.75, 1.0)), RandomCorners(sigma=5 / SIDE)],
             "E": [RandomElastic(points=4, sigma=1.5 / SIDE)],
-            "TC": [RandomPlace(space=(60 - SIDE) // 2)],
+            "TC": [RandomCrop(padding=(60 - SIDE) // 2)],
         }
         self.parts = nn.ModuleList(parts[task])
 
@@ -160,25 +161,6 @@ class MNISTDistortion(Distortion):
         return self.make(levels, transforms, levels, self.draw_clutter(len(images))) / 255, transforms
 
 
-class RandomPlace(Geometric):
-    """A shift by whole pixels.
-
-    Args:
-        space: up to so many either way, along x and along y.
-    """
-
-    def __init__(self, *, space: int) -> None:
-        super().__init__()
-        self.space = space
-
-    def draw(self, batch: int, height: int, width: int) -> Tensor:
-        """See `Geometric.draw`."""
-        matrices = identity(batch).clone()
-        shifts = torch.randint(-self.space, self.space + 1, (batch, 2))
-        matrices[:, :2, 2] = 2 * shifts / torch.tensor([width, height])
-        return matrices
-
-
 class Drawn(Views):
     """Images distorted at random, the same way every time.
 
@@ -206,10 +188,12 @@ class Drawn(Views):
                 found.append((exact, self.distortion.draw_clutter(count)))
         return found
 
+    def _places(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(np.searchsorted(self.indices, indices.numpy()))
+
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
         """See `Views.show`."""
-        places = torch.from_numpy(np.searchsorted(self.indices, indices.numpy()))
-        shown = []
+        places, shown = self._places(indices), []
         for transforms, clutter in self.drawn:
             parts = tuple(part[places] for part in transforms.parts)  # type: ignore[index]  # a tensor, or a Spline
             chosen = clutter.some(places)
@@ -222,8 +206,7 @@ class Drawn(Views):
 
     def transforms(self, indices: Tensor, aspects: Tensor) -> Tensor:
         """See `Views.transforms`; a spline turns nothing, and is given as the identity."""
-        places = torch.from_numpy(np.searchsorted(self.indices, indices.numpy()))
-        found = []
+        places, found = self._places(indices), []
         for transforms, _ in self.drawn:
             (part,) = transforms.parts
             found.append(part[places] if isinstance(part, Tensor) else identity(len(places)))
@@ -264,7 +247,7 @@ class DistortedMNIST(MNIST):
         self.augmentation.parts.insert(0, self.distortion)
         mean, std = self.statistics[task]
         self._spec = replace(super().spec, height=self.size, width=self.size, mean=(mean,), std=(std,))
-        self.views = functools.cache(self._views)  # type: ignore[method-assign]
+        self._drawn = functools.cache(self._draw)
 
     @property
     def size(self) -> int:
@@ -281,7 +264,9 @@ class DistortedMNIST(MNIST):
         """Of the digits that training distorts."""
         return SIDE, SIDE
 
-    def _views(self, split: str) -> Views:
-        if split == "train":
-            return Angles((0.0,))
+    def views(self, split: str) -> Views:
+        """Training images as they are; of the others, the draws."""
+        return super().views(split) if split == "train" else self._drawn(split)
+
+    def _draw(self, split: str) -> Drawn:
         return Drawn(self.distortion, self.source.images, self.splits[split], self.draws, self.task_seed)  # type: ignore[arg-type]  # an array
