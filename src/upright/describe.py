@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
-from upright.errors import UprightError, nearest
+from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import build
-from upright.training.checkpoint import KEY, read_checkpoint, read_data, read_yaml
+from upright.training.checkpoint import KEY, check_exists, read_checkpoint, read_data, read_yaml
 
 WIDTH = 120
 """Of the table."""
@@ -50,12 +50,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
 
 def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
     """The recipe of the network, and what an image is."""
-    if not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UprightError(
-            f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} "
-            "Give a YAML like configs/lenet.yaml, a checkpoint, or the folder of a run."
-        )
+    check_exists(path, "a YAML like configs/lenet.yaml, a checkpoint, or the folder of a run")
     if path.suffix not in (".yaml", ".yml"):
         ours = read_checkpoint(path)[KEY]
         own_spec = ImageSpec.from_dict(ours["spec"])

@@ -12,11 +12,10 @@ from torch import Tensor
 from upright.data.augmentation import Augmentation, Distortion
 from upright.data.datamodule import ImageDataModule
 from upright.data.split import SPLITS
-from upright.errors import UprightError, nearest
+from upright.errors import UprightError
 from upright.files import replacing_file
 from upright.images import Pixels
-from upright.recipes import build
-from upright.training.checkpoint import KEY, read_checkpoint, read_data
+from upright.training.checkpoint import KEY, build_data, check_exists, read_checkpoint, read_data
 
 COLUMNS = 10
 COPIES = 3
@@ -54,23 +53,16 @@ def preview(source: str, root: str | None = None, output: str = "preview.png", s
 
 
 def _data(path: Path, root: str | None) -> ImageDataModule:
-    if not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UprightError(
-            f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} "
-            "Give a YAML like configs/data/digits.yaml or configs/lenet.yaml, a checkpoint, or the folder of a run."
-        )
+    check_exists(
+        path, "a YAML like configs/data/digits.yaml or configs/lenet.yaml, a checkpoint, or the folder of a run"
+    )
     options = {"root": root} if root else {}
     if path.suffix in (".yaml", ".yml"):
         return read_data(path, **options)
     recipe = read_checkpoint(path)[KEY]["data"]
     if recipe is None:
         raise UprightError(f"'{path}' does not say what data it was trained with.")
-    try:
-        data: ImageDataModule = build(recipe)(**options)
-    except TypeError as error:
-        raise UprightError(f"--root '{root}': {error}.") from None
-    return data
+    return build_data(recipe, path, **options)
 
 
 def _table(data: ImageDataModule) -> str:

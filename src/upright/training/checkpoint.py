@@ -18,7 +18,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError, nearest
 from upright.files import replacing_file
 from upright.images import ImageSpec
-from upright.recipes import build
+from upright.recipes import Recipe, build
 from upright.training.classifier import ImageClassifier
 
 FORMAT = 1
@@ -200,6 +200,21 @@ def read_yaml(path: str | Path) -> Any:
         raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
+def check_exists(path: Path, give: str) -> None:
+    """Refuse a path that is not there.
+
+    Args:
+        path: as it was given.
+        give: what might be given.
+
+    Raises:
+        UprightError: with the nearest name beside it.
+    """
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise UprightError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {give}.")
+
+
 def read_data(path: str | Path, **options: object) -> ImageDataModule:
     """The datamodule of a YAML like those in ``configs/data``, or of an experiment's.
 
@@ -219,13 +234,27 @@ def read_data(path: str | Path, **options: object) -> ImageDataModule:
             return read_data(Path(path).parent / found, **options)
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
         raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
+    return build_data(found, path, **options)
+
+
+def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataModule:
+    """The datamodule of a recipe.
+
+    Args:
+        data: its recipe.
+        path: where that was found, for messages.
+        **options: in place of what stands there.
+
+    Raises:
+        UprightError: if it does not take these options, or is no datamodule.
+    """
     try:
-        data = build(found)(**options)
+        made = build(data)(**options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than it takes
         raise UprightError(f"'{path}': {error}.") from None
-    if not isinstance(data, ImageDataModule):
-        raise UprightError(f"'{path}' describes a {type(data).__name__}, which is no ImageDataModule.")
-    return data
+    if not isinstance(made, ImageDataModule):
+        raise UprightError(f"'{path}' describes a {type(made).__name__}, which is no ImageDataModule.")
+    return made
 
 
 def check_name(name: str) -> None:
@@ -259,8 +288,7 @@ def check_data(
     path: str | Path,
     *,
     same_split: bool,
-    allow_seen: bool = False,
-    splits: Sequence[str] = ("val", "test"),
+    judged_by: Sequence[str] = ("val", "test"),
 ) -> None:
     """Refuse data that do not fit the checkpoint.
 
@@ -269,8 +297,7 @@ def check_data(
         data: the datamodule.
         path: of the checkpoint, for messages.
         same_split: whether they must be the very images it was trained and selected on, in the same splits.
-        allow_seen: whether it may be judged by images that it was trained on.
-        splits: that it would be judged by.
+        judged_by: splits in which there must be no image that it was trained on.
 
     Raises:
         UprightError: if classes or channels differ; if the split does; or, with data of the user's choice, if the
@@ -287,8 +314,7 @@ def check_data(
             f"The data of '{path}' have changed since it was trained: other images, or other splits. "
             "Restore them, or say with --data what to use."
         )
-    if not allow_seen:
-        check_unseen(ours, data, path, splits)
+    check_unseen(ours, data, path, judged_by)
 
 
 def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:

@@ -329,12 +329,6 @@ class UprightCLI(LightningCLI):
             load_weights(model, checkpoint, self.checkpoint)
             check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
             _check_resumable(checkpoint, model, self.trainer, self.checkpoint)
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if "averaging_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
-                raise UprightError(
-                    f"'{self.checkpoint}' averages its weights and cannot go on without: add the callback of its "
-                    "config.yaml to trainer.callbacks, or leave --ckpt_path out to start anew."
-                )
         elif self.start:
             lines = start_from(model, self.start, datamodule, allow_seen=self._own("allow_seen_images"))
             if self.trainer.is_global_zero:
@@ -364,11 +358,8 @@ class UprightCLI(LightningCLI):
         # How they are read, and in what batches, makes no other data of them.
         how = r"(?!\.(init_args\.)?(cache|num_workers|batch_size)\b)"
         given = [a for a in self.arguments[2:] if re.match(rf"--(data\b{how}|config\b)|-c\b", a)]
-        allowed = self._own("allow_seen_images")
-        judged_by = ("val" if self.verb == "validate" else "test",)
-        check_data(
-            checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, allow_seen=allowed, splits=judged_by
-        )
+        judged_by = () if self._own("allow_seen_images") else ("val" if self.verb == "validate" else "test",)
+        check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, judged_by=judged_by)
 
     def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Metrics of the validation split."""
@@ -485,3 +476,8 @@ def _check_resumable(checkpoint: dict[str, Any], model: ImageClassifier, trainer
     max_epochs, done = trainer.max_epochs, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if max_epochs is not None and 0 <= max_epochs <= done:
         raise UprightError(f"'{path}' has {done} epochs behind it; raise --trainer.max_epochs above that to go on.")
+    if "averaging_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
+        raise UprightError(
+            f"'{path}' averages its weights and cannot go on without: add the callback of its config.yaml to "
+            "trainer.callbacks, or leave --ckpt_path out to start anew."
+        )
