@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from upright.training.metrics import BRIEF
 
 class RunCheckpoint(ModelCheckpoint):
     """Knows its best score again after the run's folder was moved (Lightning's own forgets it then)."""
+
+    @cached_property
+    def state_key(self) -> str:
+        """Lightning's own, which it asks for at every hook of every step."""
+        return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the files where the folder is now; a best one that is not there is none."""

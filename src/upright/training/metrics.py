@@ -40,7 +40,8 @@ def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> Metric
         upright: whether there is a transformer to measure.
         confusion: also the confusion matrix ``(K, K)``: images of row's class that were taken for column's.
     """
-    common: dict[str, Any] = {"num_classes": num_classes}
+    # What would be validated at every batch are our own probabilities and labels.
+    common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
     metrics: dict[str, Metric | MetricCollection] = {
         "loss": MeanMetric(),
         "accuracy": MulticlassAccuracy(average="micro", **common),
@@ -59,6 +60,32 @@ def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> Metric
     # batch is right, accuracy and top5 are.
     together = ["precision", "recall", "f1"]
     return MetricCollection(metrics, compute_groups=[together, *([name] for name in metrics if name not in together)])
+
+
+class Means:
+    """Means over an epoch, of what a step gives."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, name: str, value: Tensor, weight: int) -> None:
+        """Another step's value, without waiting for the device."""
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = total + weight * value.detach(), count + weight
+
+    def take(self) -> dict[str, Tensor]:
+        """The means, to begin anew."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+    def state_dict(self) -> dict[str, tuple[Tensor, int]]:
+        """Sums and how much they are of, so far."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: dict[str, tuple[Tensor, int]]) -> None:
+        """Go on from there."""
+        self._sums = dict(state)
 
 
 def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> list[Path]:
