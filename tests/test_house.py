@@ -22,7 +22,7 @@ ORDER = (
     ("training",),
     ("describe", "preview", "exporting"),
     ("evidence",),
-    ("cli", "demo", "__main__"),
+    ("cli", "completion", "demo", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse", "optuna")

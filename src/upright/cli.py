@@ -73,6 +73,15 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prune", dest="prune", action="store_false", help="let bad trials run to their end")
 
 
+def _schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="whose classes to offer beside Upright's: strip")
+    parser.add_argument("--to", metavar="FOLDER", default="schemas", help="default: schemas")
+
+
+def _completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
 def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="its name: uprightness")
     parser.add_argument("--seeds", type=int, default=5, help="runs per variant; default: 5")
@@ -95,12 +104,14 @@ VERBS = {
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
     "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
+    "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
+    "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
     "demo": Verb("the whole line once, on real digits", _demo, "upright.demo:demo"),
 }
 
 
-USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export"}
+USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "schema"}
 """Verbs that import what a config or a checkpoint names."""
 
 
@@ -119,7 +130,7 @@ def _overview() -> str:
     rows = LIGHTNING | {name: verb.help for name, verb in VERBS.items()}
     return (
         "usage: upright VERB ...\n\nFrom images to a verified ONNX bundle.\n\n"
-        + "\n".join(f"  {name:<9} {text}" for name, text in rows.items())
+        + "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
         + "\n\n`upright VERB --help` says more. A first run: upright fit --config configs/stn_lenet.yaml"
     )
 
