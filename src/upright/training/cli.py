@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import Logger
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
-from upright.training.allocator import keep_freed_memory
 from upright.training.callbacks import (
     Divergence,
     MetricsFile,
@@ -48,6 +47,7 @@ from upright.training.finetuning import Freeze, start_from
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
 from upright.training.pictures import draw_confusion
+from upright.training.process import keep_freed_memory, leave_a_core
 from upright.training.tracking import agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
@@ -64,6 +64,7 @@ OWN_OPTIONS = (
     "force",
     "wandb",
     "save_every_n_steps",
+    "compile",
     "output",
     "allow_seen_images",
     "no_cache",
@@ -84,6 +85,7 @@ def run(verb: str, arguments: list[str]) -> int:
         UprightError: for every mistake of the user's.
     """
     keep_freed_memory()
+    leave_a_core()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
@@ -222,6 +224,11 @@ class UprightCLI(LightningCLI):
                 "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
             )
             parser.add_argument(
+                "--compile",
+                action="store_true",
+                help="Compile the model with torch.compile; the first step then takes a minute or two.",
+            )
+            parser.add_argument(
                 "--start_from",
                 type=str | None,
                 help="Weights to start from: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG.",
@@ -324,6 +331,9 @@ class UprightCLI(LightningCLI):
     def fit(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Train; what did not get as far as a checkpoint leaves nothing behind, and what stood before stands again."""
         resume = str(self.checkpoint) if self.checkpoint else None
+        if self._own("compile"):
+            # In place: the weights keep their names.
+            model.model.compile()
         if self.checkpoint:
             checkpoint = read_checkpoint(self.checkpoint)
             load_weights(model, checkpoint, self.checkpoint)

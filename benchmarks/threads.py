@@ -1,0 +1,97 @@
+"""Training with every number of threads, on a quiet machine and beside a process that takes a core.
+
+    python benchmarks/threads.py [--seconds 3] [--rounds 5]
+
+Steps of `ImageClassifier`'s model with AdamW, in batches of 128, 28 x 28. All numbers of threads run in turn, in fresh
+processes, each quiet and beside the busy one; medians, as ratios to as many threads as cores on a quiet machine.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import joblib
+import torch
+from torch.nn.functional import cross_entropy
+
+from upright.architectures.lenet import LeNet
+from upright.architectures.resnet import SmallResNet
+from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
+from upright.images import ImageSpec
+from upright.training.model import Model
+from upright.training.process import keep_freed_memory
+
+NETWORKS = {
+    "LeNet": LeNet,
+    "transformer and LeNet": lambda *shape: TransformerNetwork(*shape, transformer=SpatialTransformer, network=LeNet),
+    "ResNet-14 of width 8": lambda *shape: SmallResNet(*shape, depth=14, width=8),
+}
+
+
+def steps_per_second(network: str, threads: int, seconds: float) -> float:
+    """Of this process."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    spec = ImageSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,))
+    model = Model(spec, NETWORKS[network](spec.input_shape, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    images, labels = torch.randint(0, 256, (128, 1, 28, 28), dtype=torch.uint8), torch.randint(0, 10, (128,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < seconds:
+        step()
+        count += 1
+    return count / passed
+
+
+def measure(network: str, threads: int, seconds: float, *, busy: bool) -> float:
+    """Of a fresh process."""
+    program = f"import threads; print(threads.steps_per_second({network!r}, {threads}, {seconds}))"
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        done = subprocess.run([sys.executable, "-c", program], cwd=sys.path[0], capture_output=True, text=True)
+        return float(done.stdout)
+    finally:
+        if other:
+            other.kill()
+            other.wait()
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement; default: 3")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    options = parser.parse_args()
+    cores = joblib.cpu_count()
+    print(f"{cores} cores\n\n| network | threads | quiet | beside a busy process | least | greatest |")
+    print("|---|---|---|---|---|---|")
+    for network in NETWORKS:
+        counts = sorted({1, max(1, cores - 1), cores})
+        found: dict[tuple[int, bool], list[float]] = {}
+        for _ in range(options.rounds):
+            for threads in counts:
+                for busy in (False, True):
+                    rate = measure(network, threads, options.seconds, busy=busy)
+                    found.setdefault((threads, busy), []).append(rate)
+        full = statistics.median(found[cores, False])
+        for threads in counts:
+            quiet, busy = (statistics.median(found[threads, kind]) / full for kind in (False, True))
+            least, greatest = (kind(found[threads, True]) / full for kind in (min, max))
+            print(
+                f"| {network} | {threads} | {quiet:.2f} | **{busy:.2f}** | {least:.2f} | {greatest:.2f} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
