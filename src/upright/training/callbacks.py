@@ -332,7 +332,7 @@ class RunPictures(Callback):
         def sheet(title: str, chosen: Tensor) -> Image.Image:
             names, found = data.spec.classes, zip(predicted[chosen], confidence[chosen], labels[chosen], strict=True)
             captions = [
-                [Line(f"{sure:.0%} {names[guess]}"), *([] if guess == label else [Line(f"is {names[label]}", RED)])]
+                [Line(f"{sure:.0%} · {names[guess]}"), *([] if guess == label else [Line(f"is {names[label]}", RED)])]
                 for guess, sure, label in found
             ]
             return draw_tiles(title, pixels_of(data.samples("val")[position[chosen]].images), captions)

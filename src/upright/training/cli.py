@@ -49,7 +49,7 @@ from upright.training.finetuning import Freeze, start_from
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
 from upright.training.pictures import draw_confusion, draw_transformer, save_picture
-from upright.training.tracking import agent_run, finish_wandb, wandb_logger
+from upright.training.tracking import Artifacts, agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "checkpoints",
@@ -308,6 +308,7 @@ class UprightCLI(LightningCLI):
                 *checkpoints(self.folder, self._own("save_every_n_steps")),
                 MetricsFile(self.folder / "metrics.csv", lines=not config.enable_progress_bar),
                 RunPictures(self.folder),
+                Artifacts(self.folder),
                 *([GradientNorm()] if self._own("log_grad_norm") else []),
             ]
             if config.logger is None:

@@ -74,7 +74,7 @@ def draw_tiles(
         _paste(sheet, pixels, left, top, side)
         for number, line in enumerate(caption):
             where = (left + side // 2, top + side + 2 + number * LINE)
-            pen.text(where, _cut(line.text, side + GAP - 2), line.colour, _font(), anchor="ma")
+            pen.text(where, _cut(line.text, side), line.colour, _font(), anchor="ma")
     return sheet
 
 
@@ -135,8 +135,9 @@ def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.
     room = int(max(map(_font().getlength, names))) + GAP
     side = cell * number
     title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right"
-    sheet, pen = _sheet(title, side + room + LINE, side + room + LINE)
-    left, top = MARGIN + LINE + room, TITLE
+    beside = LINE + GAP + room
+    sheet, pen = _sheet(title, side + beside, side + beside)
+    left, top = MARGIN + beside, TITLE
     shade = 255 - shares[..., None] * (255 - np.array(BLUE))
     sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (left, top))
     pen.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
@@ -145,7 +146,7 @@ def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.
         pen.text((left - GAP, top + middle), name, BLACK, _font(), anchor="rm")
         _upwards(sheet, name, left + middle, top + side + GAP)
     _upwards(sheet, "true", MARGIN + LINE // 2, top + side // 2 - 12, GREY)
-    pen.text((left + side // 2, top + side + room + LINE), "predicted", GREY, _font(), anchor="mb")
+    pen.text((left + side // 2, top + side + beside), "predicted", GREY, _font(), anchor="mb")
     if numbered:
         for row, column in np.argwhere(counts.numpy() > 0).tolist():
             where = (left + column * cell + cell // 2, top + row * cell + cell // 2)
@@ -188,8 +189,11 @@ def _upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str =
 
 
 @cache
-def _font(size: int = 11) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(size: int = 11) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Pillow's own has no accents.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _cut(text: str, width: int) -> str:
@@ -225,18 +229,18 @@ def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     figure = Figure(figsize=(4.2 * columns, 3 * -(-len(panels) // columns) + 0.3), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    axes = list(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat)
     for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
         for name in lines:
             points = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="." if len(points) < 15 else "")
         axis.set_title(panel, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(fontsize=8)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
 
