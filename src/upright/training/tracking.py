@@ -199,7 +199,7 @@ def _checkpoint(run: "Run", path: Path, checkpoint: Mapping[str, Any]) -> "Artif
 
 def _use(run: "Run", artifact: "Artifact") -> None:
     if run.offline:
-        # `use_artifact` refuses it, wandb 0.31, though `wandb sync` does it with what is noted so.
+        # `use_artifact` refuses it (wandb 0.31), and notes this online, which `wandb sync` makes a use of.
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     else:
         run.use_artifact(artifact)
@@ -214,7 +214,7 @@ def _waiting(run: "Run") -> Path:
 def _kept(run: "Run", path: Path, name: str) -> Path:
     """Another name of the same file, or a copy where there cannot be one, in the record of ``run``.
 
-    It stays as it is when the run goes on, and ``wandb sync``, 0.31, deletes what it has uploaded.
+    Until it is uploaded it must stay as it is, and a run that goes on, or an export, puts other files in its place.
     """
     kept = _waiting(run) / name
     kept.parent.mkdir(parents=True, exist_ok=True)
