@@ -23,4 +23,4 @@ def test_the_demo_runs_the_whole_line(upright: Upright, tmp_path: Path) -> None:
     assert f"ONNX Runtime, from PNG files    {metrics['test/accuracy']:.4f}" in answer.out
     assert f"Uprightness                       {metrics['test/uprightness']:.3f}" in answer.out
     assert len(list((tmp_path / "checkpoints/demo/test-images").rglob("*.png"))) == 1795
-    assert (tmp_path / "checkpoints/demo/transformer.png").exists()
+    assert (tmp_path / "checkpoints/demo/test_transformer.png").exists()

@@ -47,6 +47,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
         choices=("theta", "warped"),
         help="what the graph gives beside probabilities: each spatial transformer's theta, and what it sees",
     )
+    parser.add_argument(
+        "--wandb",
+        choices=("offline", "online", "off"),
+        help="note the bundle in Weights & Biases; offline by default if its run is tracked, else off",
+    )
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ Uprightness                       {metrics["test/uprightness"]:.3f}   (0: turns 
 Run      {run}
 Bundle   {bundle}
 Images   {images}
-Picture  {run / "transformer.png"}""")
+Picture  {run / "test_transformer.png"}""")
     return 0
 
 

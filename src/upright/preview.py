@@ -7,15 +7,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
-from torch import Tensor
 
 from upright.data.augmentation import Augmentation, Distortion
 from upright.data.datamodule import ImageDataModule
 from upright.data.split import SPLITS
 from upright.errors import UprightError
-from upright.files import replacing_file
 from upright.images import Pixels
 from upright.training.checkpoint import KEY, build_data, check_exists, read_checkpoint, read_data
+from upright.training.pictures import pixels_of, save_picture
 
 COLUMNS = 10
 COPIES = 3
@@ -123,10 +122,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
         path: of the PNG.
         seed: of the augmented copies.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
     rows: list[tuple[str, list[Pixels], list[str]]] = []
@@ -140,11 +136,11 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
             batch = samples[torch.tensor(chosen)]
             torch.manual_seed(seed)
             for _ in range(COPIES):
-                rows.append(("augmented", _pictures(data.augmentation(batch.images).images), []))
+                rows.append(("augmented", pixels_of(data.augmentation(batch.images).images), []))
         else:
             for number, view in enumerate(views.names[:MOST_VIEWS]):
                 batch = samples[torch.tensor(chosen) * len(views.names) + number]
-                rows.append((f"as fed, {view}{views.unit}" if view else "as fed", _pictures(batch.images), []))
+                rows.append((f"as fed, {view}{views.unit}" if view else "as fed", pixels_of(batch.images), []))
     sheet = Image.new("L" if data.spec.channels == 1 else "RGB", (columns * STEP, 0), "white")
     tops = []
     for _, pictures, labels in rows:
@@ -160,7 +156,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
             sheet.paste(picture, (left, top + (CELL - picture.height) // 2))
     margin, dpi = 140, 100
     width, height = sheet.width + margin, sheet.height + GAP
-    figure = pyplot.figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     figure.figimage(np.asarray(sheet), margin, GAP, cmap="gray", vmin=0, vmax=255)
     for (title, _, labels), top in zip(rows, tops, strict=True):
         middle = 1 - (top + CELL / 2) / height
@@ -168,14 +164,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
         for column, label in enumerate(labels):
             x, y = (margin + column * STEP + CELL / 2) / width, 1 - (top - GAP) / height
             figure.text(x, y, _short(label, 14), ha="center", va="bottom", fontsize=8)
-    with replacing_file(path) as aside:
-        figure.savefig(aside, dpi=dpi, format="png")
-    pyplot.close(figure)
-
-
-def _pictures(images: Tensor) -> list[Pixels]:
-    found: Pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return list(found)
+    save_picture(figure, path)
 
 
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:

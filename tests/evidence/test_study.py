@@ -38,4 +38,4 @@ def test_the_study_measures_what_it_writes(upright: Upright, tmp_path: Path, mon
     assert found["upright"][1] == json.loads((folder / "upright-1/test.json").read_text())["metrics"]
     assert found["upright"][0] != found["upright"][1]
     assert (folder / "table.md").read_text() == uprightness._table(found)
-    assert (folder / "upright-0/transformer.png").exists()
+    assert (folder / "upright-0/test_transformer.png").exists()

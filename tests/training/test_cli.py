@@ -28,7 +28,9 @@ QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--wandb
 def test_every_config_trains_tests_and_exports(upright: Upright, tmp_path: Path, config: Path) -> None:
     assert upright("fit", "--config", config, *QUICK).code == 0
     run = tmp_path / "checkpoints" / config.stem
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv"}
+    written = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv"}
+    pictures = {f"{name}.png" for name in ("curves", "samples", "mistakes", "confusion")}
+    assert {path.name for path in run.iterdir()} - {"transformer.png"} == written | pictures
     assert upright("test", "--ckpt_path", run / "best.ckpt").code == 0
     assert upright("export", run).code == 0
     assert upright("verify", tmp_path / "export" / config.stem).code == 0
@@ -80,16 +82,17 @@ def test_validate_finds_the_metrics_of_the_checkpoint(upright: Upright, run_fold
     assert f"{told['val/accuracy']:.6f}"[:7] in answer.out
 
 
-def test_test_writes_its_metrics_and_the_picture(upright: Upright, run_folder: Path) -> None:
+def test_test_writes_its_metrics_tables_and_pictures(upright: Upright, run_folder: Path) -> None:
     assert upright("test", "--ckpt_path", run_folder).code == 0
     record = json.loads((run_folder / "test.json").read_text())
     assert set(record["metrics"]) == METRICS
-    confusion, classes = (read_csv(run_folder / f"{name}.csv") for name in ("confusion", "classes"))
+    confusion, classes = (read_csv(run_folder / f"test_{name}.csv") for name in ("confusion", "classes"))
     right, shown = sum(int(row[row["label"]]) for row in confusion), sum(int(row["support"]) for row in classes)
     assert right / shown == pytest.approx(record["metrics"]["test/accuracy"]) and shown == 5 * 359
     means = {name: sum(float(row[name]) for row in classes) / 10 for name in ("precision", "recall", "f1")}
     assert means == pytest.approx({name: record["metrics"][f"test/{name}"] for name in means}, abs=1e-5)
-    assert (run_folder / "transformer.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("confusion", "transformer"):
+        assert (run_folder / f"test_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_test_on_other_data(upright: Upright, run_folder: Path) -> None:
@@ -287,13 +290,17 @@ def test_two_processes_train_and_test_as_one(upright: Upright, tmp_path: Path) -
 
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
     run("fit", "--config", STN, *QUICK, *two)
+    drawn = {path.stem for path in (tmp_path / "checkpoints/stn_lenet").glob("*.png")}
+    assert drawn == {"samples", "mistakes", "confusion", "transformer", "curves"}
     run("test", "--ckpt_path", "checkpoints/stn_lenet", *two)
     together = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
-    tables = [(tmp_path / f"checkpoints/stn_lenet/{name}.csv").read_text() for name in ("confusion", "classes")]
+    tables = [(tmp_path / f"checkpoints/stn_lenet/test_{name}.csv").read_text() for name in ("confusion", "classes")]
     assert upright("test", "--ckpt_path", "checkpoints/stn_lenet").code == 0
     alone = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
     assert together == pytest.approx(alone, abs=1e-5) and set(alone) == METRICS
-    assert tables == [(tmp_path / f"checkpoints/stn_lenet/{name}.csv").read_text() for name in ("confusion", "classes")]
+    assert tables == [
+        (tmp_path / f"checkpoints/stn_lenet/test_{name}.csv").read_text() for name in ("confusion", "classes")
+    ]
 
 
 def test_force_does_not_delete_what_is_no_run(upright: Upright, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def answers(num_classes: int, count: int = 300) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("num_classes", [2, 5, 10])
 def test_metrics_equal_scikit_learns(num_classes: int) -> None:
     preds, target = answers(num_classes)
-    metrics = stage_metrics(num_classes, upright=False, confusion=True)
+    metrics = stage_metrics(num_classes, upright=False)
     for part in range(0, 300, 64):
         update(metrics, preds[part : part + 64], target[part : part + 64])
     found, predicted = metrics.compute(), preds.argmax(1)
@@ -43,7 +43,7 @@ def test_metrics_equal_scikit_learns(num_classes: int) -> None:
 
 
 def test_a_first_batch_that_is_all_right_does_not_make_one_metric_of_two() -> None:
-    metrics = stage_metrics(10, upright=False, confusion=False)
+    metrics = stage_metrics(10, upright=False)
     target = torch.arange(8)
     update(metrics, torch.eye(10)[:8], target)
     second = torch.linspace(1, 0.1, 10).expand(8, 10)
@@ -53,7 +53,7 @@ def test_a_first_batch_that_is_all_right_does_not_make_one_metric_of_two() -> No
 
 
 def test_the_loss_is_a_mean_over_images() -> None:
-    metrics = stage_metrics(2, upright=False, confusion=False)
+    metrics = stage_metrics(2, upright=False)
     preds, target = answers(2, 4)
     update(metrics, preds[:3], target[:3], loss=1.0)
     update(metrics, preds[3:], target[3:], loss=5.0)
@@ -65,11 +65,11 @@ def test_tables(tmp_path: Path) -> None:
     # Nobody ever shows or predicts the last class.
     confusion = torch.from_numpy(confusion_matrix(target, preds.argmax(1), labels=range(6)))
     names = ["a", "b, or c", 'd "e"', "ü", "f", "never"]
-    assert write_tables(tmp_path, confusion, names) == [tmp_path / "confusion.csv", tmp_path / "classes.csv"]
-    header, *rows = csv.reader((tmp_path / "confusion.csv").read_text().splitlines())
+    assert write_tables(tmp_path, confusion, names) == [tmp_path / "test_confusion.csv", tmp_path / "test_classes.csv"]
+    header, *rows = csv.reader((tmp_path / "test_confusion.csv").read_text().splitlines())
     assert header == ["label", *names] and [row[0] for row in rows] == names
     assert [[int(cell) for cell in row[1:]] for row in rows] == confusion.tolist()
-    header, *rows = csv.reader((tmp_path / "classes.csv").read_text().splitlines())
+    header, *rows = csv.reader((tmp_path / "test_classes.csv").read_text().splitlines())
     assert header == ["class", "precision", "recall", "f1", "support"] and [row[0] for row in rows] == names
     expected = precision_recall_fscore_support(target, preds.argmax(1), labels=range(6), zero_division=0)
     for ours, theirs in zip(zip(*(row[1:] for row in rows), strict=True), expected, strict=True):

@@ -29,12 +29,21 @@ def messages(path: Path) -> Iterator[bytes]:
             yield b"".join(parts)
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Of every record in ``folder/wandb``, the oldest first: config, history (one dict per step), artifacts."""
+    return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+
+
 def read_record(folder: Path) -> dict[str, Any]:
-    """Config, history (one dict per step), files and artifacts of the run in ``folder/wandb``."""
+    """The only one."""
+    (record,) = read_records(folder)
+    return record
+
+
+def _read(path: Path) -> dict[str, Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    found: dict[str, Any] = {"config": {}, "history": [], "artifacts": {}, "path": path}
+    found: dict[str, Any] = {"config": {}, "history": [], "artifacts": [], "path": path}
     for message in messages(path):
         record = Record.FromString(message)
         kind = record.WhichOneof("record_type")
@@ -47,8 +56,5 @@ def read_record(folder: Path) -> dict[str, Any]:
             keys = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             found["history"].append(keys)
         elif kind == "artifact":
-            found["artifacts"][record.artifact.name] = record.artifact
-        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
-            artifact = record.request.log_artifact.artifact
-            found["artifacts"][artifact.name] = artifact
+            found["artifacts"].append(record.artifact)
     return found

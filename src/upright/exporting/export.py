@@ -17,7 +17,8 @@ from upright.exporting.parity import TOLERANCE, measure_parity
 from upright.files import replacing_folder
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODEL, SAMPLES, SUMS, checksums
 from upright.runtime.predictor import open_session, run_session
-from upright.training.checkpoint import check_name, read_data, restore
+from upright.training.checkpoint import check_name, find_checkpoint, read_data, restore
+from upright.training.tracking import Mode, bundle_mode, log_bundle
 
 SAMPLE_COUNT = 16
 
@@ -28,6 +29,7 @@ def export(
     force: bool = False,
     data: str | None = None,
     outputs: Sequence[Output] = (),
+    wandb: Mode | None = None,
 ) -> int:
     """Export, compare with PyTorch on the whole validation split, and only then show the bundle.
 
@@ -37,12 +39,14 @@ def export(
         force: replace an existing bundle.
         data: a YAML of the data, if they are not where they were.
         outputs: what the graph gives beside probabilities, see `Graph`.
+        wandb: whether and how the bundle is noted there, see `bundle_mode`.
 
     Raises:
         UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
         GateError: if ONNX Runtime and PyTorch do not agree; no bundle is written.
     """
     outputs = list(dict.fromkeys(outputs))
+    tracking = bundle_mode(wandb, find_checkpoint(checkpoint))
     restored = restore(checkpoint, read_data(data) if data else None)
     name = restored.contents["run"]["name"] if name is None else name
     check_name(name)
@@ -74,6 +78,7 @@ def export(
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(_card(manifest, parity, name), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
+    log_bundle(tracking, find_checkpoint(checkpoint), target)
     accuracy = parity["accuracy"]
     print(
         f"{parity['images']} images: agreement {parity['agreement']:.2%}, largest difference "

@@ -1,26 +1,44 @@
-"""What a run leaves behind: checkpoints with all they need, metrics.csv, and the picture of the transformer."""
+"""What a run leaves behind: checkpoints with all they need, metrics.csv, and pictures."""
 
 import csv
+import io
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 
-from upright.architectures.spatial_transformer import last_of, observing
+from upright.architectures.spatial_transformer import Observation, last_of
 from upright.data.datamodule import ImageDataModule
 from upright.errors import GateError
 from upright.files import replacing_file
+from upright.images import Pixels
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
 from upright.training.metrics import BRIEF
+from upright.training.pictures import (
+    RED,
+    Line,
+    draw_column,
+    draw_columns,
+    draw_confusion,
+    draw_curves,
+    draw_tiles,
+    pixels_of,
+    save_picture,
+)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -85,7 +103,8 @@ def _scalars(trainer: L.Trainer) -> dict[str, float]:
 class MetricsFile(Callback):
     """One row per epoch in ``metrics.csv``; a resumed run goes on where its checkpoint stood.
 
-    ``seconds`` are of the epoch, validation and checkpoints included, and so are ``images_per_second``, of training.
+    ``lr`` is the learning rate of the first parameter group, ``lr/1`` that of the second. ``seconds`` are of the epoch,
+    validation and checkpoints included, and so are ``images_per_second``, of training. The loggers get them too.
 
     Args:
         path: of the file.
@@ -113,9 +132,12 @@ class MetricsFile(Callback):
         """Add the row."""
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row |= {name: f"{value:.6g}" for name, value in _scalars(trainer).items()}
-        row |= {"lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"}
         seconds = time.monotonic() - self._started
-        row |= {"seconds": f"{seconds:.3f}", "images_per_second": f"{self._images / seconds:.1f}"}
+        own = _rates(trainer) | {"seconds": seconds, "images_per_second": self._images / seconds}
+        row |= {name: f"{value:.6g}" for name, value in own.items()}
+        for logger in trainer.loggers:
+            # The step of Lightning's own metrics of an epoch.
+            logger.log_metrics(own, step=trainer.global_step - 1)
         rows = [old for old in read_rows(self.path) if int(old["epoch"]) < trainer.current_epoch] + [row]
         with replacing_file(self.path) as aside, open(aside, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for old in rows for name in old)))
@@ -124,6 +146,11 @@ class MetricsFile(Callback):
         epochs = trainer.max_epochs or 0
         if self.lines and (epochs < 10 or (trainer.current_epoch + 1) % (epochs // 10) == 0):
             print(f"epoch {trainer.current_epoch + 1}/{epochs}  {brief(_scalars(trainer))}", flush=True)
+
+
+def _rates(trainer: L.Trainer) -> dict[str, float]:
+    groups = trainer.optimizers[0].param_groups
+    return {f"lr/{number}" if number else "lr": group["lr"] for number, group in enumerate(groups)}
 
 
 def brief(metrics: Mapping[str, float]) -> str:
@@ -185,73 +212,199 @@ class Divergence(Callback):
         )
 
 
-class TransformerPicture(Callback):
-    """``transformer.png``: images as they came in and as the transformer turned them, at several angles.
+class GradientNorm(Callback):
+    """Logs mean and maximum, over an epoch, of the norm of all gradients, before they are clipped."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Measure."""
+        norm = get_total_norm([each.grad for each in pl_module.parameters() if each.grad is not None])
+        per_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
+        pl_module.log("grad_norm/mean", norm, **per_epoch)
+        pl_module.log("grad_norm/max", norm, reduce_fx="max", **per_epoch)
+
+
+def picture_epochs(epochs: int) -> set[int]:
+    """The epochs, from 0, after which there are pictures: at most ten, evenly spread, the first and the last too."""
+    return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
+
+
+class RunPictures(Callback):
+    """Draws the validation split at some epochs, into the run's folder and every logger that takes images.
+
+    ``samples.png``, ``mistakes.png``, ``confusion.png``, ``transformer.png``, and ``curves.png`` at the end. All comes
+    from the validation pass that there is anyway: no other is made, no random number drawn. Of several processes the
+    first one draws: its share of the images, and the confusion matrix of all.
+
+    What the transformer made of some images at earlier epochs is part of the state, as a small PNG for each epoch.
 
     Args:
-        folder: where it is written.
-        count: how many images.
+        folder: of the run.
     """
 
-    def __init__(self, folder: Path, count: int = 6) -> None:
-        self.folder, self.count = folder, count
+    SHOWN = 24
+    """Images on a sheet, at most."""
+    ROWS, SIDE = 10, 64
+    """Of the transformer's picture: rows, at most, of squares of so many pixels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._epoch = self._drawn = -1
+        self._answers: list[tuple[Tensor, ...]] = []
+        # Positions of the images that have rows in the transformer's picture, and where in which batch they come.
+        self._rows: list[int] = []
+        self._places: dict[int, list[tuple[int, int]]] = {}
+        self._views: dict[int, list[Tensor]] = {}
+        self._columns: dict[str, bytes] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be made again: the columns of earlier epochs."""
+        columns = {name: torch.frombuffer(bytearray(png), dtype=torch.uint8) for name, png in self._columns.items()}
+        return {"rows": self._rows, "columns": columns}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the same images."""
+        self._rows = state_dict["rows"]
+        self._columns = {name: png.numpy().tobytes() for name, png in state_dict["columns"].items()}
 
     @rank_zero_only
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the test split's first images of different classes."""
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the pass before."""
+        self._answers, self._views = [], {}
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what was answered, and what the last transformers made of the images that have rows."""
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.sanity_checking or not isinstance(data, ImageDataModule):
+            return
         assert isinstance(pl_module, ImageClassifier)
-        if pl_module.transformers and isinstance(data, ImageDataModule):
-            draw_transformer(pl_module, data, self.folder / "transformer.png", self.count)
+        self._answers.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))
+        if not (last := last_of(outputs["seen"])):
+            return
+        if not self._rows:
+            share = torch.arange(0, len(data.samples("val")), trainer.world_size)
+            share = share[: int(trainer.num_val_batches[0]) * data.batch_size]
+            self._rows = _of_each_class(data, share, self.ROWS // len(last))
+        if batch_idx not in self._places:
+            here = batch.position.tolist()
+            self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
+        for place, row in self._places[batch_idx]:
+            image = batch.images[place, None]
+            normalised = pl_module.model.normalised(image)
+            views = [pl_module.model.shown(_only(each, place).view(normalised)) for each in last]
+            self._views[row] = [image, *views]
 
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, if it is time."""
+        if trainer.sanity_checking:
+            return
+        self._epoch = trainer.current_epoch
+        # An epoch without validation is drawn after the next one that has it.
+        since = range(self._epoch - (trainer.check_val_every_n_epoch or 1) + 1, self._epoch + 1)
+        if not picture_epochs(_epochs(trainer)).isdisjoint(since):
+            self._draw(trainer, pl_module)
 
-def draw_transformer(classifier: ImageClassifier, data: ImageDataModule, path: Path, count: int = 6) -> None:
-    """Rows for each image: the views of the test split, and below what the last transformer sees of them.
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last epoch of a run that was stopped early, and the curves of all."""
+        if self._drawn != self._epoch:
+            self._draw(trainer, pl_module)
+        if rows := read_rows(self.folder / "metrics.csv"):
+            title = f"{self.folder.name}, {len(rows)} epochs" if len(rows) > 1 else f"{self.folder.name}, 1 epoch"
+            save_picture(draw_curves(title, rows), self.folder / "curves.png")
 
-    Of parallel transformers each has its own row. A transformer inside the network is shown by what its feature maps
-    are of.
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self._answers or not isinstance(data, ImageDataModule):
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        self._drawn = self._epoch
+        when = f"Validation, epoch {self._epoch + 1} of {_epochs(trainer)}"
+        position, labels, confidence, predicted = (torch.cat(part).cpu() for part in zip(*self._answers, strict=True))
+        wrong = (predicted != labels).nonzero().flatten()
+        worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: self.SHOWN]
+        # The same ones at every epoch.
+        some = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[: self.SHOWN])
 
-    Args:
-        classifier: with a spatial transformer.
-        data: its test split is drawn.
-        path: of the PNG.
-        count: images of as many classes.
-    """
-    import matplotlib
+        def sheet(title: str, chosen: Tensor) -> Image.Image:
+            names, found = data.spec.classes, zip(predicted[chosen], confidence[chosen], labels[chosen], strict=True)
+            captions = [
+                [Line(f"{sure:.0%} · {names[guess]}"), *([] if guess == label else [Line(f"is {names[label]}", RED)])]
+                for guess, sure, label in found
+            ]
+            return draw_tiles(title, pixels_of(data.samples("val")[position[chosen]].images), captions)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        pictures = {
+            "samples": sheet(f"{when}: some of {len(labels):,} images, as predicted", some),
+            "mistakes": sheet(f"{when}: the surest of {len(wrong):,} mistakes", worst)
+            if len(wrong)
+            else draw_tiles(f"{when}: no mistakes among {len(labels):,} images", [], []),
+        }
+        if pl_module.confusion is not None:
+            pictures["confusion"] = draw_confusion(when, pl_module.confusion, data.spec.classes)
+        if self._views:
+            self._add_column()
+            samples, views = data.samples("val"), len(data.views("val").names)
+            labels = samples.labels[torch.tensor(self._rows) // views]
+            columns = {name: Image.open(io.BytesIO(png)) for name, png in self._columns.items()}
+            title = f"{when}: what the spatial transformer makes of them"
+            pictures["transformer"] = draw_columns(title, [data.spec.classes[label] for label in labels], columns)
+        for name, picture in pictures.items():
+            path = self.folder / f"{name}.png"
+            save_picture(picture, path)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image(f"val/{name}", [str(path)], step=trainer.global_step - 1)
 
-    samples, views = data.samples("test"), data.views("test")
-    columns, labels = len(views.names), samples.labels
-    firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
-    shown = []
-    for first in firsts:
-        images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
-        with torch.no_grad(), observing() as seen:
-            predicted = classifier(images).argmax(dim=1).tolist()
-            normalised = classifier.model.normalised(images)
-            views_of = [classifier.model.shown(last.view(normalised)) for last in last_of(seen)]
-            shown.append((first, [images, *views_of], predicted))
-    height = 0.8 * len(shown[0][1]) + 0.5
-    rows = -(-len(firsts) // 2)
-    figure = pyplot.figure(figsize=(2 * (0.8 * columns + 0.4), height * rows + 0.4), layout="constrained")
-    figure.suptitle(
-        "What the spatial transformer does: above as it came, below turned, with the prediction", fontsize=9
-    )
-    blocks = figure.subfigures(rows, 2, squeeze=False)
-    for block, (first, pictures, predicted) in zip(blocks.flat, shown, strict=False):
-        axes = block.subplots(len(pictures), columns, squeeze=False)
-        for column, view in enumerate(views.names):
-            for axis, picture in zip(axes[:, column], pictures, strict=True):
-                image = (picture[column] / 255).clamp(0, 1).permute(1, 2, 0).squeeze(-1).cpu().numpy()
-                axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-                axis.set(xticks=[], yticks=[])
-            axes[0, column].set_title(view + views.unit, fontsize=8, pad=2)
-            right = predicted[column] == int(labels[first])
-            axes[-1, column].set_xlabel(
-                data.spec.classes[predicted[column]], fontsize=8, labelpad=1, color="black" if right else "crimson"
+    def _add_column(self) -> None:
+        branches = len(next(iter(self._views.values()))) - 1
+        came: list[Pixels | None] = []
+        seen: list[Pixels | None] = []
+        for row in range(len(self._rows)):
+            image, *views = (
+                (pixels_of(each)[0] for each in self._views[row]) if row in self._views else [None] * (1 + branches)
             )
-    with replacing_file(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
-    pyplot.close(figure)
+            came += [image] + [None] * (branches - 1)
+            seen += views
+        self._columns.setdefault("as it came", _png(came, self.SIDE))
+        self._columns[f"epoch {self._epoch + 1}"] = _png(seen, self.SIDE)
+
+
+def _epochs(trainer: L.Trainer) -> int:
+    """How many the run has, at most."""
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        return trainer.max_epochs
+    return math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
+
+
+def _of_each_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
+    """Positions in the validation split of an image of each of so many classes, in one view after the other."""
+    views = len(data.views("val").names)
+    labels = data.samples("val").labels[share // views]
+    chosen = []
+    for number, label in enumerate(torch.unique(labels)[: max(count, 1)]):
+        of_class = share[labels == label]
+        turned = of_class[of_class % views == number % views]
+        chosen.append(int((turned if len(turned) else of_class)[0]))
+    return chosen
+
+
+def _only(observation: Observation, place: int) -> Observation:
+    """What was done to one image of the batch."""
+    before = observation.before and _only(observation.before, place)
+    return replace(observation, theta=observation.theta[place, None], before=before)
+
+
+def _png(images: Sequence[Pixels | None], side: int) -> bytes:
+    written = io.BytesIO()
+    draw_column(images, side).save(written, format="png")
+    return written.getvalue()

@@ -82,14 +82,11 @@ class ImageClassifier(Recorded, L.LightningModule):
                 "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
             )
         self.metrics = nn.ModuleDict(
-            {
-                f"_{stage}": stage_metrics(num_classes, upright=self.transformers > 0, confusion=stage == "test")
-                for stage in ("val", "test")
-            }
+            {f"_{stage}": stage_metrics(num_classes, upright=self.transformers > 0) for stage in ("val", "test")}
         )
         self._means = Means()
         self.confusion: Tensor | None = None
-        """Of the last test, ``(K, K)``: images of row's class that were taken for column's."""
+        """Of the last validation or test, ``(K, K)``: images of row's class that were taken for column's."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
@@ -227,12 +224,13 @@ class ImageClassifier(Recorded, L.LightningModule):
         """Go on with them."""
         self._means.load_state_dict(checkpoint.get("train_means", {}))
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
         metrics: Any = self.metrics[f"_{stage}"]
         with observing() as seen:
             logits = self.model(batch.images)
+        probabilities = logits.float().softmax(dim=1)
         metrics.update(
-            preds=logits.float().softmax(dim=1),
+            preds=probabilities,
             target=batch.labels,
             value=self.loss(logits, batch.labels),
             weight=len(logits),
@@ -241,6 +239,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             seen=seen,
             aspect=self.spec.width / self.spec.height,
         )
+        return {"probabilities": probabilities, "seen": seen}
 
     def _report(self, stage: str) -> None:
         metrics: Any = self.metrics[f"_{stage}"]
@@ -251,13 +250,13 @@ class ImageClassifier(Recorded, L.LightningModule):
                 self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
         metrics.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Update the validation metrics; ``probabilities`` ``(B, K)``, and what the transformers did, as ``seen``."""
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Update the test metrics; gives what `validation_step` does."""
+        return self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""

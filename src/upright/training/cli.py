@@ -25,9 +25,10 @@ from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.callbacks import (
     Divergence,
+    GradientNorm,
     MetricsFile,
+    RunPictures,
     RunRecord,
-    TransformerPicture,
     brief,
     checkpoints,
     read_rows,
@@ -46,9 +47,9 @@ from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze, start_from
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
-from upright.training.pictures import draw_confusion
+from upright.training.pictures import draw_confusion, draw_transformer, save_picture
 from upright.training.process import keep_freed_memory, leave_a_core
-from upright.training.tracking import agent_run, finish_wandb, wandb_logger
+from upright.training.tracking import Artifacts, agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "checkpoints",
@@ -229,6 +230,11 @@ class UprightCLI(LightningCLI):
                 help="Compile the model with torch.compile; the first step then takes a minute or two.",
             )
             parser.add_argument(
+                "--log_grad_norm",
+                action="store_true",
+                help="Log the norm of the gradients: mean and maximum per epoch.",
+            )
+            parser.add_argument(
                 "--start_from",
                 type=str | None,
                 help="Weights to start from: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG.",
@@ -308,11 +314,12 @@ class UprightCLI(LightningCLI):
                 Divergence(self.folder),
                 *checkpoints(self.folder, self._own("save_every_n_steps")),
                 MetricsFile(self.folder / "metrics.csv", lines=not config.enable_progress_bar),
+                RunPictures(self.folder),
+                Artifacts(self.folder),
+                *([GradientNorm()] if self._own("log_grad_norm") else []),
             ]
             if config.logger is None:
                 logger = wandb_logger(self._own("wandb"), self.folder, run) or False
-        elif self.verb == "test":
-            callbacks.append(TransformerPicture(self.folder))
         config = {**config, "plugins": [*_as_list(config.plugins), AtomicCheckpointIO()]}
         if config["logger"] is None:
             config["logger"] = logger
@@ -364,6 +371,7 @@ class UprightCLI(LightningCLI):
         assert self.checkpoint
         checkpoint = read_checkpoint(self.checkpoint)
         load_weights(model, checkpoint, self.checkpoint)
+        self.epoch = checkpoint["epoch"] + 1
         # The first --config is the checkpoint's own; anything about data beyond it is the user's.
         # How they are read, and in what batches, makes no other data of them.
         how = r"(?!\.(init_args\.)?(cache|num_workers|batch_size)\b)"
@@ -377,7 +385,7 @@ class UprightCLI(LightningCLI):
         self.trainer.validate(model, datamodule=datamodule)
 
     def test(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
-        """Metrics of the test split, also in ``test.json`` beside the checkpoint, with the transformer's picture."""
+        """Metrics of the test split, also in ``test.json`` beside the checkpoint, with tables and pictures."""
         self._evaluate(model, datamodule)
         (metrics,) = self.trainer.test(model, datamodule=datamodule)
         if not self.trainer.is_global_zero:
@@ -385,13 +393,17 @@ class UprightCLI(LightningCLI):
         record = {"checkpoint": str(self.checkpoint), "data": datamodule.recipe, "metrics": metrics}
         write_text(self.folder / "test.json", json.dumps(record, indent=2) + "\n")
         print(f"Written: {self.folder / 'test.json'}")
-        if model.confusion is not None:
-            tables = write_tables(self.folder, model.confusion, model.spec.classes)
-            print(f"Tables:  {', '.join(map(str, tables))}")
-            draw_confusion(model.confusion, model.spec.classes, self.folder / "confusion.png")
-            print(f"Picture: {self.folder / 'confusion.png'}")
+        assert model.confusion is not None
+        tables = write_tables(self.folder, model.confusion, model.spec.classes)
+        print(f"Tables:  {', '.join(map(str, tables))}")
+        pictures: dict[str, Any] = {
+            "confusion": draw_confusion(f"Test, epoch {self.epoch}", model.confusion, model.spec.classes)
+        }
         if model.transformers:
-            print(f"Picture: {self.folder / 'transformer.png'}")
+            pictures["transformer"] = draw_transformer(f"Test, epoch {self.epoch}", model, datamodule)
+        for name, picture in pictures.items():
+            save_picture(picture, self.folder / f"test_{name}.png")
+            print(f"Picture: {self.folder / f'test_{name}.png'}")
 
     def predict(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Probabilities of every image of the test split, as CSV."""

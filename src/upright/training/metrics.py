@@ -25,12 +25,12 @@ BRIEF = ("loss", "accuracy", "uprightness")
 """What is worth a look after every epoch; all the rest is in metrics.csv."""
 
 
-def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> MetricCollection:
+def stage_metrics(num_classes: int, *, upright: bool) -> MetricCollection:
     """The metrics of one stage.
 
     ``precision``, ``recall`` and ``f1`` are means over the classes that were shown or predicted. ``top5`` is there for
     more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
-    arXiv:1706.04599).
+    arXiv:1706.04599). ``confusion`` ``(K, K)`` counts the images of row's class that were taken for column's.
 
     Update it by name: ``preds`` probabilities ``(B, K)``, ``target`` labels ``(B,)``, the ``value`` of the loss and its
     ``weight``, and what `Uprightness` takes.
@@ -38,7 +38,6 @@ def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> Metric
     Args:
         num_classes: ``K``.
         upright: whether there is a transformer to measure.
-        confusion: also the confusion matrix ``(K, K)``: images of row's class that were taken for column's.
     """
     # What would be validated at every batch are our own probabilities and labels.
     common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
@@ -49,13 +48,13 @@ def stage_metrics(num_classes: int, *, upright: bool, confusion: bool) -> Metric
         "recall": MulticlassRecall(average="macro", **common),
         "f1": MulticlassF1Score(average="macro", **common),
         "calibration_error": MulticlassCalibrationError(n_bins=15, norm="l1", **common),
+        # The others have looked at the labels.
+        "confusion": MulticlassConfusionMatrix(validate_args=False, **common),
     }
     if num_classes > TOP:
         metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
     if upright:
         metrics["uprightness"] = Uprightness()
-    if confusion:
-        metrics["confusion"] = MulticlassConfusionMatrix(**common)
     # Told, not found: torchmetrics takes states that are equal after the first batch for one, and where all of that
     # batch is right, accuracy and top5 are.
     together = ["precision", "recall", "f1"]
@@ -89,7 +88,7 @@ class Means:
 
 
 def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> list[Path]:
-    """Write ``confusion.csv`` and ``classes.csv`` (precision, recall, F1 and support of each class).
+    """Write ``test_confusion.csv`` and ``test_classes.csv`` (precision, recall, F1 and support of each class).
 
     Args:
         folder: where to.
@@ -110,8 +109,8 @@ def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> lis
     ]
     counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
     tables = {
-        "confusion.csv": [["label", *classes], *counts],
-        "classes.csv": [["class", "precision", "recall", "f1", "support"], *each],
+        "test_confusion.csv": [["label", *classes], *counts],
+        "test_classes.csv": [["class", "precision", "recall", "f1", "support"], *each],
     }
     for name, rows in tables.items():
         text = io.StringIO()

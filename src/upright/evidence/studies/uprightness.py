@@ -38,7 +38,7 @@ def run(folder: Path, seeds: int) -> None:
     table = _table(results)
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(folder / "table.md", table)
-    print(f"\n{table}\nWritten: {folder}/table.md, results.json; pictures: {folder}/*/transformer.png")
+    print(f"\n{table}\nWritten: {folder}/table.md, results.json; pictures: {folder}/*/test_transformer.png")
 
 
 def _table(results: dict[str, list[dict[str, float]]]) -> str:
