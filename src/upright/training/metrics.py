@@ -48,8 +48,7 @@ def stage_metrics(num_classes: int, *, upright: bool) -> MetricCollection:
         "recall": MulticlassRecall(average="macro", **common),
         "f1": MulticlassF1Score(average="macro", **common),
         "calibration_error": MulticlassCalibrationError(n_bins=15, norm="l1", **common),
-        # The others have looked at the labels.
-        "confusion": MulticlassConfusionMatrix(validate_args=False, **common),
+        "confusion": MulticlassConfusionMatrix(**common),
     }
     if num_classes > TOP:
         metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
