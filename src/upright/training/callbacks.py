@@ -19,11 +19,22 @@ from upright.errors import GateError
 from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
+from upright.training.interruption import is_whole_step
 from upright.training.metrics import BRIEF
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Knows its best score again after the run's folder was moved (Lightning's own forgets it then)."""
+    """Knows its best score again after the run's folder was moved (Lightning's own forgets it then).
+
+    Within an epoch it saves only where a run goes on exactly.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See `is_whole_step`."""
+        if is_whole_step(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the files where the folder is now; a best one that is not there is none."""
