@@ -87,7 +87,7 @@ def run(verb: str, arguments: list[str]) -> int:
         arguments: what followed it on the command line.
 
     Returns:
-        The exit code: 0, or that of the signal by which a run was stopped.
+        The exit code: 0, or 128 and the signal by which a run was stopped.
 
     Raises:
         UprightError: for every mistake of the user's.
@@ -111,7 +111,8 @@ def run(verb: str, arguments: list[str]) -> int:
                 arguments = [*(argument for argument in arguments if argument != "--no-cache"), "--data.cache=none"]
             UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))), held)
         except Interrupted as stop:
-            return stop.exit_code
+            # Whoever started several processes would take the first to end for the one that failed.
+            return stop.exit_code if is_first_process() else 0
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
         except UnicodeDecodeError as error:
@@ -324,7 +325,7 @@ class UprightCLI(LightningCLI):
         if self.verb == "fit":
             run = {"name": self.name, "id": agent_run() or uuid.uuid4().hex[:8]}
             if self.checkpoint and self.goes_on:
-                run["id"] = read_checkpoint(self.checkpoint)[KEY]["run"]["id"]
+                run["id"] = self._to_go_on_from()[KEY]["run"]["id"]
             self.interruption = Interruption(self.folder / "last.ckpt")
             callbacks += [
                 RunRecord(run),
@@ -360,7 +361,7 @@ class UprightCLI(LightningCLI):
         """Train; what did not get as far as a checkpoint leaves nothing behind, and what stood before stands again."""
         resume = str(self.checkpoint) if self.checkpoint else None
         if self.checkpoint:
-            checkpoint = read_checkpoint(self.checkpoint)
+            checkpoint = self._to_go_on_from()
             load_weights(model, checkpoint, self.checkpoint)
             check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
             if self._own("ckpt_path") == "auto" and is_done(checkpoint, self.trainer):
@@ -388,6 +389,15 @@ class UprightCLI(LightningCLI):
         best = self.folder / "best.ckpt"
         if best.is_file() and self.trainer.is_global_zero:
             print(_end(self.folder, best))
+
+    def _to_go_on_from(self) -> dict[str, Any]:
+        assert self.checkpoint
+        try:
+            return read_checkpoint(self.checkpoint)
+        except UprightError as error:
+            if not self.goes_on or self.checkpoint.name != "last.ckpt":
+                raise
+            raise UprightError(f"{error} --ckpt_path best goes on from the best one, --force begins anew.") from None
 
     def _how_to_go_on(self) -> str:
         last = self.folder / "last.ckpt"

@@ -58,15 +58,19 @@ class Interruption(Checkpoint):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals; before training has begun, each raises `Interrupted` at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._ask) for number in _signals()}
+        before = {number: signal.getsignal(number) for number in _signals()}
+        # The others wait for the first in C, where no handler of ours would be called, and have nothing to give back.
+        if is_first_process():
+            self._listen()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in _signals():
+            signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
         if not self._training:
@@ -84,10 +88,8 @@ class Interruption(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on there is something to save."""
         self._training = True
-        if threading.current_thread() is threading.main_thread():
-            for number in _signals():
-                # Lightning has put its own there.
-                signal.signal(number, self._ask)
+        # Lightning has put its own there.
+        self._listen()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,6 +116,8 @@ class Interruption(Checkpoint):
 
 
 def _signals() -> list[signal.Signals]:
+    if threading.current_thread() is not threading.main_thread():
+        return []
     # By the last, SLURM says that time is nearly up (#SBATCH --signal=USR1@120).
     return [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
 

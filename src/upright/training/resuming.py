@@ -24,12 +24,12 @@ class EpochMeans(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write sums and counts, a row per process."""
-        means = {
-            name: torch.stack([mean.value, mean.cumulated_batch_size.to(mean.value)])
-            for name, mean in trainer.fit_loop.epoch_loop._results.items()
-            if mean.is_tensor and mean.meta.is_mean_reduction
-        }
-        rows = {name: trainer.strategy.all_gather(mean).reshape(-1, 2) for name, mean in means.items()}
+        rows = {}
+        for name, mean in trainer.fit_loop.epoch_loop._results.items():
+            if mean.is_tensor and mean.meta.is_mean_reduction:
+                table = torch.zeros(trainer.world_size, 2, device=mean.value.device)
+                table[trainer.global_rank] = torch.stack([mean.value, mean.cumulated_batch_size.to(mean.value)])
+                rows[name] = trainer.strategy.reduce(table, reduce_op="sum")
         checkpoint["epoch_means"] = {"epoch": trainer.current_epoch, "rows": rows}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
