@@ -1,12 +1,12 @@
 """Runs of a small network in processes of their own, which die at a named place."""
 
+import multiprocessing
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ COUNTS = {}
 
 def at(kind):
     COUNTS[kind] = COUNTS.get(kind, 0) + 1
-    if kind == KIND and COUNTS[kind] == int(NUMBER) and os.environ.get("KILL_RANK", "0") == os.environ.get("LOCAL_RANK", "0"):
+    rank, mine = os.environ.get("KILL_RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if kind == KIND and COUNTS[kind] == int(NUMBER) and rank == mine:
         os.kill(os.getpid(), SIGNAL)
 
 class Net(nn.Module):
@@ -108,19 +109,56 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | more
 
 
+FRESH = multiprocessing.get_context("forkserver")
+"""Its processes are forked from one that has imported all that takes seconds."""
+FRESH.set_forkserver_preload(["upright.training.cli", "upright.data.digits"])
+
+
+def _run(arguments: list[str], folder: Path, variables: dict[str, str], out: str, err: str) -> None:
+    for path, standard in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY), standard)
+    os.chdir(folder)
+    os.environ |= variables
+    from upright.cli import main
+
+    code = main(arguments)
+    # Not through what multiprocessing does at the end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def started(
+    folder: Path, name: str, *arguments: object, out: str = os.devnull, err: str = os.devnull, **variables: str
+) -> BaseProcess:
+    """The same in a process that one may do something to."""
+    process = FRESH.Process(target=_run, args=(command(name, *arguments)[3:], folder, variables, out, err))
+    process.start()
+    return process
+
+
 def fit(
     folder: Path, name: str, *arguments: object, kill_at: str = "never:0", kill_with: str = "SIGKILL", **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end, or to the ``n``-th time that it comes to a place: ``place:n``."""
-    return subprocess.run(
-        command(name, *arguments),
-        cwd=folder,
-        env=environment(KILL_AT=kill_at, KILL_WITH=kill_with, **more),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    whole, variables = command(name, *arguments), {"KILL_AT": kill_at, "KILL_WITH": kill_with, **more}
+    if "--trainer.devices" in arguments:
+        # Lightning starts the other processes by this one's command line.
+        return subprocess.run(
+            whole,
+            cwd=folder,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        process = started(folder, name, *arguments, out=out.name, err=err.name, **variables)
+        process.join(200)
+        assert process.exitcode is not None
+        texts = [Path(file.name).read_text() for file in (out, err)]
+    return subprocess.CompletedProcess(whole, process.exitcode, *texts)
 
 
 def killed(folder: Path, name: str, *arguments: object, at: str) -> None:

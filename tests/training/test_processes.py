@@ -80,7 +80,7 @@ def test_ctrl_c_stops_all_of_them_at_one_step(folder: Path, launcher: str) -> No
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if launcher == "lightning" else 1), err
     assert err.count("stopped after step") == 1 and err.count("to go on: upright fit") == 1
     assert "Error" not in err or launcher == "torchrun"

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,15 +13,14 @@ from tests.conftest import Upright
 from tests.training.killing import (
     AVERAGED,
     CONFIG,
-    command,
     differences,
-    environment,
     finished,
     fit,
     killed,
     last,
     prepare,
     rows_of,
+    started,
 )
 from tests.training.test_cli import LENET, QUICK, save_pictures
 
@@ -189,13 +187,13 @@ def test_campaign_at_any_moment(folder: Path) -> None:
     finished(folder, "whole", *options)
     kills = 0
     for _ in range(10):
-        going = command("killed", *options, "--ckpt_path", "auto")
-        with subprocess.Popen(going, cwd=folder, env=environment(), stdout=subprocess.DEVNULL) as process:
-            try:
-                assert process.wait(draw.uniform(3, 12)) == 0
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
+        process = started(folder, "killed", *options, "--ckpt_path", "auto")
+        process.join(draw.uniform(1, 6))
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
     finished(folder, "killed", *options, "--ckpt_path", "auto")
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/killed") == []
     print(f"{kills} kills")
