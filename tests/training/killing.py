@@ -15,7 +15,7 @@ import torch
 from tests.conftest import ROOT
 
 OWN = r"""
-import io, os, signal, sys
+import io, os, signal, time
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -29,6 +29,9 @@ def at(kind):
     rank, mine = os.environ.get("KILL_RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if kind == KIND and COUNTS[kind] == int(NUMBER) and rank == mine:
         os.kill(os.getpid(), SIGNAL)
+        if seconds := os.environ.get("WAIT"):
+            open("waiting", "w").close()
+            time.sleep(int(seconds))
 
 class Net(nn.Module):
     def __init__(self, input_shape, num_classes):
