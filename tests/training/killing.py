@@ -122,6 +122,8 @@ def _run(arguments: list[str], folder: Path, variables: dict[str, str], out: str
         os.dup2(os.open(path, os.O_WRONLY), standard)
     os.chdir(folder)
     os.environ |= variables
+    # Loader workers are forked, as in any process of a user's.
+    multiprocessing.set_start_method("fork", force=True)
     from upright.cli import main
 
     code = main(arguments)

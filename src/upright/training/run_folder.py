@@ -1,5 +1,6 @@
 """The folder of a run: one process at a time writes to it, and what a new run replaces comes back if that fails."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         UprightError: if another run is in it.
     """
+    if folder.parent.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder.parent))
     path, new = folder.with_name(f".{folder.name}.running"), not folder.parent.exists()
     if new:
         folder.parent.mkdir(parents=True, exist_ok=True)
