@@ -20,6 +20,10 @@ def replacing_file(target: Path) -> Iterator[Path]:
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, target)
+    except OSError as error:
+        # A full disk does not say of itself where.
+        error.filename = error.filename or str(target)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

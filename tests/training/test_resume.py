@@ -1,123 +1,196 @@
-"""A run that is killed in mid-epoch and resumed ends with the weights of a run that was not, bit by bit."""
+"""A run that dies and goes on ends with the weights of a run that did not, bit by bit, wherever it died."""
 
 import os
+import random
 import signal
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
-
-OWN = """
-import os, signal
-from lightning.pytorch.callbacks import Callback
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, input_shape, num_classes):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(144, 32), nn.BatchNorm1d(32), nn.ReLU(),
-                                    nn.Dropout(0.5), nn.Linear(32, num_classes))
-    def forward(self, images):
-        return self.layers(images)
-
-class Kill(Callback):
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
-CONFIG = """
-seed_everything: 3
-model:
-  network: own.Net
-  optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}
-data:
-  class_path: upright.data.digits.Digits
-  init_args:
-    size: 12
-    margin: 0
-    augment: [{class_path: upright.data.augmentation.RandomAffine, init_args: {rotate: 20}}]
-trainer: {max_epochs: 3, callbacks: [{class_path: own.Kill}], accelerator: cpu}
-"""
+from tests.conftest import Upright
+from tests.training.killing import (
+    AVERAGED,
+    CONFIG,
+    differences,
+    finished,
+    fit,
+    killed,
+    last,
+    prepare,
+    rows_of,
+    started,
+)
+from tests.training.test_cli import LENET, QUICK, save_pictures
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "own.yaml").write_text(CONFIG)
-    return tmp_path
-
-
-def fit(folder: Path, name: str, *arguments: str, kill_at: int = -1) -> int:
-    command = [sys.executable, "-m", "upright", "fit", "--config", "own.yaml", "--name", name, "--wandb", "off"]
-    environment = os.environ | {"KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
-
-
-def last(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(folder / "checkpoints" / name / "last.ckpt", weights_only=True)
-    optimizer = checkpoint["optimizer_states"][0]["state"]
-    moments = {f"{key}.{name}": value for key, state in optimizer.items() for name, value in state.items()}
-    return checkpoint["state_dict"] | moments | {"step": torch.tensor(checkpoint["global_step"])}
+    return prepare(tmp_path)
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder: Path) -> None:
-    # An epoch has 18 steps: one kill is in mid-epoch, steps after the last checkpoint, one at an epoch's start.
-    options = ("--save_every_n_steps", "4")
-    assert fit(folder, "whole", *options) == 0
-    assert fit(folder, "killed", *options, kill_at=27) == -signal.SIGKILL
-    state = torch.load(folder / "checkpoints/killed/last.ckpt", weights_only=True)
-    assert state["global_step"] == 24
-    assert fit(folder, "killed", *options, "--ckpt_path", "last", kill_at=36) == -signal.SIGKILL
-    assert fit(folder, "killed", *options, "--ckpt_path", "last") == 0
-    whole, resumed = last(folder, "whole"), last(folder, "killed")
-    assert whole.keys() == resumed.keys() and int(whole["step"]) == 54
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
-    metrics = (folder / "checkpoints/killed/metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in metrics] == ["epoch", "0", "1", "2"]
-    ours = [
-        torch.load(folder / f"checkpoints/{name}/last.ckpt", weights_only=True)["upright"]
-        for name in ("whole", "killed")
-    ]
-    assert ours[0]["metrics"]["val/loss"] == ours[1]["metrics"]["val/loss"]
-    assert state["upright"]["run"] == ours[1]["run"]
+    # One kill is in mid-epoch, steps after the last checkpoint; one in validation, after a step that would save.
+    options = ("--save_every_n_steps", 6)
+    finished(folder, "whole", *options)
+    killed(folder, "killed", *options, at="step:28")
+    assert last(folder / "checkpoints/killed")["global_step"] == 24
+    killed(folder, "killed", *options, "--ckpt_path", "last", at="validation:2")
+    assert last(folder / "checkpoints/killed")["global_step"] == 30
+    finished(folder, "killed", *options, "--ckpt_path", "last")
+    assert differences(folder / "checkpoints/whole", folder / "checkpoints/killed") == []
+    assert [row["epoch"] for row in rows_of(folder / "checkpoints/killed")] == ["0", "1", "2"]
 
 
-def test_averaged_weights_go_on_where_they_stood(folder: Path) -> None:
-    average = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}"
-    config = CONFIG.replace("callbacks: [", f"callbacks: [{average}, ").replace("max_epochs: 3", "max_epochs: 2")
-    (folder / "own.yaml").write_text(config)
-    options = ("--save_every_n_steps", "4")
-    assert fit(folder, "whole", *options) == 0
-    assert fit(folder, "killed", *options, kill_at=23) == -signal.SIGKILL
-    assert fit(folder, "killed", *options, "--ckpt_path", "last") == 0
-    whole, resumed = (
-        torch.load(folder / f"checkpoints/{name}/last.ckpt", weights_only=True) for name in ("whole", "killed")
-    )
-    for part in ("state_dict", "current_model_state", "averaging_state"):
-        assert whole[part].keys() == resumed[part].keys()
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, resumed[part][name]), (part, name)
-    assert whole["averaging_state"]["n_averaged"] == 36
+def test_a_second_death_in_the_window_of_an_accumulation(tmp_path: Path) -> None:
+    folder = prepare(tmp_path, AVERAGED)
+    options = ("--save_every_n_steps", 2, "--trainer.accumulate_grad_batches", 3, "--trainer.max_epochs", 2)
+    finished(folder, "whole", *options)
+    killed(folder, "killed", *options, at="step:14")
+    # The first batch after a restart is amid a window, at a step that is saved.
+    killed(folder, "killed", *options, "--ckpt_path", "last", at="step:3")
+    finished(folder, "killed", *options, "--ckpt_path", "last")
+    assert differences(folder / "checkpoints/whole", folder / "checkpoints/killed") == []
+    assert last(folder / "checkpoints/killed")["averaging_state"]["n_averaged"] == 12
 
 
 def test_the_first_test_can_fail(folder: Path) -> None:
-    options = ("--save_every_n_steps", "4", "--trainer.max_epochs", "1")
-    assert fit(folder, "whole", *options) == 0
-    assert fit(folder, "killed", *options, kill_at=10) == -signal.SIGKILL
-    path = folder / "checkpoints/killed/last.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
+    options = ("--save_every_n_steps", 4, "--trainer.max_epochs", 1)
+    finished(folder, "whole", *options)
+    killed(folder, "killed", *options, at="step:11")
+    run = folder / "checkpoints/killed"
+    checkpoint = last(run)
     assert checkpoint["Digits"] == {"epoch": 0, "position": 8}
     checkpoint["Digits"]["position"] = 7
-    torch.save(checkpoint, path)
-    assert fit(folder, "killed", *options, "--ckpt_path", "last") == 0
-    whole, resumed = last(folder, "whole"), last(folder, "killed")
-    assert not torch.equal(whole["model.network.layers.1.weight"], resumed["model.network.layers.1.weight"])
+    torch.save(checkpoint, run / "last.ckpt")
+    finished(folder, "killed", *options, "--ckpt_path", "last")
+    found = differences(folder / "checkpoints/whole", run)
+    assert "last.ckpt /state_dict/model.network.layers.1.weight" in found and found[-1].startswith("metrics.csv")
+
+
+def test_a_cut_off_checkpoint_is_not_the_last(folder: Path) -> None:
+    options = ("--save_every_n_steps", 4, "--trainer.max_epochs", 1)
+    finished(folder, "whole", *options)
+    killed(folder, "killed", *options, at="write:3")
+    run = folder / "checkpoints/killed"
+    assert (run / ".last.ckpt.new").is_file() and last(run)["global_step"] == 8
+    finished(folder, "killed", *options, "--ckpt_path", "last")
+    assert differences(folder / "checkpoints/whole", run) == [] and not (run / ".last.ckpt.new").exists()
+    (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:5000])
+    done = fit(folder, "killed", "--ckpt_path", "last")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "killed/last.ckpt' is not a whole checkpoint" in done.stderr and "--ckpt_path best" in done.stderr
+
+
+def test_auto_begins_and_goes_on_and_has_an_end(folder: Path) -> None:
+    options = ("--ckpt_path", "auto", "--trainer.max_epochs", 2)
+    # Not a step; then best.ckpt, but not the last; then the last.
+    killed(folder, "auto", *options, at="fit_start:1")
+    killed(folder, "auto", *options, at="rename:2")
+    run = folder / "checkpoints/auto"
+    assert not (run / "last.ckpt").exists() and (run / "best.ckpt").exists()
+    killed(folder, "auto", *options, at="step:6")
+    finished(folder, "auto", *options)
+    finished(folder, "whole", "--trainer.max_epochs", 2)
+    assert differences(folder / "checkpoints/whole", run) == []
+    before = (run / "last.ckpt").read_bytes()
+    assert "has all of its epochs behind it" in finished(folder, "auto", *options)
+    assert (run / "last.ckpt").read_bytes() == before
+
+
+def test_auto_needs_an_experiment_and_leaves_other_folders_alone(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("fit", "--ckpt_path", "auto")
+    assert answer.code == 2 and "fit needs an experiment" in answer.err
+    (tmp_path / "checkpoints/lenet").mkdir(parents=True)
+    (tmp_path / "checkpoints/lenet/thesis.tex").touch()
+    answer = upright("fit", "--config", LENET, "--ckpt_path", "auto", *QUICK)
+    assert answer.code == 2 and "not the folder of a run" in answer.err
+    assert (tmp_path / "checkpoints/lenet/thesis.tex").exists()
+
+
+def test_what_a_killed_run_had_replaced_comes_back(folder: Path) -> None:
+    finished(folder, "a", "--trainer.max_epochs", 1)
+    before = (folder / "checkpoints/a/last.ckpt").read_bytes()
+    killed(folder, "a", "--force", at="step:3")
+    assert not (folder / "checkpoints/a/last.ckpt").exists()
+    done = fit(folder, "a")
+    assert done.returncode == 2 and "Run 'checkpoints/a' exists" in done.stderr
+    assert (folder / "checkpoints/a/last.ckpt").read_bytes() == before
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["a"]
+
+
+def other_file_system(folder: Path) -> Path | None:
+    """A folder on a file system other than that of ``folder``, which is that of temporary files."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK) or shared.stat().st_dev == folder.stat().st_dev:
+        return None
+    return Path(tempfile.mkdtemp(dir=shared))
+
+
+PLACES = {
+    # Every other write is of best.ckpt.
+    "inside a save": ["write:1", "rename:3", "write:4", "rename:2"],
+    "validation": ["validation_start:1", "validation:3", "validation:7", "validation_end:1"],
+    "an epoch's edge": ["epoch_end:1", "metrics:1", "epoch_start:2", "epoch_start:1"],
+}
+SERIES = {
+    "places": (CONFIG, ("--save_every_n_steps", 4), [*PLACES["inside a save"], *PLACES["validation"]]),
+    "edges": (CONFIG, (), PLACES["an epoch's edge"]),
+    "accumulation": (
+        CONFIG,
+        ("--save_every_n_steps", 2, "--trainer.accumulate_grad_batches", 3),
+        ["step:9", "step:3", "write:2", "validation:1"],
+    ),
+    "averages": (AVERAGED, ("--save_every_n_steps", 5), ["step:13", "validation:4", "write:2", "rename:2"]),
+    "workers": (CONFIG, ("--save_every_n_steps", 2, "--no-cache", "--data.num_workers", 2), ["step:4", "validation:1"]),
+    "another file system": (CONFIG, ("--save_every_n_steps", 4), ["write:2", "rename:3", "step:7"]),
+}
+RANDOM = 2
+"""Kills more in each series, at random steps."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("series", SERIES)
+def test_campaign(tmp_path: Path, series: str) -> None:
+    config, options, places = SERIES[series]
+    # Long enough for all of them.
+    options += ("--trainer.max_epochs", 8)
+    folder, draw = prepare(tmp_path, config), random.Random(series)
+    if series == "workers":
+        options += ("--data", "upright.data.folder.Folder", "--data.root", save_pictures(tmp_path / "pictures", 60))
+        options += ("--data.size", 12, "--data.batch_size", 8, "--data.cache", "none", "--data.num_workers", 2)
+    runs = folder / "checkpoints"
+    if series == "another file system":
+        elsewhere = other_file_system(tmp_path)
+        if elsewhere is None:
+            pytest.skip("there is one file system only")
+        runs = elsewhere
+        options += ("--trainer.default_root_dir", runs)
+    finished(folder, "whole", *options)
+    places = [*places, *(f"step:{draw.randint(2, 9)}" for _ in range(RANDOM))]
+    draw.shuffle(places)
+    for place in places:
+        killed(folder, "killed", *options, "--ckpt_path", "auto", at=place)
+    finished(folder, "killed", *options, "--ckpt_path", "auto")
+    assert differences(runs / "whole", runs / "killed") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_campaign_at_any_moment(folder: Path) -> None:
+    options, draw = ("--save_every_n_steps", 1, "--trainer.max_epochs", 60), random.Random(0)
+    finished(folder, "whole", *options)
+    kills = 0
+    for _ in range(10):
+        process = started(folder, "killed", *options, "--ckpt_path", "auto")
+        process.join(draw.uniform(1, 6))
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    finished(folder, "killed", *options, "--ckpt_path", "auto")
+    assert differences(folder / "checkpoints/whole", folder / "checkpoints/killed") == []
+    assert kills > 5

@@ -1,5 +1,6 @@
 """Worker processes: torch's, with a user's mistake left in its one line."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -39,6 +40,7 @@ def fetch(items: Keyed[Any, Item], keys: Sequence[Any], workers: int) -> Iterato
         sampler=keys,
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_parent,
         # Else it draws a seed for its workers from the global one.
         generator=torch.Generator(),
     )
@@ -67,6 +69,12 @@ class _Answers(Dataset[Any]):
             return self.items[key]
         except UprightError as error:
             return error
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    # A terminal sends Ctrl-C to all; a run that stops after this step still wants its batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_it_is(answer: Any) -> Any:

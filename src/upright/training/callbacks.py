@@ -27,6 +27,7 @@ from upright.files import replacing_file
 from upright.images import Pixels
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
+from upright.training.interruption import is_whole_step
 from upright.training.metrics import BRIEF
 from upright.training.pictures import (
     RED,
@@ -42,7 +43,17 @@ from upright.training.pictures import (
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Knows its best score again after the run's folder was moved (Lightning's own forgets it then)."""
+    """Knows its best score again after the run's folder was moved (Lightning's own forgets it then).
+
+    Within an epoch it saves only where a run goes on exactly.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See `is_whole_step`."""
+        if is_whole_step(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @cached_property
     def state_key(self) -> str:
@@ -215,12 +226,29 @@ class Divergence(Callback):
 class GradientNorm(Callback):
     """Logs mean and maximum, over an epoch, of the norm of all gradients, before they are clipped."""
 
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Those of the epoch so far."""
+        return {"norms": self._norms}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._norms = state_dict["norms"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew."""
+        self._norms = []
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Measure."""
-        norm = get_total_norm([each.grad for each in pl_module.parameters() if each.grad is not None])
-        per_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
-        pl_module.log("grad_norm/mean", norm, **per_epoch)
-        pl_module.log("grad_norm/max", norm, reduce_fx="max", **per_epoch)
+        self._norms.append(get_total_norm([each.grad for each in pl_module.parameters() if each.grad is not None]))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log."""
+        norms = torch.stack(self._norms)
+        pl_module.log_dict({"grad_norm/mean": norms.mean(), "grad_norm/max": norms.max()})
 
 
 def picture_epochs(epochs: int) -> set[int]:

@@ -39,8 +39,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """See Lightning's `CheckpointIO.save_checkpoint`."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(target) as aside:
-            torch.save(checkpoint, aside)
+        with replacing_file(target) as aside, open(aside, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch trips over the end that it could not write, and hides why.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def contents(

@@ -215,14 +215,17 @@ class ImageClassifier(Recorded, L.LightningModule):
             self.log_dict(self._means.take(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the means of the epoch so far, over all processes."""
-        reduce = self.trainer.strategy.reduce
+        """With the sums of the epoch so far, of every process."""
+        gather: Any = self.all_gather
         sums = self._means.state_dict().items()
-        checkpoint["train_means"] = {name: (reduce(total, reduce_op="mean"), count) for name, (total, count) in sums}
+        checkpoint["train_means"] = {name: (gather(total).reshape(-1), count) for name, (total, count) in sums}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with them."""
-        self._means.load_state_dict(checkpoint.get("train_means", {}))
+        """Go on with this process's, or with their mean if there are more processes than before, or fewer."""
+        rank, size = self.trainer.global_rank, self.trainer.world_size
+        sums = checkpoint.get("train_means", {}).items()
+        own = {name: (totals[rank] if len(totals) == size else totals.mean(), count) for name, (totals, count) in sums}
+        self._means.load_state_dict(own)
 
     def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
         metrics: Any = self.metrics[f"_{stage}"]

@@ -5,18 +5,21 @@ import io
 import json
 import logging
 import re
-import shutil
+import shlex
+import signal
 import sys
 import tempfile
+import time
 import uuid
 import warnings
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
@@ -44,11 +47,14 @@ from upright.training.checkpoint import (
     read_checkpoint,
 )
 from upright.training.classifier import ImageClassifier
-from upright.training.finetuning import Freeze, start_from
+from upright.training.finetuning import start_from
+from upright.training.interruption import Interrupted, Interruption
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
 from upright.training.pictures import draw_confusion, draw_transformer, save_picture
 from upright.training.process import keep_freed_memory, leave_a_core
+from upright.training.resuming import check_resumable, is_done
+from upright.training.run_folder import begun, claimed, is_first_process
 from upright.training.tracking import Artifacts, agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
@@ -82,6 +88,9 @@ def run(verb: str, arguments: list[str]) -> int:
         verb: ``fit``, ``validate``, ``test`` or ``predict``.
         arguments: what followed it on the command line.
 
+    Returns:
+        The exit code: 0, or 128 and the signal by which a run was stopped.
+
     Raises:
         UprightError: for every mistake of the user's.
     """
@@ -89,7 +98,7 @@ def run(verb: str, arguments: list[str]) -> int:
     leave_a_core()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
         # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below it.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
         warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
@@ -103,13 +112,21 @@ def run(verb: str, arguments: list[str]) -> int:
             if "--no-cache" in arguments:
                 # Last, for data that come after it would replace it.
                 arguments = [*(argument for argument in arguments if argument != "--no-cache"), "--data.cache=none"]
-            UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))))
+            UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))), held)
+        except Interrupted as stop:
+            # Whoever started several processes would take the first to end for the one that failed.
+            return stop.exit_code if is_first_process() else 0
         except MisconfigurationException as error:
             raise UprightError(" ".join(str(error).split())) from error
         except UnicodeDecodeError as error:
             raise UprightError(f"A config must be YAML in UTF-8: {error}.") from error
         except ValueError as error:
             raise user_error(error) or error from None
+        except UprightError:
+            if not is_first_process():
+                # The first of them says the same, and whoever started them ends them all.
+                time.sleep(10)
+            raise
     return 0
 
 
@@ -132,7 +149,7 @@ def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str
     if verb == "fit":
         if _option(arguments, "--config", "-c"):
             return arguments
-        if path is None:
+        if path in (None, "auto"):
             raise UprightError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
         folder = _run_folder(arguments) if path in ("last", "best") else Path(path).parent
         if not (folder / "config.yaml").is_file():
@@ -180,10 +197,11 @@ class UprightCLI(LightningCLI):
     Args:
         verb: ``fit``, ``validate``, ``test`` or ``predict``.
         arguments: its options.
+        held: keeps the run's folder from others until it is closed.
     """
 
-    def __init__(self, verb: str, arguments: list[str]) -> None:
-        self.verb, self.arguments = verb, arguments
+    def __init__(self, verb: str, arguments: list[str], held: ExitStack) -> None:
+        self.verb, self.arguments, self.held = verb, arguments, held
         super().__init__(
             ImageClassifier,
             ImageDataModule,
@@ -199,7 +217,8 @@ class UprightCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # stock: a static method of all four
         """Only the verb that runs: its parser is a quarter of the start-up."""
-        return {self.verb: LightningCLI.subcommands()[self.verb]}
+        own = {"ckpt_path"} if self.verb == "fit" else set()
+        return {self.verb: LightningCLI.subcommands()[self.verb] | own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what we were given, whatever ``sys.argv`` says."""
@@ -220,6 +239,12 @@ class UprightCLI(LightningCLI):
                 type=Literal["offline", "online", "off"],
                 default="offline",
                 help="Track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not.",
+            )
+            parser.add_argument(
+                "--ckpt_path",
+                type=str | None,
+                help="Checkpoint to go on from: a file, `last` or `best` of the run, or `auto`: the last if there is "
+                "one, else begin, so that one command line does for a scheduler.",
             )
             parser.add_argument(
                 "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
@@ -271,7 +296,12 @@ class UprightCLI(LightningCLI):
         self.name = next(name for name in names if name is not None)
         check_name(self.name)
         self.folder = Path(self._own("trainer").default_root_dir or "checkpoints") / self.name
-        path = self._own("ckpt_path")
+        if is_first_process():
+            self.held.enter_context(claimed(self.folder))
+        path, auto = self._own("ckpt_path"), self._own("ckpt_path") == "auto"
+        if auto:
+            # In the first epoch the best may have been written, and the last not yet.
+            path = next((kind for kind in ("last", "best") if (self.folder / f"{kind}.ckpt").is_file()), None)
         if path in ("last", "best"):
             self.checkpoint = self.folder / f"{path}.ckpt"
             if not self.checkpoint.is_file():
@@ -289,9 +319,10 @@ class UprightCLI(LightningCLI):
         if self._own("start_from") is not None and not self.checkpoint:
             self.start = find_checkpoint(self._own("start_from"))
         self.goes_on = self.checkpoint is not None and self.checkpoint.parent.resolve() == self.folder.resolve()
-        if self.goes_on or not self.folder.exists():
+        if self.goes_on or not self.folder.exists() or not is_first_process():
             return
-        if not self._own("force"):
+        # With auto, what is there did not get as far as a checkpoint.
+        if not self._own("force") and not auto:
             raise UprightError(
                 f"Run '{self.folder}' exists: --ckpt_path last goes on with it, --force replaces it, "
                 "--name gives this one another name."
@@ -307,20 +338,24 @@ class UprightCLI(LightningCLI):
         if self.verb == "fit":
             run = {"name": self.name, "id": agent_run() or uuid.uuid4().hex[:8]}
             if self.checkpoint and self.goes_on:
-                run["id"] = read_checkpoint(self.checkpoint)[KEY]["run"]["id"]
+                run["id"] = self._to_go_on_from()[KEY]["run"]["id"]
+            self.interruption = Interruption(self.folder / "last.ckpt")
             callbacks += [
                 RunRecord(run),
                 RunFolder(self),
                 Divergence(self.folder),
                 *checkpoints(self.folder, self._own("save_every_n_steps")),
-                MetricsFile(self.folder / "metrics.csv", lines=not config.enable_progress_bar),
+                self.interruption,
+                MetricsFile(self.folder / "metrics.csv", lines=not config["enable_progress_bar"]),
                 RunPictures(self.folder),
                 Artifacts(self.folder),
                 *([GradientNorm()] if self._own("log_grad_norm") else []),
             ]
-            if config.logger is None:
+            # Where Lightning looks for checkpoints of a requeued job, of any run.
+            config = {**config, "default_root_dir": str(self.folder)}
+            if config["logger"] is None:
                 logger = wandb_logger(self._own("wandb"), self.folder, run) or False
-        config = {**config, "plugins": [*_as_list(config.plugins), AtomicCheckpointIO()]}
+        config = {**config, "plugins": [*_as_list(config["plugins"]), AtomicCheckpointIO()]}
         if config["logger"] is None:
             config["logger"] = logger
         try:
@@ -342,30 +377,54 @@ class UprightCLI(LightningCLI):
             # In place: the weights keep their names.
             model.model.compile()
         if self.checkpoint:
-            checkpoint = read_checkpoint(self.checkpoint)
+            checkpoint = self._to_go_on_from()
             load_weights(model, checkpoint, self.checkpoint)
             check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=True)
-            _check_resumable(checkpoint, model, self.trainer, self.checkpoint)
+            if self._own("ckpt_path") == "auto" and is_done(checkpoint, self.trainer):
+                if self.trainer.is_global_zero:
+                    print(f"Run '{self.folder}' has all of its epochs behind it.")
+                return
+            check_resumable(checkpoint, model, self.trainer, self.checkpoint)
         elif self.start:
             lines = start_from(model, self.start, datamodule, allow_seen=self._own("allow_seen_images"))
             if self.trainer.is_global_zero:
                 print(*lines, sep="\n", flush=True)
-        replaced = self.folder.with_name(f".{self.name}.old")
-        if not self.goes_on and self.folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.folder.rename(replaced)
-        try:
-            self.trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-        finally:
-            finish_wandb()
-            if not any(self.folder.glob("*.ckpt")):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                if replaced.exists():
-                    replaced.rename(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+        first = self.trainer.is_global_zero
+        with begun(self.folder) if first and not self.goes_on else nullcontext(), self.interruption.listening():
+            try:
+                self.trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+            except BaseException as error:
+                if isinstance(error, Interrupted) and first:
+                    print(self._how_to_go_on(), file=sys.stderr)
+                if self.trainer.strategy.launcher is not None:
+                    # They would wait for this one.
+                    self.trainer.strategy.launcher.kill(signal.SIGKILL)
+                raise
+            finally:
+                finish_wandb()
         best = self.folder / "best.ckpt"
         if best.is_file() and self.trainer.is_global_zero:
             print(_end(self.folder, best))
+
+    def _to_go_on_from(self) -> dict[str, Any]:
+        assert self.checkpoint
+        try:
+            return read_checkpoint(self.checkpoint)
+        except UprightError as error:
+            if not self.goes_on or self.checkpoint.name != "last.ckpt":
+                raise
+            raise UprightError(f"{error} --ckpt_path best goes on from the best one, --force begins anew.") from None
+
+    def _how_to_go_on(self) -> str:
+        last = self.folder / "last.ckpt"
+        if not last.is_file():
+            return "upright: stopped before the first step; nothing is left."
+        given = ((option, _option(self.arguments, f"--{option}")) for option in ("wandb", "save_every_n_steps"))
+        options = "".join(f" --{option} {value}" for option, value in given if value is not None)
+        step = self.trainer.global_step
+        return (
+            f"upright: stopped after step {step}; to go on: upright fit --ckpt_path {shlex.quote(str(last))}{options}"
+        )
 
     def _evaluate(self, model: ImageClassifier, datamodule: ImageDataModule) -> None:
         assert self.checkpoint
@@ -465,41 +524,3 @@ def _as_list(value: Any) -> list[Any]:
 def _stem(path: str) -> str:
     # The config of an existing run stands for the run.
     return Path(path).resolve().parent.name if Path(path).name == "config.yaml" else Path(path).stem
-
-
-def _check_resumable(checkpoint: dict[str, Any], model: ImageClassifier, trainer: Any, path: str | Path) -> None:
-    for part in ("optimizer", "scheduler"):
-        theirs, ours = (r["init_args"].get(part, {}) for r in (checkpoint[KEY]["model"], model.recipe))
-        if theirs.get("class_path") != ours.get("class_path"):
-            raise UprightError(
-                f"'{path}' was trained with {part} {theirs.get('class_path')} and cannot go on with "
-                f"{ours.get('class_path')}; leave --ckpt_path out to start anew."
-            )
-    theirs = checkpoint["callbacks"].get(Freeze.__name__, {}).get("lr_factor", 1.0)
-    ours = next((callback.lr_factor for callback in trainer.callbacks if isinstance(callback, Freeze)), 1.0)
-    if theirs != ours:
-        raise UprightError(
-            f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot go on with {ours}; "
-            "leave Freeze as it was, or --ckpt_path out to start anew."
-        )
-    for callback in trainer.callbacks:
-        if isinstance(callback, Freeze):
-            # It decides about groups.
-            callback.setup(trainer, model, "fit")
-    theirs, ours = (
-        [len(group["params"]) for group in groups]
-        for groups in (checkpoint["optimizer_states"][0]["param_groups"], model.grouped_optimizer().param_groups)
-    )
-    if theirs != ours:
-        raise UprightError(
-            f"'{path}' trained {theirs} parameters in groups, and here they would be {ours}: weight decay, lr_factor "
-            "or what is frozen differ. Go on with what it was trained with, or leave --ckpt_path out to start anew."
-        )
-    max_epochs, done = trainer.max_epochs, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    if max_epochs is not None and 0 <= max_epochs <= done:
-        raise UprightError(f"'{path}' has {done} epochs behind it; raise --trainer.max_epochs above that to go on.")
-    if "averaging_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
-        raise UprightError(
-            f"'{path}' averages its weights and cannot go on without: add the callback of its config.yaml to "
-            "trainer.callbacks, or leave --ckpt_path out to start anew."
-        )

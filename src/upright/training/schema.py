@@ -7,6 +7,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,7 @@ def parser_of(verb: str) -> Any:
     with warnings.catch_warnings():
         # Lightning 2.6 calls functions that jsonargparse 5 will not have.
         warnings.simplefilter("ignore", DeprecationWarning)
-        whole = capture_parser(lambda: UprightCLI(verb, []))
+        whole = capture_parser(lambda: UprightCLI(verb, [], ExitStack()))
     verbs: Any = whole._subcommands_action
     return verbs._name_parser_map[verb]
 
