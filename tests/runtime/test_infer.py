@@ -18,7 +18,7 @@ def expected(bundle: Path) -> dict[str, dict[str, object]]:
 
 
 def best(sample: dict[str, object]) -> tuple[str, float]:
-    probabilities = sample["probabilities"]
+    probabilities = sample["probabilities"]["fp32"]
     return str(int(np.argmax(probabilities))), max(probabilities)
 
 
