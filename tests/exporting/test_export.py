@@ -152,7 +152,16 @@ def test_several_transformers_are_numbered(tmp_path: Path) -> None:
     torch.manual_seed(0)
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
     network = TransformerNetwork(spec.input_shape, 2, network=LeNet, places=["input", "features.3"])
-    write_graph(Model(spec, network).eval(), tmp_path / "model.onnx", Form(outputs=("theta", "warped",)))
+    write_graph(
+        Model(spec, network).eval(),
+        tmp_path / "model.onnx",
+        Form(
+            outputs=(
+                "theta",
+                "warped",
+            )
+        ),
+    )
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
     found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"images": pixels}), strict=True))

@@ -1,6 +1,7 @@
 """``upright export``: checkpoint -> bundle, which appears whole or not at all."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -127,12 +128,13 @@ def _write_models(
     calibration = partial(calibration_batches, data, judges, form)
     kinds: dict[str, Callable[[], Lowered]] = {
         "fp16": lambda: Half(path, model.network),
-        "int8": lambda: Int8(path, model.network, calibration, full_range),
+        "int8": lambda: Int8(path, model.network, calibration, Path(workspace), full_range),
     }
     for name in lower:
         print(f"Lowering to {name}, comparing again ...", flush=True)
-        lowered = kinds[name]()
-        passed = gated(lowered, lambda session: compare(pytorch, session, data), session, calibration, max_drop)
+        with tempfile.TemporaryDirectory() as workspace:
+            lowered = kinds[name]()
+            passed = gated(lowered, lambda session: compare(pytorch, session, data), session, calibration, max_drop)
         (folder / MODELS[name]).write_bytes(passed.content)
         figures[name] = passed.comparison.figures(classes)
         described[name] = {

@@ -27,6 +27,9 @@ OPSETS = range(18, 26)
 MAX_BYTES = 2**31 - 2**20
 """A protobuf, and so an ONNX file, holds less than 2 GiB; some of it is the graph."""
 
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Under this key a node says which modules it is in, from the outermost one on."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -160,6 +163,11 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
         )
     assert program is not None
     proto = program.model_proto
+    for node in proto.graph.node:
+        # Beside the module, the exporter notes lines of source, with the paths of this machine.
+        kept = [entry for entry in node.metadata_props if entry.key == SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
     told = {"classes": list(spec.classes), "format": FORMAT}
     onnx.helper.set_model_props(proto, {"upright": json.dumps(told)})
     onnx.checker.check_model(proto, full_check=True)
@@ -172,7 +180,7 @@ def module_of(node: onnx.NodeProto) -> str:
     Returns:
         Relative to the network, which is ``.`` itself; empty for what is around it.
     """
-    noted = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+    noted = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES, "[]")
     scopes: list[str] = ["", *ast.literal_eval(noted)[:-1]]  # the last one is the node itself
     module = scopes[-1]
     network = "model.network"

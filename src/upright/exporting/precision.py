@@ -5,7 +5,6 @@ float32, and so does every spatial transformer, its localiser included: in int8 
 of accuracy (configs/stn_lenet.yaml, 10 epochs, 1,350 validation images), and half precision rounds where it samples.
 """
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -63,7 +62,10 @@ class Lowered(ABC):
             for name, module in network.named_modules()
             if isinstance(module, SpatialTransformer | SeriesTransformer)
         ]
-        constants = {tensor.name for tensor in self.model.graph.initializer}
+        constants = {"", *(tensor.name for tensor in self.model.graph.initializer)}
+        for node in self.model.graph.node:
+            # Large weights are reshaped and cut in the graph.
+            constants |= set(node.output) if node.input and constants.issuperset(node.input) else set()
         self.layers: dict[str, list[str]] = defaultdict(list)
         """Names of the nodes of each layer that may be lowered, in the order of the graph."""
         for node in self.model.graph.node:
@@ -181,6 +183,7 @@ class Int8(Lowered):
         path: of the float32 graph.
         network: whose it is.
         calibration: batches of images, from which the ranges of activations are taken.
+        workspace: a folder for files in between.
         full_range: 8 bits of weights in place of 7. Without instructions for 8-bit products (VNNI), a processor adds
             two of them in 16 bits, which 8 bits overflow; 7 do not (255 * 64 * 2 < 2**15).
     """
@@ -197,12 +200,12 @@ class Int8(Lowered):
         path: Path,
         network: nn.Module,
         calibration: Callable[[], Iterator[npt.NDArray[np.uint8]]],
+        workspace: Path,
         full_range: bool = False,
     ) -> None:
         super().__init__(path, network)
         self.calibration, self.full_range = calibration, full_range
-        self._folder = tempfile.TemporaryDirectory()
-        self._prepared = str(Path(self._folder.name, "prepared.onnx"))
+        self._ranges, self._prepared, self._made = (workspace / name for name in ("ranges.json", "in.onnx", "out.onnx"))
         # The exporter has noted all shapes.
         quant_pre_process(path, self._prepared, skip_symbolic_shape=True)
 
@@ -226,24 +229,23 @@ class Int8(Lowered):
         }
         made = onnx.load(self._prepared)
         kinds = {node.name: node.op_type for node in made.graph.node if node.name in nodes}
-        path = str(Path(self._folder.name, "made.onnx"))
         if static := [name for name, kind in kinds.items() if kind in LAYERS]:
             quantize_static(
                 self._prepared,
-                path,
+                self._made,
                 _Reader(self.calibration()),
                 op_types_to_quantize=list(LAYERS),
                 nodes_to_quantize=static,
                 activation_type=QuantType.QUInt8,
-                calibration_cache_path=Path(self._folder.name, "ranges.json"),
+                calibration_cache_path=self._ranges,
                 **options,
             )
-            made = onnx.load(path)
+            made = onnx.load(self._made)
         if dynamic := [name for name, kind in kinds.items() if kind == "LSTM"]:
             # It turns linear layers into products and sums, whose shapes it then finds wrong.
             del made.graph.value_info[:]
-            quantize_dynamic(made, path, op_types_to_quantize=["LSTM"], nodes_to_quantize=dynamic, **options)
-            made = onnx.load(path)
+            quantize_dynamic(made, self._made, op_types_to_quantize=["LSTM"], nodes_to_quantize=dynamic, **options)
+            made = onnx.load(self._made)
         return made
 
 
