@@ -53,7 +53,7 @@ def test_other_pictures_are_refused_and_smaller_batches_filled(tmp_path: Path) -
     for count in (1, 3):
         (found,) = run_batch(session, pixels[:count])
         assert found.shape == (count, 3) and np.allclose(found, together[:count], atol=1e-6)
-    with pytest.raises(UprightError, match=r"for images of \(H, W, C\) 28x28x1 and cannot take 30x28x1: resize them"):
+    with pytest.raises(UprightError, match=r"The model cannot take images of \(H, W, C\) 30x28x1: "):
         run_batch(session, np.zeros((1, 30, 28, 1), np.uint8))
 
 
@@ -108,13 +108,15 @@ def test_a_bundle_of_one_form(run_folder: Path, upright: Upright, tmp_path: Path
     assert "uint8 (3, 32, 30, 1), of this size alone; stretch to 28 x 28 and normalisation inside" in card
     assert str(Path(graph_module.__file__).parent).encode() not in Path("elsewhere/small/model.onnx").read_bytes()
     samples = sorted(Path("elsewhere/small/samples").glob("*.png"))
-    assert Image.open(samples[0]).size == (30, 32)
+    with Image.open(samples[0]) as sample:
+        assert sample.size == (30, 32)
     predictor = Predictor("elsewhere/small")
     alone = [predictor(path) for path in samples]
     assert [one.label for one in alone] == [one.label for one in predictor.predict(samples)]
     Image.new("L", (28, 28)).save(tmp_path / "other.png")
     answer = upright("infer", "elsewhere/small", samples[0], "other.png", samples[1])
-    assert answer.code == 2 and "was exported for images of (H, W, C) 32x30x1 and cannot take 28x28x1" in answer.err
+    assert answer.code == 2 and len(answer.out.splitlines()) == 2
+    assert "'other.png' has 28x28 pixels, and this model was exported for 32x30 alone; resize it" in answer.err
 
 
 def test_features_of_a_run_in_a_bundle(run_folder: Path, upright: Upright) -> None:

@@ -72,7 +72,7 @@ class Fake:
     """Three layers of which the second one does the harm."""
 
     name = "int8"
-    layers = dict.fromkeys("abcd", ("node",))  # noqa: RUF012
+    layers = dict.fromkeys("abcd", ("node",))
 
     def lower(self, layers) -> frozenset[str]:
         return frozenset(layers)

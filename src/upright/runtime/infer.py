@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from upright.errors import UprightError
-from upright.images import Pixels, decode, find_images
+from upright.images import Pixels, find_images
 from upright.runtime.predictor import Prediction, Predictor
 
 
@@ -50,7 +50,7 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1, p
             for path in paths:
                 pixels = None
                 with reporting():
-                    pixels = decode(path, predictor.spec)
+                    pixels = predictor.decode(path)
                 if pixels is not None:
                     read.append(path)
                     yield pixels

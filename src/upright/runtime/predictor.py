@@ -56,8 +56,25 @@ class Predictor:
 
     def predict(self, images: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
         """Answers for many, in their order."""
-        pixels = (decode(image, self.spec) for image in images)
+        pixels = map(self.decode, images)
         return [self.answer(row) for row in self.probabilities(pixels, batch_size)]
+
+    def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Pixels:
+        """See `images.decode`.
+
+        Raises:
+            UprightError: for what is no picture, and for one of another size, if the model takes one size alone.
+        """
+        pixels = decode(image, self.spec)
+        _, *takes, _ = self.session.get_inputs()[0].shape
+        if all(isinstance(n, int) for n in takes) and pixels.shape[:2] != tuple(takes):
+            name = f"'{image}'" if isinstance(image, str | Path) else "The image"
+            given, size = ("x".join(map(str, shape)) for shape in (pixels.shape[:2], takes))
+            raise UprightError(
+                f"{name} has {given} pixels, and this model was exported for {size} alone; resize it, or export "
+                "without --size."
+            )
+        return pixels
 
     def answer(self, probabilities: Probabilities) -> Prediction:
         """Names for one row ``(K,)``."""
@@ -111,17 +128,11 @@ def run_batch(
     Raises:
         UprightError: for images of a size that it does not take.
     """
-    fixed, count = session.get_inputs()[0].shape, len(images)
-    size = "x".join(map(str, images.shape[1:]))
-    if any(isinstance(n, int) and n != given for n, given in zip(fixed[1:], images.shape[1:], strict=True)):
-        takes = "x".join(map(str, fixed[1:]))
-        raise UprightError(
-            f"The model was exported for images of (H, W, C) {takes} and cannot take {size}: resize them, or export "
-            "without --size."
-        )
-    if isinstance(fixed[0], int):
-        images = images[np.arange(fixed[0]) % count]
+    fixed, count = session.get_inputs()[0].shape[0], len(images)
+    if isinstance(fixed, int):
+        images = images[np.arange(fixed) % count]
     try:
         return [output[:count] for output in session.run(list(outputs), {"images": images})]
     except Exception as error:  # onnxruntime's exceptions have no common base but this
+        size = "x".join(map(str, images.shape[1:]))
         raise UprightError(f"The model cannot take images of (H, W, C) {size}: {error}") from error
