@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from tests.architectures.variants import VARIANTS, Variant
 from upright.exporting.graph import Form, Graph, module_of, write_graph
@@ -58,6 +59,9 @@ def test_fixed_size_other_outputs_and_less_precision(case: Variant, tmp_path: Pa
 
     for lowered in (Half(path, model.network), Int8(path, model.network, calibration, tmp_path)):
         content = lowered.lower(lowered.layers)
+        # Layers go by the names of modules, folded normalisations by those of what they follow.
+        names = dict(model.network.named_modules())
+        assert not any(isinstance(names[name], nn.BatchNorm2d) for name in lowered.layers if name != ".")
         kinds = {node.op_type for node in onnx.load_from_string(content).graph.node}
         assert lowered.name == "fp16" or kinds & {"QuantizeLinear", "DynamicQuantizeLSTM"}
         found = run_batch(open_session(content), pixels, named.names)

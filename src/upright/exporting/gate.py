@@ -68,7 +68,8 @@ def gated(
             raise GateError(
                 f"{lowered.name} loses {drop.points:.2f} points of accuracy (95 %: {drop.low:.2f} to {drop.high:.2f}; "
                 f"allowed --max-drop {max_drop:g}), even with {len(floats)} of {len(lowered.layers)} layers in "
-                f"float32; so there is no bundle. Mean change of a probability by each layer alone: {told}."
+                f"float32; so there is no bundle. Leave {lowered.name} out, or allow more. "
+                f"Mean change of a probability by each layer alone: {told}."
             )
         worst = next(layer for layer in harms if layer in layers)
         layers.remove(worst)

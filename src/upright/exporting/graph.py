@@ -177,11 +177,14 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
 def module_of(node: onnx.NodeProto) -> str:
     """Name of the innermost module of the network that a node of a graph computes for, as torch's exporter notes it.
 
+    What a normalisation was folded into is of the layer, whose weights it still names.
+
     Returns:
         Relative to the network, which is ``.`` itself; empty for what is around it.
     """
     noted = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES, "[]")
     scopes: list[str] = ["", *ast.literal_eval(noted)[:-1]]  # the last one is the node itself
-    module = scopes[-1]
+    weights = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
+    module = weights[0] if weights else scopes[-1]
     network = "model.network"
     return "." if module == network else module.removeprefix(f"{network}.") if module.startswith(f"{network}.") else ""
