@@ -23,7 +23,7 @@ def test_version(upright: Upright) -> None:
         (("export",), "export: the following arguments are required: checkpoint"),
         (("export", "x", "--forse"), "unrecognized arguments: --forse. Did you mean '--force'?"),
         (("export", "nope"), "Checkpoint 'nope' does not exist"),
-        (("export", "x", "--name", "../y"), "does not exist"),
+        (("export", "x", "--name", "../y"), "--name '../y' must be a plain folder name"),
         (("infer", "nope", "x.png"), "'nope' is not a bundle"),
         (("infer", "b", "x.png", "--format", "xml"), "invalid choice: 'xml'"),
         (("study", "uprightnes"), "There is no study 'uprightnes'. Did you mean 'uprightness'?"),

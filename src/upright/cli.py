@@ -37,21 +37,54 @@ def _preview(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run (its best.ckpt)")
-    parser.add_argument("--name", help="name of the bundle: export/NAME; the run's name by default")
+    parser.add_argument("--name", help="name of the bundle: FOLDER/NAME; the run's name by default")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--data", metavar="YAML", help="the data, if they are not where they were when it was trained")
     parser.add_argument(
         "--outputs",
         nargs="+",
         default=(),
-        choices=("theta", "warped"),
-        help="what the graph gives beside probabilities: each spatial transformer's theta, and what it sees",
+        choices=("theta", "warped", "logits", "features"),
+        help="what the graph gives beside probabilities: each spatial transformer's theta and what it sees, logits, "
+        "what goes into the head",
     )
     parser.add_argument(
         "--wandb",
         choices=("offline", "online", "off"),
         help="note the bundle in Weights & Biases; offline by default if its run is tracked, else off",
     )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=(),
+        choices=("fp32", "fp16", "int8"),
+        help="also in float16 and 8 bits, each of which must hold its accuracy; fp32 is always there",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="by how much accuracy on the validation split may fall with a lower precision; default: 0.5",
+    )
+    parser.add_argument(
+        "--full-range",
+        action="store_true",
+        help="8 bits of int8's weights in place of 7: for processors with instructions for it (VNNI, AMX, ARM)",
+    )
+    parser.add_argument("--opset", type=int, default=18, help="of ONNX, from 18 (read by most) to 25; default: 18")
+    parser.add_argument("--batch", type=int, metavar="N", help="take so many images at once, and no other number")
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="take images of this size alone; the network's own is not resized"
+    )
+    parser.add_argument("--to", metavar="FOLDER", default="export", help="where bundles are put; default: export")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, like 28x28; got '{text}'")
+    return int(height), int(width)
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +96,12 @@ def _infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, and folders of pictures")
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="default: table")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable classes; default: 1")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="which of the bundle's models; default: fp32",
+    )
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:

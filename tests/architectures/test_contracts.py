@@ -15,7 +15,7 @@ from torch import nn
 from tests.architectures.variants import CANNOT_LEARN, VARIANTS, WITHOUT_GRADIENT, Variant
 from tests.conftest import CONFIGS, ROOT
 from upright.architectures.spatial_transformer import Regression
-from upright.exporting.graph import write_graph
+from upright.exporting.graph import Form, write_graph
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.training.model import Model
@@ -120,7 +120,7 @@ def test_onnx_equals_pytorch_at_any_batch_and_size(
     # At its start a network says the same of every image, and a transformer does nothing.
     learn(network, images, 30)
     model = Model(spec, network).eval()
-    write_graph(model, tmp_path / "model.onnx", opset)
+    write_graph(model, tmp_path / "model.onnx", Form(opset=opset))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     native = (spec.height, spec.width)

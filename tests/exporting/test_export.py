@@ -19,10 +19,10 @@ from upright.architectures.nin import NiN
 from upright.architectures.resnet import ResNet, SmallResNet
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
 from upright.architectures.transformer_network import TransformerNetwork
-from upright.errors import UprightError
+from upright.errors import GateError, UprightError
 from upright.exporting import export as export_module
-from upright.exporting.graph import write_graph
-from upright.exporting.parity import measure_parity
+from upright.exporting.graph import Form, write_graph
+from upright.exporting.parity import PyTorch, compare
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import open_session, run_session
@@ -31,11 +31,11 @@ from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
 
 
-def wrong_mean(model: Model, path: Path, **_: object) -> None:
+def wrong_mean(model: Model, path: Path, form: Form | None = None) -> None:
     """What a deployment with its own idea of preprocessing does."""
     right = model.mean.clone()
     model.mean.add_(8)
-    write_graph(model, path)
+    write_graph(model, path, form)
     model.mean.copy_(right)
 
 
@@ -45,7 +45,7 @@ def test_the_bundle_holds_all_that_proves_it(bundle: Path, trained: Path) -> Non
     assert files == {"model.onnx", "manifest.json", "parity.json", "README.md", "SHA256SUMS"} | samples
     restored = restore(trained / "checkpoints/small")
     manifest = Bundle.open(bundle).manifest
-    assert manifest["format"] == 1 and Bundle.open(bundle).spec == restored.data.spec
+    assert manifest["format"] == 2 and Bundle.open(bundle).spec == restored.data.spec
     provenance = manifest["provenance"]
     assert provenance["run"] == restored.contents["run"]
     # JSON has lists where a recipe may have tuples.
@@ -77,13 +77,13 @@ def test_the_graph_gives_theta_and_what_it_sees_on_request(run_folder: Path, upr
     turned = (seen[0].turned * model.std + model.mean).permute(0, 2, 3, 1).numpy()
     assert warped.shape == (3, 28, 28, 1) and np.abs(warped - turned).max() < 0.05
     assert np.abs(warped - pixels).max() > 20
-    told = json.loads((bundle.folder / "parity.json").read_text())["other_outputs"]
+    told = json.loads((bundle.folder / "parity.json").read_text())["precisions"]["fp32"]["other_outputs"]
     assert set(told) == {"theta", "warped"} and 0 < told["theta"] < 1e-3 and 0 < told["warped"] < 0.5
 
 
 def test_the_gate_compares_the_other_outputs_too(run_folder: Path, upright: Upright, monkeypatch) -> None:
-    def wrong_theta(model: Model, path: Path, outputs: list[str]) -> None:
-        write_graph(model, path, outputs=outputs)
+    def wrong_theta(model: Model, path: Path, form: Form) -> None:
+        write_graph(model, path, form)
         graph = onnx.load(path)
         (node,) = (node for node in graph.graph.node if "theta" in node.output)
         names = ["before" if name == "theta" else name for name in node.output]
@@ -103,7 +103,7 @@ def test_what_is_beyond_the_border_is_shown_as_the_network_sees_it(tmp_path: Pat
     spec = ImageSpec(1, 16, 16, ("a", "b"), (0.4,), (0.5,))
     shift = partial(SpatialTransformer, transform="translation", start=(0.5, 0.0))
     model = Model(spec, TransformerNetwork((1, 16, 16), 2, network=LeNet, transformer=shift)).eval()
-    write_graph(model, tmp_path / "model.onnx", outputs=["warped"])
+    write_graph(model, tmp_path / "model.onnx", Form(outputs=("warped",)))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (warped,) = session.run(["warped"], {"images": np.full((1, 16, 16, 1), 200, np.uint8)})
     # Zeros come in after normalisation: they are the mean, not black.
@@ -152,7 +152,16 @@ def test_several_transformers_are_numbered(tmp_path: Path) -> None:
     torch.manual_seed(0)
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
     network = TransformerNetwork(spec.input_shape, 2, network=LeNet, places=["input", "features.3"])
-    write_graph(Model(spec, network).eval(), tmp_path / "model.onnx", outputs=["theta", "warped"])
+    write_graph(
+        Model(spec, network).eval(),
+        tmp_path / "model.onnx",
+        Form(
+            outputs=(
+                "theta",
+                "warped",
+            )
+        ),
+    )
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
     found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"images": pixels}), strict=True))
@@ -192,13 +201,14 @@ def test_the_graph_is_what_the_design_says(bundle: Path) -> None:
 def test_parity_covers_the_whole_validation_split(bundle: Path, trained: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
     data = restore(trained / "checkpoints/small").data
-    assert parity["images"] == 5 * len(data.splits["val"]) and parity["passed"] and parity["offending"] == []
-    assert parity["agreement"] == 1 and 0 <= parity["largest_difference"] < 1e-4
+    assert parity["images"] == 5 * len(data.splits["val"]) and parity["sources"] == len(data.splits["val"])
+    exact = parity["precisions"]["fp32"]
+    assert exact["agreement"] == 1 and 0 <= exact["largest_difference"] < 1e-4 and exact["flipped"] == []
     told = torch.load(trained / "checkpoints/small/best.ckpt", weights_only=True)["upright"]["metrics"]["val/accuracy"]
     # At their own size the originals are the cache.
-    assert all(value == pytest.approx(told) for value in parity["accuracy"].values())
+    assert all(value == pytest.approx(told) for value in (exact["accuracy"], *parity["accuracy"].values()))
     card = (bundle / "README.md").read_text()
-    for figure in (f"{told:.4f}", f"{parity['largest_difference']:.2e}", f"{parity['images']} originals", "100.0000%"):
+    for figure in (f"{told:.4f}", f"{exact['largest_difference']:.2e}", f"{parity['images']} originals", "100.0000%"):
         assert figure in card
 
 
@@ -207,18 +217,19 @@ def test_samples_are_validation_images_with_the_graphs_answers(bundle: Path, tra
     for sample in json.loads((bundle / "samples/expected.json").read_text()):
         original = originals[sample["name"]]
         assert np.array_equal(np.asarray(Image.open(bundle / sample["file"])), original.pixels[:, :, 0])
-        assert sample["label"] == str(original.label) and sum(sample["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert sample["label"] == str(original.label)
+        assert sum(sample["probabilities"]["fp32"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_gate_fails_for_a_graph_with_a_wrong_mean(trained: Path, tmp_path: Path) -> None:
     restored = restore(trained / "checkpoints/small")
     wrong_mean(restored.classifier.model, tmp_path / "wrong.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "wrong.onnx", providers=["CPUExecutionProvider"])
-    parity = measure_parity(restored.classifier.model, session, restored.data)
-    assert not parity["passed"] and parity["largest_difference"] > 1e-3
-    names = {original.name for original in restored.data.originals("val")}
-    assert {sample["name"] for sample in parity["offending"]} <= names
-    assert all(sample["difference"] > 1e-4 for sample in parity["offending"])
+    comparison = compare(PyTorch(restored.classifier.model, Form()), session, restored.data)
+    assert comparison.differences.max() > 1e-3
+    assert comparison.names == [original.name for original in restored.data.originals("val")]
+    with pytest.raises(GateError, match=f"disagree on {(comparison.differences > 1e-4).sum()} of 1350 validation"):
+        export_module.check_exact(comparison, restored.data.spec.classes)
 
 
 def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
@@ -232,7 +243,9 @@ def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
         for parameter, value in zip(model.parameters(), kept, strict=True):
             parameter.copy_(value)
     session = onnxruntime.InferenceSession(tmp_path / "nan.onnx", providers=["CPUExecutionProvider"])
-    assert len(measure_parity(model, session, restored.data)["offending"]) == 1350
+    comparison = compare(PyTorch(model, Form()), session, restored.data)
+    with pytest.raises(GateError, match="disagree on 1350 of 1350"):
+        export_module.check_exact(comparison, restored.data.spec.classes)
 
 
 def test_over_budget_there_is_no_bundle(
@@ -246,7 +259,7 @@ def test_over_budget_there_is_no_bundle(
     assert list((tmp_path / "export").iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["write_graph", "measure_parity", "_write_samples", "_card", "checksums"])
+@pytest.mark.parametrize("broken", ["write_graph", "compare", "_write_samples", "_card", "checksums"])
 def test_the_bundle_appears_whole_or_not_at_all(
     upright: Upright, bundle: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

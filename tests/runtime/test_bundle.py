@@ -53,13 +53,15 @@ def rewrite(bundle: Path, **changes: object) -> None:
     (bundle / SUMS).write_text(checksums(bundle))
 
 
-def test_a_newer_format_is_refused(bundle: Path, upright: Upright) -> None:
-    rewrite(bundle, format=2)
-    answer = upright("verify", bundle)
-    assert answer.code == 2 and "has format 2, made by Upright 0.1.0; this version reads up to 1" in answer.err
+def test_another_format_is_refused(bundle: Path, upright: Upright) -> None:
+    for version, advice in ((3, "Install a newer Upright."), (1, "Export it again.")):
+        rewrite(bundle, format=version)
+        answer = upright("verify", bundle)
+        expected = f"has format {version}, made by Upright 0.1.0; this version reads 2. {advice}"
+        assert answer.code == 2 and expected in answer.err
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"format": 1}', '{"format": "x", "provenance": {}}'])
+@pytest.mark.parametrize("content", ["[]", "{", '{"format": 2}', '{"format": "x", "provenance": {}}'])
 def test_whole_but_not_ours(upright: Upright, bundle: Path, content: str) -> None:
     (bundle / "manifest.json").write_text(content)
     (bundle / SUMS).write_text(checksums(bundle))
@@ -75,12 +77,12 @@ def test_no_bundle(upright: Upright, tmp_path: Path) -> None:
 
 def test_verify_is_content_with_a_whole_bundle(upright: Upright, bundle: Path) -> None:
     answer = upright("verify", bundle)
-    assert answer.code == 0 and "hashes, format 1, 16 samples within" in answer.out
+    assert answer.code == 0 and "hashes, format 2, 16 samples; fp32 within" in answer.out
 
 
 def test_verify_notices_other_answers(upright: Upright, bundle: Path) -> None:
     expected = json.loads((bundle / "samples/expected.json").read_text())
-    expected[3]["probabilities"] = expected[3]["probabilities"][::-1]
+    expected[3]["probabilities"]["fp32"].reverse()
     (bundle / "samples/expected.json").write_text(json.dumps(expected))
     (bundle / SUMS).write_text(checksums(bundle))
     answer = upright("verify", bundle)
@@ -89,7 +91,7 @@ def test_verify_notices_other_answers(upright: Upright, bundle: Path) -> None:
 
 def test_verify_notices_a_model_of_other_classes(upright: Upright, bundle: Path) -> None:
     model = onnx.load(bundle / "model.onnx")
-    onnx.helper.set_model_props(model, {"upright": json.dumps({"classes": list("9876543210"), "format": 1})})
+    onnx.helper.set_model_props(model, {"upright": json.dumps({"classes": list("9876543210"), "format": 2})})
     onnx.save(model, bundle / "model.onnx")
     (bundle / SUMS).write_text(checksums(bundle))
     answer = upright("verify", bundle)

@@ -18,7 +18,7 @@ def expected(bundle: Path) -> dict[str, dict[str, object]]:
 
 
 def best(sample: dict[str, object]) -> tuple[str, float]:
-    probabilities = sample["probabilities"]
+    probabilities = sample["probabilities"]["fp32"]
     return str(int(np.argmax(probabilities))), max(probabilities)
 
 
@@ -106,8 +106,11 @@ def test_large_pictures_go_through_in_small_batches(bundle: Path, monkeypatch: p
     monkeypatch.setattr("upright.images.MAX_BATCH_PIXELS", 5000)
     sizes = []
     predictor = Predictor(bundle)
-    run = predictor.session.run
-    predictor.session = SimpleNamespace(run=lambda names, feed: sizes.append(feed["images"].shape) or run(names, feed))
+    session = predictor.session
+    predictor.session = SimpleNamespace(
+        get_inputs=session.get_inputs,
+        run=lambda names, feed: sizes.append(feed["images"].shape) or session.run(names, feed),
+    )
     pictures = [np.zeros((40, 50), np.uint8)] * 5 + [np.zeros((100, 100), np.uint8)] * 2
     assert len(predictor.predict(pictures)) == 7
     assert [shape[0] for shape in sizes] == [2, 2, 1, 1, 1]

@@ -1,26 +1,44 @@
 """``upright export``: checkpoint -> bundle, which appears whole or not at all."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
 from upright.errors import GateError, UprightError
-from upright.exporting.graph import OPSET, Output, output_names, write_graph
-from upright.exporting.parity import TOLERANCE, measure_parity
+from upright.exporting.gate import gated
+from upright.exporting.graph import Form, Graph, Output, write_graph
+from upright.exporting.parity import (
+    Comparison,
+    PyTorch,
+    cached_accuracy,
+    calibration_batches,
+    compare,
+    fitted_originals,
+    other_outputs_agree,
+)
+from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, PrecisionName
+from upright.exporting.speed import BATCHES, machine, side_by_side
 from upright.files import replacing_folder
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODEL, SAMPLES, SUMS, checksums
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
 from upright.runtime.predictor import open_session, run_session
-from upright.training.checkpoint import check_name, find_checkpoint, read_data, restore
+from upright.training.checkpoint import Restored, check_name, find_checkpoint, read_data, restore
+from upright.training.finetuning import head
 from upright.training.tracking import Mode, bundle_mode, log_bundle
 
 SAMPLE_COUNT = 16
+PAYS = 1.1
+"""Times as fast as float32; less is within the noise of the measurement."""
 
 
 def export(
@@ -29,6 +47,13 @@ def export(
     force: bool = False,
     data: str | None = None,
     outputs: Sequence[Output] = (),
+    opset: int = Form.opset,
+    batch: int | None = None,
+    size: tuple[int, int] | None = None,
+    precision: Sequence[PrecisionName] = (),
+    max_drop: float = 0.5,
+    full_range: bool = False,
+    to: str = "export",
     wandb: Mode | None = None,
 ) -> int:
     """Export, compare with PyTorch on the whole validation split, and only then show the bundle.
@@ -38,74 +63,181 @@ def export(
         name: of the bundle; the run's by default.
         force: replace an existing bundle.
         data: a YAML of the data, if they are not where they were.
-        outputs: what the graph gives beside probabilities, see `Graph`.
+        outputs: what the graph gives beside probabilities, see `Form`.
+        opset: of ONNX.
+        batch: how many images the graph takes, any number by default.
+        size: ``(H, W)`` of the images that it takes, any by default.
+        precision: what else than float32, which is always there: the others are measured by it.
+        max_drop: by how many points accuracy may fall with each of them.
+        full_range: see `Int8`.
+        to: the folder that the bundle is put in.
         wandb: whether and how the bundle is noted there, see `bundle_mode`.
 
     Raises:
         UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
-        GateError: if ONNX Runtime and PyTorch do not agree; no bundle is written.
+        GateError: if ONNX Runtime and PyTorch do not agree, or a precision loses too much; no bundle is written.
     """
-    outputs = list(dict.fromkeys(outputs))
+    form = Form(opset, batch, size, tuple(dict.fromkeys(outputs)))
+    lower = [name for name in MODELS if name in precision and name != "fp32"]
+    if not 0 <= max_drop <= 100:
+        raise UprightError(f"--max-drop is in points of accuracy, from 0 to 100; got {max_drop:g}.")
+    if full_range and "int8" not in lower:
+        raise UprightError("--full-range is of int8's weights; it needs --precision int8.")
+    if name is not None:
+        check_name(name)
     tracking = bundle_mode(wandb, find_checkpoint(checkpoint))
     restored = restore(checkpoint, read_data(data) if data else None)
     name = restored.contents["run"]["name"] if name is None else name
     check_name(name)
-    target = Path("export") / name
+    target = Path(to) / name
     if target.exists() and not force:
         raise UprightError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
     if target.exists() and any(target.iterdir()) and not (target / SUMS).is_file():
         raise UprightError(f"'{target}' is not a bundle; --force does not replace it.")
-    model, datamodule = restored.classifier.cpu().model.eval(), restored.data
+    if "features" in outputs:
+        modules = dict.fromkeys(parameter.rpartition(".")[0] for parameter in sorted(head(restored.classifier)))
+        form = replace(form, head=tuple(modules))
     with replacing_folder(target) as folder:
-        print(f"Exporting '{checkpoint}' (opset {OPSET}) ...", flush=True)
-        write_graph(model, folder / MODEL, outputs=outputs)
-        session = open_session(folder / MODEL)
-        print("Comparing with PyTorch on the validation split's originals ...", flush=True)
-        parity = measure_parity(model, session, datamodule, outputs=outputs)
-        if not parity["passed"]:
-            for sample in parity["offending"]:
-                print(
-                    "  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, off by {difference:.2g}".format(**sample)
-                )
-            raise GateError(
-                f"ONNX Runtime and PyTorch disagree on {len(parity['offending'])} of {parity['images']} validation "
-                f"images (allowed difference {TOLERANCE:.0e}), which are listed above; largest differences of other "
-                f"outputs {parity['other_outputs']}; so there is no bundle."
-            )
+        print(f"Exporting '{checkpoint}' (opset {opset}) ...", flush=True)
+        parity, described = _write_models(folder, restored, form, lower, max_drop, full_range)
         _write_json(folder / "parity.json", parity)
-        _write_samples(folder, session, datamodule)
-        manifest = _manifest(restored.contents, datamodule, name, output_names(model, outputs)[1:])
+        _write_samples(folder, restored.data, form, list(described))
+        outputs_given = Graph(restored.classifier.model, form).names[1:]
+        manifest = _manifest(restored.contents, restored.data, name, form, outputs_given, described)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(_card(manifest, parity, name), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
     log_bundle(tracking, find_checkpoint(checkpoint), target)
-    accuracy = parity["accuracy"]
-    print(
-        f"{parity['images']} images: agreement {parity['agreement']:.2%}, largest difference "
-        f"{parity['largest_difference']:.1e}, accuracy PyTorch {accuracy['pytorch']:.4f}, "
-        f"ONNX Runtime {accuracy['onnxruntime']:.4f}.\n"
-        f"Bundle: {target}\nNext:   upright verify {target}"
-    )
+    for line in _summary(parity, max_drop):
+        print(line)
+    print(f"Bundle: {target}\nNext:   upright verify {target}")
     return 0
+
+
+def _write_models(
+    folder: Path, restored: Restored, form: Form, lower: Sequence[str], max_drop: float, full_range: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file for each precision, if its gate holds: what ``parity.json`` and the manifest say of them."""
+    model, data = restored.classifier.cpu().model.eval(), restored.data
+    classes = data.spec.classes
+    path, pytorch = folder / MODELS["fp32"], PyTorch(model, form)
+    write_graph(model, path, form)
+    session = open_session(path)
+    print("Comparing with PyTorch on the validation split's originals ...", flush=True)
+    comparison = compare(pytorch, session, data)
+    check_exact(comparison, classes)
+    figures = {"fp32": comparison.figures(classes)}
+    described = {"fp32": {"tolerance": TOLERANCES["fp32"], "how": "float32 throughout", "float_layers": {}}}
+    split = restored.contents["split"]
+    judges = torch.cat([split["hashes"][part] for part in ("val", "test")]) if split else torch.empty(0).long()
+    calibration = partial(calibration_batches, data, judges, form)
+    kinds: dict[str, Callable[[], Lowered]] = {
+        "fp16": lambda: Half(path, model.network),
+        "int8": lambda: Int8(path, model.network, calibration, Path(workspace), full_range),
+    }
+    for name in lower:
+        print(f"Lowering to {name}, comparing again ...", flush=True)
+        with tempfile.TemporaryDirectory() as workspace:
+            lowered = kinds[name]()
+            passed = gated(lowered, lambda session: compare(pytorch, session, data), session, calibration, max_drop)
+        (folder / MODELS[name]).write_bytes(passed.content)
+        figures[name] = passed.comparison.figures(classes)
+        described[name] = {
+            "tolerance": TOLERANCES[lowered.name],
+            "how": lowered.description(),
+            "float_layers": passed.floats,
+        }
+    speeds = {}
+    if lower:
+        print("Timing them side by side ...", flush=True)
+        image = next(fitted_originals(data, "val", form)).pixels
+        models = {name: folder / MODELS[name] for name in figures}
+        speeds = side_by_side(models, image, [form.batch] if form.batch else BATCHES)
+    for name, figure in figures.items():
+        figure["bytes"] = (folder / MODELS[name]).stat().st_size
+        figure |= {"speed": speeds[name]} if speeds else {}
+    return {
+        "split": "val",
+        "images": len(comparison.names),
+        "sources": int(comparison.groups[-1]) + 1,
+        "max_drop": max_drop,
+        "smallest_drop_to_tell": comparison.drop.resolution,
+        "accuracy": {
+            "pytorch": float((comparison.expected.argmax(axis=1) == comparison.labels).mean()),
+            "cached_pipeline": cached_accuracy(model, data),
+        },
+        "machine": machine(),
+        "precisions": figures,
+    }, described
+
+
+def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
+    """Float32 must say the same.
+
+    Raises:
+        GateError: if it does not; the images are listed.
+    """
+    allowed = TOLERANCES["fp32"]
+    # A NaN is over budget, too. A first class that flips had a margin of less than twice this.
+    offending = np.flatnonzero(~(comparison.differences <= allowed))
+    if not len(offending) and other_outputs_agree(comparison):
+        return
+    for sample in comparison.told(offending, classes):
+        print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, off by {difference:.2g}".format(**sample))
+    raise GateError(
+        f"ONNX Runtime and PyTorch disagree on {len(offending)} of {len(comparison.names)} validation images (allowed "
+        f"difference {allowed:.0e}), which are listed above; largest differences of other outputs {comparison.others}; "
+        "so there is no bundle."
+    )
+
+
+def _summary(parity: dict[str, Any], max_drop: float) -> Iterator[str]:
+    """What a user should know, line by line."""
+    figures = parity["precisions"]
+    exact = figures["fp32"]
+    yield (
+        f"{parity['images']} images: agreement {exact['agreement']:.2%}, largest difference "
+        f"{exact['largest_difference']:.1e}, accuracy PyTorch {parity['accuracy']['pytorch']:.4f}, "
+        f"ONNX Runtime {exact['accuracy']:.4f}."
+    )
+    for name, figure in figures.items():
+        if name == "fp32":
+            continue
+        low, high = figure["drop_interval"]
+        speed = {batch: entry["times_fp32"] for batch, entry in figure["speed"].items()}
+        times = " and ".join(f"{value:.2f}" for value in speed.values())
+        yield (
+            f"{name}: accuracy {figure['accuracy']:.4f}, {figure['drop']:.2f} points less (95 %: {low:.2f} to "
+            f"{high:.2f}), {len(figure['flipped'])} flipped; {figure['bytes'] / exact['bytes']:.2f} times the size, "
+            f"{times} times as fast (batch {' and '.join(speed)})."
+        )
+        if max(speed.values()) < PAYS:
+            yield f"{name} does not pay on this machine: it is no faster than fp32."
+    if len(figures) > 1 and parity["smallest_drop_to_tell"] > max_drop:
+        yield (
+            f"{parity['sources']} source images are too few to tell a drop of {max_drop:g} points (they tell one of "
+            f"{parity['smallest_drop_to_tell']:.2f}): what was seen has decided."
+        )
 
 
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_samples(folder: Path, session: Any, data: ImageDataModule) -> None:
-    """Real validation images as PNG, with what the graph says of them."""
+def _write_samples(folder: Path, data: ImageDataModule, form: Form, precisions: Sequence[str]) -> None:
+    """Real validation images as PNG, with what each graph says of them."""
+    sessions = {name: open_session(folder / MODELS[name]) for name in precisions}
     count = len(list(data.names("val")))
     chosen = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
     (folder / SAMPLES).mkdir()
     expected: list[dict[str, Any]] = []
-    for original in (original for i, original in enumerate(data.originals("val")) if i in chosen):
+    for original in (original for i, original in enumerate(fitted_originals(data, "val", form)) if i in chosen):
         number = len(expected)
         file = f"{SAMPLES}/{number:02d}.png"
         write_png(folder / file, original)
-        (row,) = run_session(session, [original.pixels], 1)
+        said = {name: next(run_session(session, [original.pixels], 1)).tolist() for name, session in sessions.items()}
         sample = {"file": file, "name": original.name, "label": data.spec.classes[original.label]}
-        expected.append(sample | {"probabilities": [float(p) for p in row]})
+        expected.append(sample | {"probabilities": said})
     _write_json(folder / EXPECTED, expected)
 
 
@@ -115,17 +247,26 @@ def write_png(path: Path, original: Original) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str, others: list[str]) -> dict[str, Any]:
+def _manifest(
+    contents: dict[str, Any],
+    data: ImageDataModule,
+    name: str,
+    form: Form,
+    outputs: list[str],
+    described: dict[str, Any],
+) -> dict[str, Any]:
     packages = ("upright", "torch", "onnx", "onnxscript", "onnxruntime")
+    height, width = form.size or ("height", "width")
+    batch = form.batch or "batch"
     return {
         "format": FORMAT,
         "name": name,
         "spec": data.spec.to_dict(),
-        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", "height", "width", data.spec.channels]},
-        "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", len(data.spec.classes)]},
-        "other_outputs": others,
-        "opset": OPSET,
-        "tolerance": TOLERANCE,
+        "input": {"name": "images", "dtype": "uint8", "shape": [batch, height, width, data.spec.channels]},
+        "output": {"name": "probabilities", "dtype": "float32", "shape": [batch, len(data.spec.classes)]},
+        "other_outputs": outputs,
+        "opset": form.opset,
+        "precisions": described,
         "provenance": {
             "versions": {package: version(package) for package in packages},
             "run": contents["run"],
@@ -140,9 +281,13 @@ def _manifest(contents: dict[str, Any], data: ImageDataModule, name: str, others
 
 def _card(manifest: dict[str, Any], parity: dict[str, Any], name: str) -> str:
     spec, provenance, accuracy = manifest["spec"], manifest["provenance"], parity["accuracy"]
+    exact = parity["precisions"]["fp32"]
     network = provenance["model"]["init_args"]["network"]["class_path"]
     data = provenance["data"]["class_path"]
+    batch, height, width, channels = manifest["input"]["shape"]
+    sizes = "any size" if height == "height" else "of this size alone"
     fitted = "" if spec["resize"] == "none" else f"{spec['resize']} to {spec['height']} x {spec['width']} and "
+    fitted = "" if (height, width) == (spec["height"], spec["width"]) else fitted
     others = "".join(f", `{other}`" for other in manifest["other_outputs"])
     metrics = "\n".join(f"| {key} | {value:.4f} |" for key, value in provenance["metrics"].items())
     return f"""# {name}
@@ -155,22 +300,22 @@ An image classifier exported by Upright {provenance["versions"]["upright"]} from
 | Network | `{network}` |
 | Data | `{data}`, split `{provenance["split"]["digest"][:16]}` |
 | Classes | {", ".join(spec["classes"])} |
-| Input | `images`: uint8 (batch, height, width, {spec["channels"]}), any size; {fitted}normalisation inside |
-| Output | `probabilities`: float32 (batch, {len(spec["classes"])}){others} |
+| Input | `images`: uint8 ({batch}, {height}, {width}, {channels}), {sizes}; {fitted}normalisation inside |
+| Output | `probabilities`: float32 ({batch}, {len(spec["classes"])}){others} |
 | ONNX opset | {manifest["opset"]} |
 
 ## Parity on the validation split
 
-PyTorch and ONNX Runtime on all {parity["images"]} originals; `parity.json` holds the same.
+PyTorch and ONNX Runtime on all {parity["images"]} originals; `parity.json` holds the same, and more.
 
 | | |
 |---|---|
-| Agreement of the first class | {parity["agreement"]:.4%} |
-| Largest difference of a probability | {parity["largest_difference"]:.2e} (allowed {parity["tolerance"]:.0e}) |
+| Agreement of the first class | {exact["agreement"]:.4%} |
+| Largest difference of a probability | {exact["largest_difference"]:.2e} (allowed {TOLERANCES["fp32"]:.0e}) |
 | Accuracy, PyTorch | {accuracy["pytorch"]:.4f} |
-| Accuracy, ONNX Runtime | {accuracy["onnxruntime"]:.4f} |
+| Accuracy, ONNX Runtime | {exact["accuracy"]:.4f} |
 | Accuracy, the cached pipeline that training used | {accuracy["cached_pipeline"]:.4f} |
-
+{_precisions(manifest, parity)}
 ## When it was trained
 
 | metric | value |
@@ -185,4 +330,42 @@ With Upright installed (its base install needs no PyTorch):
     upright infer {name} IMAGE ...
 
 In Python: `from upright.runtime.predictor import Predictor; Predictor("{name}")("image.png").label`
+"""
+
+
+def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
+    """Of the card: a row for each precision, where there are several."""
+    figures = parity["precisions"]
+    if len(figures) == 1:
+        return ""
+    batches = list(figures["fp32"]["speed"])
+    head = [
+        "precision",
+        "file",
+        "kB",
+        "accuracy",
+        "points lost (95 %)",
+        *(f"speed, batch {batch}" for batch in batches),
+    ]
+    rows = [head, ["---"] * len(head)]
+    notes = ""
+    for name, figure in figures.items():
+        low, high = figure["drop_interval"]
+        lost = "-" if name == "fp32" else f"{figure['drop']:.2f} ({low:.2f} to {high:.2f})"
+        speeds = [f"{figure['speed'][batch]['times_fp32']:.2f}" for batch in batches]
+        size = f"{figure['bytes'] / 1000:.0f}"
+        rows.append([name, f"`{MODELS[name]}`", size, f"{figure['accuracy']:.4f}", lost, *speeds])
+        described = manifest["precisions"][name]
+        floats = ", ".join(described["float_layers"])
+        notes += f"- {name}: {described['how']}{f'; in float32 all the same: {floats}' if floats else ''}.\n"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    told = parity["machine"]
+    return f"""
+## Precisions
+
+{table}
+
+{notes}
+Speed is relative to fp32, on one thread of: {told["processor"]} ({", ".join(told["instructions"])}). `verify` says
+whether each gives the same answers on another machine.
 """

@@ -7,12 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from upright.errors import UprightError
 from upright.images import ImageSpec
 
-FORMAT = 1
+FORMAT = 2
 SUMS = "SHA256SUMS"
-MODEL = "model.onnx"
+MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+"""Precision -> file. A manifest says which of them are there, and names no files itself."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
@@ -60,15 +64,18 @@ class Bundle:
         bundle = cls(folder)
         try:
             version, made_by = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
-            if version <= FORMAT:
-                _ = bundle.spec, bundle.tolerance, bundle.samples[0]["probabilities"]
+            if version == FORMAT:
+                for precision in ("fp32", *bundle.precisions):
+                    _ = MODELS[precision], bundle.tolerance(precision), bundle.expected(precision)[0]
+                _ = bundle.spec
                 return bundle
+            older = version < FORMAT
         except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UprightError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
         raise UprightError(
-            f"Bundle '{folder}' has format {version}, made by Upright {made_by}; "
-            f"this version reads up to {FORMAT}. Install a newer Upright."
+            f"Bundle '{folder}' has format {version}, made by Upright {made_by}; this version reads {FORMAT}. "
+            + ("Export it again." if older else "Install a newer Upright.")
         )
 
     @cached_property
@@ -83,12 +90,33 @@ class Bundle:
         return ImageSpec.from_dict(self.manifest["spec"])
 
     @property
-    def tolerance(self) -> float:
+    def precisions(self) -> list[str]:
+        """Those that it holds, of `MODELS`; ``fp32`` is always one."""
+        return list(self.manifest["precisions"])
+
+    def model(self, precision: str) -> Path:
+        """The ONNX file of one precision.
+
+        Raises:
+            UprightError: if the bundle does not hold it.
+        """
+        if precision not in self.precisions:
+            raise UprightError(
+                f"Bundle '{self.folder}' holds {', '.join(self.precisions)}, not {precision}; "
+                f"`upright export CHECKPOINT --precision {precision}` makes one that does."
+            )
+        return self.folder / MODELS[precision]
+
+    def tolerance(self, precision: str) -> float:
         """Largest difference of a probability that `verify` allows."""
-        return float(self.manifest["tolerance"])
+        return float(self.manifest["precisions"][precision]["tolerance"])
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Real images with what the model says of them: ``file``, ``label``, ``probabilities``."""
+        """Real images with what the models say of them: ``file``, ``label``, ``probabilities`` by precision."""
         samples: list[dict[str, Any]] = json.loads((self.folder / EXPECTED).read_text(encoding="utf-8"))
         return samples
+
+    def expected(self, precision: str) -> npt.NDArray[np.float32]:
+        """What one precision said of the samples where it was exported: ``(N, K)``."""
+        return np.array([sample["probabilities"][precision] for sample in self.samples], dtype=np.float32)

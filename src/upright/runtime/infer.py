@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from upright.errors import UprightError
-from upright.images import Pixels, decode, find_images
+from upright.images import Pixels, find_images
 from upright.runtime.predictor import Prediction, Predictor
 
 
-def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -> int:
+def infer(bundle: str, images: list[str], format: str = "table", top: int = 1, precision: str = "fp32") -> int:
     """Print a line per picture; a bad one is reported on standard error, and the rest goes on.
 
     Args:
@@ -23,11 +23,12 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -
         images: pictures, and folders of pictures.
         format: ``table``, ``jsonl`` or ``csv``.
         top: how many classes per picture.
+        precision: which of the bundle's models.
 
     Returns:
         0, or 2 if any picture could not be read.
     """
-    predictor = Predictor(bundle)
+    predictor = Predictor(bundle, precision)
     if not 1 <= top <= len(predictor.spec.classes):
         raise UprightError(f"--top must be from 1 to {len(predictor.spec.classes)} (the number of classes), got {top}.")
     failed, read = False, []
@@ -49,7 +50,7 @@ def infer(bundle: str, images: list[str], format: str = "table", top: int = 1) -
             for path in paths:
                 pixels = None
                 with reporting():
-                    pixels = decode(path, predictor.spec)
+                    pixels = predictor.decode(path)
                 if pixels is not None:
                     read.append(path)
                     yield pixels

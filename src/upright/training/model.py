@@ -28,9 +28,9 @@ class Model(nn.Module):
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images ``(B, C, h, w)`` of any size, values 0 to 255, as the network sees them."""
-        size = (self.spec.height, self.spec.width)
+        size, given = (self.spec.height, self.spec.width), images.shape[-2:]
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
-        if self.spec.resize != "none" and (torch.compiler.is_exporting() or images.shape[-2:] != size):
+        if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in given) or given != size):
             images = resize(images.float(), *size, self.spec.resize)
         return (images - self.mean) / self.std
 

@@ -63,7 +63,8 @@ def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | N
         save_dir=folder.resolve(),
         offline=mode == "offline",
         resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(console="off"),
+        # Lightning says it in the environment, which wandb has read already if it was used before in this process.
+        settings=wandb.Settings(console="off", mode=mode),
     )
     # Lightning 2.6 always passes it, and wandb 0.31 warns of it.
     logger._wandb_init.pop("anonymous", None)
