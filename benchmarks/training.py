@@ -1,5 +1,6 @@
 """`upright fit` against the loop that an expert would write, and against the usual Lightning pipeline.
 
+    pip install rich
     python benchmarks/training.py [--rounds 7] [--images 12800] [--only lenet]
 
 All train in one process, an epoch each in turn: the rivals' epochs run inside a hook of the very `upright fit` that is

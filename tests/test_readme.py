@@ -13,13 +13,15 @@ from tests.conftest import CONFIGS, ROOT, Upright
 from upright.cli import LIGHTNING, VERBS
 
 README = (ROOT / "README.md").read_text()
-DOCS = README + (ROOT / "docs/data.md").read_text()
+DOCS = README + (ROOT / "docs/data.md").read_text() + (ROOT / "docs/training.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", DOCS, flags=re.M | re.S))
 SECTIONS_TO_TYPE = (
     "The line",
     "Networks",
     "The spatial transformer",
     "Training",
+    "Options",
+    "It goes on",
     "Data",
     "Your own architecture",
     "Your own images",

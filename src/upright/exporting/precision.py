@@ -36,7 +36,7 @@ TOLERANCES: dict[PrecisionName, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.
 """Largest difference of a probability between machines that run the same graph.
 
 Of fp32 also between PyTorch and the graph. Of int8 twice what two implementations of the same graph differed by:
-onnxruntime's integer kernels and the same graph in floats, 0.026 on 9,000 images (VGG-11 on MNIST).
+onnxruntime's integer kernels and the same graph in floats, 0.026 on 6,000 images (VGG-11 on MNIST).
 """
 
 LAYERS = ("Conv", "Gemm", "MatMul")
