@@ -14,7 +14,7 @@ from upright.data.split import SPLITS
 from upright.errors import UprightError
 from upright.images import Pixels
 from upright.training.checkpoint import KEY, build_data, check_exists, read_checkpoint, read_data
-from upright.training.pictures import pixels_of, save_picture
+from upright.training.drawing import pixels_of, save_picture
 
 COLUMNS = 10
 COPIES = 3

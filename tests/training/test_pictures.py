@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from upright.training.callbacks import RunPictures, picture_epochs
-from upright.training.pictures import Line, draw_confusion, draw_curves, draw_tiles, save_picture
+from upright.training.drawing import Line, draw_confusion, draw_curves, draw_tiles, save_picture
+from upright.training.pictures import RunPictures, picture_epochs
 
 LENET, STN = ROOT / "configs/lenet.yaml", ROOT / "configs/stn_lenet.yaml"
 QUICK = ("--trainer.limit_train_batches", 2, "--wandb", "off")
@@ -131,7 +131,7 @@ def test_a_run_that_stops_early_is_drawn_at_its_end(
         titles.append(title)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("upright.training.callbacks.draw_confusion", draw)
+    monkeypatch.setattr("upright.training.pictures.draw_confusion", draw)
     when = "{monitor: val/loss, mode: max, patience: 1}"
     stop = f"[{{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {when}}}]"
     assert upright("fit", "--config", LENET, *QUICK, "--trainer.max_epochs", 100, "--trainer.callbacks", stop).code == 0
@@ -153,7 +153,7 @@ def test_pictures_are_of_the_averaged_weights(
         right.append(float(counts.diagonal().sum() / counts.sum()))
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("upright.training.callbacks.draw_confusion", draw)
+    monkeypatch.setattr("upright.training.pictures.draw_confusion", draw)
     averaging = "[{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}]"
     fit = ("fit", "--config", STN, *QUICK, "--trainer.max_epochs", 2, "--trainer.callbacks", averaging)
     assert upright(*fit).code == 0

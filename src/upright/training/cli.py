@@ -30,7 +30,6 @@ from upright.training.callbacks import (
     Divergence,
     GradientNorm,
     MetricsFile,
-    RunPictures,
     RunRecord,
     brief,
     checkpoints,
@@ -47,11 +46,12 @@ from upright.training.checkpoint import (
     read_checkpoint,
 )
 from upright.training.classifier import ImageClassifier
+from upright.training.drawing import draw_confusion, save_picture
 from upright.training.finetuning import start_from
 from upright.training.interruption import Interrupted, Interruption
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
-from upright.training.pictures import draw_confusion, draw_transformer, save_picture
+from upright.training.pictures import RunPictures, draw_transformer
 from upright.training.process import keep_freed_memory, leave_a_core
 from upright.training.resuming import check_resumable, is_done
 from upright.training.run_folder import begun, claimed, is_first_process

@@ -1,248 +1,227 @@
-"""Pictures of a run. Those of every few epochs are put together from pixels: matplotlib is ten times as slow."""
+"""Which pictures a run leaves, of what and when."""
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.Image import Resampling, Transpose
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 from torch import Tensor
 
-from upright.architectures.spatial_transformer import last_of, observing
+from upright.architectures.spatial_transformer import Observation, last_of, observing
 from upright.data.datamodule import ImageDataModule
-from upright.files import replacing_file
 from upright.images import Pixels
+from upright.training.callbacks import read_rows
 from upright.training.classifier import ImageClassifier
+from upright.training.drawing import (
+    RED,
+    Line,
+    draw_column,
+    draw_columns,
+    draw_confusion,
+    draw_curves,
+    draw_tiles,
+    flat,
+    pixels_of,
+    save_picture,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLACK, GREY, RED, BLUE = "black", "#666666", "#b3123a", (8, 64, 129)
-GAP, MARGIN, LINE, TITLE = 6, 10, 15, 26
-"""Pixels between tiles and around them; heights of a line of text and of a title."""
-LARGEST_TILE = 112
-LARGEST_MATRIX = 720
-"""Pixels of a side, as long as a class has at least one."""
-MOST_COLUMNS = 12
-"""Of a transformer's epochs; of more, so many evenly spread."""
+
+def picture_epochs(epochs: int) -> set[int]:
+    """The epochs, from 0, after which there are pictures: at most ten, evenly spread, the first and the last too."""
+    return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
 
 
-def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    with replacing_file(path) as aside:
-        if isinstance(picture, Image.Image):
-            picture.save(aside, format="png", compress_level=3)
-        else:
-            picture.savefig(aside, format="png")
+class RunPictures(Callback):
+    """Draws the validation split at some epochs, into the run's folder and every logger that takes images.
 
+    ``samples.png``, ``mistakes.png``, ``confusion.png``, ``transformer.png``, and ``curves.png`` at the end. All comes
+    from the validation pass that there is anyway: no other is made, no random number drawn. Of several processes the
+    first one draws: its share of the images, and the confusion matrix of all.
 
-def pixels_of(images: Tensor) -> list[Pixels]:
-    """Images ``(B, C, H, W)``, values 0 to 255, as arrays ``(H, W, C)``."""
-    found: Pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return list(found)
-
-
-class Line(NamedTuple):
-    """Of text below a picture."""
-
-    text: str
-    colour: str = BLACK
-
-
-def draw_tiles(
-    title: str, images: Sequence[Pixels], captions: Sequence[Sequence[Line]], columns: int = 8
-) -> Image.Image:
-    """A sheet of pictures with lines below each.
+    What the transformer made of some images at earlier epochs is part of the state, as a small PNG for each epoch.
 
     Args:
-        title: above all.
-        images: at any sizes.
-        captions: lines of each image, equally many.
-        columns: at most.
+        folder: of the run.
     """
-    side = _tile_side(images)
-    columns = min(columns, max(len(images), 1))
-    rows = -(-len(images) // columns)
-    lines = max(map(len, captions), default=0)
-    step, high = side + GAP, side + lines * LINE + GAP
-    sheet, pen = _sheet(title, columns * step - GAP, rows * high - GAP)
-    for place, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = MARGIN + place % columns * step, TITLE + place // columns * high
-        _paste(sheet, pixels, left, top, side)
-        for number, line in enumerate(caption):
-            where = (left + side // 2, top + side + 2 + number * LINE)
-            pen.text(where, _cut(line.text, side), line.colour, _font(), anchor="ma")
-    return sheet
+
+    SHOWN = 24
+    """Images on a sheet, at most."""
+    ROWS, SIDE = 10, 64
+    """Of the transformer's picture: rows, at most, of squares of so many pixels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._epoch = self._drawn = -1
+        self._answers: list[tuple[Tensor, ...]] = []
+        # Positions of the images that have rows in the transformer's picture, and where in which batch they come.
+        self._rows: list[int] = []
+        self._places: dict[int, list[tuple[int, int]]] = {}
+        self._views: dict[int, list[Tensor]] = {}
+        self._columns: dict[str, bytes] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be made again: the columns of earlier epochs."""
+        columns = {name: torch.frombuffer(bytearray(png), dtype=torch.uint8) for name, png in self._columns.items()}
+        return {"rows": self._rows, "columns": columns}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the same images."""
+        self._rows = state_dict["rows"]
+        self._columns = {name: png.numpy().tobytes() for name, png in state_dict["columns"].items()}
+
+    @rank_zero_only
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the pass before."""
+        self._answers, self._views = [], {}
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what was answered, and what the last transformers made of the images that have rows."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.sanity_checking or not isinstance(data, ImageDataModule):
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        self._answers.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))
+        if not (last := last_of(outputs["seen"])):
+            return
+        if not self._rows:
+            share = torch.arange(0, len(data.samples("val")), trainer.world_size)
+            share = share[: int(trainer.num_val_batches[0]) * data.batch_size]
+            self._rows = _of_each_class(data, share, self.ROWS // len(last))
+        if batch_idx not in self._places:
+            here = batch.position.tolist()
+            self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
+        for place, row in self._places[batch_idx]:
+            image = batch.images[place, None]
+            normalised = pl_module.model.normalised(image)
+            views = [pl_module.model.shown(_only(each, place).view(normalised)) for each in last]
+            self._views[row] = [image, *views]
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, if it is time."""
+        if trainer.sanity_checking:
+            return
+        self._epoch = trainer.current_epoch
+        # An epoch without validation is drawn after the next one that has it.
+        since = range(self._epoch - (trainer.check_val_every_n_epoch or 1) + 1, self._epoch + 1)
+        if not picture_epochs(_epochs(trainer)).isdisjoint(since):
+            self._draw(trainer, pl_module)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last epoch of a run that was stopped early, and the curves of all."""
+        if self._drawn != self._epoch:
+            self._draw(trainer, pl_module)
+        if rows := read_rows(self.folder / "metrics.csv"):
+            title = f"{self.folder.name}, {len(rows)} epochs" if len(rows) > 1 else f"{self.folder.name}, 1 epoch"
+            save_picture(draw_curves(title, rows), self.folder / "curves.png")
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self._answers or not isinstance(data, ImageDataModule):
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        self._drawn = self._epoch
+        when = f"Validation, epoch {self._epoch + 1} of {_epochs(trainer)}"
+        position, labels, confidence, predicted = (torch.cat(part).cpu() for part in zip(*self._answers, strict=True))
+        wrong = (predicted != labels).nonzero().flatten()
+        worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: self.SHOWN]
+        # The same ones at every epoch.
+        some = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[: self.SHOWN])
+
+        def sheet(title: str, chosen: Tensor) -> Image.Image:
+            names, found = data.spec.classes, zip(predicted[chosen], confidence[chosen], labels[chosen], strict=True)
+            captions = [
+                [Line(f"{sure:.0%} · {names[guess]}"), *([] if guess == label else [Line(f"is {names[label]}", RED)])]
+                for guess, sure, label in found
+            ]
+            return draw_tiles(title, pixels_of(data.samples("val")[position[chosen]].images), captions)
+
+        pictures = {
+            "samples": sheet(f"{when}: some of {len(labels):,} images, as predicted", some),
+            "mistakes": sheet(f"{when}: the surest of {len(wrong):,} mistakes", worst)
+            if len(wrong)
+            else draw_tiles(f"{when}: no mistakes among {len(labels):,} images", [], []),
+        }
+        if pl_module.confusion is not None:
+            pictures["confusion"] = draw_confusion(when, pl_module.confusion, data.spec.classes)
+        if self._views:
+            self._add_column()
+            samples, views = data.samples("val"), len(data.views("val").names)
+            labels = samples.labels[torch.tensor(self._rows) // views]
+            columns = {name: Image.open(io.BytesIO(png)) for name, png in self._columns.items()}
+            title = f"{when}: what the spatial transformer makes of them"
+            pictures["transformer"] = draw_columns(title, [data.spec.classes[label] for label in labels], columns)
+        for name, picture in pictures.items():
+            path = self.folder / f"{name}.png"
+            save_picture(picture, path)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image(f"val/{name}", [str(path)], step=trainer.global_step - 1)
+
+    def _add_column(self) -> None:
+        branches = len(next(iter(self._views.values()))) - 1
+        came: list[Pixels | None] = []
+        seen: list[Pixels | None] = []
+        for row in range(len(self._rows)):
+            image, *views = (
+                (pixels_of(each)[0] for each in self._views[row]) if row in self._views else [None] * (1 + branches)
+            )
+            came += [image] + [None] * (branches - 1)
+            seen += views
+        self._columns.setdefault("as it came", _png(came, self.SIDE))
+        self._columns[f"epoch {self._epoch + 1}"] = _png(seen, self.SIDE)
 
 
-def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
-    """Pictures below each other, as they stand in `draw_columns`; None leaves a gap."""
-    column = Image.new("RGB", (side, len(images) * (side + GAP) - GAP), "white")
-    for row, pixels in enumerate(images):
-        if pixels is not None:
-            _paste(column, pixels, 0, row * (side + GAP), side)
-    return column
+def _epochs(trainer: L.Trainer) -> int:
+    """How many the run has, at most."""
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        return trainer.max_epochs
+    return math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
 
 
-def draw_columns(title: str, labels: Sequence[str], columns: Mapping[str, Image.Image]) -> Image.Image:
-    """What came in and what a transformer made of it, epoch by epoch.
-
-    Args:
-        title: above all.
-        labels: of the rows, names of classes.
-        columns: of `draw_column`, by what stands above them.
-    """
-    chosen = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS + 1)).round().astype(int))
-    shown = [list(columns.items())[place] for place in chosen]
-    side, height = shown[0][1].size
-    row = (height + GAP) // max(len(labels), 1)
-    names = [_cut(label, LARGEST_TILE) for label in labels]
-    left = MARGIN + int(max(map(_font().getlength, names), default=0)) + GAP
-    sheet, pen = _sheet(title, left - MARGIN + len(shown) * (side + GAP), height + LINE + 2)
-    top = TITLE + LINE + 2
-    for number, name in enumerate(names):
-        pen.text((left - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
-    for number, (name, column) in enumerate(shown):
-        # What came in stands apart.
-        x = left + number * (side + GAP) + (GAP if number else 0)
-        pen.text((x + side // 2, TITLE), name, GREY, _font(), anchor="ma")
-        sheet.paste(column, (x, top))
-    return sheet
+def _of_each_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
+    """Positions in the validation split of an image of each of so many classes, in one view after the other."""
+    views = len(data.views("val").names)
+    labels = data.samples("val").labels[share // views]
+    chosen = []
+    for number, label in enumerate(torch.unique(labels)[: max(count, 1)]):
+        of_class = share[labels == label]
+        turned = of_class[of_class % views == number % views]
+        chosen.append(int((turned if len(turned) else of_class)[0]))
+    return chosen
 
 
-def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.Image:
-    """Rows are the true classes; colours are shares of the row, numbers are counts.
-
-    Args:
-        title: above all, followed by how many were right.
-        counts: images of row's class that were taken for column's, ``(K, K)``.
-        classes: names.
-    """
-    counts = counts.cpu()
-    number = len(classes)
-    shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    wide = int(_font().getlength(f"{int(counts.max())}")) + 8
-    cell = max(1, min(36, LARGEST_MATRIX // number))
-    numbered = max(cell, wide, 18) * number <= LARGEST_MATRIX
-    if numbered:
-        cell = max(cell, wide, 18)
-    every = -(-LINE // cell)
-    named = list(range(0, number, every))
-    names = [_cut(classes[place], LARGEST_TILE) for place in named]
-    room = int(max(map(_font().getlength, names))) + GAP
-    side = cell * number
-    title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right"
-    beside = LINE + GAP + room
-    sheet, pen = _sheet(title, side + beside, side + beside)
-    left, top = MARGIN + beside, TITLE
-    shade = 255 - shares[..., None] * (255 - np.array(BLUE))
-    sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (left, top))
-    pen.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
-    for place, name in zip(named, names, strict=True):
-        middle = place * cell + cell // 2
-        pen.text((left - GAP, top + middle), name, BLACK, _font(), anchor="rm")
-        _upwards(sheet, name, left + middle, top + side + GAP)
-    _upwards(sheet, "true", MARGIN + LINE // 2, top + side // 2 - 12, GREY)
-    pen.text((left + side // 2, top + side + beside), "predicted", GREY, _font(), anchor="mb")
-    if numbered:
-        for row, column in np.argwhere(counts.numpy() > 0).tolist():
-            where = (left + column * cell + cell // 2, top + row * cell + cell // 2)
-            colour = "white" if shares[row, column] > 0.5 else BLACK
-            pen.text(where, str(int(counts[row, column])), colour, _font(), anchor="mm")
-    return sheet
+def _only(observation: Observation, place: int) -> Observation:
+    """What was done to one image of the batch."""
+    before = observation.before and _only(observation.before, place)
+    return replace(observation, theta=observation.theta[place, None], before=before)
 
 
-def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """White, with room for so much below a title."""
-    width = max(width, int(_font(13).getlength(title))) + 2 * MARGIN
-    sheet = Image.new("RGB", (width, TITLE + height + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 5), title, BLACK, _font(13))
-    return sheet, pen
-
-
-def _tile_side(images: Sequence[Pixels]) -> int:
-    """Of a square that all fit in, small ones enlarged by whole numbers."""
-    largest = max((max(pixels.shape[:2]) for pixels in images), default=LARGEST_TILE)
-    return largest * (LARGEST_TILE // largest) or LARGEST_TILE
-
-
-def _flat(pixels: Pixels) -> Pixels:
-    return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-
-
-def _paste(sheet: Image.Image, pixels: Pixels, left: int, top: int, side: int) -> None:
-    picture = Image.fromarray(_flat(pixels))
-    smaller = max(picture.size) > side
-    picture = ImageOps.contain(picture, (side, side), Resampling.LANCZOS if smaller else Resampling.NEAREST)
-    sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
-
-
-def _upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str = BLACK) -> None:
-    mask = Image.new("L", (int(_font().getlength(text)) + 2, LINE))
-    ImageDraw.Draw(mask).text((1, LINE // 2), text, 255, _font(), anchor="lm")
-    mask = mask.transpose(Transpose.ROTATE_90)
-    sheet.paste(colour, (middle - LINE // 2, top), mask)
-
-
-@cache
-def _font(size: int = 11) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    # Pillow's own has no accents.
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
-
-
-def _cut(text: str, width: int) -> str:
-    """As much of it as fits into so many pixels."""
-    kept = text
-    while kept and _font().getlength(kept if kept == text else f"{kept}…") > width:
-        kept = kept[:-1]
-    return kept if kept == text else f"{kept}…"
-
-
-def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
-    """Loss, accuracy, uprightness, gradient norm and learning rates over the epochs, of those that there are.
-
-    Args:
-        title: above all.
-        rows: of ``metrics.csv``.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    rates = {tuple(row.get(name) for row in rows): name for name in reversed(names) if name.split("/")[0] == "lr"}
-    panels = {
-        "loss": ["train/loss", "val/loss", "train/upright_loss"],
-        "accuracy": ["val/accuracy"],
-        "uprightness": ["val/uprightness"],
-        "gradient norm": ["grad_norm/mean", "grad_norm/max"],
-        # Groups that always went at one rate are one line.
-        "learning rate": sorted(rates.values()),
-    }
-    panels = {panel: [name for name in lines if name in names] for panel, lines in panels.items()}
-    panels = {panel: lines for panel, lines in panels.items() if lines}
-    columns = 2 if len(panels) == 4 else min(len(panels), 3)
-    figure = Figure(figsize=(4.2 * columns, 3 * -(-len(panels) // columns) + 0.3), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = list(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat)
-    for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
-        for name in lines:
-            points = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="." if len(points) < 15 else "")
-        axis.set_title(panel, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend(fontsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    return figure
+def _png(images: Sequence[Pixels | None], side: int) -> bytes:
+    written = io.BytesIO()
+    draw_column(images, side).save(written, format="png")
+    return written.getvalue()
 
 
 def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataModule, count: int = 6) -> "Figure":
@@ -281,7 +260,7 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
         axes = block.subplots(len(pictures), columns, squeeze=False)
         for column, view in enumerate(views.names):
             for axis, picture in zip(axes[:, column], pictures, strict=True):
-                axis.imshow(_flat(pixels_of(picture[column, None])[0]), cmap="gray", vmin=0, vmax=255)
+                axis.imshow(flat(pixels_of(picture[column, None])[0]), cmap="gray", vmin=0, vmax=255)
                 axis.set(xticks=[], yticks=[])
             axes[0, column].set_title(view + views.unit, fontsize=8, pad=2)
             right = predicted[column] == int(labels[first])

@@ -51,7 +51,7 @@ def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | N
     Raises:
         UprightError: if ``online`` cannot be had.
     """
-    if _possible(mode) == "off":
+    if (mode := _possible(mode)) == "off":
         return None
     import wandb
 

@@ -1,0 +1,243 @@
+"""Sheets of pictures, confusion matrices, curves. All but these are made of pixels: matplotlib is ten times as slow."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.Image import Resampling, Transpose
+from torch import Tensor
+
+from upright.files import replacing_file
+from upright.images import Pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLACK, GREY, RED, BLUE = "black", "#666666", "#b3123a", (8, 64, 129)
+GAP, MARGIN, LINE, TITLE = 6, 10, 15, 26
+"""Pixels between tiles and around them; heights of a line of text and of a title."""
+LARGEST_TILE = 112
+LARGEST_MATRIX = 720
+"""Pixels of a side, as long as a class has at least one."""
+MOST_COLUMNS = 12
+"""Of a transformer's epochs; of more, so many evenly spread."""
+
+
+def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing_file(path) as aside:
+        if isinstance(picture, Image.Image):
+            picture.save(aside, format="png", compress_level=3)
+        else:
+            picture.savefig(aside, format="png")
+
+
+def pixels_of(images: Tensor) -> list[Pixels]:
+    """Images ``(B, C, H, W)``, values 0 to 255, as arrays ``(H, W, C)``."""
+    found: Pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return list(found)
+
+
+class Line(NamedTuple):
+    """Of text below a picture."""
+
+    text: str
+    colour: str = BLACK
+
+
+def draw_tiles(
+    title: str, images: Sequence[Pixels], captions: Sequence[Sequence[Line]], columns: int = 8
+) -> Image.Image:
+    """A sheet of pictures with lines below each.
+
+    Args:
+        title: above all.
+        images: at any sizes.
+        captions: lines of each image, equally many.
+        columns: at most.
+    """
+    side = _tile_side(images)
+    columns = min(columns, max(len(images), 1))
+    rows = -(-len(images) // columns)
+    lines = max(map(len, captions), default=0)
+    step, high = side + GAP, side + lines * LINE + GAP
+    sheet, pen = _sheet(title, columns * step - GAP, rows * high - GAP)
+    for place, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = MARGIN + place % columns * step, TITLE + place // columns * high
+        _paste(sheet, pixels, left, top, side)
+        for number, line in enumerate(caption):
+            where = (left + side // 2, top + side + 2 + number * LINE)
+            pen.text(where, _cut(line.text, side), line.colour, _font(), anchor="ma")
+    return sheet
+
+
+def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
+    """Pictures below each other, as they stand in `draw_columns`; None leaves a gap."""
+    column = Image.new("RGB", (side, len(images) * (side + GAP) - GAP), "white")
+    for row, pixels in enumerate(images):
+        if pixels is not None:
+            _paste(column, pixels, 0, row * (side + GAP), side)
+    return column
+
+
+def draw_columns(title: str, labels: Sequence[str], columns: Mapping[str, Image.Image]) -> Image.Image:
+    """What came in and what a transformer made of it, epoch by epoch.
+
+    Args:
+        title: above all.
+        labels: of the rows, names of classes.
+        columns: of `draw_column`, by what stands above them.
+    """
+    chosen = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS + 1)).round().astype(int))
+    shown = [list(columns.items())[place] for place in chosen]
+    side, height = shown[0][1].size
+    row = (height + GAP) // max(len(labels), 1)
+    names = [_cut(label, LARGEST_TILE) for label in labels]
+    left = MARGIN + int(max(map(_font().getlength, names), default=0)) + GAP
+    sheet, pen = _sheet(title, left - MARGIN + len(shown) * (side + GAP), height + LINE + 2)
+    top = TITLE + LINE + 2
+    for number, name in enumerate(names):
+        pen.text((left - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
+    for number, (name, column) in enumerate(shown):
+        # What came in stands apart.
+        x = left + number * (side + GAP) + (GAP if number else 0)
+        pen.text((x + side // 2, TITLE), name, GREY, _font(), anchor="ma")
+        sheet.paste(column, (x, top))
+    return sheet
+
+
+def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.Image:
+    """Rows are the true classes; colours are shares of the row, numbers are counts.
+
+    Args:
+        title: above all, followed by how many were right.
+        counts: images of row's class that were taken for column's, ``(K, K)``.
+        classes: names.
+    """
+    counts = counts.cpu()
+    number = len(classes)
+    shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    wide = int(_font().getlength(f"{int(counts.max())}")) + 8
+    cell = max(1, min(36, LARGEST_MATRIX // number))
+    numbered = max(cell, wide, 18) * number <= LARGEST_MATRIX
+    if numbered:
+        cell = max(cell, wide, 18)
+    every = -(-LINE // cell)
+    named = list(range(0, number, every))
+    names = [_cut(classes[place], LARGEST_TILE) for place in named]
+    room = int(max(map(_font().getlength, names))) + GAP
+    side = cell * number
+    title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right"
+    beside = LINE + GAP + room
+    sheet, pen = _sheet(title, side + beside, side + beside)
+    left, top = MARGIN + beside, TITLE
+    shade = 255 - shares[..., None] * (255 - np.array(BLUE))
+    sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (left, top))
+    pen.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
+    for place, name in zip(named, names, strict=True):
+        middle = place * cell + cell // 2
+        pen.text((left - GAP, top + middle), name, BLACK, _font(), anchor="rm")
+        _upwards(sheet, name, left + middle, top + side + GAP)
+    _upwards(sheet, "true", MARGIN + LINE // 2, top + side // 2 - 12, GREY)
+    pen.text((left + side // 2, top + side + beside), "predicted", GREY, _font(), anchor="mb")
+    if numbered:
+        for row, column in np.argwhere(counts.numpy() > 0).tolist():
+            where = (left + column * cell + cell // 2, top + row * cell + cell // 2)
+            colour = "white" if shares[row, column] > 0.5 else BLACK
+            pen.text(where, str(int(counts[row, column])), colour, _font(), anchor="mm")
+    return sheet
+
+
+def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """White, with room for so much below a title."""
+    width = max(width, int(_font(13).getlength(title))) + 2 * MARGIN
+    sheet = Image.new("RGB", (width, TITLE + height + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, 5), title, BLACK, _font(13))
+    return sheet, pen
+
+
+def _tile_side(images: Sequence[Pixels]) -> int:
+    """Of a square that all fit in, small ones enlarged by whole numbers."""
+    largest = max((max(pixels.shape[:2]) for pixels in images), default=LARGEST_TILE)
+    return largest * (LARGEST_TILE // largest) or LARGEST_TILE
+
+
+def flat(pixels: Pixels) -> Pixels:
+    """``(H, W, C)``, or ``(H, W)`` where C is 1, as libraries that draw take it."""
+    return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+
+
+def _paste(sheet: Image.Image, pixels: Pixels, left: int, top: int, side: int) -> None:
+    picture = Image.fromarray(flat(pixels))
+    smaller = max(picture.size) > side
+    picture = ImageOps.contain(picture, (side, side), Resampling.LANCZOS if smaller else Resampling.NEAREST)
+    sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+
+
+def _upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str = BLACK) -> None:
+    mask = Image.new("L", (int(_font().getlength(text)) + 2, LINE))
+    ImageDraw.Draw(mask).text((1, LINE // 2), text, 255, _font(), anchor="lm")
+    mask = mask.transpose(Transpose.ROTATE_90)
+    sheet.paste(colour, (middle - LINE // 2, top), mask)
+
+
+@cache
+def _font(size: int = 11) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Pillow's own has no accents.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _cut(text: str, width: int) -> str:
+    """As much of it as fits into so many pixels."""
+    kept = text
+    while kept and _font().getlength(kept if kept == text else f"{kept}…") > width:
+        kept = kept[:-1]
+    return kept if kept == text else f"{kept}…"
+
+
+def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
+    """Loss, accuracy, uprightness, gradient norm and learning rates over the epochs, of those that there are.
+
+    Args:
+        title: above all.
+        rows: of ``metrics.csv``.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rates = {tuple(row.get(name) for row in rows): name for name in reversed(names) if name.split("/")[0] == "lr"}
+    panels = {
+        "loss": ["train/loss", "val/loss", "train/upright_loss"],
+        "accuracy": ["val/accuracy"],
+        "uprightness": ["val/uprightness"],
+        "gradient norm": ["grad_norm/mean", "grad_norm/max"],
+        # Groups that always went at one rate are one line.
+        "learning rate": sorted(rates.values()),
+    }
+    panels = {panel: [name for name in lines if name in names] for panel, lines in panels.items()}
+    panels = {panel: lines for panel, lines in panels.items() if lines}
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    figure = Figure(figsize=(4.2 * columns, 3 * -(-len(panels) // columns) + 0.3), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = list(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat)
+    for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
+        for name in lines:
+            points = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="." if len(points) < 15 else "")
+        axis.set_title(panel, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure
