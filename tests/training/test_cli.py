@@ -456,3 +456,17 @@ def test_wandb_online_needs_an_account(upright: Upright, tmp_path: Path, monkeyp
 
 def test_an_explanation_is_one_line_whatever_comes() -> None:
     assert "\n" not in explain("something\nnobody foresaw\n  in three lines")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_leaves_the_same_checkpoint(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", STN, *QUICK, "--compile", "--name", "compiled").code == 0
+    assert upright("fit", "--config", STN, *QUICK, "--name", "eager").code == 0
+    weights = [
+        torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("compiled", "eager")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-2), name
+    assert upright("test", "--ckpt_path", tmp_path / "checkpoints/compiled/best.ckpt").code == 0
