@@ -91,8 +91,6 @@ def serving(bundle: Path, *options: object) -> Iterator[Running]:
         reader = threading.Thread(target=read)
         reader.start()
         running = Running(process, port, lines[0]["version"], lines)
-        while running.ask("GET", "/v2/health/ready").status != 200:
-            time.sleep(0.05)
         yield running
         if process.poll() is None:
             assert running.stop() == 0
@@ -280,6 +278,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
         (tensor(data=[[0, 0], [0]]), "make no tensor"),
         (tensor(data=None, parameters={"binary_data_size": 9}), "this one says 9, and 0 follow."),
         (tensor(datatype="BYTES", shape=[1], data=["?"]), "must be images in base64"),
+        (tensor(datatype="BYTES", shape=[1], data=[7]), "must be images in base64: Expected `str`, got `int`"),
         (tensor(datatype="BYTES", shape=[2], data=["aGVsbG8="]), "The shape [2] needs 2 elements, got 1."),
         (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not a picture"),
     ],
@@ -334,7 +333,7 @@ def test_metrics_and_logs_count_every_request(trained: Path, samples: list[bytes
 def test_quiet_logs_no_requests(trained: Path, samples: list[bytes]) -> None:
     with serving(trained / "export/small", "--quiet") as running:
         running.classify(samples[0])
-    assert [line["message"] for line in running.lines] == ["serving"]
+    assert [line["message"] for line in running.lines] == ["serving", "stopping", "stopped"]
 
 
 def test_the_description_is_whole(server: Running) -> None:
@@ -414,7 +413,7 @@ def test_slow_and_broken_clients_disturb_nobody(narrow: Running, samples: list[b
         assert narrow.classify(samples[0]).status == 200
     for connection in slow:
         connection.settimeout(30)
-        told = b"".join(iter(lambda: connection.recv(4096), b""))
+        told = connection.makefile("rb").read()
         assert told.startswith(b"HTTP/1.1 408") and b'{"error":"The body did not come within 2 s."}' in told
         connection.close()
     assert narrow.metric("upright_waiting_images") == 0

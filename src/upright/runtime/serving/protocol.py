@@ -31,7 +31,7 @@ class InputTensor(msgspec.Struct):
     shape: list[Size]
     datatype: str
     parameters: dict[str, Any] = {}
-    data: msgspec.Raw | None = None
+    data: list[Any] | None = None
 
 
 class RequestedOutput(msgspec.Struct):
@@ -96,30 +96,29 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
         given = ", ".join(f"'{tensor.name}'" for tensor in request.inputs) or "none"
         raise UprightError(f"One input is needed, '{INPUT}'; got {given}.")
     (tensor,) = request.inputs
-    binary = tensor.parameters.get("binary_data_size")
-    rest = memoryview(body)[end:]
-    if (binary if binary is not None else 0) != len(rest) or (binary is None) == (tensor.data is None):
+    rest, binary = memoryview(body)[end:], tensor.parameters.get("binary_data_size")
+    if (binary is None) == (tensor.data is None) or len(rest) != (binary or 0):
         raise UprightError(
             f"An input holds its elements in 'data', or parameters.binary_data_size bytes of them follow the JSON "
             f"({HEADER} says where it ends); this one says {binary}, and {len(rest)} follow."
         )
-    data = None if tensor.data is None else bytes(tensor.data)
+    data = rest if tensor.data is None else tensor.data
     if tensor.datatype == "UINT8":
-        return request, _pixels(tensor.shape, rest if data is None else data, data is not None, channels)
+        return request, _pixels(tensor.shape, data, channels)
     if tensor.datatype == "BYTES":
-        return request, _encoded(tensor.shape, rest if data is None else data, data is not None)
+        return request, _encoded(tensor.shape, data)
     raise UprightError(
         f"Input '{INPUT}' must be UINT8 (pixels, [B, H, W, {channels}]) or BYTES (encoded images, [B]); "
         f"got {tensor.datatype}."
     )
 
 
-def _pixels(shape: list[int], data: bytes | memoryview, is_json: bool, channels: int) -> Pixels:
+def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pixels:
     if len(shape) != 4 or min(shape) < 1 or shape[3] != channels:
         raise UprightError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
     try:
-        values = np.array(msgspec.json.decode(data)) if is_json else np.frombuffer(data, np.uint8)
-    except (ValueError, RecursionError) as error:
+        values = np.array(data) if isinstance(data, list) else np.frombuffer(data, np.uint8)
+    except ValueError as error:
         raise UprightError(f"The elements of '{INPUT}' make no tensor: {' '.join(str(error).split())}.") from None
     if values.size != math.prod(shape):
         raise UprightError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
@@ -128,19 +127,17 @@ def _pixels(shape: list[int], data: bytes | memoryview, is_json: bool, channels:
     return values.astype(np.uint8, copy=False).reshape(shape)
 
 
-def _encoded(shape: list[int], data: bytes | memoryview, is_json: bool) -> list[bytes]:
+def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
     if len(shape) != 1 or shape[0] < 1:
         raise UprightError(f"A BYTES input must have the shape [B], got {shape}.")
-    if is_json:
+    if isinstance(data, list):
         try:
-            images = [binascii.a2b_base64(text, strict_mode=True) for text in msgspec.json.decode(data, type=list[str])]
-        except (ValueError, RecursionError) as error:
+            images = [binascii.a2b_base64(text, strict_mode=True) for text in msgspec.convert(data, list[str])]
+        except (ValueError, msgspec.ValidationError) as error:
             raise UprightError(f"The elements of '{INPUT}' must be images in base64: {error}.") from None
     else:
         images, start = [], 0
-        while start < len(data):
-            if start + 4 > len(data):
-                break
+        while start + 4 <= len(data):
             (size,) = struct.unpack_from("<I", data, start)
             images.append(bytes(data[start + 4 : start + 4 + size]))
             start += 4 + size
