@@ -28,7 +28,7 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image
 
-from upright.images import Pixels, decode
+from upright.images import Pixels
 from upright.runtime.predictor import Predictor
 
 CLIENTS = 32
@@ -38,7 +38,7 @@ def requests(bundle: Path, name: str) -> dict[str, tuple[int, bytes]]:
     """Kind -> images per request, and its bytes."""
     predictor = Predictor(bundle)
     samples = [bundle / sample["file"] for sample in predictor.bundle.samples]
-    image = decode(samples[0], predictor.spec)
+    image = predictor.decode(samples[0])
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
     infer = f"/v2/models/{name}/infer"
@@ -134,17 +134,17 @@ async def load(port: int, request: bytes, seconds: float) -> dict[str, object]:
     }
 
 
-def bare(bundle: Path, threads: int, batch: int, seconds: float) -> float:
-    """Images per second of the session alone."""
+def bare(bundle: Path, threads: int, batch: int, seconds: float) -> dict[str, float]:
+    """Images per second of the session alone, and microseconds of processor time per image."""
     predictor = Predictor(bundle, threads=threads)
-    image = decode(bundle / predictor.bundle.samples[0]["file"], predictor.spec)
+    image = predictor.decode(bundle / predictor.bundle.samples[0]["file"])
     images, count = np.repeat(image[None], batch, axis=0), 0
     predictor.session.run(["probabilities"], {"images": images})
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     while time.perf_counter() < start + seconds:
         predictor.session.run(["probabilities"], {"images": images})
         count += batch
-    return count / (time.perf_counter() - start)
+    return {"images_per_s": count / (time.perf_counter() - start), "cpu": 1e6 * (time.process_time() - cpu) / count}
 
 
 def alone(*arguments: object, stdin: bytes = b"") -> dict[str, object]:
@@ -171,7 +171,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(load(known.load, sys.stdin.buffer.read(), known.seconds))))
         return
     if known.bare:
-        print(json.dumps({"images_per_s": bare(known.bundles[0], known.threads, known.bare, known.seconds)}))
+        print(json.dumps(bare(known.bundles[0], known.threads, known.bare, known.seconds)))
         return
     for bundle in known.bundles:
         compare(bundle, known, options)
@@ -180,6 +180,7 @@ def main() -> None:
 def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None:
     """A row per kind of request."""
     command = [sys.executable, "-m", "upright", "serve", str(bundle), "--port", "0", "--threads", str(known.threads)]
+    command += ["--max-queue", "1024"]
     server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
     address = json.loads(server.stdout.readline())["address"]
     port = address.rpartition(":")[2]
@@ -211,30 +212,29 @@ def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None
             f"client {health['client_cpu']:.2f} cores; one thread decodes {decoded:,.0f} pictures/s\n"
         )
         print(
-            "| request | bare images/s | served images/s | ratio | batch | p50 ms | p99 ms | server CPU us/image | clients' cores |"
+            "| request | bare images/s | served images/s | ratio | batch | p50 ms | p99 ms | bare CPU us/image | "
+            "server CPU us/image | clients' cores |"
         )
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("|---" * 10 + "|")
         for kind in known.kinds:
             count, request = kinds[kind]
-            bares, served, seen = [], [], []
+            batch = min(64, CLIENTS * count)
+            bares, seen = [], []
             cpu, (images, runs) = spent(), batches()
             for _ in range(known.rounds):
-                batch = min(64, CLIENTS * count)
-                bares.append(
-                    alone(bundle, "--bare", batch, "--threads", known.threads, "--seconds", known.seconds)[
-                        "images_per_s"
-                    ]
-                )
+                limits = ("--threads", known.threads, "--seconds", known.seconds)
+                bares.append(alone(bundle, "--bare", batch, *limits))
                 seen.append(alone("--load", port, "--seconds", known.seconds, stdin=request))
-                served.append(seen[-1]["requests_per_s"] * count)
                 assert set(seen[-1]["statuses"]) == {"200"}, seen[-1]
-            ratio = statistics.median(one / other for one, other in zip(served, bares, strict=True))
+            alike = [one["images_per_s"] for one in bares]
+            served = [one["requests_per_s"] * count for one in seen]
+            ratio = statistics.median(one / other for one, other in zip(served, alike, strict=True))
             more, again = batches()
-            each = 1e6 * (spent() - cpu) / (more - images)
             middle = {key: statistics.median(one[key] for one in seen) for key in ("p50", "p99", "client_cpu")}
             print(
-                f"| {kind} | {statistics.median(bares):,.0f} | {statistics.median(served):,.0f} | {ratio:.2f} | "
-                f"{(more - images) / (again - runs):.1f} | {middle['p50']:.1f} | {middle['p99']:.1f} | {each:.0f} | "
+                f"| {kind} | {statistics.median(alike):,.0f} | {statistics.median(served):,.0f} | {ratio:.2f} | "
+                f"{(more - images) / (again - runs):.1f} | {middle['p50']:.1f} | {middle['p99']:.1f} | "
+                f"{statistics.median(one['cpu'] for one in bares):.0f} | {1e6 * (spent() - cpu) / (more - images):.0f} | "
                 f"{middle['client_cpu']:.2f} |",
                 flush=True,
             )

@@ -1,5 +1,6 @@
 """`upright serve` as its users meet it: a process of its own, spoken to over sockets."""
 
+import asyncio
 import base64
 import io
 import json
@@ -14,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -379,6 +380,7 @@ def test_limits_are_named(narrow: Running, samples: list[bytes]) -> None:
     assert reply.status == 400 and "Maximum number of files is 4" in reply.json["error"]
     reply = narrow.infer(tensor(shape=[5, 1, 1, 1], data=[0] * 5))
     assert reply.status == 413 and reply.json["error"] == "A request may hold up to 4 images, got 5."
+    assert narrow.classify(samples[0], f"?top={'9' * 5000}").status == 400
     reply = narrow.classify(samples[0], "?top=11")
     assert reply.status == 400 and reply.json["error"] == "top must be from 1 to 10 (the number of classes), got '11'."
     assert narrow.infer(tensor(shape=[3, 2, 2, 1], data=[0] * 12)).status == 200  # more than a batch
@@ -417,6 +419,59 @@ def test_slow_and_broken_clients_disturb_nobody(narrow: Running, samples: list[b
         assert told.startswith(b"HTTP/1.1 408") and b'{"error":"The body did not come within 2 s."}' in told
         connection.close()
     assert narrow.metric("upright_waiting_images") == 0
+
+
+async def asked(service: Any, path: str, body: bytes) -> Reply:
+    """A request without a socket, for what cannot be timed with one."""
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": [], "server": ("x", 80), "client": None, "scheme": "http"}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with suppress(MemoryError):  # the server that runs it logs it
+        await service.app()(scope, receive, send)
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return Reply(sent[0]["status"], headers, sent[1]["body"])
+
+
+def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
+    from upright.runtime.serving.service import Limits, Service
+
+    async def scenario() -> None:
+        service = Service(predictor, Limits(timeout=0.5, max_queue=2, max_batch=1))
+        service.batcher.start()
+        model, slow = service.batcher.model, threading.Event()
+
+        def waits(images: Pixels) -> Any:
+            slow.wait(20)
+            return model(images)
+
+        service.batcher.model = waits
+        replies = await asyncio.gather(*(asked(service, "/v1/classify", samples[0]) for _ in range(3)))
+        assert [reply.status for reply in replies] == [503, 503, 429]
+        assert replies[0].json["error"] == "There was no answer within 0.5 s; try again later."
+        assert replies[2].json["error"] == "2 images are waiting, at most 2 may; try again later."
+        slow.set()
+
+        def fails(images: Pixels) -> Any:
+            raise MemoryError
+
+        service.batcher.model = fails
+        reply = await asked(service, "/v1/classify", samples[0])
+        assert reply.status == 500 and reply.json["error"] == "The server failed; its log says why."
+        service.batcher.model = model
+        reply = await asked(service, "/v1/classify", samples[0])
+        assert reply.status == 200 and is_answer(reply.json["results"][0], samples[0], predictor)
+        assert service.waiting == service.held == 0
+        service.decoders.shutdown()
+        service.batcher.close()
+
+    asyncio.run(scenario())
 
 
 # Stopping.

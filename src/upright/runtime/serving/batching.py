@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from upright.errors import UprightError
 from upright.images import MAX_BATCH_PIXELS, Pixels
 
 Rows = npt.NDArray[np.float32]
@@ -40,7 +39,7 @@ class Waiting:
 
     def take(self) -> list[Job]:
         """A batch: as many of the oldest as fit into it, at least one."""
-        taken, count = [self.jobs.popleft()], 0
+        taken = [self.jobs.popleft()]
         count = len(taken[0].images)
         while self.jobs and count + len(self.jobs[0].images) <= self.most:
             taken.append(self.jobs.popleft())
@@ -114,14 +113,15 @@ class Batcher(threading.Thread):
         while jobs := self._next():
             # Who stopped waiting costs nothing more.
             if jobs := [job for job in jobs if not job.answer.cancelled()]:
-                rows: Rows | UprightError
-                images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
-                start = time.perf_counter()
+                rows: Rows | Exception
+                start, count = time.perf_counter(), sum(len(job.images) for job in jobs)
                 try:
-                    rows = self.model(images)
-                except UprightError as error:
+                    rows = self.model(
+                        jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
+                    )
+                except Exception as error:  # whatever it is, this thread goes on, and who waits is told
                     rows = error
-                self.observe(len(images), time.perf_counter() - start)
+                self.observe(count, time.perf_counter() - start)
                 jobs[0].answer.get_loop().call_soon_threadsafe(_deliver, jobs, rows)
 
     def _next(self) -> list[Job]:
@@ -144,11 +144,11 @@ class Batcher(threading.Thread):
                 self._came.wait(soonest)
 
 
-def _deliver(jobs: list[Job], rows: Rows | UprightError) -> None:
+def _deliver(jobs: list[Job], rows: Rows | Exception) -> None:
     start = 0
     for job in jobs:
         if not job.answer.done():
-            if isinstance(rows, UprightError):
+            if isinstance(rows, Exception):
                 job.answer.set_exception(rows)
             else:
                 job.answer.set_result(rows[start : start + len(job.images)])

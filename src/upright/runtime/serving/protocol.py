@@ -69,6 +69,11 @@ class InferenceResponse(msgspec.Struct, omit_defaults=True):
     id: str | None = None
 
 
+def number(text: str) -> int:
+    """What digits say; -1 for anything else, and for more digits than any of our limits has."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
+
+
 def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceRequest, Pixels | list[bytes]]:
     """A request, and its images: ``(B, H, W, C)``, or encoded ones.
 
@@ -82,9 +87,9 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
     """
     end = len(body)
     if header is not None:
-        if not (header.isascii() and header.isdigit() and int(header) <= len(body)):
+        end = number(header)
+        if not 0 <= end <= len(body):
             raise UprightError(f"{HEADER} must be a number of bytes up to the body's {len(body)}, got '{header}'.")
-        end = int(header)
     try:
         request = msgspec.json.decode(memoryview(body)[:end], type=InferenceRequest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

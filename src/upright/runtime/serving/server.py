@@ -12,11 +12,13 @@ import math
 import socket
 import sys
 import time
+import warnings
 from types import FrameType
 from typing import Any
 
 import msgspec
 import uvicorn
+from PIL import Image
 
 from upright.errors import UprightError
 from upright.runtime.predictor import Predictor
@@ -128,6 +130,8 @@ def serve(
     config = uvicorn.Config(
         service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False
     )
+    # A picture over our own limit is reported by us.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -241,15 +241,15 @@ class Service:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     async def _classify(self, request: Request) -> Response:
-        top = request.query_params.get("top", "1")
-        classes = len(self.spec.classes)
-        if not (top.isascii() and top.isdigit() and 1 <= int(top) <= classes):
-            raise UprightError(f"top must be from 1 to {classes} (the number of classes), got '{top}'.")
+        asked, classes = request.query_params.get("top", "1"), len(self.spec.classes)
+        top = protocol.number(asked)
+        if not 1 <= top <= classes:
+            raise UprightError(f"top must be from 1 to {classes} (the number of classes), got '{asked}'.")
         async with self._taken(request) as body:
             images = await self._pictures(request, body)
             with self._places(len(images)):
                 rows = await self._decoded([data for _, data in images])
-            results = [self._result(name, row, int(top)) for (name, _), row in zip(images, rows, strict=True)]
+            results = [self._result(name, row, top) for (name, _), row in zip(images, rows, strict=True)]
             answer: dict[str, Any] = {"model": self.name, "version": self.version, "results": results}
             if all("error" in result for result in results):
                 answer["error"] = results[0]["error"]
