@@ -230,12 +230,12 @@ def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None
             served = [one["requests_per_s"] * count for one in seen]
             ratio = statistics.median(one / other for one, other in zip(served, alike, strict=True))
             more, again = batches()
+            each, alone_each = 1e6 * (spent() - cpu) / (more - images), statistics.median(one["cpu"] for one in bares)
             middle = {key: statistics.median(one[key] for one in seen) for key in ("p50", "p99", "client_cpu")}
             print(
                 f"| {kind} | {statistics.median(alike):,.0f} | {statistics.median(served):,.0f} | {ratio:.2f} | "
                 f"{(more - images) / (again - runs):.1f} | {middle['p50']:.1f} | {middle['p99']:.1f} | "
-                f"{statistics.median(one['cpu'] for one in bares):.0f} | {1e6 * (spent() - cpu) / (more - images):.0f} | "
-                f"{middle['client_cpu']:.2f} |",
+                f"{alone_each:.0f} | {each:.0f} | {middle['client_cpu']:.2f} |",
                 flush=True,
             )
     finally:
