@@ -60,7 +60,16 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["images", "runtime.bundle", "runtime.predictor", "runtime.infer", "runtime.verify", "cli"]
+    "module",
+    [
+        "images",
+        "runtime.bundle",
+        "runtime.predictor",
+        "runtime.infer",
+        "runtime.verify",
+        "runtime.serving.server",
+        "cli",
+    ],
 )
 def test_the_runtime_is_light(module: str) -> None:
     assert loaded_by(f"import upright.{module}") == set()
@@ -74,7 +83,7 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "sweep", "study")),
+        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "serve", "sweep", "study")),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
@@ -95,10 +104,17 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and "needs the package 'lightning': pip install 'upright[train]'" in done.stderr
 
 
-def test_the_extra_of_a_sweep_is_named(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['optuna'] = None; from upright.cli import main; sys.exit(main(['sweep', 'x']))"
+@pytest.mark.parametrize(
+    ("verb", "package", "extra"),
+    [
+        ("sweep", "optuna", "sweep"),
+        *(("serve", package, "serve") for package in ("msgspec", "prometheus_client", "starlette", "uvicorn")),
+    ],
+)
+def test_the_extra_of_a_verb_is_named(verb: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; from upright.cli import main; sys.exit(main(['{verb}', 'x']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "needs the package 'optuna': pip install 'upright[sweep]'" in done.stderr
+    assert done.returncode == 2 and f"needs the package '{package}': pip install 'upright[{extra}]'" in done.stderr
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

@@ -104,6 +104,38 @@ def _infer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Classify pictures over HTTP: POST /v1/classify, and the Open Inference Protocol (/v2). /docs describes both, "
+        "/metrics is for Prometheus. Keys, TLS and routing are the business of the proxy in front."
+    )
+    parser.add_argument("bundle", help="a folder that `upright export` made")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="which of the bundle's models; default: fp32",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="of one run of the model; as many as cores by default"
+    )
+    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help="images per run; default: 64")
+    parser.add_argument(
+        "--max-delay-ms", type=float, default=5, metavar="MS", help="how long an image waits for others; default: 5"
+    )
+    parser.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="images that may wait, others get a 429; default: 256"
+    )
+    parser.add_argument("--max-body-mb", type=float, default=16, metavar="MB", help="of a request; default: 16")
+    parser.add_argument("--max-pixels", type=int, default=16_000_000, metavar="N", help="of a picture; default: 16e6")
+    parser.add_argument(
+        "--timeout-s", type=float, default=30, metavar="S", help="from a request to its answer; default: 30"
+    )
+    parser.add_argument("--quiet", action="store_true", help="log no requests")
+
+
 def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("space", metavar="SPACE.yaml", help="what is searched; configs/sweeps/lenet_sweep.yaml is one")
     parser.add_argument(
@@ -147,6 +179,7 @@ VERBS = {
     "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
+    "serve": Verb("classify pictures over HTTP", _serve, "upright.runtime.serving.server:serve"),
     "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
@@ -210,7 +243,7 @@ def _run(arguments: list[str]) -> int:
     return int(_load(verb.function)(**options) or 0)
 
 
-EXTRAS = {"optuna": "sweep"}
+EXTRAS = {"optuna": "sweep", **dict.fromkeys(("msgspec", "prometheus_client", "starlette", "uvicorn"), "serve")}
 """Package -> the extra that brings it; all others come with ``train``."""
 
 

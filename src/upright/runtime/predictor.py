@@ -10,7 +10,7 @@ import onnxruntime
 from PIL import Image
 
 from upright.errors import UprightError
-from upright.images import Pixels, batches_of_one_size, decode
+from upright.images import MAX_PIXELS, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
 
 Probabilities = npt.NDArray[np.float32]
@@ -40,15 +40,16 @@ class Predictor:
     Args:
         bundle: the folder of a bundle, or one that is open.
         precision: which of its models; `Bundle.precisions` are there.
+        threads: how many one run may use; as many as there are cores by default.
 
     Raises:
         UprightError: if the bundle is damaged (see `Bundle.open`), or has no model of that precision.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, precision: str = "fp32") -> None:
+    def __init__(self, bundle: str | Path | Bundle, precision: str = "fp32", threads: int = 0) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec = self.bundle.spec
-        self.session = open_session(self.bundle.model(precision))
+        self.session = open_session(self.bundle.model(precision), threads)
 
     def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
         """The answer for one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
@@ -59,13 +60,13 @@ class Predictor:
         pixels = map(self.decode, images)
         return [self.answer(row) for row in self.probabilities(pixels, batch_size)]
 
-    def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Pixels:
+    def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike, max_pixels: int = MAX_PIXELS) -> Pixels:
         """See `images.decode`.
 
         Raises:
             UprightError: for what is no picture, and for one of another size, if the model takes one size alone.
         """
-        pixels = decode(image, self.spec)
+        pixels = decode(image, self.spec, max_pixels)
         _, *takes, _ = self.session.get_inputs()[0].shape
         if all(isinstance(n, int) for n in takes) and pixels.shape[:2] != tuple(takes):
             name = f"'{image}'" if isinstance(image, str | Path) else "The image"

@@ -1,0 +1,193 @@
+"""The Open Inference Protocol (KServe v2) over HTTP: what its JSON holds, and its binary extension.
+
+Source: https://github.com/kserve/open-inference-protocol (``inference_rest.md``, ``open_inference_rest.yaml``), and
+the binary tensor data extension, https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol.
+The protocol leaves open how encoded images look in JSON: here the elements of a BYTES tensor are base64 there.
+"""
+
+import binascii
+import math
+import struct
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from upright.errors import UprightError
+from upright.images import ImageSpec, Pixels
+from upright.runtime.serving.batching import Rows
+
+HEADER = "Inference-Header-Content-Length"
+"""Where the JSON of a request or an answer ends and its binary tensors begin, in bytes."""
+INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
+
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class InputTensor(msgspec.Struct):
+    """``data`` is absent if ``parameters["binary_data_size"]`` says how many bytes follow the JSON."""
+
+    name: str
+    shape: list[Size]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class RequestedOutput(msgspec.Struct):
+    """``parameters["binary_data"]``: after the JSON."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferenceRequest(msgspec.Struct):
+    """``parameters["binary_data_output"]``: all outputs after the JSON."""
+
+    inputs: list[InputTensor]
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    outputs: list[RequestedOutput] = []
+
+
+class OutputTensor(msgspec.Struct, omit_defaults=True):
+    """One of an answer's."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+class InferenceResponse(msgspec.Struct, omit_defaults=True):
+    """An answer."""
+
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensor]
+    id: str | None = None
+
+
+def number(text: str) -> int:
+    """What digits say; -1 for anything else, and for more digits than any of our limits has."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
+
+
+def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceRequest, Pixels | list[bytes]]:
+    """A request, and its images: ``(B, H, W, C)``, or encoded ones.
+
+    Args:
+        body: of the request.
+        header: what `HEADER` says, if it is there.
+        channels: that the model takes.
+
+    Raises:
+        UprightError: for what is no such request, or asks for what is not served.
+    """
+    end = len(body)
+    if header is not None:
+        end = number(header)
+        if not 0 <= end <= len(body):
+            raise UprightError(f"{HEADER} must be a number of bytes up to the body's {len(body)}, got '{header}'.")
+    try:
+        request = msgspec.json.decode(memoryview(body)[:end], type=InferenceRequest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UprightError(f"The body is no inference request: {error}.") from None
+    for output in request.outputs:
+        if output.name not in (PROBABILITIES, LABELS):
+            raise UprightError(f"There is no output '{output.name}'; outputs: {PROBABILITIES}, {LABELS}.")
+    if [tensor.name for tensor in request.inputs] != [INPUT]:
+        given = ", ".join(f"'{tensor.name}'" for tensor in request.inputs) or "none"
+        raise UprightError(f"One input is needed, '{INPUT}'; got {given}.")
+    (tensor,) = request.inputs
+    rest, binary = memoryview(body)[end:], tensor.parameters.get("binary_data_size")
+    if (binary is None) == (tensor.data is None) or len(rest) != (binary or 0):
+        raise UprightError(
+            f"An input holds its elements in 'data', or parameters.binary_data_size bytes of them follow the JSON "
+            f"({HEADER} says where it ends); this one says {binary}, and {len(rest)} follow."
+        )
+    data = rest if tensor.data is None else tensor.data
+    if tensor.datatype == "UINT8":
+        return request, _pixels(tensor.shape, data, channels)
+    if tensor.datatype == "BYTES":
+        return request, _encoded(tensor.shape, data)
+    raise UprightError(
+        f"Input '{INPUT}' must be UINT8 (pixels, [B, H, W, {channels}]) or BYTES (encoded images, [B]); "
+        f"got {tensor.datatype}."
+    )
+
+
+def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pixels:
+    if len(shape) != 4 or min(shape) < 1 or shape[3] != channels:
+        raise UprightError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
+    try:
+        values = np.array(data) if isinstance(data, list) else np.frombuffer(data, np.uint8)
+    except ValueError as error:
+        raise UprightError(f"The elements of '{INPUT}' make no tensor: {' '.join(str(error).split())}.") from None
+    if values.size != math.prod(shape):
+        raise UprightError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
+    if values.dtype != np.uint8 and not (values.dtype.kind == "i" and 0 <= values.min() <= values.max() <= 255):
+        raise UprightError(f"The elements of '{INPUT}' must be integers from 0 to 255.")
+    return values.astype(np.uint8, copy=False).reshape(shape)
+
+
+def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
+    if len(shape) != 1 or shape[0] < 1:
+        raise UprightError(f"A BYTES input must have the shape [B], got {shape}.")
+    if isinstance(data, list):
+        try:
+            images = [binascii.a2b_base64(text, strict_mode=True) for text in msgspec.convert(data, list[str])]
+        except (ValueError, msgspec.ValidationError) as error:
+            raise UprightError(f"The elements of '{INPUT}' must be images in base64: {error}.") from None
+    else:
+        images, start = [], 0
+        while start + 4 <= len(data):
+            (size,) = struct.unpack_from("<I", data, start)
+            images.append(bytes(data[start + 4 : start + 4 + size]))
+            start += 4 + size
+        if start != len(data):
+            raise UprightError("Each element of a BYTES tensor is its length (4 bytes, little endian), then its bytes.")
+    if len(images) != shape[0]:
+        raise UprightError(f"The shape {shape} needs {shape[0]} elements, got {len(images)}.")
+    return images
+
+
+def write(request: InferenceRequest, rows: Rows, spec: ImageSpec, name: str, version: str) -> tuple[bytes, int | None]:
+    """The body of the answer, and where its JSON ends if anything follows it."""
+    outputs, tail = [], []
+    all_binary = request.parameters.get("binary_data_output") is True
+    for wanted in request.outputs or [RequestedOutput(PROBABILITIES), RequestedOutput(LABELS)]:
+        if wanted.name == PROBABILITIES:
+            output, packed = OutputTensor(PROBABILITIES, list(rows.shape), "FP32"), rows.astype("<f4").tobytes()
+            values: list[Any] = rows.ravel().tolist()
+        else:
+            values = [spec.classes[best] for best in rows.argmax(axis=1)]
+            output, packed = OutputTensor(LABELS, [len(rows)], "BYTES"), b"".join(map(_packed, values))
+        if wanted.parameters.get("binary_data", all_binary) is True:
+            output.parameters = {"binary_data_size": len(packed)}
+            tail.append(packed)
+        else:
+            output.data = values
+        outputs.append(output)
+    json = msgspec.json.encode(InferenceResponse(name, version, outputs, request.id))
+    return b"".join([json, *tail]), len(json) if tail else None
+
+
+def _packed(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<I", len(encoded)) + encoded
+
+
+def metadata(spec: ImageSpec, name: str, version: str) -> dict[str, Any]:
+    """Of the model, as the protocol wants it."""
+    return {
+        "name": name,
+        "versions": [version],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, -1, -1, spec.channels]}],
+        "outputs": [
+            {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(spec.classes)]},
+            {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
+        ],
+    }

@@ -1,0 +1,596 @@
+"""`upright serve` as its users meet it: a process of its own, spoken to over sockets."""
+
+import asyncio
+import base64
+import io
+import json
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Upright
+from upright.errors import UprightError
+from upright.images import Pixels
+from upright.runtime.predictor import Predictor
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Running(NamedTuple):
+    process: "subprocess.Popen[str]"
+    port: int
+    version: str
+    lines: list[dict[str, Any]]
+    """What it logged so far."""
+
+    def connect(self) -> HTTPConnection:
+        return HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Reply:
+        connection = self.connect()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, named)
+        reply = connection.getresponse()
+        found = Reply(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
+        connection.close()
+        return found
+
+    def classify(self, body: bytes, query: str = "", **headers: str) -> Reply:
+        return self.ask("POST", f"/v1/classify{query}", body, **headers)
+
+    def infer(self, content: Any, **headers: str) -> Reply:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return self.ask("POST", "/v2/models/small/infer", body, **headers)
+
+    def metric(self, name: str) -> float:
+        lines = self.ask("GET", "/metrics").body.decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@contextmanager
+def serving(bundle: Path, *options: object) -> Iterator[Running]:
+    command = [sys.executable, "-m", "upright", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines: list[dict[str, Any]] = []
+    try:
+        lines.append(json.loads(process.stdout.readline()))
+        port = int(lines[0]["address"].rpartition(":")[2])
+
+        def read() -> None:
+            assert process.stdout is not None
+            lines.extend(json.loads(line) for line in process.stdout)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        running = Running(process, port, lines[0]["version"], lines)
+        yield running
+        if process.poll() is None:
+            assert running.stop() == 0
+        reader.join()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(trained: Path) -> Iterator[Running]:
+    with serving(trained / "export/small") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Path) -> Predictor:
+    return Predictor(trained / "export/small")
+
+
+@pytest.fixture(scope="module")
+def samples(trained: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((trained / "export/small/samples").glob("*.png"))]
+
+
+def png(pixels: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def noise(height: int, width: int, seed: int) -> bytes:
+    return png(np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8))
+
+
+def multipart(parts: dict[str, bytes]) -> tuple[bytes, str]:
+    body = b"".join(
+        f'--edge\r\nContent-Disposition: form-data; name="p"; filename="{name}"\r\n\r\n'.encode() + part + b"\r\n"
+        for name, part in parts.items()
+    )
+    return body + b"--edge--\r\n", "multipart/form-data; boundary=edge"
+
+
+def is_answer(result: dict[str, Any], picture: bytes, predictor: Predictor) -> bool:
+    expected = predictor(picture)
+    return result["label"] == expected.label and abs(result["probability"] - expected.probability) < 1e-5
+
+
+# What is answered.
+
+
+def test_one_picture_is_answered_as_by_the_predictor(
+    server: Running, predictor: Predictor, samples: list[bytes]
+) -> None:
+    for sample in samples:
+        reply = server.classify(sample, "?top=3")
+        assert reply.status == 200 and reply.headers["content-type"] == "application/json"
+        (result,) = reply.json["results"]
+        assert (reply.json["model"], reply.json["version"]) == ("small", server.version)
+        assert is_answer(result, sample, predictor)
+        expected = predictor(sample).top(3)
+        assert [entry["label"] for entry in result["top"]] == [label for label, _ in expected]
+        assert [entry["probability"] for entry in result["top"]] == pytest.approx([p for _, p in expected], abs=1e-5)
+    assert "top" not in server.classify(samples[0]).json["results"][0]
+
+
+def test_each_of_many_pictures_has_its_own_result(server: Running, predictor: Predictor, samples: list[bytes]) -> None:
+    body, kind = multipart(
+        {"a.png": samples[0], "text.png": b"hello", "big.png": noise(40, 30, 0), "b.png": samples[1]}
+    )
+    reply = server.classify(body, Content_Type=kind)
+    assert reply.status == 200 and "error" not in reply.json
+    first, bad, other, last = reply.json["results"]
+    assert [first["name"], bad["name"], last["name"]] == ["a.png", "text.png", "b.png"]
+    assert bad == {"name": "text.png", "error": "The image is not a picture that Pillow can read."}
+    for result, picture in ((first, samples[0]), (other, noise(40, 30, 0)), (last, samples[1])):
+        assert is_answer(result, picture, predictor)
+
+
+def test_no_picture_at_all_is_an_error(server: Running) -> None:
+    reply = server.classify(b"hello")
+    assert reply.status == 422 and reply.json["error"] == "The image is not a picture that Pillow can read."
+    body, kind = multipart({"a": b"x", "b": b"y"})
+    reply = server.classify(body, Content_Type=kind)
+    assert reply.status == 422 and len(reply.json["results"]) == 2
+
+
+def test_what_many_ask_at_once_is_not_mixed_up(server: Running, predictor: Predictor) -> None:
+    shapes = [(8, 8), (8, 9), (31, 17)]
+    pictures = [noise(*shapes[seed % 3], seed) for seed in range(96)]
+    before = server.metric("upright_batch_images_count"), server.metric("upright_batch_images_sum")
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(server.classify, pictures))
+    for picture, reply in zip(pictures, replies, strict=True):
+        assert reply.status == 200 and is_answer(reply.json["results"][0], picture, predictor)
+    runs = server.metric("upright_batch_images_count") - before[0]
+    assert server.metric("upright_batch_images_sum") - before[1] == 96 and runs < 96
+
+
+# The Open Inference Protocol; what must be there is its text.
+
+
+def test_health_and_metadata_are_the_protocols(server: Running) -> None:
+    assert server.ask("GET", "/v2/health/live").json["live"] is True
+    assert server.ask("GET", "/v2/health/ready").status == 200
+    for path in ("/v2", "/v2/"):
+        told = server.ask("GET", path).json
+        assert set(told) == {"name", "version", "extensions"} and told["extensions"] == ["binary_tensor_data"]
+    for path in ("/v2/models/small", f"/v2/models/small/versions/{server.version}"):
+        assert server.ask("GET", f"{path}/ready").json == {"name": "small", "ready": True}
+        assert server.ask("GET", path).json == {
+            "name": "small",
+            "versions": [server.version],
+            "platform": "onnxruntime_onnx",
+            "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 1]}],
+            "outputs": [
+                {"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]},
+                {"name": "labels", "datatype": "BYTES", "shape": [-1]},
+            ],
+        }
+    for path in ("/v2/models/other", "/v2/models/small/versions/1", "/v2/models/other/ready", "/nothing"):
+        reply = server.ask("GET", path)
+        assert reply.status == 404 and set(reply.json) == {"error"}
+
+
+def packed(elements: list[bytes]) -> bytes:
+    return b"".join(len(element).to_bytes(4, "little") + element for element in elements)
+
+
+def test_infer_takes_pixels_and_pictures_in_json_and_in_binary(
+    server: Running, predictor: Predictor, samples: list[bytes]
+) -> None:
+    pixels = np.stack([predictor.decode(sample) for sample in samples])
+    expected = np.stack(list(predictor.probabilities(pixels)))
+    labels = [predictor.answer(row).label for row in expected]
+    shape = list(pixels.shape)
+    encoded = {"name": "images", "shape": [len(samples)], "datatype": "BYTES"}
+    inputs = [
+        {"name": "images", "shape": shape, "datatype": "UINT8", "data": pixels.ravel().tolist()},
+        {"name": "images", "shape": shape, "datatype": "UINT8", "data": pixels.tolist()},
+        encoded | {"data": [base64.b64encode(sample).decode() for sample in samples]},
+    ]
+    for tensor in inputs:
+        reply = server.infer({"id": "42", "inputs": [tensor]})
+        told = reply.json
+        assert reply.status == 200 and (told["id"], told["model_name"]) == ("42", "small")
+        assert told["model_version"] == server.version
+        first, second = told["outputs"]
+        assert (first["name"], first["datatype"], first["shape"]) == ("probabilities", "FP32", [len(samples), 10])
+        assert np.array(first["data"]) == pytest.approx(expected.ravel(), abs=1e-5)
+        assert second == {"name": "labels", "datatype": "BYTES", "shape": [len(samples)], "data": labels}
+    for tensor, data in ((inputs[0] | {"data": None}, pixels.tobytes()), (encoded, packed(samples))):
+        tensor = {key: value for key, value in tensor.items() if value is not None}
+        tensor["parameters"] = {"binary_data_size": len(data)}
+        outputs = [{"name": "labels"}, {"name": "probabilities", "parameters": {"binary_data": True}}]
+        head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+        reply = server.infer(head + data, Inference_Header_Content_Length=str(len(head)))
+        end = int(reply.headers["inference-header-content-length"])
+        first, second = json.loads(reply.body[:end])["outputs"]
+        assert first["data"] == labels and second["parameters"] == {"binary_data_size": expected.nbytes}
+        assert np.frombuffer(reply.body[end:], np.float32) == pytest.approx(expected.ravel(), abs=1e-5)
+    reply = server.infer({"inputs": [inputs[0]], "parameters": {"binary_data_output": True}})
+    end = int(reply.headers["inference-header-content-length"])
+    assert reply.body[end + expected.nbytes :] == packed([label.encode() for label in labels])
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": "images", "shape": [1, 2, 2, 1], "datatype": "UINT8", "data": [0] * 4} | changes]}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"{", "The body is no inference request: "),
+        ({"inputs": []}, "One input is needed, 'images'; got none."),
+        (tensor(name="x"), "One input is needed, 'images'; got 'x'."),
+        (tensor() | {"outputs": [{"name": "theta"}]}, "no output 'theta'; outputs: probabilities, labels."),
+        (tensor(datatype="FP32"), "must be UINT8 (pixels, [B, H, W, 1]) or BYTES (encoded images, [B]); got FP32."),
+        (tensor(shape=[1, 2, 2, 3]), "must have the shape [B, H, W, 1], got [1, 2, 2, 3]."),
+        (tensor(shape=[0, 2, 2, 1]), "must have the shape [B, H, W, 1]"),
+        (tensor(shape=[1, 2, 3, 1]), "The shape [1, 2, 3, 1] needs 6 elements, got 4."),
+        (tensor(data=[0, 0, 0, 256]), "must be integers from 0 to 255."),
+        (tensor(data=[0, 0, 0, 0.5]), "must be integers from 0 to 255."),
+        (tensor(data=[[0, 0], [0]]), "make no tensor"),
+        (tensor(data=None, parameters={"binary_data_size": 9}), "this one says 9, and 0 follow."),
+        (tensor(datatype="BYTES", shape=[1], data=["?"]), "must be images in base64"),
+        (tensor(datatype="BYTES", shape=[1], data=[7]), "must be images in base64: Expected `str`, got `int`"),
+        (tensor(datatype="BYTES", shape=[2], data=["aGVsbG8="]), "The shape [2] needs 2 elements, got 1."),
+        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not a picture"),
+    ],
+)
+def test_what_the_protocol_does_not_allow_is_one_line(server: Running, content: Any, text: str) -> None:
+    reply = server.infer(content)
+    assert reply.status == 400 and set(reply.json) == {"error"}
+    assert text in reply.json["error"] and "\n" not in reply.json["error"]
+
+
+def test_any_bytes_are_a_request_or_an_error_of_ours() -> None:
+    from upright.runtime.serving.protocol import read
+
+    body = json.dumps(tensor() | {"id": "1", "outputs": [{"name": "labels"}]}).encode()
+    draw = random.Random(0)
+    outcomes = Counter[str]()
+    for _ in range(20_000):
+        changed = bytearray(body)
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(changed))
+            changed[at : at + draw.randint(0, 3)] = bytes(
+                draw.choices(b'[]{}",:-09eE.\\u\x00\xff', k=draw.randint(0, 3))
+            )
+        header = draw.choice([None, None, str(draw.randint(0, 300)), "-1", "x"])
+        try:
+            read(bytes(changed), header, 1)
+            outcomes["read"] += 1
+        except UprightError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100 and len(outcomes) == 2
+
+
+# What is told.
+
+
+def test_metrics_and_logs_count_every_request(trained: Path, samples: list[bytes]) -> None:
+    with serving(trained / "export/small") as running:
+        running.classify(samples[0])
+        running.classify(b"hello")
+        text = running.ask("GET", "/metrics").body.decode()
+        assert 'upright_requests_total{route="/v1/classify",status="200"} 1.0' in text
+        assert 'upright_requests_total{route="/v1/classify",status="422"} 1.0' in text
+        assert 'upright_images_total{outcome="bad"} 1.0' in text and "upright_waiting_images 0.0" in text
+        assert "process_resident_memory_bytes" in text
+    logged = [line for line in running.lines if line.get("path") == "/v1/classify"]
+    assert [line["status"] for line in logged] == [200, 422]
+    assert set(logged[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client"}
+    assert [running.lines[0]["message"], running.lines[-1]["message"]] == ["serving", "stopped"]
+
+
+def test_quiet_logs_no_requests(trained: Path, samples: list[bytes]) -> None:
+    with serving(trained / "export/small", "--quiet") as running:
+        running.classify(samples[0])
+    assert [line["message"] for line in running.lines] == ["serving", "stopping", "stopped"]
+
+
+def test_the_description_is_whole(server: Running) -> None:
+    told = server.ask("GET", "/openapi.json").json
+    schemas = told["components"]["schemas"]
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from [node["$ref"]] if "$ref" in node else []
+        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from references(inner)
+
+    assert {reference.rpartition("/")[2] for reference in references(told)} <= set(schemas)
+    for path, operations in told["paths"].items():
+        for method in operations:
+            assert server.ask(method.upper(), path, b"" if method == "post" else None).status != 404, path
+    page = server.ask("GET", "/docs").body.decode()
+    assert all(path in page for path in told["paths"]) and "//" not in page.replace("<!doctype", "")
+
+
+# Limits.
+
+
+@pytest.fixture(scope="module")
+def narrow(trained: Path) -> Iterator[Running]:
+    limits = ["--max-queue", 4, "--max-body-mb", 0.5, "--max-pixels", 400_000, "--timeout-s", 2, "--max-batch", 2]
+    with serving(trained / "export/small", *limits) as running:
+        yield running
+
+
+def test_limits_are_named(narrow: Running, samples: list[bytes]) -> None:
+    reply = narrow.classify(bytes(600_000))
+    assert reply.status == 413 and reply.json["error"] == "The body has 600000 bytes, at most 500000 are taken."
+    connection = narrow.connect()
+    connection.request("POST", "/v1/classify", iter([bytes(300_000)] * 2), encode_chunked=True)
+    reply = connection.getresponse()
+    assert reply.status == 413 and "more than 500000 bytes" in json.loads(reply.read())["error"]
+    connection.close()
+    reply = narrow.classify(png(np.zeros((600, 700), np.uint8)))
+    assert reply.status == 422 and "700x600 pixels are more than the limit of 400000" in reply.json["error"]
+    body, kind = multipart({str(number): samples[0] for number in range(5)})
+    reply = narrow.classify(body, Content_Type=kind)
+    assert reply.status == 400 and "Maximum number of files is 4" in reply.json["error"]
+    reply = narrow.infer(tensor(shape=[5, 1, 1, 1], data=[0] * 5))
+    assert reply.status == 413 and reply.json["error"] == "A request may hold up to 4 images, got 5."
+    assert narrow.classify(samples[0], f"?top={'9' * 5000}").status == 400
+    reply = narrow.classify(samples[0], "?top=11")
+    assert reply.status == 400 and reply.json["error"] == "top must be from 1 to 10 (the number of classes), got '11'."
+    assert narrow.infer(tensor(shape=[3, 2, 2, 1], data=[0] * 12)).status == 200  # more than a batch
+
+
+def test_who_does_not_fit_into_the_queue_is_told_so_at_once(narrow: Running, predictor: Predictor) -> None:
+    pictures = [noise(500, 700, seed) for seed in range(4)]
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(lambda n: narrow.classify(pictures[n % 4]), range(96)))
+    statuses = Counter(reply.status for reply in replies)
+    assert set(statuses) == {200, 429}
+    for number, reply in enumerate(replies):
+        if reply.status == 200:
+            assert is_answer(reply.json["results"][0], pictures[number % 4], predictor)
+        else:
+            assert reply.headers["retry-after"] == "1" and "try again later" in reply.json["error"]
+    assert narrow.metric("upright_waiting_images") == 0
+
+
+def test_slow_and_broken_clients_disturb_nobody(narrow: Running, samples: list[bytes]) -> None:
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n"
+    slow = [socket.create_connection(("127.0.0.1", narrow.port)) for _ in range(20)]
+    for connection in slow:
+        connection.sendall(head + b"\x89PNG")
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", narrow.port)) as gone:
+            gone.sendall(head + b"\x89")
+        with socket.create_connection(("127.0.0.1", narrow.port)) as gone:
+            gone.sendall(head.replace(b"400", str(len(samples[0])).encode()) + samples[0])
+        with socket.create_connection(("127.0.0.1", narrow.port)) as gone:
+            gone.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+        assert narrow.classify(samples[0]).status == 200
+    for connection in slow:
+        connection.settimeout(30)
+        told = connection.makefile("rb").read()
+        assert told.startswith(b"HTTP/1.1 408") and b'{"error":"The body did not come within 2 s."}' in told
+        connection.close()
+    assert narrow.metric("upright_waiting_images") == 0
+
+
+async def asked(service: Any, path: str, body: bytes) -> Reply:
+    """A request without a socket, for what cannot be timed with one."""
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": [], "server": ("x", 80), "client": None, "scheme": "http"}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with suppress(MemoryError):  # the server that runs it logs it
+        await service.app()(scope, receive, send)
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return Reply(sent[0]["status"], headers, sent[1]["body"])
+
+
+def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
+    from upright.runtime.serving.service import Limits, Service
+
+    async def scenario() -> None:
+        service = Service(predictor, Limits(timeout=0.5, max_queue=2, max_batch=1))
+        service.batcher.start()
+        model, slow = service.batcher.model, threading.Event()
+
+        def waits(images: Pixels) -> Any:
+            slow.wait(20)
+            return model(images)
+
+        service.batcher.model = waits
+        replies = await asyncio.gather(*(asked(service, "/v1/classify", samples[0]) for _ in range(3)))
+        assert [reply.status for reply in replies] == [503, 503, 429]
+        assert replies[0].json["error"] == "There was no answer within 0.5 s; try again later."
+        assert replies[2].json["error"] == "2 images are waiting, at most 2 may; try again later."
+        slow.set()
+
+        def fails(images: Pixels) -> Any:
+            raise MemoryError
+
+        service.batcher.model = fails
+        reply = await asked(service, "/v1/classify", samples[0])
+        assert reply.status == 500 and reply.json["error"] == "The server failed; its log says why."
+        service.batcher.model = model
+        reply = await asked(service, "/v1/classify", samples[0])
+        assert reply.status == 200 and is_answer(reply.json["results"][0], samples[0], predictor)
+        assert service.waiting == service.held == 0
+        service.decoders.shutdown()
+        service.batcher.close()
+
+    asyncio.run(scenario())
+
+
+# Stopping.
+
+
+def test_a_bundle_that_is_deleted_is_served_on(bundle: Path, predictor: Predictor, samples: list[bytes]) -> None:
+    with serving(bundle) as running:
+        shutil.rmtree(bundle)
+        assert is_answer(running.classify(samples[0]).json["results"][0], samples[0], predictor)
+        assert running.ask("GET", "/v2/models/small/ready").status == 200
+
+
+def clients(
+    running: Running, pictures: list[bytes], count: int, more: Callable[[], bool]
+) -> tuple[list[tuple[int, Reply, float]], list[str]]:
+    """Connections that ask until they are told to close; what each was answered in how many seconds, and what not."""
+    answers: list[tuple[int, Reply, float]] = []
+    lost: list[str] = []
+
+    def work(number: int) -> None:
+        connection = running.connect()
+        while more():
+            number = (number + 7) % len(pictures)
+            start = time.monotonic()
+            try:
+                connection.request("POST", "/v1/classify", pictures[number])
+                reply = connection.getresponse()
+                body = reply.read()
+            except OSError as error:
+                lost.append(repr(error))
+                return
+            headers = {name.lower(): value for name, value in reply.getheaders()}
+            answers.append((number, Reply(reply.status, headers, body), time.monotonic() - start))
+            if headers.get("connection") == "close":
+                break
+        connection.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers, lost
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_under_load_loses_nothing(trained: Path, predictor: Predictor, sent: signal.Signals) -> None:
+    pictures = [noise(100 + seed % 3, 100, seed) for seed in range(12)]
+    expected = [predictor(picture) for picture in pictures]
+    with serving(trained / "export/small") as running:
+        told: list[Reply] = []
+
+        def stop() -> None:
+            time.sleep(1)
+            running.process.send_signal(sent)
+            while not told or told[-1].status == 200:
+                told.append(running.ask("GET", "/v2/health/ready"))
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        answers, lost = clients(running, pictures, 16, lambda: True)
+        stopper.join()
+        assert running.process.wait(60) == 0
+    assert told[-1].status == 503 and told[-1].json == {"live": True, "ready": False}
+    assert lost == [] and {reply.status for _, reply, _ in answers} <= {200, 503}
+    good = [(number, reply.json["results"][0]) for number, reply, _ in answers if reply.status == 200]
+    assert len(good) > 16
+    for number, result in good:
+        assert result["label"] == expected[number].label
+        assert result["probability"] == pytest.approx(expected[number].probability, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_minute_of_ten_times_too_much(trained: Path, predictor: Predictor, tmp_path: Path) -> None:
+    pictures = [noise(200 + seed % 3, 300, seed) for seed in range(30)]
+    expected = [predictor(picture) for picture in pictures]
+
+    def right(answers: list[tuple[int, Reply, float]]) -> list[float]:
+        """Seconds of the accepted ones."""
+        taken = [(number, reply, seconds) for number, reply, seconds in answers if reply.status == 200]
+        for number, reply, _ in taken:
+            (result,) = reply.json["results"]
+            assert result["label"] == expected[number].label
+            assert result["probability"] == pytest.approx(expected[number].probability, abs=1e-5)
+        return [seconds for _, _, seconds in taken]
+
+    def during(seconds: float) -> Callable[[], bool]:
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() < end
+
+    with serving(trained / "export/small", "--max-queue", 16, "--quiet") as running:
+        before = len(right(clients(running, pictures, 8, during(10))[0])) / 10
+        memory = []
+        clients(running, pictures, 160, during(5))
+        memory.append(running.metric("process_resident_memory_bytes"))
+        answers, lost = clients(running, pictures, 160, during(60))
+        memory.append(running.metric("process_resident_memory_bytes"))
+        statuses = Counter(reply.status for _, reply, _ in answers)
+        seconds = right(answers)
+        after = len(right(clients(running, pictures, 8, during(10))[0])) / 10
+    print(f"{before:.0f}/s before, {after:.0f}/s after; {statuses}; slowest {max(seconds):.2f} s; memory {memory}")
+    assert lost == [] and set(statuses) <= {200, 429, 503} and statuses[429] > 0 and statuses[200] > 0
+    assert memory[1] < 1.2 * memory[0]
+    assert after > 0.5 * before
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--max-batch", "0"], "--max-batch must be at least 1, got 0."),
+        (["--timeout-s", "0"], "--timeout-s must be above 0"),
+        (["--host", "nowhere.invalid"], "Cannot listen at nowhere.invalid, port 8000: "),
+        (["--port", "70000"], "Cannot listen at 127.0.0.1, port 70000: "),
+        (["--precision", "int8"], "not int8"),
+    ],
+)
+def test_bad_options_are_one_line(upright: Upright, bundle: Path, options: list[str], text: str) -> None:
+    answer = upright("serve", bundle, *options)
+    assert answer.code == 2 and text in answer.err and len(answer.err.splitlines()) == 1
