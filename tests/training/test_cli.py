@@ -458,6 +458,18 @@ def test_an_explanation_is_one_line_whatever_comes() -> None:
     assert "\n" not in explain("something\nnobody foresaw\n  in three lines")
 
 
+def test_a_run_goes_on_where_it_is(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    for epochs, what in ((2, "checkpoints/lenet/last.ckpt"), (3, "checkpoints/lenet")):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        answer = upright("fit", "--ckpt_path", f"../{what}", *QUICK[2:], "--trainer.max_epochs", epochs)
+        assert answer.code == 0 and f"Run:  {tmp_path}/checkpoints/lenet" in answer.out, answer.err
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+        rows = (tmp_path / "checkpoints/lenet/metrics.csv").read_text().splitlines()
+        assert len(rows) == 1 + epochs
+
+
 @pytest.mark.slow
 def test_a_compiled_model_leaves_the_same_checkpoint(upright: Upright, tmp_path: Path) -> None:
     assert upright("fit", "--config", STN, *QUICK, "--compile", "--name", "compiled").code == 0

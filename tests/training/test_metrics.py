@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from upright.training.metrics import stage_metrics, write_tables
+from upright.training.metrics import Means, stage_metrics, write_tables
 
 
 def update(metrics: object, preds: torch.Tensor, target: torch.Tensor, loss: float = 1.0) -> None:
@@ -74,3 +74,15 @@ def test_tables(tmp_path: Path) -> None:
     expected = precision_recall_fscore_support(target, preds.argmax(1), labels=range(6), zero_division=0)
     for ours, theirs in zip(zip(*(row[1:] for row in rows), strict=True), expected, strict=True):
         assert [float(cell) for cell in ours] == pytest.approx(theirs.tolist(), abs=1e-6)
+
+
+def test_means_are_weighted_and_of_one_epoch() -> None:
+    means = Means()
+    means.add("loss", torch.tensor(1.0), 3)
+    means.add("loss", torch.tensor(5.0), 1)
+    other = Means()
+    other.load_state_dict(means.state_dict())
+    assert means.take() == other.take() == {"loss": torch.tensor(2.0)}
+    means.add("loss", torch.tensor(4.0), 2)
+    assert means.take() == {"loss": torch.tensor(4.0)}
+    assert means.take() == {}

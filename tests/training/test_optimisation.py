@@ -268,6 +268,33 @@ def test_the_end_of_a_run_is_a_table(upright: Upright, tmp_path: Path) -> None:
     assert float(row["images_per_second"]) == pytest.approx(4 * 64 / float(row["seconds"]), rel=0.01)
     best, minutes, run, following = answer.out.splitlines()[-4:]
     assert re.fullmatch(r"Best: epoch [12] of 2  val/accuracy 0\.\d+  val/loss \d\.\d+  val/uprightness \d\.\d+", best)
-    assert re.fullmatch(r"Time: \d\.\d minutes, [\d,]+ images per second", minutes)
+    assert re.fullmatch(r"Time: (\d+ seconds|\d+\.\d minutes), [\d,]+ images per second", minutes)
     assert run == "Run:  checkpoints/stn_lenet"
     assert following == "Next: upright test --ckpt_path checkpoints/stn_lenet/best.ckpt"
+
+
+def test_an_epochs_row_has_its_own_figures_alone(upright: Upright, tmp_path: Path) -> None:
+    options = ("--log_grad_norm", "--trainer.max_epochs", 3, "--trainer.check_val_every_n_epoch", 2)
+    answer = upright("fit", "--config", STN, *QUICK, *options)
+    found = rows(tmp_path / "checkpoints/stn_lenet")
+    assert [bool(row["val/loss"]) for row in found] == [False, True, False]
+    norms = [(float(row["grad_norm/mean"]), float(row["grad_norm/max"])) for row in found]
+    assert all(0 < mean <= most for mean, most in norms) and len(set(norms)) == 3
+    assert len(re.findall(r"^epoch [123]/3 .*val/loss", answer.out, flags=re.M)) == 1
+    run = tmp_path / "checkpoints/stn_lenet"
+    best, last = (torch.load(run / f"{name}.ckpt", weights_only=True)["upright"]["metrics"] for name in ("best", "last"))
+    assert best and all(name.startswith("val/") for name in best) and last == {}
+
+
+def test_steps_may_be_counted_in_place_of_epochs(upright: Upright, tmp_path: Path) -> None:
+    steps = ("--wandb", "off", "--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--trainer.limit_train_batches", 2)
+    answer = upright("fit", "--config", LENET, *steps)
+    assert answer.code == 0 and "epoch 1/2 " in answer.out and "epoch 2/2 " in answer.out
+    assert [row["step"] for row in rows(tmp_path / "checkpoints/lenet")] == ["2", "3"]
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_a_run_without_validation_says_so(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("fit", "--config", LENET, *QUICK, "--trainer.limit_val_batches", 0)
+    assert answer.code == 0 and "Best: not known, for nothing was validated; there is last.ckpt" in answer.out
+    assert "upright test --ckpt_path checkpoints/lenet/last.ckpt" in answer.out

@@ -142,6 +142,11 @@ SERIES = {
         ("--save_every_n_steps", 2, "--trainer.accumulate_grad_batches", 3),
         ["step:9", "step:3", "write:2", "validation:1"],
     ),
+    "validation by batches": (
+        CONFIG,
+        ("--save_every_n_steps", 7, "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", 7),
+        ["validation_start:1", "step:8"],
+    ),
     "averages": (AVERAGED, ("--save_every_n_steps", 5), ["step:13", "validation:4", "write:2", "rename:2"]),
     "workers": (CONFIG, ("--save_every_n_steps", 2, "--no-cache", "--data.num_workers", 2), ["step:4", "validation:1"]),
     "another file system": (CONFIG, ("--save_every_n_steps", 4), ["write:2", "rename:3", "step:7"]),

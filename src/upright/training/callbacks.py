@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from upright.data.datamodule import ImageDataModule
@@ -22,7 +21,7 @@ from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
 from upright.training.interruption import is_whole_step
-from upright.training.metrics import BRIEF
+from upright.training.metrics import BRIEF, Means
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -80,13 +79,19 @@ class RunRecord(Callback):
 
     def __init__(self, run: dict[str, Any]) -> None:
         self.run = run
+        self._validated = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of these weights the metrics are."""
+        self._validated = trainer.global_step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """See `checkpoint.contents`."""
         assert isinstance(pl_module, ImageClassifier)
         data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
         # What it was chosen by; a training metric may be of the epoch before.
-        metrics = {name: value for name, value in _scalars(trainer).items() if name.startswith("val/")}
+        known = _scalars(trainer) if self._validated == trainer.global_step else {}
+        metrics = {name: value for name, value in known.items() if name.startswith("val/")}
         checkpoint[KEY] = contents(pl_module, data, self.run, metrics)
 
 
@@ -108,6 +113,11 @@ class MetricsFile(Callback):
     def __init__(self, path: Path, *, lines: bool = False) -> None:
         self.path, self.lines = path, lines
         self._started, self._images = time.monotonic(), 0
+        self._validated = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """This epoch's row has metrics of its own."""
+        self._validated = trainer.current_epoch
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -125,7 +135,11 @@ class MetricsFile(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the row."""
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row |= {name: f"{value:.6g}" for name, value in _scalars(trainer).items()}
+        found = _scalars(trainer)
+        if self._validated != trainer.current_epoch:
+            # Lightning keeps those of an earlier epoch.
+            found = {name: value for name, value in found.items() if not name.startswith("val/")}
+        row |= {name: f"{value:.6g}" for name, value in found.items()}
         seconds = time.monotonic() - self._started
         own = _rates(trainer) | {"seconds": seconds, "images_per_second": self._images / seconds}
         row |= {name: f"{value:.6g}" for name, value in own.items()}
@@ -137,9 +151,16 @@ class MetricsFile(Callback):
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for old in rows for name in old)))
             writer.writeheader()
             writer.writerows(rows)
-        epochs = trainer.max_epochs or 0
-        if self.lines and (epochs < 10 or (trainer.current_epoch + 1) % (epochs // 10) == 0):
-            print(f"epoch {trainer.current_epoch + 1}/{epochs}  {brief(_scalars(trainer))}", flush=True)
+        epoch, epochs = trainer.current_epoch + 1, epochs_of(trainer)
+        if self.lines and (epochs < 10 or epoch % (epochs // 10) == 0 or epoch == epochs):
+            print(f"epoch {epoch}/{epochs}  {brief(found)}", flush=True)
+
+
+def epochs_of(trainer: L.Trainer) -> int:
+    """How many the run has, at most."""
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        return trainer.max_epochs
+    return math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
 
 
 def _rates(trainer: L.Trainer) -> dict[str, float]:
@@ -210,25 +231,25 @@ class GradientNorm(Callback):
     """Logs mean and maximum, over an epoch, of the norm of all gradients, before they are clipped."""
 
     def __init__(self) -> None:
-        self._norms: list[Tensor] = []
+        self._mean, self._most = Means(), torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """Those of the epoch so far."""
-        return {"norms": self._norms}
+        """Of the epoch so far."""
+        return {"mean": self._mean.state_dict(), "most": self._most}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
-        self._norms = state_dict["norms"]
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew."""
-        self._norms = []
+        """Go on from there."""
+        self._mean.load_state_dict(state_dict["mean"])
+        self._most = state_dict["most"]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Measure."""
-        self._norms.append(get_total_norm([each.grad for each in pl_module.parameters() if each.grad is not None]))
+        norm = get_total_norm([each.grad for each in pl_module.parameters() if each.grad is not None])
+        self._mean.add("grad_norm/mean", norm, 1)
+        self._most = torch.maximum(self._most.to(norm.device), norm)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log."""
-        norms = torch.stack(self._norms)
-        pl_module.log_dict({"grad_norm/mean": norms.mean(), "grad_norm/max": norms.max()})
+        """Log; several processes step with the same gradients."""
+        if found := self._mean.take():
+            pl_module.log_dict(found | {"grad_norm/max": self._most}, sync_dist=True)
+        self._most = torch.zeros(())

@@ -280,7 +280,7 @@ def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: 
     try:
         classifier.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        reasons = "; ".join(f"{line.strip():.160}" for line in str(error).splitlines()[1:4])
         raise UprightError(f"'{path}' holds the weights of another network: {reasons}") from None
     ours = checkpoint[KEY]
     classifier.start, classifier.seen = ours["run"].get("start"), ours.get("seen")

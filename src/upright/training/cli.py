@@ -147,14 +147,23 @@ def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str
         return arguments
     path = _option(arguments, "--ckpt_path")
     if verb == "fit":
+        if path and Path(path).is_dir():
+            # Of a run that goes on, the folder means its last checkpoint.
+            path = str(Path(path) / "last.ckpt")
+            arguments = [*arguments, "--ckpt_path", path]
         if _option(arguments, "--config", "-c"):
             return arguments
         if path in (None, "auto"):
             raise UprightError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
-        folder = _run_folder(arguments) if path in ("last", "best") else Path(path).parent
+        if path in ("last", "best"):
+            folder, where = _run_folder(arguments), []
+        else:
+            folder = Path(path).parent
+            # It goes on where it is, whatever the working directory.
+            where = ["--name", folder.resolve().name, "--trainer.default_root_dir", str(folder.resolve().parent)]
         if not (folder / "config.yaml").is_file():
             raise UprightError(f"'{folder}' holds no config.yaml of a run to go on with; give --config.")
-        return ["--config", str(folder / "config.yaml"), *arguments]
+        return ["--config", str(folder / "config.yaml"), *where, *arguments]
     if path is None:
         raise UprightError(
             f"{verb} needs --ckpt_path, for example `upright {verb} --ckpt_path checkpoints/NAME/best.ckpt`."
@@ -346,10 +355,11 @@ class UprightCLI(LightningCLI):
                 Divergence(self.folder),
                 *checkpoints(self.folder, self._own("save_every_n_steps")),
                 self.interruption,
+                # Before what writes it down.
+                *([GradientNorm()] if self._own("log_grad_norm") else []),
                 MetricsFile(self.folder / "metrics.csv", lines=not config["enable_progress_bar"]),
                 RunPictures(self.folder),
                 Artifacts(self.folder),
-                *([GradientNorm()] if self._own("log_grad_norm") else []),
             ]
             # Where Lightning looks for checkpoints of a requeued job, of any run.
             config = {**config, "default_root_dir": str(self.folder)}
@@ -402,9 +412,8 @@ class UprightCLI(LightningCLI):
                 raise
             finally:
                 finish_wandb()
-        best = self.folder / "best.ckpt"
-        if best.is_file() and self.trainer.is_global_zero:
-            print(_end(self.folder, best))
+        if self.trainer.is_global_zero:
+            print(_end(self.folder))
 
     def _to_go_on_from(self) -> dict[str, Any]:
         assert self.checkpoint
@@ -421,6 +430,7 @@ class UprightCLI(LightningCLI):
             return "upright: stopped before the first step; nothing is left."
         given = ((option, _option(self.arguments, f"--{option}")) for option in ("wandb", "save_every_n_steps"))
         options = "".join(f" --{option} {value}" for option, value in given if value is not None)
+        options += " --compile" if self._own("compile") else ""
         step = self.trainer.global_step
         return (
             f"upright: stopped after step {step}; to go on: upright fit --ckpt_path {shlex.quote(str(last))}{options}"
@@ -502,16 +512,23 @@ class RunFolder(Callback):
                 logger.log_hyperparams(config | facts)
 
 
-def _end(folder: Path, best: Path) -> str:
+def _end(folder: Path) -> str:
     """What a run came to, in five lines."""
-    checkpoint, rows = read_checkpoint(best), read_rows(folder / "metrics.csv")
+    best, rows = folder / "best.ckpt", read_rows(folder / "metrics.csv")
     seconds = [float(row["seconds"]) for row in rows]
     # A run of an older version has no such column.
     images = [float(row.get("images_per_second") or 0) * part for row, part in zip(rows, seconds, strict=True)]
-    epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
+    took = sum(seconds)
+    if best.is_file():
+        checkpoint = read_checkpoint(best)
+        epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
+        first = f"Best: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}"
+    else:
+        best, first = folder / "last.ckpt", "Best: not known, for nothing was validated; there is last.ckpt"
     return (
-        f"\nBest: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}\n"
-        f"Time: {sum(seconds) / 60:.1f} minutes, {sum(images) / max(sum(seconds), 1e-9):,.0f} images per second\n"
+        f"\n{first}\n"
+        f"Time: {f'{took:.0f} seconds' if took < 60 else f'{took / 60:.1f} minutes'}, "
+        f"{sum(images) / max(took, 1e-9):,.0f} images per second\n"
         f"Run:  {folder}\n"
         f"Next: upright test --ckpt_path {best}"
     )

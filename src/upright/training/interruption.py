@@ -35,9 +35,16 @@ def is_whole_step(trainer: L.Trainer, batch_idx: int) -> bool:
     It does not amid an accumulation, for gradients are not saved, nor where validation follows, which Lightning leaves
     out when it goes on.
     """
+    # Without a number of epochs between validations, Lightning counts the batches of all of them.
+    counts_all = trainer.check_val_every_n_epoch is None
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx if counts_all else batch_idx
     validates = trainer.val_check_batch
-    follows = trainer.is_last_batch or (isinstance(validates, int) and (batch_idx + 1) % validates == 0)
+    follows = trainer.is_last_batch or (isinstance(validates, int) and (batches + 1) % validates == 0)
     return not follows and not trainer.fit_loop._should_accumulate()
+
+
+def _has_all_steps(trainer: L.Trainer) -> bool:
+    return 0 <= trainer.max_steps <= trainer.global_step
 
 
 class Interruption(Checkpoint):
@@ -79,7 +86,7 @@ class Interruption(Checkpoint):
             self._asked, self._when = number, time.monotonic()
             if is_first_process():
                 # Not print, which it may have come into the middle of.
-                os.write(2, b"\nupright: stopping after this step, or this validation; Ctrl-C again ends at once.\n")
+                os.write(2, b"\nupright: stopping after this step, or this validation; Ctrl-C then ends at once.\n")
         elif number == signal.SIGINT and time.monotonic() - self._when > 1:
             # Not sooner: torchrun hands on what its processes have heard already.
             signal.signal(number, signal.SIG_DFL)
@@ -95,13 +102,14 @@ class Interruption(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked."""
-        if is_whole_step(trainer, batch_idx) and self._agreed(trainer):
+        if is_whole_step(trainer, batch_idx) and not _has_all_steps(trainer) and self._agreed(trainer):
             trainer.save_checkpoint(self.path)
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop, if asked: the checkpoint of the epoch has just been written. After the last epoch there is no need."""
-        ends = trainer.should_stop or 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+        has_all_epochs = 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+        ends = trainer.should_stop or has_all_epochs or _has_all_steps(trainer)
         if not ends and self._agreed(trainer):
             self._stop(trainer)
 

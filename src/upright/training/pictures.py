@@ -1,7 +1,6 @@
 """Which pictures a run leaves, of what and when."""
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from upright.architectures.spatial_transformer import Observation, last_of, observing
 from upright.data.datamodule import ImageDataModule
 from upright.images import Pixels
-from upright.training.callbacks import read_rows
+from upright.training.callbacks import epochs_of, read_rows
 from upright.training.classifier import ImageClassifier
 from upright.training.drawing import (
     RED,
@@ -124,7 +123,7 @@ class RunPictures(Callback):
         self._epoch = trainer.current_epoch
         # An epoch without validation is drawn after the next one that has it.
         since = range(self._epoch - (trainer.check_val_every_n_epoch or 1) + 1, self._epoch + 1)
-        if not picture_epochs(_epochs(trainer)).isdisjoint(since):
+        if not picture_epochs(epochs_of(trainer)).isdisjoint(since):
             self._draw(trainer, pl_module)
 
     @rank_zero_only
@@ -142,7 +141,7 @@ class RunPictures(Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         self._drawn = self._epoch
-        when = f"Validation, epoch {self._epoch + 1} of {_epochs(trainer)}"
+        when = f"Validation, epoch {self._epoch + 1} of {epochs_of(trainer)}"
         position, labels, confidence, predicted = (torch.cat(part).cpu() for part in zip(*self._answers, strict=True))
         wrong = (predicted != labels).nonzero().flatten()
         worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: self.SHOWN]
@@ -191,13 +190,6 @@ class RunPictures(Callback):
             seen += views
         self._columns.setdefault("as it came", _png(came, self.SIDE))
         self._columns[f"epoch {self._epoch + 1}"] = _png(seen, self.SIDE)
-
-
-def _epochs(trainer: L.Trainer) -> int:
-    """How many the run has, at most."""
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        return trainer.max_epochs
-    return math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
 
 
 def _of_each_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
