@@ -60,7 +60,8 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["images", "runtime.bundle", "runtime.predictor", "runtime.infer", "runtime.verify", "cli"]
+    "module",
+    ["images", "runtime.bundle", "runtime.predictor", "runtime.infer", "runtime.verify", "runtime.benchmark", "cli"],
 )
 def test_the_runtime_is_light(module: str) -> None:
     assert loaded_by(f"import upright.{module}") == set()
@@ -74,7 +75,10 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "sweep", "study")),
+        *(
+            [verb, "--help"]
+            for verb in ("describe", "preview", "export", "verify", "infer", "benchmark", "sweep", "study")
+        ),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
@@ -125,3 +129,4 @@ def test_the_base_install_verifies_and_infers_without_torch(bundle: Path, tmp_pa
     upright = tmp_path / "venv/bin/upright"
     subprocess.run([upright, "verify", bundle], check=True)
     subprocess.run([upright, "infer", bundle, bundle / "samples"], check=True)
+    subprocess.run([upright, "benchmark", bundle, "--batches", "1", "--to", tmp_path / "report"], check=True)

@@ -96,12 +96,11 @@ def benchmark(
         UprightError: if the bundle is damaged, the checkpoint is of another run, or a number does not fit.
     """
     opened = Bundle.open(bundle)
-    fixed = opened.manifest["input"]["shape"][0]
-    takes = (fixed,) if isinstance(fixed, int) else BATCHES
-    batches = sorted(set(batches or takes))
+    fixed = _fixed_batch(opened)
+    batches = sorted(set(batches or ([fixed] if fixed else BATCHES)))
     if min(*batches, *threads) < 1:
         raise UprightError(f"--batches and --threads must be at least 1, got {min(*batches, *threads)}.")
-    if isinstance(fixed, int) and batches != [fixed]:
+    if fixed and batches != [fixed]:
         raise UprightError(f"Bundle '{bundle}' takes {fixed} images at once and no other number; leave --batches out.")
     if checkpoint and not find_spec("torch"):
         raise UprightError("--checkpoint needs the package 'torch': pip install 'upright[train]'.")
@@ -135,6 +134,11 @@ def benchmark(
         else:
             print("No picture: it needs the package 'matplotlib': pip install 'upright[train]'.", file=sys.stderr)
     return 0
+
+
+def _fixed_batch(bundle: Bundle) -> int | None:
+    batch = bundle.manifest["input"]["shape"][0]
+    return batch if isinstance(batch, int) else None
 
 
 def find_runtimes(bundle: Bundle, checkpoint: str | None) -> list[Runtime]:
@@ -176,7 +180,6 @@ def _measure(
 ) -> tuple[list[Row], dict[str, str]]:
     """Rows, and why there are none of some runtimes."""
     pictures = [bundle.folder / sample["file"] for sample in bundle.samples]
-    fixed = bundle.manifest["input"]["shape"][0]
     rows, missing = list[Row](), dict[str, str]()
     workers: dict[str, Worker] = {}
     cold: dict[str, tuple[float, int | None]] = {}
@@ -189,7 +192,7 @@ def _measure(
                 runtime.arguments | {"threads": threads},
                 bundle.spec,
                 pictures,
-                fixed if isinstance(fixed, int) else 1,
+                _fixed_batch(bundle) or 1,
             )
             seconds = []
             try:
@@ -278,11 +281,12 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         for name in dict.fromkeys(row.runtime for row in rows):
             mine = [row for row in rows if (row.runtime, row.threads) == (name, count)]
             panel.plot([row.batch for row in mine], [row.images_per_second for row in mine], "o-", label=name)
-        panel.set(xscale="log", yscale="log", xlabel="batch", title=f"{count} thread{'s' * (count > 1)}")
+        panel.set(xscale="log", xlabel="batch", title=f"{count} thread{'s' * (count > 1)}")
         batches = sorted({row.batch for row in rows})
         panel.set_xticks(batches, labels=[str(batch) for batch in batches])
-        panel.minorticks_off()
+        panel.xaxis.minorticks_off()
         panel.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("images per second")
     panels[0].legend(fontsize=8)
     with replacing_file(path) as aside:
