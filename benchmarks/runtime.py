@@ -2,9 +2,10 @@
 
     python benchmarks/runtime.py [recipes] [int8] [preprocessing] [cold]
 
-All of them by default. What is compared has its turns one after the other in one process, on one thread; a ratio is
-the median of nine rounds' with the quartiles. Networks have random weights, PyTorch's convolutions the layout that is
-fastest for them (channels last) and no gradients. ``int8`` compares with OpenVINO where that is installed.
+All of them by default. What is compared has its turns one after the other in one process, on one thread, by the time
+that it has the processor (but for ``cold``); a ratio is the median of nine rounds' with the quartiles. Networks have
+random weights, PyTorch's convolutions the layout of Upright's models (channels last) and no gradients. ``int8`` compares
+with OpenVINO where that is installed.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -91,7 +93,7 @@ def eager(module: nn.Module, images: Tensor) -> Callable[[], object]:
 
 def timed(runs: dict[str, Callable[[], object]]) -> dict[str, Speed]:
     """Side by side."""
-    return side_by_side({name: partial(turn, run) for name, run in runs.items()})
+    return side_by_side({name: partial(turn, run, time.process_time) for name, run in runs.items()})
 
 
 def ratio(speed: Speed) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -178,7 +179,10 @@ def _speeds(models: dict[str, Path], image: Pixels, form: Form) -> dict[str, Any
     found: dict[str, Any] = {name: {} for name in models}
     for batch in [form.batch] if form.batch else BATCHES:
         images = np.repeat(image[None], batch, axis=0)
-        turns = {name: partial(turn, partial(run_batch, session, images)) for name, session in sessions.items()}
+        turns = {
+            name: partial(turn, partial(run_batch, session, images), time.process_time)
+            for name, session in sessions.items()
+        }
         for name, speed in side_by_side(turns).items():
             figures = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
             found[name][str(batch)] = figures
