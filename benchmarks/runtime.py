@@ -4,7 +4,7 @@
 
 All of them by default. What is compared has its turns one after the other in one process, on one thread, by the time
 that it has the processor (but for ``cold``); a ratio is the median of nine rounds' with the quartiles. Networks have
-random weights, PyTorch's convolutions the layout of Upright's models (channels last) and no gradients. ``int8`` compares
+random weights, PyTorch's convolutions the layout of Upright's models (channels last), no gradients. ``int8`` compares
 with OpenVINO where that is installed.
 """
 
