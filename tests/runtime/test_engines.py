@@ -1,6 +1,6 @@
 """A bundle is ONNX and nothing else: other engines load it, and say the same. What is not installed is skipped.
 
-OpenVINO is a wheel (`pip install openvino`), the others are packages of npm (`npm install --ignore-scripts
+OpenVINO is a wheel (`pip install openvino`), the others are packages of npm (`npm install --no-save --ignore-scripts
 onnxruntime-node onnxruntime-web`, in the checkout).
 """
 
