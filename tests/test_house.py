@@ -67,6 +67,7 @@ def loaded_by(code: str) -> set[str]:
         "runtime.predictor",
         "runtime.infer",
         "runtime.verify",
+        "runtime.benchmark",
         "runtime.serving.server",
         "cli",
     ],
@@ -83,7 +84,10 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "serve", "sweep", "study")),
+        *(
+            [verb, "--help"]
+            for verb in ("describe", "preview", "export", "verify", "infer", "benchmark", "serve", "sweep", "study")
+        ),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
@@ -141,3 +145,4 @@ def test_the_base_install_verifies_and_infers_without_torch(bundle: Path, tmp_pa
     upright = tmp_path / "venv/bin/upright"
     subprocess.run([upright, "verify", bundle], check=True)
     subprocess.run([upright, "infer", bundle, bundle / "samples"], check=True)
+    subprocess.run([upright, "benchmark", bundle, "--batches", "1", "--to", tmp_path / "report"], check=True)

@@ -93,7 +93,12 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 def _infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a folder that `upright export` made")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, and folders of pictures")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures, folders of pictures, patterns like 'x/**/*.png'; - reads paths, one per line",
+    )
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="default: table")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable classes; default: 1")
     parser.add_argument(
@@ -101,6 +106,29 @@ def _infer(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "fp16", "int8"),
         default="fp32",
         help="which of the bundle's models; default: fp32",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="that one run may use; all cores by default")
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        default=("cpu",),
+        metavar="NAME",
+        help="of onnxruntime, best first: cuda, tensorrt, coreml, openvino, ..., as far as it has them; default: cpu",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=64_000_000, metavar="N", help="refuse larger pictures; default: 64000000"
+    )
+
+
+def _benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a folder that `upright export` made")
+    parser.add_argument(
+        "--checkpoint", metavar="CKPT", help="the checkpoint (or run) it was exported from: adds PyTorch's rows"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="images at once; default: 1 8 64")
+    parser.add_argument("--threads", type=int, nargs="+", default=(1,), metavar="N", help="default: 1")
+    parser.add_argument(
+        "--to", metavar="FOLDER", help="also write benchmark.md, benchmark.json and benchmark.png there"
     )
 
 
@@ -179,6 +207,7 @@ VERBS = {
     "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
+    "benchmark": Verb("how fast a bundle is here, in one table", _benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Verb("classify pictures over HTTP", _serve, "upright.runtime.serving.server:serve"),
     "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),

@@ -1,5 +1,6 @@
 """What an image is (`ImageSpec`), and decoding any picture to uint8. Never imports torch."""
 
+import glob
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -152,10 +153,12 @@ def _decode(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Files as they are given, folders as the pictures under them (sorted, by suffix).
+    """Files as they are given, folders as the pictures under them (sorted, by suffix), patterns as what they match.
+
+    A pattern is what is no path, but has ``*``, ``?`` or ``[``; ``**`` goes through all folders.
 
     Raises:
-        UprightError: for a path that does not exist and a folder without pictures.
+        UprightError: for a path that does not exist, a folder without pictures, and a pattern that matches no file.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -165,6 +168,11 @@ def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
             yield from found
         elif path.exists():
             yield path
+        elif glob.has_magic(str(path)):
+            matches = [match for match in map(Path, sorted(glob.iglob(str(path), recursive=True))) if match.is_file()]
+            if not matches:
+                raise UprightError(f"'{path}' does not exist, and as a pattern it matches no file.")
+            yield from matches
         else:
             raise UprightError(f"'{path}' does not exist.")
 

@@ -1,14 +1,24 @@
 import csv
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
 from tests.conftest import Upright
+from upright.errors import UprightError
+from upright.runtime import infer as infer_module
 from upright.runtime.predictor import Predictor
 
 
@@ -121,3 +131,155 @@ def test_threads_share_a_predictor(bundle: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(predictor, images * 10))
     assert [prediction.label for prediction in together] == [predictor(image).label for image in images] * 10
+
+
+def test_patterns_that_no_shell_has_expanded(upright: Upright, bundle: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for name in ("a/1.png", "a/b/2.png", "a[1].png", "c.txt"):
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(bundle / "samples/00.png", pictures / name)
+
+    def found(*patterns: str) -> list[str]:
+        records = upright("infer", bundle, *(f"pictures/{p}" for p in patterns), "--format", "jsonl").out.splitlines()
+        return [Path(json.loads(line)["path"]).relative_to("pictures").as_posix() for line in records]
+
+    assert found("**/*.png") == ["a/1.png", "a/b/2.png", "a[1].png"]
+    assert found("?/*.png") == ["a/1.png"] and found("a/*") == ["a/1.png"]
+    # What is there goes before what it would match.
+    assert found("a[1].png") == ["a[1].png"]
+    answer = upright("infer", bundle, "pictures/*.jpg", "pictures/c.txt")
+    assert answer.code == 2 and "'pictures/*.jpg' does not exist, and as a pattern it matches no file." in answer.err
+    assert answer.out.count("\n") == 1
+
+
+def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_paths_on_standard_input(upright: Upright, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = bundle / "samples/00.png", bundle / "samples/01.png"
+    give(monkeypatch, f"{first}\r\n\nnope.png\n{bundle / 'samples'}\n{second}".encode())
+    answer = upright("infer", bundle, second, "-", first, "--format", "jsonl")
+    paths = [json.loads(line)["path"] for line in answer.out.splitlines()]
+    inside = sorted(str(path) for path in (bundle / "samples").glob("*.png"))
+    assert paths == [str(second), str(first), *inside, str(second), str(first)]
+    assert answer.code == 2 and answer.err == "upright: error: 'nope.png' does not exist.\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_a_name_that_is_no_text(bundle: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(bundle / "samples/00.png", name)
+    command = [sys.executable, "-m", "upright", "infer", str(bundle), "-", "--format", "jsonl"]
+    done = subprocess.run(command, input=name + b"\n", capture_output=True, check=True)
+    assert os.fsencode(json.loads(done.stdout)["path"]) == name
+
+
+def test_answers_come_while_pictures_are_still_given(bundle: Path) -> None:
+    command = [sys.executable, "-m", "upright", "infer", str(bundle), "-", "--format", "csv"]
+    lines = f"{bundle / 'samples/00.png'}\n".encode() * 200
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(lines)
+        process.stdin.flush()
+        # The input is not at its end.
+        assert process.stdout.readline() == b"path,label,probability\n"
+        assert all(process.stdout.readline() for _ in range(128))
+        process.stdin.close()
+        assert len(process.stdout.readlines()) == 72
+    assert process.returncode == 0
+
+
+def test_no_more_pictures_are_in_memory_than_go_through_together(bundle: Path) -> None:
+    alive = most = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def pictures() -> Iterator[np.ndarray]:
+        nonlocal alive, most
+        for _ in range(1000):
+            pixels = np.zeros((28, 28, 1), np.uint8)
+            weakref.finalize(pixels, gone)
+            alive += 1
+            most = max(most, alive)
+            yield pixels
+            del pixels
+
+    assert sum(1 for _ in Predictor(bundle).probabilities(pictures(), 32)) == 1000
+    assert 32 <= most <= 66
+
+
+def test_a_size_that_the_network_cannot_take_is_a_bad_picture(
+    upright: Upright, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = infer_module.run_batch
+
+    def run_batch(session, images):
+        if images.shape[1] < 10:
+            raise UprightError("The model cannot take images of (H, W, C) 5x5x1: too small")
+        return real(session, images)
+
+    monkeypatch.setattr(infer_module, "run_batch", run_batch)
+    for number, size in enumerate((28, 5, 5, 28)):
+        Image.new("L", (size, size)).save(tmp_path / f"{number}.png")
+    answer = upright("infer", bundle, *(f"{n}.png" for n in range(4)), "--format", "jsonl")
+    assert answer.code == 2 and [json.loads(line)["path"] for line in answer.out.splitlines()] == ["0.png", "3.png"]
+    assert [line[:23] for line in answer.err.splitlines()] == [f"upright: error: '{n}.png'" for n in (1, 2)]
+
+
+def test_onnxruntime_is_told_how_to_run(upright: Upright, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = bundle / "samples/00.png"
+    for provider in ("cpu", "CPU", "CPUExecutionProvider"):
+        assert upright("infer", bundle, image, "--providers", provider, "--threads", 2).code == 0
+    session = Predictor(bundle, threads=3, providers=("cpu",)).session
+    assert session.get_session_options().intra_op_num_threads == 3
+    answer = upright("infer", bundle, image, "--providers", "tensorrt", "cpu")
+    assert answer.code == 2 and "has no provider 'tensorrt', only " in answer.err and "cpu" in answer.err
+    # Built with it, but without its libraries.
+    here = onnxruntime.get_available_providers()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *here])
+    real = onnxruntime.InferenceSession
+    opened = lambda *given, providers, **rest: real(*given, providers=["CPUExecutionProvider"])  # noqa: E731
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    answer = upright("infer", bundle, image, "--providers", "cuda")
+    assert answer.code == 2 and "onnxruntime cannot start cuda here: its driver or libraries are missing" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--threads", "0"), "threads must be at least 1, got 0; without it, there are as many as cores."),
+        (("--max-pixels", "0"), "max_pixels must be at least 1, got 0."),
+        (("--max-pixels", "100"), "28x28 pixels are more than the limit of 100"),
+    ],
+)
+def test_limits(options: tuple[str, ...], text: str, upright: Upright, bundle: Path) -> None:
+    answer = upright("infer", bundle, bundle / "samples/00.png", *options)
+    assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(100))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    for total, text in (
+        (4, "[#######                       ] 25%, 1 images, 1 per second, 3 s left"),
+        (None, "1 images"),
+    ):
+        monkeypatch.setattr("sys.stderr", terminal := Terminal())
+        progress = infer_module.Progress(total)
+        progress.step()
+        progress.clear()
+        assert terminal.getvalue().startswith(f"\r\033[K{text}") and terminal.getvalue().endswith("\r\033[K")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    for quiet in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", quiet)
+        infer_module.Progress(4).step()
+        assert quiet.getvalue() == ""
+        monkeypatch.setattr("sys.stdout", io.StringIO())

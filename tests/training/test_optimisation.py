@@ -282,7 +282,9 @@ def test_an_epochs_row_has_its_own_figures_alone(upright: Upright, tmp_path: Pat
     assert all(0 < mean <= most for mean, most in norms) and len(set(norms)) == 3
     assert len(re.findall(r"^epoch [123]/3 .*val/loss", answer.out, flags=re.M)) == 1
     run = tmp_path / "checkpoints/stn_lenet"
-    best, last = (torch.load(run / f"{name}.ckpt", weights_only=True)["upright"]["metrics"] for name in ("best", "last"))
+    best, last = (
+        torch.load(run / f"{name}.ckpt", weights_only=True)["upright"]["metrics"] for name in ("best", "last")
+    )
     assert best and all(name.startswith("val/") for name in best) and last == {}
 
 

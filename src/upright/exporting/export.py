@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,15 +29,17 @@ from upright.exporting.parity import (
     other_outputs_agree,
 )
 from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, PrecisionName
-from upright.exporting.speed import BATCHES, machine, side_by_side
 from upright.files import replacing_folder
+from upright.images import Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
-from upright.runtime.predictor import open_session, run_session
+from upright.runtime.predictor import open_session, run_batch, run_session
+from upright.runtime.speed import machine, side_by_side, turn
 from upright.training.checkpoint import Restored, check_name, find_checkpoint, read_data, restore
 from upright.training.finetuning import head
 from upright.training.tracking import Mode, bundle_mode, log_bundle
 
 SAMPLE_COUNT = 16
+BATCHES = (1, 64)
 PAYS = 1.1
 """Times as fast as float32; less is within the noise of the measurement."""
 
@@ -151,8 +154,7 @@ def _write_models(
     if lower:
         print("Timing them side by side ...", flush=True)
         image = next(fitted_originals(data, "val", form)).pixels
-        models = {name: folder / MODELS[name] for name in figures}
-        speeds = side_by_side(models, image, [form.batch] if form.batch else BATCHES)
+        speeds = _speeds({name: folder / MODELS[name] for name in figures}, image, form)
     for name, figure in figures.items():
         figure["bytes"] = (folder / MODELS[name]).stat().st_size
         figure |= {"speed": speeds[name]} if speeds else {}
@@ -166,9 +168,25 @@ def _write_models(
             "pytorch": float((comparison.expected.argmax(axis=1) == comparison.labels).mean()),
             "cached_pipeline": cached_accuracy(model, data),
         },
-        "machine": machine(),
+        "machine": machine() | {"threads": 1},
         "precisions": figures,
     }, described
+
+
+def _speeds(models: dict[str, Path], image: Pixels, form: Form) -> dict[str, Any]:
+    """Of each precision by batch, on one thread; the first one is what the others are measured by."""
+    sessions = {name: open_session(path, threads=1) for name, path in models.items()}
+    found: dict[str, Any] = {name: {} for name in models}
+    for batch in [form.batch] if form.batch else BATCHES:
+        images = np.repeat(image[None], batch, axis=0)
+        turns = {
+            name: partial(turn, partial(run_batch, session, images), time.process_time)
+            for name, session in sessions.items()
+        }
+        for name, speed in side_by_side(turns).items():
+            figures = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
+            found[name][str(batch)] = figures
+    return found
 
 
 def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:

@@ -2,66 +2,134 @@
 
 import csv
 import json
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from upright.errors import UprightError
-from upright.images import Pixels, find_images
-from upright.runtime.predictor import Prediction, Predictor
+from upright.images import MAX_PIXELS, Pixels, find_images
+from upright.runtime.predictor import CPU, Prediction, Predictor, run_batch, session_batches
+
+BATCH = 64
 
 
-def infer(bundle: str, images: list[str], format: str = "table", top: int = 1, precision: str = "fp32") -> int:
+def infer(
+    bundle: str,
+    images: Sequence[str],
+    format: str = "table",
+    top: int = 1,
+    precision: str = "fp32",
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    max_pixels: int = MAX_PIXELS,
+) -> int:
     """Print a line per picture; a bad one is reported on standard error, and the rest goes on.
 
     Args:
         bundle: the folder of a bundle.
-        images: pictures, and folders of pictures.
+        images: pictures, folders of pictures, patterns; ``-`` for paths on standard input, one per line.
         format: ``table``, ``jsonl`` or ``csv``.
         top: how many classes per picture.
         precision: which of the bundle's models.
+        threads: see `Predictor`.
+        providers: see `Predictor`.
+        max_pixels: see `Predictor`.
 
     Returns:
         0, or 2 if any picture could not be read.
     """
-    predictor = Predictor(bundle, precision)
+    predictor = Predictor(bundle, precision, threads=threads, providers=providers, max_pixels=max_pixels)
     if not 1 <= top <= len(predictor.spec.classes):
         raise UprightError(f"--top must be from 1 to {len(predictor.spec.classes)} (the number of classes), got {top}.")
-    failed, read = False, []
+    # What another process says comes when it comes.
+    named = _find(images) if "-" in images else list(_find(images))
+    progress = Progress(len(named) if isinstance(named, list) else None)
+    failed = False
 
-    @contextmanager
-    def reporting() -> Iterator[None]:
+    def report(error: object) -> None:
         nonlocal failed
-        try:
-            yield
-        except (UprightError, OSError) as error:
-            failed = True
-            print(f"upright: error: {error}", file=sys.stderr)
+        failed = True
+        progress.step()
+        progress.clear()
+        print(f"upright: error: {error}", file=sys.stderr)
 
-    def pictures() -> Iterator[Pixels]:
-        for name in images:
-            paths: list[Path] = []
-            with reporting():
-                paths = list(find_images([name]))
-            for path in paths:
-                pixels = None
-                with reporting():
-                    pixels = predictor.decode(path)
-                if pixels is not None:
-                    read.append(path)
-                    yield pixels
+    def pictures() -> Iterator[tuple[Path, Pixels]]:
+        for path in named:
+            try:
+                if isinstance(path, UprightError):
+                    raise path
+                yield path, predictor.decode(path)
+            except (UprightError, OSError) as error:
+                report(error)
 
+    # A name may be no text; JSON has its own sign for what is not.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     write = WRITERS[format](top, predictor.spec.classes)
     with warnings.catch_warnings():
         # A picture over our own limit is reported by us.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for position, row in enumerate(predictor.probabilities(pictures())):
-            write(read[position], predictor.answer(row))
+        for batch in session_batches(predictor.session, pictures(), lambda picture: picture[1], BATCH):
+            paths, pixels = zip(*batch, strict=True)
+            try:
+                (rows,) = run_batch(predictor.session, np.stack(pixels))
+            except UprightError as error:
+                for path in paths:
+                    report(f"'{path}': {error}")
+                continue
+            for path, row in zip(paths, rows, strict=True):
+                write(path, predictor.answer(row))
+                progress.step()
+            sys.stdout.flush()
+    progress.clear()
     return 2 if failed else 0
+
+
+def _find(images: Sequence[str]) -> Iterator[Path | UprightError]:
+    """The pictures, and in their place what there is none for."""
+    for given in images:
+        lines = map(os.fsdecode, sys.stdin.buffer) if given == "-" else (given,)
+        for name in filter(None, (line.rstrip("\r\n") for line in lines)):
+            try:
+                yield from find_images([name])
+            except UprightError as error:
+                yield error
+
+
+class Progress:
+    """A bar on standard error, where that is a terminal and the answers go elsewhere.
+
+    Args:
+        total: how many there will be, if that is known.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self.shown = sys.stderr.isatty() and not sys.stdout.isatty()
+        self.total, self.done = total, 0
+        self.start = self.drawn = time.monotonic()
+
+    def step(self) -> None:
+        """One more; drawn ten times a second."""
+        self.done += 1
+        now = time.monotonic()
+        if not self.shown or now - self.drawn < 0.1:
+            return
+        self.drawn, rate = now, self.done / (now - self.start)
+        text = f"{self.done:,} images, {rate:,.0f} per second"
+        if self.total:
+            bar, left = "#" * (30 * self.done // self.total), (self.total - self.done) / rate
+            text = f"[{bar:<30}] {self.done / self.total:.0%}, {text}, {left:.0f} s left"
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave the line to others."""
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 Writer = Callable[[Path, Prediction], None]

@@ -1,8 +1,8 @@
 """Answers from a bundle in Python."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,9 @@ from upright.errors import UprightError
 from upright.images import MAX_PIXELS, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
 
+Item = TypeVar("Item")
 Probabilities = npt.NDArray[np.float32]
+CPU = ("cpu",)
 
 
 class Prediction(NamedTuple):
@@ -40,16 +42,29 @@ class Predictor:
     Args:
         bundle: the folder of a bundle, or one that is open.
         precision: which of its models; `Bundle.precisions` are there.
-        threads: how many one run may use; as many as there are cores by default.
+        threads: see `open_session`.
+        providers: see `open_session`.
+        max_pixels: a larger picture is refused before it is decoded.
 
     Raises:
-        UprightError: if the bundle is damaged (see `Bundle.open`), or has no model of that precision.
+        UprightError: if the bundle is damaged (see `Bundle.open`), has no model of that precision, or a provider is
+            not there.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, precision: str = "fp32", threads: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        precision: str = "fp32",
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = CPU,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if max_pixels < 1:
+            raise UprightError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self.spec = self.bundle.spec
-        self.session = open_session(self.bundle.model(precision), threads)
+        self.spec, self.max_pixels = self.bundle.spec, max_pixels
+        self.session = open_session(self.bundle.model(precision), threads, providers)
 
     def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
         """The answer for one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
@@ -60,13 +75,13 @@ class Predictor:
         pixels = map(self.decode, images)
         return [self.answer(row) for row in self.probabilities(pixels, batch_size)]
 
-    def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike, max_pixels: int = MAX_PIXELS) -> Pixels:
+    def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Pixels:
         """See `images.decode`.
 
         Raises:
             UprightError: for what is no picture, and for one of another size, if the model takes one size alone.
         """
-        pixels = decode(image, self.spec, max_pixels)
+        pixels = decode(image, self.spec, self.max_pixels)
         _, *takes, _ = self.session.get_inputs()[0].shape
         if all(isinstance(n, int) for n in takes) and pixels.shape[:2] != tuple(takes):
             name = f"'{image}'" if isinstance(image, str | Path) else "The image"
@@ -88,35 +103,74 @@ class Predictor:
         return run_session(self.session, pixels, batch_size)
 
 
-def open_session(model: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Onnxruntime on the CPU for an ONNX file.
+def find_providers(names: Sequence[str]) -> list[str]:
+    """What onnxruntime calls its execution providers: ``CUDAExecutionProvider`` for ``cuda``, in any case.
+
+    Raises:
+        UprightError: for one that this onnxruntime was not built with.
+    """
+    here = {_short(name): name for name in onnxruntime.get_available_providers()}
+    for name in names:
+        if _short(name) not in here:
+            raise UprightError(
+                f"This onnxruntime ({onnxruntime.__version__}) has no provider '{name}', only {', '.join(here)}; other "
+                "builds of it, like onnxruntime-gpu or onnxruntime-openvino, are installed in its place."
+            )
+    return [here[_short(name)] for name in names]
+
+
+def _short(provider: str) -> str:
+    return provider.lower().removesuffix("executionprovider")
+
+
+def open_session(
+    model: Path | bytes, threads: int | None = None, providers: Sequence[str] = CPU
+) -> onnxruntime.InferenceSession:
+    """Onnxruntime for an ONNX file.
 
     Args:
         model: its path, or its content.
         threads: how many one run may use; as many as there are cores by default.
+        providers: of execution, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... What none of them can
+            do, the processor does.
 
     Raises:
-        UprightError: if onnxruntime refuses the file.
+        UprightError: if onnxruntime refuses the file, or does not have a provider, or cannot start it.
     """
+    if threads is not None and threads < 1:
+        raise UprightError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
+    wanted = find_providers(providers)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Warnings about what the optimiser could not fold are not the user's business.
-    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    # Warnings about what the optimiser could not fold are not the user's business; errors are raised as well.
+    options.log_severity_level = 4
     given = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(given, options, providers=wanted)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         name = "the model" if isinstance(model, bytes) else f"'{model}'"
         raise UprightError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {error}") from error
+    # It goes on without one whose libraries are missing.
+    if missing := set(wanted) - set(session.get_providers()):
+        raise UprightError(
+            f"onnxruntime cannot start {', '.join(map(_short, missing))} here: its driver or libraries are missing."
+        )
+    return session
+
+
+def session_batches(
+    session: onnxruntime.InferenceSession, items: Iterable[Item], pixels: Callable[[Item], Pixels], batch_size: int
+) -> Iterator[list[Item]]:
+    """Neighbours that go through a model together: images of one size, no more than it takes."""
+    fixed = session.get_inputs()[0].shape[0]
+    return batches_of_one_size(items, pixels, min(batch_size, fixed) if isinstance(fixed, int) else batch_size)
 
 
 def run_session(
     session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int
 ) -> Iterator[Probabilities]:
     """See `Predictor.probabilities`."""
-    fixed = session.get_inputs()[0].shape[0]
-    most = min(batch_size, fixed) if isinstance(fixed, int) else batch_size
-    for batch in batches_of_one_size(pixels, lambda image: image, most):
+    for batch in session_batches(session, pixels, lambda image: image, batch_size):
         (probabilities,) = run_batch(session, np.stack(batch))
         yield from probabilities
 
@@ -136,4 +190,5 @@ def run_batch(
         return [output[:count] for output in session.run(list(outputs), {"images": images})]
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         size = "x".join(map(str, images.shape[1:]))
-        raise UprightError(f"The model cannot take images of (H, W, C) {size}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UprightError(f"The model cannot take images of (H, W, C) {size}: {reason}") from error

@@ -121,10 +121,10 @@ def serve(
         max_delay=max_delay_ms / 1000,
         max_queue=max_queue,
         max_body=int(max_body_mb * 1e6),
-        max_pixels=max_pixels,
         timeout=timeout_s,
     )
-    service = Service(Predictor(bundle, precision, threads), limits)
+    predictor = Predictor(bundle, precision, threads=threads or None, max_pixels=max_pixels)
+    service = Service(predictor, limits)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     config = uvicorn.Config(

@@ -49,7 +49,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_delay: seconds, see `Batcher`.
         max_queue: images that are taken and not yet answered.
         max_body: bytes of a request.
-        max_pixels: of one picture.
         timeout: seconds from the headers of a request to its answer.
     """
 
@@ -57,7 +56,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_delay: float = 0.005
     max_queue: int = 256
     max_body: int = 16_000_000
-    max_pixels: int = 16_000_000
     timeout: float = 30.0
 
 
@@ -205,7 +203,7 @@ class Service:
             try:
                 self.batcher.wait_for_room()
                 if not answer.cancelled():
-                    self.batcher.submit(self.predictor.decode(encoded, self.limits.max_pixels)[np.newaxis], answer)
+                    self.batcher.submit(self.predictor.decode(encoded)[np.newaxis], answer)
             except Exception as error:
                 answer.get_loop().call_soon_threadsafe(_fail, answer, error)
         self.batcher.arrived()
@@ -302,9 +300,9 @@ class Service:
                     rows = np.concatenate([answer for answer in answers if not isinstance(answer, BaseException)])
                 else:
                     height, width = images.shape[1:3]
-                    if height * width > self.limits.max_pixels:
+                    if height * width > self.predictor.max_pixels:
                         raise UprightError(
-                            f"Images of {width}x{height} pixels are over the limit of {self.limits.max_pixels}."
+                            f"Images of {width}x{height} pixels are over the limit of {self.predictor.max_pixels}."
                         )
                     rows = await self._stacked(images)
         content, end = protocol.write(asked, rows, self.spec, self.name, self.version)
