@@ -104,6 +104,25 @@ def _infer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _web(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a folder that `upright export` made")
+    parser.add_argument("--to", metavar="FOLDER", default="web", help="where the page's folder is put; default: web")
+    parser.add_argument(
+        "--runtime",
+        metavar="PATH_OR_URL",
+        help="onnxruntime-web: its folder, its package as a file, or a mirror's address; by default downloaded once",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="which of the bundle's models; default: fp32",
+    )
+    parser.add_argument(
+        "--one-file", action="store_true", help="write a single HTML file, a third larger, that also opens from a disk"
+    )
+
+
 def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("space", metavar="SPACE.yaml", help="what is searched; configs/sweeps/lenet_sweep.yaml is one")
     parser.add_argument(
@@ -147,6 +166,7 @@ VERBS = {
     "export": Verb("checkpoint -> verified ONNX bundle", _export, "upright.exporting.export:export"),
     "verify": Verb("check a bundle on this machine", _verify, "upright.runtime.verify:verify"),
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
+    "web": Verb("a page that runs a bundle in the browser", _web, "upright.runtime.web:web"),
     "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
