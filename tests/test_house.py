@@ -60,7 +60,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["images", "runtime.bundle", "runtime.predictor", "runtime.infer", "runtime.verify", "cli"]
+    "module", ["images", "runtime.bundle", "runtime.predictor", "runtime.infer", "runtime.verify", "runtime.web", "cli"]
 )
 def test_the_runtime_is_light(module: str) -> None:
     assert loaded_by(f"import upright.{module}") == set()
@@ -74,7 +74,7 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "sweep", "study")),
+        *([verb, "--help"] for verb in ("describe", "preview", "export", "verify", "infer", "web", "sweep", "study")),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:

@@ -74,7 +74,9 @@ def web(
         (folder / MODEL).write_text(json.dumps(_described(opened, precision, folder)), encoding="utf-8")
         for name in PAGE:
             text = files(__package__).joinpath(name).read_text(encoding="utf-8")
-            (folder / name).write_text(text.replace("{name}", html.escape(target.name)), encoding="utf-8")
+            if name == "index.html":
+                text = text.replace("{name}", html.escape(target.name))
+            (folder / name).write_text(text, encoding="utf-8")
         if one_file:
             _into_one_file(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

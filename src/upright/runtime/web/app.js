@@ -64,6 +64,8 @@ async function showPage() {
   const inside = (name) => $(name)?.textContent;
   const isInside = inside("model.json") !== undefined;
 
+  const stop = new AbortController();
+
   async function read(name, progress = () => {}) {
     if (isInside) {
       const text = atob(inside(name));
@@ -71,8 +73,8 @@ async function showPage() {
       for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
       return bytes.buffer;
     }
-    const response = await fetch(name);
-    if (!response.ok) throw new Error(`${name} is not there (HTTP ${response.status})`);
+    const response = await fetch(name, { signal: stop.signal });
+    if (!response.ok) throw new Error(`${name} is not there (HTTP ${response.status}).`);
     const parts = [];
     for (const reader = response.body.getReader(); ; ) {
       const { done, value } = await reader.read();
@@ -91,15 +93,8 @@ async function showPage() {
       worker.postMessage(question, moved);
     });
 
-  async function load() {
-    if (location.protocol === "file:" && !isInside) {
-      throw new Error(
-        "browsers read no files beside a page that is opened from a disk. Serve its folder " +
-          "(python -m http.server, then http://localhost:8000), or make the page with --one-file.",
-      );
-    }
+  async function loadModel() {
     if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly, or it is switched off.");
-    about = JSON.parse(new TextDecoder().decode(await read("model.json")));
     const all = Object.values(about.bytes).reduce((sum, bytes) => sum + bytes);
     let loaded = 0;
     const progress = (bytes) => {
@@ -333,6 +328,7 @@ async function showPage() {
     rows = Array.from({ length: classes.length > ROWS ? 5 : classes.length }, (_, k) => {
       const [label, bar] = ["label", "bar"].map((className) => element("span", { className }));
       const value = element("data", { className: "value" });
+      if (classes.length <= ROWS) label.textContent = label.title = classes[k];
       const row = element("li", {}, label, bar, value);
       return { row, label, bar, value };
     });
@@ -562,20 +558,28 @@ async function showPage() {
   }
 
   try {
-    const runtime = await load();
+    if (location.protocol === "file:" && !isInside) {
+      throw new Error(
+        "browsers read no files beside a page that is opened from a disk. Serve its folder " +
+          "(python -m http.server, then http://localhost:8000), or make the page with --one-file.",
+      );
+    }
+    about = JSON.parse(new TextDecoder().decode(await read("model.json")));
     makeRows();
     makeViews();
     await makeSamples();
-    $("progress").hidden = true;
+    listen();
+    $("samples").firstElementChild.click();
+    const runtime = await loadModel();
     const { precision, upright } = about;
     $("about").textContent =
       `The model (${precision}, ${(about.bytes[about.model] / 1e6).toFixed(2)} MB) runs in this page, ` +
       `by onnxruntime-web ${runtime}; no picture leaves it. Made by Upright ${upright}.`;
-    listen();
-    $("samples").firstElementChild.click();
-    document.body.classList.add("ready");
+    $("progress").hidden = true;
     work();
   } catch (error) {
+    // What is still being loaded has no more to say.
+    stop.abort();
     $("progress").hidden = true;
     say(`The model cannot be loaded: ${error.message}`, "bad");
   }
