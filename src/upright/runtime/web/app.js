@@ -54,8 +54,9 @@ async function showPage() {
     return made;
   }
 
+  // A screen reader reads every change: only what is new is one.
   function say(text, kind = "") {
-    $("state").textContent = text;
+    if ($("state").textContent !== text) $("state").textContent = text;
     $("status").className = kind;
   }
 
@@ -97,11 +98,8 @@ async function showPage() {
     if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly, or it is switched off.");
     const all = Object.values(about.bytes).reduce((sum, bytes) => sum + bytes);
     let loaded = 0;
-    const progress = (bytes) => {
-      loaded += bytes;
-      $("progress").value = loaded / all;
-      say(`Loading ${(loaded / 1e6).toFixed(1)} of ${(all / 1e6).toFixed(1)} MB`);
-    };
+    say(`Loading ${(all / 1e6).toFixed(1)} MB …`);
+    const progress = (bytes) => ($("progress").value = (loaded += bytes) / all);
     const names = [about.runtime.script, about.runtime.wasm, about.model];
     const [script, wasm, model] = await Promise.all(names.map((name) => read(name, progress)));
     say("Starting the model …");
@@ -307,7 +305,7 @@ async function showPage() {
   function sayChecked() {
     const { count, wrong, largest } = checked;
     const of = about.samples.length;
-    if (count < of) return say(`Checking sample ${count + 1} of ${of} …`);
+    if (count < of) return say(`Checking ${of} samples …`);
     const figures = `largest difference ${largest.toExponential(1)}, allowed ${about.tolerance.toExponential(0)}`;
     if (wrong.length) say(`${wrong.length} of ${of} samples not as where it was exported (${figures}).`, "bad");
     else say(`${of} of ${of} samples as where it was exported (${figures}).`, "good");
@@ -444,7 +442,8 @@ async function showPage() {
       return at;
     };
     const [low, high] = [reach(-STEP), reach(STEP)];
-    const span = high - low >= 360 ? "at every angle" : `from ${low}° to ${high}°`.replaceAll("-", "−");
+    const range = low === high ? "at 0° alone" : `from ${low}° to ${high}°`.replaceAll("-", "−");
+    const span = high - low >= 360 ? "at every angle" : range;
     return `Stays “${about.classes[first]}” ${span}`;
   }
 
@@ -567,6 +566,7 @@ async function showPage() {
     about = JSON.parse(new TextDecoder().decode(await read("model.json")));
     makeRows();
     makeViews();
+    drawCurves();
     await makeSamples();
     listen();
     $("samples").firstElementChild.click();
