@@ -69,6 +69,7 @@ def loaded_by(code: str) -> set[str]:
         "runtime.verify",
         "runtime.benchmark",
         "runtime.serving.server",
+        "runtime.web",
         "cli",
     ],
 )
@@ -86,7 +87,18 @@ def test_the_test_above_can_fail() -> None:
         ["--help"],
         *(
             [verb, "--help"]
-            for verb in ("describe", "preview", "export", "verify", "infer", "benchmark", "serve", "sweep", "study")
+            for verb in (
+                "describe",
+                "preview",
+                "export",
+                "verify",
+                "infer",
+                "benchmark",
+                "serve",
+                "web",
+                "sweep",
+                "study",
+            )
         ),
     ],
 )

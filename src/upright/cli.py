@@ -164,6 +164,25 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="log no requests")
 
 
+def _web(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a folder that `upright export` made")
+    parser.add_argument("--to", metavar="FOLDER", default="web", help="where the page's folder is put; default: web")
+    parser.add_argument(
+        "--runtime",
+        metavar="PATH_OR_URL",
+        help="onnxruntime-web: its folder, its package as a file, or a mirror's address; by default downloaded once",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="which of the bundle's models; default: fp32",
+    )
+    parser.add_argument(
+        "--one-file", action="store_true", help="write a single HTML file, a third larger, that also opens from a disk"
+    )
+
+
 def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("space", metavar="SPACE.yaml", help="what is searched; configs/sweeps/lenet_sweep.yaml is one")
     parser.add_argument(
@@ -209,6 +228,7 @@ VERBS = {
     "infer": Verb("classify pictures with a bundle", _infer, "upright.runtime.infer:infer"),
     "benchmark": Verb("how fast a bundle is here, in one table", _benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Verb("classify pictures over HTTP", _serve, "upright.runtime.serving.server:serve"),
+    "web": Verb("a page that runs a bundle in the browser", _web, "upright.runtime.web:web"),
     "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),

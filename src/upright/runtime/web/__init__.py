@@ -1,0 +1,224 @@
+"""``upright web``: a static page that runs a bundle in the browser."""
+
+import base64
+import hashlib
+import html
+import http.client
+import json
+import os
+import shutil
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from upright.errors import UprightError
+from upright.files import replacing_file, replacing_folder
+from upright.runtime.bundle import SAMPLES, Bundle
+
+RUNTIME_VERSION = "1.30.0"
+"""Of onnxruntime-web: the one that is downloaded, and that the tests use."""
+RUNTIME = {
+    "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+}
+"""Its files for WebAssembly alone, and the SHA-256 of each."""
+MIRRORS = tuple(
+    f"{host}/onnxruntime-web@{RUNTIME_VERSION}/dist" for host in ("https://cdn.jsdelivr.net/npm", "https://unpkg.com")
+)
+TIMEOUT = 30
+"""Seconds without an answer until a mirror is given up."""
+PAGE = ("index.html", "style.css", "app.js")
+MODEL = "model.json"
+RUNTIME_FOLDER = "runtime"
+ONE_FILE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval' blob:; style-src 'unsafe-inline'; "
+    "img-src blob: data:; worker-src blob:"
+)
+"""A page that is one file may ask nothing of any network."""
+
+
+def web(
+    bundle: str, to: str = "web", runtime: str | None = None, precision: str = "fp32", one_file: bool = False
+) -> int:
+    """Write a page that needs a browser, and no network.
+
+    Args:
+        bundle: the folder of a bundle.
+        to: the folder that the page's folder is put in; a page that is there already is replaced.
+        runtime: where onnxruntime-web is, see `find_runtime`.
+        precision: which of the bundle's models.
+        one_file: write ``index.html`` alone, with all else inside: it opens from a disk, too.
+
+    Raises:
+        UprightError: if the bundle, the runtime or the folder cannot be used.
+    """
+    opened = Bundle.open(bundle)
+    model = opened.model(precision)
+    target = Path(to) / opened.folder.resolve().name
+    if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
+        raise UprightError(f"'{target}' is not a page that `upright web` made, and is not replaced; --to says where.")
+    read = find_runtime(runtime)
+    with replacing_folder(target) as folder:
+        (folder / RUNTIME_FOLDER).mkdir()
+        for name in RUNTIME:
+            (folder / RUNTIME_FOLDER / name).write_bytes(read(name))
+        shutil.copy(model, folder / model.name)
+        (folder / SAMPLES).mkdir()
+        for name in map(_sample, opened.samples):
+            shutil.copy(opened.folder / name, folder / name)
+        (folder / MODEL).write_text(json.dumps(_described(opened, precision, folder)), encoding="utf-8")
+        for name in PAGE:
+            text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+            if name == "index.html":
+                text = text.replace("{name}", html.escape(target.name))
+            (folder / name).write_text(text, encoding="utf-8")
+        if one_file:
+            _into_one_file(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not any(name.startswith("warped") for name in opened.manifest["other_outputs"]) and _transforms(opened):
+        print("Note: to show what the transformer sees, export with --outputs warped.")
+    print(f"Page: {target}/index.html ({size / 1e6:.1f} MB, {precision})")
+    print(
+        f"Next: open {target}/index.html in a browser"
+        if one_file
+        else f"Next: python -m http.server --bind 127.0.0.1 --directory {target}, and open http://127.0.0.1:8000"
+    )
+    return 0
+
+
+def _is_page(folder: Path) -> bool:
+    index = folder / "index.html"
+    return index.is_file() and b'name="generator" content="upright web"' in index.read_bytes()[:2000]
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    """Wherever it says it is, it is looked for among the samples."""
+    return f"{SAMPLES}/{Path(sample['file']).name}"
+
+
+def _transforms(bundle: Bundle) -> bool:
+    return "Transformer" in json.dumps(bundle.manifest["provenance"]["model"])
+
+
+def _described(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
+    """What the page needs to know. Not the manifest itself: that names folders of the machine that trained."""
+    manifest, spec = bundle.manifest, bundle.spec
+    runtime = {kind: f"{RUNTIME_FOLDER}/{name}" for kind, name in zip(("script", "wasm"), RUNTIME, strict=True)}
+    model = bundle.model(precision).name
+    return {
+        "upright": version("upright"),
+        "precision": precision,
+        "tolerance": bundle.tolerance(precision),
+        "classes": spec.classes,
+        "channels": spec.channels,
+        "network_size": [spec.height, spec.width],
+        "resize": spec.resize,
+        "background": spec.background,
+        "shape": [length if isinstance(length, int) else None for length in manifest["input"]["shape"]],
+        "views": [name for name in manifest["other_outputs"] if name.startswith("warped")],
+        "model": model,
+        "runtime": runtime,
+        "bytes": {name: (folder / name).stat().st_size for name in (*runtime.values(), model)},
+        "samples": [
+            {"file": _sample(sample), "label": sample["label"], "probabilities": sample["probabilities"][precision]}
+            for sample in bundle.samples
+        ],
+    }
+
+
+def _into_one_file(folder: Path) -> None:
+    """Everything into ``index.html``; what the page would fetch, as base64 in elements that it finds by their name."""
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    style, app = ((folder / name).read_text(encoding="utf-8") for name in PAGE[1:])
+    data = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in PAGE:
+            content = base64.b64encode(path.read_bytes()).decode()
+            data.append(f'<script type="text/plain" id="{name}">{content}</script>\n')
+    policy = page.partition('Content-Security-Policy" content="')[2].partition('"')[0]
+    for old, new in (
+        (policy, ONE_FILE_POLICY),
+        ('<link rel="stylesheet" href="style.css">', f"<style>\n{style}</style>"),
+        ('<script src="app.js" defer></script>\n', ""),
+        ("</body>", f'{"".join(data)}<script id="app.js">\n{app}</script>\n</body>'),
+    ):
+        assert page.count(old) == 1
+        page = page.replace(old, new)
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def find_runtime(given: str | None) -> Callable[[str], bytes]:
+    """What reads the files of onnxruntime-web by their names.
+
+    Args:
+        given: its ``dist`` folder, the folder of the package, the package as ``npm pack`` makes it, or the address of a
+            folder that holds `RUNTIME`; by default the user's cache, which is filled once from `MIRRORS`.
+
+    Raises:
+        UprightError: if it is not there.
+    """
+    if given is None or given.startswith(("https://", "http://")):
+        folder = _downloaded(MIRRORS if given is None else (given.rstrip("/"),))
+        return lambda name: (folder / name).read_bytes()
+    path = Path(given)
+    if path.is_file():
+        return _package(path)
+    found = [folder for folder in (path, path / "dist") if all((folder / name).is_file() for name in RUNTIME)]
+    if not found:
+        raise UprightError(f"--runtime '{given}' does not hold {' and '.join(RUNTIME)}. {_how_to_get_it()}")
+    return lambda name: (found[0] / name).read_bytes()
+
+
+def _package(path: Path) -> Callable[[str], bytes]:
+    try:
+        with tarfile.open(path) as package:
+            members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
+            content = {name: member.read() for name, member in members.items() if member}
+    except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UprightError(
+            f"--runtime '{path}' is not the package onnxruntime-web ({reason}). {_how_to_get_it()}"
+        ) from None
+    return content.__getitem__
+
+
+def _downloaded(mirrors: tuple[str, ...]) -> Path:
+    cache = Path(os.environ.get("UPRIGHT_CACHE") or Path.home() / ".cache/upright").expanduser()
+    folder = cache / f"onnxruntime-web-{RUNTIME_VERSION}"
+    for name, digest in RUNTIME.items():
+        target = folder / name
+        if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == digest:
+            continue
+        print(f"Downloading {name} of onnxruntime-web {RUNTIME_VERSION}, once ...", flush=True)
+        failures = []
+        for mirror in mirrors:
+            try:
+                with urllib.request.urlopen(f"{mirror}/{name}", timeout=TIMEOUT) as response:
+                    content = response.read()
+                if hashlib.sha256(content).hexdigest() == digest:
+                    break
+                failures.append(f"{mirror}/{name} is another file than in {RUNTIME_VERSION}")
+            except (OSError, http.client.HTTPException, ValueError) as error:  # no such address is a ValueError
+                failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
+        else:
+            raise UprightError(f"{'; '.join(failures)}. {_how_to_get_it()}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_file(target) as aside:
+            aside.write_bytes(content)
+    return folder
+
+
+def _how_to_get_it() -> str:
+    package = f"onnxruntime-web@{RUNTIME_VERSION}"
+    return (
+        f"`npm pack {package}` where there is a network gives a file that --runtime takes; so does "
+        f"`npm install {package}`, as --runtime node_modules/onnxruntime-web."
+    )

@@ -1,0 +1,586 @@
+// The page of `upright web`. This file runs twice: as the page, and in a worker, where the model does not hold it up.
+"use strict";
+
+if (typeof document === "undefined") answerQuestions();
+else showPage();
+
+// ---- the worker ----
+
+function answerQuestions() {
+  let ort, session;
+  const tasks = {
+    async load({ script, wasm, model }) {
+      // From its bytes: a server need not know what .mjs is, and a page that is one file has no address for it.
+      ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
+      ort.env.wasm.wasmBinary = wasm;
+      // Several threads need headers that few servers send, and gain little for the networks that a page carries.
+      ort.env.wasm.numThreads = 1;
+      ort.env.logLevel = "error";
+      session = await ort.InferenceSession.create(new Uint8Array(model), { executionProviders: ["wasm"] });
+      return ort.env.versions.web;
+    },
+    // `pixels` uint8 of `shape` (B, H, W, C); gives every output as {data, shape}.
+    async run({ pixels, shape }) {
+      const found = await session.run({ images: new ort.Tensor("uint8", pixels, shape) });
+      return Object.fromEntries(Object.entries(found).map(([name, { data, dims }]) => [name, { data, shape: dims }]));
+    },
+  };
+  onmessage = async ({ data }) => {
+    try {
+      postMessage({ answer: await tasks[data.task](data) });
+    } catch (error) {
+      postMessage({ error: String(error.message ?? error) });
+    }
+  };
+}
+
+// ---- the page ----
+
+async function showPage() {
+  const MOST_PIXELS = 1024; // on the longer side: what turns smoothly
+  const ROWS = 10; // so many classes stand in their order, of more the first five
+  const CURVES = 4;
+  const STEP = 5; // degrees between the points of a curve
+  const SPEED = 40; // degrees per second
+
+  const $ = (id) => document.getElementById(id);
+  const calm = matchMedia("(prefers-reduced-motion: reduce)");
+  const input = $("input").getContext("2d", { willReadFrequently: true });
+  let about, worker;
+
+  function element(tag, properties, ...children) {
+    const made = Object.assign(document.createElement(tag), properties);
+    made.append(...children);
+    return made;
+  }
+
+  // A screen reader reads every change: only what is new is one.
+  function say(text, kind = "") {
+    if ($("state").textContent !== text) $("state").textContent = text;
+    $("status").className = kind;
+  }
+
+  // -- files: beside the page, or inside it (--one-file)
+
+  const inside = (name) => $(name)?.textContent;
+  const isInside = inside("model.json") !== undefined;
+
+  const stop = new AbortController();
+
+  async function read(name, progress = () => {}) {
+    if (isInside) {
+      const text = atob(inside(name));
+      const bytes = new Uint8Array(text.length);
+      for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+      return bytes.buffer;
+    }
+    const response = await fetch(name, { signal: stop.signal });
+    if (!response.ok) throw new Error(`${name} is not there (HTTP ${response.status}).`);
+    const parts = [];
+    for (const reader = response.body.getReader(); ; ) {
+      const { done, value } = await reader.read();
+      if (done) return new Blob(parts).arrayBuffer();
+      parts.push(value);
+      progress(value.length);
+    }
+  }
+
+  // -- the worker: one question at a time
+
+  const ask = (question, moved) =>
+    new Promise((resolve, reject) => {
+      worker.onmessage = ({ data }) => ("error" in data ? reject(new Error(data.error)) : resolve(data.answer));
+      worker.onerror = (event) => reject(new Error(event.message || "its worker cannot be started"));
+      worker.postMessage(question, moved);
+    });
+
+  async function loadModel() {
+    if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly, or it is switched off.");
+    const all = Object.values(about.bytes).reduce((sum, bytes) => sum + bytes);
+    let loaded = 0;
+    say(`Loading ${(all / 1e6).toFixed(1)} MB …`);
+    const progress = (bytes) => ($("progress").value = (loaded += bytes) / all);
+    const names = [about.runtime.script, about.runtime.wasm, about.model];
+    const [script, wasm, model] = await Promise.all(names.map((name) => read(name, progress)));
+    say("Starting the model …");
+    worker = new Worker(isInside ? URL.createObjectURL(new Blob([inside("app.js")])) : "app.js");
+    return ask({ task: "load", script, wasm, model }, [script, wasm, model]);
+  }
+
+  // -- pictures -> pixels, as `upright.images.decode` does it
+
+  const grey = (level) => `rgb(${level}, ${level}, ${level})`;
+
+  function blank(width, height) {
+    const context = element("canvas", { width, height }).getContext("2d", { willReadFrequently: true });
+    context.fillStyle = grey(about.background);
+    context.fillRect(0, 0, width, height);
+    return context;
+  }
+
+  // The bytes of the file: no colour management. The orientation that EXIF tells is applied.
+  const decoded = (blob) => createImageBitmap(blob, { colorSpaceConversion: "none" });
+
+  // As large as the model may get it, without transparency, grey if the model is.
+  function prepared(bitmap) {
+    const [, height, width] = about.shape;
+    let [x, y, w, h] = [0, 0, bitmap.width, bitmap.height];
+    let goal = [width, height];
+    if (!height) {
+      const factor = Math.min(1, MOST_PIXELS / Math.max(w, h));
+      goal = [w, h].map((length) => Math.max(1, Math.round(length * factor)));
+    } else if (about.resize === "crop") {
+      const factor = Math.min(w / width, h / height);
+      [x, y, w, h] = [(w - width * factor) / 2, (h - height * factor) / 2, width * factor, height * factor];
+    }
+    const context = blank(...goal);
+    context.imageSmoothingQuality = "high";
+    context.drawImage(bitmap, x, y, w, h, 0, 0, ...goal);
+    if (about.channels === 1) {
+      const image = context.getImageData(0, 0, ...goal);
+      const { data } = image;
+      for (let i = 0; i < data.length; i += 4) {
+        // ITU-R 601, in Pillow's integers
+        data.fill((data[i] * 19595 + data[i + 1] * 38470 + data[i + 2] * 7471 + 0x8000) >> 16, i, i + 3);
+      }
+      context.putImageData(image, 0, 0);
+    }
+    return context;
+  }
+
+  async function answer(context) {
+    const { data, width, height } = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
+    const { channels } = about;
+    const count = about.shape[0] ?? 1;
+    const one = width * height * channels;
+    const pixels = new Uint8Array(count * one);
+    for (let i = 0, o = 0; i < data.length; i += 4) for (let c = 0; c < channels; c++) pixels[o++] = data[i + c];
+    for (let n = 1; n < count; n++) pixels.copyWithin(n * one, 0, one);
+    const found = await ask({ task: "run", pixels, shape: [count, height, width, channels] }, [pixels.buffer]);
+    return { ...found, probabilities: found.probabilities.data.slice(0, about.classes.length) };
+  }
+
+  // -- the picture, and how it lies
+
+  let picture; // {context, edge, remark}
+  let angle = 0;
+  let size = 1;
+
+  // Mean colour of the border: what comes into view when a picture turns.
+  function edgeOf(context) {
+    const { width, height } = context.canvas;
+    const sums = [0, 0, 0];
+    let count = 0;
+    for (const box of [[0, 0, width, 1], [0, height - 1, width, 1], [0, 0, 1, height], [width - 1, 0, 1, height]]) {
+      const { data } = context.getImageData(...box);
+      for (let i = 0; i < data.length; i += 4, count++) for (let c = 0; c < 3; c++) sums[c] += data[i + c];
+    }
+    return sums.map((sum) => Math.round(sum / count));
+  }
+
+  const lying = ({ width, height }, degrees) =>
+    new DOMMatrix()
+      .translate(width / 2, height / 2)
+      .rotate(degrees)
+      .scale(size)
+      .translate(-width / 2, -height / 2);
+
+  function draw(context, degrees) {
+    const { canvas } = picture.context;
+    const { width, height } = canvas;
+    if (context.canvas.width !== width || context.canvas.height !== height) {
+      Object.assign(context.canvas, { width, height });
+    }
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.fillStyle = `rgb(${picture.edge.join(", ")})`;
+    context.fillRect(0, 0, width, height);
+    context.setTransform(lying(canvas, degrees));
+    context.drawImage(canvas, 0, 0);
+    return context;
+  }
+
+  function show(context, remark = "", sample = null) {
+    picture = { context, edge: edgeOf(context) };
+    const { width, height } = context.canvas;
+    $("input").className = Math.max(width, height) > 100 ? "fine" : "";
+    $("remark").textContent = remark;
+    for (const button of $("samples").children) button.setAttribute("aria-pressed", button === sample);
+    changed();
+  }
+
+  async function showFile(file) {
+    if (!file) return;
+    try {
+      const bitmap = await decoded(file);
+      const context = prepared(bitmap);
+      const [from, to] = [bitmap, context.canvas].map(({ width, height }) => `${width} x ${height}`);
+      show(context, from === to ? "" : `: ${to} of ${from} pixels`);
+    } catch {
+      say(`“${file.name}” is no picture that this browser can read.`, "bad");
+    }
+  }
+
+  function clear() {
+    const [, fixedHeight, fixedWidth] = about.shape;
+    const [height, width] = about.network_size;
+    const factor = 280 / Math.max(height, width);
+    show(
+      fixedHeight ? blank(fixedWidth, fixedHeight) : blank(Math.round(width * factor), Math.round(height * factor)),
+      ": draw here",
+    );
+    place(0, 1);
+  }
+
+  // `kept`: whether the curve still holds.
+  function changed(kept = false) {
+    draw(input, angle);
+    stale = true;
+    if (!kept) {
+      curve.clear();
+      colours.clear();
+      unswept = SWEEP.slice();
+    }
+    wake();
+  }
+
+  function place(degrees, factor = size) {
+    const kept = factor === size;
+    angle = degrees;
+    size = factor;
+    $("angle").value = angle;
+    $("angle").ariaValueText = `${Math.round(angle)} degrees`;
+    $("degrees").textContent = `${Math.round(angle)}°`.replace("-", "−");
+    $("scale").value = Math.round(100 * size);
+    $("percent").textContent = `${Math.round(100 * size)} %`;
+    drawCurves();
+    changed(kept);
+  }
+
+  // -- what there is to ask: first what is seen, then the samples, then the curve
+
+  const SWEEP = Array.from({ length: 360 / STEP }, (_, i) => (i % 2 ? 1 : -1) * Math.ceil(i / 2) * STEP + 0);
+  const curve = new Map(); // angle -> probabilities
+  let unswept = [];
+  let stale = false;
+  let wake = () => {};
+  const checked = { count: 0, wrong: [], largest: 0 };
+
+  async function work() {
+    const aside = blank(1, 1);
+    for (;;) {
+      try {
+        if (stale) {
+          stale = false;
+          showAnswer(await answer(input));
+          if ($("status").className === "bad" && !checked.wrong.length) sayChecked();
+        } else if (checked.count < about.samples.length) {
+          await checkOne(about.samples[checked.count]);
+        } else if (unswept.length) {
+          const degrees = unswept.shift();
+          const of = picture;
+          const by = size;
+          const { probabilities } = await answer(draw(aside, degrees));
+          if (of === picture && by === size && unswept.length < SWEEP.length) curve.set(degrees, probabilities);
+          drawCurves();
+        } else {
+          await new Promise((resolve) => (wake = resolve));
+        }
+      } catch (error) {
+        unswept = [];
+        const { width, height } = input.canvas;
+        say(`The model cannot take this picture of ${width} x ${height} pixels: ${error.message}`, "bad");
+      }
+    }
+  }
+
+  async function checkOne(sample) {
+    const { probabilities } = await answer(prepared(await decoded(sample.blob)));
+    const difference = Math.max(...sample.probabilities.map((expected, k) => Math.abs(expected - probabilities[k])));
+    checked.count++;
+    checked.largest = Math.max(checked.largest, difference);
+    if (!(difference <= about.tolerance)) checked.wrong.push(sample.file);
+    sayChecked();
+  }
+
+  function sayChecked() {
+    const { count, wrong, largest } = checked;
+    const of = about.samples.length;
+    if (count < of) return say(`Checking ${of} samples …`);
+    const figures = `largest difference ${largest.toExponential(1)}, allowed ${about.tolerance.toExponential(0)}`;
+    if (wrong.length) say(`${wrong.length} of ${of} samples not as where it was exported (${figures}).`, "bad");
+    else say(`${of} of ${of} samples as where it was exported (${figures}).`, "good");
+  }
+
+  // -- what it says
+
+  const colours = new Map(); // class -> number of its colour, of those that the curve shows
+  let rows = [];
+  let latest;
+  let speaking;
+
+  const best = (probabilities) => probabilities.indexOf(Math.max(...probabilities));
+  const colour = (k) => (colours.has(k) ? `var(--curve-${colours.get(k)})` : "");
+
+  function makeRows() {
+    const { classes } = about;
+    rows = Array.from({ length: classes.length > ROWS ? 5 : classes.length }, (_, k) => {
+      const [label, bar] = ["label", "bar"].map((className) => element("span", { className }));
+      const value = element("data", { className: "value" });
+      if (classes.length <= ROWS) label.textContent = label.title = classes[k];
+      const row = element("li", {}, label, bar, value);
+      return { row, label, bar, value };
+    });
+    $("probabilities").append(...rows.map(({ row }) => row));
+    $("probabilities").className = classes.every((name) => name.length < 4) ? "short" : "";
+  }
+
+  function showRows() {
+    const { classes } = about;
+    const order = [...classes.keys()];
+    if (classes.length > ROWS) order.sort((a, b) => latest[b] - latest[a]);
+    const first = best(latest);
+    rows.forEach(({ row, label, bar, value }, i) => {
+      const k = order[i];
+      row.classList.toggle("first", k === first);
+      label.textContent = label.title = classes[k];
+      bar.style.setProperty("--p", latest[k]);
+      bar.style.setProperty("--colour", colour(k) || "var(--bar)");
+      value.value = latest[k];
+      value.textContent = `${(100 * latest[k]).toFixed(1)} %`;
+    });
+  }
+
+  function showAnswer(found) {
+    latest = found.probabilities;
+    showRows();
+    clearTimeout(speaking);
+    if (!spinning) {
+      const k = best(latest);
+      const text = `${about.classes[k]}, ${Math.round(100 * latest[k])} percent`;
+      speaking = setTimeout(() => ($("spoken").textContent = text), 500);
+    }
+    for (const canvas of $("views").querySelectorAll("canvas")) showView(canvas, found[canvas.id]);
+  }
+
+  // What a transformer sees: float32 (B, H, W, C), 0 to 255.
+  function showView(canvas, { data, shape: [, height, width, channels] }) {
+    const image = new ImageData(width, height);
+    for (let i = 0; i < width * height; i++) {
+      for (let c = 0; c < 3; c++) image.data[4 * i + c] = data[i * channels + (channels === 3 ? c : 0)];
+      image.data[4 * i + 3] = 255;
+    }
+    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    canvas.getContext("2d").putImageData(image, 0, 0);
+  }
+
+  // -- the curves: probability over the angle
+
+  function shape(d, className, style = "") {
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", d);
+    path.setAttribute("class", className);
+    path.style.stroke = style;
+    return path;
+  }
+
+  function chooseColours() {
+    const top = [...about.classes.keys()]
+      .map((k) => {
+        let [sum, most] = [0, 0];
+        for (const probabilities of curve.values()) {
+          sum += probabilities[k];
+          most = Math.max(most, probabilities[k]);
+        }
+        return { k, sum, most };
+      })
+      .filter(({ most }) => most > 0.1)
+      .sort((a, b) => b.sum - a.sum)
+      .slice(0, CURVES)
+      .map(({ k }) => k);
+    for (const k of [...colours.keys()]) if (!top.includes(k)) colours.delete(k);
+    for (const k of top) {
+      if (colours.has(k)) continue;
+      const taken = [...colours.values()];
+      colours.set(k, [...Array(CURVES).keys()].find((number) => !taken.includes(number)));
+    }
+    return top;
+  }
+
+  function drawCurves() {
+    const top = chooseColours();
+    const angles = [...curve.keys()].sort((a, b) => a - b);
+    const wrapped = curve.has(-180) || curve.has(180);
+    const end = curve.get(180) ?? curve.get(-180);
+    const points = angles.filter((at) => Math.abs(at) < 180).map((at) => [at, curve.get(at)]);
+    const closed = wrapped ? [[-180, end], ...points, [180, end]] : points;
+    const paths = top.map((k) => {
+      const line = closed.map(([at, probabilities]) => `${at} ${(1 - probabilities[k]).toFixed(4)}`);
+      return shape(`M${line.join("L")}`, "curve", colour(k));
+    });
+    $("curves").replaceChildren(
+      shape("M-180 0H180M-180 .5H180M-180 1H180M-90 0V1M0 0V1M90 0V1", "grid"),
+      ...paths.reverse(),
+      shape(`M${angle} 0V1`, "now"),
+    );
+    $("legend").replaceChildren(
+      ...top.map((k) => {
+        const entry = element("span", { textContent: about.classes[k] });
+        entry.style.setProperty("--colour", colour(k));
+        return entry;
+      }),
+    );
+    $("share").textContent = unswept.length || !curve.size ? "\u00a0" : share();
+    if (latest) showRows();
+  }
+
+  // Over which angles the answer stays what it is at 0.
+  function share() {
+    const first = best(curve.get(0));
+    const reach = (step) => {
+      let at = 0;
+      while (Math.abs(at) < 180 && best(curve.get(at + step) ?? curve.get(-at - step)) === first) at += step;
+      return at;
+    };
+    const [low, high] = [reach(-STEP), reach(STEP)];
+    const range = low === high ? "at 0° alone" : `from ${low}° to ${high}°`.replaceAll("-", "−");
+    const span = high - low >= 360 ? "at every angle" : range;
+    return `Stays “${about.classes[first]}” ${span}`;
+  }
+
+  // -- spinning
+
+  let spinning = false;
+
+  function spin(on) {
+    spinning = on;
+    $("spin").textContent = on ? "Stop" : "Spin";
+    $("spin").setAttribute("aria-pressed", on);
+    if (!on) return;
+    let last = performance.now();
+    requestAnimationFrame(function frame(now) {
+      if (!spinning) return;
+      // Who asked for less motion gets a still picture, then another.
+      if (!calm.matches || now - last > 750) {
+        const next = angle + (calm.matches ? 15 : (SPEED * Math.min(now - last, 100)) / 1000);
+        last = now;
+        place(next > 180 ? next - 360 : next);
+      }
+      requestAnimationFrame(frame);
+    });
+  }
+
+  // -- drawing
+
+  function listenToPen() {
+    const canvas = $("input");
+    let from;
+    const at = ({ clientX, clientY }) => {
+      const box = canvas.getBoundingClientRect();
+      const { width, height } = canvas;
+      const shown = Math.min(canvas.clientWidth / width, canvas.clientHeight / height);
+      const x = (clientX - box.left - box.width / 2) / shown + width / 2;
+      const y = (clientY - box.top - box.height / 2) / shown + height / 2;
+      return lying(canvas, angle).inverse().transformPoint({ x, y });
+    };
+    const stroke = (to) => {
+      const { context, edge } = picture;
+      const { width, height } = context.canvas;
+      const isDark = edge[0] + edge[1] + edge[2] < 384;
+      context.strokeStyle = grey(isDark ? 255 : 0);
+      context.lineWidth = Math.max(1, Math.min(width, height) / 12);
+      context.lineCap = context.lineJoin = "round";
+      context.beginPath();
+      context.moveTo(from.x, from.y);
+      context.lineTo(to.x, to.y);
+      context.stroke();
+      from = to;
+    };
+    canvas.addEventListener("pointerdown", (event) => {
+      if (event.button) return;
+      event.preventDefault();
+      canvas.setPointerCapture(event.pointerId);
+      for (const button of $("samples").children) button.setAttribute("aria-pressed", false);
+      from = at(event);
+      stroke(from);
+      changed();
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (!from) return;
+      const events = event.getCoalescedEvents?.() ?? [];
+      for (const each of events.length ? events : [event]) stroke(at(each));
+      changed();
+    });
+    for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (from = undefined));
+  }
+
+  // -- the page as a whole
+
+  function listen() {
+    listenToPen();
+    $("clear").onclick = clear;
+    $("angle").oninput = () => (spin(false), place(Number($("angle").value)));
+    $("scale").oninput = () => place(angle, Number($("scale").value) / 100);
+    $("reset").onclick = () => (spin(false), place(0, 1));
+    $("spin").onclick = () => spin(!spinning);
+    $("file").onchange = () => showFile($("file").files[0]).then(() => ($("file").value = ""));
+    addEventListener("paste", ({ clipboardData }) => showFile(clipboardData.files[0]));
+    addEventListener("dragover", (event) => (event.preventDefault(), document.body.classList.add("dropping")));
+    addEventListener("dragleave", ({ relatedTarget }) => relatedTarget || document.body.classList.remove("dropping"));
+    addEventListener("drop", (event) => {
+      event.preventDefault();
+      document.body.classList.remove("dropping");
+      showFile(event.dataTransfer.files[0]);
+    });
+  }
+
+  function makeViews() {
+    const { views } = about;
+    views.forEach((id, i) => {
+      const [width, height] = [1, 1];
+      const caption = views.length > 1 ? `What transformer ${i + 1} sees` : "What the transformer sees";
+      const canvas = element("canvas", { id, width, height, role: "img", ariaLabel: caption });
+      $("views").append(element("figure", {}, canvas, element("figcaption", { textContent: caption })));
+    });
+    $("views").className = views.length > 1 ? "several" : "";
+    $("look").className = views.length ? "with-views" : "";
+  }
+
+  async function makeSamples() {
+    for (const [i, sample] of about.samples.entries()) {
+      sample.blob = new Blob([await read(sample.file)], { type: "image/png" });
+      const name = `Sample ${i + 1}, labelled ${sample.label}`;
+      const button = element("button", { type: "button", title: name, ariaLabel: name });
+      button.append(element("img", { src: URL.createObjectURL(sample.blob), alt: "" }));
+      button.onclick = async () => show(prepared(await decoded(sample.blob)), `: sample, labelled ${sample.label}`, button);
+      $("samples").append(button);
+    }
+  }
+
+  try {
+    if (location.protocol === "file:" && !isInside) {
+      throw new Error(
+        "browsers read no files beside a page that is opened from a disk. Serve its folder " +
+          "(python -m http.server, then http://localhost:8000), or make the page with --one-file.",
+      );
+    }
+    about = JSON.parse(new TextDecoder().decode(await read("model.json")));
+    makeRows();
+    makeViews();
+    drawCurves();
+    await makeSamples();
+    listen();
+    $("samples").firstElementChild.click();
+    const runtime = await loadModel();
+    const { precision, upright } = about;
+    $("about").textContent =
+      `The model (${precision}, ${(about.bytes[about.model] / 1e6).toFixed(2)} MB) runs in this page, ` +
+      `by onnxruntime-web ${runtime}; no picture leaves it. Made by Upright ${upright}.`;
+    $("progress").hidden = true;
+    work();
+  } catch (error) {
+    // What is still being loaded has no more to say.
+    stop.abort();
+    $("progress").hidden = true;
+    say(`The model cannot be loaded: ${error.message}`, "bad");
+  }
+}

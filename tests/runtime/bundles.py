@@ -1,0 +1,57 @@
+"""Bundles of networks that learned nothing, for what no trained one is needed for: any spec, any form."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from upright.exporting.graph import Form, Graph, write_graph
+from upright.images import ImageSpec
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
+from upright.runtime.predictor import open_session, run_session
+from upright.training.model import Model
+
+
+def write_bundle(
+    folder: Path, spec: ImageSpec, network: Callable[[tuple[int, int, int], int], nn.Module], form: Form | None = None
+) -> Path:
+    """A whole bundle in ``folder`` with four samples of noise."""
+    form = form or Form()
+    torch.manual_seed(0)
+    model = Model(spec, network(spec.input_shape, len(spec.classes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # A transformer that learned nothing would do nothing.
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    (folder / SAMPLES).mkdir(parents=True)
+    write_graph(model, folder / MODELS["fp32"], form)
+    session = open_session(folder / MODELS["fp32"])
+    height, width = form.size or (spec.height + 3, spec.width + 7)
+    samples = []
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, spec.channels), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze()).save(folder / SAMPLES / f"{number:02d}.png")
+        (said,) = run_session(session, [pixels], 1)
+        file = f"{SAMPLES}/{number:02d}.png"
+        samples.append({"file": file, "label": spec.classes[0], "probabilities": {"fp32": said.tolist()}})
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "spec": spec.to_dict(),
+        "input": {"shape": [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]},
+        "other_outputs": Graph(model, form).names[1:],
+        "precisions": {"fp32": {"tolerance": 1e-4}},
+        "provenance": {
+            "versions": {"upright": "0.1.0"},
+            "model": {"network": type(model.network).__name__},
+            "data": {"root": "/home/somebody"},
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / EXPECTED).write_text(json.dumps(samples))
+    (folder / SUMS).write_text(checksums(folder))
+    return folder
