@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from upright.cli import VERBS
 
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
@@ -85,21 +86,7 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *(
-            [verb, "--help"]
-            for verb in (
-                "describe",
-                "preview",
-                "export",
-                "verify",
-                "infer",
-                "benchmark",
-                "serve",
-                "web",
-                "sweep",
-                "study",
-            )
-        ),
+        *([verb, "--help"] for verb in VERBS),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
