@@ -13,7 +13,7 @@ from tests.conftest import CONFIGS, ROOT, Upright
 from upright.cli import LIGHTNING, VERBS
 
 README = (ROOT / "README.md").read_text()
-DOCS = README + (ROOT / "docs/data.md").read_text() + (ROOT / "docs/training.md").read_text()
+DOCS = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in ("data", "training", "deployment"))
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", DOCS, flags=re.M | re.S))
 SECTIONS_TO_TYPE = (
     "The line",
@@ -22,6 +22,7 @@ SECTIONS_TO_TYPE = (
     "Training",
     "Options",
     "It goes on",
+    "Forms and precisions",
     "Data",
     "Your own architecture",
     "Your own images",

@@ -17,10 +17,10 @@ from torch import nn
 
 from tests.architectures.variants import VARIANTS, Variant
 from tests.conftest import CONFIGS, ROOT, Upright
+from tests.training.killing import differences, finished, last
+from tests.training.killing import fit as fit_process
 from tests.training.test_checkpoint import Exploit
 from tests.training.test_published_weights import random_weights, resnet_forward, resnet_layout, vgg_forward, vgg_layout
-from tests.training.test_resume import fit as fit_process
-from tests.training.test_resume import last
 from upright.architectures.lenet import LeNet
 from upright.architectures.perceptron import Perceptron
 from upright.architectures.resnet import ResNet, SmallResNet
@@ -406,7 +406,7 @@ class Some(Digits):
 
 class Kill(Callback):
     def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
+        if trainer.global_step == int(os.environ.get("DIE_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
 
 class Agree(Callback):
@@ -520,17 +520,16 @@ def test_a_frozen_run_that_is_killed_ends_as_one_that_was_not(first: Path, tmp_p
     freeze = FREEZE % "{until_epoch: 2, lr_factor: 0.1}"
     options = (*FROM, "--data.classes", "789", "--data.batch_size", "32", "--trainer.max_epochs", "3")
     options += ("--trainer.callbacks", freeze, "--save_every_n_steps", "4")
-    assert fit_process(tmp_path, "whole", *options) == 0
-    steps = int(last(tmp_path, "whole")["step"]) // 3
+    finished(tmp_path, "whole", *options)
+    runs = tmp_path / "checkpoints"
+    steps = last(runs / "whole")["global_step"] // 3
     # Killed in the middle of a frozen epoch, and in the middle of the one that is not.
     resumed = options[2:]
-    assert steps > 6 and fit_process(tmp_path, "killed", *options, kill_at=steps + 5) < 0
-    assert fit_process(tmp_path, "killed", *resumed, "--ckpt_path", "last", kill_at=2 * steps + 6) < 0
-    assert fit_process(tmp_path, "killed", *resumed, "--ckpt_path", "last") == 0
-    whole, killed = last(tmp_path, "whole"), last(tmp_path, "killed")
-    assert whole.keys() == killed.keys() and int(whole["step"]) == 3 * steps
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, killed[name]), name
+    assert steps > 6 and fit_process(tmp_path, "killed", *options, DIE_AT=str(steps + 5)).returncode < 0
+    go_on = (*resumed, "--ckpt_path", "last")
+    assert fit_process(tmp_path, "killed", *go_on, DIE_AT=str(2 * steps + 6)).returncode < 0
+    finished(tmp_path, "killed", *go_on)
+    assert differences(runs / "whole", runs / "killed") == []
 
 
 def test_a_resumed_run_keeps_the_rate_of_its_body(upright: Upright, first: Path) -> None:
@@ -550,10 +549,11 @@ def test_two_processes_agree_on_a_body_that_waits(first: Path, tmp_path: Path) -
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Start: ") == 1
-    state, start = last(tmp_path, "second"), torch.load(first / "best.ckpt", weights_only=True)["state_dict"]
+    checkpoint = last(tmp_path / "checkpoints/second")
+    state, start = checkpoint["state_dict"], torch.load(first / "best.ckpt", weights_only=True)["state_dict"]
     assert not torch.equal(state["model.network.stem.0.0.weight"], start["model.network.stem.0.0.weight"])
     counted = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
-    steps = int(state["step"]) // 2
+    steps = checkpoint["global_step"] // 2
     assert counted == {steps + int(start["model.network.stem.0.1.num_batches_tracked"])}
 
 

@@ -88,6 +88,7 @@ def test_ctrl_c_stops_all_of_them_at_one_step(folder: Path, launcher: str) -> No
     assert f"stopped after step {step};" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_two_processes_goes_on_exactly(folder: Path) -> None:
     finished(folder, "whole", *SHORT)
     # One of them alone is told.
@@ -104,6 +105,7 @@ def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_torchrun_replaces_a_run_and_says_mistakes_once(folder: Path) -> None:
     assert torchrun(folder).returncode == 0
     before = last(folder / "checkpoints/a")["upright"]["run"]["id"]
