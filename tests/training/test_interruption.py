@@ -80,8 +80,9 @@ def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
     assert process.exitcode == -signal.SIGINT
 
 
-def test_two_runs_in_one_folder(folder: Path, upright: Upright) -> None:
+def test_two_runs_in_one_folder(folder: Path, upright: Upright, request: pytest.FixtureRequest) -> None:
     process = started(folder, "a", "--trainer.max_epochs", "9999")
+    request.addfinalizer(process.kill)
     while not (folder / "checkpoints/a/last.ckpt").exists():
         assert process.is_alive()
         time.sleep(0.05)
