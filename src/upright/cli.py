@@ -91,6 +91,15 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a folder that `upright export` made")
 
 
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="which of the bundle's models; default: fp32",
+    )
+
+
 def _infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a folder that `upright export` made")
     parser.add_argument(
@@ -101,12 +110,7 @@ def _infer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="default: table")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable classes; default: 1")
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "fp16", "int8"),
-        default="fp32",
-        help="which of the bundle's models; default: fp32",
-    )
+    _model(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="that one run may use; all cores by default")
     parser.add_argument(
         "--providers",
@@ -140,12 +144,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a folder that `upright export` made")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "fp16", "int8"),
-        default="fp32",
-        help="which of the bundle's models; default: fp32",
-    )
+    _model(parser)
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="of one run of the model; as many as cores by default"
     )
@@ -172,12 +171,7 @@ def _web(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_URL",
         help="onnxruntime-web: its folder, its package as a file, or a mirror's address; by default downloaded once",
     )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "fp16", "int8"),
-        default="fp32",
-        help="which of the bundle's models; default: fp32",
-    )
+    _model(parser)
     parser.add_argument(
         "--one-file", action="store_true", help="write a single HTML file, a third larger, that also opens from a disk"
     )
