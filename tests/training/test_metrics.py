@@ -5,11 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 
-from upright.training.metrics import Means, stage_metrics, write_tables
-
-
-def update(metrics: object, preds: torch.Tensor, target: torch.Tensor, loss: float = 1.0) -> None:
-    metrics.update(preds=preds, target=target, value=torch.tensor(loss), weight=len(target), groups=target)
+from upright.training.metrics import Means, StageMetrics, write_tables
 
 
 def answers(num_classes: int, count: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,11 +17,13 @@ def answers(num_classes: int, count: int = 300) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 10])
-def test_metrics_equal_scikit_learns(num_classes: int) -> None:
+def test_metrics_equal_scikit_learns(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some are told of on the way, some at the end.
+    monkeypatch.setattr("upright.training.metrics.AT_ONCE", 100)
     preds, target = answers(num_classes)
-    metrics = stage_metrics(num_classes, upright=False)
+    metrics = StageMetrics(num_classes, upright=False)
     for part in range(0, 300, 64):
-        update(metrics, preds[part : part + 64], target[part : part + 64])
+        metrics.update(preds[part : part + 64], target[part : part + 64], torch.tensor(1.0))
     found, predicted = metrics.compute(), preds.argmax(1)
     assert found.pop("confusion").tolist() == confusion_matrix(target, predicted).tolist()
     ours = {name: float(value) for name, value in found.items()}
@@ -42,21 +40,22 @@ def test_metrics_equal_scikit_learns(num_classes: int) -> None:
     assert ours == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_first_batch_that_is_all_right_does_not_make_one_metric_of_two() -> None:
-    metrics = stage_metrics(10, upright=False)
+def test_a_first_batch_that_is_all_right_does_not_make_one_metric_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upright.training.metrics.AT_ONCE", 8)
+    metrics = StageMetrics(10, upright=False)
     target = torch.arange(8)
-    update(metrics, torch.eye(10)[:8], target)
+    metrics.update(torch.eye(10)[:8], target, torch.tensor(1.0))
     second = torch.linspace(1, 0.1, 10).expand(8, 10)
-    update(metrics, second / second.sum(1, keepdim=True), target)
+    metrics.update(second / second.sum(1, keepdim=True), target, torch.tensor(1.0))
     found = metrics.compute()
     assert found["accuracy"] == (8 + 1) / 16 and found["top5"] == (8 + 5) / 16
 
 
 def test_the_loss_is_a_mean_over_images() -> None:
-    metrics = stage_metrics(2, upright=False)
+    metrics = StageMetrics(2, upright=False)
     preds, target = answers(2, 4)
-    update(metrics, preds[:3], target[:3], loss=1.0)
-    update(metrics, preds[3:], target[3:], loss=5.0)
+    metrics.update(preds[:3], target[:3], torch.tensor(1.0))
+    metrics.update(preds[3:], target[3:], torch.tensor(5.0))
     assert metrics.compute()["loss"] == 2
 
 

@@ -20,10 +20,12 @@ from upright.errors import GateError
 from upright.files import replacing_file
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
+from upright.training.hooks import without_empty_hooks
 from upright.training.interruption import is_whole_step
 from upright.training.metrics import BRIEF, Means
 
 
+@without_empty_hooks
 class RunCheckpoint(ModelCheckpoint):
     """Knows its best score again after the run's folder was moved (Lightning's own forgets it then).
 
@@ -70,6 +72,7 @@ def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
     return found
 
 
+@without_empty_hooks
 class RunRecord(Callback):
     """Writes Upright's part into every checkpoint.
 
@@ -99,6 +102,7 @@ def _scalars(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
+@without_empty_hooks
 class MetricsFile(Callback):
     """One row per epoch in ``metrics.csv``; a resumed run goes on where its checkpoint stood.
 
@@ -182,6 +186,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+@without_empty_hooks
 class Divergence(Callback):
     """Stops a run whose loss or weights are not finite any more, before a checkpoint of them is written.
 
@@ -227,6 +232,7 @@ class Divergence(Callback):
         )
 
 
+@without_empty_hooks
 class GradientNorm(Callback):
     """Logs mean and maximum, over an epoch, of the norm of all gradients, before they are clipped."""
 

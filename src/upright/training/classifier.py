@@ -20,7 +20,7 @@ from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
 from upright.training.losses import CrossEntropy
-from upright.training.metrics import Means, stage_metrics
+from upright.training.metrics import Means, StageMetrics
 from upright.training.model import Model
 from upright.training.schedules import OneCycle
 from upright.training.uprightness import final_poses, upright_loss
@@ -82,11 +82,21 @@ class ImageClassifier(Recorded, L.LightningModule):
                 "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
             )
         self.metrics = nn.ModuleDict(
-            {f"_{stage}": stage_metrics(num_classes, upright=self.transformers > 0) for stage in ("val", "test")}
+            {f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0) for stage in ("val", "test")}
         )
         self._means = Means()
         self.confusion: Tensor | None = None
         """Of the last validation or test, ``(K, K)``: images of row's class that were taken for column's."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module does, but for the name of the hook that runs, which Lightning sets fifty times a step.
+
+        To look whether it is a weight took a tenth of a millisecond (``benchmarks/overhead.py``).
+        """
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
@@ -232,16 +242,9 @@ class ImageClassifier(Recorded, L.LightningModule):
         with observing() as seen:
             logits = self.model(batch.images)
         probabilities = logits.float().softmax(dim=1)
-        metrics.update(
-            preds=probabilities,
-            target=batch.labels,
-            value=self.loss(logits, batch.labels),
-            weight=len(logits),
-            groups=batch.group,
-            transforms=batch.transforms,
-            seen=seen,
-            aspect=self.spec.width / self.spec.height,
-        )
+        metrics.update(probabilities, batch.labels, self.loss(logits, batch.labels))
+        if metrics.uprightness is not None:
+            metrics.uprightness.update(batch.group, batch.transforms, seen, self.spec.width / self.spec.height)
         return {"probabilities": probabilities, "seen": seen}
 
     def _report(self, stage: str) -> None:

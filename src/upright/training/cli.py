@@ -48,6 +48,7 @@ from upright.training.checkpoint import (
 from upright.training.classifier import ImageClassifier
 from upright.training.drawing import draw_confusion, save_picture
 from upright.training.finetuning import start_from
+from upright.training.hooks import NoProfiler, without_empty_hooks
 from upright.training.interruption import Interrupted, Interruption
 from upright.training.metrics import write_tables
 from upright.training.parser import OneLineParser, user_error
@@ -368,6 +369,8 @@ class UprightCLI(LightningCLI):
         config = {**config, "plugins": [*_as_list(config["plugins"]), AtomicCheckpointIO()]}
         if config["logger"] is None:
             config["logger"] = logger
+        if config["profiler"] is None:
+            config["profiler"] = NoProfiler()
         try:
             return self._instantiate_trainer({**config, **kwargs}, callbacks)
         except ValueError as error:
@@ -492,6 +495,7 @@ class UprightCLI(LightningCLI):
         print(f"Written: {path} ({len(index)} images)")
 
 
+@without_empty_hooks
 class RunFolder(Callback):
     """Writes ``config.yaml``, and tells the logger what the run is."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from upright.training.hooks import without_empty_hooks
 from upright.training.run_folder import is_first_process
 
 
@@ -47,6 +48,7 @@ def _has_all_steps(trainer: L.Trainer) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
+@without_empty_hooks
 class Interruption(Checkpoint):
     """Stops training after the step that it is in, or after validation, with ``last.ckpt`` written.
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -25,39 +26,70 @@ BRIEF = ("loss", "accuracy", "uprightness")
 """What is worth a look after every epoch; all the rest is in metrics.csv."""
 
 
-def stage_metrics(num_classes: int, *, upright: bool) -> MetricCollection:
+AT_ONCE = 4096
+"""Images of which the metrics of classification hear at once: for a batch they take a millisecond, however small."""
+
+
+class StageMetrics(nn.Module):
     """The metrics of one stage.
 
     ``precision``, ``recall`` and ``f1`` are means over the classes that were shown or predicted. ``top5`` is there for
     more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
     arXiv:1706.04599). ``confusion`` ``(K, K)`` counts the images of row's class that were taken for column's.
 
-    Update it by name: ``preds`` probabilities ``(B, K)``, ``target`` labels ``(B,)``, the ``value`` of the loss and its
-    ``weight``, and what `Uprightness` takes.
-
     Args:
         num_classes: ``K``.
         upright: whether there is a transformer to measure.
     """
-    # What would be validated at every batch are our own probabilities and labels.
-    common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
-    metrics: dict[str, Metric | MetricCollection] = {
-        "loss": MeanMetric(),
-        "accuracy": MulticlassAccuracy(average="micro", **common),
-        "precision": MulticlassPrecision(average="macro", **common),
-        "recall": MulticlassRecall(average="macro", **common),
-        "f1": MulticlassF1Score(average="macro", **common),
-        "calibration_error": MulticlassCalibrationError(n_bins=15, norm="l1", **common),
-        "confusion": MulticlassConfusionMatrix(**common),
-    }
-    if num_classes > TOP:
-        metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
-    if upright:
-        metrics["uprightness"] = Uprightness()
-    # Told, not found: torchmetrics takes states that are equal after the first batch for one, and where all of that
-    # batch is right, accuracy and top5 are.
-    together = ["precision", "recall", "f1"]
-    return MetricCollection(metrics, compute_groups=[together, *([name] for name in metrics if name not in together)])
+
+    def __init__(self, num_classes: int, *, upright: bool) -> None:
+        super().__init__()
+        # What would be validated at every update are our own probabilities and labels.
+        common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(average="micro", **common),
+            "precision": MulticlassPrecision(average="macro", **common),
+            "recall": MulticlassRecall(average="macro", **common),
+            "f1": MulticlassF1Score(average="macro", **common),
+            "calibration_error": MulticlassCalibrationError(n_bins=15, norm="l1", **common),
+            "confusion": MulticlassConfusionMatrix(**common),
+        }
+        if num_classes > TOP:
+            metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
+        # Told, not found: torchmetrics takes states that are equal after the first update for one, and where all that
+        # it saw is right, accuracy and top5 are.
+        together = ["precision", "recall", "f1"]
+        groups = [together, *([name] for name in metrics if name not in together)]
+        self.classification = MetricCollection(metrics, compute_groups=groups)
+        self.loss = MeanMetric()
+        self.uprightness = Uprightness() if upright else None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, probabilities: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Add a batch: probabilities ``(B, K)``, labels ``(B,)``, and the mean of the loss over it."""
+        self.loss.update(loss, len(labels))
+        self._waiting.append((probabilities, labels))
+        if len(self._waiting) * len(labels) >= AT_ONCE:
+            self._classify()
+
+    def _classify(self) -> None:
+        if self._waiting:
+            probabilities, labels = zip(*self._waiting, strict=True)
+            self.classification.update(torch.cat(probabilities), torch.cat(labels))
+            self._waiting = []
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every metric by its name, over all processes; what cannot be told is NaN."""
+        self._classify()
+        found = {"loss": self.loss.compute(), **self.classification.compute()}
+        return found | ({"uprightness": self.uprightness.compute()} if self.uprightness is not None else {})
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._waiting = []
+        for metrics in (self.classification, self.loss, self.uprightness):
+            if metrics is not None:
+                metrics.reset()
 
 
 class Means:

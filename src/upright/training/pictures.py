@@ -31,6 +31,7 @@ from upright.training.drawing import (
     pixels_of,
     save_picture,
 )
+from upright.training.hooks import without_empty_hooks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ def picture_epochs(epochs: int) -> set[int]:
     return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
 
 
+@without_empty_hooks
 class RunPictures(Callback):
     """Draws the validation split at some epochs, into the run's folder and every logger that takes images.
 

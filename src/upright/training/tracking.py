@@ -23,6 +23,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.checkpoint import KEY, read_checkpoint
+from upright.training.hooks import without_empty_hooks
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
@@ -105,6 +106,7 @@ def _possible(mode: Mode) -> Mode:
     return mode
 
 
+@without_empty_hooks
 class Artifacts(Callback):
     """Notes in W&B which split a run used, and at its end the checkpoints that it made.
 
