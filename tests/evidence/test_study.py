@@ -1,41 +1,135 @@
+import inspect
 import json
-import shutil
+import pkgutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
+from matplotlib.figure import Figure
 
 from tests.conftest import ROOT, Upright
+from upright.architectures.lenet import LeNet
+from upright.architectures.perceptron import Perceptron
+from upright.data.digits import Digits
+from upright.errors import UprightError
+from upright.evidence import studies
+from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.studies import uprightness
+from upright.evidence.study import Finding, mean_and_spread, run
 
-QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
-
-
-def results(plain: list[float], upright: list[float]) -> dict[str, list[dict[str, float]]]:
-    def runs(measured: list[float]) -> list[dict[str, float]]:
-        return [{"test/accuracy": 0.98 + i / 100, "test/uprightness": value} for i, value in enumerate(measured)]
-
-    return {"lenet": [{"test/accuracy": 0.9}] * 2, "transformer": runs(plain), "upright": runs(upright)}
+STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
+PERCEPTRON = Experiment(Perceptron, partial(Digits, angles=(0, 30)), epochs=1)
 
 
-def test_the_sentence_says_what_the_numbers_say() -> None:
-    held = uprightness._table(results([0.2, 0.3], [0.1, 0.19]))
-    assert "The upright loss makes the transformer turn" in held and "(every seed" in held
-    assert "| LeNet | 0.9000 ± 0.0000 | - |" in held
-    assert "| with the upright loss | 0.9850 ± 0.0071 | 0.1450 ± 0.0636 |" in held
-    not_held = uprightness._table(results([0.2, 0.3], [0.1, 0.21]))
-    assert "does not clearly make" in not_held and "(not every seed" in not_held
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_writes_what_it_found(name: str, upright: Upright, tmp_path: Path) -> None:
+    answer = upright("study", name, "--quick", "--seeds", 2)
+    assert answer.code == 0, answer.err
+    folder = tmp_path / f"checkpoints/study-{name}-quick"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["numbers"] and results["held"] in (True, False) and results["scale"] == "quick"
+    page = (folder / "study.md").read_text()
+    verdict = "Held" if results["held"] else "Did not hold"
+    assert page.startswith(f"## {name}\n\n{results['claim']}\n\nProtocol: ")
+    assert "It holds if " in page and f"**{verdict}.** {results['sentence']}" in page
+    assert f"`upright study {name} --seeds 2 --quick`" in page
+    assert (folder / f"{name}.png").stat().st_size > 5000
+    # What the protocol says comes before what was found.
+    assert answer.out.index("Protocol: ") < answer.out.index(results["sentence"])
 
 
-def test_the_study_measures_what_it_writes(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    quick = {key: (title, [*options, *QUICK]) for key, (title, options) in uprightness.VARIANTS.items()}
-    monkeypatch.setattr(uprightness, "VARIANTS", quick)
-    answer = upright("study", "uprightness", "--seeds", 2)
-    assert answer.code == 0
-    folder = tmp_path / "checkpoints/study-uprightness"
-    found = json.loads((folder / "results.json").read_text())
-    assert {key: len(runs) for key, runs in found.items()} == {"lenet": 2, "transformer": 2, "upright": 2}
-    assert found["upright"][1] == json.loads((folder / "upright-1/test.json").read_text())["metrics"]
-    assert found["upright"][0] != found["upright"][1]
-    assert (folder / "table.md").read_text() == uprightness._table(found)
-    assert (folder / "upright-0/test_transformer.png").exists()
+def test_the_list_says_every_claim(upright: Upright) -> None:
+    out = upright("study").out
+    assert [line.split()[0] for line in out.splitlines()] == STUDIES
+    assert "A perceptron cannot learn XOR" in out
+
+
+def test_a_study_is_shown_in_the_docs_with_its_command() -> None:
+    shown = (ROOT / "docs/studies.md").read_text()
+    for name in STUDIES:
+        assert f"## {name}\n" in shown and f"upright study {name}" in shown
+
+
+class Fake(Bench):
+    """Runs of which the outcome is known."""
+
+    def __init__(self, folder: Path, found: dict[str, list[float]]) -> None:
+        super().__init__(folder, 2, "quick")
+        self.found = found
+
+    def train(self, variants: object) -> dict[str, list[Run]]:
+        """As given."""
+        return {
+            key: [
+                Run(self.folder, {"test/accuracy": 0.98 + i / 100, "test/uprightness": v}, 1)
+                for i, v in enumerate(each)
+            ]
+            for key, each in self.found.items()
+        }
+
+
+def test_the_sentence_says_what_the_numbers_say(tmp_path: Path) -> None:
+    lenet = {"lenet": [1.0, 1.0]}
+    held = uprightness.run(Fake(tmp_path, lenet | {"transformer": [0.2, 0.3], "upright": [0.1, 0.19]}))
+    assert held.held and "The upright loss makes the transformer turn" in held.sentence
+    assert "0.250 -> 0.145 (every run" in held.sentence
+    assert held.table[2]["uprightness"] == "0.145 ± 0.064" and held.table[2]["test accuracy"] == "0.9850 ± 0.0071"
+    not_held = uprightness.run(Fake(tmp_path, lenet | {"transformer": [0.2, 0.3], "upright": [0.1, 0.21]}))
+    assert not not_held.held and "does not clearly make" in not_held.sentence and "(not every run" in not_held.sentence
+
+
+def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, 2, "quick")
+    runs = bench.train({"a": PERCEPTRON})["a"]
+    assert [each.folder.name for each in runs] == ["a-0", "a-1"]
+    assert runs[0].metrics == json.loads((tmp_path / "a-0/test.json").read_text())["metrics"]
+    assert runs[0].metrics != runs[1].metrics and len(runs[0].column("val/loss")) == 1
+    assert isinstance(runs[0].restored().classifier.model.network, Perceptron)
+    config = yaml.safe_load((tmp_path / "a-1/config.yaml").read_text())
+    assert config["seed_everything"] == 1 and config["model"]["network"]["class_path"].endswith("Perceptron")
+    written = (tmp_path / "a-0/best.ckpt").stat().st_mtime_ns
+    assert Bench(tmp_path, 2, "quick").train({"a": PERCEPTRON})["a"] == runs
+    assert (tmp_path / "a-0/best.ckpt").stat().st_mtime_ns == written
+    # Another experiment under the name replaces it.
+    other = Bench(tmp_path, 2, "quick").train({"a": PERCEPTRON._replace(epochs=2)})["a"]
+    assert len(other[0].column("val/loss")) == 2
+
+
+def test_a_mistake_in_an_experiment_names_its_run(tmp_path: Path) -> None:
+    wrong = PERCEPTRON._replace(network=partial(LeNet, pooling="mean"))
+    with pytest.raises(UprightError, match=r"^wrong-0: .*pooling"):
+        Bench(tmp_path, 2, "quick").train({"wrong": wrong})
+
+
+def test_what_a_scale_asks_for() -> None:
+    choices = {scale: Bench(Path(), 2, scale).choose(1, 2) for scale in ("quick", "standard", "full")}
+    assert choices == {"quick": 1, "standard": 2, "full": 2}
+    assert Bench(Path(), 2, "full").choose(1, 2, 3) == 3
+
+
+def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uprightness, "run", lambda bench: Finding(False, "No.", [{"a": "1"}, {"a": "2"}], Figure(), 3))
+    run(uprightness, tmp_path / "s", 4, "standard")
+    page = (tmp_path / "s/study.md").read_text()
+    assert "| a |\n| --- |\n| 1 |\n| 2 |\n" in page and "**Did not hold.** No.\n" in page
+    assert "`upright study uprightness --seeds 4`: 0.0 minutes on" in page
+    assert json.loads((tmp_path / "s/results.json").read_text())["held"] is False
+    assert inspect.cleandoc(uprightness.__doc__ or "").split("\n\n")[0].replace("\n", " ") in page
+
+
+def test_the_spread_of_one_or_none() -> None:
+    assert mean_and_spread([]) == "-" and mean_and_spread([1.0, 3.0], 2) == "2.00 ± 1.41"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["uprigthness"], "There is no study 'uprigthness'. Did you mean 'uprightness'?"),
+        (["xor", "--seeds", "1"], "--seeds must be at least 2 to show a spread, got 1."),
+        (["xor", "--quick", "--full"], "--quick and --full do not go together"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, upright: Upright) -> None:
+    answer = upright("study", *arguments)
+    assert answer.code == 2 and message in answer.err and "Traceback" not in answer.err

@@ -1,36 +1,134 @@
-"""``upright study NAME``."""
+"""``upright study NAME``: run it, and write what came of it."""
 
 import importlib
+import inspect
+import json
 import pkgutil
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import joblib
 
 from upright.errors import UprightError, nearest
 from upright.evidence import studies
+from upright.evidence.bench import Bench, Run, Scale
+from upright.files import write_text
+from upright.training.drawing import save_picture
+from upright.training.process import keep_freed_memory, leave_a_core
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def study(study: str, seeds: int = 5) -> int:
-    """Run a study in ``checkpoints/study-NAME``.
+class Finding(NamedTuple):
+    """What came of a study.
 
     Args:
-        study: the name of a module of `upright.evidence.studies`.
+        held: whether the claim did, by the rule that the protocol gives.
+        sentence: what was seen, with its numbers.
+        table: rows, each from heading to text.
+        figure: the picture.
+        numbers: all that was measured, for ``results.json``.
+    """
+
+    held: bool
+    sentence: str
+    table: Sequence[Mapping[str, str]]
+    figure: "Figure"
+    numbers: Any
+
+
+def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: bool = False) -> int:
+    """Run a study in ``checkpoints/study-NAME`` (``-quick``, ``-full``), or list them all.
+
+    What an interrupted one has trained is not trained again.
+
+    Args:
+        study: the name of a module of `upright.evidence.studies`; none lists them.
         seeds: runs per variant.
+        quick: on the embedded digits, in seconds: shows that it runs, and proves nothing.
+        full: for longer than half an hour, where a study has more to show.
 
     Raises:
         UprightError: if there is no such study, or too few seeds to say anything of their spread.
     """
     names = [module.name for module in pkgutil.iter_modules(studies.__path__)]
+    if study is None:
+        for name in names:
+            print(f"  {name:<15} {_protocol(_module(name))[0]}")
+        return 0
     if study not in names:
         raise UprightError(f"There is no study '{study}'.{nearest(study, names)} Studies: {', '.join(names)}.")
     if seeds < 2:
         raise UprightError(f"--seeds must be at least 2 to show a spread, got {seeds}.")
-    module = importlib.import_module(f"{studies.__name__}.{study}")
-    module.run(Path("checkpoints") / f"study-{study}", seeds)
+    if quick and full:
+        raise UprightError("--quick and --full do not go together: give one, or neither.")
+    keep_freed_memory()
+    leave_a_core()
+    scale: Scale = "quick" if quick else "full" if full else "standard"
+    folder = Path("checkpoints") / (f"study-{study}" if scale == "standard" else f"study-{study}-{scale}")
+    run(_module(study), folder, seeds, scale)
     return 0
 
 
-def mean_and_spread(runs: Sequence[Mapping[str, float]], name: str, digits: int = 4) -> str:
-    """Metric ``name`` over runs of different seeds: mean ± standard deviation, or a dash where it was not measured."""
-    values = [run[name] for run in runs if name in run]
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" if values else "-"
+def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
+    """Run a study: its protocol is printed before, and ``study.md``, a picture and ``results.json`` are written after.
+
+    Args:
+        module: with a docstring, the claim and then the protocol, and ``run(bench)``, which gives a `Finding`.
+        folder: to write into.
+        seeds: runs per variant.
+        scale: how much is spent.
+    """
+    name = module.__name__.rpartition(".")[2]
+    claim, protocol = _protocol(module)
+    print(f"{claim}\n\n{protocol}\n", flush=True)
+    bench, start = Bench(folder, seeds, scale), time.monotonic()
+    finding: Finding = module.run(bench)
+    minutes = max(time.monotonic() - start, bench.seconds / joblib.cpu_count()) / 60
+    command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
+    verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"
+    cost = f"{minutes:.1f} minutes on {joblib.cpu_count()} cores, {seeds} seeds."
+    table = markdown(finding.table)
+    page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_picture(finding.figure, folder / f"{name}.png")
+    results = {"study": name, "claim": claim, "held": finding.held, "sentence": finding.sentence, "scale": scale}
+    results |= {"seeds": seeds, "minutes": round(minutes, 2), "numbers": finding.numbers}
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(folder / "study.md", "\n\n".join(page) + "\n")
+    print(f"\n{table}\n\n{verdict.replace('**', '')}\n{cost}\nWritten: {folder}/study.md, {name}.png, results.json")
+    return finding
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{studies.__name__}.{name}")
+
+
+def _protocol(module: ModuleType) -> tuple[str, str]:
+    """The claim, and how it is put to the test: the paragraphs of the docstring."""
+    claim, *protocol = inspect.cleandoc(module.__doc__ or "").split("\n\n")
+    return " ".join(claim.split()), "\n\n".join(" ".join(paragraph.split()) for paragraph in protocol)
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table of rows that have the same headings."""
+    headings = list(rows[0])
+    lines = [headings, ["---"] * len(headings), *([row[name] for name in headings] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def values(runs: Sequence[Run], name: str) -> list[float]:
+    """A metric of the test split, of those runs that have it."""
+    return [run.metrics[name] for run in runs if name in run.metrics]
+
+
+def mean_and_spread(found: Sequence[float], digits: int = 4) -> str:
+    """Mean ± standard deviation, or a dash where nothing was measured."""
+    if not found:
+        return "-"
+    return f"{statistics.mean(found):.{digits}f} ± {statistics.stdev(found):.{digits}f}"

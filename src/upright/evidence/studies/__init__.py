@@ -1,1 +1,1 @@
-"""One textbook claim per file, each with ``run(folder, seeds)``: train, write a table, say what came of it."""
+"""One textbook claim per file: its docstring says the claim and then the protocol, ``run(bench)`` gives the finding."""

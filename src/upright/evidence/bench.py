@@ -1,0 +1,177 @@
+"""What a study works with: how much it may spend, its data, and runs of ``upright fit`` side by side."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import joblib
+import yaml
+from torch.optim import AdamW
+
+from upright.architectures.spatial_transformer import Network
+from upright.data.datamodule import ImageDataModule
+from upright.data.digits import Digits
+from upright.data.mnist import MNIST
+from upright.errors import UprightError
+from upright.files import write_text
+from upright.recipes import recipe
+from upright.training.callbacks import read_rows
+from upright.training.checkpoint import Restored, restore
+from upright.training.cli import run as run_verb
+from upright.training.losses import CrossEntropy
+from upright.training.schedules import OneCycle
+
+Scale = Literal["quick", "standard", "full"]
+Made = TypeVar("Made")
+Value = TypeVar("Value")
+
+
+class Experiment(NamedTuple):
+    """What ``upright fit`` is to train: classes, or partials of classes.
+
+    Args:
+        network: completed with ``(input_shape, num_classes)``.
+        data: a datamodule.
+        epochs: passes over its training images.
+        optimizer: completed with parameter groups.
+        scheduler: completed with ``(optimizer, total_steps)``.
+        loss: completed with ``(num_classes)``.
+        init: scheme of the weights; by default the network's own.
+        upright_weight: of the upright loss.
+        options: more of the command line.
+    """
+
+    network: Network
+    data: Callable[[], ImageDataModule]
+    epochs: int
+    optimizer: Callable[..., Any] = partial(AdamW, lr=0.003, weight_decay=0.01)
+    scheduler: Callable[..., Any] = OneCycle
+    loss: Callable[..., Any] = CrossEntropy
+    init: str | None = None
+    upright_weight: float = 0.0
+    options: tuple[str, ...] = ()
+
+    def config(self, seed: int) -> dict[str, Any]:
+        """As plain data, as a YAML file of ``upright fit`` holds it."""
+        parts = ("network", "optimizer", "scheduler", "loss")
+        model = {name: recipe(getattr(self, name)) for name in parts}
+        model |= {"init": self.init, "upright_weight": self.upright_weight}
+        return {
+            "seed_everything": seed,
+            "model": model,
+            "data": recipe(self.data),
+            "trainer": {"max_epochs": self.epochs, "enable_progress_bar": False},
+        }
+
+
+class Run(NamedTuple):
+    """A run that was trained and tested.
+
+    Args:
+        folder: of the run, with all that ``upright fit`` leaves.
+        metrics: of the test split, of ``best.ckpt``.
+        seconds: of training and test.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    seconds: float
+
+    def column(self, name: str) -> list[float]:
+        """A metric over the epochs, as in ``metrics.csv``."""
+        return [float(row[name]) for row in read_rows(self.folder / "metrics.csv") if row.get(name)]
+
+    def restored(self) -> Restored:
+        """Model and data, of ``best.ckpt``."""
+        return restore(self.folder / "best.ckpt")
+
+
+class Bench:
+    """What a study is given.
+
+    Args:
+        folder: for its runs.
+        seeds: runs of each variant.
+        scale: ``quick`` is for the digits, in seconds; ``standard`` takes at most half an hour on two cores.
+    """
+
+    def __init__(self, folder: Path, seeds: int, scale: Scale) -> None:
+        self.folder, self.seeds, self.scale = folder, seeds, scale
+        self.seconds = 0.0
+        """Of processors, over all runs, those of an earlier start included."""
+
+    def choose(self, quick: Value, standard: Value, full: Value | None = None) -> Value:
+        """What belongs to this scale; that of ``standard`` where ``full`` asks for no more."""
+        return {"quick": quick, "standard": standard, "full": standard if full is None else full}[self.scale]
+
+    def data(self, **options: Any) -> Callable[[], ImageDataModule]:
+        """MNIST, or the digits where it must be quick, with options of `ImageDataModule`."""
+        return partial(Digits if self.scale == "quick" else MNIST, **options)
+
+    def train(self, variants: Mapping[str, Experiment]) -> dict[str, list[Run]]:
+        """Train and test every variant with every seed. What is there already, of the same experiment, stays.
+
+        Raises:
+            UprightError: for a mistake in an experiment; what else goes wrong in a run comes as it is.
+        """
+        names = [(variant, seed) for seed in range(self.seeds) for variant in variants]
+        given = [(self.folder, f"{variant}-{seed}", variants[variant], seed) for variant, seed in names]
+        runs = self.map(train, given)
+        self.seconds += sum(run.seconds for run in runs)
+        found: dict[str, list[Run]] = {variant: [] for variant in variants}
+        for (variant, _), run in zip(names, runs, strict=True):
+            found[variant].append(run)
+        return found
+
+    def map(self, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]]) -> list[Made]:
+        """The function of each of the arguments, in their order, a process for every core unless it must be quick."""
+        workers = 1 if self.scale == "quick" else joblib.cpu_count()
+        made: list[Made] = joblib.Parallel(n_jobs=workers)(joblib.delayed(function)(*each) for each in arguments)
+        return made
+
+
+def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
+    """Fit and test in ``folder/name``, saying in a line how it went.
+
+    Args:
+        folder: of the study.
+        name: of the run.
+        experiment: what to train.
+        seed: of weights, order and augmentation.
+
+    Raises:
+        UprightError: for a mistake in the experiment.
+    """
+    text = yaml.safe_dump(experiment.config(seed) | {"options": [*experiment.options]}, sort_keys=False)
+    done, config = folder / name / "done.json", folder / f"{name}.yaml"
+    if done.exists() and config.exists() and config.read_text() == text:
+        return Run(folder / name, **json.loads(done.read_text()))
+    shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    given = folder / f".{name}.yaml"
+    given.write_text(yaml.safe_dump(experiment.config(seed), sort_keys=False))
+    start = time.monotonic()
+    where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off"]
+    # A line per run is enough; what the run itself says is in its folder.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            code = run_verb("fit", ["--config", str(given), *where, *experiment.options])
+            code = code or run_verb("test", ["--ckpt_path", str(folder / name / "best.ckpt")])
+        except UprightError as error:
+            raise UprightError(f"{name}: {error}") from error
+        finally:
+            given.unlink()
+    if code:
+        raise KeyboardInterrupt
+    metrics = json.loads((folder / name / "test.json").read_text())["metrics"]
+    run = Run(folder / name, metrics, round(time.monotonic() - start, 1))
+    write_text(config, text)
+    write_text(done, json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
+    print(f"  {name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
+    return run
