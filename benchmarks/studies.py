@@ -43,7 +43,7 @@ def gather(root: Path) -> None:
 def main() -> None:
     """Run, then gather."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=NAMES, choices=[*NAMES, []], metavar="NAME", help="default: all")
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     parser.add_argument("--gather", action="store_true", help="run nothing")
     options = parser.parse_args()

@@ -113,7 +113,7 @@ def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(uprightness, tmp_path / "s", 4, "standard")
     page = (tmp_path / "s/study.md").read_text()
     assert "| a |\n| --- |\n| 1 |\n| 2 |\n" in page and "**Did not hold.** No.\n" in page
-    assert "`upright study uprightness --seeds 4`: 0.0 minutes on" in page
+    assert "`upright study uprightness --seeds 4`: 0 seconds on" in page
     assert json.loads((tmp_path / "s/results.json").read_text())["held"] is False
     assert inspect.cleandoc(uprightness.__doc__ or "").split("\n\n")[0].replace("\n", " ") in page
 

@@ -44,6 +44,7 @@ class Experiment(NamedTuple):
         loss: completed with ``(num_classes)``.
         init: scheme of the weights; by default the network's own.
         upright_weight: of the upright loss.
+        callbacks: of the trainer.
         options: more of the command line.
     """
 
@@ -55,6 +56,7 @@ class Experiment(NamedTuple):
     loss: Callable[..., Any] = CrossEntropy
     init: str | None = None
     upright_weight: float = 0.0
+    callbacks: tuple[Callable[[], Any], ...] = ()
     options: tuple[str, ...] = ()
 
     def config(self, seed: int) -> dict[str, Any]:
@@ -62,12 +64,9 @@ class Experiment(NamedTuple):
         parts = ("network", "optimizer", "scheduler", "loss")
         model = {name: recipe(getattr(self, name)) for name in parts}
         model |= {"init": self.init, "upright_weight": self.upright_weight}
-        return {
-            "seed_everything": seed,
-            "model": model,
-            "data": recipe(self.data),
-            "trainer": {"max_epochs": self.epochs, "enable_progress_bar": False},
-        }
+        callbacks = [recipe(callback) for callback in self.callbacks]
+        trainer = {"max_epochs": self.epochs, "enable_progress_bar": False, "callbacks": callbacks}
+        return {"seed_everything": seed, "model": model, "data": recipe(self.data), "trainer": trainer}
 
 
 class Run(NamedTuple):
@@ -114,14 +113,21 @@ class Bench:
         """MNIST, or the digits where it must be quick, with options of `ImageDataModule`."""
         return partial(Digits if self.scale == "quick" else MNIST, **options)
 
-    def train(self, variants: Mapping[str, Experiment]) -> dict[str, list[Run]]:
+    def train(self, variants: Mapping[str, Experiment | Callable[[int], Experiment]]) -> dict[str, list[Run]]:
         """Train and test every variant with every seed. What is there already, of the same experiment, stays.
+
+        Args:
+            variants: by name; a function gives that of a seed.
 
         Raises:
             UprightError: for a mistake in an experiment; what else goes wrong in a run comes as it is.
         """
         names = [(variant, seed) for seed in range(self.seeds) for variant in variants]
-        given = [(self.folder, f"{variant}-{seed}", variants[variant], seed) for variant, seed in names]
+        given = []
+        for variant, seed in names:
+            experiment = variants[variant]
+            own = experiment if isinstance(experiment, Experiment) else experiment(seed)
+            given.append((self.folder, f"{variant}-{seed}", own, seed))
         runs = self.map(train, given)
         self.seconds += sum(run.seconds for run in runs)
         found: dict[str, list[Run]] = {variant: [] for variant in variants}

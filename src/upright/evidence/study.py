@@ -92,7 +92,8 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     minutes = max(time.monotonic() - start, bench.seconds / joblib.cpu_count()) / 60
     command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
     verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"
-    cost = f"{minutes:.1f} minutes on {joblib.cpu_count()} cores, {seeds} seeds."
+    took = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
+    cost = f"{took} on {joblib.cpu_count()} cores, {seeds} seeds."
     table = markdown(finding.table)
     page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
     folder.mkdir(parents=True, exist_ok=True)
