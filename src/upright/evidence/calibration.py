@@ -95,9 +95,9 @@ def fitted_temperature(probabilities: Floats, labels: Labels) -> float | None:
     if slope(low) <= 0 or slope(high) >= 0:
         return None
     while high / low > 1 + 1e-9:
-        middle = (low * high) ** 0.5
+        middle = float(np.sqrt(low * high))
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return (low * high) ** 0.5
+    return float(np.sqrt(low * high))
 
 
 def _logits(probabilities: Floats) -> Floats:

@@ -22,6 +22,8 @@ GREY, LIGHT = "#555555", "#ececec"
 WIDTH = 7.2
 """Inches, of a page between its margins."""
 DPI = 200
+LETTERS = 17
+"""To an inch, about, at the size of a legend."""
 PANELS = 3
 """Beside each other, at most."""
 SIDE = 56
@@ -38,21 +40,25 @@ def _paper(height: float, width: float = WIDTH) -> Iterator["Figure"]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"text.parse_math": False, "font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6}
-    with rc_context({**style, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}):
+    style: dict[Any, Any] = {"text.parse_math": False, "font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6}
+    style |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(style):
         yield Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
     # matplotlib hides what begins with an underscore.
     shown = [f" {name}" if name.startswith("_") else name for name in names]
-    figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), PANELS), fontsize=8)
+    columns = max(1, min(len(shown), int(figure.get_figwidth() * LETTERS / (max(map(len, shown)) + 6))))
+    figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def _line(panel: "Axes", number: int, x: Sequence[float], y: Sequence[float]) -> Any:
-    dash = ("-", "--", ":")[number // len(COLOURS) % 3]
+def _line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
+    """One of so many; where they lie on each other, those below are seen around those above."""
+    below = min(count - 1 - number, 4)
     style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-    return panel.plot(x, y, linestyle=dash, linewidth=1.2, markersize=2.8, **style)[0]
+    style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
+    return panel.plot(x, y, linewidth=1.0 + 0.45 * below, markersize=2.4 + 0.9 * below, **style)[0]
 
 
 def _grid(panel: "Axes") -> None:
@@ -107,7 +113,7 @@ def draw_invariance(
             for number, found in enumerate(curves):
                 curve = found[way.name]
                 shares = getattr(curve, measure)
-                line = _line(panel, number, curve.strengths, [100 * share.value for share in shares])
+                line = _line(panel, number, len(names), curve.strengths, [100 * share.value for share in shares])
                 low, high = ([100 * end for end in ends] for ends in zip(*(share[1:] for share in shares), strict=True))
                 panel.fill_between(curve.strengths, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
                 handles += [] if place else [line]
@@ -142,7 +148,7 @@ def draw_reliability(
     edges = np.linspace(0, 100, BINS + 1)
     with _paper(3.1 * rows + 0.3, WIDTH * columns / PANELS if columns > 1 else 3.4) as figure:
         ratios = [3, 1] * rows
-        panels = figure.subplots(2 * rows, columns, sharex=True, squeeze=False, height_ratios=ratios)
+        panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=ratios)
         handles: dict[str, Any] = {}
         for number, name in enumerate(names):
             row, column = divmod(number, columns)
@@ -154,22 +160,23 @@ def draw_reliability(
                 shown = found.counts > 0
                 shares = [wilson(a, n) for a, n in zip(found.accuracy[shown], found.counts[shown], strict=True)]
                 x = 100 * found.confidence[shown]
-                line = _line(upper, place, x, [100 * share.value for share in shares])
+                style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3.5, "linestyle": ""}
+                (points,) = upper.plot(x, [100 * share.value for share in shares], **style)
                 bounds = [[100 * end for end in ends] for ends in zip(*(share[1:] for share in shares), strict=True)]
-                upper.vlines(x, *bounds, color=line.get_color(), linewidth=0.8, alpha=0.6)
+                upper.vlines(x, *bounds, color=COLOURS[place], linewidth=0.8, alpha=0.6)
                 share = 100 * found.counts / found.counts.sum()
-                lower.stairs(share, edges, color=line.get_color(), linewidth=1.1)
-                handles[label] = line
-            upper.set(xlim=(0, 100), ylim=(0, 102))
-            lower.set_ylim(0, 102)
+                lower.stairs(share, edges, color=COLOURS[place], linewidth=1.1)
+                handles[label] = points
+            for panel in (upper, lower):
+                panel.set(xlim=(0, 102), ylim=(0, 103), xticks=range(0, 101, 20))
+                _grid(panel)
+            upper.tick_params(labelbottom=False)
             lower.set_xlabel("confidence (%)", fontsize=8)
             if len(names) > 1:
                 upper.set_title(name)
             if column == 0:
                 upper.set_ylabel("accuracy (%)", fontsize=8)
                 lower.set_ylabel("answers (%)", fontsize=8)
-            _grid(upper)
-            _grid(lower)
         for number in range(len(names), rows * columns):
             row, column = divmod(number, columns)
             panels[2 * row, column].set_axis_off()
@@ -191,12 +198,15 @@ def draw_turning(numbers: Sequence[int], names: Sequence[str], turnings: Sequenc
         ends = (turnings[0].angles[0], turnings[0].angles[-1])
         nothing = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))[0]
         handles = []
+        most = ends[1]
         for number, turning in zip(numbers, turnings, strict=True):
-            low, middle, high = np.percentile(turning.residual, (25, 50, 75), axis=1)
-            line = _line(panel, number, turning.angles, middle)
+            low, middle, high = turning.quartiles
+            line = _line(panel, number, max(numbers) + 1, turning.angles, middle)
             panel.fill_between(turning.angles, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
             handles.append(line)
-        panel.set(xlim=ends, ylim=ends, xticks=range(-180, 181, 60), yticks=range(-180, 181, 60))
+            most = max(most, float(-low.min()), float(high.max()))
+        most = 60 * int(np.ceil(most / 60))
+        panel.set(xlim=ends, ylim=(-most, most), xticks=range(-180, 181, 60), yticks=range(-most, most + 1, 60))
         panel.set_xlabel("angle applied (degrees)", fontsize=8)
         panel.set_ylabel("angle left (degrees)", fontsize=8)
         _grid(panel)
@@ -221,7 +231,7 @@ def draw_strips(shown: Shown, labels: Sequence[str], names: Sequence[str], turni
         rows.append(f"{label}, as it came")
         for name, turning in zip(names, turnings, strict=True):
             branches = len(turning.strips[0][0])
-            rows += [f"to {name}" + (f" ({branch + 1})" if branches > 1 else "") for branch in range(branches)]
+            rows += [name + (f" ({branch + 1})" if branches > 1 else "") for branch in range(branches)]
     columns = {}
     for degrees in STRIP:
         at = angles.index(degrees)

@@ -27,7 +27,8 @@ def wilson(share: float, count: float) -> Share:
     square = Z * Z / count
     centre = (share + square / 2) / (1 + square)
     half = Z / (1 + square) * (share * (1 - share) / count + square / (4 * count)) ** 0.5
-    return Share(share, max(centre - half, 0.0), min(centre + half, 1.0))
+    # At its ends the interval ends there, but for rounding.
+    return Share(share, max(centre - half, 0.0) if share else 0.0, centre + half if share < 1 else 1.0)
 
 
 def clustered(right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Share:

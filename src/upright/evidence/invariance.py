@@ -164,7 +164,7 @@ def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
     number, views = samples.transforms.shape[:2]
     chosen = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(number)[:count]))
     least = (samples.transforms[chosen] - torch.eye(3)).abs().sum(dim=(2, 3)).argmin(dim=1)
-    batches = [samples[part] for part in (chosen * views + least).split(AT_ONCE)]
+    batches = [samples[part] for part in torch.split(chosen * views + least, AT_ONCE)]
     images, labels, _, _, transforms = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return Sample(images, labels.numpy(), transforms)
 
@@ -203,6 +203,20 @@ class Turning:
     uprightness: float
     within: tuple[float, float]
     strips: list[list[list[Pixels]]]
+
+    @property
+    def quartiles(self) -> Floats:
+        """Lower quartile, median and upper quartile of what is left, ``(3, A)``.
+
+        Taken around the circular mean, and continued from 0 degrees either way, so that nothing jumps by a full turn.
+        """
+        radians = np.radians(self.residual)
+        centre = np.degrees(np.arctan2(np.sin(radians).mean(axis=1), np.cos(radians).mean(axis=1)))
+        spread = np.percentile(_wrapped(self.residual - centre[:, None]), (25, 50, 75), axis=1)
+        start = self.angles.index(0)
+        backwards, forwards = (np.unwrap(part, period=360) for part in (centre[start::-1], centre[start:]))
+        found: Floats = np.concatenate([backwards[:0:-1], forwards]) + spread
+        return found
 
 
 @dataclass(eq=False)
@@ -263,7 +277,7 @@ def follow(
 
 
 def _answers(subject: Subject, images: Tensor) -> list[Answer]:
-    return [subject.answer(part) for part in images.split(AT_ONCE)]
+    return [subject.answer(part) for part in torch.split(images, AT_ONCE)]
 
 
 def _first(answers: list[Answer]) -> npt.NDArray[np.int64]:
@@ -321,6 +335,11 @@ class _Turnings:
         if not self.angles:
             return None
         residual = np.stack(self.residual)
-        beyond = residual - residual[self.angles.index(0)]
-        degrees = np.degrees(np.remainder(beyond + math.pi, 2 * math.pi) - math.pi)
+        degrees = _wrapped(np.degrees(residual - residual[self.angles.index(0)]))
         return Turning(tuple(self.angles), degrees, float(self.measure.compute()), self.ends, self.strips)
+
+
+def _wrapped(degrees: Floats) -> Floats:
+    """From -180 to 180."""
+    found: Floats = np.remainder(degrees + 180, 360) - 180
+    return found

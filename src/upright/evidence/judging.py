@@ -18,7 +18,7 @@ from upright.training.uprightness import Uprightness
 
 Labels = npt.NDArray[np.int64]
 
-TOP = (2, 3, 5)
+TOP = (2, 5)
 WORST = 24
 """Mistakes that are named and shown, at most."""
 
@@ -45,7 +45,8 @@ class Judged:
     @property
     def right(self) -> npt.NDArray[np.bool_]:
         """``(N,)``."""
-        return self.predicted == self.labels
+        right: npt.NDArray[np.bool_] = self.predicted == self.labels
+        return right
 
     @cached_property
     def confusion(self) -> torch.Tensor:

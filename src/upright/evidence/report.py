@@ -208,7 +208,7 @@ def _curve(way: Distortion, course: Course, trained: tuple[float, float] | None)
 def _turning(turning: Turning | None, judged: Judged, subject: Subject) -> dict[str, Any]:
     if turning is None:
         return {"silent": subject.silent}
-    low, middle, high = np.percentile(turning.residual, (25, 50, 75), axis=1).tolist()
+    low, middle, high = turning.quartiles.tolist()
     inside = [turning.within[0] <= angle <= turning.within[1] for angle in turning.angles]
     return {
         "value": None if math.isnan(turning.uprightness) else turning.uprightness,

@@ -236,7 +236,7 @@ def _bundled(found: Found, bundle: Bundle, precision: str) -> Subject:
         except UprightError as error:  # a class of the user's that is not here; all else can be told
             thetas, silent = [], f"what theta means is not known: {error}"
     elif "Transformer" in json.dumps(found.network):
-        silent = "the bundle does not give theta; `upright export CKPT --outputs theta` makes one that does"
+        silent = "the bundle does not give theta; exported with --outputs theta it does"
 
     def answer(images: Tensor) -> Answer:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -281,9 +281,9 @@ def _observations(shape: list[Observation], thetas: list[Tensor]) -> list[Observ
 
 def _named(subjects: list[Subject]) -> list[Subject]:
     """Each by its name, with what tells it from another one of that name."""
-    for more in (lambda one: f"{one.name} ({one.kind})", lambda one: f"{one.name}, {one.path}"):
+    for more in ("{0.name} ({0.kind})", "{0.name}, {0.path}"):
         names = [subject.name for subject in subjects]
-        subjects = [replace(one, name=more(one)) if names.count(one.name) > 1 else one for one in subjects]
+        subjects = [replace(one, name=more.format(one)) if names.count(one.name) > 1 else one for one in subjects]
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
         twice = next(subject for subject in subjects if names.count(subject.name) > 1)

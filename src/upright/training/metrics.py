@@ -120,7 +120,7 @@ def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> lis
         for name, scores in zip(classes, class_scores(confusion), strict=True)
     ]
     counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
-    tables = {
+    tables: dict[str, list[list[object]]] = {
         "test_confusion.csv": [["label", *classes], *counts],
         "test_classes.csv": [["class", "precision", "recall", "f1", "support"], *each],
     }
