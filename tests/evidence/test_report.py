@@ -202,6 +202,7 @@ def test_names_of_classes_and_models_are_only_text(tmp_path: Path, upright: Upri
     page = Page(Path("report/report.html").read_text())
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
     assert all(" ".join(name.split()) in page.text for name in (*HOSTILE, "_<i>$x_{$"))
+    assert "does not say which images it was trained on: these may be among them" in page.text
     assert "<i>" in json.loads(Path("report/report.json").read_text())["models"][0]["name"]
 
 
@@ -219,6 +220,16 @@ def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_p
     Path("mine/thesis.tex").touch()
     answer = upright("report", run, "--to", "mine", "--force")
     assert answer.code == 2 and "'mine' is not a report, and is not replaced" in answer.err
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:
+    checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
+    for weights in checkpoint["state_dict"].values():
+        weights.fill_(float("nan"))
+    torch.save(checkpoint, "broken.ckpt")
+    answer = upright("report", "broken.ckpt")
+    assert answer.code == 2 and "'broken.ckpt' gives probabilities that are no numbers" in answer.err
+    assert not Path("checkpoints/report-small").exists()
 
 
 def test_what_cannot_be_compared_or_read_is_refused(

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from upright.data.datamodule import ImageDataModule
+from upright.errors import UprightError
 from upright.evidence.calibration import Reliability, fitted_temperature, log_loss, tempered
 from upright.evidence.intervals import clustered
 from upright.evidence.subjects import Floats, Subject
@@ -148,9 +149,9 @@ def difference(first: Judged, other: Judged) -> dict[str, Any]:
     """Of accuracy, in points, from the first model's: answers to the same images, paired, see `Drop`."""
     drop = Drop.of(first.right, other.right, first.groups)
     return {
-        "points": -drop.points,
-        "low": -drop.high,
-        "high": -drop.low,
+        "points": 0 - drop.points,
+        "low": 0 - drop.high,
+        "high": 0 - drop.low,
         "only_first_right": int((first.right & ~other.right).sum()),
         "only_this_right": int((~first.right & other.right).sum()),
     }
@@ -158,7 +159,11 @@ def difference(first: Judged, other: Judged) -> dict[str, Any]:
 
 @torch.no_grad()
 def judge(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Judged]:
-    """Ask all models about a split; every image is decoded once."""
+    """Ask all models about a split; every image is decoded once.
+
+    Raises:
+        UprightError: if one of them gives what is no number.
+    """
     measures = [Uprightness() if subject.model else None for subject in subjects]
     said: list[list[Floats]] = [[] for _ in subjects]
     labels, groups = [], []
@@ -168,6 +173,10 @@ def judge(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Ju
         groups.append(batch.group)
         for subject, answers, measure in zip(subjects, said, measures, strict=True):
             answer = subject.answer(batch.images)
+            if not np.isfinite(answer.probabilities).all():
+                raise UprightError(
+                    f"'{subject.path}' gives probabilities that are no numbers; train or export it again."
+                )
             answers.append(answer.probabilities)
             if measure:
                 measure.update(batch.group, batch.transforms, answer.seen, aspect)

@@ -86,7 +86,7 @@ def _mistakes(evidence: "Evidence", judged: Judged) -> Image.Image:
             [
                 Line(f"{judged.probabilities[i].max():.0%} · {classes[judged.predicted[i]]}"),
                 Line(f"is {classes[judged.labels[i]]}", RED),
-                *([Line(f"{view}{views.unit}")] if view else []),
+                *([Line(f"{view}{views.unit}" if views.unit else f"view {view}")] if view else []),
             ]
         )
     images = pixels_of(data.samples(evidence.split)[torch.from_numpy(chosen)].images)

@@ -162,6 +162,7 @@ def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:
                 "network": subject.network,
                 "run": subject.run,
                 "git_commit": subject.git_commit,
+                "unseen": subject.unseen,
                 **judged.figures(spec.classes, names),
                 "difference": difference(first, judged) if number else None,
                 "calibration": evidence.calibrated[number].figures(),

@@ -52,6 +52,7 @@ class Subject:
         run: name and id.
         git_commit: that it was trained at, if that is known.
         trained_on: recipe of the data, if that is known.
+        unseen: whether it is certain that it was trained on no image that it is judged by.
         model: resizes and normalises as it does, and shows what its transformers see; None where they do not tell.
         silent: why they do not.
         answer: asks it: uint8 ``(B, C, H, W)``.
@@ -65,6 +66,7 @@ class Subject:
     run: dict[str, Any]
     git_commit: str | None
     trained_on: Recipe | None
+    unseen: bool
     model: Model | None
     silent: str
     answer: Callable[[Tensor], Answer]
@@ -140,7 +142,9 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
                 f"'{each.path}' knows {each.spec.channels} channel(s) and the classes {list(each.spec.classes)}; the "
                 f"data have {shown.spec.channels} and {list(shown.spec.classes)}."
             )
-        loaded += [_bundled(each, each.bundle, precision) for precision in dict.fromkeys(precisions)]
+        # A bundle does not hold the images that it was made of, but says which split they were.
+        unseen = shown.manifest.digest == each.digest
+        loaded += [_bundled(each, each.bundle, precision, unseen) for precision in dict.fromkeys(precisions)]
     assert shown is not None
     return Group(_named(loaded), shown)
 
@@ -195,11 +199,16 @@ def _data_of(found: Found) -> ImageDataModule:
     return data
 
 
-def _subject(found: Found, kind: str, file: Path, model: Model | None, silent: str, answer: Any) -> Subject:
-    network = found.network["class_path"] if found.network else "not known"
-    name = str(found.run.get("name", Path(found.path).name))
+def _subject(found: Found, **options: Any) -> Subject:
+    """With what the file says of itself."""
     return Subject(
-        name, kind, found.path, file, network, found.run, found.git_commit, found.data, model, silent, answer
+        name=str(found.run.get("name", Path(found.path).name)),
+        path=found.path,
+        network=found.network["class_path"] if found.network else "not known",
+        run=found.run,
+        git_commit=found.git_commit,
+        trained_on=found.data,
+        **options,
     )
 
 
@@ -219,10 +228,19 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
     turns = any(isinstance(module, SpatialTransformer) for module in model.modules())
     silent = "" if turns else NONE
     file = find_checkpoint(found.path)
-    return _subject(found, "PyTorch", file, model if turns else None, silent, answer), restored.data
+    subject = _subject(
+        found,
+        kind="PyTorch",
+        file=file,
+        unseen=True,
+        model=model if turns else None,
+        silent=silent,
+        answer=answer,
+    )
+    return subject, restored.data
 
 
-def _bundled(found: Found, bundle: Bundle, precision: str) -> Subject:
+def _bundled(found: Found, bundle: Bundle, precision: str, unseen: bool) -> Subject:
     session = open_session(bundle.model(precision))
     batch, *size, _ = session.get_inputs()[0].shape
     takes = (size[0], size[1]) if all(isinstance(side, int) for side in size) else None
@@ -234,7 +252,7 @@ def _bundled(found: Found, bundle: Bundle, precision: str) -> Subject:
             model, silent = _untrained(found), ""
             shape = _passes(model)
         except UprightError as error:  # a class of the user's that is not here; all else can be told
-            thetas, silent = [], f"what theta means is not known: {error}"
+            model, thetas, silent = None, [], f"what theta means is not known: {error}"
     elif "Transformer" in json.dumps(found.network):
         silent = "the bundle does not give theta; exported with --outputs theta it does"
 
@@ -248,15 +266,25 @@ def _bundled(found: Found, bundle: Bundle, precision: str) -> Subject:
         probabilities, *turned = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
         return Answer(probabilities.astype(float), _observations(shape, [torch.from_numpy(t) for t in turned]))
 
-    return _subject(found, f"ONNX {precision}", bundle.model(precision), model, silent, answer)
+    return _subject(
+        found,
+        kind=f"ONNX {precision}",
+        file=bundle.model(precision),
+        unseen=unseen,
+        model=model,
+        silent=silent,
+        answer=answer,
+    )
 
 
 def _untrained(found: Found) -> Model:
     """Knows what theta means; its weights do not matter.
 
     Raises:
-        UprightError: if a class of it cannot be imported.
+        UprightError: if the manifest does not tell the network, or a class of it cannot be imported.
     """
+    if found.network is None:
+        raise UprightError("the manifest does not tell the network")
     with torch.random.fork_rng(devices=[]):
         network = build(found.network)(found.spec.input_shape, len(found.spec.classes))
     return Model(found.spec, network).eval()
