@@ -222,6 +222,18 @@ def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_p
     assert answer.code == 2 and "'mine' is not a report, and is not replaced" in answer.err
 
 
+def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
+    run_folder: Path, bundle: Path, upright: Upright
+) -> None:
+    other = bundle.rename("other")
+    answer = upright("report", run_folder, run_folder / "last.ckpt", other, "--images", 2)
+    assert answer.code == 0, answer.err
+    folder = Path("checkpoints/report-small-other")
+    names = [model["name"] for model in json.loads((folder / "report.json").read_text())["models"]]
+    assert names == [f"small (PyTorch, {run_folder})", f"small (PyTorch, {run_folder / 'last.ckpt'})", "other"]
+    assert f"Page: {folder}/report.html" in answer.out
+
+
 def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:
     checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
     for weights in checkpoint["state_dict"].values():

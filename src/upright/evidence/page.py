@@ -11,13 +11,12 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from upright.evidence.figures import draw_invariance, draw_reliability, draw_strips, draw_turning
+from upright.evidence.gathering import Evidence
 from upright.evidence.judging import WORST, Judged
 from upright.training.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from upright.evidence.report import Evidence
 
 TEMPLATE = "report.html"
 MOST_CLASSES = 60
@@ -39,7 +38,7 @@ class Picture(NamedTuple):
     width: int
 
 
-def draw_all(evidence: "Evidence", folder: Path) -> dict[str, Picture]:
+def draw_all(evidence: Evidence, folder: Path) -> dict[str, Picture]:
     """Write all pictures into ``folder``.
 
     Returns:
@@ -75,7 +74,7 @@ def draw_all(evidence: "Evidence", folder: Path) -> dict[str, Picture]:
     return found
 
 
-def _mistakes(evidence: "Evidence", judged: Judged) -> Image.Image:
+def _mistakes(evidence: Evidence, judged: Judged) -> Image.Image:
     data, chosen = evidence.group.data, judged.worst[:WORST]
     classes, views = data.spec.classes, data.views(evidence.split)
     number = len(views.names)

@@ -4,7 +4,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,16 @@ from typing import Any
 import numpy as np
 
 from upright.errors import UprightError
-from upright.evidence.invariance import (
-    ROTATION,
-    SEED,
-    Course,
-    Distortion,
-    Sample,
-    Shown,
-    Turning,
-    distortions,
-    follow,
-    take_sample,
-    trained_ranges,
-)
-from upright.evidence.judging import Calibrated, Judged, difference, judge
+from upright.evidence.gathering import Evidence, gather
+from upright.evidence.invariance import SEED, Course, Distortion, Turning
+from upright.evidence.judging import Judged, difference
 from upright.evidence.page import draw_all, write_page
-from upright.evidence.subjects import Group, Subject, open_subjects
+from upright.evidence.subjects import Subject, open_subjects
 from upright.files import replacing_folder
 
 FORMAT = 1
 PAGE, FIGURES = "report.html", "report.json"
 PACKAGES = ("upright", "torch", "onnxruntime", "numpy", "kornia")
-EVERY = 180.0
-"""Degrees either way that uprightness is measured over where rotation was not trained on."""
-STEP = 15.0
-"""The least."""
 
 
 def report(
@@ -81,8 +65,11 @@ def report(
 
 
 def _folder_name(subjects: Sequence[Subject]) -> str:
-    names = list(dict.fromkeys(str(subject.run["name"]) for subject in subjects))
-    return "-".join(names) if len(names) <= 3 else f"{names[0]}-and-{len(names) - 1}-more"
+    names = list(dict.fromkeys(subject.called for subject in subjects))
+    name = "-".join(names) if len(names) <= 3 else f"{names[0]}-and-{len(names) - 1}-more"
+    if Path(name).name != name:
+        raise UprightError(f"'{name}' cannot be part of a folder's name; --to says where to write the report.")
+    return name
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -92,57 +79,6 @@ def _check_target(target: Path, force: bool) -> None:
         raise UprightError(f"'{target}' is not a report, and is not replaced; --to says where to write it.")
     if not force and any(target.iterdir()):
         raise UprightError(f"Report '{target}' exists: --force replaces it, --to puts this one elsewhere.")
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """All that was measured.
-
-    Args:
-        group: the models and the data.
-        split: that was judged by.
-        judged: what each model said of it.
-        calibrated: how far each can be believed.
-        sample: the images that were distorted.
-        ways: how.
-        trained: on what of that each model was trained, as far as it is known.
-        courses: what each did along the way.
-        shown: the turned images that are shown.
-    """
-
-    group: Group
-    split: str
-    judged: list[Judged]
-    calibrated: list[Calibrated]
-    sample: Sample
-    ways: list[Distortion]
-    trained: list[dict[str, tuple[float, float]]]
-    courses: list[Course]
-    shown: Shown
-
-
-def gather(group: Group, split: str, images: int) -> Evidence:
-    """Measure all.
-
-    Args:
-        group: models and data.
-        split: by which to judge.
-        images: how many to distort.
-    """
-    subjects, data = group
-    print(f"Asking {', '.join(subject.name for subject in subjects)} ...", flush=True)
-    judged = judge(subjects, data, split)
-    validated: list[Judged | None] = [None] * len(subjects)
-    if split != "val":
-        validated = list(judge(subjects, data, "val"))
-    size = (data.spec.height, data.spec.width)
-    sample, ways = take_sample(data, split, images), distortions(*size, data.augmentation.padding)
-    trained = [trained_ranges(subject.trained_on, *size) for subject in subjects]
-    ends = [max(ranges.get(ROTATION, (0.0, EVERY))[1], STEP) for ranges in trained]
-    print(f"Distorting {len(sample.labels)} images ...", flush=True)
-    courses, shown = follow(subjects, sample, ways, [(-end, end) for end in ends])
-    calibrated = [Calibrated.of(*pair) for pair in zip(judged, validated, strict=True)]
-    return Evidence(group, split, judged, calibrated, sample, ways, trained, courses, shown)
 
 
 def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Subject:
 
     Args:
         name: no other of the report's has it.
+        called: what the run or the bundle's folder is called.
         kind: ``PyTorch``, or ``ONNX fp32`` and so on.
         path: as it was given.
         file: of its weights.
@@ -59,6 +60,7 @@ class Subject:
     """
 
     name: str
+    called: str
     kind: str
     path: str
     file: Path
@@ -77,16 +79,18 @@ class Found(NamedTuple):
 
     Args:
         path: as it was given.
+        name: of the run, or of the bundle's folder.
         bundle: if it is one, else a checkpoint.
         spec: what an image is.
         network: recipe, None where it is not told.
         data: recipe, likewise.
         digest: of the split, likewise.
-        run: name and id.
+        run: name and id, as far as they are told.
         git_commit: that it was trained at.
     """
 
     path: str
+    name: str
     bundle: Bundle | None
     spec: ImageSpec
     network: Any
@@ -156,12 +160,13 @@ def _find(path: str) -> Found:
         provenance = bundle.manifest["provenance"]
         return Found(
             path,
+            folder.resolve().name,
             bundle,
             bundle.spec,
             provenance["model"].get("init_args", {}).get("network"),
             _recipe(provenance.get("data")),
             provenance.get("split", {}).get("digest"),
-            provenance.get("run", {}) | {"name": bundle.manifest.get("name", folder.resolve().name)},
+            provenance.get("run", {}),
             provenance.get("git_commit"),
         )
     if not (folder.is_file() or (folder / "best.ckpt").is_file()) and folder.exists():
@@ -172,6 +177,7 @@ def _find(path: str) -> Found:
     ours = read_checkpoint(path)[KEY]
     return Found(
         path,
+        ours["run"]["name"],
         None,
         ImageSpec.from_dict(ours["spec"]),
         ours["model"]["init_args"]["network"],
@@ -202,7 +208,8 @@ def _data_of(found: Found) -> ImageDataModule:
 def _subject(found: Found, **options: Any) -> Subject:
     """With what the file says of itself."""
     return Subject(
-        name=str(found.run.get("name", Path(found.path).name)),
+        name=found.name,
+        called=found.name,
         path=found.path,
         network=found.network["class_path"] if found.network else "not known",
         run=found.run,
@@ -232,7 +239,8 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
         found,
         kind="PyTorch",
         file=file,
-        unseen=True,
+        # `restore` refuses what is known to have been seen.
+        unseen=found.digest is not None,
         model=model if turns else None,
         silent=silent,
         answer=answer,
@@ -308,12 +316,14 @@ def _observations(shape: list[Observation], thetas: list[Tensor]) -> list[Observ
 
 
 def _named(subjects: list[Subject]) -> list[Subject]:
-    """Each by its name, with what tells it from another one of that name."""
-    for more in ("{0.name} ({0.kind})", "{0.name}, {0.path}"):
-        names = [subject.name for subject in subjects]
-        subjects = [replace(one, name=more.format(one)) if names.count(one.name) > 1 else one for one in subjects]
-    names = [subject.name for subject in subjects]
-    if len(set(names)) < len(names):
-        twice = next(subject for subject in subjects if names.count(subject.name) > 1)
-        raise UprightError(f"'{twice.path}' is given twice; a model is compared with others.")
-    return subjects
+    """Each by its name, with what tells it from others of that name."""
+    named = []
+    for one in subjects:
+        others = [other for other in subjects if other.called == one.called and other is not one]
+        if any(other.kind == one.kind for other in others):
+            named.append(replace(one, name=f"{one.called} ({one.kind}, {one.path})"))
+        else:
+            named.append(replace(one, name=f"{one.called} ({one.kind})") if others else one)
+        if named[-1].name in [before.name for before in named[:-1]]:
+            raise UprightError(f"'{one.path}' is given twice; a model is compared with others.")
+    return named
