@@ -206,6 +206,29 @@ def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="longer than half an hour, where there is more to show")
 
 
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="CKPT_OR_BUNDLE",
+        help="a checkpoint, the folder of a run, or a bundle; others are compared with the first",
+    )
+    parser.add_argument("--data", metavar="YAML", help="judge them by these data instead of the first one's own")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="default: test")
+    parser.add_argument(
+        "--images", type=int, default=500, metavar="N", help="that are distorted for the curves; default: 500"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "fp16", "int8"),
+        default=("fp32",),
+        help="which of a bundle's models, each a row; default: fp32",
+    )
+    parser.add_argument("--to", metavar="FOLDER", help="of the report; default: checkpoints/report-NAME")
+    parser.add_argument("--force", action="store_true", help="replace an existing report")
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="demo", help="of the run and the bundle, which are replaced; default: demo")
 
@@ -228,12 +251,13 @@ VERBS = {
     "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
+    "report": Verb("what models are worth, on one page", _report, "upright.evidence.report:report"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
     "demo": Verb("the whole line once, on real digits", _demo, "upright.demo:demo"),
 }
 
 
-USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "schema"}
+USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "report", "schema"}
 """Verbs that import what a config or a checkpoint names."""
 
 

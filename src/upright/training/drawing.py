@@ -84,13 +84,16 @@ def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
     return column
 
 
-def draw_columns(title: str, labels: Sequence[str], columns: Mapping[str, Image.Image]) -> Image.Image:
-    """What came in and what a transformer made of it, epoch by epoch.
+def draw_columns(
+    title: str, labels: Sequence[str], columns: Mapping[str, Image.Image], *, first_apart: bool = True
+) -> Image.Image:
+    """What came in and what a transformer made of it, epoch by epoch or angle by angle.
 
     Args:
         title: above all.
         labels: of the rows, names of classes.
         columns: of `draw_column`, by what stands above them.
+        first_apart: whether the first column is of another kind than the others.
     """
     chosen = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS + 1)).round().astype(int))
     shown = [list(columns.items())[place] for place in chosen]
@@ -103,8 +106,7 @@ def draw_columns(title: str, labels: Sequence[str], columns: Mapping[str, Image.
     for number, name in enumerate(names):
         pen.text((left - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
     for number, (name, column) in enumerate(shown):
-        # What came in stands apart.
-        x = left + number * (side + GAP) + (GAP if number else 0)
+        x = left + number * (side + GAP) + (GAP if number and first_apart else 0)
         pen.text((x + side // 2, TITLE), name, GREY, _font(), anchor="ma")
         sheet.paste(column, (x, top))
     return sheet

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,24 @@ class Means:
         self._sums = dict(state)
 
 
+class ClassScores(NamedTuple):
+    """How well one class is told; a 0 where it was never shown, or never predicted, as in scikit-learn."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+def class_scores(confusion: Tensor) -> list[ClassScores]:
+    """Of each class, from the counts of images of row's class that were taken for column's, ``(K, K)``."""
+    right, taken, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
+    precision, recall = right / taken.clamp(min=1), right / support.clamp(min=1)
+    f1 = 2 * right / (taken + support).clamp(min=1)
+    columns = (precision.tolist(), recall.tolist(), f1.tolist(), support.tolist())
+    return [ClassScores(*row) for row in zip(*columns, strict=True)]
+
+
 def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> list[Path]:
     """Write ``test_confusion.csv`` and ``test_classes.csv`` (precision, recall, F1 and support of each class).
 
@@ -129,17 +147,12 @@ def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> lis
     Returns:
         The two paths.
     """
-    right, taken, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
-    # A class that was never shown, or never predicted, has a 0 for it, as in scikit-learn.
-    precision, recall = right / taken.clamp(min=1), right / support.clamp(min=1)
-    f1 = 2 * right / (taken + support).clamp(min=1)
-    columns = (precision.tolist(), recall.tolist(), f1.tolist(), support.tolist())
     each = [
-        [name, *(f"{value:.6f}" for value in row[:3]), row[3]]
-        for name, row in zip(classes, zip(*columns, strict=True), strict=True)
+        [name, *(f"{value:.6f}" for value in scores[:3]), scores.support]
+        for name, scores in zip(classes, class_scores(confusion), strict=True)
     ]
     counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
-    tables = {
+    tables: dict[str, list[list[object]]] = {
         "test_confusion.csv": [["label", *classes], *counts],
         "test_classes.csv": [["class", "precision", "recall", "f1", "support"], *each],
     }

@@ -1,0 +1,274 @@
+"""The verb and its page: figures against independent ones, one report for checkpoints and bundles, what it refuses."""
+
+import html.parser
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from tests.conftest import ROOT, Upright
+from tests.runtime.bundles import write_bundle
+from upright.architectures.lenet import LeNet
+from upright.evidence.judging import judge
+from upright.evidence.subjects import open_subjects
+from upright.images import ImageSpec
+
+PICTURES = {"accuracy", "consistency", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
+HOSTILE = ("<script>alert(1)</script>", "a\"b' onload=x", "$\\frac{1}{$ & <b>", "ünï")
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of it: tags, their attributes, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def pair(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run and of its own bundle with theta."""
+    from upright.cli import main
+
+    folder = tmp_path_factory.mktemp("pair")
+    run, bundle = trained / "checkpoints/small", folder / "export/small"
+    assert main(["export", str(run), "--outputs", "theta", "--to", str(folder / "export")]) == 0
+    assert main(["report", str(run), str(bundle), "--images", "40", "--to", str(folder / "report")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(pair: Path) -> Any:
+    return json.loads((pair / "report/report.json").read_text())
+
+
+def numbers(found: Any) -> list[float]:
+    """All of them, in order."""
+    if isinstance(found, dict):
+        return [number for key in found for number in numbers(found[key])]
+    if isinstance(found, list):
+        return [number for each in found for number in numbers(each)]
+    return [float(found)] if isinstance(found, int | float) else []
+
+
+def test_a_checkpoint_and_its_bundle_are_worth_the_same(record: Any) -> None:
+    run, bundle = record["models"]
+    assert (run["name"], bundle["name"]) == ("small (PyTorch)", "small (ONNX fp32)")
+    assert run["network"] == bundle["network"] and run["run"] == bundle["run"]
+    assert bundle["difference"]["points"] == 0 and bundle["difference"]["only_this_right"] == 0
+    for part in ("accuracy", "top", "macro", "classes", "confusion", "mistakes", "calibration", "invariance"):
+        assert numbers(run[part]) == pytest.approx(numbers(bundle[part]), abs=1e-4), part
+    ours, theirs = run["uprightness"], bundle["uprightness"]
+    assert ours["value"] == pytest.approx(theirs["value"], abs=1e-4) and ours["within"] == [-60, 60]
+    for quartile in ("lower_quartile", "median", "upper_quartile"):
+        assert ours["left"][quartile] == pytest.approx(theirs["left"][quartile], abs=0.1)
+
+
+def test_figures_are_those_of_scikit_learn_and_of_test(record: Any, run_folder: Path, upright: Upright) -> None:
+    assert upright("test", "--ckpt_path", run_folder / "best.ckpt").code == 0
+    measured = json.loads((run_folder / "test.json").read_text())["metrics"]
+    subjects, data = open_subjects([str(run_folder)])
+    (judged,) = judge(subjects, data, "test")
+    ours = record["models"][0]
+    labels, said, guesses = judged.labels, judged.probabilities, judged.predicted
+    assert ours["accuracy"]["value"] == accuracy_score(labels, guesses)
+    assert ours["confusion"] == confusion_matrix(labels, guesses, labels=range(10)).tolist()
+    expected = precision_recall_fscore_support(labels, guesses, labels=range(10), zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert [row[name] for row in ours["classes"]] == pytest.approx(values.tolist(), abs=1e-6)
+    loss = log_loss(labels, said / said.sum(axis=1, keepdims=True), labels=range(10))
+    assert ours["calibration"]["log_loss"] == pytest.approx(loss, abs=1e-6)
+    error = multiclass_calibration_error(torch.from_numpy(said), torch.from_numpy(labels), 10, n_bins=15)
+    assert ours["calibration"]["error"] == pytest.approx(float(error), abs=1e-6)
+    for name, value in (
+        ("accuracy", ours["accuracy"]["value"]),
+        ("top5", ours["top"]["5"]["value"]),
+        ("f1", ours["macro"]["f1"]),
+        ("calibration_error", ours["calibration"]["error"]),
+        ("uprightness", ours["uprightness"]["on_split"]),
+    ):
+        assert value == pytest.approx(measured[f"test/{name}"], abs=1e-5), name
+    wrong = np.flatnonzero(labels != guesses)
+    surest = wrong[said[wrong].max(axis=1).argmax()]
+    assert ours["mistakes"] == len(wrong)
+    assert ours["worst_mistakes"][0]["name"] == list(data.names("test"))[surest]
+    assert ours["worst_mistakes"][0]["confidence"] == pytest.approx(said[surest].max(), abs=1e-6)
+
+
+def test_the_page_needs_nothing_else_and_every_picture_is_told(pair: Path) -> None:
+    folder = pair / "report"
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert not page.open
+    expected = {f"{name}.png" for name in PICTURES | {"confusion-2", "mistakes-2"}}
+    assert {path.name for path in folder.iterdir()} == expected | {"report.html", "report.json"}
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == len(expected)
+    for attributes in images:
+        assert len(attributes["alt"] or "") > 20 and (attributes["src"] or "").startswith("data:image/png;base64,")
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        assert not {"href", "srcset", "onload", "onerror"} & set(attributes)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    # Every table says what it is, every column and row what it is of.
+    tables = text.split("<table>")[1:]
+    assert len(tables) == len(re.findall("<caption>", text)) == 7
+    assert all('scope="col"' in table and 'scope="row"' in table for table in tables)
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            picture.verify()
+
+
+def test_the_page_says_what_is_in_the_json(pair: Path, record: Any) -> None:
+    text = Page((pair / "report/report.html").read_text()).text
+    run = record["models"][0]
+    assert f"{100 * run['accuracy']['value']:.2f}" in text and f"{run['calibration']['temperature']:.3f}" in text
+    assert "359 images of 10 classes, each in 5 views (-60°, -30°, 0°, +30°, +60°), so 1,795 answers" in text
+    assert "these images cannot tell which is better" in text
+    for row in run["classes"]:
+        assert f"{row['precision']:.4f}" in text and f"{row['f1']:.4f}" in text
+
+
+def test_the_range_that_was_trained_on_is_told(record: Any) -> None:
+    invariance = record["models"][0]["invariance"]
+    assert list(invariance) == ["rotation", "scale", "shift", "shear", "blur", "noise"]
+    assert invariance["rotation"]["trained"] == [-60, 60] and invariance["scale"]["trained"] == [0.9, 1.1]
+    assert invariance["shift"]["trained"] == pytest.approx([0, 0.05 * 28]) and invariance["shear"]["trained"] is None
+    for way in invariance.values():
+        at = way["strengths"].index(way["none"])
+        assert way["consistency"][at]["value"] == 1
+        assert {share["value"] for share in [way["accuracy"][at]]} == {invariance["rotation"]["accuracy"][12]["value"]}
+
+
+def test_a_bundle_without_theta_says_so_and_needs_no_checkpoint(bundle: Path, upright: Upright) -> None:
+    answer = upright("report", bundle, "--images", 5, "--split", "val")
+    assert answer.code == 0, answer.err
+    folder = Path("checkpoints/report-small")
+    found = json.loads((folder / "report.json").read_text())
+    assert found["models"][0]["uprightness"] == {
+        "silent": "the bundle does not give theta; exported with --outputs theta it does"
+    }
+    text = Page((folder / "report.html").read_text()).text
+    assert "small: the bundle does not give theta" in text and "Judged on the validation split" in text
+    assert found["models"][0]["calibration"]["temperature"] is None
+    assert "no temperature: it is fitted on the validation split" in text
+    assert not (folder / "turning.png").exists()
+
+
+def test_names_of_classes_and_models_are_only_text(tmp_path: Path, upright: Upright) -> None:
+    generator = np.random.default_rng(0)
+    rows = ["path,label"]
+    for label, name in enumerate(HOSTILE):
+        for number in range(8):
+            pixels = generator.integers(60 * label, 60 * label + 60, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{label}-{number}.png")
+            rows.append(f'{label}-{number}.png,"{name.replace(chr(34), chr(34) * 2)}"')
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    recipe = yaml.safe_load((ROOT / "configs/data/table.yaml").read_text())
+    recipe["init_args"] |= {"file": str(tmp_path / "table.csv"), "size": 28}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    spec = ImageSpec(3, 28, 28, tuple(sorted(HOSTILE)), (0.4,) * 3, (0.5,) * 3)
+    write_bundle(tmp_path / "_<i>$x_{$", spec, LeNet)
+    answer = upright("report", tmp_path / "_<i>$x_{$", "--data", "own.yaml", "--images", 2, "--to", "report")
+    assert answer.code == 0, answer.err
+    page = Page(Path("report/report.html").read_text())
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    assert all(" ".join(name.split()) in page.text for name in (*HOSTILE, "_<i>$x_{$"))
+    assert "does not say which images it was trained on: these may be among them" in page.text
+    assert "<i>" in json.loads(Path("report/report.json").read_text())["models"][0]["name"]
+
+
+def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_path: Path, upright: Upright) -> None:
+    shutil.copytree(pair / "report", "old")
+    before = Path("old/report.json").read_bytes()
+    run = trained / "checkpoints/small"
+    answer = upright("report", run, "--to", "old", "--images", 2)
+    assert answer.code == 2 and "Report 'old' exists: --force replaces it, --to puts this one elsewhere." in answer.err
+    assert Path("old/report.json").read_bytes() == before
+    assert upright("report", run, "--to", "old", "--images", 2, "--force").code == 0
+    assert len(json.loads(Path("old/report.json").read_text())["models"]) == 1
+    assert not Path("old/confusion-2.png").exists()
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").touch()
+    answer = upright("report", run, "--to", "mine", "--force")
+    assert answer.code == 2 and "'mine' is not a report, and is not replaced" in answer.err
+
+
+def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
+    run_folder: Path, bundle: Path, upright: Upright
+) -> None:
+    other = bundle.rename("other")
+    answer = upright("report", run_folder, run_folder / "last.ckpt", other, "--images", 2)
+    assert answer.code == 0, answer.err
+    folder = Path("checkpoints/report-small-other")
+    names = [model["name"] for model in json.loads((folder / "report.json").read_text())["models"]]
+    assert names == [f"small (PyTorch, {run_folder})", f"small (PyTorch, {run_folder / 'last.ckpt'})", "other"]
+    assert f"Page: {folder}/report.html" in answer.out
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:
+    checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
+    for weights in checkpoint["state_dict"].values():
+        weights.fill_(float("nan"))
+    torch.save(checkpoint, "broken.ckpt")
+    answer = upright("report", "broken.ckpt")
+    assert answer.code == 2 and "'broken.ckpt' gives probabilities that are no numbers" in answer.err
+    assert not Path("checkpoints/report-small").exists()
+
+
+def test_what_cannot_be_compared_or_read_is_refused(
+    trained: Path, bundle: Path, tmp_path: Path, upright: Upright
+) -> None:
+    run = trained / "checkpoints/small"
+    other = write_bundle(tmp_path / "other", ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,)), LeNet)
+    blank = write_bundle(tmp_path / "blank", ImageSpec(1, 28, 28, tuple("0123456789"), (0.4,), (0.5,)), LeNet)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.ckpt").write_text("x")
+    for arguments, text in [
+        ([run, other], "knows 1 channel(s) and the classes ['a', 'b'], "),
+        ([run, other], "only models of the same task can be compared"),
+        ([run, blank], "were made of different data, or of different splits of them; --data says by which to judge"),
+        ([blank], "does not say what data it was made of; give some with --data"),
+        ([other, "--data", ROOT / "configs/data/digits.yaml"], "knows 1 channel(s) and the classes ['a', 'b']; the da"),
+        (
+            [tmp_path / "empty"],
+            "is neither a run (it has no best.ckpt) nor a bundle (no SHA256SUMS); give a checkpoint",
+        ),
+        (["nope.ckpt"], "Checkpoint 'nope.ckpt' does not exist."),
+        (["text.ckpt"], "'text.ckpt' is not an Upright checkpoint"),
+        ([run, run], "is given twice; a model is compared with others"),
+        ([run, "--images", 0], "--images must be at least 1, got 0."),
+        ([bundle, "--precision", "int8"], "holds fp32, not int8"),
+        ([run, "--split", "train"], "invalid choice: 'train'"),
+    ]:
+        answer = upright("report", *arguments)
+        assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1, answer.err
+    assert not (tmp_path / "checkpoints/report-small").exists()
