@@ -1,8 +1,9 @@
-"""Hostile input by the thousand, in a process of its own: `python -m tests.runtime.hostile pictures 1000`.
+"""Hostile input by the thousand, in a process of its own: `python -m tests.runtime.hostile decoder 1000`.
 
-Each campaign is seeded: a case is a function of its number. It ends with a line of JSON: how many cases ended how, the
-slowest in seconds of processor time, and by how much the process grew. A case that ends in any other way than it may, or takes ten of them, is a
-traceback with its number. What opens a file to write, starts a process or connects is one, too.
+Campaigns are `decoder`, `manifest`, `http` and `checkpoint`. A case is a function of its number, so that it can be run
+alone: `... decoder 1 20448`. The last line is JSON: how many cases ended how, the slowest in seconds of processor time,
+and by how many MB the process grew. What may not be (another error, more than `SECONDS`, a file opened for writing
+outside the case's folder, a process, a connection) is a traceback with the case's number.
 """
 
 import asyncio
