@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -24,7 +23,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_bundle
-from tests.runtime.hostile import CAMPAIGNS, DIGITS, SPECS
+from tests.runtime.hostile import CAMPAIGNS, DIGITS, SPECS, peak
 from upright.architectures.lenet import LeNet
 from upright.errors import UprightError
 from upright.images import ImageSpec, decode
@@ -37,11 +36,6 @@ from upright.training.checkpoint import read_checkpoint
 
 FULL = {"decoder": 50_000, "http": 30_000, "manifest": 15_000, "checkpoint": 10_000}
 """Cases, 105,000 together."""
-
-
-def peak() -> int:
-    """Of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 @pytest.mark.parametrize("cases", [500, pytest.param(0, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="all")])
@@ -133,13 +127,13 @@ def bombs() -> dict[str, bytes]:
 def test_decompression_bombs_take_no_room(tmp_path: Path) -> None:
     """Each in a process of its own, which may say no or give a picture within the limit."""
     program = (
-        "import sys, resource; from tests.runtime.hostile import SPECS; from upright.images import decode\n"
+        "import sys; from tests.runtime.hostile import SPECS, peak; from upright.images import decode\n"
         "from upright.errors import UprightError; import warnings; warnings.simplefilter('ignore')\n"
         "content = open(sys.argv[1], 'rb').read(); import PIL.Image; PIL.Image.init()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
         "try: print(decode(content, SPECS[1], 16_000_000).shape)\n"
         "except UprightError as error: print(error)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+        "print(peak() - before)"
     )
     for name, content in bombs().items():
         (tmp_path / name).write_bytes(content)
