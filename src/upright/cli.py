@@ -78,6 +78,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--size", type=_size, metavar="HxW", help="take images of this size alone; the network's own is not resized"
     )
     parser.add_argument("--to", metavar="FOLDER", default="export", help="where bundles are put; default: export")
+    parser.add_argument(
+        "--triton",
+        metavar="REPOSITORY",
+        help="also put the models into this Triton model repository, with their config",
+    )
 
 
 def _size(text: str) -> tuple[int, int]:

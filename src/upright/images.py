@@ -21,6 +21,8 @@ Item = TypeVar("Item")
 Resize = Literal["stretch", "crop", "none"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What Pillow is asked to read: of its other plugins, some have rarely been attacked, and one runs Ghostscript."""
 MAX_PIXELS = 64_000_000
 """The largest picture that is decoded unless told otherwise, in pixels."""
 
@@ -105,10 +107,10 @@ def decode(
     name = f"'{source}'" if isinstance(source, str | Path) else "The image"
     try:
         if isinstance(source, str | Path):
-            with Image.open(source) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 return _decode(image, spec, max_pixels)
         if isinstance(source, bytes):
-            with Image.open(io.BytesIO(source)) as image:
+            with Image.open(io.BytesIO(source), formats=FORMATS) as image:
                 return _decode(image, spec, max_pixels)
         if isinstance(source, Image.Image):
             return _decode(source, spec, max_pixels)
@@ -116,7 +118,7 @@ def decode(
     except FileNotFoundError:
         raise UprightError(f"{name} does not exist.") from None
     except UnidentifiedImageError:
-        raise UprightError(f"{name} is not a picture that Pillow can read.") from None
+        raise UprightError(f"{name} is not a picture, or none of {', '.join(FORMATS)}.") from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
         raise UprightError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
 

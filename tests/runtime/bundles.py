@@ -41,6 +41,7 @@ def write_bundle(
         samples.append({"file": file, "label": spec.classes[0], "probabilities": {"fp32": said.tolist()}})
     manifest: dict[str, Any] = {
         "format": FORMAT,
+        "name": folder.name,
         "spec": spec.to_dict(),
         "input": {"shape": [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]},
         "other_outputs": Graph(model, form).names[1:],

@@ -167,14 +167,20 @@ def test_each_of_many_pictures_has_its_own_result(server: Running, predictor: Pr
     assert reply.status == 200 and "error" not in reply.json
     first, bad, other, last = reply.json["results"]
     assert [first["name"], bad["name"], last["name"]] == ["a.png", "text.png", "b.png"]
-    assert bad == {"name": "text.png", "error": "The image is not a picture that Pillow can read."}
+    assert bad == {
+        "name": "text.png",
+        "error": "The image is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP.",
+    }
     for result, picture in ((first, samples[0]), (other, noise(40, 30, 0)), (last, samples[1])):
         assert is_answer(result, picture, predictor)
 
 
 def test_no_picture_at_all_is_an_error(server: Running) -> None:
     reply = server.classify(b"hello")
-    assert reply.status == 422 and reply.json["error"] == "The image is not a picture that Pillow can read."
+    assert (
+        reply.status == 422
+        and reply.json["error"] == "The image is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP."
+    )
     body, kind = multipart({"a": b"x", "b": b"y"})
     reply = server.classify(body, Content_Type=kind)
     assert reply.status == 422 and len(reply.json["results"]) == 2
@@ -270,12 +276,12 @@ def tensor(**changes: Any) -> dict[str, Any]:
         ({"inputs": []}, "One input is needed, 'images'; got none."),
         (tensor(name="x"), "One input is needed, 'images'; got 'x'."),
         (tensor() | {"outputs": [{"name": "theta"}]}, "no output 'theta'; outputs: probabilities, labels."),
-        (tensor(datatype="FP32"), "must be UINT8 (pixels, [B, H, W, 1]) or BYTES (encoded images, [B]); got FP32."),
+        (tensor(datatype="FP32"), "must be UINT8 (pixels, [B, H, W, 1]) or BYTES (encoded images, [B]); got 'FP32'."),
         (tensor(shape=[1, 2, 2, 3]), "must have the shape [B, H, W, 1], got [1, 2, 2, 3]."),
         (tensor(shape=[0, 2, 2, 1]), "must have the shape [B, H, W, 1]"),
         (tensor(shape=[1, 2, 3, 1]), "The shape [1, 2, 3, 1] needs 6 elements, got 4."),
-        (tensor(data=[0, 0, 0, 256]), "must be integers from 0 to 255."),
-        (tensor(data=[0, 0, 0, 0.5]), "must be integers from 0 to 255."),
+        (tensor(data=[0, 0, 0, 256]), "must be integers from 0 to 255: "),
+        (tensor(data=[0, 0, 0, 0.5]), "must be integers from 0 to 255: "),
         (tensor(data=[[0, 0], [0]]), "make no tensor"),
         (tensor(data=None, parameters={"binary_data_size": 9}), "this one says 9, and 0 follow."),
         (tensor(datatype="BYTES", shape=[1], data=["?"]), "must be images in base64"),

@@ -29,9 +29,10 @@ from upright.exporting.parity import (
     other_outputs_agree,
 )
 from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, PrecisionName
+from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import replacing_folder
 from upright.images import Pixels
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import open_session, run_batch, run_session
 from upright.runtime.speed import machine, side_by_side, turn
 from upright.training.checkpoint import Restored, check_name, find_checkpoint, read_data, restore
@@ -57,6 +58,7 @@ def export(
     max_drop: float = 0.5,
     full_range: bool = False,
     to: str = "export",
+    triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
     """Export, compare with PyTorch on the whole validation split, and only then show the bundle.
@@ -74,6 +76,7 @@ def export(
         max_drop: by how many points accuracy may fall with each of them.
         full_range: see `Int8`.
         to: the folder that the bundle is put in.
+        triton: a Triton model repository that its models are copied to, see `triton.write_models`.
         wandb: whether and how the bundle is noted there, see `bundle_mode`.
 
     Raises:
@@ -97,6 +100,10 @@ def export(
         raise UprightError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
     if target.exists() and any(target.iterdir()) and not (target / SUMS).is_file():
         raise UprightError(f"'{target}' is not a bundle; --force does not replace it.")
+    models = {}
+    if triton is not None:
+        models = model_folders(Path(triton), name, ("fp32", *lower), target, force)
+        check_labels(restored.data.spec.classes)
     if "features" in outputs:
         modules = dict.fromkeys(parameter.rpartition(".")[0] for parameter in sorted(head(restored.classifier)))
         form = replace(form, head=tuple(modules))
@@ -113,6 +120,9 @@ def export(
     log_bundle(tracking, find_checkpoint(checkpoint), target)
     for line in _summary(parity, max_drop):
         print(line)
+    if models:
+        write_models(Bundle.open(target), models)
+        print(f"Triton: {', '.join(map(str, models.values()))}")
     print(f"Bundle: {target}\nNext:   upright verify {target}")
     return 0
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,15 +50,23 @@ class Bundle:
         """Check every file's hash, then the format.
 
         Raises:
-            UprightError: if it is no bundle, any bit of it changed, or its format is newer than this version reads.
+            UprightError: if it is no bundle, any bit of it changed, anything in it is or refers to something outside,
+                or its format is newer than this version reads.
         """
         folder = Path(folder)
         if not (folder / SUMS).is_file():
             raise UprightError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
+        for path in folder.rglob("*"):
+            # A pipe would never end, and a link leads elsewhere.
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise UprightError(
+                    f"Bundle '{folder}' holds '{path.name}', which is no plain file; copy it with contents."
+                )
         written = (folder / SUMS).read_bytes()
-        found = checksums(folder).encode()
+        found = checksums(folder).encode(errors="surrogateescape")
         if written != found:
-            differing = set(written.decode(errors="replace").splitlines()) ^ set(found.decode().splitlines())
+            lines = (set(text.decode(errors="replace").splitlines()) for text in (written, found))
+            differing = set.symmetric_difference(*lines)
             names = sorted({line.partition("  ")[2] or SUMS for line in differing} or {SUMS})
             raise UprightError(
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
@@ -65,18 +75,45 @@ class Bundle:
         try:
             version, made_by = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
             if version == FORMAT:
-                for precision in ("fp32", *bundle.precisions):
-                    _ = MODELS[precision], bundle.tolerance(precision), bundle.expected(precision)[0]
-                _ = bundle.spec
+                bundle._check()
                 return bundle
             older = version < FORMAT
-        except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError, UprightError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UprightError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
+        made_by = " ".join(str(made_by).split())
         raise UprightError(
             f"Bundle '{folder}' has format {version}, made by Upright {made_by}; this version reads {FORMAT}. "
             + ("Export it again." if older else "Install a newer Upright.")
         )
+
+    def _check(self) -> None:
+        """Whatever is asked of manifest, samples and models later is there, of its kind, and inside the folder."""
+        spec, samples = self.spec, self.samples
+        match self.manifest:
+            case {
+                "name": str(),
+                "spec": {"height": int(), "width": int(), "classes": list(), "background": int()},
+                "input": {"shape": [int() | str(), int() | str(), int() | str(), spec.channels]},
+                "other_outputs": list(others),
+                "provenance": {"model": dict()},
+            } if all(isinstance(name, str) for name in (*spec.classes, *others)):
+                pass
+            case _:
+                raise ValueError(f"{MANIFEST} lacks something, or it is of another kind")
+        files = {f"{SAMPLES}/{path.name}" for path in (self.folder / SAMPLES).iterdir()}
+        for sample in samples:
+            if sample["file"] not in files or not isinstance(sample["label"], str):
+                raise ValueError(f"sample {sample['file']!r} is not in it, or without a label")
+        for precision in ("fp32", *self.precisions):
+            with np.errstate(over="ignore"):
+                expected = self.expected(precision)
+            if expected.shape != (len(samples), len(spec.classes)) or not np.isfinite(expected).all():
+                raise ValueError(f"{EXPECTED} holds no probabilities of {precision}")
+            if not math.isfinite(self.tolerance(precision)):
+                raise ValueError(f"the tolerance of {precision} is {self.tolerance(precision)}")
+            if _has_external_data(self.model(precision)):
+                raise ValueError(f"{MODELS[precision]} refers to other files, and a bundle's model is one file")
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -120,3 +157,13 @@ class Bundle:
     def expected(self, precision: str) -> npt.NDArray[np.float32]:
         """What one precision said of the samples where it was exported: ``(N, K)``."""
         return np.array([sample["probabilities"][precision] for sample in self.samples], dtype=np.float32)
+
+
+def _has_external_data(model: Path) -> bool:
+    """Whether any tensor of an ONNX file lies elsewhere: in any file that its maker names, for older onnxruntimes.
+
+    A tensor says so under the key ``location``. Before that stands its length, 8, in whichever way a protobuf may
+    write it; a name that only ends in this word has another one.
+    """
+    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(before + b"location") >= 0 for before in (b"\x08", b"\x00"))

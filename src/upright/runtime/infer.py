@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from upright.errors import UprightError
 from upright.images import MAX_PIXELS, Pixels, find_images
@@ -72,8 +71,8 @@ def infer(
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     write = WRITERS[format](top, predictor.spec.classes)
     with warnings.catch_warnings():
-        # A picture over our own limit is reported by us.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # What is wrong with a picture is said in a line of ours.
+        warnings.filterwarnings("ignore", module="PIL")
         for batch in session_batches(predictor.session, pictures(), lambda picture: picture[1], BATCH):
             paths, pixels = zip(*batch, strict=True)
             try:

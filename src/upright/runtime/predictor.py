@@ -47,8 +47,8 @@ class Predictor:
         max_pixels: a larger picture is refused before it is decoded.
 
     Raises:
-        UprightError: if the bundle is damaged (see `Bundle.open`), has no model of that precision, or a provider is
-            not there.
+        UprightError: if the bundle is damaged (see `Bundle.open`), has no model of that precision or one that does not
+            take and give what the manifest says, or a provider is not there.
     """
 
     def __init__(
@@ -65,6 +65,15 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
         self.session = open_session(self.bundle.model(precision), threads, providers)
+        told = [
+            (one.name, one.type, one.shape[-1:]) for one in (*self.session.get_inputs(), *self.session.get_outputs())
+        ]
+        takes, gives = (
+            ("images", "tensor(uint8)", [self.spec.channels]),
+            ("probabilities", "tensor(float)", [len(self.spec.classes)]),
+        )
+        if told[:2] != [takes, gives] or len(self.session.get_inputs()[0].shape) != 4:
+            raise UprightError(f"'{self.bundle.model(precision)}' is not the model of its manifest.")
 
     def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
         """The answer for one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
@@ -149,7 +158,8 @@ def open_session(
         session = onnxruntime.InferenceSession(given, options, providers=wanted)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         name = "the model" if isinstance(model, bytes) else f"'{model}'"
-        raise UprightError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UprightError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {reason}") from error
     # It goes on without one whose libraries are missing.
     if missing := set(wanted) - set(session.get_providers()):
         raise UprightError(

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -141,6 +142,11 @@ def load_file(path: Path, kind: str) -> Any:
         UprightError: for a file that is cut off, damaged, or a pickle with code.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch compresses nothing.
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it would unpack to more than it is")
         with warnings.catch_warnings():
             # torch warns of a pickle's protocol before it refuses what is in it.
             warnings.simplefilter("ignore")

@@ -22,6 +22,9 @@ HEADER = "Inference-Header-Content-Length"
 INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Elements = list[Byte | list[Byte | list[Byte | list[Byte]]]]
+"""Of a UINT8 tensor in JSON, flat or nested. NumPy would give every element the room of the longest text."""
 
 
 class InputTensor(msgspec.Struct):
@@ -89,16 +92,16 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
     if header is not None:
         end = number(header)
         if not 0 <= end <= len(body):
-            raise UprightError(f"{HEADER} must be a number of bytes up to the body's {len(body)}, got '{header}'.")
+            raise UprightError(f"{HEADER} must be a number of bytes up to the body's {len(body)}, got {header!r}.")
     try:
         request = msgspec.json.decode(memoryview(body)[:end], type=InferenceRequest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UprightError(f"The body is no inference request: {error}.") from None
     for output in request.outputs:
         if output.name not in (PROBABILITIES, LABELS):
-            raise UprightError(f"There is no output '{output.name}'; outputs: {PROBABILITIES}, {LABELS}.")
+            raise UprightError(f"There is no output {output.name!r}; outputs: {PROBABILITIES}, {LABELS}.")
     if [tensor.name for tensor in request.inputs] != [INPUT]:
-        given = ", ".join(f"'{tensor.name}'" for tensor in request.inputs) or "none"
+        given = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
         raise UprightError(f"One input is needed, '{INPUT}'; got {given}.")
     (tensor,) = request.inputs
     rest, binary = memoryview(body)[end:], tensor.parameters.get("binary_data_size")
@@ -114,7 +117,7 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
         return request, _encoded(tensor.shape, data)
     raise UprightError(
         f"Input '{INPUT}' must be UINT8 (pixels, [B, H, W, {channels}]) or BYTES (encoded images, [B]); "
-        f"got {tensor.datatype}."
+        f"got {tensor.datatype!r}."
     )
 
 
@@ -122,14 +125,18 @@ def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pi
     if len(shape) != 4 or min(shape) < 1 or shape[3] != channels:
         raise UprightError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
     try:
-        values = np.array(data) if isinstance(data, list) else np.frombuffer(data, np.uint8)
+        values = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else _values(data)
+    except msgspec.ValidationError as error:
+        raise UprightError(f"The elements of '{INPUT}' must be integers from 0 to 255: {error}.") from None
     except ValueError as error:
         raise UprightError(f"The elements of '{INPUT}' make no tensor: {' '.join(str(error).split())}.") from None
     if values.size != math.prod(shape):
         raise UprightError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
-    if values.dtype != np.uint8 and not (values.dtype.kind == "i" and 0 <= values.min() <= values.max() <= 255):
-        raise UprightError(f"The elements of '{INPUT}' must be integers from 0 to 255.")
-    return values.astype(np.uint8, copy=False).reshape(shape)
+    return values.reshape(shape)
+
+
+def _values(data: list[Any]) -> Pixels:
+    return np.array(msgspec.convert(data, Elements), np.uint8)
 
 
 def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:

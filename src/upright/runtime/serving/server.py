@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 import uvicorn
-from PIL import Image
 
 from upright.errors import UprightError
 from upright.runtime.predictor import Predictor
@@ -130,8 +129,8 @@ def serve(
     config = uvicorn.Config(
         service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False
     )
-    # A picture over our own limit is reported by us.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # What is wrong with a picture is told to whom it is from.
+    warnings.filterwarnings("ignore", module="PIL")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

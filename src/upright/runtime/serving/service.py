@@ -123,7 +123,10 @@ class Service:
             Route("/docs", self._docs),
         ]
         handlers: dict[Any, Any] = {HTTPException: _refused, UprightError: _bad, ClientDisconnect: _gone, 500: _broken}
-        return self._noted(Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan))
+        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        # Starlette fails over a query that is no UTF-8 when it points to a path without the slash.
+        app.router.redirect_slashes = False
+        return self._noted(app)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -242,7 +245,7 @@ class Service:
         asked, classes = request.query_params.get("top", "1"), len(self.spec.classes)
         top = protocol.number(asked)
         if not 1 <= top <= classes:
-            raise UprightError(f"top must be from 1 to {classes} (the number of classes), got '{asked}'.")
+            raise UprightError(f"top must be from 1 to {classes} (the number of classes), got {asked!r}.")
         async with self._taken(request) as body:
             images = await self._pictures(request, body)
             with self._places(len(images)):
@@ -315,7 +318,7 @@ class Service:
     def _known(self, request: Request) -> None:
         name, asked = request.path_params["name"], request.path_params.get("version", self.version)
         if (name, asked) != (self.name, self.version):
-            _refuse(404, f"There is no model '{name}' of version {asked}; there is '{self.name}', {self.version}.")
+            _refuse(404, f"There is no model {name!r} of version {asked!r}; there is '{self.name}', {self.version}.")
 
     async def _live(self, request: Request) -> Response:
         return _json({"live": True})

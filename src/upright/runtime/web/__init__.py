@@ -69,8 +69,8 @@ def web(
             (folder / RUNTIME_FOLDER / name).write_bytes(read(name))
         shutil.copy(model, folder / model.name)
         (folder / SAMPLES).mkdir()
-        for name in map(_sample, opened.samples):
-            shutil.copy(opened.folder / name, folder / name)
+        for sample in opened.samples:
+            shutil.copy(opened.folder / sample["file"], folder / sample["file"])
         (folder / MODEL).write_text(json.dumps(_described(opened, precision, folder)), encoding="utf-8")
         for name in PAGE:
             text = files(__package__).joinpath(name).read_text(encoding="utf-8")
@@ -94,11 +94,6 @@ def web(
 def _is_page(folder: Path) -> bool:
     index = folder / "index.html"
     return index.is_file() and b'name="generator" content="upright web"' in index.read_bytes()[:2000]
-
-
-def _sample(sample: dict[str, Any]) -> str:
-    """Wherever it says it is, it is looked for among the samples."""
-    return f"{SAMPLES}/{Path(sample['file']).name}"
 
 
 def _transforms(bundle: Bundle) -> bool:
@@ -125,7 +120,7 @@ def _described(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
         "runtime": runtime,
         "bytes": {name: (folder / name).stat().st_size for name in (*runtime.values(), model)},
         "samples": [
-            {"file": _sample(sample), "label": sample["label"], "probabilities": sample["probabilities"][precision]}
+            {"file": sample["file"], "label": sample["label"], "probabilities": sample["probabilities"][precision]}
             for sample in bundle.samples
         ],
     }

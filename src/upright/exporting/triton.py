@@ -1,0 +1,102 @@
+"""A bundle's models in a Triton model repository. Several models, versions and hot reload are Triton's business.
+
+Source: ``model_config.proto`` of https://github.com/triton-inference-server/common, and Triton's user guide on model
+repositories and configuration. What a model takes and gives is what onnxruntime says of its file: Triton's own backend
+reads the same there.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnxruntime
+
+from upright.errors import UprightError
+from upright.files import replacing_folder
+from upright.runtime.bundle import MODELS, Bundle
+from upright.runtime.predictor import open_session
+
+CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "1/model.onnx"
+"""Of a model's folder; the other versions are for others to add."""
+MAX_BATCH = 64
+"""Images that Triton puts together, where a model takes any number of them."""
+TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
+
+
+def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle: Path, force: bool) -> dict[str, Path]:
+    """Where each precision goes: ``NAME`` for float32, ``NAME_int8``, ``NAME_fp16``.
+
+    Args:
+        repository: Triton's; other models may be in it.
+        name: of the bundle.
+        precisions: of it.
+        bundle: where that lies, or will lie.
+        force: whether models that are there are replaced.
+
+    Raises:
+        UprightError: if one is there, or is no model of Triton's, or bundle and repository are in each other's way.
+    """
+    folders = {
+        precision: repository / (name if precision == "fp32" else f"{name}_{precision}") for precision in precisions
+    }
+    for folder in folders.values():
+        ours, theirs = folder.resolve(), bundle.resolve()
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            raise UprightError(
+                f"The bundle '{bundle}' and Triton's model '{folder}' need folders apart: change --triton."
+            )
+        if folder.exists() and not (folder / CONFIG).is_file():
+            raise UprightError(f"'{folder}' is no model of Triton's (it has no {CONFIG}); --force does not replace it.")
+        if folder.exists() and not force:
+            raise UprightError(f"Triton's model '{folder}' exists: --force replaces it with all its versions.")
+    return folders
+
+
+def check_labels(classes: Iterable[str]) -> None:
+    """Refuse what cannot be written with one class per line.
+
+    Raises:
+        UprightError: for a line break in a class's name.
+    """
+    if broken := [name for name in classes if "\n" in name]:
+        raise UprightError(f"Triton reads one class per line, and {broken[0]!r} holds a line break; rename the class.")
+
+
+def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
+    """Copy the models of a bundle, each beside a configuration of its own; every folder appears whole or not at all."""
+    for precision, target in folders.items():
+        with replacing_folder(target) as folder:
+            model = folder / MODEL
+            model.parent.mkdir()
+            shutil.copyfile(bundle.folder / MODELS[precision], model)
+            (folder / LABELS).write_text("".join(f"{name}\n" for name in bundle.spec.classes), encoding="utf-8")
+            (folder / CONFIG).write_text(configuration(target.name, open_session(model)), encoding="utf-8")
+
+
+def configuration(name: str, session: onnxruntime.InferenceSession) -> str:
+    """``config.pbtxt`` of a model, by the inputs and outputs of its graph.
+
+    A free first axis is the batch, which Triton leaves out of the dimensions. A fixed one stays there, and Triton puts
+    no requests together then.
+    """
+    free = not isinstance(session.get_inputs()[0].shape[0], int)
+
+    def tensor(node: onnxruntime.NodeArg, more: str = "") -> str:
+        lengths = [length if isinstance(length, int) else -1 for length in node.shape[free:]]
+        return f'  {{ name: "{node.name}" data_type: {TYPES[node.type]} dims: {lengths}{more} }}'
+
+    labelled = {"probabilities": f' label_filename: "{LABELS}"'}
+    inputs = ",\n".join(tensor(node) for node in session.get_inputs())
+    outputs = ",\n".join(tensor(node, labelled.get(node.name, "")) for node in session.get_outputs())
+    return f"""name: {json.dumps(name, ensure_ascii=False)}
+backend: "onnxruntime"
+max_batch_size: {MAX_BATCH if free else 0}
+input [
+{inputs}
+]
+output [
+{outputs}
+]
+{"dynamic_batching { }" if free else "# The graph takes a fixed number of images, so there is no batching."}
+"""

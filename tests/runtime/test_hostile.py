@@ -1,0 +1,426 @@
+"""What is made to do harm is refused in one line, and does none. `hostile` holds the campaigns."""
+
+import builtins
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from tests.conftest import ROOT, Upright
+from tests.runtime.bundles import write_bundle
+from tests.runtime.hostile import CAMPAIGNS, DIGITS, SPECS, peak
+from upright.architectures.lenet import LeNet
+from upright.errors import UprightError
+from upright.images import ImageSpec, decode
+from upright.runtime.bundle import EXPECTED, MANIFEST, SUMS, Bundle, checksums
+from upright.runtime.infer import infer
+from upright.runtime.predictor import Predictor
+from upright.runtime.serving.protocol import read
+from upright.runtime.verify import verify
+from upright.training.checkpoint import read_checkpoint
+
+FULL = {"decoder": 50_000, "http": 30_000, "manifest": 15_000, "checkpoint": 10_000}
+"""Cases, 105,000 together."""
+
+
+@pytest.mark.parametrize("cases", [500, pytest.param(0, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="all")])
+@pytest.mark.parametrize("campaign", CAMPAIGNS)
+def test_campaign(campaign: str, cases: int) -> None:
+    """Every case is answered or refused within seconds; none crashes, grows the process, or reaches outside."""
+    cases = cases or FULL[campaign]
+    command = [sys.executable, "-m", "tests.runtime.hostile", campaign, str(cases)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    print(campaign, told)
+    assert sum(told["outcomes"].values()) == cases and len(told["outcomes"]) > 1
+    assert told["grown_mb"] < 300
+
+
+# One changed byte.
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_changed_byte_of_a_bundle_is_refused(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By everything that opens one, before anything is parsed, and with the file's name."""
+    bundle = Path(shutil.copytree(DIGITS, tmp_path / "digits"))
+    files = sorted(path for path in bundle.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    draw = random.Random(0)
+    openers: tuple[Callable[[], object], ...] = (
+        lambda: Bundle.open(bundle),
+        lambda: Predictor(bundle, "int8"),
+        lambda: verify(str(bundle)),
+        lambda: infer(str(bundle), [str(bundle / "samples")]),
+    )
+    for number in range(count):
+        # Every file in turn, and every byte alike.
+        path = files[number // 2 % len(files)] if number % 2 else draw.choices(files, sizes)[0]
+        content = path.read_bytes()
+        at = draw.randrange(len(content))
+        changed = bytearray(content)
+        changed[at] ^= draw.choice((1 << draw.randrange(8), draw.randrange(1, 256)))
+        path.write_bytes(changed)
+        for opener in openers:
+            with pytest.raises(UprightError, match="is damaged or was changed: ") as caught:
+                opener()
+            # A sum that is changed is of some file.
+            assert path.name == SUMS or path.relative_to(bundle).as_posix() in str(caught.value)
+            assert "\n" not in str(caught.value)
+        path.write_bytes(content)
+    assert capsys.readouterr().out == ""
+    assert verify(str(bundle)) == 0
+
+
+# Pictures.
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that say they are large pictures, or hold much beside one."""
+    head = b"\x89PNG\r\n\x1a\n"
+    huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    small = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0))
+    rows, zeros = chunk(b"IDAT", zlib.compress(bytes(6))), zlib.compress(bytes(200_000_000))
+    text, profile = chunk(b"zTXt", b"a\0\0" + zeros), chunk(b"iCCP", b"a\0\0" + zeros)
+    end = chunk(b"IEND", b"")
+    found = {
+        "size": head + huge + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + end,
+        "text": head + small + text * 4 + rows + end,
+        "profile": head + small + profile + rows + end,
+        "rows": head + small + chunk(b"IDAT", zeros) + end,
+    }
+    for format, options in (("GIF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})):
+        file = io.BytesIO()
+        Image.new("L", (9_000, 9_000)).save(file, format, **options)
+        found[format] = file.getvalue()
+    jpeg = io.BytesIO()
+    Image.new("L", (16, 16)).save(jpeg, "JPEG")
+    content = bytearray(jpeg.getvalue())
+    at = content.index(b"\xff\xc0") + 5
+    content[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
+    found["JPEG"] = bytes(content)
+    found["BMP"] = b"BM" + struct.pack("<IIIIiiHHIIiiII", 60, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    return found
+
+
+def test_decompression_bombs_take_no_room(tmp_path: Path) -> None:
+    """Each in a process of its own, which may say no or give a picture within the limit."""
+    program = (
+        "import sys; from tests.runtime.hostile import SPECS, peak; from upright.images import decode\n"
+        "from upright.errors import UprightError; import warnings; warnings.simplefilter('ignore')\n"
+        "content = open(sys.argv[1], 'rb').read(); import PIL.Image; PIL.Image.init()\n"
+        "before = peak()\n"
+        "try: print(decode(content, SPECS[1], 16_000_000).shape)\n"
+        "except UprightError as error: print(error)\n"
+        "print(peak() - before)"
+    )
+    for name, content in bombs().items():
+        (tmp_path / name).write_bytes(content)
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path / name], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        said, grown = done.stdout.splitlines()
+        print(name, len(content), said, grown)
+        assert int(grown) < 300, (name, said)
+        if name not in ("text", "profile", "rows"):
+            assert "pixels are more than the limit of 16000000" in said or "cannot be decoded" in said, said
+
+
+def test_only_formats_that_are_named_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript."""
+    calls: list[Any] = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *given, **more: calls.append(given))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "x.png").write_bytes(postscript)
+    for source in (postscript, tmp_path / "x.png"):
+        with pytest.raises(UprightError, match="is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP"):
+            decode(source, SPECS[0])
+    assert not calls
+
+
+# Requests.
+
+
+def test_text_among_numbers_takes_no_room() -> None:
+    """NumPy would give every element the room of the longest one: 20 GB of this."""
+    data = ["a" * 250_000] + ["b"] * 20_000
+    tensor = {"name": "images", "shape": [1, 1, 1, 1], "datatype": "UINT8", "data": data}
+    before = peak()
+    with pytest.raises(UprightError, match="must be integers from 0 to 255"):
+        read(json.dumps({"inputs": [tensor]}).encode(), None, 1)
+    assert peak() - before < 50
+
+
+# Bundles.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = ImageSpec(1, 28, 28, ("a", "b", "c"), (0.5,), (0.5,))
+    return write_bundle(tmp_path_factory.mktemp("whole") / "made", spec, LeNet)
+
+
+@pytest.fixture
+def made(whole: Path, tmp_path: Path) -> Path:
+    """An own copy."""
+    return Path(shutil.copytree(whole, tmp_path / "made"))
+
+
+def signed(bundle: Path) -> Path:
+    """Whoever changes a bundle can change its sums."""
+    (bundle / SUMS).write_text(checksums(bundle))
+    return bundle
+
+
+OUTSIDE = ["../secret.png", "samples/../../secret.png", "{folder}/secret.png", "samples/link.png", "samples/00.png\0"]
+OUTSIDE += [
+    "C:\\secret.png",
+    "\\\\host\\secret.png",
+    "file:///etc/passwd",
+    "http://localhost/x.png",
+    "samples",
+    "samples/..",
+]
+
+
+@pytest.mark.parametrize("file", OUTSIDE)
+def test_a_sample_is_in_the_bundle(
+    made: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch, upright: Upright
+) -> None:
+    shutil.copy(made / "samples/00.png", tmp_path / "secret.png")
+    samples = json.loads((made / EXPECTED).read_text())
+    samples[0]["file"] = file.format(folder=tmp_path)
+    (made / EXPECTED).write_text(json.dumps(samples))
+    signed(made)
+    opened, real = [], builtins.open
+
+    def noted(path: Any, *given: Any, **more: Any) -> Any:
+        opened.append(str(path))
+        return real(path, *given, **more)
+
+    monkeypatch.setattr(builtins, "open", noted)
+    for command in (["verify", made], ["infer", made, made / "samples"], ["serve", made]):
+        answer = upright(*command)
+        assert answer.code == 2 and "is not in it" in answer.err and len(answer.err.splitlines()) == 1
+    assert opened and not any(path.endswith("secret.png") for path in opened)
+
+
+def test_links_and_pipes_are_not_followed(made: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    shutil.copy(made / "samples/00.png", secret)
+    sample = made / "samples/00.png"
+    sample.unlink()
+    sample.symlink_to(secret)
+    signed(made)
+    with pytest.raises(UprightError, match=r"holds '00\.png', which is no plain file; copy it with contents"):
+        Bundle.open(made)
+    sample.unlink()
+    os.mkfifo(sample)
+    with pytest.raises(UprightError, match=r"holds '00\.png', which is no plain file"):
+        Bundle.open(made)
+    sample.unlink()
+    shutil.copy(secret, sample)
+    (made / "more").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(UprightError, match=r"holds 'more', which is no plain file"):
+        Bundle.open(made)
+
+
+def test_a_name_that_is_no_text(made: Path) -> None:
+    with open(os.fsencode(made) + b"/\xff\n", "wb"):
+        pass
+    with pytest.raises(UprightError, match="is damaged or was changed") as caught:
+        Bundle.open(made)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: m["spec"].update(classes=["a", "b"]), "holds no probabilities of fp32"),
+        (lambda m: m["spec"].update(classes=[1, 2, 3]), "lacks something, or it is of another kind"),
+        (lambda m: m["spec"].update(channels=3), "mean and std need one number per channel"),
+        (lambda m: m["spec"].update(height="28"), "not supported between instances"),
+        (lambda m: m["precisions"]["fp32"].update(tolerance=float("nan")), "the tolerance of fp32 is nan"),
+        (lambda m: m["precisions"].update({"../x": {"tolerance": 1}}), "KeyError: '../x'"),
+        (lambda m: m.pop("other_outputs"), "lacks something"),
+        (lambda m: m["provenance"].pop("model"), "lacks something"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense(made: Path, change: Callable[[Any], Any], text: str, upright: Upright) -> None:
+    manifest = json.loads((made / MANIFEST).read_text())
+    change(manifest)
+    (made / MANIFEST).write_text(json.dumps(manifest))
+    answer = upright("infer", signed(made), made / "samples")
+    assert answer.code == 2 and "is not one that `upright export` wrote" in answer.err and text in answer.err
+    assert len(answer.err.splitlines()) == 1
+
+
+def test_deep_json(made: Path, upright: Upright) -> None:
+    for name in (MANIFEST, EXPECTED):
+        content = (made / name).read_text()
+        (made / name).write_text("[" * 200_000)
+        answer = upright("verify", signed(made))
+        assert answer.code == 2 and "RecursionError" in answer.err and len(answer.err.splitlines()) == 1
+        (made / name).write_text(content)
+
+
+# Models.
+
+
+def elsewhere(location: str, minimal: bool = True) -> bytes:
+    """An ONNX file with a tensor in another file; protobufs can be written in longer ways."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    node = helper.make_node("Identity", ["w"], ["y"])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    model = helper.make_model(helper.make_graph([node], "g", [], [output], [tensor]), ir_version=9)
+    content: bytes = model.SerializeToString()
+    if minimal:
+        return content
+    entry = tensor.external_data[0].SerializeToString()
+    longer = entry.replace(b"\x08location", b"\x88\x00location")
+    content = content.replace(entry, longer)
+    # The lengths around it, each of one byte here.
+    for start in (b"\x6a", b"\x2a", b"\x3a"):
+        at = content.rindex(start, 0, content.index(b"\x88\x00location"))
+        content = content[: at + 1] + bytes([content[at + 1] + 1]) + content[at + 2 :]
+    assert onnx.load_from_string(content) == model
+    return content
+
+
+@pytest.mark.parametrize("where", ["../secret", "{folder}/secret", "inside.bin", "/dev/zero", "*/_ORT_MEM_ADDR_/*", ""])
+@pytest.mark.parametrize("minimal", [True, False])
+def test_weights_in_other_files(made: Path, tmp_path: Path, where: str, minimal: bool) -> None:
+    """Onnxruntime 1.22 reads any file so, and crashes on an address."""
+    (tmp_path / "secret").write_bytes(bytes(8))
+    (made / "inside.bin").write_bytes(bytes(8))
+    (made / "model.onnx").write_bytes(elsewhere(where if minimal else where[:6], minimal))
+    with pytest.raises(UprightError, match=r"model\.onnx refers to other files, and a bundle's model is one file"):
+        Predictor(signed(made))
+
+
+def small_model(operator: str, domain: str = "", **attributes: Any) -> bytes:
+    """``images`` to ``probabilities`` by one operator."""
+    takes = helper.make_tensor_value_info("images", TensorProto.UINT8, ["b", "h", "w", 1])
+    gives = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["b", 3])
+    node = helper.make_node(operator, ["images"], ["probabilities"], domain=domain, **attributes)
+    domains = [helper.make_opsetid("", 18), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    graph = helper.make_graph([node], "g", [takes], [gives])
+    content: bytes = helper.make_model(graph, ir_version=9, opset_imports=domains).SerializeToString()
+    return content
+
+
+def claiming() -> bytes:
+    """A tensor of 4 EB that holds nothing."""
+    model = onnx.load_from_string(small_model("Cast", to=TensorProto.FLOAT))
+    model.graph.initializer.append(
+        TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**30, 2**30], raw_data=b"x")
+    )
+    model.graph.node.append(helper.make_node("Identity", ["w"], ["unused"]))
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is not one that `upright export` wrote"),
+        (b"x" * 1000, "cannot load"),
+        (small_model("Evil", "com.evil"), "cannot load"),
+        (small_model("PyOp", "ai.onnx.contrib"), "cannot load"),
+        (small_model("Cast", to=TensorProto.DOUBLE), "cannot load"),
+        (claiming(), "cannot load"),
+    ],
+)
+def test_models_that_are_none(made: Path, content: bytes, text: str, upright: Upright) -> None:
+    (made / "model.onnx").write_bytes(content)
+    before = peak()
+    answer = upright("infer", signed(made), made / "samples")
+    assert answer.code == 2 and text in answer.err and len(answer.err.splitlines()) == 1
+    assert peak() - before < 300
+
+
+def test_a_model_of_something_else(made: Path, upright: Upright) -> None:
+    """It is whole and runs, but gives ten classes for a manifest of three."""
+    shutil.copy(DIGITS / "model.onnx", made)
+    answer = upright("infer", signed(made), made / "samples")
+    assert answer.code == 2 and "made/model.onnx' is not the model of its manifest." in answer.err
+
+
+# Checkpoints.
+
+
+class Harm:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_does_not_run(tmp_path: Path, upright: Upright) -> None:
+    import torch
+
+    harm, path = tmp_path / "harm", tmp_path / "x.ckpt"
+    for write in (
+        lambda: torch.save({"upright": {"format": 1}, "state_dict": Harm(harm)}, path),
+        lambda: torch.save({"state_dict": Harm(harm)}, path, _use_new_zipfile_serialization=False),
+        lambda: path.write_bytes(pickle.dumps(Harm(harm))),
+    ):
+        write()
+        for command in (["export", path], ["describe", path], ["test", "--ckpt_path", path]):
+            answer = upright(*command)
+            assert answer.code == 2 and len(answer.err.splitlines()) == 1, answer.err
+        assert not harm.exists()
+    pickle.loads(path.read_bytes())
+    assert harm.exists()
+
+
+def test_a_checkpoint_does_not_unpack_to_more_than_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("x/data.pkl", "w") as file:
+            for _ in range(300):
+                file.write(bytes(1_000_000))
+        archive.writestr("x/version", "3\n")
+    assert path.stat().st_size < 1_000_000
+    before = peak()
+    with pytest.raises(UprightError, match=r"damaged or cut off \(it would unpack to more than it is\)"):
+        read_checkpoint(path)
+    assert peak() - before < 100
+
+
+def test_names_in_a_checkpoint_are_no_paths(tmp_path: Path) -> None:
+    import torch
+
+    path = tmp_path / "run/x.ckpt"
+    path.parent.mkdir()
+    torch.save({"a": torch.zeros(3)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../../escaped", "/escaped", "x/../../escaped"):
+            archive.writestr(name, "x")
+    with pytest.raises(UprightError, match=r"x\.ckpt'"):
+        read_checkpoint(path)
+    assert {file.name for file in tmp_path.rglob("*")} == {"run", "x.ckpt"}
