@@ -24,19 +24,18 @@ KERNELS = {
     "Laplacian": ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
     "Gaussian": ((1 / 16, 1 / 8, 1 / 16), (1 / 8, 1 / 4, 1 / 8), (1 / 16, 1 / 8, 1 / 16)),
 }
-STEPS = 500
 
 
-def learn(images: Tensor, kernel: Tensor, seed: int) -> tuple[Tensor, list[float]]:
+def learn(images: Tensor, kernel: Tensor, seed: int, steps: int) -> tuple[Tensor, list[float]]:
     """The kernel that was learnt, ``(3, 3)``, and after each step its cosine with the one that it should be."""
     torch.manual_seed(seed)
     answers = conv2d(images, kernel[None, None])
     answers += 0.1 * answers.std() * torch.randn_like(answers)
     learner = nn.Conv2d(1, 1, 3, bias=False)
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     cosines = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         mse_loss(learner(images), answers).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -48,6 +47,7 @@ def learn(images: Tensor, kernel: Tensor, seed: int) -> tuple[Tensor, list[float
 def run(bench: Bench) -> Finding:
     """Learn each kernel from digits and from noise."""
     digits = bench.data()().samples("train")
+    steps = bench.choose(50, 500)
     found: dict[tuple[str, str], list[tuple[Tensor, list[float]]]] = {}
     for seed in range(bench.seeds):
         torch.manual_seed(seed)
@@ -55,12 +55,12 @@ def run(bench: Bench) -> Finding:
         pictures = {"digits": (chosen - chosen.mean()) / chosen.std(), "noise": torch.randn(chosen.shape)}
         for name, kernel in KERNELS.items():
             for source, images in pictures.items():
-                found.setdefault((name, source), []).append(learn(images, torch.tensor(kernel), seed))
+                found.setdefault((name, source), []).append(learn(images, torch.tensor(kernel), seed, steps))
     ends = {key: [cosines[-1] for _, cosines in runs] for key, runs in found.items()}
     from_digits = [value for (_, source), each in ends.items() if source == "digits" for value in each]
     needed = {
         source: statistics.mean(
-            next((step for step, value in enumerate(cosines, 1) if value > 0.999), STEPS)
+            next((step for step, value in enumerate(cosines, 1) if value > 0.999), steps)
             for name in KERNELS
             for _, cosines in found[name, source]
         )
@@ -87,12 +87,12 @@ def run(bench: Bench) -> Finding:
     for axis, name in zip(axes, KERNELS, strict=False):
         pair = torch.cat([torch.tensor(KERNELS[name]), torch.full((3, 1), torch.nan), found[name, "digits"][0][0]], 1)
         largest = float(pair.nan_to_num().abs().max())
-        axis.imshow(pair, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axis.imshow(pair.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set_title(f"{name}: given, learnt", fontsize=9)
         axis.set_axis_off()
     for source, style in (("digits", "-"), ("noise", "--")):
         runs = [[1 - value for value in cosines] for name in KERNELS for _, cosines in found[name, source]]
-        draw_band(axes[3], range(1, STEPS + 1), runs, source, linestyle=style)
+        draw_band(axes[3], range(1, steps + 1), runs, source, linestyle=style)
     axes[3].set_yscale("log")
     axes[3].set_xlabel("step", fontsize=9)
     axes[3].set_ylabel("1 - cosine", fontsize=9)
