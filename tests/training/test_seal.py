@@ -1,6 +1,5 @@
 """Opening the test split is written down, and stays written down."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from tests.conftest import Upright
 from upright.errors import UprightError
 from upright.training.checkpoint import file_hash, restore
-from upright.training.seal import FILE, count, open_test_split, openings, content_digest
+from upright.training.seal import FILE, content_digest, count, open_test_split, openings
 
 QUICK = ("--trainer.limit_train_batches", "2", "--wandb", "off")
 
@@ -53,8 +52,8 @@ def test_of_a_sweep_all_trials_count(run_folder: Path, capsys: pytest.CaptureFix
     told = capsys.readouterr().err.splitlines()
     assert told[0] == f"Note: the test split was opened 2 times for run '{sweep}/trial-000' ({FILE})."
     assert told[1] == (
-        f"Note: over the trials of '{sweep}' it was opened 3 times (trial-000 2, trial-001 1); one that is chosen by it "
-        "looks better there than it is."
+        f"Note: over the trials of '{sweep}' it was opened 3 times (trial-000 2, trial-001 1); one that is chosen by "
+        "it looks better there than it is."
     )
     assert len(told) == 2
 
