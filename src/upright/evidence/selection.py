@@ -50,11 +50,11 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     complete = [run for run in found if run.state == "complete"]
     answers = answers_of(complete, read_data(data) if data else None)
     selection = Selection.of(complete, answers, found)
-    alone = len(runs) == 1 and is_sweep(Path(runs[0]))
-    notes = _notes(selection, found, searched=any(is_sweep(Path(path)) for path in runs))
+    sweeps = [Path(path) for path in runs if is_sweep(Path(path))]
+    notes = _notes(selection, found, searched=bool(sweeps))
     text = _markdown(selection, notes)
     print(f"\n{text}", end="")
-    if folder := Path(to) if to else Path(runs[0]) if alone else None:
+    if folder := Path(to) if to else sweeps[0] if len(sweeps) == len(runs) == 1 else None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "selection.md", text)
         record = asdict(selection) | {"sentence": selection.sentence, "notes": notes}
@@ -191,7 +191,7 @@ def _notes(selection: Selection, looked_at: Sequence[Run], searched: bool) -> li
     notes = [
         f"M counts every run that was looked at: {told}. With each epoch that was validated these are "
         f"{selection.bounds[1].models:,} models, and by them the bound goes: a run's best.ckpt is the best of its "
-        "epochs on these very images."
+        "epochs on these very images. The optimism is of the choice among those that ended, and of no other."
     ]
     if searched:
         notes.append("A search that goes by these scores adapts to them, and no count of models covers that.")
