@@ -121,7 +121,7 @@ def test_a_sweep_counts_what_it_has_looked_at(upright: Upright, runs: Path, tmp_
     for _ in range(2):
         assert upright("test", "--ckpt_path", sweep / "good/best.ckpt").code == 0
     answer = upright("test", "--ckpt_path", sweep / "slow/best.ckpt")
-    assert "over the trials of" in answer.err and "it was opened 3 times (good 2, slow 1)" in answer.err
+    assert "over the trials of" in answer.out and "it was opened 3 times (good 2, slow 1)" in answer.out
     assert upright("select", sweep).code == 0
     found = report(sweep)
     assert found["test_openings"] == {"good": 2, "slow": 1}

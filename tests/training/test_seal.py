@@ -17,9 +17,9 @@ def test_every_opening_is_written_down(upright: Upright, run_folder: Path) -> No
     best = run_folder / "best.ckpt"
     assert upright("validate", "--ckpt_path", best).code == 0 and not (run_folder / FILE).exists()
     first = upright("test", "--ckpt_path", best)
-    assert first.code == 0 and "was opened" not in first.err
+    assert first.code == 0 and "was opened" not in first.out
     second = upright("predict", "--ckpt_path", best)
-    assert f"Note: the test split was opened 2 times for run '{run_folder}' ({FILE}).\n" in second.err
+    assert f"Note: the test split was opened 2 times for run '{run_folder}' ({FILE}).\n" in second.out
     found = openings(run_folder)
     assert [opening["by"] for opening in found] == ["upright test", "upright predict"]
     manifest = restore(best).data.manifest
@@ -37,7 +37,7 @@ def test_a_run_that_goes_on_or_is_moved_keeps_it(upright: Upright, run_folder: P
     moved = run_folder.rename(run_folder.with_name("moved"))
     assert (moved / FILE).read_text() == before
     again = upright("test", "--ckpt_path", moved / "best.ckpt")
-    assert "was opened 2 times" in again.err and (moved / FILE).read_text().startswith(before)
+    assert "was opened 2 times" in again.out and (moved / FILE).read_text().startswith(before)
 
 
 def test_of_a_sweep_all_trials_count(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +49,7 @@ def test_of_a_sweep_all_trials_count(run_folder: Path, capsys: pytest.CaptureFix
     (sweep / "sweep.yaml").touch()
     for name in ("trial-000", "trial-000", "trial-001"):
         open_test_split(sweep / name / "best.ckpt", data, "upright test")
-    told = capsys.readouterr().err.splitlines()
+    told = capsys.readouterr().out.splitlines()
     assert told[0] == f"Note: the test split was opened 2 times for run '{sweep}/trial-000' ({FILE})."
     assert told[1] == (
         f"Note: over the trials of '{sweep}' it was opened 3 times (trial-000 2, trial-001 1); one that is chosen by "

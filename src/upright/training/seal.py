@@ -6,7 +6,6 @@ worth. Nothing is forbidden here: it is counted.
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -49,15 +48,14 @@ def open_test_split(checkpoint: Path, data: ImageDataModule, by: str) -> None:
         # Whole or not at all: half a line would be one opening less.
         write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
     if (times := count(folder, split)) > 1:
-        print(f"Note: the test split was opened {times} times for run '{folder}' ({FILE}).", file=sys.stderr)
+        print(f"Note: the test split was opened {times} times for run '{folder}' ({FILE}).")
     if (folder.parent / "sweep.yaml").is_file():
         trials = {trial.name: times for trial in sorted(folder.parent.iterdir()) if (times := count(trial, split))}
         if len(trials) > 1:
             told = ", ".join(f"{name} {times}" for name, times in trials.items())
             print(
                 f"Note: over the trials of '{folder.parent}' it was opened {sum(trials.values())} times ({told}); one "
-                "that is chosen by it looks better there than it is.",
-                file=sys.stderr,
+                "that is chosen by it looks better there than it is."
             )
 
 
