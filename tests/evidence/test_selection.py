@@ -93,6 +93,12 @@ def test_one_alone_and_nothing_written_without_a_folder(upright: Upright, runs: 
     assert not list(tmp_path.rglob("selection.*"))
 
 
+def test_data_that_are_elsewhere(upright: Upright, runs: Path) -> None:
+    for name, text in (("mnist", "have changed since it was trained: other images, or other splits"), ("digits", "")):
+        answer = upright("select", runs / "good", "--data", ROOT / f"configs/data/{name}.yaml")
+        assert (answer.code, answer.err.count("\n")) == ((2, 1) if text else (0, 0)) and text in answer.err
+
+
 def test_a_sweep_counts_what_it_has_looked_at(upright: Upright, runs: Path, tmp_path: Path) -> None:
     runs.rename(tmp_path / "sweep")
     sweep = tmp_path / "sweep"

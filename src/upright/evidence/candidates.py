@@ -151,8 +151,9 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
             found.append(kept)
             continue
         key = json.dumps([ours["data"]["class_path"], _visible(ours["data"].get("init_args", {}))], sort_keys=True)
-        restored = restore(run.checkpoint, data or shared.get(key))
-        check_data(restored.contents, restored.data, run.checkpoint, same_split=True)
+        if known := data or shared.get(key):
+            check_data(ours, known, run.checkpoint, same_split=True)
+        restored = restore(run.checkpoint, known)
         shared[key] = restored.data
         digests[key] = digests.get(key) or _shown(restored.data)
         answers = _answers(restored, checkpoint, digests[key])
