@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tests.conftest import ROOT, Upright
 from upright.cli import main
 from upright.evidence import candidates, selection
-from upright.evidence.candidates import ANSWERS, Answers, Run
+from upright.evidence.candidates import ANSWERS, Answers, Run, answers_of, find_runs
 from upright.evidence.selection import Selection
 
 LENET = ROOT / "configs/lenet.yaml"
@@ -91,6 +92,16 @@ def test_one_alone_and_nothing_written_without_a_folder(upright: Upright, runs: 
     assert answer.code == 0 and "good is the only candidate, with 0." in " ".join(answer.out.split())
     assert "no run was chosen before another" in " ".join(answer.out.split()) and "Written" not in answer.out
     assert not list(tmp_path.rglob("selection.*"))
+
+
+def test_two_that_end_at_once_do_not_meet(runs: Path, tmp_path: Path) -> None:
+    def answer(_: int) -> list[str]:
+        return [each.checkpoint for each in answers_of(find_runs([str(runs / name) for name in RATES]))]
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(answer, range(3))
+    assert all(other == first for other in others) and len(set(first)) == 3
+    assert all((runs / name / ANSWERS).is_file() and not list((runs / name).glob(".*")) for name in RATES)
 
 
 def test_data_that_are_elsewhere(upright: Upright, runs: Path) -> None:

@@ -20,6 +20,7 @@ from upright.errors import UprightError
 from upright.files import replacing_file
 from upright.training.callbacks import read_rows
 from upright.training.checkpoint import KEY, Restored, check_data, check_exists, file_hash, read_checkpoint, restore
+from upright.training.run_folder import locked
 from upright.training.seal import content_digest
 
 ANSWERS = "val_predictions.npz"
@@ -140,26 +141,26 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
     contents = [read_checkpoint(run.checkpoint)[KEY] for run in runs]
     _check_alike(runs, contents)
     # Runs of one sweep mostly read the same data.
-    shared: dict[str, ImageDataModule] = {}
-    digests: dict[str, str] = {}
+    shared: dict[str, tuple[ImageDataModule, str]] = {}
     found = []
-    for run, ours in tqdm(
-        list(zip(runs, contents, strict=True)), desc="validating", unit="run", disable=None, leave=False
-    ):
+    progress = tqdm(runs, desc="validating", unit="run", disable=None, leave=False)
+    for run, ours in zip(progress, contents, strict=True):
         checkpoint = file_hash(run.checkpoint)
-        if kept := _kept(run.folder / ANSWERS, checkpoint):
-            found.append(kept)
-            continue
-        key = json.dumps([ours["data"]["class_path"], _visible(ours["data"].get("init_args", {}))], sort_keys=True)
-        if known := data or shared.get(key):
-            check_data(ours, known, run.checkpoint, same_split=True)
-        restored = restore(run.checkpoint, known)
-        shared[key] = restored.data
-        digests[key] = digests.get(key) or _shown(restored.data)
-        answers = _answers(restored, checkpoint, digests[key])
-        with replacing_file(run.folder / ANSWERS) as aside, open(aside, "wb") as file:
-            np.savez(file, **vars(answers))
-        found.append(answers)
+        # Several processes of one sweep may end at once.
+        with locked(run.folder / f".{ANSWERS}.lock"):
+            if kept := _kept(run.folder / ANSWERS, checkpoint):
+                found.append(kept)
+                continue
+            key = json.dumps([ours["data"]["class_path"], _visible(ours["data"].get("init_args", {}))], sort_keys=True)
+            known = data or (shared[key][0] if key in shared else None)
+            if known:
+                check_data(ours, known, run.checkpoint, same_split=True)
+            restored = restore(run.checkpoint, known)
+            shared[key] = shared.get(key) or (restored.data, _shown(restored.data))
+            answers = _answers(restored, checkpoint, shared[key][1])
+            with replacing_file(run.folder / ANSWERS) as aside, open(aside, "wb") as file:
+                np.savez(file, **vars(answers))
+            found.append(answers)
     for run, answers in zip(runs, found, strict=True):
         if answers.shown != found[0].shown:
             raise UprightError(

@@ -18,6 +18,7 @@ from upright.files import write_text
 from upright.training.checkpoint import read_data
 from upright.training.drawing import save_picture
 from upright.training.process import leave_a_core
+from upright.training.run_folder import locked
 from upright.training.seal import count
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     print(f"\n{text}", end="")
     if folder := Path(to) if to else sweeps[0] if len(sweeps) == len(runs) == 1 else None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "selection.md", text)
         record = asdict(selection) | {"sentence": selection.sentence, "notes": notes}
-        write_text(folder / "selection.json", json.dumps(record, indent=2) + "\n")
-        save_picture(_draw(selection), folder / "selection.png")
+        with locked(folder / ".selection.lock"):
+            write_text(folder / "selection.md", text)
+            write_text(folder / "selection.json", json.dumps(record, indent=2) + "\n")
+            save_picture(_draw(selection), folder / "selection.png")
         print(f"\nWritten: {folder}/selection.md, .json, .png")
     return 0
 

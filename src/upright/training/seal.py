@@ -6,19 +6,17 @@ worth. Nothing is forbidden here: it is counted.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import Tensor
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.checkpoint import file_hash
+from upright.training.run_folder import locked
 
 FILE = "test_openings.jsonl"
 """In the run's folder: a line per opening, with date (UTC), checkpoint and its SHA-256, split, and what opened it."""
@@ -43,7 +41,7 @@ def open_test_split(checkpoint: Path, data: ImageDataModule, by: str) -> None:
         "split_digest": data.manifest.digest,
         "by": by,
     }
-    with _locked(folder):
+    with locked(folder / f".{FILE}.lock"):
         path = folder / FILE
         # Whole or not at all: half a line would be one opening less.
         write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
@@ -57,16 +55,6 @@ def open_test_split(checkpoint: Path, data: ImageDataModule, by: str) -> None:
                 f"Note: over the trials of '{folder.parent}' it was opened {sum(trials.values())} times ({told}); one "
                 "that is chosen by it looks better there than it is."
             )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    path = folder / f".{FILE}.lock"
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def openings(folder: Path) -> list[dict[str, Any]]:
