@@ -195,6 +195,14 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prune", dest="prune", action="store_false", help="let bad trials run to their end")
 
 
+def _select(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUNS_OR_SWEEP", help="folders of runs, or of a sweep")
+    parser.add_argument(
+        "--to", metavar="FOLDER", help="where selection.md, .json and .png are written; a sweep's own folder by default"
+    )
+    parser.add_argument("--data", metavar="YAML", help="the data, if they are not where they were when it was trained")
+
+
 def _schema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="whose classes to offer beside Upright's: strip")
     parser.add_argument("--to", metavar="FOLDER", default="schemas", help="default: schemas")
@@ -253,7 +261,8 @@ VERBS = {
     "benchmark": Verb("how fast a bundle is here, in one table", _benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Verb("classify pictures over HTTP", _serve, "upright.runtime.serving.server:serve"),
     "web": Verb("a page that runs a bundle in the browser", _web, "upright.runtime.web:web"),
-    "sweep": Verb("search over options of fit", _sweep, "upright.training.sweep:sweep", passes_on="upright fit"),
+    "sweep": Verb("search over options of fit", _sweep, "upright.evidence.sweep:sweep", passes_on="upright fit"),
+    "select": Verb("what the best of several runs is worth", _select, "upright.evidence.selection:select"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
     "report": Verb("what models are worth, on one page", _report, "upright.evidence.report:report"),
@@ -262,7 +271,7 @@ VERBS = {
 }
 
 
-USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "report", "schema"}
+USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "report", "select", "sweep", "schema"}
 """Verbs that import what a config or a checkpoint names."""
 
 

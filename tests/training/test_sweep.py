@@ -379,27 +379,52 @@ def test_a_trial_ends_with_the_sweep_that_started_it() -> None:
     assert process.wait(10) == -signal.SIGKILL
 
 
-def test_real_trials(upright: Upright, tmp_path: Path) -> None:
+SEALED = """
+from upright.data.digits import Digits
+
+class Sealed(Digits):
+    def loader(self, split, **options):
+        return super().loader(self.closed(split), **options)
+
+    def _samples(self, split):
+        return super()._samples(self.closed(split))
+
+    def originals(self, split):
+        return super().originals(self.closed(split))
+
+    def closed(self, split):
+        if split == "test":
+            raise RuntimeError("the test split was touched")
+        return split
+"""
+
+
+def test_real_trials_leave_the_test_split_sealed(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "sealed.py").write_text(SEALED)
     widths = [[6, 16, 120, 84], [4, 8, 30, 20]]
     space = {
         "model.optimizer.init_args.lr": {"low": 0.001, "high": 0.01, "log": True},
         "model.network.init_args.widths": widths,
         "trainer.limit_train_batches": 2,
+        "data": [{"class_path": "sealed.Sealed"}],
     }
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(SPACE | {"space": space}))
     options = ("--", "--trainer.max_epochs", 2, "--wandb", "off")
     answer = upright("sweep", "try.yaml", "--trials", 2, *options)
     assert answer.code == 0, answer.err
+    assert "is first of M=2 with" in " ".join(answer.out.split()) and (FOLDER / "selection.md").is_file()
     for row in rows():
         folder = Path(row["folder"])
-        files = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "log.txt", "trial.json"}
+        files = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "log.txt", "trial.json", "val_predictions.npz"}
         assert {path.name for path in folder.iterdir() if path.suffix != ".png"} == files
         config = yaml.safe_load((folder / "config.yaml").read_text())
         assert config["model"]["optimizer"]["init_args"]["lr"] == float(row["model.optimizer.init_args.lr"])
         assert config["model"]["network"]["init_args"]["widths"] == json.loads(row["model.network.init_args.widths"])
         told = torch.load(folder / "best.ckpt", weights_only=True)["upright"]["metrics"]["val/loss"]
         assert float(row["val/loss"]) == pytest.approx(told, rel=1e-5)
-    assert not list(tmp_path.rglob("test.json"))  # the test split stays sealed
+    assert "The test split was not opened for any of them." in answer.out and not list(tmp_path.rglob("test*"))
+    with pytest.raises(RuntimeError, match="the test split was touched"):
+        upright("test", "--ckpt_path", folder / "best.ckpt")
 
 
 def test_a_real_mistake_stops_at_the_first_trial(upright: Upright, tmp_path: Path) -> None:

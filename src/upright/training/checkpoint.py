@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, and enough to rebuild model and data."""
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -96,6 +97,12 @@ def find_checkpoint(path: str | Path) -> Path:
             "`upright fit` writes them to checkpoints/NAME/best.ckpt."
         )
     return path
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, such as a checkpoint: what is known of one holds for no other."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -56,6 +56,7 @@ from upright.training.pictures import RunPictures, draw_transformer
 from upright.training.process import keep_freed_memory, leave_a_core
 from upright.training.resuming import check_resumable, is_done
 from upright.training.run_folder import begun, claimed, is_first_process
+from upright.training.seal import open_test_split
 from upright.training.tracking import Artifacts, agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
@@ -451,6 +452,11 @@ class UprightCLI(LightningCLI):
         judged_by = () if self._own("allow_seen_images") else ("val" if self.verb == "validate" else "test",)
         check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, judged_by=judged_by)
 
+    def _open_test_split(self, datamodule: ImageDataModule) -> None:
+        assert self.checkpoint
+        if self.trainer.is_global_zero:
+            open_test_split(self.checkpoint, datamodule, f"upright {self.verb}")
+
     def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Metrics of the validation split."""
         self._evaluate(model, datamodule)
@@ -459,6 +465,7 @@ class UprightCLI(LightningCLI):
     def test(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Metrics of the test split, also in ``test.json`` beside the checkpoint, with tables and pictures."""
         self._evaluate(model, datamodule)
+        self._open_test_split(datamodule)
         (metrics,) = self.trainer.test(model, datamodule=datamodule)
         if not self.trainer.is_global_zero:
             return
@@ -482,6 +489,7 @@ class UprightCLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise UprightError(f"predict runs in one process, got {self.trainer.world_size}: --trainer.devices 1.")
         self._evaluate(model, datamodule)
+        self._open_test_split(datamodule)
         batches = self.trainer.predict(model, datamodule=datamodule) or []
         index, labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
         names, classes = list(datamodule.names("test")), datamodule.spec.classes

@@ -5,7 +5,6 @@ another shape is the head; the rest is the *body*. Spatial transformers of a `Tr
 own: a network that learnt without one may be given one, and the other way round.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -23,7 +22,15 @@ from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import Recipe, recipe
-from upright.training.checkpoint import KEY, check_format, check_unseen, find_checkpoint, learnt_from, load_file
+from upright.training.checkpoint import (
+    KEY,
+    check_format,
+    check_unseen,
+    file_hash,
+    find_checkpoint,
+    learnt_from,
+    load_file,
+)
 from upright.training.classifier import ImageClassifier
 from upright.training.published_weights import (
     MEAN,
@@ -109,7 +116,7 @@ def start_from(
     taken = {key: value for key, value in found.items() if key.place not in left_out and names.get(key) not in anew}
     _check_fit(path, taken, {key: state[name] for key, name in names.items() if name not in anew})
     network.load_state_dict(state | {names[key]: value for key, value in taken.items()})
-    classifier.start = {"path": str(path), "sha256": _sha256(path), "run": source.run, "anew": sorted(anew)}
+    classifier.start = {"path": str(path), "sha256": file_hash(path), "run": source.run, "anew": sorted(anew)}
     classifier.seen = source.seen
 
     lines = [f"Start: '{path}' ({source.whose}), {len(taken)} of {len(state)} tensors."]
@@ -219,11 +226,6 @@ def _some(of: Sequence[object], shown: int = 3) -> str:
 
 def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "one number"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_torchvision(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> Source:

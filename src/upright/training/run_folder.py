@@ -19,6 +19,21 @@ def is_first_process() -> bool:
 
 
 @contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Held by one process at a time; the system gives it free when the process ends, however that comes.
+
+    Args:
+        path: of the lock, which goes with it.
+        wait: for another one to end; else that raises `filelock.Timeout`.
+    """
+    with FileLock(path, blocking=wait):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder. The system lets go of it when this process ends, however that comes.
 

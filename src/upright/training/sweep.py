@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from upright.errors import UprightError, nearest
 from upright.files import write_text
 from upright.training.checkpoint import KEY, check_name, read_checkpoint, read_yaml
+from upright.training.run_folder import locked
 from upright.training.space import Space, as_arguments, differences, read_space, refuse_reserved
 
 COMMAND = (sys.executable, "-m", "upright.training.trial", "fit")
@@ -447,15 +448,9 @@ def _lock_path(folder: Path, number: int) -> Path:
     return folder / f".trial-{number:03d}.lock"
 
 
-@contextmanager
-def _lock(folder: Path, number: int, wait: bool = True) -> Iterator[None]:
-    """Held while a trial runs: the system gives it free when the process ends, however that comes."""
-    path = _lock_path(folder, number)
-    with FileLock(path, blocking=wait):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def _lock(folder: Path, number: int, wait: bool = True) -> AbstractContextManager[None]:
+    """Held while a trial runs."""
+    return locked(_lock_path(folder, number), wait)
 
 
 @contextmanager

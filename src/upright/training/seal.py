@@ -1,0 +1,86 @@
+"""The test split is opened when somebody looks at a model's answers to it; each time is written down in the run.
+
+Whoever chooses by these answers has made a validation split of it, and no image is left to say what the chosen model is
+worth. Nothing is forbidden here: it is counted.
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upright.data.datamodule import ImageDataModule
+from upright.errors import UprightError
+from upright.files import write_text
+from upright.training.checkpoint import file_hash
+from upright.training.run_folder import locked
+
+FILE = "test_openings.jsonl"
+"""In the run's folder: a line per opening, with date (UTC), checkpoint and its SHA-256, split, and what opened it."""
+
+
+def open_test_split(checkpoint: Path, data: ImageDataModule, by: str) -> None:
+    """Write down that a model's answers to the test split are about to be seen, and say how often that was.
+
+    Of several processes the first one calls it.
+
+    Args:
+        checkpoint: of the model; the record is in its folder.
+        data: whose test split it is.
+        by: what opens it, as it is typed: ``upright test``.
+    """
+    folder, split = checkpoint.parent, content_digest(data.manifest.hashes["test"])
+    opening = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": checkpoint.name,
+        "sha256": file_hash(checkpoint),
+        "test_split": split,
+        "split_digest": data.manifest.digest,
+        "by": by,
+    }
+    with locked(folder / f".{FILE}.lock"):
+        path = folder / FILE
+        # Whole or not at all: half a line would be one opening less.
+        write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
+    if (times := count(folder, split)) > 1:
+        print(f"Note: the test split was opened {times} times for run '{folder}' ({FILE}).")
+    if (folder.parent / "sweep.yaml").is_file():
+        trials = {trial.name: times for trial in sorted(folder.parent.iterdir()) if (times := count(trial, split))}
+        if len(trials) > 1:
+            told = ", ".join(f"{name} {times}" for name, times in trials.items())
+            print(
+                f"Note: over the trials of '{folder.parent}' it was opened {sum(trials.values())} times ({told}); one "
+                "that is chosen by it looks better there than it is."
+            )
+
+
+def openings(folder: Path) -> list[dict[str, Any]]:
+    """What is written down in a run's folder, the oldest first.
+
+    Raises:
+        UprightError: if somebody else wrote there.
+    """
+    path = folder / FILE
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise UprightError(
+            f"'{path}' was changed by hand and cannot be read ({error}); mend it, or remove it."
+        ) from None
+
+
+def count(folder: Path, test_split: str) -> int:
+    """How often that split was opened for the run in ``folder``."""
+    return sum(opening["test_split"] == test_split for opening in openings(folder))
+
+
+def content_digest(hashes: Tensor) -> str:
+    """SHA-256 of a test split's images; what it is told by, whatever became of the other splits.
+
+    Args:
+        hashes: of their contents, sorted, int64 ``(n,)``.
+    """
+    return hashlib.sha256(hashes.numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,118 @@
+"""What the best of several scores is worth: by hand, and by drawing where the truth is known."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from upright.evidence.optimism import Floats, empirical_bernstein, hoeffding, interval, may_be_best, optimism, resampled
+
+SIMULATIONS = 500
+
+
+@pytest.mark.parametrize(
+    ("images", "models", "points"),
+    [(5_000, 1, 1.92), (5_000, 10, 2.45), (5_000, 100, 2.88), (5_000, 1000, 3.26), (10_000, 1000, 2.30)],
+)
+def test_hoeffding_and_the_union_bound(images: int, models: int, points: float) -> None:
+    found = hoeffding(models, images)
+    assert 100 * found == pytest.approx(points, abs=0.005)
+    assert 2 * models * np.exp(-2 * images * found**2) == pytest.approx(0.05)
+
+
+def test_the_empirical_bernstein_bound() -> None:
+    one_wrong = np.append(np.ones(99), 0.0)
+    # V = 0.01, L = ln(40): sqrt(2 * 0.01 * 3.6889 / 100) + 7 * 3.6889 / (3 * 99)
+    assert empirical_bernstein(one_wrong, 1) == pytest.approx(0.027162 + 0.086943, abs=2e-6)
+    # Without any error what is left is 7 L / (3 (N - 1)), L = ln(400).
+    assert empirical_bernstein(np.ones(1000), 10) == pytest.approx(7 * 5.991465 / 2997, rel=1e-6)
+    near_one = np.append(np.ones(9900), np.zeros(100))
+    assert empirical_bernstein(near_one, 100) < hoeffding(100, 10_000) / 3
+
+
+def test_the_interval_of_one() -> None:
+    # 99 of 100, and 2 of 4 more: 101 of 104.
+    mean = 101 / 104
+    half = 1.96 * np.sqrt(mean * (1 - mean) / 104)
+    assert interval(np.append(np.ones(99), 0.0)) == pytest.approx((mean - half, 1.0), abs=1e-12)
+    assert interval(np.ones(50))[0] < 1
+
+
+def test_resamples_are_those_of_images_and_a_function_of_the_seed() -> None:
+    generator = np.random.default_rng(0)
+    scores = draw(generator, np.array([0.9, 0.9, 0.8]), 400)
+    noise = resampled(scores, seed=3, resamples=4000)
+    assert noise.shape == (4000, 3) and (noise == resampled(scores, seed=3, resamples=4000)).all()
+    assert (noise != resampled(scores, seed=4, resamples=4000)).any()
+    # Mean and covariance of a mean of 400 images; columns of one answer all are drawn as one.
+    assert np.abs(noise.mean(axis=0)).max() < 4 * np.sqrt(0.16 / 400 / 4000)
+    assert np.cov(noise.T) == pytest.approx(np.cov(scores, bias=True) / 400, rel=0.15, abs=2e-5)
+
+
+def draw(generator: np.random.Generator, accuracies: Floats, images: int, in_common: float = 0.6) -> Floats:
+    """Answers of candidates whose true accuracies are known; part of what is hard is hard for all."""
+    candidates = len(accuracies)
+    hard = np.where(
+        generator.random((candidates, images)) < in_common,
+        generator.random(images),
+        generator.random((candidates, images)),
+    )
+    return (hard < accuracies[:, None]).astype(float)
+
+
+def selections(accuracies: Floats, images: int) -> Iterator[tuple[Floats, Floats]]:
+    generator = np.random.default_rng(0)
+    for seed in range(SIMULATIONS):
+        scores = draw(generator, accuracies, images)
+        yield scores, resampled(scores, seed, resamples=300)
+
+
+EQUALS = np.full(10, 0.98)
+CLOSE = np.linspace(0.96, 0.98, 10)
+ONE_IN_FRONT = np.append(np.full(9, 0.95), 0.985)
+WITH_BAD_ONES = np.append(np.full(6, 0.98), np.full(6, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "least", "most"),
+    [(EQUALS, 0.85, 1.15), (WITH_BAD_ONES, 0.85, 1.15), (CLOSE, 0.9, 1.45)],
+    ids=["equals", "equals and bad ones", "close"],
+)
+def test_the_optimism_is_what_the_chosen_one_loses(accuracies: Floats, least: float, most: float) -> None:
+    lost, estimated, held = [], [], []
+    for scores, noise in selections(accuracies, 1000):
+        means = scores.mean(axis=1)
+        chosen = means.argmax()
+        # Less what the images do to all candidates, which has a mean of 0.
+        luck = means - accuracies
+        lost.append(luck[chosen] - luck[: (accuracies > 0.9).sum()].mean())
+        estimated.append(optimism(means, noise))
+        held.append(means[chosen] - empirical_bernstein(scores[chosen], len(means)) <= accuracies[chosen])
+    assert least < np.mean(estimated) / np.mean(lost) < most
+    assert np.mean(held) >= 0.95
+
+
+def test_of_one_in_front_there_is_no_optimism() -> None:
+    found = [optimism(scores.mean(axis=1), noise) for scores, noise in selections(ONE_IN_FRONT, 1000)]
+    assert np.mean(found) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "accuracies", [EQUALS, CLOSE, WITH_BAD_ONES, np.full(2, 0.99)], ids=["equals", "close", "bad ones", "two"]
+)
+def test_those_that_may_be_the_best_hold_the_best(accuracies: Floats) -> None:
+    best = accuracies.argmax()
+    found = [may_be_best(scores, noise) for scores, noise in selections(accuracies, 1000)]
+    # 0.95, less two standard errors of 500 draws.
+    assert np.mean([p[best] > 0.05 for p in found]) >= 0.93
+    # The one that came first is always among them, and bad ones never are.
+    assert all((p > 0.05).any() and (p[accuracies < 0.6] < 0.05).all() for p in found)
+
+
+def test_one_in_front_is_alone_and_answers_alike_are_not_told_apart() -> None:
+    generator = np.random.default_rng(0)
+    scores = draw(generator, ONE_IN_FRONT, 3000)
+    assert (may_be_best(scores, resampled(scores)) > 0.05).tolist() == [False] * 9 + [True]
+    twins = np.repeat(scores[:1], 3, axis=0)
+    assert (may_be_best(twins, resampled(twins)) == 1).all()
+    assert may_be_best(twins[:1], resampled(twins[:1])) == [1] and optimism(twins.mean(axis=1), resampled(twins)) == 0
