@@ -37,17 +37,17 @@ LABELS = {"degrees": "turned by, degrees", "size": "size, times"}
 
 
 def losses(found: dict[str, Curve]) -> dict[str, float]:
-    """What a run loses of its accuracy on images as they are: the most within the range of training, and beyond."""
+    """What a run loses of its accuracy on images as they are: the most within the range of training, and beyond it."""
     angles, factors = (dict(zip(amounts, found[kind].accuracy, strict=True)) for kind, amounts in KINDS.items())
-    whole = angles[0]
-    return {
-        "to 45 degrees": whole - min(angles[n] for n in angles if abs(n) <= 45),
-        "at 45": whole - mean([angles[-45], angles[45]]),
-        "at 90": whole - mean([angles[-90], angles[90]]),
-        "0.8 to 1.25 x": whole - min(factors[n] for n in factors if 0.8 <= n <= 1.25),
-        "at 0.5 x": whole - factors[0.5],
-        "at 2 x": whole - factors[2.0],
+    right = {
+        "to 45 degrees": min(angles[n] for n in angles if abs(n) <= 45),
+        "at 45 degrees": mean([angles[-45], angles[45]]),
+        "at 90 degrees": mean([angles[-90], angles[90]]),
+        "0.8 to 1.25 x": min(factors[n] for n in factors if 0.8 <= n <= 1.25),
+        "at 0.5 x": factors[0.5],
+        "at 2 x": factors[2.0],
     }
+    return {name: angles[0] - accuracy for name, accuracy in right.items()}
 
 
 def run(bench: Bench) -> Finding:
@@ -67,27 +67,26 @@ def run(bench: Bench) -> Finding:
             "upright": behind._replace(upright_weight=2.0),
         }
     )
-    found = {key: curves(bench, each, KINDS, every=bench.choose(8, 4)) for key, each in runs.items()}
-    lost = {key: [losses(each) for each in found[key]] for key in runs}
-    others = [each for key in runs if key != "plain" for each in lost[key]]
-    not_invariant = all(each["at 45"] > 0.1 and each["at 0.5 x"] > 0.1 for each in lost["plain"])
-    tolerant = all(each["to 45 degrees"] <= 0.03 and each["0.8 to 1.25 x"] <= 0.03 for each in others)
-    limited = all(each["at 90"] > 0.1 and each["at 0.5 x"] > 0.1 for each in others)
-    means = {key: {name: mean(each[name] for each in lost[key]) for name in lost[key][0]} for key in runs}
+    found = {key: curves(bench, runs[key], KINDS, every=bench.choose(8, 4)) for key in runs}
+    each = {key: [losses(one) for one in found[key]] for key in runs}
+    lost = {key: {name: [one[name] for one in each[key]] for name in each[key][0]} for key in runs}
+    plain_lost, *others = lost.values()
+    within = max(max(one["to 45 degrees"] + one["0.8 to 1.25 x"]) for one in others)
+    not_invariant = min(plain_lost["at 45 degrees"] + plain_lost["at 0.5 x"]) > 0.1
+    limited = all(min(one["at 90 degrees"] + one["at 0.5 x"]) > 0.1 for one in others)
+    mean_lost = {name: ", ".join(f"{mean(one[name]):.3f}" for one in others) for name in plain_lost}
     sentence = (
-        f"LeNet {'loses' if not_invariant else 'does not in every run lose'} more than 0.1 turned by 45 degrees "
-        f"({means['plain']['at 45']:.3f}) and at half the size ({means['plain']['at 0.5 x']:.3f}); the others "
-        f"{'lose' if tolerant else 'do not all lose'} at most 0.03 within the range of their training (at most "
-        f"{max(max(each['to 45 degrees'], each['0.8 to 1.25 x']) for each in others):.3f}), and "
-        f"{'all' if limited else 'not all'} more than 0.1 at 90 degrees and at half the size, in the mean "
-        + ", ".join(f"{means[k]['at 90']:.3f} and {means[k]['at 0.5 x']:.3f} ({TITLES[k]})" for k in [*runs][1:])
-        + "."
+        f"{'Every' if not_invariant else 'Not every'} plain LeNet loses more than 0.1 turned by 45 degrees (mean: "
+        f"{mean(plain_lost['at 45 degrees']):.3f}) and at half the size ({mean(plain_lost['at 0.5 x']):.3f}). Within "
+        f"the range of their training the others lose up to {within:.3f} (allowed: 0.03). Beyond it they "
+        f"{'all' if limited else 'do not all'} lose more than 0.1: at 90 degrees {mean_lost['at 90 degrees']}, at half "
+        f"the size {mean_lost['at 0.5 x']} (augmented, transformer, upright loss)."
     )
     table = [
         {
             "network": title,
-            "accuracy": mean_and_spread([each["degrees"].accuracy[6] for each in found[key]], 3),
-            **{f"lost {name}": mean_and_spread([each[name] for each in lost[key]], 3) for name in means[key]},
+            "accuracy": mean_and_spread([one["size"].accuracy[5] for one in found[key]], 3),
+            **{f"lost {name}": mean_and_spread(every, 3) for name, every in lost[key].items()},
             "uprightness": mean_and_spread(values(runs[key], "test/uprightness"), 3),
         }
         for key, title in TITLES.items()
@@ -96,10 +95,11 @@ def run(bench: Bench) -> Finding:
     for axis, (kind, amounts) in zip(axes, KINDS.items(), strict=True):
         axis.axvspan(*TRAINED[kind], color="#dddddd", alpha=0.6, linewidth=0, label="range of training")
         for key, title in TITLES.items():
-            draw_band(axis, list(amounts), [each[kind].accuracy for each in found[key]], title)
+            draw_band(axis, list(amounts), [one[kind].accuracy for one in found[key]], title)
         axis.set_xlabel(LABELS[kind], fontsize=9)
         axis.set_ylabel("accuracy", fontsize=9)
         axis.set_ylim(0, 1.02)
     axes[0].legend(fontsize=8, loc="lower center")
-    numbers = {key: [{kind: each[kind].accuracy for kind in KINDS} for each in found[key]] for key in runs}
-    return Finding(not_invariant and tolerant and limited, sentence, table, figure, {"accuracy": numbers, "lost": lost})
+    numbers = {key: [{kind: one[kind].accuracy for kind in KINDS} for one in found[key]] for key in runs}
+    held = not_invariant and within <= 0.03 and limited
+    return Finding(held, sentence, table, figure, {"accuracy": numbers, "lost": lost})

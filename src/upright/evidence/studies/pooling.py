@@ -99,10 +99,10 @@ def run(bench: Bench) -> Finding:
     less = ", ".join(name for name in small if not tolerant[name])
     shares = {name: ", ".join(f"{mean(same[key][name]):.3f} ({key})" for key in runs) for name in ("2 pixels", far)}
     sentence = (
-        f"Moved by 2 pixels, images are taken for the same as before to {shares['2 pixels']}; by 6 pixels to "
+        f"Of images moved by 2 pixels {shares['2 pixels']} are taken for the same as before, of those moved by 6 "
         f"{shares[far]}. Both kinds of pooling are more consistent than none in "
-        f"{f'all but {less}' if less else 'all three small distortions'}. Networks that end in a mean over "
-        f"the image {'give' if one_length else 'do not give'} 10 numbers for every size."
+        f"{f'all but {less}' if less else 'all three small distortions'}. Networks that end in a mean over the image "
+        f"{'give' if one_length else 'do not give'} 10 numbers for every size."
     )
     table = [
         {
