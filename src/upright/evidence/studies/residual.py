@@ -48,7 +48,8 @@ def gradients(shortcuts: bool, depth: int, scheme: Scheme, seed: int, spec: Imag
     kept: list[Tensor] = []
     for block in (network.stem, *network.blocks):
         block.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    loss = cross_entropy(Model(spec, network)(batch.images), batch.labels)
+    # Squares of what is left of a gradient after 110 layers are too small for float32.
+    loss = cross_entropy(Model(spec, network).double()(batch.images), batch.labels)
     norms = [float(gradient.norm()) for gradient in torch.autograd.grad(loss, kept)]
     return [norm / norms[-1] for norm in norms]
 
