@@ -86,6 +86,8 @@ def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) 
     assert runs[0].metrics == json.loads((tmp_path / "a-0/test.json").read_text())["metrics"]
     assert runs[0].metrics != runs[1].metrics and len(runs[0].column("val/loss")) == 1
     assert isinstance(runs[0].restored().classifier.model.network, Perceptron)
+    tested = (runs[0].metrics["test/loss"], runs[0].metrics["test/accuracy"])
+    assert runs[0].loss_and_accuracy("test") == pytest.approx(tested, abs=1e-6)
     config = yaml.safe_load((tmp_path / "a-1/config.yaml").read_text())
     assert config["seed_everything"] == 1 and config["model"]["network"]["class_path"].endswith("Perceptron")
     written = (tmp_path / "a-0/best.ckpt").stat().st_mtime_ns

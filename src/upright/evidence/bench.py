@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import joblib
+import torch
 import yaml
 from torch.optim import AdamW
 
@@ -89,6 +90,14 @@ class Run(NamedTuple):
     def restored(self) -> Restored:
         """Model and data, of ``best.ckpt``."""
         return restore(self.folder / "best.ckpt")
+
+    @torch.no_grad()
+    def loss_and_accuracy(self, split: str) -> tuple[float, float]:
+        """Of the model on a split, as it is tested: in evaluation mode, without augmentation."""
+        classifier, data, _ = self.restored()
+        found = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
+        logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return float(classifier.loss(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 
 class Bench:

@@ -1,0 +1,80 @@
+"""With capacity the error on training images falls, and that on others falls first, then rises: too much overfits.
+
+Protocol: 999 of MNIST's training images, an MLP of one hidden layer of 1, 2, 4, 8, 16, 64, 256 and 1,024 units with
+ReLU, nothing to regularise it, 30 epochs in batches of 64 (29,970 images seen), SGD at a rate of 0.05 in one cycle,
+momentum 0.9. Of the weights after the last epoch: the error on the training images, on 6,000 of validation, and on
+10,000 of test. The seeds change weights and order.
+
+It holds if (1) the training error is lower at 1,024 units than at 8 in every run; (2) the test error of the widest
+network is higher, in every run, than that of the width of the lowest validation error on average.
+"""
+
+import statistics
+from functools import partial
+
+from torch.optim import SGD
+
+from upright.architectures.mlp import MLP
+from upright.evidence.bench import Bench, Experiment
+from upright.evidence.plots import draw_band, panels
+from upright.evidence.study import Finding, mean_and_spread, values
+
+WIDTHS = (1, 2, 4, 8, 16, 64, 256, 1024)
+SMALL, WIDEST = 8, 1024
+
+
+def run(bench: Bench) -> Finding:
+    """Train at every width."""
+    widths, epochs = bench.choose((SMALL, WIDEST), WIDTHS), bench.choose(2, 30)
+    variants = {
+        f"width-{width}": Experiment(
+            network=partial(MLP, widths=(width,)),
+            data=bench.data(train_fraction=bench.choose(0.1, 1000 / 54000)),
+            epochs=epochs,
+            optimizer=partial(SGD, lr=0.05, momentum=0.9),
+            options=("--trainer.check_val_every_n_epoch", str(epochs)),
+        )
+        for width in widths
+    }
+    runs = dict(zip(widths, bench.train(variants).values(), strict=True))
+    scores = {
+        split: {width: [run.loss_and_accuracy(split) for run in runs[width]] for width in widths}
+        for split in ("train", "val")
+    }
+    errors = {
+        title: {width: [100 * (1 - right) for _, right in scores[split][width]] for width in widths}
+        for title, split in {"training": "train", "validation": "val"}.items()
+    }
+    errors["test"] = {width: [100 * (1 - right) for right in values(runs[width], "test/accuracy")] for width in widths}
+    losses = {split: {width: [loss for loss, _ in scores[split][width]] for width in widths} for split in scores}
+    test = errors["test"]
+    best = min(widths, key=lambda width: statistics.mean(errors["validation"][width]))
+    fits = max(errors["training"][WIDEST]) < min(errors["training"][SMALL])
+    overfits = min(test[WIDEST]) > max(test[best])
+    sentence = (
+        f"From {SMALL} to {WIDEST:,} units the training error goes from "
+        f"{statistics.mean(errors['training'][SMALL]):.1f} to {statistics.mean(errors['training'][WIDEST]):.1f} %; the "
+        f"test error is {statistics.mean(test[best]):.1f} % at the {best:,} units of the lowest validation error, and "
+        f"{statistics.mean(test[WIDEST]):.1f} % at {WIDEST:,}"
+        f"{'' if overfits else ': the widest network is not worse'}."
+    )
+    table = [
+        {
+            "units": f"{width:,}",
+            **{f"{title} error, %": mean_and_spread(found[width], 1) for title, found in errors.items()},
+            "training loss": mean_and_spread(losses["train"][width], 3),
+            "validation loss": mean_and_spread(losses["val"][width], 3),
+        }
+        for width in widths
+    ]
+    figure, axes = panels(2)
+    drawn = ({title: errors[title] for title in ("training", "test")}, losses)
+    names = {"train": "training", "val": "validation"}
+    for axis, lines, what in zip(axes, drawn, ("error, %", "loss"), strict=True):
+        for title, found in lines.items():
+            each = list(zip(*found.values(), strict=True))
+            draw_band(axis, widths, each, names.get(title, title), marker="o", markersize=3)
+        axis.set(xscale="log", xlabel="hidden units", ylabel=what, ylim=(0, None))
+        axis.legend(fontsize=8)
+    numbers = {"error": errors, "loss": losses}
+    return Finding(fits and overfits, sentence, table, figure, numbers)

@@ -1,0 +1,141 @@
+"""With batch normalisation a network trains at larger rates, in fewer steps, and to a better accuracy.
+
+Protocol: VGG-13 with its first four stages, of 8, 16, 32 and 32 maps, and 64 units in both hidden layers, no dropout,
+weights by He, with and without batch normalisation. One epoch of 10,800 of MNIST's training images in 169 batches of
+64, SGD with momentum 0.9 at a constant rate of 0.003, 0.01, 0.03, 0.1, 0.3 and 1. The loss is the mean over the last 10
+steps: a rate trains if every seed ends below 1 (chance is 2.3), and the best rate is that of the lowest loss at the
+end, on average over seeds. Steps to a loss of 0.3 and the test accuracy are of that one. The seeds change weights and
+order.
+
+It holds if (1) the largest rate that trains is larger with batch normalisation; (2) every run with it, at its best
+rate, takes fewer steps than every run without, and (3) has a higher test accuracy.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch.nn.functional import cross_entropy
+
+from upright.architectures.vgg import VGG
+from upright.data.datamodule import ImageDataModule
+from upright.evidence.bench import Bench
+from upright.evidence.plots import draw_band, draw_points, panels
+from upright.evidence.study import Finding, mean_and_spread
+from upright.training.model import Model
+
+KINDS = {"without": False, "with batch normalisation": True}
+OVER, TRAINED, REACHED = 10, 1.0, 0.3
+
+
+class Learnt(NamedTuple):
+    """A run: the loss at every step, up to one that is not finite, and the test accuracy."""
+
+    losses: list[float]
+    accuracy: float
+
+    @property
+    def smooth(self) -> list[float]:
+        """Means over the last steps; a diverged run ends at infinity."""
+        return [statistics.mean(self.losses[max(0, i - OVER) : i]) for i in range(1, len(self.losses) + 1)]
+
+    @property
+    def steps(self) -> float:
+        """Until the loss was reached; infinity if it never was."""
+        return next((step for step, loss in enumerate(self.smooth, 1) if loss <= REACHED), math.inf)
+
+
+def learn(datamodule: Callable[[], ImageDataModule], rate: float, normalised: bool, seed: int) -> Learnt:
+    """Train for an epoch, and test."""
+    L.seed_everything(seed, verbose=False)
+    data = datamodule()
+    widths, units = (8, 16, 32, 32), (64, 64)
+    network = VGG(data.spec.input_shape, 10, depth=13, widths=widths, units=units, dropout=0, batch_norm=normalised)
+    model = Model(data.spec, network)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    losses: list[float] = []
+    for batch in data.train_dataloader():
+        loss = cross_entropy(model(batch.images), batch.labels)
+        if not loss.isfinite():
+            losses.append(math.inf)
+            break
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        right = [model(batch.images).argmax(1) == batch.labels for batch in data.test_dataloader()]
+    return Learnt(losses, float(torch.cat(right).float().mean()))
+
+
+def run(bench: Bench) -> Finding:
+    """Train both at every rate."""
+    rates = bench.choose((0.01, 0.1), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
+    data = bench.data(train_fraction=bench.choose(0.5, 0.2))
+    keys = [(kind, rate, seed) for kind in KINDS for rate in rates for seed in range(bench.seeds)]
+    learnt = bench.map(learn, [(data, rate, KINDS[kind], seed) for kind, rate, seed in keys])
+    runs: dict[str, dict[float, list[Learnt]]] = {kind: {rate: [] for rate in rates} for kind in KINDS}
+    for (kind, rate, _), each in zip(keys, learnt, strict=True):
+        runs[kind][rate].append(each)
+    end = {kind: {rate: [each.smooth[-1] for each in runs[kind][rate]] for rate in rates} for kind in KINDS}
+    largest = {kind: max((rate for rate in rates if max(end[kind][rate]) < TRAINED), default=0.0) for kind in KINDS}
+    best = {kind: min((statistics.mean(each), rate) for rate, each in end[kind].items())[1] for kind in KINDS}
+    steps = {kind: [each.steps for each in runs[kind][best[kind]]] for kind in KINDS}
+    accuracy = {kind: [each.accuracy for each in runs[kind][best[kind]]] for kind in KINDS}
+    without, normalised = KINDS
+    larger = largest[normalised] > largest[without]
+    fewer = max(steps[normalised]) < min(steps[without])
+    better = min(accuracy[normalised]) > max(accuracy[without])
+    sentence = (
+        f"Batch normalisation trains at rates up to {largest[normalised]:g} ({largest[without]:g} without it), takes "
+        f"{_count(steps[normalised])} steps to a loss of {REACHED} ({_count(steps[without])}; every run fewer: "
+        f"{'yes' if fewer else 'no'}), and reaches a test accuracy of {statistics.mean(accuracy[normalised]):.4f} "
+        f"({statistics.mean(accuracy[without]):.4f}; every run higher: {'yes' if better else 'no'})."
+    )
+    table = [
+        {
+            "batch normalisation": "with" if KINDS[kind] else "without",
+            "largest rate that trains": f"{largest[kind]:g}",
+            "best rate": f"{best[kind]:g}",
+            f"steps to a loss of {REACHED}": _count(steps[kind]),
+            "loss at the end": mean_and_spread(end[kind][best[kind]], 3),
+            "test accuracy": mean_and_spread(accuracy[kind]),
+        }
+        for kind in KINDS
+    ]
+    figure, axes = panels(3)
+    for kind in KINDS:
+        # A diverged run is worse than one that learns nothing, and both are off the scale of interest.
+        ends = [[min(loss, 10.0) for loss in losses] for losses in zip(*end[kind].values(), strict=True)]
+        draw_band(axes[0], rates, ends, kind, marker="o", markersize=3)
+        curves = [each.smooth for each in runs[kind][best[kind]]]
+        draw_band(axes[1], range(1, len(curves[0]) + 1), curves, f"{kind}, rate {best[kind]:g}")
+    axes[0].set(xscale="log", yscale="log", xlabel="rate", ylabel="loss at the end (10 and above as 10)")
+    axes[1].set(yscale="log", xlabel="step", ylabel=f"loss, mean over {OVER} steps")
+    axes[1].axhline(REACHED, color="#666666", linewidth=0.8, linestyle=":")
+    for axis in axes[:2]:
+        axis.legend(fontsize=7)
+    draw_points(axes[2], {f"{kind.split()[0]}, {best[kind]:g}": accuracy[kind] for kind in KINDS}, "test accuracy")
+    numbers = {
+        kind: {
+            f"{rate:g}": [
+                {"loss": _finite(each.smooth[-1]), "steps": _finite(each.steps), "test/accuracy": each.accuracy}
+                for each in runs[kind][rate]
+            ]
+            for rate in rates
+        }
+        for kind in KINDS
+    }
+    return Finding(larger and fewer and better, sentence, table, figure, numbers)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _count(steps: list[float]) -> str:
+    return f"{statistics.mean(steps):.0f}" if max(steps) < math.inf else "too many"
