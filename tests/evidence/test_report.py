@@ -21,6 +21,7 @@ from upright.architectures.lenet import LeNet
 from upright.evidence.judging import judge
 from upright.evidence.subjects import open_subjects
 from upright.images import ImageSpec
+from upright.training.seal import openings
 
 PICTURES = {"accuracy", "consistency", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
 HOSTILE = ("<script>alert(1)</script>", "a\"b' onload=x", "$\\frac{1}{$ & <b>", "ünï")
@@ -232,6 +233,11 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     names = [model["name"] for model in json.loads((folder / "report.json").read_text())["models"]]
     assert names == [f"small (PyTorch, {run_folder})", f"small (PyTorch, {run_folder / 'last.ckpt'})", "other"]
     assert f"Page: {folder}/report.html" in answer.out
+    # Both checkpoints' answers to the test split were looked at.
+    opened = [each["checkpoint"] for each in openings(run_folder) if each["by"] == "upright report"]
+    assert opened == ["best.ckpt", "last.ckpt"]
+    assert upright("report", run_folder, "--split", "val", "--images", 2, "--to", "val").code == 0
+    assert len(openings(run_folder)) == 2
 
 
 def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:

@@ -15,8 +15,9 @@ from upright.evidence.gathering import Evidence, gather
 from upright.evidence.invariance import SEED, Course, Distortion, Turning
 from upright.evidence.judging import Judged, difference
 from upright.evidence.page import draw_all, write_page
-from upright.evidence.subjects import Subject, open_subjects
+from upright.evidence.subjects import PYTORCH, Subject, open_subjects
 from upright.files import replacing_folder
+from upright.training.seal import open_test_split
 
 FORMAT = 1
 PAGE, FIGURES = "report.html", "report.json"
@@ -51,6 +52,10 @@ def report(
     group = open_subjects(models, data, precision)
     target = Path(to) if to else Path("checkpoints") / f"report-{_folder_name(group.subjects)}"
     _check_target(target, force)
+    for subject in group.subjects:
+        # A bundle has no run to write it down in.
+        if split == "test" and subject.kind == PYTORCH:
+            open_test_split(subject.file, group.data, "upright report")
     evidence = gather(group, split, images)
     figures = _figures(evidence, data)
     print("Writing ...", flush=True)

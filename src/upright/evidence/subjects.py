@@ -24,6 +24,7 @@ from upright.training.model import Model
 
 Floats = npt.NDArray[np.float64]
 
+PYTORCH = "PyTorch"
 NONE = "it has no spatial transformer"
 
 
@@ -237,7 +238,7 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
     file = find_checkpoint(found.path)
     subject = _subject(
         found,
-        kind="PyTorch",
+        kind=PYTORCH,
         file=file,
         # `restore` refuses what is known to have been seen.
         unseen=found.digest is not None,
