@@ -13,7 +13,8 @@ from tests.conftest import CONFIGS, ROOT, Upright
 from upright.cli import LIGHTNING, VERBS
 
 README = (ROOT / "README.md").read_text()
-DOCS = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in ("data", "training", "deployment"))
+PAGES = ("data", "training", "deployment", "evidence")
+DOCS = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in PAGES)
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", DOCS, flags=re.M | re.S))
 SECTIONS_TO_TYPE = (
     "The line",
@@ -23,6 +24,8 @@ SECTIONS_TO_TYPE = (
     "Options",
     "It goes on",
     "Forms and precisions",
+    "A report",
+    "A choice",
     "Data",
     "Your own architecture",
     "Your own images",
