@@ -29,19 +29,20 @@ from upright.training.finetuning import Freeze
 
 
 class Half(ImageDataModule):
-    """Five of the ten digits."""
+    """Five of the ten digits of another data set."""
 
+    whole: ClassVar[type[ImageDataModule]]
     chosen: ClassVar[tuple[int, ...]]
 
     @property
     def spec(self) -> ImageSpec:
         """With their names alone."""
-        spec = super().spec  # type: ignore[safe-super]
+        spec = self.whole().spec
         return ImageSpec(spec.channels, spec.height, spec.width, tuple(map(str, self.chosen)), spec.mean, spec.std)
 
     def read(self) -> Source:
         """Their images."""
-        source: Source = super().read()  # type: ignore[safe-super]
+        source = self.whole().read()
         kept = np.flatnonzero(np.isin(source.labels, self.chosen))
         labels = np.asarray(source.labels)[kept] - self.chosen[0]
         splits = source.splits and {
@@ -51,28 +52,28 @@ class Half(ImageDataModule):
         return Source(images, labels.tolist(), [source.names[index] for index in kept.tolist()], splits)
 
 
-class FirstMNIST(Half, MNIST):
+class FirstMNIST(Half):
     """0 to 4."""
 
-    chosen = tuple(range(5))
+    whole, chosen = MNIST, tuple(range(5))
 
 
-class SecondMNIST(Half, MNIST):
+class SecondMNIST(Half):
     """5 to 9."""
 
-    chosen = tuple(range(5, 10))
+    whole, chosen = MNIST, tuple(range(5, 10))
 
 
-class FirstDigits(Half, Digits):
+class FirstDigits(Half):
     """0 to 4."""
 
-    chosen = tuple(range(5))
+    whole, chosen = Digits, tuple(range(5))
 
 
-class SecondDigits(Half, Digits):
+class SecondDigits(Half):
     """5 to 9."""
 
-    chosen = tuple(range(5, 10))
+    whole, chosen = Digits, tuple(range(5, 10))
 
 
 WAYS: dict[str, dict[str, Any]] = {
