@@ -22,7 +22,8 @@ HEAD = """# Studies: what the textbooks claim, measured
 `upright study NAME` runs one, `upright study` lists them, `--quick` shows in seconds that one runs. Each is a short
 file in `src/upright/evidence/studies/`: its docstring is the claim and the protocol, written before the runs; a claim
 that does not hold is reported as such. Tables are means ± standard deviations over seeds, bands in pictures go from the
-least to the greatest. This page is made by `python benchmarks/studies.py`.
+least to the greatest. Minutes are those of two cores on which up to eight studies ran at a time. This page is made by
+`python benchmarks/studies.py`.
 """
 
 

@@ -90,7 +90,7 @@ def run(bench: Bench) -> Finding:
     first, second = bench.choose((FirstDigits, SecondDigits), (FirstMNIST, SecondMNIST))
     available = bench.choose(610, 26_500)
     body = partial(SmallResNet, depth=bench.choose(8, 14), width=bench.choose(4, 8))
-    common = {"val_fraction": 0.1}
+    common: dict[str, Any] = {"val_fraction": 0.1}
     larger = bench.train({"source": Experiment(body, partial(first, batch_size=128, **common), bench.choose(1, 3))})
 
     def target(size: int, way: str, seed: int) -> Experiment:
