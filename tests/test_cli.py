@@ -28,7 +28,6 @@ def test_version(upright: Upright) -> None:
         (("infer", "b", "x.png", "--format", "xml"), "invalid choice: 'xml'"),
         (("study", "uprightnes"), "There is no study 'uprightnes'. Did you mean 'uprightness'?"),
         (("study", "uprightness", "--seeds", "1"), "--seeds must be at least 2 to show a spread, got 1"),
-        (("study", "uprightness"), "start the study in the checkout's own folder"),
         (("demo",), "start the demo in the checkout's own folder"),
     ],
 )

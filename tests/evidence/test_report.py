@@ -226,7 +226,7 @@ def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_p
 def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     run_folder: Path, bundle: Path, upright: Upright
 ) -> None:
-    other = bundle.rename("other")
+    other, before = bundle.rename("other"), len(openings(run_folder))
     answer = upright("report", run_folder, run_folder / "last.ckpt", other, "--images", 2)
     assert answer.code == 0, answer.err
     folder = Path("checkpoints/report-small-other")
@@ -234,10 +234,13 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     assert names == [f"small (PyTorch, {run_folder})", f"small (PyTorch, {run_folder / 'last.ckpt'})", "other"]
     assert f"Page: {folder}/report.html" in answer.out
     # Both checkpoints' answers to the test split were looked at.
-    opened = [each["checkpoint"] for each in openings(run_folder) if each["by"] == "upright report"]
-    assert opened == ["best.ckpt", "last.ckpt"]
+    opened = openings(run_folder)[before:]
+    assert [(each["by"], each["checkpoint"]) for each in opened] == [
+        ("upright report", "best.ckpt"),
+        ("upright report", "last.ckpt"),
+    ]
     assert upright("report", run_folder, "--split", "val", "--images", 2, "--to", "val").code == 0
-    assert len(openings(run_folder)) == 2
+    assert len(openings(run_folder)) == before + 2
 
 
 def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:

@@ -125,7 +125,7 @@ def test_outputs_need_a_transformer(upright: Upright) -> None:
         partial(ResNet, widths=(4, 8), stem="small"),
         partial(NiN, widths=(8, 8, 8), stem=(5, 1, 2)),
         partial(GoogLeNet, width=0.1, batch_norm=True),
-        partial(InceptionV3, width=0.1),
+        pytest.param(partial(InceptionV3, width=0.1), id="InceptionV3", marks=pytest.mark.slow),
         pytest.param(partial(InceptionV4, width=0.1, blocks=(1, 1, 1)), id="InceptionV4", marks=pytest.mark.slow),
         pytest.param(partial(InceptionResNetV2, width=0.1, blocks=(1, 1, 2)), id="Residual", marks=pytest.mark.slow),
     ],

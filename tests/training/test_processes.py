@@ -147,6 +147,7 @@ def test_slurm_requeues_and_the_same_line_goes_on(folder: Path) -> None:
     assert "behind it" in finished(folder, "job", *options, **slurm(folder))
 
 
+@pytest.mark.slow
 def test_two_tasks_of_slurm(folder: Path) -> None:
     options = (*SHORT, "--ckpt_path", "auto")
 

@@ -61,7 +61,7 @@ def run(bench: Bench) -> Finding:
         train_fraction=bench.choose(0.1, 0.3),
         val_fraction=0.02,
         batch_size=128,
-        angles=(-60, -30, 0, 30, 60),
+        angles=bench.choose((-60, 60), (-60, -30, 0, 30, 60)),
         augment=[partial(RandomAffine, rotate=60)],
     )
     nearest = Experiment(network("nearest"), data, bench.choose(1, 6))

@@ -30,9 +30,9 @@ def run(bench: Bench) -> Finding:
     """Train LeNet, and two transformers in front of it."""
     lenet = partial(LeNet, activation="relu", pooling="max")
     transformer = partial(SpatialTransformer, transform="affine", padding="border")
-    fraction = bench.choose(0.3, 1.0)
+    fraction, angles = bench.choose((0.1, (-60, 60)), (1.0, (-60, -30, 0, 30, 60)))
     moved = partial(RandomAffine, rotate=60, scale=(0.9, 1.1), shift=0.05)
-    turned = partial(Digits, train_fraction=fraction, angles=(-60, -30, 0, 30, 60), augment=[moved])
+    turned = partial(Digits, train_fraction=fraction, angles=angles, augment=[moved])
     plain = Experiment(
         network=partial(TransformerNetwork, transformer=transformer, network=lenet),
         data=turned,
