@@ -7,6 +7,7 @@ The page has a part per study, as ``upright study`` wrote it, and the pictures a
 """
 
 import argparse
+import importlib
 import pkgutil
 import re
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 
 from upright.cli import main as upright
 from upright.evidence import studies
+from upright.evidence.study import claim_and_protocol
 
 NAMES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+NOT_RUN = "**Not run yet.**"
 HEAD = """# Studies: what the textbooks claim, measured
 
 `upright study NAME` runs one, `upright study` lists them, `--quick` shows in seconds that one runs. Each is a short
@@ -38,7 +41,10 @@ def gather(root: Path) -> None:
         if (folder / "study.md").exists():
             shutil.copyfile(folder / f"{name}.png", DOCS / "studies" / f"{name}.png")
             parts[name] = (folder / "study.md").read_text().replace(f"]({name}.png)", f"](studies/{name}.png)")
-    page.write_text("\n".join([HEAD, *(parts[name] for name in NAMES if name in parts)]))
+        elif NOT_RUN in parts.get(name, NOT_RUN):
+            claim, protocol = claim_and_protocol(importlib.import_module(f"{studies.__name__}.{name}"))
+            parts[name] = f"## {name}\n\n{claim}\n\n{protocol}\n\n{NOT_RUN} `upright study {name}`\n"
+    page.write_text("\n".join([HEAD, *(parts[name] for name in NAMES)]))
 
 
 def main() -> None:

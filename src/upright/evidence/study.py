@@ -59,7 +59,7 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     names = [module.name for module in pkgutil.iter_modules(studies.__path__)]
     if study is None:
         for name in names:
-            print(f"  {name:<15} {_protocol(_module(name))[0]}")
+            print(f"  {name:<15} {claim_and_protocol(_module(name))[0]}")
         return 0
     if study not in names:
         raise UprightError(f"There is no study '{study}'.{nearest(study, names)} Studies: {', '.join(names)}.")
@@ -85,7 +85,7 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
         scale: how much is spent.
     """
     name = module.__name__.rpartition(".")[2]
-    claim, protocol = _protocol(module)
+    claim, protocol = claim_and_protocol(module)
     print(f"{claim}\n\n{protocol}\n", flush=True)
     bench, start = Bench(folder, seeds, scale), time.monotonic()
     finding: Finding = module.run(bench)
@@ -110,8 +110,8 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{studies.__name__}.{name}")
 
 
-def _protocol(module: ModuleType) -> tuple[str, str]:
-    """The claim, and how it is put to the test: the paragraphs of the docstring."""
+def claim_and_protocol(module: ModuleType) -> tuple[str, str]:
+    """The claim of a study, and how it is put to the test: the paragraphs of its docstring."""
     claim, *protocol = inspect.cleandoc(module.__doc__ or "").split("\n\n")
     return " ".join(claim.split()), "\n\n".join(" ".join(paragraph.split()) for paragraph in protocol)
 
