@@ -98,10 +98,9 @@ def run(bench: Bench) -> Finding:
     ]
     figure, axes = panels(3, width=3.6)
     shown = {key: title.replace(" ", "\n", 1) for key, title in TITLES.items()}
-    draw_points(axes[0], {shown[key]: norms[key] for key in norms}, "norm of the localiser's gradient at the start")
+    draw_points(axes[0], {shown[key]: norms.get(key, []) for key in runs}, "gradient's norm at the start")
     draw_points(axes[1], {shown[key]: uprightness[key] for key in runs}, "uprightness")
     draw_points(axes[2], {shown[key]: accuracy[key] for key in runs}, "test accuracy")
-    for axis in axes[:2]:
-        axis.set_ylim(bottom=-0.02)
+    axes[1].set_ylim(bottom=-0.03)
     numbers = {"gradient": norms, "test/uprightness": uprightness, "test/accuracy": accuracy}
     return Finding(none_and_some and learns, sentence, table, figure, numbers)

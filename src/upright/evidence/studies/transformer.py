@@ -106,7 +106,7 @@ def run(bench: Bench) -> Finding:
         | {"network": "published best"}
         | {f"{task}, error %": f"{PUBLISHED[task]}" for task in tasks}
     )
-    figure, (axis,) = panels(1, width=2.2 + 1.6 * len(tasks), height=3.6)
+    figure, (axis,) = panels(1, width=3.4 + 1.4 * len(tasks), height=3.6)
     for place, task in enumerate(tasks):
         for number, (key, title) in enumerate(TITLES.items()):
             found = error[f"{task}-{key}"]
@@ -119,8 +119,10 @@ def run(bench: Bench) -> Finding:
             PUBLISHED[task], place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1, label=label
         )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_ylabel("test error, %", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     numbers = {"error": error, "uprightness": uprightness, "published": PUBLISHED}
     return Finding(len(held_on) == len(tasks), sentence, table, figure, numbers)
