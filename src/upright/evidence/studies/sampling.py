@@ -6,7 +6,7 @@ nearest one with the upright loss (weight 2), which compares where pixels come f
 training images, 6 epochs (105,840 images seen). The norm of the gradient of the classification loss over all of the
 localiser is taken on 512 turned training images before any training, per seed.
 
-It holds if, in every seed, that norm is exactly 0 with the nearest pixel and above 0 bilinearly; and if every bilinear
+It holds if that norm is in every seed exactly 0 with the nearest pixel and above 0 bilinearly; and if every bilinear
 run ends with a lower uprightness (0: perfectly upright, 1: not turned at all) than every nearest run. Accuracy and the
 upright loss are reported beside it.
 """
