@@ -7,9 +7,9 @@ right, up, down), turned by up to 45 degrees (either way), and at 0.6 to 1.4 tim
 pixels, so that some of their ink is lost beyond. Consistency is the share of images that are taken for what they are
 taken for undistorted. Besides, how many numbers networks give for images of other sizes than those they are for.
 
-It holds if, moved by 2 pixels, turned by 15 degrees and at 0.8 times the size, maxima and means are both more
-consistent than no pooling (means over seeds); if moved by 6 pixels fewer than 0.9 of the images are taken for the same
-with either; and if networks that end in a mean over the image give as many numbers whatever its size.
+It holds if maxima and means are both more consistent than no pooling (means over seeds) when images are moved by 2
+pixels, turned by 15 degrees and at 0.8 times their size; if moved by 6 pixels fewer than 0.9 of the images are taken
+for the same with either; and if networks that end in a mean over the image give as many numbers whatever its size.
 """
 
 from functools import partial

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from statistics import mean
 
+from matplotlib.ticker import NullLocator
+
 from upright.architectures.lenet import LeNet
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
@@ -106,7 +108,7 @@ def run(bench: Bench) -> Finding:
         | {"network": "published best"}
         | {f"{task}, error %": f"{PUBLISHED[task]}" for task in tasks}
     )
-    figure, (axis,) = panels(1, width=2.2 + 1.6 * len(tasks), height=3.6)
+    figure, (axis,) = panels(1, width=3.4 + 1.4 * len(tasks), height=3.6)
     for place, task in enumerate(tasks):
         for number, (key, title) in enumerate(TITLES.items()):
             found = error[f"{task}-{key}"]
@@ -119,8 +121,11 @@ def run(bench: Bench) -> Finding:
             PUBLISHED[task], place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1, label=label
         )
     axis.set_yscale("log")
+    axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylim(0.4, None)
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_ylabel("test error, %", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     numbers = {"error": error, "uprightness": uprightness, "published": PUBLISHED}
     return Finding(len(held_on) == len(tasks), sentence, table, figure, numbers)
