@@ -15,7 +15,7 @@ from functools import partial
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
-from upright.evidence.bench import Bench, Experiment
+from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.plots import draw_band, panels
 from upright.evidence.study import Finding, mean_and_spread, values
 
@@ -37,16 +37,21 @@ def run(bench: Bench) -> Finding:
         for width in widths
     }
     runs = dict(zip(widths, bench.train(variants).values(), strict=True))
-    scores = {
-        split: {width: [run.loss_and_accuracy(split) for run in runs[width]] for width in widths}
-        for split in ("train", "val")
+    trained = iter(bench.map(Run.loss_and_accuracy, [(run, "train") for each in runs.values() for run in each]))
+    scores = {width: [next(trained) for _ in runs[width]] for width in widths}
+    losses = {
+        "training": {width: [loss for loss, _ in scores[width]] for width in widths},
+        "validation": {width: [run.column("val/loss")[-1] for run in runs[width]] for width in widths},
+    }
+    right = {
+        "training": {width: [right for _, right in scores[width]] for width in widths},
+        "validation": {width: [run.column("val/accuracy")[-1] for run in runs[width]] for width in widths},
+        "test": {width: values(runs[width], "test/accuracy") for width in widths},
     }
     errors = {
-        title: {width: [100 * (1 - right) for _, right in scores[split][width]] for width in widths}
-        for title, split in {"training": "train", "validation": "val"}.items()
+        split: {width: [100 * (1 - share) for share in found[width]] for width in widths}
+        for split, found in right.items()
     }
-    errors["test"] = {width: [100 * (1 - right) for right in values(runs[width], "test/accuracy")] for width in widths}
-    losses = {split: {width: [loss for loss, _ in scores[split][width]] for width in widths} for split in scores}
     test = errors["test"]
     best = min(widths, key=lambda width: statistics.mean(errors["validation"][width]))
     fits = max(errors["training"][WIDEST]) < min(errors["training"][SMALL])
@@ -62,18 +67,17 @@ def run(bench: Bench) -> Finding:
         {
             "units": f"{width:,}",
             **{f"{title} error, %": mean_and_spread(found[width], 1) for title, found in errors.items()},
-            "training loss": mean_and_spread(losses["train"][width], 3),
-            "validation loss": mean_and_spread(losses["val"][width], 3),
+            "training loss": mean_and_spread(losses["training"][width], 3),
+            "validation loss": mean_and_spread(losses["validation"][width], 3),
         }
         for width in widths
     ]
     figure, axes = panels(2)
     drawn = ({title: errors[title] for title in ("training", "test")}, losses)
-    names = {"train": "training", "val": "validation"}
     for axis, lines, what in zip(axes, drawn, ("error, %", "loss"), strict=True):
         for title, found in lines.items():
             each = list(zip(*found.values(), strict=True))
-            draw_band(axis, widths, each, names.get(title, title), marker="o", markersize=3)
+            draw_band(axis, widths, each, title, marker="o", markersize=3)
         axis.set(xscale="log", xlabel="hidden units", ylabel=what, ylim=(0, None))
         axis.legend(fontsize=8)
     numbers = {"error": errors, "loss": losses}

@@ -16,7 +16,7 @@ from functools import partial
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
-from upright.evidence.bench import Bench, Experiment
+from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.plots import draw_points, panels
 from upright.evidence.study import Finding, mean_and_spread, values
 
@@ -41,9 +41,10 @@ def run(bench: Bench) -> Finding:
     variants |= {f"decay {decay}": variant(decay=decay) for decay in bench.choose(DECAYS[1:2], DECAYS)}
     variants |= {f"dropout {share}": variant(dropout=share) for share in bench.choose(DROPOUTS[1:2], DROPOUTS)}
     runs = bench.train(variants)
+    trained = iter(bench.map(Run.loss_and_accuracy, [(run, "train") for each in runs.values() for run in each]))
     losses = {
-        split: {name: [run.loss_and_accuracy(split)[0] for run in runs[name]] for name in runs}
-        for split in ("train", "val")
+        "train": {name: [next(trained)[0] for _ in runs[name]] for name in runs},
+        "val": {name: [run.column("val/loss")[-1] for run in runs[name]] for name in runs},
     }
     gap = {
         name: [after - before for before, after in zip(losses["train"][name], losses["val"][name], strict=True)]
@@ -56,8 +57,9 @@ def run(bench: Bench) -> Finding:
     }
     sentence = "; ".join(
         f"{name} {'narrows' if narrower[what] else 'does not clearly narrow'} the gap of loss from "
-        f"{statistics.mean(gap[PLAIN]):.3f} to {statistics.mean(gap[name]):.3f}, with a test accuracy of "
-        f"{statistics.mean(accuracy[name]):.4f} instead of {statistics.mean(accuracy[PLAIN]):.4f}"
+        f"{statistics.mean(gap[PLAIN]):.3f} to {statistics.mean(gap[name]):.3f}, with a test accuracy "
+        f"{'not' if as_good[what] else 'that is'} lower: {statistics.mean(accuracy[name]):.4f} after "
+        f"{statistics.mean(accuracy[PLAIN]):.4f}"
         for what, name in JUDGED.items()
     )
     table = [
@@ -71,10 +73,14 @@ def run(bench: Bench) -> Finding:
         for name in runs
     ]
     figure, axes = panels(2, width=5.2)
-    titles = {"gap: validation loss less training loss": gap, "test accuracy": accuracy}
+    error = {name: [100 * (1 - right) for right in accuracy[name]] for name in runs}
+    titles = {"gap: validation loss less training loss": gap, "test error, %": error}
     for axis, (title, found) in zip(axes, titles.items(), strict=True):
         draw_points(axis, {name.replace(" ", "\n"): found[name] for name in runs}, title)
     axes[0].set_ylim(bottom=0)
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
     numbers = {"train/loss": losses["train"], "val/loss": losses["val"], "test/accuracy": accuracy}
     return Finding(
         all(narrower.values()) and all(as_good.values()),
