@@ -96,8 +96,8 @@ def run(bench: Bench) -> Finding:
         f"From depth {shallow} to {deep} the training loss goes from {mean['plain', shallow]:.3f} to "
         f"{mean['plain', deep]:.3f} without shortcuts ({'every' if degrades else 'not every'} deep run is worse), and "
         f"from {mean['with shortcuts', shallow]:.3f} to {mean['with shortcuts', deep]:.3f} with them. Of the gradient "
-        f"at the last block of {deep} layers at most {max(product):.0e} arrives at the stem without shortcuts, and at "
-        f"least {min(total):.2g} times as much with them."
+        f"at the last block of {deep} layers, without normalisation, a share of at most {max(product):.0e} arrives at "
+        f"the stem without shortcuts, and of at least {min(total):.2g} with them (Xavier)."
     )
     table = [
         {
@@ -123,6 +123,7 @@ def run(bench: Bench) -> Finding:
             draw_band(axes[1], range(len(each[0])), each, label, color=colour, linestyle=style)
             across = list(zip(*(first[kind, scheme, depth] for depth in further), strict=True))
             draw_band(axes[2], further, across, label, color=colour, linestyle=style)
+    axes[0].set_xticks(range(1, epochs + 1))
     titles = (("training loss", "epoch"), (f"gradient after each block, depth {deep}", "block (0: the stem)"))
     for axis, (title, below) in zip(axes, (*titles, ("gradient that arrives at the stem", "depth")), strict=True):
         axis.set(yscale="log", xlabel=below)
