@@ -88,8 +88,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(trained: Path, tmp_path: Path) -> Path:
-    """An own copy of the trained run."""
-    shutil.copytree(trained / "checkpoints/small", tmp_path / "checkpoints/small")
+    """An own copy of the trained run, of which nobody has opened the test split."""
+    opened = shutil.ignore_patterns("test_openings.jsonl")
+    shutil.copytree(trained / "checkpoints/small", tmp_path / "checkpoints/small", ignore=opened)
     return tmp_path / "checkpoints/small"
 
 

@@ -2,10 +2,10 @@
 
 Protocol: VGG-13 with its first four stages, of 8, 16, 32 and 32 maps, and 64 units in both hidden layers, no dropout,
 weights by He, with and without batch normalisation. One epoch of 10,800 of MNIST's training images in 169 batches of
-64, SGD with momentum 0.9 at a constant rate of 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1 and 0.3. The loss is the mean over
-the last 10 steps: a rate trains if every seed ends below 1 (chance is 2.3), and the best rate is that of the lowest
-loss at the end, on average over seeds. Steps to a loss of 0.3 and the test accuracy are of that one. The seeds change
-weights and order.
+64, SGD with momentum 0.9 at a constant rate of 0.003, 0.01, 0.03, 0.1, 0.3 and 1. The loss is the mean over the last 10
+steps: a rate trains if every seed ends below 1 (chance is 2.3), and the best rate is that of the lowest loss at the
+end, on average over seeds. Steps to a loss of 0.3 and the test accuracy are of that one. The seeds change weights and
+order.
 
 It holds if (1) the largest rate that trains is larger with batch normalisation; (2) every run with it, at its best
 rate, takes fewer steps than every run without, and (3) has a higher test accuracy.
@@ -74,7 +74,7 @@ def learn(datamodule: Callable[[], ImageDataModule], rate: float, normalised: bo
 
 def run(bench: Bench) -> Finding:
     """Train both at every rate."""
-    rates = bench.choose((0.01, 0.1), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
+    rates = bench.choose((0.01, 0.1), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
     data = bench.data(train_fraction=bench.choose(0.5, 0.2))
     keys = [(kind, rate, seed) for kind in KINDS for rate in rates for seed in range(bench.seeds)]
     learnt = bench.map(learn, [(data, rate, KINDS[kind], seed) for kind, rate, seed in keys])
@@ -91,11 +91,10 @@ def run(bench: Bench) -> Finding:
     fewer = max(steps[normalised]) < min(steps[without])
     better = min(accuracy[normalised]) > max(accuracy[without])
     sentence = (
-        f"Batch normalisation trains at rates up to {largest[normalised]:g} ({largest[without]:g} without it); steps "
-        f"to a loss of {REACHED} are {_count(steps[normalised])} (without it {_count(steps[without])}; "
-        f"{'every' if fewer else 'not every'} run takes fewer), and the test accuracy is "
-        f"{statistics.mean(accuracy[normalised]):.4f} (without it {statistics.mean(accuracy[without]):.4f}; "
-        f"{'every' if better else 'not every'} run is higher)."
+        f"Batch normalisation trains at rates up to {largest[normalised]:g} ({largest[without]:g} without it), takes "
+        f"{_count(steps[normalised])} steps to a loss of {REACHED} ({_count(steps[without])}; every run fewer: "
+        f"{'yes' if fewer else 'no'}), and reaches a test accuracy of {statistics.mean(accuracy[normalised]):.4f} "
+        f"({statistics.mean(accuracy[without]):.4f}; every run higher: {'yes' if better else 'no'})."
     )
     table = [
         {
@@ -116,7 +115,7 @@ def run(bench: Bench) -> Finding:
         curves = [each.smooth for each in runs[kind][best[kind]]]
         draw_band(axes[1], range(1, len(curves[0]) + 1), curves, f"{kind}, rate {best[kind]:g}")
     axes[0].set(xscale="log", yscale="log", xlabel="rate", ylabel="loss at the end (10 and above as 10)")
-    axes[1].set(xlabel="step", ylabel=f"loss, mean over {OVER} steps", ylim=(0, None))
+    axes[1].set(yscale="log", xlabel="step", ylabel=f"loss, mean over {OVER} steps")
     axes[1].axhline(REACHED, color="#666666", linewidth=0.8, linestyle=":")
     for axis in axes[:2]:
         axis.legend(fontsize=7)
@@ -139,4 +138,4 @@ def _finite(value: float) -> float | None:
 
 
 def _count(steps: list[float]) -> str:
-    return f"{statistics.mean(steps):.0f}" if max(steps) < math.inf else "not always reached"
+    return f"{statistics.mean(steps):.0f}" if max(steps) < math.inf else "too many"
