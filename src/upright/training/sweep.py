@@ -380,13 +380,16 @@ class Search:
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Make the sweep's folder, with ``sweep.yaml``, or see that it is this sweep's."""
     path = folder / "sweep.yaml"
-    if path.is_file():
-        _check_same(read_yaml(path), identity, folder.name)
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise UprightError(f"'{folder}' is there and not of a sweep; give the sweep another --name.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(identity, sort_keys=False))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two that start at once: one makes it, and the other must not come between folder and file.
+    with locked(folder.with_name(f".{folder.name}.claim")):
+        if path.is_file():
+            _check_same(read_yaml(path), identity, folder.name)
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UprightError(f"'{folder}' is there and not of a sweep; give the sweep another --name.")
+        folder.mkdir(exist_ok=True)
+        write_text(path, yaml.safe_dump(identity, sort_keys=False))
 
 
 def _check_same(before: Any, identity: dict[str, Any], name: str) -> None:
