@@ -158,7 +158,7 @@ def alone(*arguments: object, stdin: bytes = b"") -> dict[str, object]:
 
 def main() -> None:
     """Print a table per bundle."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="*", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -173,6 +173,8 @@ def main() -> None:
     if known.bare:
         print(json.dumps(bare(known.bundles[0], known.threads, known.bare, known.seconds)))
         return
+    if not known.bundles:
+        parser.error("give at least one bundle, such as export/digits")
     for bundle in known.bundles:
         compare(bundle, known, options)
 

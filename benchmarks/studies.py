@@ -25,7 +25,7 @@ HEAD = """# Studies: what the textbooks claim, measured
 `upright study NAME` runs one, `upright study` lists them, `--quick` shows in seconds that one runs. Each is a short
 file in `src/upright/evidence/studies/`: its docstring is the claim and the protocol, written before the runs; a claim
 that does not hold is reported as such. Tables are means ± standard deviations over seeds, bands in pictures go from the
-least to the greatest. Minutes are those of two cores on which up to eight studies ran at a time. This page is made by
+least to the greatest. Minutes are of processor time: two cores take half as many. This page is made by
 `python benchmarks/studies.py`.
 """
 

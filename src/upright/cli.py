@@ -261,11 +261,13 @@ VERBS = {
     "benchmark": Verb("how fast a bundle is here, in one table", _benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Verb("classify pictures over HTTP", _serve, "upright.runtime.serving.server:serve"),
     "web": Verb("a page that runs a bundle in the browser", _web, "upright.runtime.web:web"),
-    "sweep": Verb("search over options of fit", _sweep, "upright.evidence.sweep:sweep", passes_on="upright fit"),
-    "select": Verb("what the best of several runs is worth", _select, "upright.evidence.selection:select"),
+    "sweep": Verb(
+        "search over options of fit", _sweep, "upright.evidence.selecting.sweep:sweep", passes_on="upright fit"
+    ),
+    "select": Verb("what the best of several runs is worth", _select, "upright.evidence.selecting.selection:select"),
     "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
-    "report": Verb("what models are worth, on one page", _report, "upright.evidence.report:report"),
+    "report": Verb("what models are worth, on one page", _report, "upright.evidence.reporting.report:report"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
     "demo": Verb("the whole line once, on real digits", _demo, "upright.demo:demo"),
 }

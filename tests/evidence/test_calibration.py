@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from upright.evidence.calibration import Reliability, fitted_temperature, log_loss, tempered
+from upright.evidence.reporting.calibration import Reliability, fitted_temperature, log_loss, tempered
 
 
 def answers(count: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from upright.evidence.optimism import Floats, empirical_bernstein, hoeffding, interval, may_be_best, optimism, resampled
+from upright.evidence.selecting.optimism import (
+    Floats,
+    empirical_bernstein,
+    hoeffding,
+    interval,
+    may_be_best,
+    optimism,
+    resampled,
+)
 
 SIMULATIONS = 500
 

@@ -18,8 +18,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_bundle
 from upright.architectures.lenet import LeNet
-from upright.evidence.judging import judge
-from upright.evidence.subjects import open_subjects
+from upright.evidence.reporting.judging import judge
+from upright.evidence.reporting.subjects import open_subjects
 from upright.images import ImageSpec
 from upright.training.seal import openings
 

@@ -13,9 +13,9 @@ import torch
 
 from tests.conftest import ROOT, Upright
 from upright.cli import main
-from upright.evidence import candidates, selection
-from upright.evidence.candidates import ANSWERS, Answers, Run, answers_of, find_runs
-from upright.evidence.selection import Selection
+from upright.evidence.selecting import candidates, selection
+from upright.evidence.selecting.candidates import ANSWERS, Answers, Run, answers_of, find_runs
+from upright.evidence.selecting.selection import Selection
 
 LENET = ROOT / "configs/lenet.yaml"
 QUICK = ("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4", "--wandb", "off")

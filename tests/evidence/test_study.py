@@ -91,7 +91,10 @@ def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) 
     config = yaml.safe_load((tmp_path / "a-1/config.yaml").read_text())
     assert config["seed_everything"] == 1 and config["model"]["network"]["class_path"].endswith("Perceptron")
     written = (tmp_path / "a-0/best.ckpt").stat().st_mtime_ns
-    assert Bench(tmp_path, 2, "quick").train({"a": PERCEPTRON})["a"] == runs
+    again = Bench(tmp_path, 2, "quick")
+    assert again.train({"a": PERCEPTRON})["a"] == runs
+    # What it took then is part of what the study takes.
+    assert again.seconds == sum(run.seconds for run in runs) > 0
     assert (tmp_path / "a-0/best.ckpt").stat().st_mtime_ns == written
     # Another experiment under the name replaces it.
     other = Bench(tmp_path, 2, "quick").train({"a": PERCEPTRON._replace(epochs=2)})["a"]
@@ -115,7 +118,7 @@ def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(uprightness, tmp_path / "s", 4, "standard")
     page = (tmp_path / "s/study.md").read_text()
     assert "| a |\n| --- |\n| 1 |\n| 2 |\n" in page and "**Did not hold.** No.\n" in page
-    assert "`upright study uprightness --seeds 4`: 0 seconds on" in page
+    assert "`upright study uprightness --seeds 4`: 0 seconds of processor time, 4 seeds.\n" in page
     assert json.loads((tmp_path / "s/results.json").read_text())["held"] is False
     assert inspect.cleandoc(uprightness.__doc__ or "").split("\n\n")[0].replace("\n", " ") in page
 

@@ -10,7 +10,7 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.resnet import SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer, last_of, observing
 from upright.architectures.transformer_network import ParallelTransformer, SeriesTransformer, TransformerNetwork
-from upright.evidence.subjects import _observations, _passes
+from upright.evidence.reporting.subjects import _observations, _passes
 from upright.images import ImageSpec
 from upright.training.model import Model
 from upright.warp import pixel_centres

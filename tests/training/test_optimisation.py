@@ -102,6 +102,23 @@ def test_without_weight_decay_there_is_one_group(optimiser: object) -> None:
     assert float(fit.callback_metrics["train/loss"]) > 0
 
 
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Nesterov", "Adam", "AdamW"])
+def test_one_kernel_makes_the_step_of_the_loop(name: str) -> None:
+    found = []
+    for given in ({}, {"fused": False}, {"foreach": True}):
+        torch.manual_seed(0)
+        classifier = ImageClassifier(SPEC, STNET, partial(OPTIMISERS[name], **given))
+        optimizer = classifier.grouped_optimizer()
+        assert {group["fused"] for group in optimizer.param_groups} == {not given or given.get("fused")}
+        for _ in range(3):
+            for parameter in classifier.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        found.append(dict(classifier.named_parameters()))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
 def test_what_an_optimiser_refuses_is_one_line() -> None:
     for optimiser, text in (
         (partial(torch.optim.SGD, lr=-1.0), r"model.optimizer: Invalid learning rate: -1.0"),

@@ -76,7 +76,7 @@ class Run(NamedTuple):
     Args:
         folder: of the run, with all that ``upright fit`` leaves.
         metrics: of the test split, of ``best.ckpt``.
-        seconds: of training and test.
+        seconds: that it took a processor to train and test it.
     """
 
     folder: Path
@@ -112,7 +112,7 @@ class Bench:
     def __init__(self, folder: Path, seeds: int, scale: Scale) -> None:
         self.folder, self.seeds, self.scale = folder, seeds, scale
         self.seconds = 0.0
-        """Of processors, over all runs, those of an earlier start included."""
+        """Of processors, in other processes than this one and before it."""
 
     def choose(self, quick: Value, standard: Value, full: Value | None = None) -> Value:
         """What belongs to this scale; that of ``standard`` where ``full`` asks for no more."""
@@ -137,8 +137,10 @@ class Bench:
             experiment = variants[variant]
             own = experiment if isinstance(experiment, Experiment) else experiment(seed)
             given.append((self.folder, f"{variant}-{seed}", own, seed))
-        runs = self.map(train, given)
-        self.seconds += sum(run.seconds for run in runs)
+        there = [trained(*each) for each in given]
+        made = iter(self.map(train, [each for each, run in zip(given, there, strict=True) if run is None]))
+        self.seconds += sum(run.seconds for run in there if run)
+        runs = [run or next(made) for run in there]
         found: dict[str, list[Run]] = {variant: [] for variant in variants}
         for (variant, _), run in zip(names, runs, strict=True):
             found[variant].append(run)
@@ -147,8 +149,26 @@ class Bench:
     def map(self, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]]) -> list[Made]:
         """The function of each of the arguments, in their order, a process for every core unless it must be quick."""
         workers = 1 if self.scale == "quick" else joblib.cpu_count()
-        made: list[Made] = joblib.Parallel(n_jobs=workers)(joblib.delayed(function)(*each) for each in arguments)
-        return made
+        made = joblib.Parallel(n_jobs=workers)(joblib.delayed(_timed)(function, *each) for each in arguments)
+        self.seconds += sum(seconds for _, seconds in made) if workers > 1 else 0
+        return [result for result, _ in made]
+
+
+def _timed(function: Callable[..., Made], *arguments: Any) -> tuple[Made, float]:
+    start = time.process_time()
+    return function(*arguments), time.process_time() - start
+
+
+def trained(folder: Path, name: str, experiment: Experiment, seed: int) -> Run | None:
+    """What `train` has left of the same experiment, if it has ended."""
+    done, config = folder / name / "done.json", folder / f"{name}.yaml"
+    if done.exists() and config.exists() and config.read_text() == _text(experiment, seed):
+        return Run(folder / name, **json.loads(done.read_text()))
+    return None
+
+
+def _text(experiment: Experiment, seed: int) -> str:
+    return yaml.safe_dump(experiment.config(seed) | {"options": [*experiment.options]}, sort_keys=False)
 
 
 def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
@@ -163,15 +183,11 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     Raises:
         UprightError: for a mistake in the experiment.
     """
-    text = yaml.safe_dump(experiment.config(seed) | {"options": [*experiment.options]}, sort_keys=False)
-    done, config = folder / name / "done.json", folder / f"{name}.yaml"
-    if done.exists() and config.exists() and config.read_text() == text:
-        return Run(folder / name, **json.loads(done.read_text()))
     shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     given = folder / f".{name}.yaml"
     given.write_text(yaml.safe_dump(experiment.config(seed), sort_keys=False))
-    start = time.monotonic()
+    start = time.process_time()
     where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off"]
     # A line per run is enough; what the run itself says is in its folder.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -185,8 +201,8 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     if code:
         raise KeyboardInterrupt
     metrics = json.loads((folder / name / "test.json").read_text())["metrics"]
-    run = Run(folder / name, metrics, round(time.monotonic() - start, 1))
-    write_text(config, text)
-    write_text(done, json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
+    run = Run(folder / name, metrics, round(time.process_time() - start, 1))
+    write_text(folder / f"{name}.yaml", _text(experiment, seed))
+    write_text(folder / name / "done.json", json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
     print(f"  {name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
     return run

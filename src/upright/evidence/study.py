@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import joblib
-
 from upright.errors import UprightError, nearest
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Run, Scale
@@ -87,13 +85,13 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     name = module.__name__.rpartition(".")[2]
     claim, protocol = claim_and_protocol(module)
     print(f"{claim}\n\n{protocol}\n", flush=True)
-    bench, start = Bench(folder, seeds, scale), time.monotonic()
+    bench, start = Bench(folder, seeds, scale), time.process_time()
     finding: Finding = module.run(bench)
-    minutes = max(time.monotonic() - start, bench.seconds / joblib.cpu_count()) / 60
+    minutes = (time.process_time() - start + bench.seconds) / 60
     command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
     verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"
     took = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
-    cost = f"{took} on {joblib.cpu_count()} cores, {seeds} seeds."
+    cost = f"{took} of processor time, {seeds} seeds."
     table = markdown(finding.table)
     page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from upright.architectures.initialisation import Scheme, initialise
@@ -117,7 +117,8 @@ class ImageClassifier(Recorded, L.LightningModule):
 
         A group per ``lr_factor`` that a module asks for. Where the optimiser decays weights, what should not be drawn
         to zero has a group of its own: parameters of one dimension (biases, scales of norms), and those of a module
-        with ``no_weight_decay = True`` (He et al. 2019, arXiv:1812.01187).
+        with ``no_weight_decay = True`` (He et al. 2019, arXiv:1812.01187). SGD, Adam and AdamW are fused, unless they
+        were given ``fused`` or ``foreach``.
 
         Raises:
             UprightError: for what the optimiser refuses.
@@ -130,9 +131,13 @@ class ImageClassifier(Recorded, L.LightningModule):
             optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
         except ValueError as error:
             raise UprightError(f"model.optimizer: {error}") from error
+        # PyTorch's own choice, where nothing was asked for, is a loop in Python on a CPU, and several kernels on a GPU.
+        fuses = isinstance(optimizer, (SGD, Adam)) and self.device.type in ("cpu", "cuda")
         # The optimiser's own list grows in the loop.
         for factor, group in zip(groups, list(optimizer.param_groups), strict=True):
             group["lr"] *= factor
+            if fuses and group["fused"] is None and not group["foreach"]:
+                group["fused"] = True
             kept = [parameter for parameter in group["params"] if not treatments[parameter][1]]
             if kept and group.get("weight_decay"):
                 group["params"] = [parameter for parameter in group["params"] if treatments[parameter][1]]

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from upright.architectures.mlp import MLP
 from upright.evidence.bench import Bench
-from upright.evidence.optimism import Floats, empirical_bernstein, hoeffding, optimism, resampled
 from upright.evidence.plots import draw_band, panels
+from upright.evidence.selecting.optimism import Floats, empirical_bernstein, hoeffding, optimism, resampled
 from upright.evidence.study import Finding, mean_and_spread
 
 MODELS, IMAGES = (4, 24), (100, 400, 1600)

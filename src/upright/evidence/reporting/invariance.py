@@ -16,8 +16,8 @@ from tqdm import tqdm
 from upright.architectures.spatial_transformer import last_of
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
-from upright.evidence.intervals import Share, wilson
-from upright.evidence.subjects import Answer, Floats, Subject
+from upright.evidence.reporting.intervals import Share, wilson
+from upright.evidence.reporting.subjects import Answer, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe
 from upright.training.drawing import pixels_of

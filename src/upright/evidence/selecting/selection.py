@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upright.evidence.candidates import Answers, Run, answers_of, find_runs, is_sweep
-from upright.evidence.optimism import DELTA, empirical_bernstein, hoeffding, interval, may_be_best, optimism, resampled
+from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs, is_sweep
+from upright.evidence.selecting.optimism import (
+    DELTA,
+    empirical_bernstein,
+    hoeffding,
+    interval,
+    may_be_best,
+    optimism,
+    resampled,
+)
 from upright.files import write_text
 from upright.training.checkpoint import read_data
 from upright.training.drawing import save_picture

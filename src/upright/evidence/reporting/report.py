@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from upright.errors import UprightError
-from upright.evidence.gathering import Evidence, gather
-from upright.evidence.invariance import SEED, Course, Distortion, Turning
-from upright.evidence.judging import Judged, difference
-from upright.evidence.page import draw_all, write_page
-from upright.evidence.subjects import PYTORCH, Subject, open_subjects
+from upright.evidence.reporting.gathering import Evidence, gather
+from upright.evidence.reporting.invariance import SEED, Course, Distortion, Turning
+from upright.evidence.reporting.judging import Judged, difference
+from upright.evidence.reporting.page import draw_all, write_page
+from upright.evidence.reporting.subjects import PYTORCH, Subject, open_subjects
 from upright.files import replacing_folder
 from upright.training.seal import open_test_split
 

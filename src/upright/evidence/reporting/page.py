@@ -10,9 +10,9 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from upright.evidence.figures import draw_invariance, draw_reliability, draw_strips, draw_turning
-from upright.evidence.gathering import Evidence
-from upright.evidence.judging import WORST, Judged
+from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_strips, draw_turning
+from upright.evidence.reporting.gathering import Evidence
+from upright.evidence.reporting.judging import WORST, Judged
 from upright.training.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_picture
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from upright.evidence.calibration import BINS, Reliability
-from upright.evidence.intervals import wilson
-from upright.evidence.invariance import Curve, Distortion, Shown, Turning
+from upright.evidence.reporting.calibration import BINS, Reliability
+from upright.evidence.reporting.intervals import wilson
+from upright.evidence.reporting.invariance import Curve, Distortion, Shown, Turning
 from upright.training.drawing import draw_column, draw_columns
 
 if TYPE_CHECKING:

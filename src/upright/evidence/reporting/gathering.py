@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from upright.evidence.invariance import (
+from upright.evidence.reporting.invariance import (
     ROTATION,
     Course,
     Distortion,
@@ -13,8 +13,8 @@ from upright.evidence.invariance import (
     take_sample,
     trained_ranges,
 )
-from upright.evidence.judging import Calibrated, Judged, judge
-from upright.evidence.subjects import Group
+from upright.evidence.reporting.judging import Calibrated, Judged, judge
+from upright.evidence.reporting.subjects import Group
 
 EVERY = 180.0
 """Degrees either way that uprightness is measured over where rotation was not trained on."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UprightError
-from upright.evidence.selection import select
+from upright.evidence.selecting.selection import select
 from upright.training import sweep as search
 
 

@@ -1,0 +1,1 @@
+"""``upright report``: one page of evidence about models."""

@@ -1,0 +1,1 @@
+"""``upright select``: what the best of many candidates is worth."""
