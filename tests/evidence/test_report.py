@@ -180,7 +180,9 @@ def test_a_bundle_without_theta_says_so_and_needs_no_checkpoint(bundle: Path, up
     text = Page((folder / "report.html").read_text()).text
     assert "small: the bundle does not give theta" in text and "Judged on the validation split" in text
     assert found["models"][0]["calibration"]["temperature"] is None
-    assert "no temperature: it is fitted on the validation split" in text
+    assert "No temperature for small: it is fitted on the validation split" in text and "log loss then" not in text
+    # Validation chose the model.
+    assert "By these images the epoch of every best checkpoint was chosen" in text and "too good" in text
     assert not (folder / "turning.png").exists()
 
 
@@ -239,8 +241,28 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
         ("upright report", "best.ckpt"),
         ("upright report", "last.ckpt"),
     ]
+    models = json.loads((folder / "report.json").read_text())["models"]
+    told = {"run": before + 2, "sweep": {}}
+    assert [model["test_openings"] for model in models] == [told, told, None]
+    text = Page((folder / "report.html").read_text()).text
+    assert "Opened: how often answers of the run to this test split were looked at" in text and "too good" not in text
     assert upright("report", run_folder, "--split", "val", "--images", 2, "--to", "val").code == 0
+    assert "Opened:" not in Page(Path("val/report.html").read_text()).text
     assert len(openings(run_folder)) == before + 2
+
+
+def test_the_winner_of_a_sweep_tells_how_often_others_were_tested(run_folder: Path, upright: Upright) -> None:
+    sweep = Path("sweep")
+    for name in ("best", "worse"):
+        shutil.copytree(run_folder, sweep / name)
+    (sweep / "sweep.yaml").touch()
+    assert upright("predict", "--ckpt_path", sweep / "worse/best.ckpt").code == 0
+    assert upright("report", sweep / "best", "--images", 2, "--to", "report").code == 0
+    (model,) = json.loads(Path("report/report.json").read_text())["models"]
+    opened = model["test_openings"]["sweep"]
+    assert list(opened) == ["best", "worse"] and opened["best"] == model["test_openings"]["run"]
+    text = Page(Path("report/report.html").read_text()).text
+    assert f"over whose trials the test split was opened {sum(opened.values())} times" in text
 
 
 def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:

@@ -47,14 +47,12 @@ def open_test_split(checkpoint: Path, data: ImageDataModule, by: str) -> None:
         write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
     if (times := count(folder, split)) > 1:
         print(f"Note: the test split was opened {times} times for run '{folder}' ({FILE}).")
-    if (folder.parent / "sweep.yaml").is_file():
-        trials = {trial.name: times for trial in sorted(folder.parent.iterdir()) if (times := count(trial, split))}
-        if len(trials) > 1:
-            told = ", ".join(f"{name} {times}" for name, times in trials.items())
-            print(
-                f"Note: over the trials of '{folder.parent}' it was opened {sum(trials.values())} times ({told}); one "
-                "that is chosen by it looks better there than it is."
-            )
+    if len(trials := count_in_sweep(folder.parent, split)) > 1:
+        told = ", ".join(f"{name} {times}" for name, times in trials.items())
+        print(
+            f"Note: over the trials of '{folder.parent}' it was opened {sum(trials.values())} times ({told}); one "
+            "that is chosen by it looks better there than it is."
+        )
 
 
 def openings(folder: Path) -> list[dict[str, Any]]:
@@ -75,6 +73,12 @@ def openings(folder: Path) -> list[dict[str, Any]]:
 def count(folder: Path, test_split: str) -> int:
     """How often that split was opened for the run in ``folder``."""
     return sum(opening["test_split"] == test_split for opening in openings(folder))
+
+
+def count_in_sweep(folder: Path, test_split: str) -> dict[str, int]:
+    """How often it was opened, by trial, for those for which it was; empty if ``folder`` is no sweep's."""
+    trials = sorted(folder.iterdir()) if (folder / "sweep.yaml").is_file() else []
+    return {trial.name: times for trial in trials if (times := count(trial, test_split))}
 
 
 def content_digest(hashes: Tensor) -> str:

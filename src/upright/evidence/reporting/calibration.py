@@ -83,7 +83,8 @@ def fitted_temperature(probabilities: Floats, labels: Labels) -> float | None:
         labels: ``(N,)``.
 
     Returns:
-        None where there is no best one within `TEMPERATURES`: if no answer is wrong, the surer the better.
+        None where there is no best one within `TEMPERATURES`: if no answer is wrong, the surer the better; if none is
+        better than a guess, the less sure.
     """
     logits = _logits(probabilities)
     true = logits[np.arange(len(labels)), labels]

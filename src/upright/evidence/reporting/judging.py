@@ -122,7 +122,8 @@ class Calibrated(NamedTuple):
         temperature = fitted_temperature(validated.probabilities, validated.labels)
         if temperature is None:
             return plain._replace(
-                reason="on the validation split the loss has no least value, as where no answer is wrong"
+                reason="on the validation split the loss has no least value, as where no answer is wrong (the surer, "
+                "the better), or none better than a guess (the less sure, the better)"
             )
         scaled = tempered(judged.probabilities, temperature)
         return plain._replace(

@@ -17,7 +17,7 @@ from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page
 from upright.evidence.reporting.subjects import PYTORCH, Subject, open_subjects
 from upright.files import replacing_folder
-from upright.training.seal import open_test_split
+from upright.training.seal import content_digest, count, count_in_sweep, open_test_split
 
 FORMAT = 1
 PAGE, FIGURES = "report.html", "report.json"
@@ -104,6 +104,7 @@ def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:
                 "run": subject.run,
                 "git_commit": subject.git_commit,
                 "unseen": subject.unseen,
+                "test_openings": _openings(subject, evidence),
                 **judged.figures(spec.classes, names),
                 "difference": difference(first, judged) if number else None,
                 "calibration": evidence.calibrated[number].figures(),
@@ -133,6 +134,14 @@ def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "models": models,
     }
+
+
+def _openings(subject: Subject, evidence: Evidence) -> dict[str, Any] | None:
+    """How often the test split was opened; None where it was not, or by a bundle, which keeps no record."""
+    if evidence.split != "test" or subject.kind != PYTORCH:
+        return None
+    folder, split = subject.file.parent, content_digest(evidence.group.data.manifest.hashes["test"])
+    return {"run": count(folder, split), "sweep": count_in_sweep(folder.parent, split)}
 
 
 def _curve(way: Distortion, course: Course, trained: tuple[float, float] | None) -> dict[str, Any]:
