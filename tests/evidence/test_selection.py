@@ -170,11 +170,11 @@ def test_what_cannot_be_chosen_among(upright: Upright, runs: Path, tmp_path: Pat
         ([tmp_path / "sweep"], "sweep' has ended; there is nothing to choose among"),
         (
             [runs / "good", retold("letters", spec={"classes": list("abcdefghij")})],
-            "letters have other classes than good: only runs of one validation split can be chosen among",
+            "letters with other classes than good: only runs of one validation split can be chosen among",
         ),
         (
             [runs / "good", retold("split", split={"hashes": others})],
-            "split were validated on other images than good: only runs of one validation split",
+            "split with other validation images than good: only runs of one validation split",
         ),
         (
             [runs / "good", retold("turned", data={"init_args": own["data"]["init_args"] | {"angles": [0.0]}})],
@@ -184,6 +184,13 @@ def test_what_cannot_be_chosen_among(upright: Upright, runs: Path, tmp_path: Pat
     ):
         answer = upright("select", *given)
         assert answer.code == 2 and answer.err.count("\n") == 1 and text in answer.err, answer.err
+
+
+def test_a_file_is_no_folder_to_write_to_and_nothing_is_asked(upright: Upright, runs: Path) -> None:
+    Path("taken").touch()
+    answer = upright("select", runs / "slow", runs / "good", "--to", "taken")
+    assert (answer.code, answer.out) == (2, "") and "'taken' is a file; --to says in which folder" in answer.err
+    assert not list(runs.rglob(ANSWERS))
 
 
 def answers(right: list[list[int]], losses: list[float]) -> list[Answers]:
@@ -210,6 +217,8 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
     )
     notes = selection._notes(found, runs, searched=True)
     assert "By loss a is first (0.1000, accuracy 0.5000)." in notes
+    # No p is 0: one that small is only known to be small.
+    assert "| <0.001 | no " in selection._markdown(found, notes) and "0.000" not in selection._markdown(found, notes)
     assert any("A search that goes by these scores adapts" in note for note in notes)
 
 

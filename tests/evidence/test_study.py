@@ -34,7 +34,7 @@ def test_every_study_writes_what_it_found(name: str, upright: Upright, tmp_path:
     assert page.startswith(f"## {name}\n\n{results['claim']}\n\nProtocol: ")
     assert "It holds if" in page and f"**{verdict}.** {results['sentence']}" in page
     assert f"`upright study {name} --seeds 2 --quick`" in page
-    assert (folder / f"{name}.png").stat().st_size > 5000
+    assert "it proves nothing" in page and (folder / f"{name}.png").stat().st_size > 5000
     # What the protocol says comes before what was found.
     assert answer.out.index("Protocol: ") < answer.out.index(results["sentence"])
 
@@ -118,9 +118,20 @@ def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(uprightness, tmp_path / "s", 4, "standard")
     page = (tmp_path / "s/study.md").read_text()
     assert "| a |\n| --- |\n| 1 |\n| 2 |\n" in page and "**Did not hold.** No.\n" in page
+    assert "proves nothing" not in page
     assert "`upright study uprightness --seeds 4`: 0 seconds of processor time, 4 seeds.\n" in page
     assert json.loads((tmp_path / "s/results.json").read_text())["held"] is False
     assert inspect.cleandoc(uprightness.__doc__ or "").split("\n\n")[0].replace("\n", " ") in page
+
+
+def test_one_that_is_stopped_says_how_to_go_on(upright: Upright, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(bench: Bench) -> Finding:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uprightness, "run", stopped)
+    answer = upright("study", "uprightness", "--quick")
+    assert answer.code == 130 and "The same command goes on with the runs that have ended in" in answer.err
+    assert "checkpoints/study-uprightness-quick.\nupright: stopped." in answer.err
 
 
 def test_the_spread_of_one_or_none() -> None:

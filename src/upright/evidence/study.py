@@ -5,6 +5,7 @@ import inspect
 import json
 import pkgutil
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,11 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     leave_a_core()
     scale: Scale = "quick" if quick else "full" if full else "standard"
     folder = Path("checkpoints") / (f"study-{study}" if scale == "standard" else f"study-{study}-{scale}")
-    run(_module(study), folder, seeds, scale)
+    try:
+        run(_module(study), folder, seeds, scale)
+    except KeyboardInterrupt:
+        print(f"\nThe same command goes on with the runs that have ended in {folder}.", file=sys.stderr)
+        raise
     return 0
 
 
@@ -90,6 +95,8 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     minutes = (time.process_time() - start + bench.seconds) / 60
     command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
     verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"
+    if scale == "quick":
+        verdict += " (A quick study shows that it runs; it proves nothing.)"
     took = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
     cost = f"{took} of processor time, {seeds} seeds."
     table = markdown(finding.table)

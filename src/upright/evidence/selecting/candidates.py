@@ -176,15 +176,15 @@ def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> 
             raise UprightError(f"'{run.checkpoint}' does not say what data it was trained with.")
     first = contents[0]
     for what, differ in (
-        ("have other classes", lambda ours: ours["spec"]["classes"] != first["spec"]["classes"]),
-        ("were validated on other images", lambda ours: not _same_validation(ours, first)),
+        ("other classes", lambda ours: ours["spec"]["classes"] != first["spec"]["classes"]),
+        ("other validation images", lambda ours: not _same_validation(ours, first)),
     ):
         others = [run.name for run, ours in zip(runs, contents, strict=True) if differ(ours)]
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise UprightError(
-                f"{', '.join(others[:3])}{more} {what} than {runs[0].name}: only runs of one validation split can be "
-                "chosen among."
+                f"{', '.join(others[:3])}{more} with {what} than {runs[0].name}: only runs of one validation split can "
+                "be chosen among."
             )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from upright.errors import UprightError
 from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs, is_sweep
 from upright.evidence.selecting.optimism import (
     DELTA,
@@ -56,14 +57,17 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     """
     leave_a_core()
     found = find_runs(runs)
+    sweeps = [Path(path) for path in runs if is_sweep(Path(path))]
+    folder = Path(to) if to else sweeps[0] if len(sweeps) == len(runs) == 1 else None
+    if folder and folder.exists() and not folder.is_dir():
+        raise UprightError(f"'{folder}' is a file; --to says in which folder to write.")
     complete = [run for run in found if run.state == "complete"]
     answers = answers_of(complete, read_data(data) if data else None)
     selection = Selection.of(complete, answers, found)
-    sweeps = [Path(path) for path in runs if is_sweep(Path(path))]
     notes = _notes(selection, found, searched=bool(sweeps))
     text = _markdown(selection, notes)
     print(f"\n{text}", end="")
-    if folder := Path(to) if to else sweeps[0] if len(sweeps) == len(runs) == 1 else None:
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
         record = asdict(selection) | {"sentence": selection.sentence, "notes": notes}
         with locked(folder / ".selection.lock"):
@@ -228,10 +232,11 @@ def _markdown(selection: Selection, notes: Sequence[str]) -> str:
     table = [["run", "accuracy", "95 %", "loss", "p", "may be the best"]]
     for each in selection.ranking:
         low, high = each.interval
-        cells = [each.name, f"{each.accuracy:.4f}", f"{low:.4f} to {high:.4f}", f"{each.loss:.4f}", f"{each.p:.3f}"]
+        cells = [each.name, f"{each.accuracy:.4f}", f"{low:.4f} to {high:.4f}", f"{each.loss:.4f}"]
+        cells.append(f"{each.p:.3f}" if each.p >= 0.001 else "<0.001")
         table.append([*cells, "yes" if each.may_be_best else "no"])
     runs, epochs = selection.bounds
-    bounds = [["bound", f"{runs.models} runs", f"{epochs.models:,} models"]]
+    bounds = [["bound", f"runs: {runs.models}", f"models: {epochs.models:,}"]]
     bounds += [
         [title, *(f"{getattr(bound, name):.4f}" for bound in selection.bounds)] for name, title in BOUNDS.items()
     ]
