@@ -25,6 +25,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What Pillow is asked to read: of its other plugins, some have rarely been attacked, and one runs Ghostscript."""
 MAX_PIXELS = 64_000_000
 """The largest picture that is decoded unless told otherwise, in pixels."""
+TOLD = 12
+"""Classes that a message names, at most."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,13 @@ class ImageSpec:
     def input_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of what the network sees."""
         return self.channels, self.height, self.width
+
+    @property
+    def task(self) -> str:
+        """Channels and classes, of many the first ones, as a message tells them."""
+        more = len(self.classes) - TOLD
+        told = f"{self.channels} channel(s) and the classes {list(self.classes[:TOLD])}"
+        return told + (f" and {more} more" if more > 0 else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints and manifests."""

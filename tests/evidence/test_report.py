@@ -280,12 +280,14 @@ def test_what_cannot_be_compared_or_read_is_refused(
 ) -> None:
     run = trained / "checkpoints/small"
     other = write_bundle(tmp_path / "other", ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,)), LeNet)
+    many = write_bundle(tmp_path / "many", ImageSpec(1, 28, 28, tuple(map(str, range(100))), (0.4,), (0.5,)), LeNet)
     blank = write_bundle(tmp_path / "blank", ImageSpec(1, 28, 28, tuple("0123456789"), (0.4,), (0.5,)), LeNet)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.ckpt").write_text("x")
     for arguments, text in [
         ([run, other], "knows 1 channel(s) and the classes ['a', 'b'], "),
         ([run, other], "only models of the same task can be compared"),
+        ([run, many], "'10', '11'] and 88 more, "),
         ([run, blank], "were made of different data, or of different splits of them; --data says by which to judge"),
         ([blank], "does not say what data it was made of; give some with --data"),
         ([other, "--data", ROOT / "configs/data/digits.yaml"], "knows 1 channel(s) and the classes ['a', 'b']; the da"),
@@ -298,6 +300,7 @@ def test_what_cannot_be_compared_or_read_is_refused(
         ([run, run], "is given twice; a model is compared with others"),
         ([run, "--images", 0], "--images must be at least 1, got 0."),
         ([bundle, "--precision", "int8"], "holds fp32, not int8"),
+        ([run, "--precision", "int8"], "--precision says which models of a bundle are judged; none of these is a bun"),
         ([run, "--split", "train"], "invalid choice: 'train'"),
     ]:
         answer = upright("report", *arguments)

@@ -89,8 +89,8 @@ def test_answers_are_kept_and_stale_ones_are_not_used(
 
 def test_one_alone_and_nothing_written_without_a_folder(upright: Upright, runs: Path, tmp_path: Path) -> None:
     answer = upright("select", runs / "good", runs / "good")
-    assert answer.code == 0 and "good is the only candidate, with 0." in " ".join(answer.out.split())
-    assert "no run was chosen before another" in " ".join(answer.out.split()) and "Written" not in answer.out
+    assert answer.code == 0 and "good is the only candidate given, with 0." in " ".join(answer.out.split())
+    assert "so no choice among runs counts" in " ".join(answer.out.split()) and "Written" not in answer.out
     assert not list(tmp_path.rglob("selection.*"))
 
 
@@ -144,6 +144,8 @@ def test_a_sweep_counts_what_it_has_looked_at(upright: Upright, runs: Path, tmp_
     assert found["test_openings"] == {"good": 2, "slow": 1}
     assert "The test split was opened 3 times (good 2, slow 1)." in found["notes"]
     assert any("makes a second validation split of it" in note for note in found["notes"])
+    told = "Some are trials of the sweep 'sweep': give its folder, and M counts all of them."
+    assert told not in found["notes"] and told in upright("select", sweep / "good").out
 
 
 def test_what_cannot_be_chosen_among(upright: Upright, runs: Path, tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
         f"{found.optimism:.4f}); 1 other cannot be told from it; by the variance-aware bound its true accuracy is at "
         f"least {bound:.4f} with 95 % confidence."
     )
-    notes = selection._notes(found, runs, searched=True)
+    notes = selection._notes(found, runs, [Path()])
     assert "By loss a is first (0.1000, accuracy 0.5000)." in notes
     # No p is 0: one that small is only known to be small.
     assert "| <0.001 | no " in selection._markdown(found, notes) and "0.000" not in selection._markdown(found, notes)

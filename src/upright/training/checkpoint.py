@@ -320,18 +320,19 @@ def check_data(
         UprightError: if classes or channels differ; if the split does; or, with data of the user's choice, if the
             images it was trained on are among those it would be judged by.
     """
-    spec, given = ImageSpec.from_dict(ours["spec"]), data.spec
-    if given.classes != spec.classes or given.channels != spec.channels:
-        raise UprightError(
-            f"'{path}' knows {spec.channels} channel(s) and the classes {list(spec.classes)}; "
-            f"the data have {given.channels} and {list(given.classes)}."
-        )
+    check_task(ImageSpec.from_dict(ours["spec"]), data, path)
     if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
         raise UprightError(
             f"The data of '{path}' have changed since it was trained: other images, or other splits. "
             "Restore them, or say with --data what to use."
         )
     check_unseen(ours, data, path, judged_by)
+
+
+def check_task(spec: ImageSpec, data: ImageDataModule, path: str | Path) -> None:
+    """Refuse data of other classes or channels than a model of ``spec``, from ``path``, was made for."""
+    if (data.spec.classes, data.spec.channels) != (spec.classes, spec.channels):
+        raise UprightError(f"'{path}' knows {spec.task}; the data have {data.spec.task}.")
 
 
 def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:

@@ -19,13 +19,22 @@ from upright.images import ImageSpec
 from upright.recipes import Recipe, build
 from upright.runtime.bundle import MANIFEST, SUMS, Bundle
 from upright.runtime.predictor import open_session, run_batch
-from upright.training.checkpoint import KEY, build_data, find_checkpoint, read_checkpoint, read_data, restore
+from upright.training.checkpoint import (
+    KEY,
+    build_data,
+    check_task,
+    find_checkpoint,
+    read_checkpoint,
+    read_data,
+    restore,
+)
 from upright.training.model import Model
 
 Floats = npt.NDArray[np.float64]
 
 PYTORCH = "PyTorch"
 NONE = "it has no spatial transformer"
+FULL = ("fp32",)
 
 
 class Answer(NamedTuple):
@@ -108,7 +117,7 @@ class Group(NamedTuple):
     data: ImageDataModule
 
 
-def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = ("fp32",)) -> Group:
+def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = FULL) -> Group:
     """Load models, and the data that they are judged by: those of the first one.
 
     Args:
@@ -122,12 +131,13 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
     """
     found = [_find(path) for path in paths]
     first = found[0]
+    if tuple(precisions) != FULL and not any(each.bundle for each in found):
+        raise UprightError("--precision says which models of a bundle are judged; none of these is a bundle.")
     for other in found[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UprightError(
-                f"'{other.path}' knows {other.spec.channels} channel(s) and the classes {list(other.spec.classes)}, "
-                f"'{first.path}' {first.spec.channels} and {list(first.spec.classes)}; only models of the same task "
-                "can be compared."
+                f"'{other.path}' knows {other.spec.task}, '{first.path}' {first.spec.task}; only models of the same "
+                "task can be compared."
             )
         if not data and other.digest != first.digest:
             raise UprightError(
@@ -142,11 +152,7 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
             loaded.append(subject)
             continue
         shown = shown or _data_of(each)
-        if (each.spec.classes, each.spec.channels) != (shown.spec.classes, shown.spec.channels):
-            raise UprightError(
-                f"'{each.path}' knows {each.spec.channels} channel(s) and the classes {list(each.spec.classes)}; the "
-                f"data have {shown.spec.channels} and {list(shown.spec.classes)}."
-            )
+        check_task(each.spec, shown, each.path)
         # A bundle does not hold the images that it was made of, but says which split they were.
         unseen = shown.manifest.digest == each.digest
         loaded += [_bundled(each, each.bundle, precision, unseen) for precision in dict.fromkeys(precisions)]

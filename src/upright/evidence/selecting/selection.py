@@ -64,7 +64,7 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     complete = [run for run in found if run.state == "complete"]
     answers = answers_of(complete, read_data(data) if data else None)
     selection = Selection.of(complete, answers, found)
-    notes = _notes(selection, found, searched=bool(sweeps))
+    notes = _notes(selection, found, sweeps)
     text = _markdown(selection, notes)
     print(f"\n{text}", end="")
     if folder:
@@ -191,7 +191,7 @@ class Selection:
         least = max(0.0, first.accuracy - self.bounds[1].empirical_bernstein)
         bound = f"by the variance-aware bound its true accuracy is at least {least:.4f} with 95 % confidence."
         if self.candidates == 1:
-            return f"{first.name} is the only candidate, with {where}: no run was chosen before another; {bound}"
+            return f"{first.name} is the only candidate given, with {where}, so no choice among runs counts; {bound}"
         told = f"{others} other{'s' * (others > 1)} cannot be told from it" if others else "all others are worse"
         return (
             f"{first.name} is first of M={self.candidates} with {where}; having been chosen it is worth about "
@@ -199,7 +199,7 @@ class Selection:
         )
 
 
-def _notes(selection: Selection, looked_at: Sequence[Run], searched: bool) -> list[str]:
+def _notes(selection: Selection, looked_at: Sequence[Run], sweeps: Sequence[Path]) -> list[str]:
     states = [run.state for run in looked_at]
     told = ", ".join(f"{states.count(state)} {text}" for state, text in STATES.items() if state in states)
     notes = [
@@ -207,8 +207,11 @@ def _notes(selection: Selection, looked_at: Sequence[Run], searched: bool) -> li
         f"{selection.bounds[1].models:,} models, and by them the bound goes: a run's best.ckpt is the best of its "
         "epochs on these very images. The optimism is of the choice among those that ended, and of no other."
     ]
-    if searched:
+    if sweeps:
         notes.append("A search that goes by these scores adapts to them, and no count of models covers that.")
+    for folder in sorted({run.folder.resolve().parent for run in looked_at} - {sweep.resolve() for sweep in sweeps}):
+        if is_sweep(folder):
+            notes.append(f"Some are trials of the sweep '{folder.name}': give its folder, and M counts all of them.")
     by_loss = min(selection.ranking, key=lambda each: each.loss)
     if by_loss is not selection.first:
         notes.append(f"By loss {by_loss.name} is first ({by_loss.loss:.4f}, accuracy {by_loss.accuracy:.4f}).")
