@@ -154,6 +154,8 @@ def test_the_page_says_what_is_in_the_json(pair: Path, record: Any) -> None:
     assert f"{100 * run['accuracy']['value']:.2f}" in text and f"{run['calibration']['temperature']:.3f}" in text
     assert "359 images of 10 classes, each in 5 views (-60°, -30°, 0°, +30°, +60°), so 1,795 answers" in text
     assert "these images cannot tell which is better" in text
+    # "Error" alone would be that of the answers.
+    assert "ECE, %" in text and "expected calibration error (ECE) in 15 bins" in text
     for row in run["classes"]:
         assert f"{row['precision']:.4f}" in text and f"{row['f1']:.4f}" in text
 

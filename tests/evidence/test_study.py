@@ -15,6 +15,7 @@ from upright.data.digits import Digits
 from upright.errors import UprightError
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Experiment, Run
+from upright.evidence.plots import panels
 from upright.evidence.studies import uprightness
 from upright.evidence.study import Finding, mean_and_spread, run
 
@@ -132,6 +133,15 @@ def test_one_that_is_stopped_says_how_to_go_on(upright: Upright, monkeypatch: py
     answer = upright("study", "uprightness", "--quick")
     assert answer.code == 130 and "The same command goes on with the runs that have ended in" in answer.err
     assert "checkpoints/study-uprightness-quick.\nupright: stopped." in answer.err
+
+
+def test_ticks_between_powers_of_ten_are_as_small_as_all() -> None:
+    figure, (axis,) = panels(1)
+    axis.set_yscale("log")
+    axis.set_ylim(2, 7)
+    figure.canvas.draw()
+    ticks = (*axis.yaxis.get_minor_ticks(), *axis.yaxis.get_major_ticks())
+    assert {tick.label1.get_fontsize() for tick in ticks} == {8}
 
 
 def test_the_spread_of_one_or_none() -> None:

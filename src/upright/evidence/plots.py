@@ -16,7 +16,7 @@ def panels(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.set_prop_cycle(color=COLOURS)
     return figure, axes
 
