@@ -284,11 +284,16 @@ def test_what_cannot_be_compared_or_read_is_refused(
     other = write_bundle(tmp_path / "other", ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,)), LeNet)
     many = write_bundle(tmp_path / "many", ImageSpec(1, 28, 28, tuple(map(str, range(100))), (0.4,), (0.5,)), LeNet)
     blank = write_bundle(tmp_path / "blank", ImageSpec(1, 28, 28, tuple("0123456789"), (0.4,), (0.5,)), LeNet)
+    split = yaml.safe_load((ROOT / "configs/data/digits.yaml").read_text())
+    split["init_args"]["split_seed"] = 1
+    (tmp_path / "seen.yaml").write_text(yaml.safe_dump(split))
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.ckpt").write_text("x")
     for arguments, text in [
         ([run, other], "knows 1 channel(s) and the classes ['a', 'b'], "),
         ([run, other], "only models of the same task can be compared"),
+        # The option is of other verbs.
+        ([run, "--data", "seen.yaml"], "would mean nothing; give others (fit, validate, test and predict go on with"),
         ([run, many], "'10', '11'] and 88 more, "),
         ([run, blank], "were made of different data, or of different splits of them; --data says by which to judge"),
         ([blank], "does not say what data it was made of; give some with --data"),

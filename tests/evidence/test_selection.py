@@ -172,11 +172,11 @@ def test_what_cannot_be_chosen_among(upright: Upright, runs: Path, tmp_path: Pat
         ([tmp_path / "sweep"], "sweep' has ended; there is nothing to choose among"),
         (
             [runs / "good", retold("letters", spec={"classes": list("abcdefghij")})],
-            "letters with other classes than good: only runs of one validation split can be chosen among",
+            "With other classes than good: letters; only runs of one validation split can be chosen among",
         ),
         (
             [runs / "good", retold("split", split={"hashes": others})],
-            "split with other validation images than good: only runs of one validation split",
+            "With other validation images than good: split; only runs of one validation split",
         ),
         (
             [runs / "good", retold("turned", data={"init_args": own["data"]["init_args"] | {"angles": [0.0]}})],

@@ -223,7 +223,7 @@ def test_images_that_were_trained_on_judge_only_if_told_to(upright: Upright, run
     other_split = ("test", "--ckpt_path", run_folder, "--data.split_seed", 1)
     answer = upright(*other_split)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert re.search(r"\d+ of 359 images in split 'test' .* \(--allow_seen_images: go on\)", answer.err)
+    assert re.search(r"\d+ of 359 images in split 'test' .*; give others \(.* with --allow_seen_images\)", answer.err)
     assert upright(*other_split, "--allow_seen_images").code == 0
     assert json.loads((run_folder / "test.json").read_text())["data"]["init_args"]["split_seed"] == 1
 

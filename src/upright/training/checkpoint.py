@@ -369,5 +369,6 @@ def check_unseen(
         if trained_on.any():
             raise UprightError(
                 f"{int(trained_on.sum())} of {len(trained_on)} images in split '{split}' of these data are images that "
-                f"'{path}' was trained on, so its accuracy there would mean nothing (--allow_seen_images: go on)."
+                f"'{path}' was trained on, so its accuracy there would mean nothing; give others (fit, "
+                "validate, test and predict go on with --allow_seen_images)."
             )

@@ -183,8 +183,8 @@ def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> 
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise UprightError(
-                f"{', '.join(others[:3])}{more} with {what} than {runs[0].name}: only runs of one validation split can "
-                "be chosen among."
+                f"With {what} than {runs[0].name}: {', '.join(others[:3])}{more}; only runs of one validation split "
+                "can be chosen among."
             )
 
 
