@@ -18,7 +18,8 @@ import yaml
 from tests.conftest import CONFIGS, ROOT, Upright
 from upright.errors import UprightError
 from upright.training.space import Range, as_arguments, read_space
-from upright.training.sweep import COMMAND, sweep
+from upright.training.sweep import sweep
+from upright.training.trial import COMMAND
 
 LENET = ROOT / "configs/lenet.yaml"
 FOLDER = Path("checkpoints/try")
@@ -66,7 +67,7 @@ Sweep = Callable[..., int]
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """Sweep with a trial that takes no time: `stub(SPACE | {...}, trials=3, do={"sleep": 1})`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("upright.training.sweep.POLL", 0.02)
+    monkeypatch.setattr("upright.training.search.POLL", 0.02)
     (tmp_path / "stub.py").write_text(STUB)
 
     def run(space: dict[str, Any] = SPACE, do: dict[str, Any] | None = None, **options: Any) -> int:
@@ -263,8 +264,8 @@ def test_time_is_up(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
 
 DRIVER = """
 import sys
-from upright.training import sweep
-sweep.POLL = 0.02
+from upright.training import search, sweep
+search.POLL = 0.02
 sys.exit(sweep.sweep("try.yaml", command=[sys.executable, "-S", "stub.py"], trials=int(sys.argv[1])))
 """
 

@@ -18,6 +18,7 @@ from upright.evidence.bench import Bench, Run, Scale
 from upright.files import write_text
 from upright.training.drawing import save_picture
 from upright.training.process import keep_freed_memory, leave_a_core
+from upright.training.run_folder import ROOT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     keep_freed_memory()
     leave_a_core()
     scale: Scale = "quick" if quick else "full" if full else "standard"
-    folder = Path("checkpoints") / (f"study-{study}" if scale == "standard" else f"study-{study}-{scale}")
+    folder = ROOT / (f"study-{study}" if scale == "standard" else f"study-{study}-{scale}")
     try:
         run(_module(study), folder, seeds, scale)
     except KeyboardInterrupt:

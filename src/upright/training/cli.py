@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
+from upright.training.arguments import replacing_data, value_of, with_own_config
 from upright.training.callbacks import (
     Divergence,
     GradientNorm,
@@ -55,12 +56,12 @@ from upright.training.parser import OneLineParser, user_error
 from upright.training.pictures import RunPictures, draw_transformer
 from upright.training.process import keep_freed_memory, leave_a_core
 from upright.training.resuming import check_resumable, is_done
-from upright.training.run_folder import begun, claimed, is_first_process
+from upright.training.run_folder import ROOT, begun, claimed, is_first_process
 from upright.training.seal import open_test_split
 from upright.training.tracking import Artifacts, agent_run, finish_wandb, wandb_logger
 
 TRAINER_DEFAULTS = {
-    "default_root_dir": "checkpoints",
+    "default_root_dir": str(ROOT),
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
     # Several processes are a choice: they change the batch that the optimiser sees.
@@ -114,7 +115,7 @@ def run(verb: str, arguments: list[str]) -> int:
             if "--no-cache" in arguments:
                 # Last, for data that come after it would replace it.
                 arguments = [*(argument for argument in arguments if argument != "--no-cache"), "--data.cache=none"]
-            UprightCLI(verb, _replacing_data(_with_own_config(verb, arguments, Path(scratch))), held)
+            UprightCLI(verb, replacing_data(with_own_config(verb, arguments, Path(scratch))), held)
         except Interrupted as stop:
             # Whoever started several processes would take the first to end for the one that failed.
             return stop.exit_code if is_first_process() else 0
@@ -130,76 +131,6 @@ def run(verb: str, arguments: list[str]) -> int:
                 time.sleep(10)
             raise
     return 0
-
-
-def _option(arguments: list[str], *flags: str) -> str | None:
-    """The last value of ``--flag value`` or ``--flag=value``, before anything heavy parses them."""
-    found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if argument in flags:
-            found = following
-        elif argument.startswith(tuple(f"{flag}=" for flag in flags)):
-            found = argument.partition("=")[2]
-    return found
-
-
-def _with_own_config(verb: str, arguments: list[str], scratch: Path) -> list[str]:
-    """Put first what a checkpoint or a run's folder says of itself, so that the user's own arguments win."""
-    if {"-h", "--help"} & set(arguments):
-        return arguments
-    path = _option(arguments, "--ckpt_path")
-    if verb == "fit":
-        if path and Path(path).is_dir():
-            # Of a run that goes on, the folder means its last checkpoint.
-            path = str(Path(path) / "last.ckpt")
-            arguments = [*arguments, "--ckpt_path", path]
-        if _option(arguments, "--config", "-c"):
-            return arguments
-        if path in (None, "auto"):
-            raise UprightError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
-        if path in ("last", "best"):
-            folder, where = _run_folder(arguments), []
-        else:
-            folder = Path(path).parent
-            # It goes on where it is, whatever the working directory.
-            where = ["--name", folder.resolve().name, "--trainer.default_root_dir", str(folder.resolve().parent)]
-        if not (folder / "config.yaml").is_file():
-            raise UprightError(f"'{folder}' holds no config.yaml of a run to go on with; give --config.")
-        return ["--config", str(folder / "config.yaml"), *where, *arguments]
-    if path is None:
-        raise UprightError(
-            f"{verb} needs --ckpt_path, for example `upright {verb} --ckpt_path checkpoints/NAME/best.ckpt`."
-        )
-    ours = read_checkpoint(path)[KEY]
-    if ours["model"]["class_path"] != f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}":
-        raise UprightError(
-            f"'{path}' is of a {ours['model']['class_path']}, and the command line knows ImageClassifier only: "
-            "upright.training.checkpoint.restore gives it in Python."
-        )
-    own = {"model": ours["model"]["init_args"]} | ({"data": ours["data"]} if ours["data"] else {})
-    (scratch / "checkpoint.yaml").write_text(yaml.safe_dump(own))
-    return ["--config", str(scratch / "checkpoint.yaml"), *arguments]
-
-
-def _replacing_data(arguments: list[str]) -> list[str]:
-    """Let ``--data FILE`` replace the data that stood before it.
-
-    jsonargparse merges the file into them, and so options of one dataset would leak into another.
-    """
-    replaced = []
-    for position, argument in enumerate(arguments):
-        value = arguments[position + 1] if argument == "--data" and position + 1 < len(arguments) else argument
-        if re.match(r"--data(=|$)", argument) and value.endswith((".yaml", ".yml", ".json")):
-            replaced += ["--data", "null"]
-        replaced.append(argument)
-    return replaced
-
-
-def _run_folder(arguments: list[str]) -> Path:
-    name = _option(arguments, "--name")
-    if name is None:
-        raise UprightError("--ckpt_path last needs to know the run: give --config or --name.")
-    return Path(_option(arguments, "--trainer.default_root_dir") or str(TRAINER_DEFAULTS["default_root_dir"])) / name
 
 
 class UprightCLI(LightningCLI):
@@ -303,10 +234,10 @@ class UprightCLI(LightningCLI):
         # The parser reads an empty name as null.
         # The runs of a W&B sweep have one config, and an id each.
         stems = [f"{_stem(path)}-{agent_run()}" if agent_run() else _stem(path) for path in reversed(configs)]
-        names = (_option(self.arguments, "--name"), self._own("name"), *stems)
+        names = (value_of(self.arguments, "--name"), self._own("name"), *stems)
         self.name = next(name for name in names if name is not None)
         check_name(self.name)
-        self.folder = Path(self._own("trainer").default_root_dir or "checkpoints") / self.name
+        self.folder = Path(self._own("trainer").default_root_dir or ROOT) / self.name
         if is_first_process():
             self.held.enter_context(claimed(self.folder))
         path, auto = self._own("ckpt_path"), self._own("ckpt_path") == "auto"
@@ -322,7 +253,7 @@ class UprightCLI(LightningCLI):
         elif path is not None:
             self.checkpoint = find_checkpoint(path)
         # A run that goes on has its start behind it: the config's is then history, and another one a contradiction.
-        if self.checkpoint and _option(self.arguments, "--start_from"):
+        if self.checkpoint and value_of(self.arguments, "--start_from"):
             raise UprightError(
                 "--start_from begins a run, and --ckpt_path goes on with one that holds its weights: give one of them."
             )
@@ -432,7 +363,7 @@ class UprightCLI(LightningCLI):
         last = self.folder / "last.ckpt"
         if not last.is_file():
             return "upright: stopped before the first step; nothing is left."
-        given = ((option, _option(self.arguments, f"--{option}")) for option in ("wandb", "save_every_n_steps"))
+        given = ((option, value_of(self.arguments, f"--{option}")) for option in ("wandb", "save_every_n_steps"))
         options = "".join(f" --{option} {value}" for option, value in given if value is not None)
         options += " --compile" if self._own("compile") else ""
         step = self.trainer.global_step

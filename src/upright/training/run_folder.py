@@ -12,6 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from upright.errors import UprightError
 
+ROOT = Path("checkpoints")
+"""Where runs are, unless the trainer is told otherwise."""
+
 
 def is_first_process() -> bool:
     """Whether this is the one of several processes that writes; known before there is a trainer."""

@@ -17,6 +17,7 @@ from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page
 from upright.evidence.reporting.subjects import PYTORCH, Subject, open_subjects
 from upright.files import replacing_folder
+from upright.training.run_folder import ROOT
 from upright.training.seal import content_digest, count, count_in_sweep, open_test_split
 
 FORMAT = 1
@@ -50,7 +51,7 @@ def report(
     if images < 1:
         raise UprightError(f"--images must be at least 1, got {images}.")
     group = open_subjects(models, data, precision)
-    target = Path(to) if to else Path("checkpoints") / f"report-{_folder_name(group.subjects)}"
+    target = Path(to) if to else ROOT / f"report-{_folder_name(group.subjects)}"
     _check_target(target, force)
     for subject in group.subjects:
         # A bundle has no run to write it down in.

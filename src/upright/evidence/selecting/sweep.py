@@ -7,6 +7,7 @@ from typing import Any
 from upright.errors import UprightError
 from upright.evidence.selecting.selection import select
 from upright.training import sweep as search
+from upright.training.run_folder import ROOT
 
 
 def sweep(space: str, name: str | None = None, **options: Any) -> int:
@@ -23,7 +24,7 @@ def sweep(space: str, name: str | None = None, **options: Any) -> int:
     code = search.sweep(space, name=name, **options)
     if code == 0:
         try:
-            select([str(search.ROOT / (name or Path(space).stem))])
+            select([str(ROOT / (name or Path(space).stem))])
         except UprightError as error:
             print(f"Note: what the best is worth is not known: {error}", file=sys.stderr)
     return code

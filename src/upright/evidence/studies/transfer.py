@@ -3,8 +3,8 @@
 Protocol: a ResNet-14 of width 8 learns the digits 0 to 4 of MNIST (27,500 images, 3 epochs). Its target are the digits
 5 to 9, none of which it has seen, of 20, 100, 500 and 2,500 training images: from scratch; fine-tuned, all at one
 learning rate; fine-tuned, the body at a tenth of the rate; and with a frozen body, the head alone. All have the same
-number of steps (about 300, batches of at most 32) and one schedule; a second of validation picks the checkpoint. The
-test images are those of 5 to 9.
+number of steps (about 300, batches of at most 32) and one schedule; a tenth of the digits 5 to 9 is for validation,
+which picks the checkpoint, after every epoch or at 20 to 24 of them. The test images are those of 5 to 9.
 
 It holds if at every target size the best way of fine-tuning has the higher mean accuracy than the training from
 scratch, and its lead is greater at the smallest size than at the largest.
@@ -76,6 +76,7 @@ class SecondDigits(Half):
     whole, chosen = Digits, tuple(range(5, 10))
 
 
+TIMES = 20
 WAYS: dict[str, dict[str, Any]] = {
     "from scratch": {},
     "fine-tuned": {"callbacks": ()},
@@ -94,12 +95,17 @@ def run(bench: Bench) -> Finding:
     common: dict[str, Any] = {"val_fraction": 0.1}
     larger = bench.train({"source": Experiment(body, partial(first, batch_size=128, **common), bench.choose(1, 3))})
 
+    def epochs(size: int) -> int:
+        return max(round(bench.choose(4, 300) * min(32, size) / size), 1)
+
+    def every(size: int) -> int:
+        return max(epochs(size) // TIMES, 1)
+
     def target(size: int, way: str, seed: int) -> Experiment:
-        batch = min(32, size)
-        data = partial(second, batch_size=batch, train_fraction=size / available, **common)
+        data = partial(second, batch_size=min(32, size), train_fraction=size / available, **common)
         start = () if way == "from scratch" else ("--start_from", str(larger["source"][seed].folder / "best.ckpt"))
-        epochs = round(bench.choose(4, 300) * batch / size)
-        return Experiment(body, data, max(epochs, 1), options=start, **WAYS[way])
+        seen = ("--trainer.check_val_every_n_epoch", str(every(size)))
+        return Experiment(body, data, epochs(size), options=(*start, *seen), **WAYS[way])
 
     names = {(size, way): f"{way.replace(', ', '_').replace(' ', '_')}_{size}" for size in sizes for way in ways}
     runs = bench.train({name: partial(target, *key) for key, name in names.items()})
@@ -119,7 +125,7 @@ def run(bench: Bench) -> Finding:
     for way in ways:
         draw_band(axes[0], sizes, list(zip(*(accuracy[size, way] for size in sizes), strict=True)), way)
         curves = [each.column("val/accuracy") for each in runs[names[shown, way]]]
-        draw_band(axes[1], range(1, len(curves[0]) + 1), curves, way)
+        draw_band(axes[1], range(every(shown), epochs(shown) + 1, every(shown)), curves, way)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("training images of the target", fontsize=9)
     axes[0].set_ylabel("test accuracy", fontsize=9)
