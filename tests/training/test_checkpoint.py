@@ -126,7 +126,7 @@ def test_data_of_other_classes_are_an_error(run_folder: Path, tmp_path: Path) ->
     for name in ("a", "b"):
         (tmp_path / "x" / name).mkdir(parents=True)
         Image.new("L", (9, 9)).save(tmp_path / "x" / name / "0.png")
-    with pytest.raises(UprightError, match=r"1 channel.* the data have 1 and \['a', 'b'\]"):
+    with pytest.raises(UprightError, match=r"1 channel.* the data have 1 channel.*\['a', 'b'\]"):
         restore(run_folder, data=Folder(root=str(tmp_path / "x"), channels=1))
 
 
