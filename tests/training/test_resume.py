@@ -185,7 +185,7 @@ def test_campaign(tmp_path: Path, series: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_campaign_at_any_moment(folder: Path) -> None:
-    options, draw = ("--save_every_n_steps", 1, "--trainer.max_epochs", 60), random.Random(0)
+    options, draw = ("--save_every_n_steps", 1, "--trainer.max_epochs", 120), random.Random(0)
     finished(folder, "whole", *options)
     kills = 0
     for _ in range(10):
