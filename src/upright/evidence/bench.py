@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -31,6 +31,7 @@ from upright.training.schedules import OneCycle
 Scale = Literal["quick", "standard", "full"]
 Made = TypeVar("Made")
 Value = TypeVar("Value")
+Key = TypeVar("Key")
 
 
 class Experiment(NamedTuple):
@@ -145,6 +146,13 @@ class Bench:
         for (variant, _), run in zip(names, runs, strict=True):
             found[variant].append(run)
         return found
+
+    def losses_and_accuracies(
+        self, runs: Mapping[Key, Sequence[Run]], split: str
+    ) -> dict[Key, list[tuple[float, float]]]:
+        """`Run.loss_and_accuracy` of every run, in the groups that they are in."""
+        found = iter(self.map(Run.loss_and_accuracy, [(run, split) for each in runs.values() for run in each]))
+        return {key: [next(found) for _ in each] for key, each in runs.items()}
 
     def map(self, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]]) -> list[Made]:
         """The function of each of the arguments, in their order, a process for every core unless it must be quick."""

@@ -179,10 +179,10 @@ def brief(metrics: Mapping[str, float]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``metrics.csv``; none where there is no such file."""
+    """The rows of a table such as ``metrics.csv``; none where there is no such file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -14,11 +14,18 @@ from upright.errors import UprightError
 
 ROOT = Path("checkpoints")
 """Where runs are, unless the trainer is told otherwise."""
+SWEEP = "sweep.yaml"
+"""In a sweep's folder: what is searched."""
 
 
 def is_first_process() -> bool:
     """Whether this is the one of several processes that writes; known before there is a trainer."""
     return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether `upright sweep` made it."""
+    return (folder / SWEEP).is_file()
 
 
 @contextmanager

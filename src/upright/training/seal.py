@@ -16,7 +16,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.checkpoint import file_hash
-from upright.training.run_folder import locked
+from upright.training.run_folder import is_sweep, locked
 
 FILE = "test_openings.jsonl"
 """In the run's folder: a line per opening, with date (UTC), checkpoint and its SHA-256, split, and what opened it."""
@@ -77,7 +77,7 @@ def count(folder: Path, test_split: str) -> int:
 
 def count_in_sweep(folder: Path, test_split: str) -> dict[str, int]:
     """How often it was opened, by trial, for those for which it was; empty if ``folder`` is no sweep's."""
-    trials = sorted(folder.iterdir()) if (folder / "sweep.yaml").is_file() else []
+    trials = sorted(folder.iterdir()) if is_sweep(folder) else []
     return {trial.name: times for trial in trials if (times := count(trial, test_split))}
 
 

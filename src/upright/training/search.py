@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from upright.errors import UprightError, nearest
 from upright.files import write_text
+from upright.training.callbacks import read_rows
 from upright.training.checkpoint import KEY, read_checkpoint
 from upright.training.run_folder import locked
 from upright.training.space import Space, as_arguments
@@ -139,10 +140,7 @@ class Search:
 
     def _metrics(self, folder: Path) -> Iterator[tuple[int, float]]:
         """The metric after every epoch so far that was validated."""
-        path = folder / "metrics.csv"
-        if not path.is_file():
-            return
-        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        for row in read_rows(folder / "metrics.csv"):
             names = [name for name in row if name.startswith("val/")]
             if names and self.space.metric not in names:
                 raise UprightError(

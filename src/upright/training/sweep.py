@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial
 from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.checkpoint import check_name, read_yaml
-from upright.training.run_folder import ROOT, locked
+from upright.training.run_folder import ROOT, SWEEP, locked
 from upright.training.search import Search, try_again
 from upright.training.space import Space, differences, read_space, refuse_reserved
 from upright.training.trial import COMMAND
@@ -145,7 +145,7 @@ class SeededTPE(BaseSampler):
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Make the sweep's folder, with ``sweep.yaml``, or see that it is this sweep's."""
-    path = folder / "sweep.yaml"
+    path = folder / SWEEP
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two that start at once: one makes it, and the other must not come between folder and file.
     with locked(folder.with_name(f".{folder.name}.claim")):

@@ -1,6 +1,5 @@
 """Which runs a choice was made among, and how each of them answers the validation split that it was made by."""
 
-import csv
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from upright.errors import UprightError
 from upright.files import replacing_file
 from upright.training.callbacks import read_rows
 from upright.training.checkpoint import KEY, Restored, check_data, check_exists, file_hash, read_checkpoint, restore
-from upright.training.run_folder import locked
+from upright.training.run_folder import is_sweep, locked
 from upright.training.seal import content_digest
 
 ANSWERS = "val_predictions.npz"
@@ -73,11 +72,6 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
     return [run if names.count(run.name) == 1 else run._replace(name=str(run.folder)) for run in found.values()]
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether `upright sweep` made it."""
-    return (folder / "sweep.yaml").is_file()
-
-
 def _trials(folder: Path) -> Iterator[Run]:
     """All that gave a score, on whatever machine; what was stopped and tried again counts once."""
     here = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/trial.json"))}
@@ -86,8 +80,7 @@ def _trials(folder: Path) -> Iterator[Run]:
         if trial["state"] in ENDED and epochs:
             gone = trial["state"] == "complete" and not (folder / name / "best.ckpt").is_file()
             yield Run(name, folder / name, "elsewhere" if gone else trial["state"], epochs)
-    table = folder / "trials.csv"
-    for row in csv.DictReader(table.read_text().splitlines()) if table.is_file() else ():
+    for row in read_rows(folder / "trials.csv"):
         name = Path(row["folder"]).name
         if row["state"] in ENDED and name not in here:
             yield Run(name, folder / name, "elsewhere", 1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from upright.errors import UprightError
-from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs, is_sweep
+from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs
 from upright.evidence.selecting.optimism import (
     DELTA,
     empirical_bernstein,
@@ -27,7 +27,7 @@ from upright.files import write_text
 from upright.training.checkpoint import read_data
 from upright.training.drawing import save_picture
 from upright.training.process import leave_a_core
-from upright.training.run_folder import locked
+from upright.training.run_folder import is_sweep, locked
 from upright.training.seal import count
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from functools import partial
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
-from upright.evidence.bench import Bench, Experiment, Run
+from upright.evidence.bench import Bench, Experiment
 from upright.evidence.plots import draw_band, panels
 from upright.evidence.study import Finding, mean_and_spread, values
 
@@ -38,8 +38,7 @@ def run(bench: Bench) -> Finding:
         for width in widths
     }
     runs = dict(zip(widths, bench.train(variants).values(), strict=True))
-    trained = iter(bench.map(Run.loss_and_accuracy, [(run, "train") for each in runs.values() for run in each]))
-    scores = {width: [next(trained) for _ in runs[width]] for width in widths}
+    scores = bench.losses_and_accuracies(runs, "train")
     losses = {
         "training": {width: [loss for loss, _ in scores[width]] for width in widths},
         "validation": {width: [run.column("val/loss")[-1] for run in runs[width]] for width in widths},

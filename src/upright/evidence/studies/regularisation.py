@@ -16,7 +16,7 @@ from functools import partial
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
-from upright.evidence.bench import Bench, Experiment, Run
+from upright.evidence.bench import Bench, Experiment
 from upright.evidence.plots import draw_points, panels
 from upright.evidence.study import Finding, mean_and_spread, values
 
@@ -41,9 +41,9 @@ def run(bench: Bench) -> Finding:
     variants |= {f"decay {decay}": variant(decay=decay) for decay in bench.choose(DECAYS[1:2], DECAYS)}
     variants |= {f"dropout {share}": variant(dropout=share) for share in bench.choose(DROPOUTS[1:2], DROPOUTS)}
     runs = bench.train(variants)
-    trained = iter(bench.map(Run.loss_and_accuracy, [(run, "train") for each in runs.values() for run in each]))
+    trained = bench.losses_and_accuracies(runs, "train")
     losses = {
-        "train": {name: [next(trained)[0] for _ in runs[name]] for name in runs},
+        "train": {name: [loss for loss, _ in trained[name]] for name in runs},
         "val": {name: [run.column("val/loss")[-1] for run in runs[name]] for name in runs},
     }
     gap = {
