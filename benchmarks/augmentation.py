@@ -74,7 +74,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
 def usual(size: int) -> Callable[[Image.Image], Tensor]:
     """As most people write it."""
     bilinear = transforms.InterpolationMode.BILINEAR
-    return transforms.Compose(
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
             transforms.RandomAffine(ROTATE, (SHIFT, SHIFT), SCALE, interpolation=bilinear),
             transforms.RandomHorizontalFlip(FLIP),
@@ -82,6 +82,7 @@ def usual(size: int) -> Callable[[Image.Image], Tensor]:
             transforms.ToTensor(),
         ]
     )
+    return composed
 
 
 class Lean:

@@ -53,7 +53,7 @@ def photographs(folder: Path, count: int) -> None:
 def milliseconds(work: Callable[[], object], least: float = 2.0) -> float:
     """Of one call, the median of at least two seconds of calls."""
     work()
-    times = []
+    times: list[float] = []
     while sum(times) < least:
         start = time.perf_counter()
         work()

@@ -46,7 +46,8 @@ def main() -> None:
     print("| recipe | test accuracy | uprightness | minutes |\n|---|---|---|---|")
     for name in names:
         runs = [measure(name, seed) for seed in range(options.seeds)]
-        cells = [mean_and_spread(runs, "test/accuracy", 4), mean_and_spread(runs, "test/uprightness", 3)]
+        columns = {"test/accuracy": 4, "test/uprightness": 3}
+        cells = [mean_and_spread([run[c] for run in runs if c in run], digits) for c, digits in columns.items()]
         minutes = statistics.median(run["minutes"] for run in runs)
         print("|", " | ".join([name, *cells, f"{minutes:.1f}"]), "|", flush=True)
 

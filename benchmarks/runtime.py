@@ -73,6 +73,7 @@ def write_bare(model: Model, path: Path) -> None:
             dynamic_shapes=[{0: torch.export.Dim.DYNAMIC}],
             verbose=False,
         )
+    assert program is not None
     program.save(path)
 
 
@@ -85,7 +86,7 @@ def eager(module: nn.Module, images: Tensor) -> Callable[[], object]:
     """One run in PyTorch."""
 
     @torch.inference_mode()
-    def run() -> Tensor:
+    def run() -> object:
         return module(images)
 
     return run

@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
@@ -90,12 +91,14 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
+        assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.send()
 
     def send(self) -> None:
         """Once more."""
-        self.got, self.length, self.start = b"", None, time.perf_counter()
+        self.got, self.start = b"", time.perf_counter()
+        self.length: int | None = None
         self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
@@ -147,12 +150,12 @@ def bare(bundle: Path, threads: int, batch: int, seconds: float) -> dict[str, fl
     return {"images_per_s": count / (time.perf_counter() - start), "cpu": 1e6 * (time.process_time() - cpu) / count}
 
 
-def alone(*arguments: object, stdin: bytes = b"") -> dict[str, object]:
+def alone(*arguments: object, stdin: bytes = b"") -> dict[str, Any]:
     """Run this file in a process of its own."""
     done = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)], input=stdin, capture_output=True, check=True
     )
-    found: dict[str, object] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -184,6 +187,7 @@ def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None
     command = [sys.executable, "-m", "upright", "serve", str(bundle), "--port", "0", "--threads", str(known.threads)]
     command += ["--max-queue", "1024"]
     server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
+    assert server.stdout
     address = json.loads(server.stdout.readline())["address"]
     port = address.rpartition(":")[2]
     # It logs as it does for everybody; somebody must read it.

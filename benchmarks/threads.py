@@ -11,9 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import joblib
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from upright.architectures.lenet import LeNet
@@ -24,7 +26,7 @@ from upright.images import ImageSpec
 from upright.training.model import Model
 from upright.training.process import keep_freed_memory
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "LeNet": LeNet,
     "transformer and LeNet": lambda *shape: TransformerNetwork(*shape, transformer=SpatialTransformer, network=LeNet),
     "ResNet-14 of width 8": lambda *shape: SmallResNet(*shape, depth=14, width=8),
@@ -86,10 +88,10 @@ def main() -> None:
                     found.setdefault((threads, busy), []).append(rate)
         full = statistics.median(found[cores, False])
         for threads in counts:
-            quiet, busy = (statistics.median(found[threads, kind]) / full for kind in (False, True))
+            alone, beside = (statistics.median(found[threads, kind]) / full for kind in (False, True))
             least, greatest = (kind(found[threads, True]) / full for kind in (min, max))
             print(
-                f"| {network} | {threads} | {quiet:.2f} | **{busy:.2f}** | {least:.2f} | {greatest:.2f} |", flush=True
+                f"| {network} | {threads} | {alone:.2f} | **{beside:.2f}** | {least:.2f} | {greatest:.2f} |", flush=True
             )
 
 

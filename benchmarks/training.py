@@ -292,6 +292,8 @@ def main() -> None:
     ):
         for what in whats if options.only in (None, name) else ():
             torch.manual_seed(0)
+            network: nn.Module
+            config: dict[str, Any]
             if name == "lenet":
                 network, config = LeNet(shape, 10), {"class_path": "upright.architectures.lenet.LeNet"}
             elif name == "resnet":

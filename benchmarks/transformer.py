@@ -52,6 +52,7 @@ def session(block: nn.Module, path: Path, size: int, threads: int) -> onnxruntim
             dynamic_shapes=[{0: torch.export.Dim.DYNAMIC}],
             verbose=False,
         )
+    assert program is not None
     program.save(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3

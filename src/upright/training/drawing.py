@@ -227,15 +227,22 @@ def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
     panels = {panel: [name for name in lines if name in names] for panel, lines in panels.items()}
     panels = {panel: lines for panel, lines in panels.items() if lines}
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
-    figure = Figure(figsize=(4.2 * columns, 3 * -(-len(panels) // columns) + 0.3), dpi=100, layout="constrained")
+    lines_of_panels = -(-len(panels) // columns)
+    wide, high = 3.5, 2.4
+    figure = Figure(figsize=((wide + 0.7) * columns, (high + 0.6) * lines_of_panels + 0.3), dpi=100)
     figure.suptitle(title, fontsize=10)
-    axes = list(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat)
+    axes = list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
+    # Room for labels and titles, in inches: a layout that finds it by itself draws everything twice.
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(0.6 / width, 0.3 / height, 1 - 0.15 / width, 1 - 0.6 / height, 0.7 / wide, 0.6 / high)
     for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
         for name in lines:
             points = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="." if len(points) < 15 else "")
         axis.set_title(panel, fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.ticklabel_format(axis="y", scilimits=(-2, 4))
+        axis.yaxis.get_offset_text().set_size(8)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if len(lines) > 1:
