@@ -17,3 +17,9 @@ The map, in the order of the imports (each part knows only those above it):
     evidence      studies: one textbook claim each, measured
     cli, demo     the verbs, and the verbs one after the other
 """
+
+import os
+
+# Since 1.29 onnxruntime tells Microsoft of every session, the file's name included, unless this is set before it
+# starts; ORT_DISABLE_TELEMETRY=0 lets it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

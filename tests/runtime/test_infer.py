@@ -283,3 +283,14 @@ def test_a_bar_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         infer_module.Progress(4).step()
         assert quiet.getvalue() == ""
         monkeypatch.setattr("sys.stdout", io.StringIO())
+
+
+@pytest.mark.parametrize("told", [{}, {"ORT_DISABLE_TELEMETRY": "0"}])
+def test_onnxruntime_tells_nobody_unless_told_to(told: dict[str, str], bundle: Path, tmp_path: Path) -> None:
+    # Where it may, it begins with an identifier in the home; never where it sees a variable of continuous integration.
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    home = tmp_path / "home"
+    home.mkdir()
+    command = [sys.executable, "-m", "upright", "infer", str(bundle), str(bundle / "samples/00.png")]
+    subprocess.run(command, env=environment | told | {"HOME": str(home)}, capture_output=True, check=True)
+    assert bool(list(home.rglob("deviceid"))) == bool(told)

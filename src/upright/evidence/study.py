@@ -54,9 +54,12 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
         full: for longer than half an hour, where a study has more to show.
 
     Raises:
-        UprightError: if there is no such study, or too few seeds to say anything of their spread.
+        UprightError: if there is no such study, if none is named where one must be, or if there are too few seeds to
+            say anything of their spread.
     """
     names = [module.name for module in pkgutil.iter_modules(studies.__path__)]
+    if study is None and (quick or full):
+        raise UprightError(f"--{'quick' if quick else 'full'} needs a study's name: one of {', '.join(names)}.")
     if study is None:
         for name in names:
             print(f"  {name:<15} {claim_and_protocol(_module(name))[0]}")
