@@ -1,6 +1,8 @@
 """What many tests need: the checkout, a command line, one small trained run and its bundle."""
 
+import io
 import os
+import pickle
 import shutil
 import sys
 import warnings
@@ -46,6 +48,40 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["UPRIGHT_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graphs() -> Iterator[None]:
+    """`export` traces a model in a form once; what a test exports again is mostly the run that all have."""
+    import torch
+
+    from upright.exporting import export
+    from upright.exporting.graph import Form
+    from upright.training.model import Model
+
+    class ByContent(pickle.Pickler):
+        def persistent_id(self, given: object) -> object:
+            if isinstance(given, torch.Tensor):
+                return given.dtype, given.shape, given.detach().numpy().tobytes()
+            return None
+
+    written: dict[bytes, bytes] = {}
+    write_graph = export.write_graph
+
+    def write_once(model: Model, path: Path, form: Form) -> None:
+        content = io.BytesIO()
+        try:
+            ByContent(content).dump((model, form))
+        except (pickle.PicklingError, AttributeError):  # of a class that a test made
+            return write_graph(model, path, form)
+        if content.getvalue() not in written:
+            write_graph(model, path, form)
+            written[content.getvalue()] = path.read_bytes()
+        path.write_bytes(written[content.getvalue()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "write_graph", write_once)
+        yield
 
 
 @pytest.fixture

@@ -52,7 +52,9 @@ NETWORKS = [
     Variant("alexnet-paper-start", A + "alexnet.AlexNet", ALEXNET | {"paper_start": True}, GREY),
     Variant("vgg", A + "vgg.VGG", {"depth": 11, "widths": [8, 12, 16, 16], "units": [32, 32], "dropout": 0.0}, GREY),
     Variant("vgg-13", A + "vgg.VGG", {"depth": 13, "widths": [8, 8, 8, 8], "units": [32, 32], "dropout": 0.0}, GREY),
-    Variant("vgg-19", A + "vgg.VGG", {"depth": 19, "widths": [8] * 5, "units": [32, 32], "dropout": 0.0}, RGB),
+    Variant(
+        "vgg-19", A + "vgg.VGG", {"depth": 19, "widths": [8] * 5, "units": [32, 32], "dropout": 0.0}, RGB, slow=True
+    ),
     Variant(
         "vgg-16-batch-norm",
         A + "vgg.VGG",
@@ -75,7 +77,7 @@ NETWORKS = [
     Variant("resnet-18", A + "resnet.ResNet", {"widths": [8, 8, 16, 16]}, RGB),
     Variant("resnet-50-small", A + "resnet.ResNet", {"depth": 50, "widths": [4, 4], "stem": "small"}, GREY),
     Variant("resnet-18-plain", A + "resnet.ResNet", {"widths": [8, 16], "shortcuts": False, "stem": "small"}, GREY),
-    Variant("resnet-34", A + "resnet.ResNet", {"depth": 34, "widths": [4, 4, 8, 8]}, RGB),
+    Variant("resnet-34", A + "resnet.ResNet", {"depth": 34, "widths": [4, 4, 8, 8]}, RGB, slow=True),
     Variant("resnet-101", A + "resnet.ResNet", {"depth": 101, "widths": [8, 8, 16, 16]}, RGB, slow=True),
     Variant("small-resnet-20", A + "resnet.SmallResNet", {"width": 4}, RGB),
     Variant("small-resnet-110", A + "resnet.SmallResNet", {"depth": 110, "width": 4}, RGB, slow=True),

@@ -21,8 +21,11 @@ from upright.runtime.predictor import open_session, run_batch
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import head
 
-# Three seconds and more; their layers are those of others.
-LONG = re.compile("inception|googlenet$|googlenet-batch|resnet-34|resnet-50|vgg-1[69]|nin$")
+# Their layers are those of others.
+LONG = re.compile(
+    "inception|googlenet$|googlenet-batch|resnet-34|resnet-50|resnet-18-plain|small-resnet-20|vgg-1|nin$|alexnet-i"
+    "|alexnet-paper|mlp-|lenet-|lstm-pixels|transformer-(nearest|inside-resnet|two|before|translation|affine-dense)"
+)
 CASES = [
     pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow or LONG.match(case.name) else [])
     for case in VARIANTS

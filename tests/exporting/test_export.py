@@ -124,7 +124,7 @@ def test_outputs_need_a_transformer(upright: Upright) -> None:
         partial(SmallResNet, depth=8, width=4),
         partial(ResNet, widths=(4, 8), stem="small"),
         partial(NiN, widths=(8, 8, 8), stem=(5, 1, 2)),
-        partial(GoogLeNet, width=0.1, batch_norm=True),
+        pytest.param(partial(GoogLeNet, width=0.1, batch_norm=True), id="GoogLeNet", marks=pytest.mark.slow),
         pytest.param(partial(InceptionV3, width=0.1), id="InceptionV3", marks=pytest.mark.slow),
         pytest.param(partial(InceptionV4, width=0.1, blocks=(1, 1, 1)), id="InceptionV4", marks=pytest.mark.slow),
         pytest.param(partial(InceptionResNetV2, width=0.1, blocks=(1, 1, 2)), id="Residual", marks=pytest.mark.slow),

@@ -516,6 +516,7 @@ def test_a_start_that_is_none_leaves_nothing(
 FREEZE = "[{class_path: own.Kill}, {class_path: upright.training.finetuning.Freeze, init_args: %s}]"
 
 
+@pytest.mark.slow
 def test_a_frozen_run_that_is_killed_ends_as_one_that_was_not(first: Path, tmp_path: Path) -> None:
     freeze = FREEZE % "{until_epoch: 2, lr_factor: 0.1}"
     options = (*FROM, "--data.classes", "789", "--data.batch_size", "32", "--trainer.max_epochs", "3")
@@ -541,6 +542,7 @@ def test_a_resumed_run_keeps_the_rate_of_its_body(upright: Upright, first: Path)
         assert f"was trained with an lr_factor of 0.1 for the body and cannot go on with {given}" in answer.err
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_a_body_that_waits(first: Path, tmp_path: Path) -> None:
     callbacks = (FREEZE % "{until_epoch: 1}").replace("own.Kill", "own.Agree")
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")

@@ -69,7 +69,7 @@ def group(arguments: list[str], folder: Path, **more: str) -> subprocess.Popen[s
     )
 
 
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ctrl_c_stops_all_of_them_at_one_step(folder: Path, launcher: str) -> None:
     options = (*TWO[:-1], 200, "--save_every_n_steps", 1)
     arguments = command("a", *options)
