@@ -1,14 +1,14 @@
 """On the distorted digits of its paper a spatial transformer errs less than a CNN, and least with the upright loss.
 
-Protocol: the tasks R, RTS and TC of Jaderberg et al. 2015 (with ``--full`` P and E too), made from MNIST anew at every
-step. LeNet (ReLU, maxima) alone, behind an affine transformer, behind a thin-plate spline (4 x 4), and behind what the
-task asks for (R rotation, RTS similarity, P projective, E thin-plate, TC attention) with the upright loss (weight 2).
-Where the paper halves the size behind its transformer (RTS, TC), so is it here. 58,800 training images, 2 epochs:
-117,600 images seen. AdamW at 0.003, one cycle, label smoothing 0.1; 57,690 to 107,786 parameters (TC: 103,737 to
-104,694, and 290,186 for the CNN, which is shown the whole). Each of the 10,000 test digits is distorted 3 times, the
-same way for all. With ``--full`` the last of the four is trained once more on every task, "for longer": 65 epochs, 3.8
-million images, a tenth of the paper's 38.4 million, with 16 and 64 maps and 200 and 100 units in LeNet and 16 maps in
-the localiser (378,895 to 399,441 parameters, as the paper's 400,000; RTS: 182,386).
+Protocol: the tasks R, RTS, TC, P and E of Jaderberg et al. 2015, made from MNIST anew at every step. LeNet (ReLU,
+maxima) alone, behind an affine transformer, behind a thin-plate spline (4 x 4), and behind what the task asks for (R
+rotation, RTS similarity, P projective, E thin-plate, TC attention) with the upright loss (weight 2). Where the paper
+halves the size behind its transformer (RTS, TC), so is it here. 58,800 training images, 2 epochs: 117,600 images seen.
+AdamW at 0.003, one cycle, label smoothing 0.1; 57,690 to 107,786 parameters (TC: 103,737 to 104,694, and 290,186 for
+the CNN, which is shown the whole). Each of the 10,000 test digits is distorted 3 times, the same way for all. With
+``--full`` the last of the four is trained once more on every task, "for longer": 65 epochs, 3.8 million images, a tenth
+of the paper's 38.4 million, with 16 and 64 maps and 200 and 100 units in LeNet and 16 maps in the localiser (378,895 to
+399,441 parameters, as the paper's 400,000; RTS: 182,386).
 
 It holds if on every task the mean error over seeds of every transformer is below that of the CNN, and that of the one
 with the upright loss is the least of the four. The published errors (best of the paper's networks, mean of 3 runs) are
@@ -84,7 +84,7 @@ def experiments(task: Task, data: Callable[[], ImageDataModule], epochs: int) ->
 
 def run(bench: Bench) -> Finding:
     """Train the networks on every task."""
-    tasks: tuple[Task, ...] = bench.choose(("R",), ("R", "RTS", "TC"), ("R", "RTS", "TC", "P", "E"))
+    tasks: tuple[Task, ...] = bench.choose(("R",), ("R", "RTS", "TC", "P", "E"))
     titles = bench.choose(TITLES, TITLES, TITLES | LONGER)
     made = bench.choose(digits, mnist)
     each = {task: experiments(task, made(task), bench.choose(1, 2)) for task in tasks}
