@@ -7,7 +7,6 @@ tests the best checkpoint, and prints a table. What is there already is not trai
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 
 from upright.evidence.study import mean_and_spread
+from upright.training.callbacks import read_rows
 
 FOLDER = Path("checkpoints/recipes")
 UPRIGHT = [sys.executable, "-m", "upright"]
@@ -28,8 +28,7 @@ def measure(name: str, seed: int) -> dict[str, float]:
         config = ["--config", f"configs/{name}.yaml", "--seed_everything", str(seed)]
         subprocess.run([*UPRIGHT, "fit", *config, *where], check=True, stdout=subprocess.DEVNULL)
         subprocess.run([*UPRIGHT, "test", "--ckpt_path", str(run / "best.ckpt")], check=True, stdout=subprocess.DEVNULL)
-    with open(run / "metrics.csv", newline="") as file:
-        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    seconds = sum(float(row["seconds"]) for row in read_rows(run / "metrics.csv"))
     metrics: dict[str, float] = json.loads((run / "test.json").read_text())["metrics"]
     return metrics | {"minutes": seconds / 60}
 

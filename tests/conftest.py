@@ -74,10 +74,11 @@ def graphs() -> Iterator[None]:
             ByContent(content).dump((model, form))
         except (pickle.PicklingError, AttributeError):  # of a class that a test made
             return write_graph(model, path, form)
-        if content.getvalue() not in written:
+        key = content.getvalue()
+        if key not in written:
             write_graph(model, path, form)
-            written[content.getvalue()] = path.read_bytes()
-        path.write_bytes(written[content.getvalue()])
+            written[key] = path.read_bytes()
+        path.write_bytes(written[key])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "write_graph", write_once)
