@@ -332,13 +332,17 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+ARGS = "--model.network.init_args"
 BAD = [
     (("fit",), "fit needs an experiment, for example"),
     (("fit", "--config", "nope.yaml"), "File does not exist"),
     (("fit", "--config", STN, "--foo", 1), "unknown option '--foo'"),
     (("fit", "--config", STN, "--trainer.max_epochz", 1), "Did you mean 'trainer.max_epochs'?"),
     (("fit", "--config", STN, "--trainer.max_epochs", "x"), "trainer.max_epochs: expected int or null, got x"),
-    (("fit", "--config", STN, "--model.network.init_args.netwrk", 1), "'netwrk'. Did you mean 'network'?"),
+    (("fit", "--config", LENET, f"{ARGS}.widths", "[16, 48]"), "widths: expected list with 4 elements, got [16, 48]\n"),
+    (("fit", "--config", LENET, f"{ARGS}.widths", "{a: 1}"), "widths: expected list, got {'a': 1}\n"),
+    (("fit", "--config", LENET, "--data.augment", "[3]"), "expected import path or a subclass spec, got 3\n"),
+    (("fit", "--config", STN, f"{ARGS}.netwrk", 1), "'netwrk'. Did you mean 'network'?"),
     (("fit", "--config", STN, "--model.network", "upright.architectures.lenet.LeNut"), "Did you mean 'LeNet'?"),
     (("fit", "--config", STN, "--model.network", "upright.architectures.lenut.LeNet"), "Did you mean 'lenet'?"),
     (("fit", "--config", STN, "--model.network", "own.LeNet"), "no module named 'own'. Is the file in the working"),

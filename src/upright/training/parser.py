@@ -62,8 +62,13 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if match := re.search(r"No module named '([^']+)'", message):
         return f"no module named '{match[1]}'. Is the file in the working directory, or the package installed?"
     if expected := dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)):
-        kinds = [re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]", r"\1\2", kind) for kind in expected]
-        value = re.search(r"Got value: (\S+)|Given value: (.+)", message)
-        given = f", got {value[1] or value[2]}" if value else ""
-        return f"expected {' or '.join(kinds).replace('NoneType', 'null')}{given}"
+        kinds = " or ".join(
+            re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]|, but got .*", r"\1\2", kind) for kind in expected
+        )
+        value = re.search(r"(?:Got|Given) value: (.+)", message)
+        given = f", got {value[1][:200]}" if value else ""
+        # As YAML calls them.
+        for python, yaml in {"NoneType": "null", "collections.abc.Sequence": "list", "tuple": "list"}.items():
+            kinds = kinds.replace(python, yaml)
+        return f"expected {kinds}{given}"
     return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]
