@@ -36,6 +36,8 @@ def upright_loss(first: Tensor, second: Tensor, points: Tensor, aspect: float = 
     1 - cos(angle) when one is the other turned by an angle. So nothing is gained by shrinking both to a point;
     something is lost by shrinking one, which a transformer that is not sure of the angle would else do; and nothing is
     gained by looking from afar, where a shift would seem small, for the spread counts no more than that of ``points``.
+    An image counts at most 2, what a half turn costs: what lies near a projective horizon is arbitrarily far away, and
+    one image in a hundred would outweigh all the others.
 
     Args:
         first: where output points lie in the undistorted images, for one view.
@@ -46,9 +48,9 @@ def upright_loss(first: Tensor, second: Tensor, points: Tensor, aspect: float = 
     scale = torch.tensor([aspect, 1.0], device=points.device)
     first, second = first * scale, second * scale
     most = float(_spread((points * scale)[None]))
-    # From below, so that one wild theta does not end the training.
+    # From below, for the gradient of the root at 0.
     spread = (_spread(first) * _spread(second)).clamp(min=(0.01 * most) ** 2).sqrt().clamp(max=most)
-    return ((first - second).square().mean(dim=(1, 2)) / (2 * spread)).mean()
+    return ((first - second).square().mean(dim=(1, 2)) / (2 * spread)).clamp(max=2).mean()
 
 
 def _spread(points: Tensor) -> Tensor:
