@@ -135,6 +135,20 @@ def test_one_that_is_stopped_says_how_to_go_on(upright: Upright, monkeypatch: py
     assert "checkpoints/study-uprightness-quick.\nupright: stopped." in answer.err
 
 
+def test_runs_that_are_stopped_leave_no_files_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(bench: Bench, *given: object) -> list[Run]:
+        for name in (".a-1.yaml", ".a-1.running"):
+            (tmp_path / name).touch()
+        raise KeyboardInterrupt
+
+    done = Bench(tmp_path, 1, "quick").train({"a": PERCEPTRON})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Bench, "map", killed)
+        Bench(tmp_path, 2, "standard").train({"a": PERCEPTRON})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0", "a-0.yaml"]
+    assert Bench(tmp_path, 1, "quick").train({"a": PERCEPTRON}) == done
+
+
 def test_ticks_between_powers_of_ten_are_as_small_as_all() -> None:
     figure, (axis,) = panels(1)
     axis.set_yscale("log")

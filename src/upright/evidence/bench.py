@@ -139,7 +139,13 @@ class Bench:
             own = experiment if isinstance(experiment, Experiment) else experiment(seed)
             given.append((self.folder, f"{variant}-{seed}", own, seed))
         there = [trained(*each) for each in given]
-        made = iter(self.map(train, [each for each, run in zip(given, there, strict=True) if run is None]))
+        try:
+            made = iter(self.map(train, [each for each, run in zip(given, there, strict=True) if run is None]))
+        except KeyboardInterrupt:
+            # Workers are killed in the middle of their runs: what they would have removed is left to this process.
+            for left in self.folder.glob(".*"):
+                left.unlink(missing_ok=True)
+            raise
         self.seconds += sum(run.seconds for run in there if run)
         runs = [run or next(made) for run in there]
         found: dict[str, list[Run]] = {variant: [] for variant in variants}
