@@ -1,11 +1,14 @@
 import inspect
 import json
 import pkgutil
+import signal
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 
 from tests.conftest import ROOT, Upright
@@ -18,6 +21,7 @@ from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.plots import panels
 from upright.evidence.studies import uprightness
 from upright.evidence.study import Finding, mean_and_spread, run
+from upright.training.callbacks import read_rows
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
 PERCEPTRON = Experiment(Perceptron, partial(Digits, angles=(0, 30)), epochs=1)
@@ -102,6 +106,30 @@ def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) 
     assert len(other[0].column("val/loss")) == 2
 
 
+class Stopped(Callback):
+    """Ctrl-C in the second epoch, once."""
+
+    done = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.current_epoch == 1 and not Stopped.done:
+            Stopped.done = True
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    experiment = PERCEPTRON._replace(epochs=3, callbacks=(Stopped,))
+    with pytest.raises(KeyboardInterrupt):
+        Bench(tmp_path / "stopped", 1, "quick").train({"a": experiment})
+    first = (tmp_path / "stopped/a-0/metrics.csv").read_text()
+    assert Stopped.done and first.count("\n") == 2
+    (run,) = Bench(tmp_path / "stopped", 1, "quick").train({"a": experiment})["a"]
+    assert (run.folder / "metrics.csv").read_text().startswith(first)
+    assert run.seconds > float(read_rows(run.folder / "metrics.csv")[0]["seconds"])
+    (whole,) = Bench(tmp_path / "whole", 1, "quick").train({"a": experiment})["a"]
+    assert run.metrics == whole.metrics
+
+
 def test_a_mistake_in_an_experiment_names_its_run(tmp_path: Path) -> None:
     wrong = PERCEPTRON._replace(network=partial(LeNet, pooling="mean"))
     with pytest.raises(UprightError, match=r"^wrong-0: .*pooling"):
@@ -131,7 +159,7 @@ def test_one_that_is_stopped_says_how_to_go_on(upright: Upright, monkeypatch: py
 
     monkeypatch.setattr(uprightness, "run", stopped)
     answer = upright("study", "uprightness", "--quick")
-    assert answer.code == 130 and "The same command goes on with the runs that have ended in" in answer.err
+    assert answer.code == 130 and "The same command goes on with what has been trained in" in answer.err
     assert "checkpoints/study-uprightness-quick.\nupright: stopped." in answer.err
 
 

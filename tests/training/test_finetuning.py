@@ -461,6 +461,9 @@ def test_a_run_starts_from_another_and_says_so(upright: Upright, first: Path, tm
     answer = upright(*go_on)
     assert answer.code == 0 and "Start:" not in answer.out, answer.err
     assert read_checkpoint(tmp_path / "checkpoints/second/last.ckpt")["upright"]["run"]["start"] == start
+    # One command that begins and goes on may name the start, too.
+    answer = upright(*OTHER, *QUICK, "--ckpt_path", "auto", "--trainer.max_epochs", 3)
+    assert answer.code == 0 and "Start:" not in answer.out and "epoch 3/3" in answer.out, answer.err
     assert upright("test", "--ckpt_path", "checkpoints/second").code == 0
     assert restore(tmp_path / "checkpoints/second").classifier.start == start
     assert upright("export", "checkpoints/second").code == 0

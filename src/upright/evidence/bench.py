@@ -77,7 +77,7 @@ class Run(NamedTuple):
     Args:
         folder: of the run, with all that ``upright fit`` leaves.
         metrics: of the test split, of ``best.ckpt``.
-        seconds: that it took a processor to train and test it.
+        seconds: that it took a processor to train and test it; what was before a stop, as the clock ran.
     """
 
     folder: Path
@@ -175,10 +175,14 @@ def _timed(function: Callable[..., Made], *arguments: Any) -> tuple[Made, float]
 
 def trained(folder: Path, name: str, experiment: Experiment, seed: int) -> Run | None:
     """What `train` has left of the same experiment, if it has ended."""
-    done, config = folder / name / "done.json", folder / f"{name}.yaml"
-    if done.exists() and config.exists() and config.read_text() == _text(experiment, seed):
+    done = folder / name / "done.json"
+    if done.exists() and _is_of(folder / f"{name}.yaml", experiment, seed):
         return Run(folder / name, **json.loads(done.read_text()))
     return None
+
+
+def _is_of(config: Path, experiment: Experiment, seed: int) -> bool:
+    return config.exists() and config.read_text() == _text(experiment, seed)
 
 
 def _text(experiment: Experiment, seed: int) -> str:
@@ -186,7 +190,7 @@ def _text(experiment: Experiment, seed: int) -> str:
 
 
 def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
-    """Fit and test in ``folder/name``, saying in a line how it went.
+    """Fit and test in ``folder/name``, saying in a line how it went; the same experiment goes on where it was stopped.
 
     Args:
         folder: of the study.
@@ -197,12 +201,16 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     Raises:
         UprightError: for a mistake in the experiment.
     """
-    shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    given = folder / f".{name}.yaml"
+    config, given, before = folder / f"{name}.yaml", folder / f".{name}.yaml", 0.0
+    if _is_of(config, experiment, seed) and (folder / name / "last.ckpt").exists():
+        before = sum(float(row["seconds"]) for row in read_rows(folder / name / "metrics.csv"))
+    else:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(config, _text(experiment, seed))
     given.write_text(yaml.safe_dump(experiment.config(seed), sort_keys=False))
     start = time.process_time()
-    where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off"]
+    where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off", "--ckpt_path", "auto"]
     # A line per run is enough; what the run itself says is in its folder.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
@@ -215,8 +223,7 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     if code:
         raise KeyboardInterrupt
     metrics = json.loads((folder / name / "test.json").read_text())["metrics"]
-    run = Run(folder / name, metrics, round(time.process_time() - start, 1))
-    write_text(folder / f"{name}.yaml", _text(experiment, seed))
+    run = Run(folder / name, metrics, round(before + time.process_time() - start, 1))
     write_text(folder / name / "done.json", json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
     print(f"  {name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
     return run

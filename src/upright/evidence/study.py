@@ -77,7 +77,7 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     try:
         run(_module(study), folder, seeds, scale)
     except KeyboardInterrupt:
-        print(f"\nThe same command goes on with the runs that have ended in {folder}.", file=sys.stderr)
+        print(f"\nThe same command goes on with what has been trained in {folder}.", file=sys.stderr)
         raise
     return 0
 

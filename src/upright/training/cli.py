@@ -252,8 +252,9 @@ class UprightCLI(LightningCLI):
                 )
         elif path is not None:
             self.checkpoint = find_checkpoint(path)
-        # A run that goes on has its start behind it: the config's is then history, and another one a contradiction.
-        if self.checkpoint and value_of(self.arguments, "--start_from"):
+        # A run that goes on has its start behind it: the config's is then history, and another one a contradiction,
+        # but where the same command stands for both.
+        if self.checkpoint and not auto and value_of(self.arguments, "--start_from"):
             raise UprightError(
                 "--start_from begins a run, and --ckpt_path goes on with one that holds its weights: give one of them."
             )
