@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from upright.evidence.study import mean_and_spread
-from upright.training.callbacks import read_rows
+from upright.tables import read_rows
 
 FOLDER = Path("checkpoints/recipes")
 UPRIGHT = [sys.executable, "-m", "upright"]

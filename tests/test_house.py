@@ -14,7 +14,7 @@ from upright.cli import VERBS
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "files", "recipes"),
+    ("errors", "files", "recipes", "tables"),
     ("images",),
     ("runtime",),
     ("warp", "anatomy"),

@@ -11,6 +11,7 @@ from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
 from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import build
+from upright.tables import markdown
 from upright.training.checkpoint import KEY, check_exists, read_checkpoint, read_data, read_yaml
 
 WIDTH = 120
@@ -127,11 +128,8 @@ def _table(description: Description) -> str:
 
 
 def _markdown(description: Description) -> str:
-    header, *rows = _cells(description)
-    rule = ["---"] * len(TEXT) + ["--:"] * len(NUMBERS)
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
     notes = [*_warned(description), _summary(description), *LEGEND]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+    return "\n".join([markdown(_cells(description), numbers=len(NUMBERS)), *(f"- {note}" for note in notes)])
 
 
 def _warned(description: Description) -> list[str]:

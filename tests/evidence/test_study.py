@@ -21,7 +21,7 @@ from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.plots import panels
 from upright.evidence.studies import uprightness
 from upright.evidence.study import Finding, mean_and_spread, run
-from upright.training.callbacks import read_rows
+from upright.tables import read_rows
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
 PERCEPTRON = Experiment(Perceptron, partial(Digits, angles=(0, 30)), epochs=1)
@@ -146,7 +146,7 @@ def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uprightness, "run", lambda bench: Finding(False, "No.", [{"a": "1"}, {"a": "2"}], Figure(), 3))
     run(uprightness, tmp_path / "s", 4, "standard")
     page = (tmp_path / "s/study.md").read_text()
-    assert "| a |\n| --- |\n| 1 |\n| 2 |\n" in page and "**Did not hold.** No.\n" in page
+    assert "| a   |\n| --- |\n| 1   |\n| 2   |\n" in page and "**Did not hold.** No.\n" in page
     assert "proves nothing" not in page
     assert "`upright study uprightness --seeds 4`: 0 seconds of processor time, 4 seeds.\n" in page
     assert json.loads((tmp_path / "s/results.json").read_text())["held"] is False

@@ -154,7 +154,7 @@ def test_a_bundle_of_several_precisions(name: str, several: Path, upright: Uprig
     sizes = [parity["precisions"][precision]["bytes"] for precision in ("fp32", "fp16", "int8")]
     assert sizes == sorted(sizes, reverse=True)
     card = (several / name / "README.md").read_text()
-    assert "| int8 | `model.int8.onnx` |" in card and "7 bits (reduced range)" in card
+    assert "| int8      | `model.int8.onnx` |" in card and "7 bits (reduced range)" in card
 
 
 def test_what_is_quantised_and_what_is_not(several: Path) -> None:

@@ -22,7 +22,7 @@ from upright.data.mnist import MNIST
 from upright.errors import UprightError
 from upright.files import write_text
 from upright.recipes import recipe
-from upright.training.callbacks import read_rows
+from upright.tables import read_rows
 from upright.training.checkpoint import Restored, restore
 from upright.training.cli import run as run_verb
 from upright.training.losses import CrossEntropy

@@ -16,6 +16,7 @@ from upright.errors import UprightError, nearest
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Run, Scale
 from upright.files import write_text
+from upright.tables import markdown
 from upright.training.drawing import save_picture
 from upright.training.process import keep_freed_memory, leave_a_core
 from upright.training.run_folder import ROOT
@@ -103,7 +104,7 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
         verdict += " (A quick study shows that it runs; it proves nothing.)"
     took = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
     cost = f"{took} of processor time, {seeds} seeds."
-    table = markdown(finding.table)
+    table = markdown([[*finding.table[0]], *([*row.values()] for row in finding.table)]).rstrip()
     page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
     folder.mkdir(parents=True, exist_ok=True)
     save_picture(finding.figure, folder / f"{name}.png")
@@ -123,13 +124,6 @@ def claim_and_protocol(module: ModuleType) -> tuple[str, str]:
     """The claim of a study, and how it is put to the test: the paragraphs of its docstring."""
     claim, *protocol = inspect.cleandoc(module.__doc__ or "").split("\n\n")
     return " ".join(claim.split()), "\n\n".join(" ".join(paragraph.split()) for paragraph in protocol)
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table of rows that have the same headings."""
-    headings = list(rows[0])
-    lines = [headings, ["---"] * len(headings), *([row[name] for name in headings] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def values(runs: Sequence[Run], name: str) -> list[float]:

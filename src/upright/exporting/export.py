@@ -35,6 +35,7 @@ from upright.images import Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import open_session, run_batch, run_session
 from upright.runtime.speed import machine, side_by_side, turn
+from upright.tables import markdown
 from upright.training.checkpoint import Restored, check_name, find_checkpoint, read_data, restore
 from upright.training.finetuning import head
 from upright.training.tracking import Mode, bundle_mode, log_bundle
@@ -375,7 +376,7 @@ def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
         "points lost (95 %)",
         *(f"speed, batch {batch}" for batch in batches),
     ]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     notes = ""
     for name, figure in figures.items():
         low, high = figure["drop_interval"]
@@ -386,13 +387,11 @@ def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
         described = manifest["precisions"][name]
         floats = ", ".join(described["float_layers"])
         notes += f"- {name}: {described['how']}{f'; in float32 all the same: {floats}' if floats else ''}.\n"
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     told = parity["machine"]
     return f"""
 ## Precisions
 
-{table}
-
+{markdown(rows)}
 {notes}
 Speed is relative to fp32, on one thread of: {told["processor"]} ({", ".join(told["instructions"])}). `verify` says
 whether each gives the same answers on another machine.

@@ -21,6 +21,7 @@ from upright.files import replacing_file, write_text
 from upright.runtime.bundle import Bundle
 from upright.runtime.speed import machine, side_by_side
 from upright.runtime.worker import Worker
+from upright.tables import markdown
 
 BATCHES = (1, 8, 64)
 STARTS = 3
@@ -235,16 +236,27 @@ def _measure(
     return rows, missing
 
 
-HEAD = "runtime|threads|batch|p50, ms|p95, ms|images/s|x fp32|file, kB|agree|peak, MB|cold, s|cold, MB"
+HEAD = (
+    "runtime",
+    "threads",
+    "batch",
+    "p50, ms",
+    "p95, ms",
+    "images/s",
+    "x fp32",
+    "file, kB",
+    "agree",
+    "peak, MB",
+    "cold, s",
+    "cold, MB",
+)
 
 
 def _markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
     def megabytes(count: int | None) -> str:
         return "-" if count is None else f"{count / 1e6:.0f}"
 
-    columns = HEAD.split("|")
-    lines = [f"# {report['bundle']}", "", "| " + " | ".join(columns) + " |"]
-    lines.append("|---" + "|--:" * (len(columns) - 1) + "|")
+    table: list[Sequence[str]] = [HEAD]
     for row in rows:
         low, high = row.quartiles
         cells = [
@@ -261,10 +273,11 @@ def _markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
             f"{row.cold_seconds:.2f}",
             megabytes(row.cold_memory),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        table.append(cells)
     here = report["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines += ["", f"{here['processor']} ({', '.join(here['instructions'])}), {here['cores']} cores, {here['system']};"]
+    lines = [f"# {report['bundle']}", "", markdown(table, numbers=len(HEAD) - 1)]
+    lines += [f"{here['processor']} ({', '.join(here['instructions'])}), {here['cores']} cores, {here['system']};"]
     lines += [f"{versions}."]
     lines += [f"- {name} was not measured: {reason}" for name, reason in report["not_measured"].items()]
     return "\n".join(lines) + "\n" + LEGEND.format(starts=STARTS)

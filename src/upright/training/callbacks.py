@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from upright.data.datamodule import ImageDataModule
 from upright.errors import GateError
 from upright.files import replacing_file
+from upright.tables import read_rows
 from upright.training.checkpoint import KEY, contents
 from upright.training.classifier import ImageClassifier
 from upright.training.hooks import without_empty_hooks
@@ -176,14 +177,6 @@ def brief(metrics: Mapping[str, float]) -> str:
     """Those worth a look after every epoch, on one line."""
     shown = {name: value for name, value in metrics.items() if name.startswith("train/") or name[4:] in BRIEF}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table such as ``metrics.csv``; none where there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @without_empty_hooks

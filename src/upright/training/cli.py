@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import write_text
+from upright.tables import read_rows
 from upright.training.arguments import replacing_data, value_of, with_own_config
 from upright.training.callbacks import (
     Divergence,
@@ -34,7 +35,6 @@ from upright.training.callbacks import (
     RunRecord,
     brief,
     checkpoints,
-    read_rows,
 )
 from upright.training.checkpoint import (
     KEY,

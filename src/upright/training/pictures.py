@@ -17,7 +17,8 @@ from torch import Tensor
 from upright.architectures.spatial_transformer import Observation, last_of, observing
 from upright.data.datamodule import ImageDataModule
 from upright.images import Pixels
-from upright.training.callbacks import epochs_of, read_rows
+from upright.tables import read_rows
+from upright.training.callbacks import epochs_of
 from upright.training.classifier import ImageClassifier
 from upright.training.drawing import (
     RED,

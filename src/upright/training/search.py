@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from upright.errors import UprightError, nearest
 from upright.files import write_text
-from upright.training.callbacks import read_rows
+from upright.tables import read_rows
 from upright.training.checkpoint import KEY, read_checkpoint
 from upright.training.run_folder import locked
 from upright.training.space import Space, as_arguments

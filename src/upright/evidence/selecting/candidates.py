@@ -17,7 +17,7 @@ from tqdm import tqdm
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.files import replacing_file
-from upright.training.callbacks import read_rows
+from upright.tables import read_rows
 from upright.training.checkpoint import KEY, Restored, check_data, check_exists, file_hash, read_checkpoint, restore
 from upright.training.run_folder import is_sweep, locked
 from upright.training.seal import content_digest

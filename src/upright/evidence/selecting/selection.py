@@ -24,6 +24,7 @@ from upright.evidence.selecting.optimism import (
     resampled,
 )
 from upright.files import write_text
+from upright.tables import markdown
 from upright.training.checkpoint import read_data
 from upright.training.drawing import save_picture
 from upright.training.process import leave_a_core
@@ -250,15 +251,7 @@ def _markdown(selection: Selection, notes: Sequence[str]) -> str:
         "the images were drawn.",
     ]
     points = [fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in [*notes, *legend]]
-    lines = [fill(selection.sentence, WIDTH), "", *_table(table), "", *_table(bounds), "", *points]
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Of Markdown, in columns that also stand below each other in a terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in rows]
-    return [lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]]
+    return "\n".join([fill(selection.sentence, WIDTH), "", markdown(table), markdown(bounds), *points]) + "\n"
 
 
 def _draw(selection: Selection) -> "Figure":
