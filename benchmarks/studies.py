@@ -25,8 +25,8 @@ HEAD = """# Studies: what the textbooks claim, measured
 `upright study NAME` runs one, `upright study` lists them, `--quick` shows in seconds that one runs. Each is a short
 file in `src/upright/evidence/studies/`: its docstring is the claim and the protocol, written before the runs; a claim
 that does not hold is reported as such. Tables are means ± standard deviations over seeds, bands in pictures go from the
-least to the greatest. Of minutes of processor time two cores take half; minutes "on 2 cores" are of older runs, up to
-eight of which went on at a time. This page is made by `python benchmarks/studies.py`.
+least to the greatest. Of minutes of processor time two cores take half. This page is made by `python
+benchmarks/studies.py`.
 """
 
 

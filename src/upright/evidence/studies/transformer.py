@@ -11,8 +11,10 @@ of the paper's 38.4 million, with 16 and 64 maps and 200 and 100 units in LeNet 
 399,441 parameters, as the paper's 400,000; RTS: 182,386).
 
 It holds if on every task the mean error over seeds of every transformer is below that of the CNN, and that of the one
-with the upright loss is the least of the four. The published errors (best of the paper's networks, mean of 3 runs) are
-shown beside it, and whether they are reached is said, but from 117,600 images that is not expected.
+with the upright loss is the least of the four. When P was first run, that loss had no bound and failed there (56 ± 14
+%); it was given one, and all that is trained with it was trained again. The published errors (best of the paper's
+networks, mean of 3 runs) are shown beside it, and whether they are reached is said, but from 117,600 images that is not
+expected.
 """
 
 from collections.abc import Callable
@@ -131,7 +133,7 @@ def run(bench: Bench) -> Finding:
             PUBLISHED[task], place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1, label=label
         )
     axis.set_yscale("log")
-    axis.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_ylim(0.4, None)
     axis.set_xticks(range(len(tasks)), tasks)
