@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from upright.training.drawing import Line, draw_confusion, draw_curves, draw_tiles, save_picture
+from upright.training.drawing import Line, draw_blocks, draw_confusion, draw_curves, draw_tiles, save_picture
 from upright.training.pictures import RunPictures, picture_epochs
 
 LENET, STN = ROOT / "configs/lenet.yaml", ROOT / "configs/stn_lenet.yaml"
@@ -51,6 +51,30 @@ def test_a_sheet_scales_by_whole_pixels_and_cuts_long_names(size: tuple[int, int
 
 def test_a_sheet_of_nothing_says_so() -> None:
     assert draw_tiles("no mistakes among 12 images", [], []).width > 150
+
+
+@pytest.mark.parametrize(("count", "columns", "size"), [(1, 1, 28), (3, 5, 28), (6, 2, 160)])
+def test_every_view_is_drawn_once_in_its_block(count: int, columns: int, size: int) -> None:
+    # Each picture has a colour of its own.
+    levels = np.arange(2 * count * columns).reshape(count, 2, columns) + 100
+    blocks = [
+        (
+            [[np.full((size, size, 3), (level, 50, 0), np.uint8) for level in row] for row in rows],
+            [Line(LONG)] * columns,
+        )
+        for rows in levels
+    ]
+    sheet = np.asarray(draw_blocks("a title", ["a heading"] * columns, blocks))
+    side = 112
+    places = {level: np.argwhere((sheet == (level, 50, 0)).all(axis=2)) for level in levels.flat}
+    corners = {level: tuple(place.min(axis=0)) for level, place in places.items() if len(place) >= side * side}
+    assert len(corners) == levels.size and all(
+        (sheet[top : top + side, left : left + side] == (level, 50, 0)).all() for level, (top, left) in corners.items()
+    )
+    for rows in levels:
+        tops, lefts = (np.array([[corners[level][axis] for level in row] for row in rows]) for axis in (0, 1))
+        assert (tops == tops[:, :1]).all() and (np.diff(tops, axis=0) > side).all()
+        assert (lefts == lefts[:1]).all() and (np.diff(lefts, axis=1) > side).all()
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100, 1000])

@@ -104,7 +104,8 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
         verdict += " (A quick study shows that it runs; it proves nothing.)"
     took = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
     cost = f"{took} of processor time, {seeds} seeds."
-    table = markdown([[*finding.table[0]], *([*row.values()] for row in finding.table)]).rstrip()
+    headings = [*finding.table[0]]
+    table = markdown([headings, *([row[name] for name in headings] for row in finding.table)]).rstrip()
     page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
     folder.mkdir(parents=True, exist_ok=True)
     save_picture(finding.figure, folder / f"{name}.png")

@@ -75,6 +75,33 @@ def draw_tiles(
     return sheet
 
 
+def draw_blocks(
+    title: str, headings: Sequence[str], blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Line]]]
+) -> Image.Image:
+    """Blocks of pictures, two beside each other.
+
+    Args:
+        title: above all.
+        headings: above each block's columns.
+        blocks: of each the rows of its pictures, in a column for every heading, and a line below each column.
+    """
+    side = _tile_side([pixels for rows, _ in blocks for row in rows for pixels in row])
+    step = side + GAP
+    width, height = len(headings) * step + 2 * GAP, len(blocks[0][0]) * step + 2 * LINE + GAP
+    across = min(2, len(blocks))
+    sheet, pen = _sheet(title, across * width - 3 * GAP, -(-len(blocks) // across) * height - GAP)
+    for number, (rows, lines) in enumerate(blocks):
+        left, top = MARGIN + number % across * width, TITLE + number // across * height
+        for column, (heading, line) in enumerate(zip(headings, lines, strict=True)):
+            x = left + column * step
+            pen.text((x + side // 2, top), _cut(heading, side), GREY, _font(), anchor="ma")
+            for row, pictures in enumerate(rows):
+                _paste(sheet, pictures[column], x, top + LINE + 2 + row * step, side)
+            below = top + LINE + 2 + len(rows) * step - GAP + 2
+            pen.text((x + side // 2, below), _cut(line.text, side), line.colour, _font(), anchor="ma")
+    return sheet
+
+
 def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
     """Pictures below each other, as they stand in `draw_columns`; None leaves a gap."""
     column = Image.new("RGB", (side, len(images) * (side + GAP) - GAP), "white")

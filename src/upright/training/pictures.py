@@ -21,21 +21,22 @@ from upright.tables import read_rows
 from upright.training.callbacks import epochs_of
 from upright.training.classifier import ImageClassifier
 from upright.training.drawing import (
+    BLACK,
     RED,
     Line,
+    draw_blocks,
     draw_column,
     draw_columns,
     draw_confusion,
     draw_curves,
     draw_tiles,
-    flat,
     pixels_of,
     save_picture,
 )
 from upright.training.hooks import without_empty_hooks
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 def picture_epochs(epochs: int) -> set[int]:
@@ -219,8 +220,8 @@ def _png(images: Sequence[Pixels | None], side: int) -> bytes:
     return written.getvalue()
 
 
-def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataModule, count: int = 6) -> "Figure":
-    """Rows for each image: the views of the test split, and below what the last transformer sees of them.
+def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataModule, count: int = 6) -> Image.Image:
+    """For each image the views of the test split, and below what the last transformer sees of them.
 
     Of parallel transformers each has its own row. A transformer inside the network is shown by what its feature maps
     are of.
@@ -231,35 +232,17 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
         data: its test split is drawn.
         count: images of as many classes.
     """
-    from matplotlib.figure import Figure
-
     samples, views = data.samples("test"), data.views("test")
-    columns, labels = len(views.names), samples.labels
-    firsts = [int((labels == label).nonzero()[0]) for label in torch.unique(labels)[:count]]
-    shown: list[tuple[int, list[Tensor], list[int]]] = []
-    for first in firsts:
+    columns, classes = len(views.names), data.spec.classes
+    blocks = []
+    for label in torch.unique(samples.labels)[:count].tolist():
+        first = int((samples.labels == label).nonzero()[0])
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as seen:
             predicted = classifier(images).argmax(dim=1).tolist()
             normalised = classifier.model.normalised(images)
-            views_of = [classifier.model.shown(last.view(normalised)) for last in last_of(seen)]
-            shown.append((first, [images, *views_of], predicted))
-    height = 0.8 * len(shown[0][1]) + 0.5
-    rows = -(-len(firsts) // 2)
-    figure = Figure(figsize=(2 * (0.8 * columns + 0.4), height * rows + 0.4), dpi=120, layout="constrained")
-    figure.suptitle(
-        f"{title}: above as it came, below as the spatial transformer turned it, with the prediction", fontsize=9
-    )
-    blocks: Any = figure.subfigures(rows, 2, squeeze=False)
-    for block, (first, pictures, predicted) in zip(blocks.flat, shown, strict=False):
-        axes = block.subplots(len(pictures), columns, squeeze=False)
-        for column, view in enumerate(views.names):
-            for axis, picture in zip(axes[:, column], pictures, strict=True):
-                axis.imshow(flat(pixels_of(picture[column, None])[0]), cmap="gray", vmin=0, vmax=255)
-                axis.set(xticks=[], yticks=[])
-            axes[0, column].set_title(view + views.unit, fontsize=8, pad=2)
-            right = predicted[column] == int(labels[first])
-            axes[-1, column].set_xlabel(
-                data.spec.classes[predicted[column]], fontsize=8, labelpad=1, color="black" if right else "crimson"
-            )
-    return figure
+            turned = [classifier.model.shown(last.view(normalised)) for last in last_of(seen)]
+        rows = [pixels_of(pictures) for pictures in (images, *turned)]
+        blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
+    title = f"{title}: above as it came, below as the spatial transformer turned it, with the prediction"
+    return draw_blocks(title, [name + views.unit for name in views.names], blocks)
