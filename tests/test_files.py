@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from upright.files import replacing_file, replacing_folder, write_text
+from upright.errors import UprightError
+from upright.files import check_replaceable, replacing_file, replacing_folder, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -51,3 +52,20 @@ def test_a_folder_that_cannot_take_its_place_changes_nothing(
     with pytest.raises(OSError, match="no"), replacing_folder(target) as folder:
         (folder / "x").touch()
     assert [path.name for path in tmp_path.rglob("*")] == (["b", "old"] if existing else [])
+
+
+def test_only_what_is_free_empty_or_ours_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    text = rf"'{target}' is not a thing \(it has no mark\) and is not replaced; give another place\."
+    check_replaceable(target, "a thing", "mark")
+    target.touch()
+    with pytest.raises(UprightError, match=text):
+        check_replaceable(target, "a thing", "mark")
+    target.unlink()
+    target.mkdir()
+    check_replaceable(target, "a thing", "mark")
+    (target / "thesis.tex").touch()
+    with pytest.raises(UprightError, match=text):
+        check_replaceable(target, "a thing", "mark")
+    (target / "mark").touch()
+    check_replaceable(target, "a thing", "mark")

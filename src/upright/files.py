@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from upright.errors import UprightError
+
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
@@ -32,6 +34,21 @@ def write_text(target: Path, text: str) -> None:
     """Replace ``target`` by ``text``, in UTF-8."""
     with replacing_file(target) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def check_replaceable(target: Path, what: str, mark: str) -> None:
+    """Refuse what is neither free, nor an empty folder, nor one of our own making.
+
+    Args:
+        target: to be replaced.
+        what: it must be, with an article.
+        mark: the file in it by which that is known.
+
+    Raises:
+        UprightError: if it is something else.
+    """
+    if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
+        raise UprightError(f"'{target}' is not {what} (it has no {mark}) and is not replaced; give another place.")
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_p
     Path("mine").mkdir()
     Path("mine/thesis.tex").touch()
     answer = upright("report", run, "--to", "mine", "--force")
-    assert answer.code == 2 and "'mine' is not a report, and is not replaced" in answer.err
+    assert answer.code == 2 and "'mine' is not a report (it has no report.json) and is not replaced" in answer.err
 
 
 def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(

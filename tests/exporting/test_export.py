@@ -313,7 +313,7 @@ def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: P
     (tmp_path / "export/small").mkdir(parents=True)
     (tmp_path / "export/small/thesis.tex").touch()
     answer = upright("export", run_folder, "--force")
-    assert answer.code == 2 and "is not a bundle; --force does not replace it" in answer.err
+    assert answer.code == 2 and "is not a bundle (it has no SHA256SUMS) and is not replaced" in answer.err
     assert (tmp_path / "export/small/thesis.tex").exists()
 
 

@@ -118,7 +118,7 @@ def test_what_is_there_is_replaced_on_request_alone(tmp_path: Path) -> None:
     with replacing_folder(repository / "x_fp16") as folder:
         (folder / "notes.txt").touch()
     for force in (False, True):
-        with pytest.raises(UprightError, match=r"'.*x_fp16' is no model of Triton's \(it has no config\.pbtxt\)"):
+        with pytest.raises(UprightError, match=r"'.*x_fp16' is not a model of Triton's \(it has no config\.pbtxt\)"):
             model_folders(repository, "x", ("fp32", "fp16"), bundle, force)
     (repository / "x_fp16/config.pbtxt").touch()
     assert model_folders(repository, "x", ("fp32", "fp16"), bundle, True) == planned

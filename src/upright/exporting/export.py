@@ -30,7 +30,7 @@ from upright.exporting.parity import (
 )
 from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
-from upright.files import replacing_folder
+from upright.files import check_replaceable, replacing_folder
 from upright.images import Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import open_session, run_batch, run_session
@@ -97,10 +97,9 @@ def export(
     name = restored.contents["run"]["name"] if name is None else name
     check_name(name)
     target = Path(to) / name
+    check_replaceable(target, "a bundle", SUMS)
     if target.exists() and not force:
         raise UprightError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
-    if target.exists() and any(target.iterdir()) and not (target / SUMS).is_file():
-        raise UprightError(f"'{target}' is not a bundle; --force does not replace it.")
     models = {}
     if triton is not None:
         models = model_folders(Path(triton), name, ("fp32", *lower), target, force)

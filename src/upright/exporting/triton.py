@@ -13,7 +13,7 @@ from pathlib import Path
 import onnxruntime
 
 from upright.errors import UprightError
-from upright.files import replacing_folder
+from upright.files import check_replaceable, replacing_folder
 from upright.runtime.bundle import MODELS, Bundle
 from upright.runtime.predictor import open_session
 
@@ -46,8 +46,7 @@ def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle
             raise UprightError(
                 f"The bundle '{bundle}' and Triton's model '{folder}' need folders apart: change --triton."
             )
-        if folder.exists() and not (folder / CONFIG).is_file():
-            raise UprightError(f"'{folder}' is no model of Triton's (it has no {CONFIG}); --force does not replace it.")
+        check_replaceable(folder, "a model of Triton's", CONFIG)
         if folder.exists() and not force:
             raise UprightError(f"Triton's model '{folder}' exists: --force replaces it with all its versions.")
     return folders

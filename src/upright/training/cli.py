@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import Logger
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
-from upright.files import write_text
+from upright.files import check_replaceable, write_text
 from upright.tables import read_rows
 from upright.training.arguments import replacing_data, value_of, with_own_config
 from upright.training.callbacks import (
@@ -264,14 +264,13 @@ class UprightCLI(LightningCLI):
         self.goes_on = self.checkpoint is not None and self.checkpoint.parent.resolve() == self.folder.resolve()
         if self.goes_on or not self.folder.exists() or not is_first_process():
             return
+        check_replaceable(self.folder, "the folder of a run", "config.yaml")
         # With auto, what is there did not get as far as a checkpoint.
         if not self._own("force") and not auto:
             raise UprightError(
                 f"Run '{self.folder}' exists: --ckpt_path last goes on with it, --force replaces it, "
                 "--name gives this one another name."
             )
-        if any(self.folder.iterdir()) and not (self.folder / "config.yaml").is_file():
-            raise UprightError(f"'{self.folder}' is not the folder of a run; --force does not replace it.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Lightning's trainer with Upright's callbacks, logger and checkpoint writer."""

@@ -16,7 +16,7 @@ from upright.evidence.reporting.invariance import SEED, Course, Distortion, Turn
 from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page
 from upright.evidence.reporting.subjects import PYTORCH, Subject, open_subjects
-from upright.files import replacing_folder
+from upright.files import check_replaceable, replacing_folder
 from upright.training.run_folder import ROOT
 from upright.training.seal import content_digest, count, count_in_sweep, open_test_split
 
@@ -79,11 +79,8 @@ def _folder_name(subjects: Sequence[Subject]) -> str:
 
 
 def _check_target(target: Path, force: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / FIGURES).is_file()):
-        raise UprightError(f"'{target}' is not a report, and is not replaced; --to says where to write it.")
-    if not force and any(target.iterdir()):
+    check_replaceable(target, "a report", FIGURES)
+    if not force and target.exists() and any(target.iterdir()):
         raise UprightError(f"Report '{target}' exists: --force replaces it, --to puts this one elsewhere.")
 
 
