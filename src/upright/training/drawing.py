@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLACK, GREY, RED, BLUE = "black", "#666666", "#b3123a", (8, 64, 129)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+"""Of lines, told apart by the colour-blind too (Okabe and Ito 2008; grey for their black)."""
 GAP, MARGIN, LINE, TITLE = 6, 10, 15, 26
 """Pixels between tiles and around them; heights of a line of text and of a title."""
 LARGEST_TILE = 112

@@ -1,4 +1,4 @@
-"""The figures of a report, for paper, in colours that the colour-blind can tell (Okabe and Ito 2008)."""
+"""The figures of a report, for paper, in colours that the colour-blind can tell."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,13 +10,12 @@ from PIL import Image
 from upright.evidence.reporting.calibration import BINS, Reliability
 from upright.evidence.reporting.intervals import wilson
 from upright.evidence.reporting.invariance import Curve, Distortion, Shown, Turning
-from upright.training.drawing import draw_column, draw_columns
+from upright.training.drawing import COLOURS, draw_column, draw_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<P"
 GREY, LIGHT = "#555555", "#ececec"
 WIDTH = 7.2

@@ -22,9 +22,10 @@ from upright.architectures.layers import ACTIVATIONS, Activation
 from upright.architectures.mlp import MLP
 from upright.data.loader import Batch
 from upright.evidence.bench import Bench
-from upright.evidence.plots import COLOURS, draw_band, panels
+from upright.evidence.plots import draw_band, panels
 from upright.evidence.study import Finding
 from upright.images import ImageSpec
+from upright.training.drawing import COLOURS
 from upright.training.model import Model
 
 LAYERS, WIDTH = 10, 256

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from upright.architectures.mlp import MLP
 from upright.architectures.perceptron import Perceptron
 from upright.evidence.bench import Bench
-from upright.evidence.plots import COLOURS, draw_points, panels
+from upright.evidence.plots import draw_points, panels
 from upright.evidence.study import Finding, mean_and_spread
+from upright.training.drawing import COLOURS
 
 CORNERS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 NETWORKS = ("perceptron", "MLP", "MLP without activations")
