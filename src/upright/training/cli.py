@@ -459,8 +459,7 @@ def _end(folder: Path) -> str:
     """What a run came to, in five lines."""
     best, rows = folder / "best.ckpt", read_rows(folder / "metrics.csv")
     seconds = [float(row["seconds"]) for row in rows]
-    # A run of an older version has no such column.
-    images = [float(row.get("images_per_second") or 0) * part for row, part in zip(rows, seconds, strict=True)]
+    images = [float(row["images_per_second"]) * part for row, part in zip(rows, seconds, strict=True)]
     took = sum(seconds)
     if best.is_file():
         checkpoint = read_checkpoint(best)
