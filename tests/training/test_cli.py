@@ -474,6 +474,9 @@ def test_a_run_goes_on_where_it_is(upright: Upright, tmp_path: Path, monkeypatch
         assert len(rows) == 1 + epochs
 
 
+# torch 2.13's compiler imports what torch 2.13 deprecates (torch/utils/mkldnn.py), and reads all tensors' gradients.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 def test_a_compiled_model_leaves_the_same_checkpoint(upright: Upright, tmp_path: Path) -> None:
     assert upright("fit", "--config", STN, *QUICK, "--compile", "--name", "compiled").code == 0
