@@ -112,6 +112,8 @@ class Bench:
 
     def __init__(self, folder: Path, seeds: int, scale: Scale) -> None:
         self.folder, self.seeds, self.scale = folder, seeds, scale
+        self.workers = 1 if scale == "quick" else joblib.cpu_count()
+        """Processes at a time."""
         self.seconds = 0.0
         """Of processors, in other processes than this one and before it."""
 
@@ -139,12 +141,14 @@ class Bench:
             own = experiment if isinstance(experiment, Experiment) else experiment(seed)
             given.append((self.folder, f"{variant}-{seed}", own, seed))
         there = [trained(*each) for each in given]
+        left = [each for each, run in zip(given, there, strict=True) if run is None]
+        print(f"  {len(left)} of {len(given)} runs are to be trained, {self.workers} at a time.", flush=True)
         try:
-            made = iter(self.map(train, [each for each, run in zip(given, there, strict=True) if run is None]))
+            made = iter(self.map(train, left))
         except KeyboardInterrupt:
             # Workers are killed in the middle of their runs: what they would have removed is left to this process.
-            for left in self.folder.glob(".*"):
-                left.unlink(missing_ok=True)
+            for path in self.folder.glob(".*"):
+                path.unlink(missing_ok=True)
             raise
         self.seconds += sum(run.seconds for run in there if run)
         runs = [run or next(made) for run in there]
@@ -162,9 +166,8 @@ class Bench:
 
     def map(self, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]]) -> list[Made]:
         """The function of each of the arguments, in their order, a process for every core unless it must be quick."""
-        workers = 1 if self.scale == "quick" else joblib.cpu_count()
-        made = joblib.Parallel(n_jobs=workers)(joblib.delayed(_timed)(function, *each) for each in arguments)
-        self.seconds += sum(seconds for _, seconds in made) if workers > 1 else 0
+        made = joblib.Parallel(n_jobs=self.workers)(joblib.delayed(_timed)(function, *each) for each in arguments)
+        self.seconds += sum(seconds for _, seconds in made) if self.workers > 1 else 0
         return [result for result, _ in made]
 
 

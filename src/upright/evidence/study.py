@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: bool = False) -> int:
     """Run a study in ``checkpoints/study-NAME`` (``-quick``, ``-full``), or list them all.
 
-    What an interrupted one has trained is not trained again.
+    One that was stopped goes on in the middle of its runs.
 
     Args:
         study: the name of a module of `upright.evidence.studies`; none lists them.
