@@ -47,7 +47,8 @@ class Experiment(NamedTuple):
         init: scheme of the weights; by default the network's own.
         upright_weight: of the upright loss.
         callbacks: of the trainer.
-        options: more of the command line.
+        validate_every: so many epochs.
+        start_from: a checkpoint whose weights it begins with.
     """
 
     network: Network
@@ -59,16 +60,21 @@ class Experiment(NamedTuple):
     init: str | None = None
     upright_weight: float = 0.0
     callbacks: tuple[Callable[[], Any], ...] = ()
-    options: tuple[str, ...] = ()
+    validate_every: int = 1
+    start_from: Path | None = None
 
-    def config(self, seed: int) -> dict[str, Any]:
-        """As plain data, as a YAML file of ``upright fit`` holds it."""
-        parts = ("network", "optimizer", "scheduler", "loss")
-        model = {name: recipe(getattr(self, name)) for name in parts}
+    def config(self, seed: int) -> str:
+        """The YAML that ``upright fit`` takes."""
+        names = ("network", "optimizer", "scheduler", "loss")
+        model = {name: recipe(getattr(self, name)) for name in names}
         model |= {"init": self.init, "upright_weight": self.upright_weight}
         callbacks = [recipe(callback) for callback in self.callbacks]
         trainer = {"max_epochs": self.epochs, "enable_progress_bar": False, "callbacks": callbacks}
-        return {"seed_everything": seed, "model": model, "data": recipe(self.data), "trainer": trainer}
+        trainer |= {"check_val_every_n_epoch": self.validate_every}
+        start = str(self.start_from) if self.start_from else None
+        data = recipe(self.data)
+        parts = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
+        return yaml.safe_dump(parts, sort_keys=False)
 
 
 class Run(NamedTuple):
@@ -179,17 +185,13 @@ def _timed(function: Callable[..., Made], *arguments: Any) -> tuple[Made, float]
 def trained(folder: Path, name: str, experiment: Experiment, seed: int) -> Run | None:
     """What `train` has left of the same experiment, if it has ended."""
     done = folder / name / "done.json"
-    if done.exists() and _is_of(folder / f"{name}.yaml", experiment, seed):
+    if done.exists() and _holds(folder / f"{name}.yaml", experiment.config(seed)):
         return Run(folder / name, **json.loads(done.read_text()))
     return None
 
 
-def _is_of(config: Path, experiment: Experiment, seed: int) -> bool:
-    return config.exists() and config.read_text() == _text(experiment, seed)
-
-
-def _text(experiment: Experiment, seed: int) -> str:
-    return yaml.safe_dump(experiment.config(seed) | {"options": [*experiment.options]}, sort_keys=False)
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
 
 
 def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
@@ -204,25 +206,22 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     Raises:
         UprightError: for a mistake in the experiment.
     """
-    config, given, before = folder / f"{name}.yaml", folder / f".{name}.yaml", 0.0
-    if _is_of(config, experiment, seed) and (folder / name / "last.ckpt").exists():
+    config, text, before = folder / f"{name}.yaml", experiment.config(seed), 0.0
+    if _holds(config, text) and (folder / name / "last.ckpt").exists():
         before = sum(float(row["seconds"]) for row in read_rows(folder / name / "metrics.csv"))
     else:
         shutil.rmtree(folder / name, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(config, _text(experiment, seed))
-    given.write_text(yaml.safe_dump(experiment.config(seed), sort_keys=False))
+        write_text(config, text)
     start = time.process_time()
     where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off", "--ckpt_path", "auto"]
     # A line per run is enough; what the run itself says is in its folder.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            code = run_verb("fit", ["--config", str(given), *where, *experiment.options])
+            code = run_verb("fit", ["--config", str(config), *where])
             code = code or run_verb("test", ["--ckpt_path", str(folder / name / "best.ckpt")])
         except UprightError as error:
             raise UprightError(f"{name}: {error}") from error
-        finally:
-            given.unlink()
     if code:
         raise KeyboardInterrupt
     metrics = json.loads((folder / name / "test.json").read_text())["metrics"]

@@ -85,7 +85,7 @@ def run(bench: Bench) -> Finding:
             data=data,
             epochs=epochs,
             init="he_normal",
-            options=("--trainer.check_val_every_n_epoch", str(epochs)),
+            validate_every=epochs,
         )
         for (family, depth), name in names.items()
     }

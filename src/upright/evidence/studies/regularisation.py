@@ -34,7 +34,7 @@ def run(bench: Bench) -> Finding:
             data=bench.data(train_fraction=bench.choose(0.1, 1000 / 54000)),
             epochs=epochs,
             optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=decay),
-            options=("--trainer.check_val_every_n_epoch", str(epochs)),
+            validate_every=epochs,
         )
 
     variants = {PLAIN: variant()}

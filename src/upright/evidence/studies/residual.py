@@ -69,7 +69,7 @@ def run(bench: Bench) -> Finding:
                 data=data,
                 epochs=epochs,
                 optimizer=partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.0001),
-                options=("--trainer.check_val_every_n_epoch", str(epochs)),
+                validate_every=epochs,
             )
             for (kind, depth), name in names.items()
         }

@@ -103,9 +103,8 @@ def run(bench: Bench) -> Finding:
 
     def target(size: int, way: str, seed: int) -> Experiment:
         data = partial(second, batch_size=min(32, size), train_fraction=size / available, **common)
-        start = () if way == "from scratch" else ("--start_from", str(larger["source"][seed].folder / "best.ckpt"))
-        seen = ("--trainer.check_val_every_n_epoch", str(every(size)))
-        return Experiment(body, data, epochs(size), options=(*start, *seen), **WAYS[way])
+        start = None if way == "from scratch" else larger["source"][seed].folder / "best.ckpt"
+        return Experiment(body, data, epochs(size), validate_every=every(size), start_from=start, **WAYS[way])
 
     names = {(size, way): f"{way.replace(', ', '_').replace(' ', '_')}_{size}" for size in sizes for way in ways}
     runs = bench.train({name: partial(target, *key) for key, name in names.items()})
