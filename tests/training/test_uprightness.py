@@ -124,6 +124,15 @@ def test_an_image_counts_no_more_than_half_a_turn() -> None:
     assert upright_loss(far, pose + 0.1, POINTS).item() == pytest.approx((alone.item() + 2) / 2)
 
 
+def test_shrinking_one_view_is_no_way_out() -> None:
+    angles = torch.tensor([0.0])
+    for between in (0.0, 1.0, math.pi / 2, 3.0):
+        first, second = poses(angles, angles), poses(angles, angles + between)
+        losses = [upright_loss(scale * first, second, POINTS).item() for scale in (1.0, 0.5, 0.1, 0.01)]
+        # Where the views are almost opposite, there is no more to lose.
+        assert losses == sorted(losses) and (losses[0] < losses[1] - 0.1 or losses[0] > 1.9)
+
+
 def test_a_transformer_that_does_not_know_the_angle_gains_nothing_by_shrinking_some_views() -> None:
     angles = torch.linspace(-math.pi, math.pi, 65)[:-1]
     first, second = poses(0 * angles, 0 * angles), poses(0 * angles, angles)

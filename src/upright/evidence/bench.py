@@ -152,8 +152,8 @@ class Bench:
         try:
             made = iter(self.map(train, left))
         except KeyboardInterrupt:
-            # Workers are killed in the middle of their runs: what they would have removed is left to this process.
-            for path in self.folder.glob(".*"):
+            # Workers are killed in the middle of their runs: their locks are left to this process.
+            for path in self.folder.glob(".*.running"):
                 path.unlink(missing_ok=True)
             raise
         self.seconds += sum(run.seconds for run in there if run)

@@ -97,9 +97,9 @@ def draw_blocks(
         for column, (heading, line) in enumerate(zip(headings, lines, strict=True)):
             x = left + column * step
             pen.text((x + side // 2, top), _cut(heading, side), GREY, _font(), anchor="ma")
-            for row, pictures in enumerate(rows):
-                _paste(sheet, pictures[column], x, top + LINE + 2 + row * step, side)
-            below = top + LINE + 2 + len(rows) * step - GAP + 2
+            pictures = draw_column([row[column] for row in rows], side)
+            sheet.paste(pictures, (x, top + LINE + 2))
+            below = top + LINE + 2 + pictures.height + 2
             pen.text((x + side // 2, below), _cut(line.text, side), line.colour, _font(), anchor="ma")
     return sheet
 

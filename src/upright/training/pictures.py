@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -34,9 +34,6 @@ from upright.training.drawing import (
     save_picture,
 )
 from upright.training.hooks import without_empty_hooks
-
-if TYPE_CHECKING:
-    pass
 
 
 def picture_epochs(epochs: int) -> set[int]:
