@@ -237,20 +237,23 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     names = [model["name"] for model in json.loads((folder / "report.json").read_text())["models"]]
     assert names == [f"small (PyTorch, {run_folder})", f"small (PyTorch, {run_folder / 'last.ckpt'})", "other"]
     assert f"Page: {folder}/report.html" in answer.out
-    # Both checkpoints' answers to the test split were looked at.
+    # The answers of all three to the test split were looked at, and the bundle is of that run.
     opened = openings(run_folder)[before:]
-    assert [(each["by"], each["checkpoint"]) for each in opened] == [
+    assert [(each["by"], each["model"]) for each in opened] == [
         ("upright report", "best.ckpt"),
         ("upright report", "last.ckpt"),
+        ("upright report", "model.onnx"),
     ]
     models = json.loads((folder / "report.json").read_text())["models"]
-    told = {"run": before + 2, "sweep": {}}
-    assert [model["test_openings"] for model in models] == [told, told, None]
+    assert [model["test_openings"] for model in models] == [{"run": before + 3, "sweep": {}}] * 3
     text = Page((folder / "report.html").read_text()).text
     assert "Opened: how often answers of the run to this test split were looked at" in text and "too good" not in text
     assert upright("report", run_folder, "--split", "val", "--images", 2, "--to", "val").code == 0
     assert "Opened:" not in Page(Path("val/report.html").read_text()).text
-    assert len(openings(run_folder)) == before + 2
+    assert len(openings(run_folder)) == before + 3
+    run_folder.rename("elsewhere")
+    assert upright("report", other, "--images", 2, "--to", "alone").code == 0
+    assert json.loads(Path("alone/report.json").read_text())["models"][0]["test_openings"] is None
 
 
 def test_the_winner_of_a_sweep_tells_how_often_others_were_tested(run_folder: Path, upright: Upright) -> None:

@@ -24,7 +24,7 @@ def test_every_opening_is_written_down(upright: Upright, run_folder: Path) -> No
     assert [opening["by"] for opening in found] == ["upright test", "upright predict"]
     manifest = restore(best).data.manifest
     for opening in found:
-        assert opening["sha256"] == file_hash(best) and opening["checkpoint"] == "best.ckpt"
+        assert opening["sha256"] == file_hash(best) and opening["model"] == "best.ckpt"
         assert opening["split_digest"] == manifest.digest and opening["date"].endswith("+00:00")
     assert count(run_folder, content_digest(manifest.hashes["test"])) == 2 and count(run_folder, "another") == 0
 
@@ -48,7 +48,7 @@ def test_of_a_sweep_all_trials_count(run_folder: Path, capsys: pytest.CaptureFix
         (sweep / name / "best.ckpt").write_bytes(best)
     (sweep / "sweep.yaml").touch()
     for name in ("trial-000", "trial-000", "trial-001"):
-        open_test_split(sweep / name / "best.ckpt", data, "upright test")
+        open_test_split(sweep / name / "best.ckpt", sweep / name, data, "upright test")
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"Note: the test split was opened 2 times for run '{sweep}/trial-000' ({FILE})."
     assert told[1] == (
@@ -64,7 +64,7 @@ def test_several_at_once_lose_none_and_a_full_disk_leaves_no_half_line(
     data, best = restore(run_folder).data, run_folder / "best.ckpt"
     data.manifest  # noqa: B018  # made once
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: open_test_split(best, data, "upright test"), range(24)))
+        list(pool.map(lambda _: open_test_split(best, run_folder, data, "upright test"), range(24)))
     assert len(openings(run_folder)) == 24 and {path.suffix for path in run_folder.glob(".*")} == set()
 
     def full(path: Path, text: str, encoding: str) -> None:
@@ -74,7 +74,7 @@ def test_several_at_once_lose_none_and_a_full_disk_leaves_no_half_line(
     before = (run_folder / FILE).read_text()
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        open_test_split(best, data, "upright test")
+        open_test_split(best, run_folder, data, "upright test")
     assert (run_folder / FILE).read_text() == before and not list(run_folder.glob(".*"))
 
 

@@ -386,7 +386,7 @@ class UprightCLI(LightningCLI):
     def _open_test_split(self, datamodule: ImageDataModule) -> None:
         assert self.checkpoint
         if self.trainer.is_global_zero:
-            open_test_split(self.checkpoint, datamodule, f"upright {self.verb}")
+            open_test_split(self.checkpoint, self.folder, datamodule, f"upright {self.verb}")
 
     def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
         """Metrics of the validation split."""

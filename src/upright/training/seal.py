@@ -19,38 +19,39 @@ from upright.training.checkpoint import file_hash
 from upright.training.run_folder import is_sweep, locked
 
 FILE = "test_openings.jsonl"
-"""In the run's folder: a line per opening, with date (UTC), checkpoint and its SHA-256, split, and what opened it."""
+"""In the run's folder: a line per opening, with date (UTC), model and its SHA-256, split, and what opened it."""
 
 
-def open_test_split(checkpoint: Path, data: ImageDataModule, by: str) -> None:
+def open_test_split(model: Path, run: Path, data: ImageDataModule, by: str) -> None:
     """Write down that a model's answers to the test split are about to be seen, and say how often that was.
 
     Of several processes the first one calls it.
 
     Args:
-        checkpoint: of the model; the record is in its folder.
+        model: a checkpoint, or a bundle's ONNX file.
+        run: the folder that it was trained in, for the record.
         data: whose test split it is.
         by: what opens it, as it is typed: ``upright test``.
     """
-    folder, split = checkpoint.parent, content_digest(data.manifest.hashes["test"])
+    split = content_digest(data.manifest.hashes["test"])
     opening = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint": checkpoint.name,
-        "sha256": file_hash(checkpoint),
+        "model": model.name,
+        "sha256": file_hash(model),
         "test_split": split,
         "split_digest": data.manifest.digest,
         "by": by,
     }
-    with locked(folder / f".{FILE}.lock"):
-        path = folder / FILE
+    with locked(run / f".{FILE}.lock"):
+        path = run / FILE
         # Whole or not at all: half a line would be one opening less.
         write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
-    if (times := count(folder, split)) > 1:
-        print(f"Note: the test split was opened {times} times for run '{folder}' ({FILE}).")
-    if len(trials := count_in_sweep(folder.parent, split)) > 1:
+    if (times := count(run, split)) > 1:
+        print(f"Note: the test split was opened {times} times for run '{run}' ({FILE}).")
+    if len(trials := count_in_sweep(run.parent, split)) > 1:
         told = ", ".join(f"{name} {times}" for name, times in trials.items())
         print(
-            f"Note: over the trials of '{folder.parent}' it was opened {sum(trials.values())} times ({told}); one "
+            f"Note: over the trials of '{run.parent}' it was opened {sum(trials.values())} times ({told}); one "
             "that is chosen by it looks better there than it is."
         )
 

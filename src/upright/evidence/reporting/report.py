@@ -15,7 +15,7 @@ from upright.evidence.reporting.gathering import Evidence, gather
 from upright.evidence.reporting.invariance import SEED, Course, Distortion, Turning
 from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page
-from upright.evidence.reporting.subjects import PYTORCH, Subject, open_subjects
+from upright.evidence.reporting.subjects import Subject, open_subjects
 from upright.files import check_replaceable, replacing_folder
 from upright.training.run_folder import ROOT
 from upright.training.seal import content_digest, count, count_in_sweep, open_test_split
@@ -54,9 +54,8 @@ def report(
     target = Path(to) if to else ROOT / f"report-{_folder_name(group.subjects)}"
     _check_target(target, force)
     for subject in group.subjects:
-        # A bundle has no run to write it down in.
-        if split == "test" and subject.kind == PYTORCH:
-            open_test_split(subject.file, group.data, "upright report")
+        if split == "test" and subject.folder:
+            open_test_split(subject.file, subject.folder, group.data, "upright report")
     evidence = gather(group, split, images)
     figures = _figures(evidence, data)
     print("Writing ...", flush=True)
@@ -135,11 +134,11 @@ def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:
 
 
 def _openings(subject: Subject, evidence: Evidence) -> dict[str, Any] | None:
-    """How often the test split was opened; None where it was not, or by a bundle, which keeps no record."""
-    if evidence.split != "test" or subject.kind != PYTORCH:
+    """How often the test split was opened; None where it was not, or where the run is gone that would know."""
+    if evidence.split != "test" or subject.folder is None:
         return None
-    folder, split = subject.file.parent, content_digest(evidence.group.data.manifest.hashes["test"])
-    return {"run": count(folder, split), "sweep": count_in_sweep(folder.parent, split)}
+    split = content_digest(evidence.group.data.manifest.hashes["test"])
+    return {"run": count(subject.folder, split), "sweep": count_in_sweep(subject.folder.parent, split)}
 
 
 def _curve(way: Distortion, course: Course, trained: tuple[float, float] | None) -> dict[str, Any]:

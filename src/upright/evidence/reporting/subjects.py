@@ -1,5 +1,6 @@
 """A model under examination: images to probabilities, whether PyTorch or ONNX Runtime answers."""
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from upright.training.checkpoint import (
     restore,
 )
 from upright.training.model import Model
+from upright.training.run_folder import ROOT
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,6 +63,7 @@ class Subject:
         file: of its weights.
         network: its class path.
         run: name and id.
+        folder: of that run; None where it is not in ``checkpoints`` any more, from which a bundle was exported.
         git_commit: that it was trained at, if that is known.
         trained_on: recipe of the data, if that is known.
         unseen: whether it is certain that it was trained on no image that it is judged by.
@@ -76,6 +79,7 @@ class Subject:
     file: Path
     network: str
     run: dict[str, Any]
+    folder: Path | None
     git_commit: str | None
     trained_on: Recipe | None
     unseen: bool
@@ -172,8 +176,8 @@ def _find(path: str) -> Found:
             bundle.spec,
             provenance["model"].get("init_args", {}).get("network"),
             _recipe(provenance.get("data")),
-            provenance.get("split", {}).get("digest"),
-            provenance.get("run", {}),
+            _dict(provenance.get("split")).get("digest"),
+            _dict(provenance.get("run")),
             provenance.get("git_commit"),
         )
     if not (folder.is_file() or (folder / "best.ckpt").is_file()) and folder.exists():
@@ -193,6 +197,10 @@ def _find(path: str) -> Found:
         ours["run"],
         ours["git_commit"],
     )
+
+
+def _dict(told: Any) -> dict[str, Any]:
+    return told if isinstance(told, dict) else {}
 
 
 def _recipe(data: Any) -> Recipe | None:
@@ -246,6 +254,7 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
         found,
         kind=PYTORCH,
         file=file,
+        folder=file.parent,
         # `restore` refuses what is known to have been seen.
         unseen=found.digest is not None,
         model=model if turns else None,
@@ -285,11 +294,22 @@ def _bundled(found: Found, bundle: Bundle, precision: str, unseen: bool) -> Subj
         found,
         kind=f"ONNX {precision}",
         file=bundle.model(precision),
+        folder=_run_folder(found.run),
         unseen=unseen,
         model=model,
         silent=silent,
         answer=answer,
     )
+
+
+def _run_folder(run: dict[str, Any]) -> Path | None:
+    """Where the run is that has this name and id; a bundle says no more."""
+    for folder in (*ROOT.glob("*"), *ROOT.glob("*/*")):
+        if folder.name == run.get("name") and (best := folder / "best.ckpt").is_file():
+            with contextlib.suppress(UprightError):
+                if read_checkpoint(best)[KEY]["run"]["id"] == run.get("id"):
+                    return folder
+    return None
 
 
 def _untrained(found: Found) -> Model:
