@@ -265,7 +265,7 @@ VERBS = {
         "search over options of fit", _sweep, "upright.evidence.selecting.sweep:sweep", passes_on="upright fit"
     ),
     "select": Verb("what the best of several runs is worth", _select, "upright.evidence.selecting.selection:select"),
-    "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.schema:schema"),
+    "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.cli.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
     "report": Verb("what models are worth, on one page", _report, "upright.evidence.reporting.report:report"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
@@ -312,7 +312,7 @@ def _run(arguments: list[str]) -> int:
     if name in USES_OWN_CODE and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     if name in LIGHTNING:
-        return int(_load("upright.training.cli:run")(name, rest) or 0)
+        return int(_load("upright.training.cli.run:run")(name, rest) or 0)
     if name not in VERBS:
         allowed = [*LIGHTNING, *VERBS]
         raise UprightError(f"unknown verb '{name}'.{nearest(name, allowed)} Verbs: {', '.join(allowed)}.")

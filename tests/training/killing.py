@@ -114,7 +114,7 @@ def environment(**more: str) -> dict[str, str]:
 
 FRESH = multiprocessing.get_context("forkserver")
 """Its processes are forked from one that has imported all that takes seconds."""
-FRESH.set_forkserver_preload(["upright.training.cli", "upright.data.digits"])
+FRESH.set_forkserver_preload(["upright.training.cli.run", "upright.data.digits"])
 
 
 def _run(arguments: list[str], folder: Path, variables: dict[str, str], out: str, err: str) -> None:

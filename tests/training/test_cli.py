@@ -18,7 +18,7 @@ from PIL import Image
 from tests.conftest import CONFIGS, ROOT, Upright
 from tests.training.test_classifier import METRICS
 from tests.training.wandb_record import read_record
-from upright.training.parser import explain
+from upright.training.cli.parser import explain
 
 STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
 QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--wandb", "off")

@@ -24,7 +24,7 @@ class Strip(nn.Sequential):
 
 @pytest.fixture(scope="module")
 def schemas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from upright.training.schema import schema
+    from upright.training.cli.schema import schema
 
     folder = tmp_path_factory.mktemp("schemas")
     assert schema(to=str(folder)) == 0

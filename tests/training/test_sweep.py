@@ -17,9 +17,9 @@ import yaml
 
 from tests.conftest import CONFIGS, ROOT, Upright
 from upright.errors import UprightError
-from upright.training.space import Range, as_arguments, read_space
-from upright.training.sweep import sweep
-from upright.training.trial import COMMAND
+from upright.training.sweeping.space import Range, as_arguments, read_space
+from upright.training.sweeping.sweep import sweep
+from upright.training.sweeping.trial import COMMAND
 
 LENET = ROOT / "configs/lenet.yaml"
 FOLDER = Path("checkpoints/try")
@@ -67,7 +67,7 @@ Sweep = Callable[..., int]
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """Sweep with a trial that takes no time: `stub(SPACE | {...}, trials=3, do={"sleep": 1})`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("upright.training.search.POLL", 0.02)
+    monkeypatch.setattr("upright.training.sweeping.search.POLL", 0.02)
     (tmp_path / "stub.py").write_text(STUB)
 
     def run(space: dict[str, Any] = SPACE, do: dict[str, Any] | None = None, **options: Any) -> int:
@@ -353,7 +353,7 @@ def test_a_trial_of_a_machine_that_is_gone_is_tried_again(
     (FOLDER / ".trial-000.lock").unlink()
     with pytest.raises(UprightError, match="has a score: none has ended"):
         stub(trials=1)
-    monkeypatch.setattr("upright.training.sweep.HEARTBEAT", 1)
+    monkeypatch.setattr("upright.training.sweeping.sweep.HEARTBEAT", 1)
     time.sleep(6)
     assert stub(trials=1) == 0 and [row["trial"] for row in rows()] == ["1"]
 
@@ -373,7 +373,7 @@ def test_what_kills_its_sweep_is_not_tried_without_end(
 
 
 def test_a_trial_ends_with_the_sweep_that_started_it() -> None:
-    code = "from upright.training.trial import end_with_parent; end_with_parent(); import time; time.sleep(60)"
+    code = "from upright.training.sweeping.trial import end_with_parent; end_with_parent(); import time; time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)

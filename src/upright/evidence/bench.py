@@ -24,7 +24,7 @@ from upright.files import write_text
 from upright.recipes import recipe
 from upright.tables import read_rows
 from upright.training.checkpoint import Restored, restore
-from upright.training.cli import run as run_verb
+from upright.training.cli.run import run as run_verb
 from upright.training.losses import CrossEntropy
 from upright.training.schedules import OneCycle
 

@@ -6,15 +6,15 @@ from typing import Any
 
 from upright.errors import UprightError
 from upright.evidence.selecting.selection import select
-from upright.training import sweep as search
 from upright.training.run_folder import ROOT
+from upright.training.sweeping import sweep as search
 
 
 def sweep(space: str, name: str | None = None, **options: Any) -> int:
     """Search, then `select` among the trials.
 
     Args:
-        space: see `upright.training.sweep.sweep`.
+        space: see `upright.training.sweeping.sweep.sweep`.
         name: of the sweep.
         **options: the others.
 

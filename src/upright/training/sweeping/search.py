@@ -24,8 +24,8 @@ from upright.files import write_text
 from upright.tables import read_rows
 from upright.training.checkpoint import KEY, read_checkpoint
 from upright.training.run_folder import locked
-from upright.training.space import Space, as_arguments
-from upright.training.trial import keep_log, last_words, log_of, started
+from upright.training.sweeping.space import Space, as_arguments
+from upright.training.sweeping.trial import keep_log, last_words, log_of, started
 
 POLL = 0.2  # seconds between two looks at a trial
 ATTEMPTS = 3  # of a trial whose sweep was killed; it may be what killed it

@@ -31,9 +31,9 @@ from upright.errors import UprightError
 from upright.files import write_text
 from upright.training.checkpoint import check_name, read_yaml
 from upright.training.run_folder import ROOT, SWEEP, locked
-from upright.training.search import Search, try_again
-from upright.training.space import Space, differences, read_space, refuse_reserved
-from upright.training.trial import COMMAND
+from upright.training.sweeping.search import Search, try_again
+from upright.training.sweeping.space import Space, differences, read_space, refuse_reserved
+from upright.training.sweeping.trial import COMMAND
 
 HEARTBEAT = 30  # seconds; a trial of another machine is given up after four of them
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from upright.errors import UprightError
 from upright.files import write_text
-from upright.training.cli import UprightCLI
+from upright.training.cli.run import command_of
 
 OURS = (
     "upright.architectures",
@@ -66,7 +66,7 @@ def parser_of(verb: str) -> Any:
     with warnings.catch_warnings():
         # Lightning 2.6 calls functions that jsonargparse 5 will not have.
         warnings.simplefilter("ignore", DeprecationWarning)
-        whole = capture_parser(lambda: UprightCLI(verb, [], ExitStack()))
+        whole = capture_parser(lambda: command_of(verb)(verb, [], ExitStack()))
     verbs: Any = whole._subcommands_action
     return verbs._name_parser_map[verb]
 

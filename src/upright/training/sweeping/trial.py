@@ -1,4 +1,4 @@
-"""A trial as a process: how a sweep starts one, and ``python -m upright.training.trial fit ...``, what that runs.
+"""A trial as a process: how a sweep starts one, and what that runs, ``python -m upright.training.sweeping.trial fit``.
 
 The latter is `upright` that ends with the sweep that started it. A sweep that is killed outright can stop nobody. Its
 end of this process's standard input closes with it, on every system and without anybody's help, and that is the signal.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-COMMAND = (sys.executable, "-m", "upright.training.trial", "fit")
+COMMAND = (sys.executable, "-m", "upright.training.sweeping.trial", "fit")
 GRACE = 20  # seconds that a trial has to end by itself
 
 

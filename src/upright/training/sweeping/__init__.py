@@ -1,0 +1,1 @@
+"""``upright sweep``: a search over the options of ``fit``."""
