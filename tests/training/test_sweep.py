@@ -266,7 +266,7 @@ DRIVER = """
 import signal, sys
 # A shell lets its background jobs ignore Ctrl-C, and they what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from upright.training import search, sweep
+from upright.training.sweeping import search, sweep
 search.POLL = 0.02
 sys.exit(sweep.sweep("try.yaml", command=[sys.executable, "-S", "stub.py"], trials=int(sys.argv[1])))
 """
