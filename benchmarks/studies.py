@@ -37,10 +37,13 @@ def gather(root: Path) -> None:
     parts = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in re.split(r"^## ", old, flags=re.M)[1:]}
     (DOCS / "studies").mkdir(exist_ok=True)
     for name in NAMES:
-        folder = root / f"study-{name}"
-        if (folder / "study.md").exists():
-            shutil.copyfile(folder / f"{name}.png", DOCS / "studies" / f"{name}.png")
-            parts[name] = (folder / "study.md").read_text().replace(f"]({name}.png)", f"](studies/{name}.png)")
+        # The full one shows all of the other, but for what that costs: the last line.
+        shown = [path for path in (root / f"study-{name}-full", root / f"study-{name}") if (path / "study.md").exists()]
+        if shown:
+            shutil.copyfile(shown[0] / f"{name}.png", DOCS / "studies" / f"{name}.png")
+            first, *others = [(folder / "study.md").read_text() for folder in shown]
+            costs = "".join(f"\n{other.splitlines()[-1]}\n" for other in others)
+            parts[name] = first.replace(f"]({name}.png)", f"](studies/{name}.png)") + costs
         elif NOT_RUN in parts.get(name, NOT_RUN):
             claim, protocol = claim_and_protocol(importlib.import_module(f"{studies.__name__}.{name}"))
             parts[name] = f"## {name}\n\n{claim}\n\n{protocol}\n\n{NOT_RUN} `upright study {name}`\n"
