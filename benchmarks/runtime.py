@@ -30,6 +30,7 @@ from upright.architectures.googlenet import GoogLeNet
 from upright.architectures.lenet import LeNet
 from upright.architectures.resnet import ResNet
 from upright.architectures.vgg import VGG
+from upright.data.configs import read_data, read_yaml
 from upright.exporting.graph import OPSET, Form, Graph, write_graph
 from upright.exporting.precision import Int8
 from upright.images import ImageSpec
@@ -37,7 +38,6 @@ from upright.recipes import build
 from upright.runtime.predictor import open_session
 from upright.runtime.speed import Speed, machine, side_by_side, turn
 from upright.runtime.worker import openvino
-from upright.training.checkpoint import read_data, read_yaml
 from upright.training.model import Model
 
 FULL: dict[str, Callable[..., nn.Module]] = {

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
+from upright.data.configs import read_data, read_yaml
 from upright.errors import UprightError
+from upright.files import check_exists
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.tables import markdown
-from upright.training.checkpoint import KEY, check_exists, read_checkpoint, read_data, read_yaml
+from upright.training.checkpoint import KEY, read_checkpoint
 
 WIDTH = 120
 """Of the table."""

@@ -1,13 +1,48 @@
-"""Written aside, synced, then renamed: a file or a folder is there whole, or not at all."""
+"""Files and folders: checked before anything is done, and there whole or not at all.
+
+What is written is written aside, synced, then renamed.
+"""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from upright.errors import UprightError
+from upright.errors import UprightError, nearest
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file: what is known of one holds for no other."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_exists(path: Path, give: str) -> None:
+    """Refuse a path that is not there.
+
+    Args:
+        path: as it was given.
+        give: what might be given.
+
+    Raises:
+        UprightError: with the nearest name beside it.
+    """
+    if not path.exists():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise UprightError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {give}.")
+
+
+def check_name(name: str) -> None:
+    """A run and a bundle are named by a plain folder name.
+
+    Raises:
+        UprightError: for anything else.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UprightError(f"--name '{name}' must be a plain folder name.")
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
 from upright.data.augmentation import Augmentation, Distortion
+from upright.data.configs import build_data, read_data
 from upright.data.datamodule import ImageDataModule
 from upright.data.split import SPLITS
 from upright.errors import UprightError
+from upright.files import check_exists
 from upright.images import Pixels
-from upright.training.checkpoint import KEY, build_data, check_exists, read_checkpoint, read_data
+from upright.training.checkpoint import KEY, read_checkpoint
 from upright.training.drawing import pixels_of, save_picture
 
 COLUMNS = 10

@@ -10,10 +10,10 @@ from torch.nn.functional import one_hot
 from tests.conftest import ROOT
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
 from upright.data.augmentation import RandomAffine
+from upright.data.configs import read_data
 from upright.evidence.reporting.invariance import Sample, Turning, distortions, follow, take_sample, trained_ranges
 from upright.evidence.reporting.subjects import Answer, Subject
 from upright.images import ImageSpec
-from upright.training.checkpoint import read_data
 from upright.training.model import Model
 from upright.warp import Padding, identity, warp
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests.conftest import Upright
 from upright.errors import UprightError
-from upright.training.checkpoint import file_hash, restore
+from upright.files import file_hash
+from upright.training.checkpoint import restore
 from upright.training.seal import FILE, content_digest, count, open_test_split, openings
 
 QUICK = ("--trainer.limit_train_batches", "2", "--wandb", "off")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from upright.data.configs import read_data
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
 from upright.errors import GateError, UprightError
@@ -30,13 +31,13 @@ from upright.exporting.parity import (
 )
 from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
-from upright.files import check_replaceable, replacing_folder
+from upright.files import check_name, check_replaceable, replacing_folder
 from upright.images import Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import open_session, run_batch, run_session
 from upright.runtime.speed import machine, side_by_side, turn
 from upright.tables import markdown
-from upright.training.checkpoint import Restored, check_name, find_checkpoint, read_data, restore
+from upright.training.checkpoint import Restored, find_checkpoint, restore
 from upright.training.finetuning import head
 from upright.training.tracking import Mode, bundle_mode, log_bundle
 

@@ -1,6 +1,5 @@
 """A bundle: one folder that holds a model and all that proves it. Hashes are checked before anything is parsed."""
 
-import hashlib
 import json
 import math
 import mmap
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from upright.errors import UprightError
+from upright.files import file_hash
 from upright.images import ImageSpec
 
 FORMAT = 2
@@ -30,8 +30,7 @@ def checksums(folder: Path) -> str:
     lines = []
     for name in files:
         if name != SUMS:
-            with open(folder / name, "rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+            lines.append(f"{file_hash(folder / name)}  {name}\n")
     return "".join(lines)
 
 

@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, read without running code, and enough to rebuild model and data."""
 
-import hashlib
 import os
 import pickle
 import subprocess
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError, nearest
 from upright.files import replacing_file
 from upright.images import ImageSpec
-from upright.recipes import Recipe, build
+from upright.recipes import build
 from upright.training.classifier import ImageClassifier
 
 FORMAT = 1
@@ -97,12 +95,6 @@ def find_checkpoint(path: str | Path) -> Path:
             "`upright fit` writes them to checkpoints/NAME/best.ckpt."
         )
     return path
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, such as a checkpoint: what is known of one holds for no other."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -203,85 +195,6 @@ def restore(path: str | Path, data: ImageDataModule | None = None) -> Restored:
     load_weights(classifier, checkpoint, path)
     check_data(ours, data, path, same_split=own_data)
     return Restored(classifier.eval(), data, ours)
-
-
-def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        UprightError: if it cannot be read.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
-
-
-def check_exists(path: Path, give: str) -> None:
-    """Refuse a path that is not there.
-
-    Args:
-        path: as it was given.
-        give: what might be given.
-
-    Raises:
-        UprightError: with the nearest name beside it.
-    """
-    if not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UprightError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {give}.")
-
-
-def read_data(path: str | Path, **options: object) -> ImageDataModule:
-    """The datamodule of a YAML like those in ``configs/data``, or of an experiment's.
-
-    Args:
-        path: of the YAML.
-        **options: of the datamodule, in place of what stands there.
-
-    Raises:
-        UprightError: if it describes none.
-    """
-    found = read_yaml(path)
-    if isinstance(found, dict) and "model" in found:
-        found = found.get("data")
-        if found is None:
-            raise UprightError(f"'{path}' does not say what data it is for; give the YAML of some.")
-        if isinstance(found, str):
-            return read_data(Path(path).parent / found, **options)
-    if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
-        raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
-    return build_data(found, path, **options)
-
-
-def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataModule:
-    """The datamodule of a recipe.
-
-    Args:
-        data: its recipe.
-        path: where that was found, for messages.
-        **options: in place of what stands there.
-
-    Raises:
-        UprightError: if it does not take these options, or is no datamodule.
-    """
-    try:
-        made = build(data)(**options)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than it takes
-        raise UprightError(f"'{path}': {error}.") from None
-    if not isinstance(made, ImageDataModule):
-        raise UprightError(f"'{path}' describes a {type(made).__name__}, which is no ImageDataModule.")
-    return made
-
-
-def check_name(name: str) -> None:
-    """A run and a bundle are named by a plain folder name.
-
-    Raises:
-        UprightError: for anything else.
-    """
-    if not name or Path(name).name != name or name.startswith("."):
-        raise UprightError(f"--name '{name}' must be a plain folder name.")
 
 
 def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -20,17 +20,10 @@ from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
+from upright.files import file_hash
 from upright.images import ImageSpec
 from upright.recipes import Recipe, recipe
-from upright.training.checkpoint import (
-    KEY,
-    check_format,
-    check_unseen,
-    file_hash,
-    find_checkpoint,
-    learnt_from,
-    load_file,
-)
+from upright.training.checkpoint import KEY, check_format, check_unseen, find_checkpoint, learnt_from, load_file
 from upright.training.classifier import ImageClassifier
 from upright.training.published_weights import (
     MEAN,

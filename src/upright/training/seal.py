@@ -14,8 +14,7 @@ from torch import Tensor
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
-from upright.files import write_text
-from upright.training.checkpoint import file_hash
+from upright.files import file_hash, write_text
 from upright.training.run_folder import is_sweep, locked
 
 FILE = "test_openings.jsonl"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer, observing
+from upright.data.configs import build_data, read_data
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
 from upright.exporting.parity import fitted
@@ -20,15 +21,7 @@ from upright.images import ImageSpec
 from upright.recipes import Recipe, build
 from upright.runtime.bundle import MANIFEST, SUMS, Bundle
 from upright.runtime.predictor import open_session, run_batch
-from upright.training.checkpoint import (
-    KEY,
-    build_data,
-    check_task,
-    find_checkpoint,
-    read_checkpoint,
-    read_data,
-    restore,
-)
+from upright.training.checkpoint import KEY, check_task, find_checkpoint, read_checkpoint, restore
 from upright.training.model import Model
 from upright.training.run_folder import ROOT
 

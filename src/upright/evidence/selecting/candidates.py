@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
-from upright.files import replacing_file
+from upright.files import check_exists, file_hash, replacing_file
 from upright.tables import read_rows
-from upright.training.checkpoint import KEY, Restored, check_data, check_exists, file_hash, read_checkpoint, restore
+from upright.training.checkpoint import KEY, Restored, check_data, read_checkpoint, restore
 from upright.training.run_folder import is_sweep, locked
 from upright.training.seal import content_digest
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from upright.data.configs import read_data
 from upright.errors import UprightError
 from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs
 from upright.evidence.selecting.optimism import (
@@ -25,7 +26,6 @@ from upright.evidence.selecting.optimism import (
 )
 from upright.files import write_text
 from upright.tables import markdown
-from upright.training.checkpoint import read_data
 from upright.training.drawing import save_picture
 from upright.training.process import leave_a_core
 from upright.training.run_folder import is_sweep, locked

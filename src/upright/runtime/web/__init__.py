@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UprightError
-from upright.files import replacing_file, replacing_folder
+from upright.files import file_hash, replacing_file, replacing_folder
 from upright.runtime.bundle import SAMPLES, Bundle
 
 RUNTIME_VERSION = "1.30.0"
@@ -190,7 +190,7 @@ def _downloaded(mirrors: tuple[str, ...]) -> Path:
     folder = cache / f"onnxruntime-web-{RUNTIME_VERSION}"
     for name, digest in RUNTIME.items():
         target = folder / name
-        if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == digest:
+        if target.is_file() and file_hash(target) == digest:
             continue
         print(f"Downloading {name} of onnxruntime-web {RUNTIME_VERSION}, once ...", flush=True)
         failures = []

@@ -15,18 +15,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError
-from upright.files import check_replaceable, write_text
+from upright.files import check_name, check_replaceable, write_text
 from upright.tables import read_rows
 from upright.training.callbacks import Divergence, GradientNorm, MetricsFile, RunRecord, brief, checkpoints
-from upright.training.checkpoint import (
-    KEY,
-    check_data,
-    check_name,
-    find_checkpoint,
-    git_commit,
-    load_weights,
-    read_checkpoint,
-)
+from upright.training.checkpoint import KEY, check_data, find_checkpoint, git_commit, load_weights, read_checkpoint
 from upright.training.classifier import ImageClassifier
 from upright.training.cli.arguments import value_of
 from upright.training.cli.command import Command

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from optuna import Trial
 
+from upright.data.configs import read_yaml
 from upright.errors import UprightError, nearest
-from upright.training.checkpoint import read_yaml
 
 KEYS = ("config", "metric", "trials", "seed", "space")
 RESERVED = ("name", "force", "ckpt_path", "config", "trainer.default_root_dir")

@@ -27,9 +27,9 @@ from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from upright.data.configs import read_yaml
 from upright.errors import UprightError
-from upright.files import write_text
-from upright.training.checkpoint import check_name, read_yaml
+from upright.files import check_name, write_text
 from upright.training.run_folder import ROOT, SWEEP, locked
 from upright.training.sweeping.search import Search, try_again
 from upright.training.sweeping.space import Space, differences, read_space, refuse_reserved
