@@ -259,7 +259,7 @@ def test_over_budget_there_is_no_bundle(
     assert list((tmp_path / "export").iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["write_graph", "compare", "_write_samples", "_card", "checksums"])
+@pytest.mark.parametrize("broken", ["write_graph", "compare", "_write_samples", "card", "checksums"])
 def test_the_bundle_appears_whole_or_not_at_all(
     upright: Upright, bundle: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -17,18 +17,11 @@ from PIL import Image
 from upright.data.configs import read_data
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
-from upright.errors import GateError, UprightError
-from upright.exporting.gate import gated
+from upright.errors import UprightError
+from upright.exporting.card import card, summary
+from upright.exporting.gate import check_exact, gated
 from upright.exporting.graph import Form, Graph, Output, write_graph
-from upright.exporting.parity import (
-    Comparison,
-    PyTorch,
-    cached_accuracy,
-    calibration_batches,
-    compare,
-    fitted_originals,
-    other_outputs_agree,
-)
+from upright.exporting.parity import PyTorch, cached_accuracy, calibration_batches, compare, fitted_originals
 from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, check_replaceable, replacing_folder
@@ -36,15 +29,12 @@ from upright.images import Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import open_session, run_batch, run_session
 from upright.runtime.speed import machine, side_by_side, turn
-from upright.tables import markdown
 from upright.training.checkpoint import Restored, find_checkpoint, restore
 from upright.training.finetuning import head
 from upright.training.tracking import Mode, bundle_mode, log_bundle
 
 SAMPLE_COUNT = 16
 BATCHES = (1, 64)
-PAYS = 1.1
-"""Times as fast as float32; less is within the noise of the measurement."""
 
 
 def export(
@@ -116,10 +106,10 @@ def export(
         outputs_given = Graph(restored.classifier.model, form).names[1:]
         manifest = _manifest(restored.contents, restored.data, name, form, outputs_given, described)
         _write_json(folder / MANIFEST, manifest)
-        (folder / "README.md").write_text(_card(manifest, parity, name), encoding="utf-8")
+        (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
     log_bundle(tracking, find_checkpoint(checkpoint), target)
-    for line in _summary(parity, max_drop):
+    for line in summary(parity, max_drop):
         print(line)
     if models:
         write_models(Bundle.open(target), models)
@@ -200,55 +190,6 @@ def _speeds(models: dict[str, Path], image: Pixels, form: Form) -> dict[str, Any
     return found
 
 
-def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
-    """Float32 must say the same.
-
-    Raises:
-        GateError: if it does not; the images are listed.
-    """
-    allowed = TOLERANCES["fp32"]
-    # A NaN is over budget, too. A first class that flips had a margin of less than twice this.
-    offending = np.flatnonzero(~(comparison.differences <= allowed))
-    if not len(offending) and other_outputs_agree(comparison):
-        return
-    for sample in comparison.told(offending, classes):
-        print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, off by {difference:.2g}".format(**sample))
-    raise GateError(
-        f"ONNX Runtime and PyTorch disagree on {len(offending)} of {len(comparison.names)} validation images (allowed "
-        f"difference {allowed:.0e}), which are listed above; largest differences of other outputs {comparison.others}; "
-        "so there is no bundle."
-    )
-
-
-def _summary(parity: dict[str, Any], max_drop: float) -> Iterator[str]:
-    """What a user should know, line by line."""
-    figures = parity["precisions"]
-    exact = figures["fp32"]
-    yield (
-        f"{parity['images']} images: agreement {exact['agreement']:.2%}, largest difference "
-        f"{exact['largest_difference']:.1e}, accuracy PyTorch {parity['accuracy']['pytorch']:.4f}, "
-        f"ONNX Runtime {exact['accuracy']:.4f}."
-    )
-    for name, figure in figures.items():
-        if name == "fp32":
-            continue
-        low, high = figure["drop_interval"]
-        speed = {batch: entry["times_fp32"] for batch, entry in figure["speed"].items()}
-        times = " and ".join(f"{value:.2f}" for value in speed.values())
-        yield (
-            f"{name}: accuracy {figure['accuracy']:.4f}, {figure['drop']:.2f} points less (95 %: {low:.2f} to "
-            f"{high:.2f}), {len(figure['flipped'])} flipped; {figure['bytes'] / exact['bytes']:.2f} times the size, "
-            f"{times} times as fast (batch {' and '.join(speed)})."
-        )
-        if max(speed.values()) < PAYS:
-            yield f"{name} does not pay on this machine: it is no faster than fp32."
-    if len(figures) > 1 and parity["smallest_drop_to_tell"] > max_drop:
-        yield (
-            f"{parity['sources']} source images are too few to tell a drop of {max_drop:g} points (they tell one of "
-            f"{parity['smallest_drop_to_tell']:.2f}): what was seen has decided."
-        )
-
-
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -306,93 +247,3 @@ def _manifest(
             "metrics": contents["metrics"],
         },
     }
-
-
-def _card(manifest: dict[str, Any], parity: dict[str, Any], name: str) -> str:
-    spec, provenance, accuracy = manifest["spec"], manifest["provenance"], parity["accuracy"]
-    exact = parity["precisions"]["fp32"]
-    network = provenance["model"]["init_args"]["network"]["class_path"]
-    data = provenance["data"]["class_path"]
-    batch, height, width, channels = manifest["input"]["shape"]
-    sizes = "any size" if height == "height" else "of this size alone"
-    fitted = "" if spec["resize"] == "none" else f"{spec['resize']} to {spec['height']} x {spec['width']} and "
-    fitted = "" if (height, width) == (spec["height"], spec["width"]) else fitted
-    others = "".join(f", `{other}`" for other in manifest["other_outputs"])
-    metrics = "\n".join(f"| {key} | {value:.4f} |" for key, value in provenance["metrics"].items())
-    return f"""# {name}
-
-An image classifier exported by Upright {provenance["versions"]["upright"]} from run `{provenance["run"]["name"]}`
-(id {provenance["run"]["id"]}, git {provenance["git_commit"] or "not known"}).
-
-| | |
-|---|---|
-| Network | `{network}` |
-| Data | `{data}`, split `{provenance["split"]["digest"][:16]}` |
-| Classes | {", ".join(spec["classes"])} |
-| Input | `images`: uint8 ({batch}, {height}, {width}, {channels}), {sizes}; {fitted}normalisation inside |
-| Output | `probabilities`: float32 ({batch}, {len(spec["classes"])}){others} |
-| ONNX opset | {manifest["opset"]} |
-
-## Parity on the validation split
-
-PyTorch and ONNX Runtime on all {parity["images"]} originals; `parity.json` holds the same, and more.
-
-| | |
-|---|---|
-| Agreement of the first class | {exact["agreement"]:.4%} |
-| Largest difference of a probability | {exact["largest_difference"]:.2e} (allowed {TOLERANCES["fp32"]:.0e}) |
-| Accuracy, PyTorch | {accuracy["pytorch"]:.4f} |
-| Accuracy, ONNX Runtime | {exact["accuracy"]:.4f} |
-| Accuracy, the cached pipeline that training used | {accuracy["cached_pipeline"]:.4f} |
-{_precisions(manifest, parity)}
-## When it was trained
-
-| metric | value |
-|---|---|
-{metrics}
-
-## Use
-
-With Upright installed (its base install needs no PyTorch):
-
-    upright verify {name}          # hashes, and the same answers on this machine
-    upright infer {name} IMAGE ...
-
-In Python: `from upright.runtime.predictor import Predictor; Predictor("{name}")("image.png").label`
-"""
-
-
-def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
-    """Of the card: a row for each precision, where there are several."""
-    figures = parity["precisions"]
-    if len(figures) == 1:
-        return ""
-    batches = list(figures["fp32"]["speed"])
-    head = [
-        "precision",
-        "file",
-        "kB",
-        "accuracy",
-        "points lost (95 %)",
-        *(f"speed, batch {batch}" for batch in batches),
-    ]
-    rows = [head]
-    notes = ""
-    for name, figure in figures.items():
-        low, high = figure["drop_interval"]
-        lost = "-" if name == "fp32" else f"{figure['drop']:.2f} ({low:.2f} to {high:.2f})"
-        speeds = [f"{figure['speed'][batch]['times_fp32']:.2f}" for batch in batches]
-        size = f"{figure['bytes'] / 1000:.0f}"
-        rows.append([name, f"`{MODELS[name]}`", size, f"{figure['accuracy']:.4f}", lost, *speeds])
-        described = manifest["precisions"][name]
-        floats = ", ".join(described["float_layers"])
-        notes += f"- {name}: {described['how']}{f'; in float32 all the same: {floats}' if floats else ''}.\n"
-    told = parity["machine"]
-    return f"""
-## Precisions
-
-{markdown(rows)}
-{notes}
-Speed is relative to fp32, on one thread of: {told["processor"]} ({", ".join(told["instructions"])}). `verify` says
-whether each gives the same answers on another machine.
-"""

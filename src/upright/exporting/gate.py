@@ -1,4 +1,7 @@
-"""A graph of less precision must not lose accuracy: the layers that harm most go back to float32 until it does not."""
+"""A float32 graph must say the same as PyTorch, and one of less precision must not lose accuracy.
+
+Where it does, the layers that harm most go back to float32 until it does not.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +13,38 @@ import onnxruntime
 from tqdm import tqdm
 
 from upright.errors import GateError
-from upright.exporting.parity import Comparison
-from upright.exporting.precision import Lowered
+from upright.exporting.parity import Comparison, other_outputs_agree
+from upright.exporting.precision import TOLERANCES, Lowered
 from upright.runtime.predictor import open_session, run_batch
 
 Batches = Callable[[], Iterator[npt.NDArray[np.uint8]]]
 
 RANKING_SECONDS = 300.0
 """After so long the layers that were not measured yet count as the least harmful."""
+
+
+def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
+    """Refuse a float32 graph that does not say the same as PyTorch.
+
+    Args:
+        comparison: of the two, on the validation split.
+        classes: names, for messages.
+
+    Raises:
+        GateError: if it does not; the images are listed.
+    """
+    allowed = TOLERANCES["fp32"]
+    # A NaN is over budget, too. A first class that flips had a margin of less than twice this.
+    offending = np.flatnonzero(~(comparison.differences <= allowed))
+    if not len(offending) and other_outputs_agree(comparison):
+        return
+    for sample in comparison.told(offending, classes):
+        print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, off by {difference:.2g}".format(**sample))
+    raise GateError(
+        f"ONNX Runtime and PyTorch disagree on {len(offending)} of {len(comparison.names)} validation images (allowed "
+        f"difference {allowed:.0e}), which are listed above; largest differences of other outputs {comparison.others}; "
+        "so there is no bundle."
+    )
 
 
 class Passed(NamedTuple):
