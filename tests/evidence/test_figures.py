@@ -44,7 +44,7 @@ def test_what_was_trained_on_is_one_area_or_a_bar_for_each() -> None:
 
 def test_one_model_needs_no_legend_and_four_fit() -> None:
     assert not draw_invariance("consistency", NAMES[:1], [curves(0.9)], WAYS, [{}]).legends
-    found = Reliability.of(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]))
+    found = Reliability.of(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]), np.arange(2))
     figure = draw_reliability([*NAMES, "d"], [found] * 4, [found, None, None, None])
     figure.canvas.draw()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["as it is", "with temperature"]

@@ -1,9 +1,12 @@
 """Is a model right as often as it is sure?"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from upright.evidence.reporting.intervals import Share, clustered
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -20,41 +23,48 @@ class Reliability:
 
     Args:
         counts: of answers in each bin.
-        confidence: their mean, NaN where there are none.
+        confidence: their mean, None where there are none.
         accuracy: likewise.
     """
 
-    counts: Labels
-    confidence: Floats
-    accuracy: Floats
+    counts: list[int]
+    confidence: list[float | None]
+    accuracy: list[Share | None]
 
     @classmethod
-    def of(cls, probabilities: Floats, labels: Labels) -> "Reliability":
-        """Of ``probabilities`` ``(N, K)`` for ``labels`` ``(N,)``."""
+    def of(cls, probabilities: Floats, labels: Labels, groups: Labels) -> "Reliability":
+        """Of ``probabilities`` ``(N, K)`` for ``labels`` ``(N,)``, about the images ``groups`` ``(N,)``."""
         sure = probabilities.max(axis=1)
         right = probabilities.argmax(axis=1) == labels
         bins = np.clip(np.ceil(sure * BINS).astype(int) - 1, 0, BINS - 1)
-        counts = np.bincount(bins, minlength=BINS)
-        with np.errstate(invalid="ignore"):
-            means = [np.bincount(bins, values, minlength=BINS) / counts for values in (sure, right)]
-        return cls(counts, *means)
+        inside = [bins == number for number in range(BINS)]
+        return cls(
+            [int(chosen.sum()) for chosen in inside],
+            [float(sure[chosen].mean()) if chosen.any() else None for chosen in inside],
+            [clustered(right[chosen], groups[chosen]) if chosen.any() else None for chosen in inside],
+        )
+
+    @property
+    def filled(self) -> list[tuple[int, float, Share]]:
+        """Count, confidence and accuracy of the bins that have answers."""
+        rows = zip(self.counts, self.confidence, self.accuracy, strict=True)
+        return [(count, sure, right) for count, sure, right in rows if sure is not None and right is not None]
 
     @property
     def error(self) -> float:
         """Expected calibration error: mean distance of confidence and accuracy, over the answers."""
-        gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
-        return float((gaps * self.counts).sum() / self.counts.sum())
+        return sum(count * abs(sure - right.value) for count, sure, right in self.filled) / sum(self.counts)
 
-    def figures(self) -> list[dict[str, float | int | None]]:
+    def figures(self) -> list[dict[str, Any]]:
         """As plain data, a row for each bin."""
-        rows = zip(self.counts.tolist(), self.confidence.tolist(), self.accuracy.tolist(), strict=True)
+        rows = zip(self.counts, self.confidence, self.accuracy, strict=True)
         return [
             {
                 "above": number / BINS,
                 "to": (number + 1) / BINS,
                 "count": count,
-                "confidence": confidence if count else None,
-                "accuracy": accuracy if count else None,
+                "confidence": confidence,
+                "accuracy": accuracy and accuracy._asdict(),
             }
             for number, (count, confidence, accuracy) in enumerate(rows)
         ]

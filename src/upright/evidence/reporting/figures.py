@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from upright.evidence.reporting.calibration import BINS, Reliability
-from upright.evidence.reporting.intervals import wilson
 from upright.evidence.reporting.invariance import Curve, Distortion, Shown, Turning
 from upright.training.drawing import COLOURS, draw_column, draw_columns
 
@@ -156,14 +155,13 @@ def draw_reliability(
             for place, (label, found) in enumerate((("as it is", before[number]), ("with temperature", after[number]))):
                 if found is None:
                     continue
-                shown = found.counts > 0
-                shares = [wilson(a, n) for a, n in zip(found.accuracy[shown], found.counts[shown], strict=True)]
-                x = 100 * found.confidence[shown]
+                x = [100 * sure for _, sure, _ in found.filled]
+                shares = [right for _, _, right in found.filled]
                 style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3.5, "linestyle": ""}
                 (points,) = upper.plot(x, [100 * share.value for share in shares], **style)
                 bounds = [[100 * end for end in ends] for ends in zip(*(share[1:] for share in shares), strict=True)]
                 upper.vlines(x, *bounds, color=COLOURS[place], linewidth=0.8, alpha=0.6)
-                share = 100 * found.counts / found.counts.sum()
+                share = 100 * np.array(found.counts) / sum(found.counts)
                 lower.stairs(share, edges, color=COLOURS[place], linewidth=1.1)
                 handles[label] = points
             for panel in (upper, lower):

@@ -116,7 +116,8 @@ class Calibrated(NamedTuple):
     @classmethod
     def of(cls, judged: Judged, validated: Judged | None) -> "Calibrated":
         """Of a split, with the temperature fitted on ``validated``, which is another one."""
-        plain = cls(Reliability.of(judged.probabilities, judged.labels), log_loss(judged.probabilities, judged.labels))
+        said, labels, groups = judged.probabilities, judged.labels, judged.groups
+        plain = cls(Reliability.of(said, labels, groups), log_loss(said, labels))
         if validated is None:
             return plain._replace(reason="it is fitted on the validation split, which is what is reported here")
         temperature = fitted_temperature(validated.probabilities, validated.labels)
@@ -125,11 +126,11 @@ class Calibrated(NamedTuple):
                 reason="on the validation split the loss has no least value, as where no answer is wrong (the surer, "
                 "the better), or none better than a guess (the less sure, the better)"
             )
-        scaled = tempered(judged.probabilities, temperature)
+        scaled = tempered(said, temperature)
         return plain._replace(
             temperature=temperature,
-            after=Reliability.of(scaled, judged.labels),
-            log_loss_after=log_loss(scaled, judged.labels),
+            after=Reliability.of(scaled, labels, groups),
+            log_loss_after=log_loss(scaled, labels),
         )
 
     def figures(self) -> dict[str, Any]:
