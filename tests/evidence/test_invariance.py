@@ -22,7 +22,7 @@ WAYS = {way.name: way for way in distortions(SIDE, SIDE, "zeros")}
 
 
 def subject(answer: Callable[[Tensor], Answer], model: Model | None = None) -> Subject:
-    return Subject("a", "a", "PyTorch", "a", Path("a"), "a", {}, None, None, True, model, "", answer)
+    return Subject("a", "a", "PyTorch", "a", Path("a"), "a", {}, None, None, None, True, model, "", answer)
 
 
 def discs(count: int) -> Sample:
