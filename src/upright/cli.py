@@ -216,7 +216,7 @@ def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", nargs="?", help="its name; without it, all are listed")
     parser.add_argument("--seeds", type=int, default=3, help="runs per variant; default: 3")
     parser.add_argument("--quick", action="store_true", help="on the embedded digits, in seconds: shows that it runs")
-    parser.add_argument("--full", action="store_true", help="longer than half an hour, where there is more to show")
+    parser.add_argument("--full", action="store_true", help="longer than half an hour, where a protocol asks for it")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:

@@ -195,6 +195,7 @@ def test_the_spread_of_one_or_none() -> None:
         (["uprigthness"], "There is no study 'uprigthness'. Did you mean 'uprightness'?"),
         (["xor", "--seeds", "1"], "--seeds must be at least 2 to show a spread, got 1."),
         (["xor", "--quick", "--full"], "--quick and --full do not go together"),
+        (["xor", "--full"], "'xor' shows all that it has without --full; published has more."),
         (["--quick"], "--quick needs a study's name: one of capacity,"),
     ],
 )

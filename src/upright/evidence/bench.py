@@ -49,6 +49,7 @@ class Experiment(NamedTuple):
         callbacks: of the trainer.
         validate_every: so many epochs.
         start_from: a checkpoint whose weights it begins with.
+        precision: of the trainer: ``bf16-mixed`` halves the time of a convolution where the processor has bfloat16.
     """
 
     network: Network
@@ -62,6 +63,7 @@ class Experiment(NamedTuple):
     callbacks: tuple[Callable[[], Any], ...] = ()
     validate_every: int = 1
     start_from: Path | None = None
+    precision: str = "32-true"
 
     def config(self, seed: int) -> str:
         """The YAML that ``upright fit`` takes."""
@@ -70,7 +72,7 @@ class Experiment(NamedTuple):
         model |= {"init": self.init, "upright_weight": self.upright_weight}
         callbacks = [recipe(callback) for callback in self.callbacks]
         trainer = {"max_epochs": self.epochs, "enable_progress_bar": False, "callbacks": callbacks}
-        trainer |= {"check_val_every_n_epoch": self.validate_every}
+        trainer |= {"check_val_every_n_epoch": self.validate_every, "precision": self.precision}
         start = str(self.start_from) if self.start_from else None
         data = recipe(self.data)
         parts = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}

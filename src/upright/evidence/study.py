@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FULL = "--full"
+"""What a protocol that has more to show says it is for."""
+
+
 class Finding(NamedTuple):
     """What came of a study.
 
@@ -52,11 +56,11 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
         study: the name of a module of `upright.evidence.studies`; none lists them.
         seeds: runs per variant.
         quick: on the embedded digits, in seconds: shows that it runs, and proves nothing.
-        full: for longer than half an hour, where a study has more to show.
+        full: for longer than half an hour; only where the protocol says what for.
 
     Raises:
-        UprightError: if there is no such study, if none is named where one must be, or if there are too few seeds to
-            say anything of their spread.
+        UprightError: if there is no such study, if none is named where one must be, if there are too few seeds to say
+            anything of their spread, or if it has no more to show.
     """
     names = [module.name for module in pkgutil.iter_modules(studies.__path__)]
     if study is None and (quick or full):
@@ -71,6 +75,9 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
         raise UprightError(f"--seeds must be at least 2 to show a spread, got {seeds}.")
     if quick and full:
         raise UprightError("--quick and --full do not go together: give one, or neither.")
+    if full and FULL not in (_module(study).__doc__ or ""):
+        longer = ", ".join(name for name in names if FULL in (_module(name).__doc__ or ""))
+        raise UprightError(f"'{study}' shows all that it has without --full; {longer} has more.")
     keep_freed_memory()
     leave_a_core()
     scale: Scale = "quick" if quick else "full" if full else "standard"

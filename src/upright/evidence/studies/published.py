@@ -1,0 +1,96 @@
+"""With the upright loss a small network reaches the errors that the spatial transformer's paper published.
+
+Protocol: the tasks of the study ``transformer``, made from MNIST anew at every step: R by default, with ``--full`` RTS,
+TC, E and P as well. SmallResNet of depth 8 and width 16 behind what the task asks for (R rotation, RTS similarity, TC
+attention, E thin-plate 4 x 4, P projective), which has 16 maps in its localiser and shows it 20 x 20 pixels; upright
+loss of weight 2; 86,507 (R) to 107,053 (TC) parameters, for the paper's 400,000. 58,800 training images, 24 epochs: 1.4
+million images seen, for the paper's 38.4 million. AdamW at 0.003, weight decay 0.2, one cycle, label smoothing 0.1,
+batches of 128, convolutions in bfloat16. The epoch that is best on the other 1,200 training images is tested, on
+each of the 10,000 test digits distorted 3 times.
+
+Network and weight decay were chosen by R's validation on a fifth of the images, after at most 864,000: LeNet 0.96 %,
+the small ResNet 0.78, with weight decay 0.2 0.70 (0.5 and 1: 0.78 and 0.77), with elastic augmentation 1.03. A second
+transformer in series, which makes a step half as long again, was tried by validation after 384,000 images: 1.88 % for
+1.94 on P, 0.90 for 0.96 on RTS. Single seeds of this network had been tested before the protocol was written, in 32-bit
+and after 1.9 to 2.4 million images: R 0.54 and 0.65 %, RTS 0.71 and 0.76, P 1.47, TC 1.12.
+
+It holds if on every task the mean error over seeds is at most the published one, which is that of the best of the
+paper's networks (mean of 3 runs, one decimal).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import mean
+
+from torch.optim import AdamW
+
+from upright.architectures.resnet import SmallResNet
+from upright.architectures.spatial_transformer import ConvLocaliser, SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
+from upright.data.datamodule import ImageDataModule
+from upright.data.distorted_mnist import Task
+from upright.evidence.bench import Bench, Experiment
+from upright.evidence.plots import panels
+from upright.evidence.studies.transformer import FITTING, PUBLISHED, TURNED, digits, mnist
+from upright.evidence.study import Finding, mean_and_spread, values
+from upright.training.drawing import COLOURS
+from upright.training.losses import CrossEntropy
+
+
+def experiment(task: Task, data: Callable[[], ImageDataModule], epochs: int) -> Experiment:
+    """The small ResNet behind what a task asks for."""
+    transformer = partial(
+        SpatialTransformer,
+        padding="border",
+        output_size=(20, 20),
+        transform=FITTING[task],
+        localiser=partial(ConvLocaliser, width=16),
+    )
+    return Experiment(
+        partial(TransformerNetwork, transformer=transformer, network=partial(SmallResNet, depth=8, width=16)),
+        data,
+        epochs,
+        optimizer=partial(AdamW, lr=0.003, weight_decay=0.2),
+        loss=partial(CrossEntropy, label_smoothing=0.1),
+        upright_weight=2.0,
+        precision="bf16-mixed",
+    )
+
+
+def run(bench: Bench) -> Finding:
+    """Train it on the tasks."""
+    tasks: tuple[Task, ...] = bench.choose(("R",), ("R",), ("R", "RTS", "TC", "E", "P"))
+    data, epochs = bench.choose(digits, mnist), bench.choose(1, 24)
+    runs = bench.train({task: experiment(task, data(task), epochs) for task in tasks})
+    error = {task: [100 * (1 - right) for right in values(runs[task], "test/accuracy")] for task in tasks}
+    uprightness = {task: values(runs[task], "test/uprightness") for task in tasks if task in TURNED}
+    reached = [task for task in tasks if mean(error[task]) <= PUBLISHED[task]]
+    missed = [task for task in tasks if task not in reached]
+    sentence = (
+        ", ".join(f"{task} {mean(error[task]):.2f} % (published: {PUBLISHED[task]})" for task in tasks)
+        + f": reached on {', '.join(reached) or 'none'}, missed on {', '.join(missed) or 'none'}."
+    )
+    table = [
+        {
+            "task": task,
+            "transform": FITTING[task].replace("_", "-"),
+            "error, %": mean_and_spread(error[task], 2),
+            "published, %": f"{PUBLISHED[task]}",
+            "uprightness": mean_and_spread(uprightness.get(task, []), 3),
+        }
+        for task in tasks
+    ]
+    figure, (axis,) = panels(1, width=3 + len(tasks), height=3.4)
+    for place, task in enumerate(tasks):
+        found, label = error[task], "" if place else "upright loss, each seed"
+        axis.scatter([place] * len(found), found, s=20, color=COLOURS[0], label=label, zorder=3)
+        label = "" if place else "published best"
+        axis.hlines(PUBLISHED[task], place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1, label=label)
+    axis.set_ylim(0, None)
+    axis.set_xlim(-0.6, len(tasks) - 0.4)
+    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_ylabel("test error, %", fontsize=9)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return Finding(
+        not missed, sentence, table, figure, {"error": error, "uprightness": uprightness, "published": PUBLISHED}
+    )
