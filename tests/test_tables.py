@@ -8,6 +8,10 @@ def test_columns_stand_below_each_other_numbers_to_the_right() -> None:
     assert table == "| layer |     f |\n| ----- | ----: |\n| conv  |     5 |\n| é     | 12345 |\n"
 
 
+def test_a_cell_with_a_bar_stays_a_cell() -> None:
+    assert markdown([["run"], ["a|b"]]) == "| run  |\n| ---- |\n| a\\|b |\n"
+
+
 def test_a_table_that_is_not_there_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.csv") == []
     (tmp_path / "metrics.csv").write_text('epoch,name\n0,"a,\n""b"""\n', encoding="utf-8")

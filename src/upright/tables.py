@@ -21,6 +21,7 @@ def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
         rows: headings, then cells.
         numbers: columns from the right that are aligned to the right.
     """
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     sides = "<" * (len(widths) - numbers) + ">" * numbers
     lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows]

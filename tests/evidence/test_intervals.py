@@ -29,12 +29,21 @@ def test_views_that_know_nothing_of_each_other_count_each() -> None:
 def test_the_interval_holds_what_it_promises() -> None:
     generator, inside = np.random.default_rng(0), 0
     for _ in range(1000):
-        # Half of the images are hard: their views go wrong together.
+        # A fifth of the images are hard: their views go wrong together.
         easy = generator.random(150)[:, None] < 0.8
         right = generator.random((150, 4)) < np.where(easy, 0.98, 0.6)
         share = clustered(right.flatten(), np.repeat(np.arange(150), 4))
         inside += share.low <= 0.8 * 0.98 + 0.2 * 0.6 <= share.high
     assert 0.93 <= inside / 1000 <= 0.97
+
+
+def test_it_holds_where_images_have_more_and_fewer_views_that_agree() -> None:
+    generator, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        groups = np.repeat(np.arange(60), generator.integers(1, 6, 60))
+        share = clustered((generator.random(60) < 0.8)[groups], groups)
+        inside += share.low <= 0.8 <= share.high
+    assert 0.94 <= inside / 1000 <= 0.97
 
 
 def test_all_right_is_not_certain() -> None:

@@ -20,7 +20,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.data.digits import Digits
 from upright.data.mnist import MNIST
 from upright.errors import UprightError
-from upright.files import write_text
+from upright.files import file_hash, write_text
 from upright.recipes import recipe
 from upright.tables import read_rows
 from upright.training.checkpoint import Restored, restore
@@ -42,7 +42,6 @@ class Experiment(NamedTuple):
         data: a datamodule.
         epochs: passes over its training images.
         optimizer: completed with parameter groups.
-        scheduler: completed with ``(optimizer, total_steps)``.
         loss: completed with ``(num_classes)``.
         init: scheme of the weights; by default the network's own.
         upright_weight: of the upright loss.
@@ -56,7 +55,6 @@ class Experiment(NamedTuple):
     data: Callable[[], ImageDataModule]
     epochs: int
     optimizer: Callable[..., Any] = partial(AdamW, lr=0.003, weight_decay=0.01)
-    scheduler: Callable[..., Any] = OneCycle
     loss: Callable[..., Any] = CrossEntropy
     init: str | None = None
     upright_weight: float = 0.0
@@ -67,16 +65,18 @@ class Experiment(NamedTuple):
 
     def config(self, seed: int) -> str:
         """The YAML that ``upright fit`` takes."""
-        names = ("network", "optimizer", "scheduler", "loss")
-        model = {name: recipe(getattr(self, name)) for name in names}
+        parts = {"network": self.network, "optimizer": self.optimizer, "scheduler": OneCycle, "loss": self.loss}
+        model = {name: recipe(part) for name, part in parts.items()}
         model |= {"init": self.init, "upright_weight": self.upright_weight}
         callbacks = [recipe(callback) for callback in self.callbacks]
         trainer = {"max_epochs": self.epochs, "enable_progress_bar": False, "callbacks": callbacks}
         trainer |= {"check_val_every_n_epoch": self.validate_every, "precision": self.precision}
         start = str(self.start_from) if self.start_from else None
         data = recipe(self.data)
-        parts = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
-        return yaml.safe_dump(parts, sort_keys=False)
+        whole = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
+        # With other weights to begin with it is another experiment, though the file has the same name.
+        known = f"# {file_hash(self.start_from)}\n" if self.start_from else ""
+        return known + yaml.safe_dump(whole, sort_keys=False)
 
 
 class Run(NamedTuple):
@@ -150,6 +150,7 @@ class Bench:
             given.append((self.folder, f"{variant}-{seed}", own, seed))
         there = [trained(*each) for each in given]
         left = [each for each, run in zip(given, there, strict=True) if run is None]
+        self.seconds += sum(_behind(*each) or 0.0 for each in left)
         print(f"  {len(left)} of {len(given)} runs are to be trained, {self.workers} at a time.", flush=True)
         try:
             made = iter(self.map(train, left))
@@ -192,6 +193,13 @@ def trained(folder: Path, name: str, experiment: Experiment, seed: int) -> Run |
     return None
 
 
+def _behind(folder: Path, name: str, experiment: Experiment, seed: int) -> float | None:
+    """Seconds of the epochs that the same experiment had behind it when it was stopped; None if it never began."""
+    if _holds(folder / f"{name}.yaml", experiment.config(seed)) and (folder / name / "last.ckpt").exists():
+        return sum(float(row["seconds"]) for row in read_rows(folder / name / "metrics.csv"))
+    return None
+
+
 def _holds(path: Path, text: str) -> bool:
     return path.exists() and path.read_text() == text
 
@@ -208,13 +216,11 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     Raises:
         UprightError: for a mistake in the experiment.
     """
-    config, text, before = folder / f"{name}.yaml", experiment.config(seed), 0.0
-    if _holds(config, text) and (folder / name / "last.ckpt").exists():
-        before = sum(float(row["seconds"]) for row in read_rows(folder / name / "metrics.csv"))
-    else:
+    config, before = folder / f"{name}.yaml", _behind(folder, name, experiment, seed)
+    if before is None:
         shutil.rmtree(folder / name, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(config, text)
+        write_text(config, experiment.config(seed))
     start = time.process_time()
     where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off", "--ckpt_path", "auto"]
     # A line per run is enough; what the run itself says is in its folder.
@@ -227,7 +233,7 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
     if code:
         raise KeyboardInterrupt
     metrics = json.loads((folder / name / "test.json").read_text())["metrics"]
-    run = Run(folder / name, metrics, round(before + time.process_time() - start, 1))
+    run = Run(folder / name, metrics, round((before or 0.0) + time.process_time() - start, 1))
     write_text(folder / name / "done.json", json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
     print(f"  {name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
     return run

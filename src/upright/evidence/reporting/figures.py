@@ -45,9 +45,12 @@ def _paper(height: float, width: float = WIDTH) -> Iterator["Figure"]:
 
 
 def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Below all panels, on paper of its own."""
     # matplotlib hides what begins with an underscore.
     shown = [f" {name}" if name.startswith("_") else name for name in names]
-    columns = max(1, min(len(shown), int(figure.get_figwidth() * LETTERS / (max(map(len, shown)) + 6))))
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(shown), int(width * LETTERS / (max(map(len, shown)) + 6))))
+    figure.set_size_inches(width, height + 0.1 + 0.2 * -(-len(shown) // columns))
     figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=8)
 
 
@@ -104,7 +107,7 @@ def draw_invariance(
         trained: of each, from where to where it was trained on.
     """
     rows = -(-len(ways) // PANELS)
-    with _paper(1.95 * rows + (0.3 if len(names) > 1 else 0)) as figure:
+    with _paper(1.95 * rows) as figure:
         panels = list(figure.subplots(rows, PANELS, sharey=True, squeeze=False).flat)
         handles = []
         for place, (panel, way) in enumerate(zip(panels, ways, strict=False)):
@@ -144,7 +147,7 @@ def draw_reliability(
     columns = min(len(names), PANELS)
     rows = -(-len(names) // columns)
     edges = np.linspace(0, 100, BINS + 1)
-    with _paper(3.1 * rows + 0.3, WIDTH * columns / PANELS if columns > 1 else 3.4) as figure:
+    with _paper(3.1 * rows, WIDTH * columns / PANELS if columns > 1 else 3.4) as figure:
         ratios = [3, 1] * rows
         panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=ratios)
         handles: dict[str, Any] = {}
@@ -190,7 +193,7 @@ def draw_turning(numbers: Sequence[int], names: Sequence[str], turnings: Sequenc
         names: of them.
         turnings: what each did.
     """
-    with _paper(3.0, 4.6) as figure:
+    with _paper(2.7, 4.6) as figure:
         panel = figure.subplots()
         ends = (turnings[0].angles[0], turnings[0].angles[-1])
         nothing = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))[0]

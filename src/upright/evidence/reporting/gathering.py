@@ -17,7 +17,7 @@ from upright.evidence.reporting.judging import Calibrated, Judged, judge
 from upright.evidence.reporting.subjects import Group
 
 EVERY = 180.0
-"""Degrees either way that uprightness is measured over where rotation was not trained on."""
+"""Degrees either way that uprightness is measured over where no rotation is known from training."""
 STEP = 15.0
 """The least."""
 

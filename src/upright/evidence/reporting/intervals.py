@@ -35,8 +35,9 @@ def clustered(right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Sh
     """Wilson's interval for answers to several views of each image, which are not independent.
 
     Their number is divided by the design effect (Kish 1965): the variance of the share as a ratio over groups, by that
-    of as many independent answers. It counts for no less than the number of groups, and no more than that of answers;
-    for less where all answers are alike, and nothing is seen of how they vary. One view of each: Wilson's own.
+    of as many independent answers. It counts for no more than that of answers, and for no less than groups would that
+    each agree, which is their number if they are equally large; for that where all answers are alike, and nothing is
+    seen of how they vary. One view of each: Wilson's own.
 
     Args:
         right: by answer.
@@ -48,9 +49,10 @@ def clustered(right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Sh
     number = len(sizes)
     if number == count:
         return wilson(share, count)
+    least = count**2 / float(np.square(sizes).sum())
     if share in (0.0, 1.0) or number == 1:
-        return wilson(share, number)
+        return wilson(share, least)
     residuals = np.bincount(places, right) - share * sizes
     variance = number / (number - 1) * float(np.square(residuals).sum()) / count**2
     effective = share * (1 - share) / variance if variance else count
-    return wilson(share, min(max(effective, number), count))
+    return wilson(share, min(max(effective, least), count))

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from kornia.filters import gaussian_blur2d
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from upright.architectures.spatial_transformer import last_of
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
+from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
 from upright.evidence.reporting.intervals import Share, wilson
 from upright.evidence.reporting.subjects import Answer, Floats, Subject
 from upright.images import Pixels
@@ -114,7 +115,7 @@ def distortions(height: int, width: int, padding: Padding) -> list[Distortion]:
 
 
 def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tuple[float, float]]:
-    """From where to where a recipe's augmentation distorts, as far as it says so, in the units of `distortions`.
+    """From where to where a recipe's task and augmentation distort, as far as they say so, in units of `distortions`.
 
     `RandomAffine` and `RandomCrop` say it; where there are several, they add up.
 
@@ -126,17 +127,26 @@ def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tu
     side = min(height, width)
     turn = slant = shift = 0.0
     low = high = 1.0
-    for part in (data or {}).get("init_args", {}).get("augment", []):
-        arguments = part.get("init_args", {})
-        if part["class_path"] == recipe(RandomAffine)["class_path"]:
-            affine = RandomAffine(**arguments)
-            turn, slant, shift = turn + affine.rotate, slant + affine.shear, shift + affine.shift * side
-            low, high = low * affine.scale[0], high * affine.scale[1]
-        elif part["class_path"] == recipe(RandomCrop)["class_path"]:
-            shift += RandomCrop(**arguments).padding
+    for part in _moves(data or {}):
+        if isinstance(part, RandomAffine):
+            turn, slant, shift = turn + part.rotate, slant + part.shear, shift + part.shift * side
+            low, high = low * part.scale[0], high * part.scale[1]
+        elif isinstance(part, RandomCrop):
+            shift += part.padding
     ranges = {ROTATION: (-min(turn, 180.0), min(turn, 180.0)), "scale": (low, high), "shift": (0.0, shift)}
     ranges["shear"] = (-slant, slant)
     return {name: ends for name, ends in ranges.items() if ends[0] < ends[1]}
+
+
+def _moves(data: Recipe) -> Iterator[nn.Module]:
+    """What of it is ours, without building the data, which may be gone."""
+    arguments = data.get("init_args", {})
+    if data.get("class_path") == recipe(DistortedMNIST)["class_path"]:
+        yield from MNISTDistortion(arguments["task"]).parts
+    for part in arguments.get("augment", []):
+        for kind in (RandomAffine, RandomCrop):
+            if part["class_path"] == recipe(kind)["class_path"]:
+                yield kind(**part.get("init_args", {}))
 
 
 class Sample(NamedTuple):

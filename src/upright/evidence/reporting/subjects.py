@@ -1,7 +1,6 @@
 """A model under examination: images to probabilities, whether PyTorch or ONNX Runtime answers."""
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +99,7 @@ class Found(NamedTuple):
     name: str
     bundle: Bundle | None
     spec: ImageSpec
-    network: Any
+    network: Recipe | None
     data: Recipe | None
     digest: str | None
     run: dict[str, Any]
@@ -167,7 +166,7 @@ def _find(path: str) -> Found:
             folder.resolve().name,
             bundle,
             bundle.spec,
-            provenance["model"].get("init_args", {}).get("network"),
+            _recipe(_dict(provenance["model"].get("init_args")).get("network")),
             _recipe(provenance.get("data")),
             _dict(provenance.get("split")).get("digest"),
             _dict(provenance.get("run")),
@@ -240,7 +239,7 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
             each.turned = each.turned.new_empty(0)
         return Answer(logits.softmax(dim=1).double().numpy(), seen)
 
-    turns = any(isinstance(module, SpatialTransformer) for module in model.modules())
+    turns = _turns(model)
     silent = "" if turns else NONE
     file = find_checkpoint(found.path)
     subject = _subject(
@@ -257,21 +256,28 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
     return subject, restored.data
 
 
+def _turns(model: Model) -> bool:
+    return any(isinstance(module, SpatialTransformer) for module in model.modules())
+
+
 def _bundled(found: Found, bundle: Bundle, precision: str, unseen: bool) -> Subject:
     session = open_session(bundle.model(precision))
     batch, *size, _ = session.get_inputs()[0].shape
     takes = (size[0], size[1]) if all(isinstance(side, int) for side in size) else None
     most = batch if isinstance(batch, int) else 64
     thetas = [name for name in bundle.manifest["other_outputs"] if name.partition("_")[0] == "theta"]
-    model, shape, silent = None, list[Observation](), NONE
-    if thetas:
-        try:
-            model, silent = _untrained(found), ""
+    model, shape, silent = None, list[Observation](), ""
+    try:
+        model = _untrained(found)
+    except UprightError as error:  # a class of the user's that is not here; all else can be told
+        what = "what theta means" if thetas else "whether it has a spatial transformer"
+        thetas, silent = [], f"{what} is not known: {error}"
+    else:
+        if thetas:
             shape = _passes(model)
-        except UprightError as error:  # a class of the user's that is not here; all else can be told
-            model, thetas, silent = None, [], f"what theta means is not known: {error}"
-    elif "Transformer" in json.dumps(found.network):
-        silent = "the bundle does not give theta; exported with --outputs theta it does"
+        else:
+            turns, model = _turns(model), None
+            silent = "the bundle does not give theta; exported with --outputs theta it does" if turns else NONE
 
     def answer(images: Tensor) -> Answer:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -309,12 +315,15 @@ def _untrained(found: Found) -> Model:
     """Knows what theta means; its weights do not matter.
 
     Raises:
-        UprightError: if the manifest does not tell the network, or a class of it cannot be imported.
+        UprightError: if the manifest does not tell the network, or it cannot be built here.
     """
     if found.network is None:
         raise UprightError("the manifest does not tell the network")
     with torch.random.fork_rng(devices=[]):
-        network = build(found.network)(found.spec.input_shape, len(found.spec.classes))
+        try:
+            network = build(found.network)(found.spec.input_shape, len(found.spec.classes))
+        except (TypeError, ValueError) as error:  # of other arguments than the class here takes
+            raise UprightError(str(error)) from None
     return Model(found.spec, network).eval()
 
 

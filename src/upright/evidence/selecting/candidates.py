@@ -138,6 +138,8 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
     found = []
     progress = tqdm(runs, desc="validating", unit="run", disable=None, leave=False)
     for run, ours in zip(progress, contents, strict=True):
+        if data:
+            check_data(ours, data, run.checkpoint, same_split=True)
         checkpoint = file_hash(run.checkpoint)
         # Several processes of one sweep may end at once.
         with locked(run.folder / f".{ANSWERS}.lock"):
@@ -146,7 +148,7 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
                 continue
             key = json.dumps([ours["data"]["class_path"], _visible(ours["data"].get("init_args", {}))], sort_keys=True)
             known = data or (shared[key][0] if key in shared else None)
-            if known:
+            if known and not data:
                 check_data(ours, known, run.checkpoint, same_split=True)
             restored = restore(run.checkpoint, known)
             shared[key] = shared.get(key) or (restored.data, _shown(restored.data))

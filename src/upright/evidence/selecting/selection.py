@@ -71,10 +71,11 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         record = asdict(selection) | {"sentence": selection.sentence, "notes": notes}
+        figure = _draw(selection)
         with locked(folder / ".selection.lock"):
             write_text(folder / "selection.md", text)
-            write_text(folder / "selection.json", json.dumps(record, indent=2) + "\n")
-            save_picture(_draw(selection), folder / "selection.png")
+            write_text(folder / "selection.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+            save_picture(figure, folder / "selection.png")
         print(f"\nWritten: {folder}/selection.md, .json, .png")
     return 0
 
@@ -146,8 +147,17 @@ class Selection:
 
     @classmethod
     def of(cls, complete: Sequence[Run], answers: Sequence[Answers], looked_at: Sequence[Run]) -> "Selection":
-        """From the candidates that ended, their answers, and all that were looked at."""
+        """From the candidates that ended, their answers, and all that were looked at.
+
+        Raises:
+            UprightError: if there is only one image to choose by, or answers are no probabilities.
+        """
         scores = np.stack([each.scores for each in answers])
+        if scores.shape[1] < 2:
+            raise UprightError("The validation split has one image; to choose by it, it must have at least 2.")
+        for run, each in zip(complete, answers, strict=True):
+            if not np.isfinite(each.losses).all():
+                raise UprightError(f"'{run.name}' answers with NaN or infinity: leave it out.")
         means, noise = scores.mean(axis=1), resampled(scores)
         rows = [
             Ranked(
@@ -193,9 +203,21 @@ class Selection:
         bound = f"by the variance-aware bound its true accuracy is at least {least:.4f} with 95 % confidence."
         if self.candidates == 1:
             return f"{first.name} is the only candidate given, with {where}, so no choice among runs counts; {bound}"
-        told = f"{others} other{'s' * (others > 1)} cannot be told from it" if others else "all others are worse"
+        ranked = len(self.ranking)
+        if ranked == 1:
+            return (
+                f"{first.name} alone can be ranked, of M={self.candidates} that were looked at, with {where}; {bound}"
+            )
+        of = (
+            f"M={self.candidates}"
+            if ranked == self.candidates
+            else f"{ranked} that are ranked, of M={self.candidates},"
+        )
+        told = (
+            f"{others} other{'s' * (others > 1)} cannot be told from it" if others else "all others of these are worse"
+        )
         return (
-            f"{first.name} is first of M={self.candidates} with {where}; having been chosen it is worth about "
+            f"{first.name} is first of {of} with {where}; having been chosen it is worth about "
             f"{first.accuracy - self.optimism:.4f} (optimism {self.optimism:.4f}); {told}; {bound}"
         )
 
@@ -203,10 +225,12 @@ class Selection:
 def _notes(selection: Selection, looked_at: Sequence[Run], sweeps: Sequence[Path]) -> list[str]:
     states = [run.state for run in looked_at]
     told = ", ".join(f"{states.count(state)} {text}" for state, text in STATES.items() if state in states)
+    # A trial on another machine has left no table of its epochs here.
+    least = "at least " if "elsewhere" in states else ""
     notes = [
         f"M counts every run that was looked at: {told}. With each epoch that was validated these are "
-        f"{selection.bounds[1].models:,} models, and by them the bound goes: a run's best.ckpt is the best of its "
-        "epochs on these very images. The optimism is of the choice among those that ended, and of no other."
+        f"{least}{selection.bounds[1].models:,} models, and by them the bound goes: a run's best.ckpt is the best of "
+        "its epochs on these very images. The optimism is of the choice among those that ended, and of no other."
     ]
     if sweeps:
         notes.append("A search that goes by these scores adapts to them, and no count of models covers that.")
@@ -267,7 +291,7 @@ def _draw(selection: Selection) -> "Figure":
         axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
         axis.plot(each.accuracy, place, "o", color=colour, markersize=5)
     axis.axvline(selection.first.accuracy - selection.optimism, color="#b3123a", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(shown)), labels=[each.name for each in shown], fontsize=8)
+    axis.set_yticks(range(len(shown)), labels=[each.name for each in shown], fontsize=8, parse_math=False)
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.set_xlabel(f"accuracy on {selection.images:,} validation images, with 95 %", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)

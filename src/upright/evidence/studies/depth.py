@@ -94,7 +94,7 @@ def run(bench: Bench) -> Finding:
     loss = {name: [each.column("train/loss")[-1] for each in runs[name]] for name in variants}
     won = {family: min(accuracy[names[family, DEEP]]) > max(accuracy[names[family, SHALLOW]]) for family in FAMILIES}
     sentence = "; ".join(
-        f"{family}s of {FAMILIES[family][1]:,} parameters are {'' if won[family] else 'not '}better deep: "
+        f"{family}s of {FAMILIES[family][1]:,} parameters are {'' if won[family] else 'not clearly '}better deep: "
         f"test accuracy {statistics.mean(accuracy[names[family, SHALLOW]]):.4f} with {SHALLOW} layer, "
         f"{statistics.mean(accuracy[names[family, DEEP]]):.4f} with {DEEP} "
         f"({'every' if won[family] else 'not every'} deep run is above every shallow one)"
