@@ -82,6 +82,9 @@ def check_replaceable(target: Path, what: str, mark: str) -> None:
     Raises:
         UprightError: if it is something else.
     """
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UprightError(f"'{parent}' is a file, so that '{target}' cannot be made; give another place.")
     if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
         raise UprightError(f"'{target}' is not {what} (it has no {mark}) and is not replaced; give another place.")
 

@@ -18,7 +18,9 @@ def read_yaml(path: str | Path) -> Any:
     """
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UprightError(f"'{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 

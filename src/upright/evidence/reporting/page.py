@@ -107,12 +107,8 @@ def write_page(path: Path, figures: Mapping[str, Any], pictures: Mapping[str, Pi
     path.write_text(text, encoding="utf-8")
 
 
-def _mean(shares: list[Mapping[str, float]]) -> str:
-    return f"{100 * sum(share['value'] for share in shares) / len(shares):.1f}"
-
-
 FILTERS: dict[str, Callable[..., str]] = {
-    "mean": _mean,
+    "percent": lambda share: f"{100 * share:.1f}",
     "number": lambda value, digits=4: "-" if value is None else f"{value:.{digits}f}",
     "count": lambda value: f"{value:,}",
     "degrees": lambda value: f"{value:g}",

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import numpy as np
 
 from upright.errors import UprightError
 from upright.evidence.reporting.gathering import Evidence, gather
-from upright.evidence.reporting.invariance import SEED, Course, Distortion, Turning
+from upright.evidence.reporting.intervals import Share
+from upright.evidence.reporting.invariance import SEED, Course, Curve, Distortion, Turning
 from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page
 from upright.evidence.reporting.subjects import Subject, open_subjects
-from upright.files import check_replaceable, replacing_folder
+from upright.files import check_replaceable, file_hash, replacing_folder
 from upright.training.run_folder import ROOT
 from upright.training.seal import content_digest, count, count_in_sweep, open_test_split
 
@@ -97,6 +99,7 @@ def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:
                 "kind": subject.kind,
                 "path": subject.path,
                 "bytes": subject.file.stat().st_size,
+                "sha256": file_hash(subject.file),
                 "network": subject.network,
                 "run": subject.run,
                 "git_commit": subject.git_commit,
@@ -111,6 +114,7 @@ def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:
         )
     return {
         "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {
             "class_path": shown.recipe["class_path"],
             "chosen": data,
@@ -150,7 +154,14 @@ def _curve(way: Distortion, course: Course, trained: tuple[float, float] | None)
         "strengths": list(curve.strengths),
         "accuracy": [share._asdict() for share in curve.accuracy],
         "consistency": [share._asdict() for share in curve.consistency],
+        "mean": {"accuracy": _mean(way, curve, curve.accuracy), "consistency": _mean(way, curve, curve.consistency)},
     }
+
+
+def _mean(way: Distortion, curve: Curve, shares: Sequence[Share]) -> float:
+    """Over what is distorted."""
+    pairs = zip(curve.strengths, shares, strict=True)
+    return float(np.mean([share.value for strength, share in pairs if strength != way.none]))
 
 
 def _turning(turning: Turning | None, judged: Judged, subject: Subject) -> dict[str, Any]:

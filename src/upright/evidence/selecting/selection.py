@@ -24,7 +24,7 @@ from upright.evidence.selecting.optimism import (
     optimism,
     resampled,
 )
-from upright.files import write_text
+from upright.files import check_replaceable, write_text
 from upright.tables import markdown
 from upright.training.drawing import save_picture
 from upright.training.process import leave_a_core
@@ -34,6 +34,7 @@ from upright.training.seal import count
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RECORD = "selection.json"
 MOST_DRAWN = 40
 WIDTH = 110
 STATES = {
@@ -60,8 +61,8 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     found = find_runs(runs)
     sweeps = [Path(path) for path in runs if is_sweep(Path(path))]
     folder = Path(to) if to else sweeps[0] if len(sweeps) == len(runs) == 1 else None
-    if folder and folder.exists() and not folder.is_dir():
-        raise UprightError(f"'{folder}' is a file; --to says in which folder to write.")
+    if folder and folder not in sweeps:
+        check_replaceable(folder, "a selection", RECORD)
     complete = [run for run in found if run.state == "complete"]
     answers = answers_of(complete, read_data(data) if data else None)
     selection = Selection.of(complete, answers, found)
@@ -74,9 +75,11 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
         figure = _draw(selection)
         with locked(folder / ".selection.lock"):
             write_text(folder / "selection.md", text)
-            write_text(folder / "selection.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+            write_text(folder / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
             save_picture(figure, folder / "selection.png")
         print(f"\nWritten: {folder}/selection.md, .json, .png")
+    else:
+        print("\nNothing is written without --to FOLDER.")
     return 0
 
 
@@ -213,9 +216,8 @@ class Selection:
             if ranked == self.candidates
             else f"{ranked} that are ranked, of M={self.candidates},"
         )
-        told = (
-            f"{others} other{'s' * (others > 1)} cannot be told from it" if others else "all others of these are worse"
-        )
+        worse = "the other is worse" if ranked == 2 else "all others of these are worse"
+        told = f"{others} other{'s' * (others > 1)} cannot be told from it" if others else worse
         return (
             f"{first.name} is first of {of} with {where}; having been chosen it is worth about "
             f"{first.accuracy - self.optimism:.4f} (optimism {self.optimism:.4f}); {told}; {bound}"
