@@ -183,6 +183,10 @@ def test_ranges_of_training_add_up_and_unknown_parts_say_nothing() -> None:
         "shift": (0, 4),
         "shear": (-5, 5),
     }
+    task = recipe | {"class_path": "upright.data.distorted_mnist.DistortedMNIST"}
+    task["init_args"] = {**recipe["init_args"], "task": "RTS"}
+    turned = trained_ranges(task, 42, 42)
+    assert turned["rotation"] == (-75, 75) and turned["shift"] == (0, pytest.approx(7 + 4.2 + 2))
     assert trained_ranges(None, 28, 28) == trained_ranges({"init_args": {}}, 28, 28) == {}
 
 

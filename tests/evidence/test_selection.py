@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import ROOT, Upright
 from upright.cli import main
+from upright.errors import UprightError
 from upright.evidence.selecting import candidates, selection
 from upright.evidence.selecting.candidates import ANSWERS, Answers, Run, answers_of, find_runs
 from upright.evidence.selecting.selection import Selection
@@ -90,7 +91,8 @@ def test_answers_are_kept_and_stale_ones_are_not_used(
 def test_one_alone_and_nothing_written_without_a_folder(upright: Upright, runs: Path, tmp_path: Path) -> None:
     answer = upright("select", runs / "good", runs / "good")
     assert answer.code == 0 and "good is the only candidate given, with 0." in " ".join(answer.out.split())
-    assert "so no choice among runs counts" in " ".join(answer.out.split()) and "Written" not in answer.out
+    assert "so no choice among runs counts" in " ".join(answer.out.split())
+    assert "Written" not in answer.out and "Nothing is written without --to FOLDER." in answer.out
     assert not list(tmp_path.rglob("selection.*"))
 
 
@@ -191,7 +193,7 @@ def test_what_cannot_be_chosen_among(upright: Upright, runs: Path, tmp_path: Pat
 def test_a_file_is_no_folder_to_write_to_and_nothing_is_asked(upright: Upright, runs: Path) -> None:
     Path("taken").touch()
     answer = upright("select", runs / "slow", runs / "good", "--to", "taken")
-    assert (answer.code, answer.out) == (2, "") and "'taken' is a file; --to says in which folder" in answer.err
+    assert (answer.code, answer.out) == (2, "") and "'taken' is not a selection (it has no" in answer.err
     assert not list(runs.rglob(ANSWERS))
 
 
@@ -222,6 +224,43 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
     # No p is 0: one that small is only known to be small.
     assert "| <0.001 | no " in selection._markdown(found, notes) and "0.000" not in selection._markdown(found, notes)
     assert any("A search that goes by these scores adapts" in note for note in notes)
+
+
+STATES = ("complete", "complete", "elsewhere")
+
+
+def test_the_sentence_speaks_of_those_that_were_ranked() -> None:
+    a, b, c = (Run(name, Path(name), state, 1) for name, state in zip("abc", STATES, strict=True))
+    right = [[1] * 90 + [0] * 10, [1] * 10 + [0] * 90]
+    alone = Selection.of([a], answers(right[:1], [0.1]), [a, c])
+    assert alone.sentence.startswith("a alone can be ranked, of M=2 that were looked at, with 0.9000 on N=100; by the")
+    two = Selection.of([a, b], answers(right, [0.1, 0.2]), [a, b, c])
+    assert "a is first of 2 that are ranked, of M=3, with 0.9000" in two.sentence
+    assert "; the other is worse; by" in two.sentence
+    assert "these are at least 3 models" in selection._notes(two, [a, b, c], [])[0]
+
+
+def test_what_cannot_be_ranked() -> None:
+    a = Run("a", Path("a"), "complete", 1)
+    with pytest.raises(UprightError, match="The validation split has one image; to choose by it"):
+        Selection.of([a], answers([[1]], [0.1]), [a])
+    with pytest.raises(UprightError, match="'a' answers with NaN or infinity: leave it out"):
+        Selection.of([a], answers([[1, 0]], [float("nan")]), [a])
+
+
+def test_a_name_is_drawn_as_it_is(tmp_path: Path) -> None:
+    a = Run("lr$\\frac{$", Path("a"), "complete", 1)
+    found = Selection.of([a], answers([[1, 0]], [0.1]), [a])
+    selection._draw(found).savefig(tmp_path / "a.png")
+
+
+def test_what_is_no_selection_is_not_written_into(upright: Upright, runs: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes/selection.md"
+    notes.parent.mkdir()
+    notes.write_text("my own")
+    answer = upright("select", runs / "good", "--to", notes.parent)
+    assert answer.code == 2 and "is not a selection (it has no selection.json)" in answer.err
+    assert notes.read_text() == "my own"
 
 
 def test_a_sweep_whose_trials_cannot_be_compared_has_still_ended(

@@ -19,7 +19,7 @@ from upright.errors import UprightError
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.plots import panels
-from upright.evidence.studies import uprightness
+from upright.evidence.studies import kernel, published, uprightness
 from upright.evidence.study import Finding, mean_and_spread, run
 from upright.tables import read_rows
 
@@ -84,6 +84,29 @@ def test_the_sentence_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert not not_held.held and "does not clearly make" in not_held.sentence and "(not every run" in not_held.sentence
 
 
+def test_published_errors_are_reached_or_missed_by_the_mean(tmp_path: Path) -> None:
+    class Known(Bench):
+        def train(self, variants: object) -> dict[str, list[Run]]:
+            right = {"R": (0.9931, 0.9930), "RTS": (0.9950, 0.9949), "TC": (0.99, 0.99), "E": (0.99, 0.99), "P": (1, 1)}
+            return {
+                task: [Run(self.folder, {"test/accuracy": share, "test/uprightness": 0.1}, 1) for share in shares]
+                for task, shares in right.items()
+                if task in variants  # type: ignore[operator]
+            }
+
+    full = published.run(Known(tmp_path, 2, "full"))
+    assert not full.held and full.sentence.endswith("reached on R, TC, E, P, missed on RTS.")
+    assert [row["error, %"] for row in full.table][:2] == ["0.69 ± 0.01", "0.50 ± 0.01"]
+    assert [row["uprightness"] == "-" for row in full.table] == [False, False, True, True, False]
+    standard = published.run(Known(tmp_path, 2, "standard"))
+    assert standard.held and standard.sentence.endswith("reached on R, missed on none.")
+
+
+def test_a_cosine_that_is_never_reached_is_none_of_the_steps() -> None:
+    assert kernel._after([100, None, 200]) == "by 2 of 3 runs, after 150 steps on average"
+    assert kernel._after([None, None]) == "by 0 of 2 runs"
+
+
 def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) -> None:
     bench = Bench(tmp_path, 2, "quick")
     runs = bench.train({"a": PERCEPTRON})["a"]
@@ -126,6 +149,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     (run,) = Bench(tmp_path / "stopped", 1, "quick").train({"a": experiment})["a"]
     assert (run.folder / "metrics.csv").read_text().startswith(first)
     assert run.seconds > float(read_rows(run.folder / "metrics.csv")[0]["seconds"])
+    again = Bench(tmp_path / "stopped", 1, "quick")
+    again.train({"a": experiment})
+    assert again.seconds == run.seconds
     (whole,) = Bench(tmp_path / "whole", 1, "quick").train({"a": experiment})["a"]
     assert run.metrics == whole.metrics
 
@@ -134,6 +160,18 @@ def test_a_mistake_in_an_experiment_names_its_run(tmp_path: Path) -> None:
     wrong = PERCEPTRON._replace(network=partial(LeNet, pooling="mean"))
     with pytest.raises(UprightError, match=r"^wrong-0: .*pooling"):
         Bench(tmp_path, 2, "quick").train({"wrong": wrong})
+
+
+def test_an_experiment_is_another_one_with_other_weights_to_begin_with(tmp_path: Path) -> None:
+    start = tmp_path / "best.ckpt"
+    start.write_bytes(b"a")
+    experiment = PERCEPTRON._replace(start_from=start, precision="bf16-mixed")
+    before = experiment.config(0)
+    assert yaml.safe_load(before)["start_from"] == str(start)
+    assert yaml.safe_load(before)["trainer"]["precision"] == "bf16-mixed"
+    assert experiment.config(0) == before
+    start.write_bytes(b"b")
+    assert experiment.config(0) != before
 
 
 def test_what_a_scale_asks_for() -> None:
@@ -147,7 +185,7 @@ def test_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(uprightness, tmp_path / "s", 4, "standard")
     page = (tmp_path / "s/study.md").read_text()
     assert "| a   |\n| --- |\n| 1   |\n| 2   |\n" in page and "**Did not hold.** No.\n" in page
-    assert "proves nothing" not in page
+    assert "A quick study" not in page
     assert "`upright study uprightness --seeds 4`: 0 seconds of processor time, 4 seeds.\n" in page
     assert json.loads((tmp_path / "s/results.json").read_text())["held"] is False
     assert inspect.cleandoc(uprightness.__doc__ or "").split("\n\n")[0].replace("\n", " ") in page

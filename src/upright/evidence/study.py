@@ -108,7 +108,7 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
     verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"
     if scale == "quick":
-        verdict += " (A quick study does less of everything than its protocol says: it shows that it runs, and proves nothing.)"
+        verdict += " (A quick study does less of everything than its protocol says: that it runs is all it shows.)"
     took = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
     cost = f"{took} of processor time, {seeds} seeds."
     headings = [*finding.table[0]]

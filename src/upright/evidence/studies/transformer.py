@@ -1,4 +1,4 @@
-"""On its paper's distorted digits a spatial transformer errs less than a CNN, and least if it fits, with the upright loss.
+"""On its paper's distorted digits a spatial transformer errs less than a CNN; least if it fits, with the upright loss.
 
 Protocol: the tasks R, RTS, TC, P and E of Jaderberg et al. 2015, made from MNIST anew at every step. LeNet (ReLU,
 maxima) alone, behind an affine transformer, behind a thin-plate spline (4 x 4), and behind the transform that fits the
