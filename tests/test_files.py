@@ -69,3 +69,9 @@ def test_only_what_is_free_empty_or_ours_is_replaced(tmp_path: Path) -> None:
         check_replaceable(target, "a thing", "mark")
     (target / "mark").touch()
     check_replaceable(target, "a thing", "mark")
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(UprightError, match=r"file\.txt' is a file, so that '.*x' cannot be made; give another place"):
+        check_replaceable(tmp_path / "file.txt/x", "a report", "report.json")
