@@ -215,9 +215,9 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
     worth, bound = 0.95 - found.optimism, 0.95 - found.bounds[1].empirical_bernstein
     assert found.bounds[1].models == 10 and 0.005 < found.optimism < 0.03
     assert found.sentence == (
-        f"c is first of M=4 with 0.9500 on N=100; having been chosen it is worth about {worth:.4f} (optimism "
-        f"{found.optimism:.4f}); 1 other cannot be told from it; by the variance-aware bound its true accuracy is at "
-        f"least {bound:.4f} with 95 % confidence."
+        f"c is first of 3 that are ranked, of M=4, with 0.9500 on N=100; having been chosen it is worth about "
+        f"{worth:.4f} (optimism {found.optimism:.4f}); 1 other cannot be told from it; by the variance-aware bound its "
+        f"true accuracy is at least {bound:.4f} with 95 % confidence."
     )
     notes = selection._notes(found, runs, [Path()])
     assert "By loss a is first (0.1000, accuracy 0.5000)." in notes

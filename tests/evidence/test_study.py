@@ -19,7 +19,7 @@ from upright.errors import UprightError
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.plots import panels
-from upright.evidence.studies import kernel, published, uprightness
+from upright.evidence.studies import depth, kernel, published, transformer, uprightness
 from upright.evidence.study import Finding, mean_and_spread, run
 from upright.tables import read_rows
 
@@ -96,10 +96,41 @@ def test_published_errors_are_reached_or_missed_by_the_mean(tmp_path: Path) -> N
 
     full = published.run(Known(tmp_path, 2, "full"))
     assert not full.held and full.sentence.endswith("reached on R, TC, E, P, missed on RTS.")
-    assert [row["error, %"] for row in full.table][:2] == ["0.69 ± 0.01", "0.50 ± 0.01"]
+    assert [row["error, %"] for row in full.table][:2] == ["0.70 ± 0.01", "0.50 ± 0.01"]
     assert [row["uprightness"] == "-" for row in full.table] == [False, False, True, True, False]
     standard = published.run(Known(tmp_path, 2, "standard"))
     assert standard.held and standard.sentence.endswith("reached on R, missed on none.")
+
+
+class Accuracies(Bench):
+    """Runs of which the accuracy on the test split is known."""
+
+    def __init__(self, folder: Path, found: dict[str, tuple[float, float]]) -> None:
+        super().__init__(folder, 2, "quick")
+        self.found = found
+        (folder / "metrics.csv").write_text("epoch,train/loss\n0,0.5\n")
+
+    def train(self, variants: object) -> dict[str, list[Run]]:
+        """As given."""
+        return {key: [Run(self.folder, {"test/accuracy": v}, 1) for v in each] for key, each in self.found.items()}
+
+
+def test_deep_is_better_if_every_deep_run_is_above_every_shallow_one(tmp_path: Path) -> None:
+    shallow = {"MLP-1": (0.90, 0.91), "CNN-1": (0.95, 0.96)}
+    held = depth.run(Accuracies(tmp_path, shallow | {"MLP-4": (0.92, 0.93), "CNN-4": (0.97, 0.98)}))
+    assert held.held and "not" not in held.sentence
+    one_below = depth.run(Accuracies(tmp_path, shallow | {"MLP-4": (0.905, 0.93), "CNN-4": (0.97, 0.98)}))
+    assert not one_below.held and "MLPs of 100,000 parameters are not clearly better deep" in one_below.sentence
+    assert "CNNs of 30,000 parameters are better deep" in one_below.sentence
+
+
+def test_transformers_are_in_order_by_their_means(tmp_path: Path) -> None:
+    found = {"R-cnn": (0.90, 0.92), "R-affine": (0.95, 0.95), "R-spline": (0.96, 0.96), "R-upright": (0.97, 0.97)}
+    held = transformer.run(Accuracies(tmp_path, found))
+    assert held.held and "CNN 9.00 %" in held.sentence and held.sentence.endswith("as claimed on R.")
+    for wrong in ({"R-spline": (0.971, 0.971)}, {"R-affine": (0.90, 0.91)}):
+        not_held = transformer.run(Accuracies(tmp_path, found | wrong))
+        assert not not_held.held and not_held.sentence.endswith("as claimed on none.")
 
 
 def test_a_cosine_that_is_never_reached_is_none_of_the_steps() -> None:
