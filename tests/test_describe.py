@@ -121,7 +121,7 @@ DIGITS = "data: {class_path: upright.data.digits.Digits, init_args: {size: %d, m
         ("model: {network: LeNet}", "'own.yaml' needs a model.network"),
         (NETWORK % "", "'own.yaml' does not say what data it is for; give them with --data."),
         (NETWORK % "" + "data: 3", "'own.yaml' needs a class_path and init_args, like configs/data/digits.yaml."),
-        (NETWORK % "" + "data: nope.yaml", "'nope.yaml' cannot be read as YAML: [Errno 2]"),
+        (NETWORK % "" + "data: nope.yaml", "'nope.yaml' cannot be read: No such file or directory. Give a YAML file."),
         (
             NETWORK % "t" + DIGITS % 28,
             "module 'upright.architectures.lenet' has no class 'LeNett'. Did you mean 'LeNet'?",
