@@ -320,7 +320,11 @@ def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: P
 def test_a_target_that_cannot_be_written(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "export").touch()
     answer = upright("export", run_folder)
-    assert answer.code == 2 and "File exists" in answer.err and answer.err.count("\n") == 1
+    assert (
+        answer.code == 2
+        and "'export' is a file, so that 'export/small' cannot be made" in answer.err
+        and answer.err.count("\n") == 1
+    )
 
 
 def test_an_image_that_the_model_cannot_take_is_one_line(tmp_path: Path) -> None:
