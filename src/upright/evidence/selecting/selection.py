@@ -74,8 +74,9 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
         record = asdict(selection) | {"sentence": selection.sentence, "notes": notes}
         figure = _draw(selection)
         with locked(folder / ".selection.lock"):
-            write_text(folder / "selection.md", text)
+            # First what the folder is known by: were this stopped here, the same command would go on.
             write_text(folder / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
+            write_text(folder / "selection.md", text)
             save_picture(figure, folder / "selection.png")
         print(f"\nWritten: {folder}/selection.md, .json, .png")
     else:
