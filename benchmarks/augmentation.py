@@ -32,7 +32,7 @@ from upright.architectures.lenet import LeNet
 from upright.data.augmentation import Augmentation, RandomAffine, RandomCrop
 from upright.data.cache import Kept
 from upright.data.loader import BatchLoader, Samples
-from upright.training.process import keep_freed_memory
+from upright.runs.process import keep_freed_memory
 
 try:
     from torchvision import transforms

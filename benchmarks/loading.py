@@ -27,7 +27,7 @@ from upright.data.cache import to_tensor
 from upright.data.folder import Folder
 from upright.data.split import content_hash
 from upright.images import decode
-from upright.training.process import keep_freed_memory
+from upright.runs.process import keep_freed_memory
 from upright.warp import resize
 
 SIZE = 224

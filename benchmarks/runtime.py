@@ -221,7 +221,7 @@ def cold(folder: Path) -> None:
         "PyTorch, its network alone": "from upright.exporting.eager import pytorch\nfrom upright.images import decode\n"
         f"from upright.runtime.bundle import Bundle\npytorch({str(bundle)!r}, {str(run)!r}, 1)({decoded})",
         "PyTorch, restored by Lightning": "import torch\nfrom upright.images import decode\n"
-        "from upright.runtime.bundle import Bundle\nfrom upright.training.checkpoint import restore\n"
+        "from upright.runtime.bundle import Bundle\nfrom upright.training.restoring import restore\n"
         f"model = restore({str(run)!r}).classifier.model\n"
         f"model(torch.from_numpy({decoded}).permute(0, 3, 1, 2)).softmax(1)",
     }

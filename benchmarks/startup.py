@@ -20,9 +20,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 ROOT = Path(__file__).resolve().parents[1]
-USES = (
-    "upright.training.cli.run, upright.architectures.transformer_network, upright.architectures.lenet, sklearn.datasets"
-)
+USES = "upright.runs.cli.run, upright.architectures.transformer_network, upright.architectures.lenet, sklearn.datasets"
 
 
 class StopAtFirstStep(Callback):

@@ -23,8 +23,8 @@ from upright.architectures.resnet import SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.images import ImageSpec
+from upright.runs.process import keep_freed_memory
 from upright.training.model import Model
-from upright.training.process import keep_freed_memory
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "LeNet": LeNet,

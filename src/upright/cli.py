@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from upright.errors import UprightError, nearest
+from upright.errors import UprightError, UserError, nearest
 
 
 class Verb(NamedTuple):
@@ -265,7 +265,7 @@ VERBS = {
         "search over options of fit", _sweep, "upright.evidence.selecting.sweep:sweep", passes_on="upright fit"
     ),
     "select": Verb("what the best of several runs is worth", _select, "upright.evidence.selecting.selection:select"),
-    "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.training.cli.schema:schema"),
+    "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.runs.cli.schema:schema"),
     "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
     "report": Verb("what models are worth, on one page", _report, "upright.evidence.reporting.report:report"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
@@ -285,7 +285,7 @@ class OneLineParser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         given = message.rpartition("unrecognized arguments: ")[2].split(" ")[0]
         hint = nearest(given, options) if "unrecognized arguments" in message else ""
-        raise UprightError(f"{self.prog.partition(' ')[2]}: {message}.{hint} `{self.prog} --help` shows all.")
+        raise UserError(f"{self.prog.partition(' ')[2]}: {message}.{hint} `{self.prog} --help` shows all.")
 
 
 def _overview() -> str:
@@ -312,10 +312,10 @@ def _run(arguments: list[str]) -> int:
     if name in USES_OWN_CODE and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     if name in LIGHTNING:
-        return int(_load("upright.training.cli.run:run")(name, rest) or 0)
+        return int(_load("upright.runs.cli.run:run")(name, rest) or 0)
     if name not in VERBS:
         allowed = [*LIGHTNING, *VERBS]
-        raise UprightError(f"unknown verb '{name}'.{nearest(name, allowed)} Verbs: {', '.join(allowed)}.")
+        raise UserError(f"unknown verb '{name}'.{nearest(name, allowed)} Verbs: {', '.join(allowed)}.")
     verb = VERBS[name]
     parser = OneLineParser(prog=f"upright {name}", description=verb.help, allow_abbrev=False)
     verb.arguments(parser)
@@ -341,7 +341,7 @@ def _load(function: str) -> Callable[..., Any]:
         if package == "upright":
             raise
         extra = EXTRAS.get(package, "train")
-        raise UprightError(f"This verb needs the package '{package}': pip install 'upright[{extra}]'.") from error
+        raise UserError(f"This verb needs the package '{package}': pip install 'upright[{extra}]'.") from error
     return loaded
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import shtab
 
 from upright.cli import LIGHTNING, VERBS
-from upright.training.cli.schema import ConfigSchema, parser_of
+from upright.runs.cli.schema import ConfigSchema, parser_of
 
 DEPTH = 3
 """How many classes deep options are completed: ``--model.network.init_args.transformer.init_args.transform`` is two."""

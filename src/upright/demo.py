@@ -6,10 +6,10 @@ from pathlib import Path
 
 from upright.cli import main
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.exporting.export import write_png
 from upright.runtime.predictor import Predictor
-from upright.training.checkpoint import restore
+from upright.training.restoring import restore
 
 
 def demo(name: str = "demo") -> int:
@@ -19,11 +19,11 @@ def demo(name: str = "demo") -> int:
         name: of the run and of the bundle; both are replaced.
 
     Raises:
-        UprightError: if it is not started where the configs are.
+        UserError: if it is not started where the configs are.
     """
     config = Path("configs/stn_lenet.yaml")
     if not config.is_file():
-        raise UprightError(f"There is no '{config}' here; start the demo in the checkout's own folder.")
+        raise UserError(f"There is no '{config}' here; start the demo in the checkout's own folder.")
     run, bundle = Path("checkpoints", name), Path("export", name)
     images = run / "test-images"
     steps = (

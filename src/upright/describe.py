@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
+from upright.checkpoint import KEY, read_checkpoint
 from upright.data.configs import read_data, read_yaml
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import check_exists
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.tables import markdown
-from upright.training.checkpoint import KEY, read_checkpoint
 
 WIDTH = 120
 """Of the table."""
@@ -29,7 +29,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
         data: a YAML of data that it is described for instead of its own.
 
     Raises:
-        UprightError: if ``source`` or its data cannot be used, or the network does not take such images.
+        UserError: if ``source`` or its data cannot be used, or the network does not take such images.
     """
     recipe, spec = _network_and_spec(Path(source), data)
     network = build(recipe)
@@ -40,11 +40,11 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
         except Exception:  # a network that looks at its values cannot run without them
             description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
     except ValueError as error:
-        raise UprightError(str(error)) from error
+        raise UserError(str(error)) from error
     except TypeError as error:
-        raise UprightError(f"'{source}': {error}.") from error
+        raise UserError(f"'{source}': {error}.") from error
     except (RuntimeError, LookupError) as error:
-        raise UprightError(
+        raise UserError(
             f"The network of '{source}' cannot be built for images of {spec.input_shape}: {error}"
         ) from error
     print(FORMATS[format](description))
@@ -62,9 +62,9 @@ def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
     model = config.get("model") if isinstance(config, dict) else None
     recipe = model.get("network") if isinstance(model, dict) else None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
-        raise UprightError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
+        raise UserError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
     if not data and config.get("data") is None:
-        raise UprightError(f"'{path}' does not say what data it is for; give them with --data.")
+        raise UserError(f"'{path}' does not say what data it is for; give them with --data.")
     return recipe, read_data(data or path).spec
 
 

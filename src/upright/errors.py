@@ -1,22 +1,51 @@
-"""What a user did wrong, in one line: what was given, what is allowed, what to do."""
+"""Errors by kind. Each is one line: what was given, what is allowed, what to do.
+
+UprightError            any of them
+UserError           a mistake of the user
+ImageError      an image that cannot be decoded
+BundleError     a bundle that is damaged or does not fit
+CheckpointError a checkpoint that is damaged or does not fit
+GateError           a result that does not hold: parity, a bundle's samples, a run that diverged
+EngineError         a failure of the inference engine, such as a lack of memory
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UprightError(Exception):
-    """A user's mistake. The command line prints its text without a traceback and exits with 2."""
-
-    exit_code = 2
-
-
-class GateError(UprightError):
-    """A result that did not hold (parity, a bundle's samples, a run that diverged). The command line exits with 1."""
+    """Base of all errors that the command line prints without a traceback. It exits with `exit_code`."""
 
     exit_code = 1
 
 
+class UserError(UprightError):
+    """A mistake of the user. The server answers with a status from 400 to 499."""
+
+    exit_code = 2
+
+
+class ImageError(UserError):
+    """An image that cannot be decoded, or that is larger than allowed."""
+
+
+class BundleError(UserError):
+    """A bundle that is incomplete or damaged, or that does not fit the request."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is incomplete or damaged, or that does not fit the data or the network."""
+
+
+class GateError(UprightError):
+    """A result that does not hold: parity, a bundle's samples, a run that diverged."""
+
+
+class EngineError(UprightError):
+    """A failure of the inference engine. The server answers with status 500 and logs the traceback."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` with the most similar allowed name, or nothing when none is similar."""
+    """Return ``" Did you mean 'x'?"`` with the most similar allowed name, or an empty string."""
     matches = get_close_matches(name, list(allowed), n=1)
     return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from upright.errors import UprightError, nearest
+from upright.errors import UserError, nearest
 
 
 def file_hash(path: Path) -> str:
@@ -28,21 +28,21 @@ def check_exists(path: Path, give: str) -> None:
         give: what might be given.
 
     Raises:
-        UprightError: with the nearest name beside it.
+        UserError: with the nearest name beside it.
     """
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UprightError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {give}.")
+        raise UserError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {give}.")
 
 
 def check_name(name: str) -> None:
     """A run and a bundle are named by a plain folder name.
 
     Raises:
-        UprightError: for anything else.
+        UserError: for anything else.
     """
     if not name or Path(name).name != name or name.startswith("."):
-        raise UprightError(f"--name '{name}' must be a plain folder name.")
+        raise UserError(f"--name '{name}' must be a plain folder name.")
 
 
 @contextmanager
@@ -80,13 +80,13 @@ def check_replaceable(target: Path, what: str, mark: str) -> None:
         mark: the file in it by which that is known.
 
     Raises:
-        UprightError: if it is something else.
+        UserError: if it is something else.
     """
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
-            raise UprightError(f"'{parent}' is a file, so that '{target}' cannot be made; give another place.")
+            raise UserError(f"'{parent}' is a file, so that '{target}' cannot be made; give another place.")
     if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
-        raise UprightError(f"'{target}' is not {what} (it has no {mark}) and is not replaced; give another place.")
+        raise UserError(f"'{target}' is not {what} (it has no {mark}) and is not replaced; give another place.")
 
 
 @contextmanager

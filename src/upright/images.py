@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from upright.errors import UprightError
+from upright.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
@@ -59,20 +59,20 @@ class ImageSpec:
     def __post_init__(self) -> None:
         """Refuse what no picture can be."""
         if self.channels not in (1, 3):
-            raise UprightError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}.")
+            raise UserError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}.")
         if min(self.height, self.width) < 1:
-            raise UprightError(f"An image needs at least 1x1 pixels, got {self.height}x{self.width}.")
+            raise UserError(f"An image needs at least 1x1 pixels, got {self.height}x{self.width}.")
         if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
-            raise UprightError(
+            raise UserError(
                 f"mean and std need one number per channel ({self.channels}), std above 0; "
                 f"got mean {list(self.mean)}, std {list(self.std)}."
             )
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
-            raise UprightError(f"At least two classes of different names are needed, got {list(self.classes)}.")
+            raise UserError(f"At least two classes of different names are needed, got {list(self.classes)}.")
         if self.resize not in get_args(Resize):
-            raise UprightError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
+            raise UserError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
         if not 0 <= self.background <= 255:
-            raise UprightError(f"background must be a grey level from 0 to 255, got {self.background}.")
+            raise UserError(f"background must be a grey level from 0 to 255, got {self.background}.")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -111,7 +111,7 @@ def decode(
         max_pixels: a larger picture is refused before it is decoded.
 
     Raises:
-        UprightError: naming the source, for whatever cannot be read as a picture.
+        UserError: naming the source, for whatever cannot be read as a picture.
     """
     name = f"'{source}'" if isinstance(source, str | Path) else "The image"
     try:
@@ -125,11 +125,11 @@ def decode(
             return _decode(source, spec, max_pixels)
         return _decode(Image.fromarray(_picture_array(np.asarray(source))), spec, max_pixels)
     except FileNotFoundError:
-        raise UprightError(f"{name} does not exist.") from None
+        raise UserError(f"{name} does not exist.") from None
     except UnidentifiedImageError:
-        raise UprightError(f"{name} is not a picture, or none of {', '.join(FORMATS)}.") from None
+        raise UserError(f"{name} is not a picture, or none of {', '.join(FORMATS)}.") from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
-        raise UprightError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
 
 
 def _picture_array(array: npt.NDArray[Any]) -> Pixels:
@@ -169,23 +169,23 @@ def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
     A pattern is what is no path, but has ``*``, ``?`` or ``[``; ``**`` goes through all folders.
 
     Raises:
-        UprightError: for a path that does not exist, a folder without pictures, and a pattern that matches no file.
+        UserError: for a path that does not exist, a folder without pictures, and a pattern that matches no file.
     """
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not found:
-                raise UprightError(f"Folder '{path}' holds no pictures ({' '.join(sorted(SUFFIXES))}).")
+                raise UserError(f"Folder '{path}' holds no pictures ({' '.join(sorted(SUFFIXES))}).")
             yield from found
         elif path.exists():
             yield path
         elif glob.has_magic(str(path)):
             matches = [match for match in map(Path, sorted(glob.iglob(str(path), recursive=True))) if match.is_file()]
             if not matches:
-                raise UprightError(f"'{path}' does not exist, and as a pattern it matches no file.")
+                raise UserError(f"'{path}' does not exist, and as a pattern it matches no file.")
             yield from matches
         else:
-            raise UprightError(f"'{path}' does not exist.")
+            raise UserError(f"'{path}' does not exist.")
 
 
 MAX_BATCH_PIXELS = 4_000_000

@@ -8,15 +8,15 @@ import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
+from upright.checkpoint import KEY, read_checkpoint
 from upright.data.augmentation import Augmentation, Distortion
 from upright.data.configs import build_data, read_data
 from upright.data.datamodule import ImageDataModule
 from upright.data.split import SPLITS
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import check_exists
 from upright.images import Pixels
-from upright.training.checkpoint import KEY, read_checkpoint
-from upright.training.drawing import pixels_of, save_picture
+from upright.runs.drawing import pixels_of, save_picture
 
 COLUMNS = 10
 COPIES = 3
@@ -40,11 +40,11 @@ def preview(source: str, root: str | None = None, output: str = "preview.png", s
         seed: of the augmented copies.
 
     Raises:
-        UprightError: if there are no such data, or they cannot be read.
+        UserError: if there are no such data, or they cannot be read.
     """
     data = _data(Path(source), root)
     if not Path(output).absolute().parent.is_dir():
-        raise UprightError(f"--output '{output}': there is no folder '{Path(output).parent}'.")
+        raise UserError(f"--output '{output}': there is no folder '{Path(output).parent}'.")
     print(_table(data), flush=True)
     for remark in data.remarks:
         print(f"Note: {remark}")
@@ -62,7 +62,7 @@ def _data(path: Path, root: str | None) -> ImageDataModule:
         return read_data(path, **options)
     recipe = read_checkpoint(path)[KEY]["data"]
     if recipe is None:
-        raise UprightError(f"'{path}' does not say what data it was trained with.")
+        raise UserError(f"'{path}' does not say what data it was trained with.")
     return build_data(recipe, path, **options)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from upright.errors import UprightError, nearest
+from upright.errors import UserError, nearest
 
 Recipe = dict[str, Any]
 
@@ -21,7 +21,7 @@ def recipe(part: Any) -> Any:
     """Plain data for ``part``: numbers, strings, lists, dicts; a class or a partial of one as its recipe.
 
     Raises:
-        UprightError: for a lambda, a function or an object, which a checkpoint could not rebuild.
+        UserError: for a lambda, a function or an object, which a checkpoint could not rebuild.
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
@@ -41,7 +41,7 @@ def recipe(part: Any) -> Any:
         *others, cls = part.func, *part.args
         if isinstance(cls, type) and not any(isinstance(other, type) for other in others):
             return recipe(cls) | {"init_args": recipe(part.keywords)}
-    raise UprightError(
+    raise UserError(
         f"{part!r} cannot be written into a checkpoint, so the model could not be rebuilt from it: "
         "give a class of an importable module (not of a script or a function), or functools.partial(Class, name=value)."
     )
@@ -51,20 +51,20 @@ def load_class(class_path: str) -> type:
     """The class at ``package.module.Class``.
 
     Raises:
-        UprightError: if the module or the class does not exist, with the nearest name.
+        UserError: if the module or the class does not exist, with the nearest name.
     """
     module_name, _, name = class_path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise UprightError(
+        raise UserError(
             f"class_path '{class_path}': cannot import module '{module_name}' ({error}). "
             "Is the file in the working directory, or the package installed?"
         ) from error
     cls = getattr(module, name, None)
     if not isinstance(cls, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UprightError(
+        raise UserError(
             f"class_path '{class_path}': module '{module_name}' has no class '{name}'.{nearest(name, classes)}"
         )
     return cls

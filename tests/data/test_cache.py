@@ -15,7 +15,7 @@ from PIL import Image
 from upright.data import cache as module
 from upright.data import pictures as pictures_module
 from upright.data.folder import Folder
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.images import decode
 from upright.warp import resize
 
@@ -361,7 +361,7 @@ def test_other_angles_backgrounds_and_decoders_are_other_caches(pictures: Path) 
 def test_what_could_not_be_read_once_is_tried_again(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(path: Path, spec: object) -> object:
         if Path(path).name == "007.png":
-            raise UprightError(f"'{path}' cannot be decoded: too many open files")
+            raise UserError(f"'{path}' cannot be decoded: too many open files")
         return decode(path, spec)
 
     with monkeypatch.context() as patch:

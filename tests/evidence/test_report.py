@@ -21,7 +21,7 @@ from upright.architectures.lenet import LeNet
 from upright.evidence.reporting.judging import judge
 from upright.evidence.reporting.subjects import open_subjects
 from upright.images import ImageSpec
-from upright.training.seal import openings
+from upright.runs.seal import openings
 
 PICTURES = {"accuracy", "consistency", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
 HOSTILE = ("<script>alert(1)</script>", "a\"b' onload=x", "$\\frac{1}{$ & <b>", "ünï")

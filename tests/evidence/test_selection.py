@@ -267,7 +267,7 @@ def test_a_sweep_whose_trials_cannot_be_compared_has_still_ended(
     upright: Upright, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[tuple[Any, ...]] = []
-    search = "upright.training.sweeping.sweep.sweep"
+    search = "upright.runs.sweeping.sweep.sweep"
     monkeypatch.setattr(search, lambda *given, **options: searched.append((given, options)) or 0)
     answer = upright("sweep", "a/try.yaml", "--trials", 3, "--no-prune", "--", "--wandb", "off")
     assert answer.code == 0

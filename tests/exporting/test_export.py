@@ -26,9 +26,9 @@ from upright.exporting.parity import PyTorch, compare
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import open_session, run_session
-from upright.training.checkpoint import restore
 from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
+from upright.training.restoring import restore
 
 
 def wrong_mean(model: Model, path: Path, form: Form | None = None) -> None:

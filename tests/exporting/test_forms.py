@@ -17,8 +17,8 @@ from upright.exporting import graph as graph_module
 from upright.exporting.graph import Form, Graph, module_of, write_graph
 from upright.images import ImageSpec
 from upright.runtime.predictor import Predictor, open_session, run_batch
-from upright.training.checkpoint import restore
 from upright.training.model import Model
+from upright.training.restoring import restore
 
 
 def lenet(size: int = 28, **options: object) -> Model:

@@ -334,7 +334,7 @@ def checkpoint(folder: Path) -> Callable[[random.Random], str]:
     """What `fit` might have written, changed."""
     import torch
 
-    from upright.training.checkpoint import read_checkpoint
+    from upright.checkpoint import read_checkpoint
 
     path, files = folder / "x.ckpt", []
     content = {

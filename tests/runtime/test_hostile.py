@@ -25,6 +25,7 @@ from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_bundle
 from tests.runtime.hostile import CAMPAIGNS, DIGITS, SPECS, peak
 from upright.architectures.lenet import LeNet
+from upright.checkpoint import read_checkpoint
 from upright.errors import UprightError
 from upright.images import ImageSpec, decode
 from upright.runtime.bundle import EXPECTED, MANIFEST, SUMS, Bundle, checksums
@@ -32,7 +33,6 @@ from upright.runtime.infer import infer
 from upright.runtime.predictor import Predictor
 from upright.runtime.serving.protocol import read
 from upright.runtime.verify import verify
-from upright.training.checkpoint import read_checkpoint
 
 FULL = {"decoder": 50_000, "http": 30_000, "manifest": 15_000, "checkpoint": 10_000}
 """Cases, 105,000 together."""

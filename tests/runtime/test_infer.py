@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Upright
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.runtime import infer as infer_module
 from upright.runtime.predictor import Predictor
 
@@ -218,7 +218,7 @@ def test_a_size_that_the_network_cannot_take_is_a_bad_picture(
 
     def run_batch(session, images):
         if images.shape[1] < 10:
-            raise UprightError("The model cannot take images of (H, W, C) 5x5x1: too small")
+            raise UserError("The model cannot take images of (H, W, C) 5x5x1: too small")
         return real(session, images)
 
     monkeypatch.setattr(infer_module, "run_batch", run_batch)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from upright.architectures.lenet import LeNet
+from upright.checkpoint import find_checkpoint, read_checkpoint
 from upright.data.digits import Digits
 from upright.errors import UprightError
-from upright.training.callbacks import RunRecord
-from upright.training.checkpoint import AtomicCheckpointIO, find_checkpoint, read_checkpoint, restore
+from upright.runs.callbacks import RunRecord
+from upright.runs.checkpoint_io import AtomicCheckpointIO
 from upright.training.classifier import ImageClassifier
+from upright.training.restoring import restore
 
 
 class Exploit:

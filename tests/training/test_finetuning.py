@@ -17,8 +17,8 @@ from torch import nn
 
 from tests.architectures.variants import VARIANTS, Variant
 from tests.conftest import CONFIGS, ROOT, Upright
-from tests.training.killing import differences, finished, last
-from tests.training.killing import fit as fit_process
+from tests.runs.killing import differences, finished, last
+from tests.runs.killing import fit as fit_process
 from tests.training.test_checkpoint import Exploit
 from tests.training.test_published_weights import random_weights, resnet_forward, resnet_layout, vgg_forward, vgg_layout
 from upright.architectures.lenet import LeNet
@@ -27,13 +27,14 @@ from upright.architectures.resnet import ResNet, SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
+from upright.checkpoint import read_checkpoint
 from upright.data.digits import Digits
 from upright.errors import UprightError
 from upright.images import ImageSpec
 from upright.recipes import build
-from upright.training.checkpoint import contents, read_checkpoint, restore
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze, head, start_from
+from upright.training.restoring import contents, restore
 
 SPEC = Digits(size=12, margin=0).spec
 FEW = replace(SPEC, classes=("7", "8", "9"))

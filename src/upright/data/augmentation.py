@@ -7,7 +7,7 @@ one batch on every device.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, get_args
@@ -15,8 +15,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from upright.data.batch import Points
 from upright.data.mixing import Mixing
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.warp import (
     Padding,
     full_precision,
@@ -37,9 +38,6 @@ third of the time of one call."""
 
 CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
 """Of an image, clockwise from the top left."""
-
-Points = Callable[[Tensor], Tensor]
-"""From output points ``(N, 2)`` or ``(B, N, 2)`` to the input points ``(B, N, 2)`` that are seen there."""
 
 
 class Geometric(nn.Module, ABC):
@@ -78,11 +76,11 @@ class RandomAffine(Geometric):
     ) -> None:
         super().__init__()
         if not 0 < scale[0] <= scale[1]:
-            raise UprightError(f"scale needs 0 < least <= greatest, got {list(scale)}.")
+            raise UserError(f"scale needs 0 < least <= greatest, got {list(scale)}.")
         if not 0 <= flip <= 1:
-            raise UprightError(f"flip is a probability from 0 to 1, got {flip}.")
+            raise UserError(f"flip is a probability from 0 to 1, got {flip}.")
         if not abs(shear) < 90:
-            raise UprightError(f"shear must be below 90 degrees, got {shear}.")
+            raise UserError(f"shear must be below 90 degrees, got {shear}.")
         self.rotate, self.scale, self.shear, self.shift, self.flip = rotate, scale, shear, shift, flip
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
@@ -111,7 +109,7 @@ class RandomCrop(Geometric):
     def __init__(self, *, padding: int = 4) -> None:
         super().__init__()
         if padding < 0:
-            raise UprightError(f"padding must be at least 0 pixels, got {padding}.")
+            raise UserError(f"padding must be at least 0 pixels, got {padding}.")
         self.padding = padding
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
@@ -139,9 +137,9 @@ class RandomResizedCrop(Geometric):
     ) -> None:
         super().__init__()
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise UprightError(f"scale needs 0 < least <= greatest <= 1, a fraction of the area, got {list(scale)}.")
+            raise UserError(f"scale needs 0 < least <= greatest <= 1, a fraction of the area, got {list(scale)}.")
         if not 0 < ratio[0] <= ratio[1]:
-            raise UprightError(f"ratio needs 0 < least <= greatest, got {list(ratio)}.")
+            raise UserError(f"ratio needs 0 < least <= greatest, got {list(ratio)}.")
         self.scale, self.ratio = scale, ratio
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
@@ -167,7 +165,7 @@ class RandomPerspective(Geometric):
     def __init__(self, *, distortion: float = 0.1) -> None:
         super().__init__()
         if not 0 <= distortion < 0.25:
-            raise UprightError(f"distortion must be from 0 to below 0.25 of the image, got {distortion}.")
+            raise UserError(f"distortion must be from 0 to below 0.25 of the image, got {distortion}.")
         self.distortion = distortion
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
@@ -214,9 +212,9 @@ class RandomElastic(Geometric):
     def __init__(self, *, points: int = 4, sigma: float = 0.03) -> None:
         super().__init__()
         if points < 2:
-            raise UprightError(f"points must be at least 2 along each side, got {points}.")
+            raise UserError(f"points must be at least 2 along each side, got {points}.")
         if sigma < 0:
-            raise UprightError(f"sigma must be at least 0, got {sigma}.")
+            raise UserError(f"sigma must be at least 0, got {sigma}.")
         self.sigma = sigma
         line = torch.linspace(-1, 1, points)
         self.controls = torch.cartesian_prod(line, line)
@@ -329,11 +327,11 @@ class Augmentation(nn.Module):
     def __init__(self, parts: Iterable[nn.Module] = (), *, padding: Padding = "zeros") -> None:
         super().__init__()
         if padding not in get_args(Padding):
-            raise UprightError(f"padding is one of {', '.join(get_args(Padding))}; got '{padding}'.")
+            raise UserError(f"padding is one of {', '.join(get_args(Padding))}; got '{padding}'.")
         self.parts, self.padding = nn.ModuleList(parts), padding
         for part in self.parts:
             if _of_kornia(part, "mix"):
-                raise UprightError(
+                raise UserError(
                     f"{type(part).__name__} of kornia mixes images or parts of them, and labels and poses would not "
                     "know of it: use upright.data.mixing.MixUp or CutMix."
                 )
@@ -391,7 +389,7 @@ class Augmentation(nn.Module):
             try:
                 images = part(images)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise UprightError(
+                raise UserError(
                     f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
                     f"{tuple(images.shape)}: {' '.join(str(error).split())[:200]}"
                 ) from error

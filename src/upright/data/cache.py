@@ -28,7 +28,7 @@ from upright.data.source import Images
 from upright.data.split import Indices, content_hash
 from upright.data.views import Angles, Views
 from upright.data.workers import fetch
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.warp import resize
 
@@ -106,7 +106,7 @@ class Decoder:
     def _fitted(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.size:
             if self.spec.resize == "none":
-                raise UprightError(
+                raise UserError(
                     f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
                     f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch or crop."
                 )
@@ -119,7 +119,7 @@ class Decoder:
         unique, inverse = np.unique(positions, return_inverse=True)
         decoded = self[unique]
         for position in unique[decoded.facts["state"] == UNREADABLE].tolist():
-            raise UprightError(self.reason(position))
+            raise UserError(self.reason(position))
         return decoded.pixels[torch.from_numpy(inverse), torch.from_numpy(views)]
 
     def reason(self, position: int) -> str:
@@ -165,7 +165,7 @@ class Cache:
         max_unreadable: so many images may be unreadable.
 
     Raises:
-        UprightError: if more images cannot be read, or the cache cannot be written.
+        UserError: if more images cannot be read, or the cache cannot be written.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Cache:
         if len(unreadable) > self.max_unreadable:
             position, more = unreadable[0], len(unreadable) - 1
             reason = self.decoder.reason(position)
-            raise UprightError(
+            raise UserError(
                 f"{reason}{f' And {more} more cannot be read.' if more else ''} Unreadable pictures that may be left "
                 f"out: {self.max_unreadable}; --data.max_unreadable allows more."
             )
@@ -249,7 +249,7 @@ class Cache:
             return Kept(np.memmap(folder / "pixels", np.uint8, "r", shape=shape), rows)
         except OSError as error:
             if with_pixels:
-                raise UprightError(
+                raise UserError(
                     f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder "
                     "with room, or decode files whenever they are wanted: --no-cache."
                 ) from error

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from upright.data.published import Part, Published
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec
 
 PIXELS = 3 * 32 * 32
@@ -73,7 +73,7 @@ class CIFAR(Published):
         train = len(self.stems[0])
         for name, part in zip(names[:train], found, strict=False):
             if len(part.images) != len(found[0].images):
-                raise UprightError(
+                raise UserError(
                     f"'{place}/{name}' holds {len(part.images)} pictures and {names[0]} {len(found[0].images)}: one of "
                     "them is not whole."
                 )
@@ -94,7 +94,7 @@ class CIFAR(Published):
         """The binary version: for each image its labels, then 1,024 bytes each of red, green and blue, row by row."""
         size = self.label_bytes + PIXELS
         if not content or len(content) % size:
-            raise UprightError(f"'{name}' is not whole: {len(content)} bytes are not a number of records of {size}.")
+            raise UserError(f"'{name}' is not whole: {len(content)} bytes are not a number of records of {size}.")
         records = np.frombuffer(content, np.uint8).reshape(-1, size)
         return Part(records[:, self.label_bytes :], records[:, self.label[0]])
 
@@ -105,9 +105,9 @@ class CIFAR(Published):
             data, labels = batch["data"].array(), np.array(batch[self.label[1]])
         except Exception as error:  # a pickle that is not whole, or not one, leads to anything
             text = " ".join(str(error).split())[:200]
-            raise UprightError(f"'{name}' is not a file of CIFAR's Python version: {text}.") from None
+            raise UserError(f"'{name}' is not a file of CIFAR's Python version: {text}.") from None
         if data.shape != (labels.size, PIXELS) or labels.ndim != 1 or labels.dtype.kind != "i":
-            raise UprightError(
+            raise UserError(
                 f"'{name}' needs data (N, {PIXELS}) and N whole numbers as labels, got {data.shape} and "
                 f"{labels.shape} of {labels.dtype}."
             )
@@ -184,7 +184,7 @@ def _files(folder: Path, names: list[str]) -> dict[str, bytes]:
     try:
         return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:
-        raise UprightError(f"'{error.filename}' cannot be read: {error.strerror}.") from None
+        raise UserError(f"'{error.filename}' cannot be read: {error.strerror}.") from None
 
 
 def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
@@ -197,9 +197,9 @@ def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
                 if inside == folder and name in names and (file := packed.extractfile(member)):
                     found[name] = file.read()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UprightError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
+        raise UserError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
     if missing := [name for name in names if name not in found]:
-        raise UprightError(f"'{archive}' lacks {', '.join(f'{folder}/{name}' for name in missing)}.")
+        raise UserError(f"'{archive}' lacks {', '.join(f'{folder}/{name}' for name in missing)}.")
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.recipes import Recipe, build
 
 
@@ -14,14 +14,14 @@ def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        UprightError: if it cannot be read.
+        UserError: if it cannot be read.
     """
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UprightError(f"'{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
+        raise UserError(f"'{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UprightError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def read_data(path: str | Path, **options: object) -> ImageDataModule:
@@ -32,17 +32,17 @@ def read_data(path: str | Path, **options: object) -> ImageDataModule:
         **options: of the datamodule, in place of what stands there.
 
     Raises:
-        UprightError: if it describes none.
+        UserError: if it describes none.
     """
     found = read_yaml(path)
     if isinstance(found, dict) and "model" in found:
         found = found.get("data")
         if found is None:
-            raise UprightError(f"'{path}' does not say what data it is for; give the YAML of some.")
+            raise UserError(f"'{path}' does not say what data it is for; give the YAML of some.")
         if isinstance(found, str):
             return read_data(Path(path).parent / found, **options)
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
-        raise UprightError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
+        raise UserError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
     return build_data(found, path, **options)
 
 
@@ -55,12 +55,12 @@ def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataMo
         **options: in place of what stands there.
 
     Raises:
-        UprightError: if it does not take these options, or is no datamodule.
+        UserError: if it does not take these options, or is no datamodule.
     """
     try:
         made = build(data)(**options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than it takes
-        raise UprightError(f"'{path}': {error}.") from None
+        raise UserError(f"'{path}': {error}.") from None
     if not isinstance(made, ImageDataModule):
-        raise UprightError(f"'{path}' describes a {type(made).__name__}, which is no ImageDataModule.")
+        raise UserError(f"'{path}' describes a {type(made).__name__}, which is no ImageDataModule.")
     return made

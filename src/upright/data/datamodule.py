@@ -25,7 +25,7 @@ from upright.data.split import (
     stratified_split,
 )
 from upright.data.views import Angles, Views
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
 from upright.warp import Padding
@@ -72,19 +72,17 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise UprightError(f"batch_size must be at least 1, got {batch_size}.")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         if not angles:
-            raise UprightError("angles needs at least one angle; [0] shows every image as it is.")
+            raise UserError("angles needs at least one angle; [0] shows every image as it is.")
         if (folds or fold) and not (folds > 1 and 0 <= fold < folds):
-            raise UprightError(
-                f"folds needs at least 2 and fold one of 0 to folds - 1, got folds {folds}, fold {fold}."
-            )
+            raise UserError(f"folds needs at least 2 and fold one of 0 to folds - 1, got folds {folds}, fold {fold}.")
         if not 0 < train_fraction <= 1:
-            raise UprightError(f"train_fraction must be above 0 and at most 1, got {train_fraction}.")
+            raise UserError(f"train_fraction must be above 0 and at most 1, got {train_fraction}.")
         if cache not in get_args(Where):
-            raise UprightError(f"cache must be one of {', '.join(get_args(Where))}; got '{cache}'.")
+            raise UserError(f"cache must be one of {', '.join(get_args(Where))}; got '{cache}'.")
         if max_unreadable < 0 or (num_workers is not None and num_workers < 0):
-            raise UprightError(
+            raise UserError(
                 f"num_workers and max_unreadable cannot be negative, got {num_workers} and {max_unreadable}."
             )
         self.batch_size, self.split_seed, self.angles = batch_size, split_seed, tuple(angles)
@@ -147,12 +145,12 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         }
         taken = np.concatenate([np.empty(0, np.int64), *given.values()])
         if len(np.unique(taken)) < len(taken):
-            raise UprightError("The source has an image in more than one split.")
+            raise UserError("The source has an image in more than one split.")
         if self.folds and "val" in given:
-            raise UprightError(f"folds {self.folds}: these data define their own validation split; use folds 0.")
+            raise UserError(f"folds {self.folds}: these data define their own validation split; use folds 0.")
         for name, part in given.items():
             if not len(part):
-                raise UprightError(f"No picture of split '{name}' can be read.")
+                raise UserError(f"No picture of split '{name}' can be read.")
         pool = given.pop("train", np.setdiff1d(readable, taken))
         fractions = {"val": self.val_fraction, "test": self.test_fraction}
         for name in [*given, *(["val"] if self.folds else [])]:
@@ -164,7 +162,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
                 parts = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
             except UprightError as error:
                 more = len(pool) - len(first)
-                raise UprightError(f"{error}{f' {more} copies of them count for nothing.' if more else ''}") from None
+                raise UserError(f"{error}{f' {more} copies of them count for nothing.' if more else ''}") from None
             given |= {name: pool[np.isin(place, part)] for name, part in parts.items()}
         else:
             given["train"] = pool

@@ -9,7 +9,7 @@ from torch import nn
 
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Source
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec
 from upright.warp import resize
 
@@ -30,7 +30,7 @@ class Digits(ImageDataModule):
     def __init__(self, *, size: int = 28, margin: int = 4, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]  # jsonargparse reads the base's own types
         if margin < 0 or size - 2 * margin < 8:
-            raise UprightError(
+            raise UserError(
                 f"The digits are 8x8 originals; size less twice the margin must be at least 8, "
                 f"got size {size} and margin {margin}."
             )

@@ -26,7 +26,7 @@ from upright.data.mnist import MNIST
 from upright.data.published import Bytes
 from upright.data.split import Indices
 from upright.data.views import Views
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec
 from upright.warp import identity, sample
 
@@ -237,12 +237,12 @@ class DistortedMNIST(MNIST):
         self, *, task: Task, draws: int = 1, task_seed: int = 0, root: str | None = None, **options: object
     ) -> None:
         if task not in get_args(Task):
-            raise UprightError(f"task must be one of {', '.join(get_args(Task))}; got '{task}'.")
+            raise UserError(f"task must be one of {', '.join(get_args(Task))}; got '{task}'.")
         if draws < 1:
-            raise UprightError(f"draws must be at least 1, got {draws}.")
+            raise UserError(f"draws must be at least 1, got {draws}.")
         super().__init__(root=root, **options)  # type: ignore[arg-type]  # the base's own types
         if self.angles != (0.0,):
-            raise UprightError(f"The task says what is done to an image, so angles must be [0], got {self.angles}.")
+            raise UserError(f"The task says what is done to an image, so angles must be [0], got {self.angles}.")
         self.distortion, self.draws, self.task_seed = MNISTDistortion(task), draws, task_seed
         self.augmentation.parts.insert(0, self.distortion)
         mean, std = self.statistics[task]

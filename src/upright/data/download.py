@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pooch
 
-from upright.errors import UprightError
+from upright.errors import UserError
 
 
 def absolute(path: str | Path) -> Path:
@@ -31,7 +31,7 @@ def download(file: str, md5: str, mirrors: Sequence[str], folder: Path, what: st
         what: what the user may put there instead, for the message.
 
     Raises:
-        UprightError: if no mirror has it, with every address and its error, and what to do without a network.
+        UserError: if no mirror has it, with every address and its error, and what to do without a network.
     """
     failures = []
     for mirror in mirrors:
@@ -40,4 +40,4 @@ def download(file: str, md5: str, mirrors: Sequence[str], folder: Path, what: st
             return Path(pooch.retrieve(url, f"md5:{md5}", file, folder, progressbar=sys.stderr.isatty()))
         except Exception as error:  # whatever a network or a disk leads the libraries below to
             failures.append(f"{url} cannot be downloaded ({' '.join(str(error).split())[:300]})")
-    raise UprightError(f"{'; '.join(failures)}. Put {what} into '{folder}', or say with --data.root where they are.")
+    raise UserError(f"{'; '.join(failures)}. Put {what} into '{folder}', or say with --data.root where they are.")

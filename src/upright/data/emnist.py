@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from upright.data.mnist import IDX
 from upright.data.published import Part
-from upright.errors import UprightError
+from upright.errors import UserError
 
 Arrangement = Literal["letters", "balanced", "byclass", "bymerge", "digits", "mnist"]
 
@@ -46,7 +46,7 @@ class EMNIST(IDX):
 
     def __init__(self, *, split: Arrangement = "letters", root: str | None = None, **options: object) -> None:
         if split not in get_args(Arrangement):
-            raise UprightError(f"split must be one of {', '.join(get_args(Arrangement))}; got '{split}'.")
+            raise UserError(f"split must be one of {', '.join(get_args(Arrangement))}; got '{split}'.")
         super().__init__(root=root, **options)  # type: ignore[arg-type]  # the base's own types
         self.classes = CLASSES[split]
         self.stems = (f"emnist-{split}-train", f"emnist-{split}-test")
@@ -60,9 +60,9 @@ class EMNIST(IDX):
         try:
             member = zipfile.Path(archive, f"gzip/{name}.gz")
         except (OSError, zipfile.BadZipFile) as error:
-            raise UprightError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
+            raise UserError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
         if not member.is_file():
-            raise UprightError(f"'{archive}' holds no gzip/{name}.gz: it is not the published archive of EMNIST.")
+            raise UserError(f"'{archive}' holds no gzip/{name}.gz: it is not the published archive of EMNIST.")
         return member
 
     def part(self, stem: str) -> Part:

@@ -8,7 +8,7 @@ from upright.data.download import absolute
 from upright.data.pictures import Pictures
 from upright.data.source import Source
 from upright.data.split import SPLITS
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import SUFFIXES, ImageSpec
 
 
@@ -32,10 +32,10 @@ class Folder(Pictures):
     def _class_folders(self) -> dict[str, Path]:
         """By split (or under ``""`` when there are none), the folder that holds the classes."""
         if not self.root.is_dir():
-            raise UprightError(f"Folder '{self.root}' does not exist; `root` (--data.root) is the folder of classes.")
+            raise UserError(f"Folder '{self.root}' does not exist; `root` (--data.root) is the folder of classes.")
         given = {name: self.root / name for name in SPLITS if (self.root / name).is_dir()}
         if given and "train" not in given:
-            raise UprightError(f"Folder '{self.root}' has {sorted(given)} but no 'train'.")
+            raise UserError(f"Folder '{self.root}' has {sorted(given)} but no 'train'.")
         return given or {"": self.root}
 
     @property
@@ -44,9 +44,7 @@ class Folder(Pictures):
         training = self._class_folders.get("train", self.root)
         classes = tuple(_classes(training))
         if len(classes) < 2:
-            raise UprightError(
-                f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}."
-            )
+            raise UserError(f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}.")
         return self.spec_of(classes)
 
     def read(self) -> Source:
@@ -61,7 +59,7 @@ class Folder(Pictures):
                 if not (found := _pictures(folder / name)):
                     continue
                 if name not in classes:
-                    raise UprightError(f"Class '{name}' of '{folder}' is not among the training classes {classes}.")
+                    raise UserError(f"Class '{name}' of '{folder}' is not among the training classes {classes}.")
                 paths += found
                 labels += [classes.index(name)] * len(found)
             splits[split] = range(first, len(paths))
@@ -94,4 +92,4 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> NoReturn:
-    raise UprightError(f"Folder '{error.filename}' cannot be read: {error.strerror}.") from None
+    raise UserError(f"Folder '{error.filename}' cannot be read: {error.strerror}.") from None

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from upright.data.batch import Batch
 from upright.data.split import Indices
 from upright.data.workers import fetch
 
@@ -14,24 +15,6 @@ from upright.data.workers import fetch
 def global_seed() -> int:
     """The seed that Lightning's ``seed_everything`` set (it keeps it in the environment for its processes), or 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-class Batch(NamedTuple):
-    """What a loader yields.
-
-    Args:
-        images: uint8 ``(B, C, H, W)``.
-        labels: int64 ``(B,)``.
-        position: in the split, int64 ``(B,)``.
-        group: which source image it shows, int64 ``(B,)``; several views of one image share it.
-        transforms: what the source did to it, ``(B, 3, 3)``, output to input coordinates.
-    """
-
-    images: Tensor
-    labels: Tensor
-    position: Tensor
-    group: Tensor
-    transforms: Tensor
 
 
 class Pixels(Protocol):
@@ -138,7 +121,8 @@ class BatchLoader:
         mine = torch.split(order, self.batch_size)[start : len(self)]
         for position, batch in enumerate(fetch(self.samples, mine, self.workers), start + 1):
             self._position = position
-            yield batch
+            seed = hash((self.sampler.seed, self.sampler.epoch, position - 1, self.rank))
+            yield batch._replace(seed=seed)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and the batches of it that were handed out."""

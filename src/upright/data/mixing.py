@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from upright.errors import UprightError
+from upright.errors import UserError
 
 
 class Mixing(nn.Module, ABC):
@@ -23,15 +23,15 @@ class Mixing(nn.Module, ABC):
     def __init__(self, *, alpha: float, probability: float = 1.0) -> None:
         super().__init__()
         if not alpha > 0:
-            raise UprightError(f"alpha must be above 0, got {alpha}.")
+            raise UserError(f"alpha must be above 0, got {alpha}.")
         if not 0 <= probability <= 1:
-            raise UprightError(f"probability must be from 0 to 1, got {probability}.")
+            raise UserError(f"probability must be from 0 to 1, got {probability}.")
         self.alpha, self.probability = alpha, probability
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Float images ``(B, C, H, W)`` and, where they are wanted, probabilities ``(B, K)``, both mixed."""
         if targets is not None and targets.dim() == 1:
-            raise UprightError(
+            raise UserError(
                 f"{type(self).__name__} needs targets as probabilities (B, K), got labels {tuple(targets.shape)}: "
                 "give torch.nn.functional.one_hot(labels, K).float()."
             )

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from upright.data.published import Bytes, Part, Published
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec
 
 
@@ -108,18 +108,18 @@ def read_idx(path: Path | zipfile.Path) -> Bytes:
     """The uint8 array of an IDX file, packed with gzip or not.
 
     Raises:
-        UprightError: if it is cut off, too long, or something else.
+        UserError: if it is cut off, too long, or something else.
     """
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UprightError(f"'{path}' cannot be read: {error}. It may not be whole; bring it again.") from None
+        raise UserError(f"'{path}' cannot be read: {error}. It may not be whole; bring it again.") from None
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4].ljust(4, b"\xff"))
     if (zeros, kind) != (0, 8) or len(content) < 4 + 4 * dimensions:
-        raise UprightError(f"'{path}' is not an IDX file of unsigned bytes.")
+        raise UserError(f"'{path}' is not an IDX file of unsigned bytes.")
     shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if len(values) != np.prod(shape, dtype=np.int64):
-        raise UprightError(f"'{path}' says that it holds {shape} bytes, and holds {len(values)}: it is not whole.")
+        raise UserError(f"'{path}' says that it holds {shape} bytes, and holds {len(values)}: it is not whole.")
     return values.reshape(shape)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Source
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec, Pixels, Resize, decode
 
 
@@ -58,13 +58,13 @@ class Pictures(ImageDataModule):
             splits: those that the user made; one under ``""`` that holds all is none.
 
         Raises:
-            UprightError: if a split lacks a class.
+            UserError: if a split lacks a class.
         """
         spec = self.spec
         for split, part in splits.items():
             found = {labels[i] for i in part}
             if empty := [name for label, name in enumerate(spec.classes) if label not in found]:
-                raise UprightError(f"No picture in class {empty} of {self.where(split)}.")
+                raise UserError(f"No picture in class {empty} of {self.where(split)}.")
         return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None, paths)
 
     @abstractmethod

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from upright.data.datamodule import ImageDataModule
 from upright.data.download import absolute, cache, download
 from upright.data.source import Source
-from upright.errors import UprightError
+from upright.errors import UserError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -70,10 +70,10 @@ class Published(ImageDataModule):
         """One of the files of `checksums`, downloaded.
 
         Raises:
-            UprightError: if the user named a folder, which is left as it is, or the download fails.
+            UserError: if the user named a folder, which is left as it is, or the download fails.
         """
         if self.root:
-            raise UprightError(
+            raise UserError(
                 f"'{self.root}' does not hold {self.what} (no {name}); `root` (--data.root) is the folder of these "
                 "files. Without it they are downloaded."
             )
@@ -83,14 +83,14 @@ class Published(ImageDataModule):
         """All images, those to train on before those to test on.
 
         Raises:
-            UprightError: if images and labels do not fit together, or not to the classes.
+            UserError: if images and labels do not fit together, or not to the classes.
         """
         spec = self.spec
         shape = (*self.stored_size, spec.channels)
         parts = dict(zip(("train", "test"), self.parts(), strict=True))
         for name, (images, labels) in parts.items():
             if not len(images) or images.shape != (*labels.shape, *shape) or labels.max() >= len(spec.classes):
-                raise UprightError(
+                raise UserError(
                     f"The {name} files of '{self.folder}' do not fit together: (N, H, W, C) images of {shape} and (N,) "
                     f"labels below {len(spec.classes)} are needed, got {images.shape} and {labels.shape} up to "
                     f"{labels.max(initial=0)}."

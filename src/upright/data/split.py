@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import Pixels
 
 Indices = npt.NDArray[np.int64]
@@ -31,10 +31,10 @@ def stratified_split(
         fold: which one, from 0.
 
     Raises:
-        UprightError: if the fractions leave nothing, or a class is too small to be in every split.
+        UserError: if the fractions leave nothing, or a class is too small to be in every split.
     """
     if min(fractions.values(), default=0.5) <= 0 or sum(fractions.values()) >= 1:
-        raise UprightError(f"Split fractions must be above 0 and leave a part for training, got {dict(fractions)}.")
+        raise UserError(f"Split fractions must be above 0 and leave a part for training, got {dict(fractions)}.")
     classes = np.asarray(labels)
     rest = np.arange(len(classes), dtype=np.int64)
     splits: dict[str, Indices] = {}
@@ -52,13 +52,13 @@ def stratified_split(
             rest, splits["val"] = rest[train], np.sort(rest[val])
     except ValueError as error:
         by = dict(fractions) | ({"folds": folds} if folds else {})
-        raise UprightError(
+        raise UserError(
             f"{len(classes)} images of {len(np.unique(classes))} classes cannot be split by {by}: {error}"
         ) from None
     splits["train"] = np.sort(rest)
     for name, part in splits.items():
         if missing := set(classes.tolist()) - set(classes[part].tolist()):
-            raise UprightError(f"No image of class {sorted(missing)} in split '{name}': too few images of it.")
+            raise UserError(f"No image of class {sorted(missing)} in split '{name}': too few images of it.")
     return splits
 
 

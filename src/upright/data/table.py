@@ -12,7 +12,7 @@ from upright.data.download import absolute
 from upright.data.pictures import Pictures
 from upright.data.source import Source
 from upright.data.split import SPLITS
-from upright.errors import UprightError, nearest
+from upright.errors import UserError, nearest
 from upright.images import ImageSpec
 
 COLUMNS = ("path", "label", "split")
@@ -47,25 +47,25 @@ class Table(Pictures):
     def rows(self) -> list[Row]:
         """The table, checked; no picture is looked for."""
         if not self.file.is_file():
-            raise UprightError(f"Table '{self.file}' does not exist; `file` (--data.file) is a .csv or .parquet file.")
+            raise UserError(f"Table '{self.file}' does not exist; `file` (--data.file) is a .csv or .parquet file.")
         readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
         if (suffix := self.file.suffix.lower()) not in readers:
-            raise UprightError(f"Table '{self.file}' must be a .csv or .parquet file.")
+            raise UserError(f"Table '{self.file}' must be a .csv or .parquet file.")
         rows = list(readers[suffix](self.file))
         if not rows:
-            raise UprightError(f"Table '{self.file}' holds no pictures: no line follows the names of the columns.")
+            raise UserError(f"Table '{self.file}' holds no pictures: no line follows the names of the columns.")
         for row in rows:
             if row.split not in ("", *SPLITS):
-                raise UprightError(
+                raise UserError(
                     f"'{self.file}' line {row.line}: split must be one of {', '.join(SPLITS)}; got '{row.split}'."
                     + nearest(row.split, SPLITS)
                 )
         given = {row.split for row in rows}
         if "" in given and len(given) > 1:
             line = next(row.line for row in rows if not row.split)
-            raise UprightError(f"'{self.file}' line {line} says no split, and others do.")
+            raise UserError(f"'{self.file}' line {line} says no split, and others do.")
         if "" not in given and "train" not in given:
-            raise UprightError(f"Table '{self.file}' has the splits {sorted(given)} but no 'train'.")
+            raise UserError(f"Table '{self.file}' has the splits {sorted(given)} but no 'train'.")
         return rows
 
     @property
@@ -75,7 +75,7 @@ class Table(Pictures):
         whole = all(re.fullmatch(r"-?\d+", name) for name in names)
         classes = tuple(sorted(names, key=lambda name: (int(name) if whole else 0, name)))
         if len(classes) < 2:
-            raise UprightError(f"Table '{self.file}' must have at least two labels to train on; found {list(classes)}.")
+            raise UserError(f"Table '{self.file}' must have at least two labels to train on; found {list(classes)}.")
         return self.spec_of(classes)
 
     def read(self) -> Source:
@@ -85,20 +85,20 @@ class Table(Pictures):
         splits: dict[str, list[int]] = {}
         for index, row in enumerate(self.rows):
             if row.label not in classes:
-                raise UprightError(
+                raise UserError(
                     f"'{self.file}' line {row.line}: label '{row.label}' of split '{row.split}' is not among the "
                     f"training labels {tuple(classes)}.{nearest(row.label, classes)}"
                 )
             path = os.path.normpath(self.file.parent / row.path)
             if lines.setdefault(path, row.line) != row.line:
-                raise UprightError(
+                raise UserError(
                     f"'{self.file}' line {row.line}: '{row.path}' is already in line {lines[path]}; "
                     "a picture has one label and one split."
                 )
             splits.setdefault(row.split, []).append(index)
         if missing := [(line, path) for path, line in lines.items() if not os.path.isfile(path)]:
             (line, path), *others = missing
-            raise UprightError(
+            raise UserError(
                 f"'{self.file}' line {line}: '{path}' does not exist"
                 + (f", nor do {len(others)} others" if others else "")
                 + f". Paths are absolute, or from '{self.file.parent}'."
@@ -122,15 +122,15 @@ def _csv_rows(file: Path) -> Iterator[Row]:
                 if not cells:
                     continue
                 if len(cells) != len(header):
-                    raise UprightError(
+                    raise UserError(
                         f"'{file}' line {reader.line_num}: {len(cells)} cells under {len(header)} names. "
                         "A comma that belongs to a name needs quotes around it."
                     )
                 yield _row(file, reader.line_num, {name: cells[place] for name, place in places.items()})
     except UnicodeDecodeError:
-        raise UprightError(f"Table '{file}' is not text in UTF-8; save it as that.") from None
+        raise UserError(f"Table '{file}' is not text in UTF-8; save it as that.") from None
     except (OSError, csv.Error) as error:
-        raise UprightError(f"Table '{file}' cannot be read: {error}.") from None
+        raise UserError(f"Table '{file}' cannot be read: {error}.") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -138,14 +138,14 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UprightError(
+        raise UserError(
             f"Table '{file}' needs the package 'pyarrow': pip install 'upright[parquet]', or save it as .csv."
         ) from None
     try:
         places = _places(pyarrow.parquet.read_schema(file).names, file)
         table = pyarrow.parquet.read_table(file, columns=list(places), partitioning=None)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UprightError(f"Table '{file}' cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"Table '{file}' cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
     for line, cells in enumerate(table.to_pylist(), start=1):
         yield _row(file, line, {name: "" if cell is None else str(cell) for name, cell in cells.items()})
 
@@ -154,7 +154,7 @@ def _places(header: list[str], file: Path) -> dict[str, int]:
     """Where our columns are."""
     twice = [name for name in COLUMNS if header.count(name) > 1]
     if twice or not {"path", "label"} <= set(header):
-        raise UprightError(
+        raise UserError(
             f"Table '{file}' needs the columns path and label, and may have split, each once; it has {header}."
         )
     return {name: header.index(name) for name in COLUMNS if name in header}
@@ -164,5 +164,5 @@ def _row(file: Path, line: int, cells: dict[str, str]) -> Row:
     row = Row(line, cells["path"], cells["label"].strip(), cells.get("split", "").strip())
     for name in ("path", "label"):
         if not getattr(row, name):
-            raise UprightError(f"'{file}' line {line} has no {name}.")
+            raise UserError(f"'{file}' line {line} has no {name}.")
     return row

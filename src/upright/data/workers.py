@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 
 Key = TypeVar("Key", contravariant=True)
 Item = TypeVar("Item", covariant=True)
@@ -29,7 +29,7 @@ def fetch(items: Keyed[Any, Item], keys: Sequence[Any], workers: int) -> Iterato
         workers: processes; 0 does it here.
 
     Raises:
-        UprightError: of an item, as it was.
+        UserError: of an item, as it was.
     """
     if not workers:
         yield from map(items.__getitem__, keys)
@@ -52,7 +52,7 @@ def fetch(items: Keyed[Any, Item], keys: Sequence[Any], workers: int) -> Iterato
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UprightError(
+        raise UserError(
             f"A process that decodes has died ({str(error).splitlines()[0]}), perhaps for want of memory: fewer of "
             "them by --data.num_workers, 0 for none."
         ) from error

@@ -19,13 +19,13 @@ from upright.architectures.spatial_transformer import Network
 from upright.data.datamodule import ImageDataModule
 from upright.data.digits import Digits
 from upright.data.mnist import MNIST
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.files import file_hash, write_text
 from upright.recipes import recipe
+from upright.runs.cli.run import run as run_verb
 from upright.tables import read_rows
-from upright.training.checkpoint import Restored, restore
-from upright.training.cli.run import run as run_verb
 from upright.training.losses import CrossEntropy
+from upright.training.restoring import Restored, restore
 from upright.training.schedules import OneCycle
 
 Scale = Literal["quick", "standard", "full"]
@@ -140,7 +140,7 @@ class Bench:
             variants: by name; a function gives that of a seed.
 
         Raises:
-            UprightError: for a mistake in an experiment; what else goes wrong in a run comes as it is.
+            UserError: for a mistake in an experiment; what else goes wrong in a run comes as it is.
         """
         names = [(variant, seed) for seed in range(self.seeds) for variant in variants]
         given = []
@@ -214,7 +214,7 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
         seed: of weights, order and augmentation.
 
     Raises:
-        UprightError: for a mistake in the experiment.
+        UserError: for a mistake in the experiment.
     """
     config, before = folder / f"{name}.yaml", _behind(folder, name, experiment, seed)
     if before is None:
@@ -229,7 +229,7 @@ def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
             code = run_verb("fit", ["--config", str(config), *where])
             code = code or run_verb("test", ["--ckpt_path", str(folder / name / "best.ckpt")])
         except UprightError as error:
-            raise UprightError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
     if code:
         raise KeyboardInterrupt
     metrics = json.loads((folder / name / "test.json").read_text())["metrics"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upright.data.cache import to_tensor
 from upright.evidence.bench import Bench, Run
-from upright.training.checkpoint import restore
+from upright.training.restoring import restore
 from upright.warp import identity, rotation, warp
 
 AT_ONCE = 256

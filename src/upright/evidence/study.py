@@ -12,14 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from upright.errors import UprightError, nearest
+from upright.errors import UserError, nearest
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Run, Scale
 from upright.files import write_text
+from upright.runs.drawing import save_picture
+from upright.runs.folder import ROOT
+from upright.runs.process import keep_freed_memory, leave_a_core
 from upright.tables import markdown
-from upright.training.drawing import save_picture
-from upright.training.process import keep_freed_memory, leave_a_core
-from upright.training.run_folder import ROOT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,25 +59,25 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
         full: for longer than half an hour; only where the protocol says what for.
 
     Raises:
-        UprightError: if there is no such study, if none is named where one must be, if there are too few seeds to say
+        UserError: if there is no such study, if none is named where one must be, if there are too few seeds to say
             anything of their spread, or if it has no more to show.
     """
     names = [module.name for module in pkgutil.iter_modules(studies.__path__)]
     if study is None and (quick or full):
-        raise UprightError(f"--{'quick' if quick else 'full'} needs a study's name: one of {', '.join(names)}.")
+        raise UserError(f"--{'quick' if quick else 'full'} needs a study's name: one of {', '.join(names)}.")
     if study is None:
         for name in names:
             print(f"  {name:<15} {claim_and_protocol(_module(name))[0]}")
         return 0
     if study not in names:
-        raise UprightError(f"There is no study '{study}'.{nearest(study, names)} Studies: {', '.join(names)}.")
+        raise UserError(f"There is no study '{study}'.{nearest(study, names)} Studies: {', '.join(names)}.")
     if seeds < 2:
-        raise UprightError(f"--seeds must be at least 2 to show a spread, got {seeds}.")
+        raise UserError(f"--seeds must be at least 2 to show a spread, got {seeds}.")
     if quick and full:
-        raise UprightError("--quick and --full do not go together: give one, or neither.")
+        raise UserError("--quick and --full do not go together: give one, or neither.")
     if full and FULL not in (_module(study).__doc__ or ""):
         longer = ", ".join(name for name in names if FULL in (_module(name).__doc__ or ""))
-        raise UprightError(f"'{study}' shows all that it has without --full; {longer} has more.")
+        raise UserError(f"'{study}' shows all that it has without --full; {longer} has more.")
     keep_freed_memory()
     leave_a_core()
     scale: Scale = "quick" if quick else "full" if full else "standard"

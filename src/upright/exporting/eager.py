@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.runtime.bundle import Bundle
@@ -24,7 +24,7 @@ def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) 
         compiled: by ``torch.compile``.
 
     Raises:
-        UprightError: if the bundle is of another run, or it is no checkpoint.
+        UserError: if the bundle is of another run, or it is no checkpoint.
     """
     torch.set_num_threads(threads)
     path = Path(checkpoint) / "best.ckpt" if Path(checkpoint).is_dir() else Path(checkpoint)
@@ -32,13 +32,13 @@ def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) 
         read = torch.load(path, map_location="cpu", weights_only=True)
         ours, weights = read["upright"], read["state_dict"]
     except Exception:  # torch's unpickler raises whatever a broken file leads it to
-        from upright.training.checkpoint import read_checkpoint
+        from upright.checkpoint import read_checkpoint
 
         read_checkpoint(checkpoint)
         raise
     made_from = Bundle(Path(bundle)).manifest["provenance"]["run"]
     if ours["run"]["id"] != made_from["id"]:
-        raise UprightError(
+        raise UserError(
             f"'{checkpoint}' is of run '{ours['run']['name']}' ({ours['run']['id']}), and bundle '{bundle}' was "
             f"exported from '{made_from['name']}' ({made_from['id']}); give the checkpoint of that one."
         )

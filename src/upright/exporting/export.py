@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from upright.checkpoint import find_checkpoint
 from upright.data.configs import read_data
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.exporting.card import card, summary
 from upright.exporting.gate import check_exact, gated
 from upright.exporting.graph import Form, Graph, Output, write_graph
@@ -26,12 +27,12 @@ from upright.exporting.precision import TOLERANCES, Half, Int8, Lowered, Precisi
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, check_replaceable, replacing_folder
 from upright.images import Pixels
+from upright.runs.tracking import Mode, bundle_mode, log_bundle
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import open_session, run_batch, run_session
 from upright.runtime.speed import machine, side_by_side, turn
-from upright.training.checkpoint import Restored, find_checkpoint, restore
 from upright.training.finetuning import head
-from upright.training.tracking import Mode, bundle_mode, log_bundle
+from upright.training.restoring import Restored, restore
 
 SAMPLE_COUNT = 16
 BATCHES = (1, 64)
@@ -72,15 +73,15 @@ def export(
         wandb: whether and how the bundle is noted there, see `bundle_mode`.
 
     Raises:
-        UprightError: if the checkpoint or its data cannot be used, or the bundle exists.
+        UserError: if the checkpoint or its data cannot be used, or the bundle exists.
         GateError: if ONNX Runtime and PyTorch do not agree, or a precision loses too much; no bundle is written.
     """
     form = Form(opset, batch, size, tuple(dict.fromkeys(outputs)))
     lower = [name for name in MODELS if name in precision and name != "fp32"]
     if not 0 <= max_drop <= 100:
-        raise UprightError(f"--max-drop is in points of accuracy, from 0 to 100; got {max_drop:g}.")
+        raise UserError(f"--max-drop is in points of accuracy, from 0 to 100; got {max_drop:g}.")
     if full_range and "int8" not in lower:
-        raise UprightError("--full-range is of int8's weights; it needs --precision int8.")
+        raise UserError("--full-range is of int8's weights; it needs --precision int8.")
     if name is not None:
         check_name(name)
     tracking = bundle_mode(wandb, find_checkpoint(checkpoint))
@@ -90,7 +91,7 @@ def export(
     target = Path(to) / name
     check_replaceable(target, "a bundle", SUMS)
     if target.exists() and not force:
-        raise UprightError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
+        raise UserError(f"Bundle '{target}' exists: --force replaces it, --name gives this one another name.")
     models = {}
     if triton is not None:
         models = model_folders(Path(triton), name, ("fp32", *lower), target, force)

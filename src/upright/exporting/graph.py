@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upright.architectures.spatial_transformer import SpatialTransformer, observing
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.runtime.bundle import FORMAT
 from upright.training.model import Model
 
@@ -55,11 +55,11 @@ class Form:
     def __post_init__(self) -> None:
         """Refuse what no graph can be."""
         if self.opset not in OPSETS:
-            raise UprightError(f"--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}.")
+            raise UserError(f"--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}.")
         if self.batch is not None and self.batch < 1:
-            raise UprightError(f"--batch must be at least 1, got {self.batch}; without it, any batch will do.")
+            raise UserError(f"--batch must be at least 1, got {self.batch}; without it, any batch will do.")
         if self.size is not None and min(self.size) < 1:
-            raise UprightError(f"--size must be at least 1x1, got {self.size[0]}x{self.size[1]}.")
+            raise UserError(f"--size must be at least 1x1, got {self.size[0]}x{self.size[1]}.")
 
 
 class Graph(nn.Module):
@@ -70,7 +70,7 @@ class Graph(nn.Module):
         form: says what it gives.
 
     Raises:
-        UprightError: if it is asked for what the network has not.
+        UserError: if it is asked for what the network has not.
     """
 
     def __init__(self, model: Model, form: Form) -> None:
@@ -78,9 +78,9 @@ class Graph(nn.Module):
         self.model, self.form = model, form
         count = sum(isinstance(module, SpatialTransformer) for module in model.modules())
         if not count and (asked := [name for name in form.outputs if name in ("theta", "warped")]):
-            raise UprightError(f"The network has no spatial transformer, so it cannot give {', '.join(asked)}.")
+            raise UserError(f"The network has no spatial transformer, so it cannot give {', '.join(asked)}.")
         if "features" in form.outputs and not all(form.head):
-            raise UprightError(
+            raise UserError(
                 f"{type(model.network).__name__} holds its head's weights itself; to give features, the head must be "
                 "a module of its own."
             )
@@ -125,13 +125,13 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
         form: what the graph takes and gives.
 
     Raises:
-        UprightError: if the network cannot give or take that, or its weights are more than an ONNX file holds.
+        UserError: if the network cannot give or take that, or its weights are more than an ONNX file holds.
     """
     form = form or Form()
     spec, graph = model.spec, Graph(model, form).eval()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if weights > MAX_BYTES:
-        raise UprightError(
+        raise UserError(
             f"The network's weights are {weights / 1e9:.2f} GB, and one ONNX file holds less than "
             f"{MAX_BYTES / 1e9:.2f} GB; export a smaller network."
         )
@@ -144,7 +144,7 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
             with torch.no_grad():
                 graph(example)
         except RuntimeError as error:
-            raise UprightError(f"The network cannot take images of {size[0]}x{size[1]}: {error}") from None
+            raise UserError(f"The network cannot take images of {size[0]}x{size[1]}: {error}") from None
     free = torch.export.Dim.DYNAMIC
     axes = {axis: free for axis, fixed in enumerate((form.batch, form.size, form.size)) if not fixed}
     with warnings.catch_warnings():

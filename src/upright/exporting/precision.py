@@ -27,7 +27,7 @@ from torch import nn
 
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import SeriesTransformer
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.exporting.graph import module_of
 
 PrecisionName = Literal["fp32", "fp16", "int8"]
@@ -50,7 +50,7 @@ class Lowered(ABC):
         network: whose it is.
 
     Raises:
-        UprightError: if there is nothing to lower.
+        UserError: if there is nothing to lower.
     """
 
     name: PrecisionName
@@ -74,7 +74,7 @@ class Lowered(ABC):
             if module and not floats and self.takes(node, constants):
                 self.layers[module].append(node.name)
         if not self.layers:
-            raise UprightError(f"--precision {self.name}: there is nothing in this network that it would change.")
+            raise UserError(f"--precision {self.name}: there is nothing in this network that it would change.")
 
     @abstractmethod
     def takes(self, node: NodeProto, constants: Collection[str]) -> bool:

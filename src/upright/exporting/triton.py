@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import check_replaceable, replacing_folder
 from upright.runtime.bundle import MODELS, Bundle
 from upright.runtime.predictor import open_session
@@ -35,7 +35,7 @@ def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle
         force: whether models that are there are replaced.
 
     Raises:
-        UprightError: if one is there, or is no model of Triton's, or bundle and repository are in each other's way.
+        UserError: if one is there, or is no model of Triton's, or bundle and repository are in each other's way.
     """
     folders = {
         precision: repository / (name if precision == "fp32" else f"{name}_{precision}") for precision in precisions
@@ -43,12 +43,10 @@ def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle
     for folder in folders.values():
         ours, theirs = folder.resolve(), bundle.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            raise UprightError(
-                f"The bundle '{bundle}' and Triton's model '{folder}' need folders apart: change --triton."
-            )
+            raise UserError(f"The bundle '{bundle}' and Triton's model '{folder}' need folders apart: change --triton.")
         check_replaceable(folder, "a model of Triton's", CONFIG)
         if folder.exists() and not force:
-            raise UprightError(f"Triton's model '{folder}' exists: --force replaces it with all its versions.")
+            raise UserError(f"Triton's model '{folder}' exists: --force replaces it with all its versions.")
     return folders
 
 
@@ -56,10 +54,10 @@ def check_labels(classes: Iterable[str]) -> None:
     """Refuse what cannot be written with one class per line.
 
     Raises:
-        UprightError: for a line break in a class's name.
+        UserError: for a line break in a class's name.
     """
     if broken := [name for name in classes if "\n" in name]:
-        raise UprightError(f"Triton reads one class per line, and {broken[0]!r} holds a line break; rename the class.")
+        raise UserError(f"Triton reads one class per line, and {broken[0]!r} holds a line break; rename the class.")
 
 
 def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:

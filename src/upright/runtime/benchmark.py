@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import replacing_file, write_text
 from upright.runtime.bundle import Bundle
 from upright.runtime.speed import machine, side_by_side
@@ -94,19 +94,19 @@ def benchmark(
         to: a folder.
 
     Raises:
-        UprightError: if the bundle is damaged, the checkpoint is of another run, or a number does not fit.
+        UserError: if the bundle is damaged, the checkpoint is of another run, or a number does not fit.
     """
     opened = Bundle.open(bundle)
     fixed = _fixed_batch(opened)
     batches = sorted(set(batches or ([fixed] if fixed else BATCHES)))
     if min(*batches, *threads) < 1:
-        raise UprightError(f"--batches and --threads must be at least 1, got {min(*batches, *threads)}.")
+        raise UserError(f"--batches and --threads must be at least 1, got {min(*batches, *threads)}.")
     if fixed and batches != [fixed]:
-        raise UprightError(f"Bundle '{bundle}' takes {fixed} images at once and no other number; leave --batches out.")
+        raise UserError(f"Bundle '{bundle}' takes {fixed} images at once and no other number; leave --batches out.")
     if checkpoint and not find_spec("torch"):
-        raise UprightError("--checkpoint needs the package 'torch': pip install 'upright[train]'.")
+        raise UserError("--checkpoint needs the package 'torch': pip install 'upright[train]'.")
     if checkpoint and not Path(checkpoint).exists():
-        raise UprightError(f"Checkpoint '{checkpoint}' does not exist.")
+        raise UserError(f"Checkpoint '{checkpoint}' does not exist.")
     runtimes = find_runtimes(opened, checkpoint)
     rows, missing = list[Row](), dict[str, str]()
     for count in dict.fromkeys(threads):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.files import file_hash
 from upright.images import ImageSpec
 
@@ -49,16 +49,16 @@ class Bundle:
         """Check every file's hash, then the format.
 
         Raises:
-            UprightError: if it is no bundle, any bit of it changed, anything in it is or refers to something outside,
+            UserError: if it is no bundle, any bit of it changed, anything in it is or refers to something outside,
                 or its format is newer than this version reads.
         """
         folder = Path(folder)
         if not (folder / SUMS).is_file():
-            raise UprightError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
+            raise UserError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
         for path in folder.rglob("*"):
             # A pipe would never end, and a link leads elsewhere.
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise UprightError(
+                raise UserError(
                     f"Bundle '{folder}' holds '{path.name}', which is no plain file; copy it with contents."
                 )
         written = (folder / SUMS).read_bytes()
@@ -67,7 +67,7 @@ class Bundle:
             lines = (set(text.decode(errors="replace").splitlines()) for text in (written, found))
             differing = set.symmetric_difference(*lines)
             names = sorted({line.partition("  ")[2] or SUMS for line in differing} or {SUMS})
-            raise UprightError(
+            raise UserError(
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
         bundle = cls(folder)
@@ -79,9 +79,9 @@ class Bundle:
             older = version < FORMAT
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError, UprightError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UprightError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
+            raise UserError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
         made_by = " ".join(str(made_by).split())
-        raise UprightError(
+        raise UserError(
             f"Bundle '{folder}' has format {version}, made by Upright {made_by}; this version reads {FORMAT}. "
             + ("Export it again." if older else "Install a newer Upright.")
         )
@@ -134,10 +134,10 @@ class Bundle:
         """The ONNX file of one precision.
 
         Raises:
-            UprightError: if the bundle does not hold it.
+            UserError: if the bundle does not hold it.
         """
         if precision not in self.precisions:
-            raise UprightError(
+            raise UserError(
                 f"Bundle '{self.folder}' holds {', '.join(self.precisions)}, not {precision}; "
                 f"`upright export CHECKPOINT --precision {precision}` makes one that does."
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.images import MAX_PIXELS, Pixels, find_images
 from upright.runtime.predictor import CPU, Prediction, Predictor, run_batch, session_batches
 
@@ -45,7 +45,7 @@ def infer(
     """
     predictor = Predictor(bundle, precision, threads=threads, providers=providers, max_pixels=max_pixels)
     if not 1 <= top <= len(predictor.spec.classes):
-        raise UprightError(f"--top must be from 1 to {len(predictor.spec.classes)} (the number of classes), got {top}.")
+        raise UserError(f"--top must be from 1 to {len(predictor.spec.classes)} (the number of classes), got {top}.")
     # What another process says comes when it comes.
     named = _find(images) if "-" in images else list(_find(images))
     progress = Progress(len(named) if isinstance(named, list) else None)

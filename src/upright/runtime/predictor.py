@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import MAX_PIXELS, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
 
@@ -47,7 +47,7 @@ class Predictor:
         max_pixels: a larger picture is refused before it is decoded.
 
     Raises:
-        UprightError: if the bundle is damaged (see `Bundle.open`), has no model of that precision or one that does not
+        UserError: if the bundle is damaged (see `Bundle.open`), has no model of that precision or one that does not
             take and give what the manifest says, or a provider is not there.
     """
 
@@ -61,7 +61,7 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if max_pixels < 1:
-            raise UprightError(f"max_pixels must be at least 1, got {max_pixels}.")
+            raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
         self.session = open_session(self.bundle.model(precision), threads, providers)
@@ -73,7 +73,7 @@ class Predictor:
             ("probabilities", "tensor(float)", [len(self.spec.classes)]),
         )
         if told[:2] != [takes, gives] or len(self.session.get_inputs()[0].shape) != 4:
-            raise UprightError(f"'{self.bundle.model(precision)}' is not the model of its manifest.")
+            raise UserError(f"'{self.bundle.model(precision)}' is not the model of its manifest.")
 
     def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
         """The answer for one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
@@ -88,14 +88,14 @@ class Predictor:
         """See `images.decode`.
 
         Raises:
-            UprightError: for what is no picture, and for one of another size, if the model takes one size alone.
+            UserError: for what is no picture, and for one of another size, if the model takes one size alone.
         """
         pixels = decode(image, self.spec, self.max_pixels)
         _, *takes, _ = self.session.get_inputs()[0].shape
         if all(isinstance(n, int) for n in takes) and pixels.shape[:2] != tuple(takes):
             name = f"'{image}'" if isinstance(image, str | Path) else "The image"
             given, size = ("x".join(map(str, shape)) for shape in (pixels.shape[:2], takes))
-            raise UprightError(
+            raise UserError(
                 f"{name} has {given} pixels, and this model was exported for {size} alone; resize it, or export "
                 "without --size."
             )
@@ -116,12 +116,12 @@ def find_providers(names: Sequence[str]) -> list[str]:
     """What onnxruntime calls its execution providers: ``CUDAExecutionProvider`` for ``cuda``, in any case.
 
     Raises:
-        UprightError: for one that this onnxruntime was not built with.
+        UserError: for one that this onnxruntime was not built with.
     """
     here = {_short(name): name for name in onnxruntime.get_available_providers()}
     for name in names:
         if _short(name) not in here:
-            raise UprightError(
+            raise UserError(
                 f"This onnxruntime ({onnxruntime.__version__}) has no provider '{name}', only {', '.join(here)}; other "
                 "builds of it, like onnxruntime-gpu or onnxruntime-openvino, are installed in its place."
             )
@@ -144,10 +144,10 @@ def open_session(
             do, the processor does.
 
     Raises:
-        UprightError: if onnxruntime refuses the file, or does not have a provider, or cannot start it.
+        UserError: if onnxruntime refuses the file, or does not have a provider, or cannot start it.
     """
     if threads is not None and threads < 1:
-        raise UprightError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
+        raise UserError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
     wanted = find_providers(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -159,10 +159,10 @@ def open_session(
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         name = "the model" if isinstance(model, bytes) else f"'{model}'"
         reason = " ".join(str(error).split())
-        raise UprightError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {reason}") from error
+        raise UserError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {reason}") from error
     # It goes on without one whose libraries are missing.
     if missing := set(wanted) - set(session.get_providers()):
-        raise UprightError(
+        raise UserError(
             f"onnxruntime cannot start {', '.join(map(_short, missing))} here: its driver or libraries are missing."
         )
     return session
@@ -191,7 +191,7 @@ def run_batch(
     """What a model says of ``images`` ``(B, H, W, C)``; one that takes a fixed number of them is given copies more.
 
     Raises:
-        UprightError: for images of a size that it does not take.
+        UserError: for images of a size that it does not take.
     """
     fixed, count = session.get_inputs()[0].shape[0], len(images)
     if isinstance(fixed, int):
@@ -201,4 +201,4 @@ def run_batch(
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         size = "x".join(map(str, images.shape[1:]))
         reason = " ".join(str(error).split())
-        raise UprightError(f"The model cannot take images of (H, W, C) {size}: {reason}") from error
+        raise UserError(f"The model cannot take images of (H, W, C) {size}: {reason}") from error

@@ -22,7 +22,7 @@ def verify(bundle: str) -> int:
         bundle: the folder of a bundle.
 
     Raises:
-        UprightError: if the bundle is damaged.
+        UserError: if the bundle is damaged.
         GateError: if it is whole, but does not say here what it said where it was exported.
     """
     opened = Bundle.open(bundle)

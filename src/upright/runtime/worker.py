@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.images import ImageSpec, decode
 from upright.runtime.speed import turn
 
@@ -37,7 +37,7 @@ class Worker:
         batch: how many images the model takes at least.
 
     Raises:
-        UprightError: what the function raises.
+        UserError: what the function raises.
         RuntimeError: if anything else goes wrong there.
     """
 
@@ -102,7 +102,7 @@ class Worker:
             raise RuntimeError(f"its process ended with {code}: {last}")
         answer: dict[str, Any] = json.loads(line)
         if "mistake" in answer:
-            raise UprightError(answer["mistake"])
+            raise UserError(answer["mistake"])
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer

@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
 from upright.data.augmentation import Augmentation, Augmented
+from upright.data.batch import Batch
 from upright.data.datamodule import ImageDataModule
-from upright.data.loader import Batch, global_seed
-from upright.errors import UprightError
+from upright.data.loader import global_seed
+from upright.errors import UserError
 from upright.images import ImageSpec
 from upright.recipes import Recorded, recipe
 from upright.training.losses import CrossEntropy
@@ -66,9 +67,9 @@ class ImageClassifier(Recorded, L.LightningModule):
         try:
             made = network(spec.input_shape, num_classes)
         except ValueError as error:
-            raise UprightError(str(error)) from error
+            raise UserError(str(error)) from error
         except RuntimeError as error:
-            raise UprightError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
+            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
         if init:
             initialise(made, init)
         self.model = Model(spec, made)
@@ -77,7 +78,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         self.loss = loss(num_classes)
         self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
         if upright_weight < 0 or (upright_weight > 0 and not self.transformers):
-            raise UprightError(
+            raise UserError(
                 f"upright_weight {upright_weight} needs a SpatialTransformer in the network; "
                 "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
             )
@@ -107,7 +108,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         """`grouped_optimizer`, and the injected schedule over all steps."""
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise UprightError("A schedule must know where the run ends: give --trainer.max_epochs or max_steps.")
+            raise UserError("A schedule must know where the run ends: give --trainer.max_epochs or max_steps.")
         optimizer = self.grouped_optimizer()
         scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -121,7 +122,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         were given ``fused`` or ``foreach``.
 
         Raises:
-            UprightError: for what the optimiser refuses.
+            UserError: for what the optimiser refuses.
         """
         treatments = dict(_treatments(self.model, 1.0, True))
         groups: dict[float, list[nn.Parameter]] = {}
@@ -130,7 +131,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         try:
             optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
         except ValueError as error:
-            raise UprightError(f"model.optimizer: {error}") from error
+            raise UserError(f"model.optimizer: {error}") from error
         # PyTorch's own choice, where nothing was asked for, is a loop in Python on a CPU, and several kernels on a GPU.
         fuses = isinstance(optimizer, (SGD, Adam)) and self.device.type in ("cpu", "cuda")
         # The optimiser's own list grows in the loop.
@@ -152,24 +153,24 @@ class ImageClassifier(Recorded, L.LightningModule):
         augmentation = self._augmentation.to(self.device)
         mixing = augmentation.mixes
         if mixing and not self._takes_probabilities():
-            raise UprightError(
+            raise UserError(
                 f"{mixing} gives an image several classes, and {type(self.loss).__name__} takes one label: use "
                 f"upright.training.losses.CrossEntropy, or leave {mixing} out of data.init_args.augment."
             )
         if not self.upright_weight:
             return
         if not augmentation.moves:
-            raise UprightError(
+            raise UserError(
                 "The upright loss compares two augmented views of an image, and the data are not turned: add "
                 "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
             )
         if mixing:
-            raise UprightError(
+            raise UserError(
                 f"The upright loss needs images of one pose, and {mixing} puts two into one: leave it out of "
                 "data.init_args.augment, or set upright_weight 0."
             )
         if augmentation.untold:
-            raise UprightError(
+            raise UserError(
                 f"The upright loss must know where pixels went, and {augmentation.untold} does not say: use "
                 "upright.data.augmentation.RandomElastic or what has a transform_matrix, or set upright_weight 0."
             )
@@ -191,7 +192,7 @@ class ImageClassifier(Recorded, L.LightningModule):
     def _train_counts(self) -> Tensor:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, ImageDataModule):
-            raise UprightError(
+            raise UserError(
                 "class_weights balanced counts the images of an ImageDataModule, and these data are none: "
                 "give one weight per class."
             )
@@ -296,11 +297,11 @@ def _seed(device: torch.device, seed: int) -> None:
 def _check_any_size(model: Model) -> None:
     channels, height, width = model.spec.input_shape
     if any(isinstance(module, SpatialTransformer) for module in model.modules()):
-        raise UprightError("resize none and a spatial transformer do not go together: it turns images of one size.")
+        raise UserError("resize none and a spatial transformer do not go together: it turns images of one size.")
     try:
         model.eval()(torch.zeros(1, channels, height + 5, width + 9))
     except RuntimeError:
-        raise UprightError(
+        raise UserError(
             f"resize none needs a network that takes images of any size, as those do that end in a global mean; "
             f"{type(model.network).__name__} takes {height}x{width} only. Use stretch or crop."
         ) from None

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from upright.architectures.resnet import ResNet
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
+from upright.checkpoint import KEY, check_format, find_checkpoint, learnt_from, load_file
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import file_hash
 from upright.images import ImageSpec
 from upright.recipes import Recipe, recipe
-from upright.training.checkpoint import KEY, check_format, check_unseen, find_checkpoint, learnt_from, load_file
 from upright.training.classifier import ImageClassifier
 from upright.training.published_weights import (
     MEAN,
@@ -35,6 +35,7 @@ from upright.training.published_weights import (
     unpooled,
     vgg_weights,
 )
+from upright.training.restoring import check_unseen
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -95,7 +96,7 @@ def start_from(
         What to tell the user, line by line.
 
     Raises:
-        UprightError: for a file that cannot be read, weights of another network, or data whose validation or test
+        UserError: for a file that cannot be read, weights of another network, or data whose validation or test
             images the weights were learnt from; the classifier is then as it was.
     """
     path = find_checkpoint(path)
@@ -140,12 +141,12 @@ def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None,
         return _of_upright(loaded, classifier.spec)
     weights = loaded.items() if isinstance(loaded, dict) else ()
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights):
-        raise UprightError(f"'{path}' holds neither an Upright checkpoint nor a state dict (names and their tensors).")
+        raise UserError(f"'{path}' holds neither an Upright checkpoint nor a state dict (names and their tensors).")
     network: Any = classifier.model.network
     while isinstance(network, TransformerNetwork):
         network = network.network
     if not isinstance(network, ResNet | VGG):
-        raise UprightError(
+        raise UserError(
             f"'{path}' is no Upright checkpoint, and torchvision's weights fit a ResNet or a VGG only; "
             f"the network is a {type(network).__name__}."
         )
@@ -209,7 +210,7 @@ def _check_fit(path: Path, taken: Mapping[Key, Tensor], wanted: Mapping[Key, Ten
     told += [f"the network has no {_some(unexpected)}"] if unexpected else []
     told += [_some(others)] if others else []
     if told:
-        raise UprightError(f"'{path}' holds the weights of another network: {'; '.join(told)}.")
+        raise UserError(f"'{path}' holds the weights of another network: {'; '.join(told)}.")
 
 
 def _some(of: Sequence[object], shown: int = 3) -> str:
@@ -268,7 +269,7 @@ class Freeze(Callback):
 
     def __init__(self, until_epoch: int = 0, lr_factor: float = 1.0) -> None:
         if until_epoch < 0 or lr_factor <= 0:
-            raise UprightError(
+            raise UserError(
                 f"Freeze needs until_epoch of at least 0 and lr_factor above 0, got {until_epoch} and {lr_factor}."
             )
         self.until_epoch, self.lr_factor = until_epoch, lr_factor
@@ -282,7 +283,7 @@ class Freeze(Callback):
         network, anew = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
         self._body = {name for name, _ in network.named_parameters() if name not in anew}
         if not self._body:
-            raise UprightError(
+            raise UserError(
                 f"Freeze has nothing to freeze: all of {type(network).__name__} depends on the number of classes."
             )
         for name in self._body:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from upright.errors import UprightError
+from upright.errors import UserError
 
 
 class CrossEntropy(nn.Module):
@@ -28,7 +28,7 @@ class CrossEntropy(nn.Module):
             classes alike (King, Zeng 2001).
 
     Raises:
-        UprightError: unless there is a weight for each class, none negative.
+        UserError: unless there is a weight for each class, none negative.
     """
 
     weight: Tensor | None
@@ -42,17 +42,17 @@ class CrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
-            raise UprightError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
+            raise UserError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
         self.num_classes, self.label_smoothing, self.balanced = num_classes, label_smoothing, False
         if class_weights is None:
             self.weight = None
             return
         if isinstance(class_weights, str):
             if class_weights != "balanced":
-                raise UprightError(f"class_weights must be one per class, or balanced; got '{class_weights}'.")
+                raise UserError(f"class_weights must be one per class, or balanced; got '{class_weights}'.")
             self.balanced, class_weights = True, [1.0] * num_classes
         if len(class_weights) != num_classes or min(class_weights) < 0 or not sum(class_weights):
-            raise UprightError(
+            raise UserError(
                 f"class_weights must be {num_classes} numbers, none negative and not all zero, one per class in the "
                 f"order of the data; got {list(class_weights)}."
             )

@@ -12,7 +12,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from upright.errors import UprightError
+from upright.errors import UserError
 
 
 class Constant(LambdaLR):
@@ -51,7 +51,7 @@ class Step(LambdaLR):
         warmup: float = 0.0,
     ) -> None:
         if not all(0 < milestone < 1 for milestone in milestones):
-            raise UprightError(f"milestones are fractions of the run, above 0 and below 1; got {list(milestones)}.")
+            raise UserError(f"milestones are fractions of the run, above 0 and below 1; got {list(milestones)}.")
         steps = [round(milestone * total_steps) for milestone in milestones]
         super().__init__(optimizer, _warmed(partial(falling, milestones=steps, factor=factor), total_steps, warmup))
 
@@ -125,4 +125,4 @@ def _multiplier(step: int, *, after: Callable[[int, int, int], float], rise: int
 
 def _check_warmup(warmup: float) -> None:
     if not 0 <= warmup < 1:
-        raise UprightError(f"warmup is a fraction of the run, at least 0 and below 1; got {warmup}.")
+        raise UserError(f"warmup is a fraction of the run, at least 0 and below 1; got {warmup}.")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from upright.evidence.reporting.calibration import BINS, Reliability
 from upright.evidence.reporting.invariance import Curve, Distortion, Shown, Turning
-from upright.training.drawing import COLOURS, draw_column, draw_columns
+from upright.runs.drawing import COLOURS, draw_column, draw_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,7 @@ from upright.evidence.reporting.intervals import Share, wilson
 from upright.evidence.reporting.subjects import Answer, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe
-from upright.training.drawing import pixels_of
+from upright.runs.drawing import pixels_of
 from upright.training.uprightness import Uprightness, final_poses
 from upright.warp import Padding, identity, pixel_centres, project_points, rotation, rotation_angle, warp
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.evidence.reporting.calibration import Reliability, fitted_temperature, log_loss, tempered
 from upright.evidence.reporting.intervals import clustered
 from upright.evidence.reporting.subjects import Floats, Subject
@@ -164,7 +164,7 @@ def judge(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Ju
     """Ask all models about a split; every image is decoded once.
 
     Raises:
-        UprightError: if one of them gives what is no number.
+        UserError: if one of them gives what is no number.
     """
     measures = [Uprightness() if subject.model else None for subject in subjects]
     said: list[list[Floats]] = [[] for _ in subjects]
@@ -176,9 +176,7 @@ def judge(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Ju
         for subject, answers, measure in zip(subjects, said, measures, strict=True):
             answer = subject.answer(batch.images)
             if not np.isfinite(answer.probabilities).all():
-                raise UprightError(
-                    f"'{subject.path}' gives probabilities that are no numbers; train or export it again."
-                )
+                raise UserError(f"'{subject.path}' gives probabilities that are no numbers; train or export it again.")
             answers.append(answer.probabilities)
             if measure:
                 measure.update(batch.group, batch.transforms, answer.seen, aspect)

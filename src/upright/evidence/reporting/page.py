@@ -13,7 +13,7 @@ from PIL import Image
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_strips, draw_turning
 from upright.evidence.reporting.gathering import Evidence
 from upright.evidence.reporting.judging import WORST, Judged
-from upright.training.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_picture
+from upright.runs.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

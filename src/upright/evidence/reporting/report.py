@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.evidence.reporting.gathering import Evidence, gather
 from upright.evidence.reporting.intervals import Share
 from upright.evidence.reporting.invariance import SEED, Course, Curve, Distortion, Turning
@@ -19,8 +19,8 @@ from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page
 from upright.evidence.reporting.subjects import Subject, open_subjects
 from upright.files import check_replaceable, file_hash, replacing_folder
-from upright.training.run_folder import ROOT
-from upright.training.seal import content_digest, count, count_in_sweep, open_test_split
+from upright.runs.folder import ROOT
+from upright.runs.seal import content_digest, count, count_in_sweep, open_test_split
 
 FORMAT = 1
 PAGE, FIGURES = "report.html", "report.json"
@@ -48,10 +48,10 @@ def report(
         force: replace an existing report.
 
     Raises:
-        UprightError: if a model or the data cannot be used (see `open_subjects`), or the report exists.
+        UserError: if a model or the data cannot be used (see `open_subjects`), or the report exists.
     """
     if images < 1:
-        raise UprightError(f"--images must be at least 1, got {images}.")
+        raise UserError(f"--images must be at least 1, got {images}.")
     group = open_subjects(models, data, precision)
     target = Path(to) if to else ROOT / f"report-{_folder_name(group.subjects)}"
     _check_target(target, force)
@@ -75,14 +75,14 @@ def _folder_name(subjects: Sequence[Subject]) -> str:
     names = list(dict.fromkeys(subject.called for subject in subjects))
     name = "-".join(names) if len(names) <= 3 else f"{names[0]}-and-{len(names) - 1}-more"
     if Path(name).name != name:
-        raise UprightError(f"'{name}' cannot be part of a folder's name; --to says where to write the report.")
+        raise UserError(f"'{name}' cannot be part of a folder's name; --to says where to write the report.")
     return name
 
 
 def _check_target(target: Path, force: bool) -> None:
     check_replaceable(target, "a report", FIGURES)
     if not force and target.exists() and any(target.iterdir()):
-        raise UprightError(f"Report '{target}' exists: --force replaces it, --to puts this one elsewhere.")
+        raise UserError(f"Report '{target}' exists: --force replaces it, --to puts this one elsewhere.")
 
 
 def _figures(evidence: Evidence, data: str | None) -> dict[str, Any]:

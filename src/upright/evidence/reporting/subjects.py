@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer, observing
+from upright.checkpoint import KEY, find_checkpoint, read_checkpoint
 from upright.data.configs import build_data, read_data
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.exporting.parity import fitted
 from upright.images import ImageSpec
 from upright.recipes import Recipe, build
+from upright.runs.folder import ROOT
 from upright.runtime.bundle import MANIFEST, SUMS, Bundle
 from upright.runtime.predictor import open_session, run_batch
-from upright.training.checkpoint import KEY, check_task, find_checkpoint, read_checkpoint, restore
 from upright.training.model import Model
-from upright.training.run_folder import ROOT
+from upright.training.restoring import check_task, restore
 
 Floats = npt.NDArray[np.float64]
 
@@ -122,21 +123,21 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
         precisions: of bundles.
 
     Raises:
-        UprightError: if one is neither, or cannot be loaded; if their classes or channels differ, or, without ``data``,
+        UserError: if one is neither, or cannot be loaded; if their classes or channels differ, or, without ``data``,
             their splits; if the data of the first are not known, or have changed.
     """
     found = [_find(path) for path in paths]
     first = found[0]
     if tuple(precisions) != FULL and not any(each.bundle for each in found):
-        raise UprightError("--precision says which models of a bundle are judged; none of these is a bundle.")
+        raise UserError("--precision says which models of a bundle are judged; none of these is a bundle.")
     for other in found[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
-            raise UprightError(
+            raise UserError(
                 f"'{other.path}' knows {other.spec.task}, '{first.path}' {first.spec.task}; only models of the same "
                 "task can be compared."
             )
         if not data and other.digest != first.digest:
-            raise UprightError(
+            raise UserError(
                 f"'{other.path}' and '{first.path}' were made of different data, or of different splits of them; "
                 "--data says by which to judge both."
             )
@@ -173,7 +174,7 @@ def _find(path: str) -> Found:
             provenance.get("git_commit"),
         )
     if not (folder.is_file() or (folder / "best.ckpt").is_file()) and folder.exists():
-        raise UprightError(
+        raise UserError(
             f"'{path}' is neither a run (it has no best.ckpt) nor a bundle (no {SUMS}); give a checkpoint, the folder "
             "of a run, or a bundle."
         )
@@ -202,10 +203,10 @@ def _recipe(data: Any) -> Recipe | None:
 def _data_of(found: Found) -> ImageDataModule:
     """The data of a bundle, as far as they are the same still."""
     if found.data is None:
-        raise UprightError(f"Bundle '{found.path}' does not say what data it was made of; give some with --data.")
+        raise UserError(f"Bundle '{found.path}' does not say what data it was made of; give some with --data.")
     data = build_data(found.data, found.path)
     if data.manifest.digest != found.digest:
-        raise UprightError(
+        raise UserError(
             f"The data of '{found.path}' have changed since it was trained: other images, or other splits. "
             "Restore them, or say with --data what to use."
         )
@@ -315,15 +316,15 @@ def _untrained(found: Found) -> Model:
     """Knows what theta means; its weights do not matter.
 
     Raises:
-        UprightError: if the manifest does not tell the network, or it cannot be built here.
+        UserError: if the manifest does not tell the network, or it cannot be built here.
     """
     if found.network is None:
-        raise UprightError("the manifest does not tell the network")
+        raise UserError("the manifest does not tell the network")
     with torch.random.fork_rng(devices=[]):
         try:
             network = build(found.network)(found.spec.input_shape, len(found.spec.classes))
         except (TypeError, ValueError) as error:  # of other arguments than the class here takes
-            raise UprightError(str(error)) from None
+            raise UserError(str(error)) from None
     return Model(found.spec, network).eval()
 
 
@@ -354,5 +355,5 @@ def _named(subjects: list[Subject]) -> list[Subject]:
         else:
             named.append(replace(one, name=f"{one.called} ({one.kind})") if others else one)
         if named[-1].name in [before.name for before in named[:-1]]:
-            raise UprightError(f"'{one.path}' is given twice; a model is compared with others.")
+            raise UserError(f"'{one.path}' is given twice; a model is compared with others.")
     return named

@@ -14,13 +14,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from upright.checkpoint import KEY, read_checkpoint
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import check_exists, file_hash, replacing_file
+from upright.runs.folder import is_sweep, locked
+from upright.runs.seal import content_digest
 from upright.tables import read_rows
-from upright.training.checkpoint import KEY, Restored, check_data, read_checkpoint, restore
-from upright.training.run_folder import is_sweep, locked
-from upright.training.seal import content_digest
+from upright.training.restoring import Restored, check_data, restore
 
 ANSWERS = "val_predictions.npz"
 """In a run's folder: its best checkpoint's answers to the validation split, see `Answers`."""
@@ -54,7 +55,7 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
     """The runs of folders that each are a run or a sweep.
 
     Raises:
-        UprightError: if one of them is neither, or there is none that has ended.
+        UserError: if one of them is neither, or there is none that has ended.
     """
     found: dict[Path, Run] = {}
     for path in map(Path, paths):
@@ -62,11 +63,11 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
         if is_sweep(path):
             runs = list(_trials(path))
             if not any(run.state == "complete" for run in runs):
-                raise UprightError(f"No trial of '{path}' has ended; there is nothing to choose among.")
+                raise UserError(f"No trial of '{path}' has ended; there is nothing to choose among.")
         elif (path / "best.ckpt").is_file():
             runs = [Run(path.name, path, "complete", max(1, _validated(path)))]
         else:
-            raise UprightError(f"'{path}' is not the folder of a run (with its best.ckpt), nor of a sweep; give these.")
+            raise UserError(f"'{path}' is not the folder of a run (with its best.ckpt), nor of a sweep; give these.")
         found |= {run.folder.resolve(): run for run in runs}
     names = [run.name for run in found.values()]
     return [run if names.count(run.name) == 1 else run._replace(name=str(run.folder)) for run in found.values()]
@@ -128,7 +129,7 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
         data: in place of their own, if these are not where they were.
 
     Raises:
-        UprightError: for a checkpoint that cannot be restored, or one of another validation split, or of other classes,
+        UserError: for a checkpoint that cannot be restored, or one of another validation split, or of other classes,
             than the first one's.
     """
     contents = [read_checkpoint(run.checkpoint)[KEY] for run in runs]
@@ -158,7 +159,7 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
             found.append(answers)
     for run, answers in zip(runs, found, strict=True):
         if answers.shown != found[0].shown:
-            raise UprightError(
+            raise UserError(
                 f"'{runs[0].name}' and '{run.name}' were shown other pictures of the validation split (angles, draws "
                 "or task of their data): choose among runs that were shown the same."
             )
@@ -168,7 +169,7 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
 def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> None:
     for run, ours in zip(runs, contents, strict=True):
         if not ours["data"] or not ours["split"]:
-            raise UprightError(f"'{run.checkpoint}' does not say what data it was trained with.")
+            raise UserError(f"'{run.checkpoint}' does not say what data it was trained with.")
     first = contents[0]
     for what, differ in (
         ("other classes", lambda ours: ours["spec"]["classes"] != first["spec"]["classes"]),
@@ -177,7 +178,7 @@ def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> 
         others = [run.name for run, ours in zip(runs, contents, strict=True) if differ(ours)]
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            raise UprightError(
+            raise UserError(
                 f"With {what} than {runs[0].name}: {', '.join(others[:3])}{more}; only runs of one validation split "
                 "can be chosen among."
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from upright.data.configs import read_data
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs
 from upright.evidence.selecting.optimism import (
     DELTA,
@@ -25,11 +25,11 @@ from upright.evidence.selecting.optimism import (
     resampled,
 )
 from upright.files import check_replaceable, write_text
+from upright.runs.drawing import save_picture
+from upright.runs.folder import is_sweep, locked
+from upright.runs.process import leave_a_core
+from upright.runs.seal import count
 from upright.tables import markdown
-from upright.training.drawing import save_picture
-from upright.training.process import leave_a_core
-from upright.training.run_folder import is_sweep, locked
-from upright.training.seal import count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
         data: a YAML of the data, if they are not where they were.
 
     Raises:
-        UprightError: if there is nothing to choose among, or the runs were not validated alike.
+        UserError: if there is nothing to choose among, or the runs were not validated alike.
     """
     leave_a_core()
     found = find_runs(runs)
@@ -154,14 +154,14 @@ class Selection:
         """From the candidates that ended, their answers, and all that were looked at.
 
         Raises:
-            UprightError: if there is only one image to choose by, or answers are no probabilities.
+            UserError: if there is only one image to choose by, or answers are no probabilities.
         """
         scores = np.stack([each.scores for each in answers])
         if scores.shape[1] < 2:
-            raise UprightError("The validation split has one image; to choose by it, it must have at least 2.")
+            raise UserError("The validation split has one image; to choose by it, it must have at least 2.")
         for run, each in zip(complete, answers, strict=True):
             if not np.isfinite(each.losses).all():
-                raise UprightError(f"'{run.name}' answers with NaN or infinity: leave it out.")
+                raise UserError(f"'{run.name}' answers with NaN or infinity: leave it out.")
         means, noise = scores.mean(axis=1), resampled(scores)
         rows = [
             Ranked(

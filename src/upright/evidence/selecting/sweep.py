@@ -6,20 +6,20 @@ from typing import Any
 
 from upright.errors import UprightError
 from upright.evidence.selecting.selection import select
-from upright.training.run_folder import ROOT
-from upright.training.sweeping import sweep as search
+from upright.runs.folder import ROOT
+from upright.runs.sweeping import sweep as search
 
 
 def sweep(space: str, name: str | None = None, **options: Any) -> int:
     """Search, then `select` among the trials.
 
     Args:
-        space: see `upright.training.sweeping.sweep.sweep`.
+        space: see `upright.runs.sweeping.sweep.sweep`.
         name: of the sweep.
         **options: the others.
 
     Raises:
-        UprightError: what the search does; trials that cannot be compared are only reported, for they have ended.
+        UserError: what the search does; trials that cannot be compared are only reported, for they have ended.
     """
     code = search.sweep(space, name=name, **options)
     if code == 0:

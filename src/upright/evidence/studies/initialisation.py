@@ -20,12 +20,12 @@ from torch.nn.functional import cross_entropy
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.layers import ACTIVATIONS, Activation
 from upright.architectures.mlp import MLP
-from upright.data.loader import Batch
+from upright.data.batch import Batch
 from upright.evidence.bench import Bench
 from upright.evidence.plots import draw_band, panels
 from upright.evidence.study import Finding
 from upright.images import ImageSpec
-from upright.training.drawing import COLOURS
+from upright.runs.drawing import COLOURS
 from upright.training.model import Model
 
 LAYERS, WIDTH = 10, 256

@@ -37,7 +37,7 @@ from upright.evidence.bench import Bench, Experiment
 from upright.evidence.plots import panels
 from upright.evidence.studies.transformer import FITTING, PUBLISHED, TURNED, digits, mnist
 from upright.evidence.study import Finding, mean_and_spread, values
-from upright.training.drawing import COLOURS
+from upright.runs.drawing import COLOURS
 from upright.training.losses import CrossEntropy
 
 

@@ -24,12 +24,12 @@ from torch.optim import SGD
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.resnet import SmallResNet
-from upright.data.loader import Batch
+from upright.data.batch import Batch
 from upright.evidence.bench import Bench, Experiment
 from upright.evidence.plots import draw_band, panels
 from upright.evidence.study import Finding, mean_and_spread, values
 from upright.images import ImageSpec
-from upright.training.drawing import COLOURS
+from upright.runs.drawing import COLOURS
 from upright.training.model import Model
 
 KINDS = {"plain": False, "with shortcuts": True}

@@ -32,7 +32,7 @@ from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion, Task
 from upright.evidence.bench import Bench, Experiment
 from upright.evidence.plots import panels
 from upright.evidence.study import Finding, mean_and_spread, values
-from upright.training.drawing import COLOURS
+from upright.runs.drawing import COLOURS
 from upright.training.losses import CrossEntropy
 
 PUBLISHED: dict[Task, float] = {"R": 0.7, "RTS": 0.5, "TC": 1.7, "P": 0.8, "E": 1.1}

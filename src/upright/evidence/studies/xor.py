@@ -19,7 +19,7 @@ from upright.architectures.perceptron import Perceptron
 from upright.evidence.bench import Bench
 from upright.evidence.plots import draw_points, panels
 from upright.evidence.study import Finding, mean_and_spread
-from upright.training.drawing import COLOURS
+from upright.runs.drawing import COLOURS
 
 CORNERS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 NETWORKS = ("perceptron", "MLP", "MLP without activations")

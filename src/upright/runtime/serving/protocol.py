@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.images import ImageSpec, Pixels
 from upright.runtime.serving.batching import Rows
 
@@ -86,27 +86,27 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
         channels: that the model takes.
 
     Raises:
-        UprightError: for what is no such request, or asks for what is not served.
+        UserError: for what is no such request, or asks for what is not served.
     """
     end = len(body)
     if header is not None:
         end = number(header)
         if not 0 <= end <= len(body):
-            raise UprightError(f"{HEADER} must be a number of bytes up to the body's {len(body)}, got {header!r}.")
+            raise UserError(f"{HEADER} must be a number of bytes up to the body's {len(body)}, got {header!r}.")
     try:
         request = msgspec.json.decode(memoryview(body)[:end], type=InferenceRequest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise UprightError(f"The body is no inference request: {error}.") from None
+        raise UserError(f"The body is no inference request: {error}.") from None
     for output in request.outputs:
         if output.name not in (PROBABILITIES, LABELS):
-            raise UprightError(f"There is no output {output.name!r}; outputs: {PROBABILITIES}, {LABELS}.")
+            raise UserError(f"There is no output {output.name!r}; outputs: {PROBABILITIES}, {LABELS}.")
     if [tensor.name for tensor in request.inputs] != [INPUT]:
         given = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
-        raise UprightError(f"One input is needed, '{INPUT}'; got {given}.")
+        raise UserError(f"One input is needed, '{INPUT}'; got {given}.")
     (tensor,) = request.inputs
     rest, binary = memoryview(body)[end:], tensor.parameters.get("binary_data_size")
     if (binary is None) == (tensor.data is None) or len(rest) != (binary or 0):
-        raise UprightError(
+        raise UserError(
             f"An input holds its elements in 'data', or parameters.binary_data_size bytes of them follow the JSON "
             f"({HEADER} says where it ends); this one says {binary}, and {len(rest)} follow."
         )
@@ -115,7 +115,7 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
         return request, _pixels(tensor.shape, data, channels)
     if tensor.datatype == "BYTES":
         return request, _encoded(tensor.shape, data)
-    raise UprightError(
+    raise UserError(
         f"Input '{INPUT}' must be UINT8 (pixels, [B, H, W, {channels}]) or BYTES (encoded images, [B]); "
         f"got {tensor.datatype!r}."
     )
@@ -123,15 +123,15 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
 
 def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pixels:
     if len(shape) != 4 or min(shape) < 1 or shape[3] != channels:
-        raise UprightError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
+        raise UserError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
     try:
         values = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else _values(data)
     except msgspec.ValidationError as error:
-        raise UprightError(f"The elements of '{INPUT}' must be integers from 0 to 255: {error}.") from None
+        raise UserError(f"The elements of '{INPUT}' must be integers from 0 to 255: {error}.") from None
     except ValueError as error:
-        raise UprightError(f"The elements of '{INPUT}' make no tensor: {' '.join(str(error).split())}.") from None
+        raise UserError(f"The elements of '{INPUT}' make no tensor: {' '.join(str(error).split())}.") from None
     if values.size != math.prod(shape):
-        raise UprightError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
+        raise UserError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
     return values.reshape(shape)
 
 
@@ -141,12 +141,12 @@ def _values(data: list[Any]) -> Pixels:
 
 def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
     if len(shape) != 1 or shape[0] < 1:
-        raise UprightError(f"A BYTES input must have the shape [B], got {shape}.")
+        raise UserError(f"A BYTES input must have the shape [B], got {shape}.")
     if isinstance(data, list):
         try:
             images = [binascii.a2b_base64(text, strict_mode=True) for text in msgspec.convert(data, list[str])]
         except (ValueError, msgspec.ValidationError) as error:
-            raise UprightError(f"The elements of '{INPUT}' must be images in base64: {error}.") from None
+            raise UserError(f"The elements of '{INPUT}' must be images in base64: {error}.") from None
     else:
         images, start = [], 0
         while start + 4 <= len(data):
@@ -154,9 +154,9 @@ def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
             images.append(bytes(data[start + 4 : start + 4 + size]))
             start += 4 + size
         if start != len(data):
-            raise UprightError("Each element of a BYTES tensor is its length (4 bytes, little endian), then its bytes.")
+            raise UserError("Each element of a BYTES tensor is its length (4 bytes, little endian), then its bytes.")
     if len(images) != shape[0]:
-        raise UprightError(f"The shape {shape} needs {shape[0]} elements, got {len(images)}.")
+        raise UserError(f"The shape {shape} needs {shape[0]} elements, got {len(images)}.")
     return images
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.runtime.predictor import Predictor
 from upright.runtime.serving.service import Limits, Service, request_log
 
@@ -104,14 +104,14 @@ def serve(
         quiet: log no requests.
 
     Raises:
-        UprightError: for a bundle that cannot be read, an option out of range, and an address that is taken.
+        UserError: for a bundle that cannot be read, an option out of range, and an address that is taken.
     """
     numbers = {"--max-batch": max_batch, "--max-queue": max_queue, "--max-pixels": max_pixels}
     for option, number in numbers.items():
         if number < 1:
-            raise UprightError(f"{option} must be at least 1, got {number}.")
+            raise UserError(f"{option} must be at least 1, got {number}.")
     if max_body_mb <= 0 or timeout_s <= 0 or max_delay_ms < 0 or threads < 0:
-        raise UprightError(
+        raise UserError(
             "--max-body-mb and --timeout-s must be above 0, --max-delay-ms and --threads at least 0; "
             f"got {max_body_mb:g}, {timeout_s:g}, {max_delay_ms:g}, {threads}."
         )
@@ -136,7 +136,7 @@ def serve(
         try:
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise UprightError(f"Cannot listen at {host}, port {port}: {error}.") from None
+            raise UserError(f"Cannot listen at {host}, port {port}: {error}.") from None
         logging.basicConfig(handlers=[handler], level=logging.INFO)
         request_log.setLevel(logging.WARNING if quiet else logging.INFO)
         # Its lines for people would say again what ours say.

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.images import Pixels
 from upright.runtime.bundle import SUMS
 from upright.runtime.predictor import Predictor, run_batch
@@ -245,7 +245,7 @@ class Service:
         asked, classes = request.query_params.get("top", "1"), len(self.spec.classes)
         top = protocol.number(asked)
         if not 1 <= top <= classes:
-            raise UprightError(f"top must be from 1 to {classes} (the number of classes), got {asked!r}.")
+            raise UserError(f"top must be from 1 to {classes} (the number of classes), got {asked!r}.")
         async with self._taken(request) as body:
             images = await self._pictures(request, body)
             with self._places(len(images)):
@@ -269,10 +269,10 @@ class Service:
         try:
             form = await parser.parse()
         except MultiPartException as error:
-            raise UprightError(f"The multipart body cannot be read: {error.message}") from None
+            raise UserError(f"The multipart body cannot be read: {error.message}") from None
         files = [file for _, file in form.multi_items() if not isinstance(file, str)]
         if not files:
-            raise UprightError("The multipart body holds no files; give each picture a part with a filename.")
+            raise UserError("The multipart body holds no files; give each picture a part with a filename.")
         return [(file.filename, await file.read()) for file in files]
 
     def _result(self, name: str | None, row: Rows | BaseException, top: int) -> dict[str, Any]:
@@ -299,12 +299,12 @@ class Service:
                     answers = await self._decoded(images)
                     for index, answer in enumerate(answers):
                         if isinstance(answer, UprightError):
-                            raise UprightError(f"Image {index} of {len(images)}: {answer}")
+                            raise UserError(f"Image {index} of {len(images)}: {answer}")
                     rows = np.concatenate([answer for answer in answers if not isinstance(answer, BaseException)])
                 else:
                     height, width = images.shape[1:3]
                     if height * width > self.predictor.max_pixels:
-                        raise UprightError(
+                        raise UserError(
                             f"Images of {width}x{height} pixels are over the limit of {self.predictor.max_pixels}."
                         )
                     rows = await self._stacked(images)

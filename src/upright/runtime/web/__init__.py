@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from upright.errors import UprightError
+from upright.errors import UserError
 from upright.files import file_hash, replacing_file, replacing_folder
 from upright.runtime.bundle import SAMPLES, Bundle
 
@@ -55,13 +55,13 @@ def web(
         one_file: write ``index.html`` alone, with all else inside: it opens from a disk, too.
 
     Raises:
-        UprightError: if the bundle, the runtime or the folder cannot be used.
+        UserError: if the bundle, the runtime or the folder cannot be used.
     """
     opened = Bundle.open(bundle)
     model = opened.model(precision)
     target = Path(to) / opened.folder.resolve().name
     if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
-        raise UprightError(f"'{target}' is not a page that `upright web` made, and is not replaced; --to says where.")
+        raise UserError(f"'{target}' is not a page that `upright web` made, and is not replaced; --to says where.")
     read = find_runtime(runtime)
     with replacing_folder(target) as folder:
         (folder / RUNTIME_FOLDER).mkdir()
@@ -158,7 +158,7 @@ def find_runtime(given: str | None) -> Callable[[str], bytes]:
             folder that holds `RUNTIME`; by default the user's cache, which is filled once from `MIRRORS`.
 
     Raises:
-        UprightError: if it is not there.
+        UserError: if it is not there.
     """
     if given is None or given.startswith(("https://", "http://")):
         folder = _downloaded(MIRRORS if given is None else (given.rstrip("/"),))
@@ -168,7 +168,7 @@ def find_runtime(given: str | None) -> Callable[[str], bytes]:
         return _package(path)
     found = [folder for folder in (path, path / "dist") if all((folder / name).is_file() for name in RUNTIME)]
     if not found:
-        raise UprightError(f"--runtime '{given}' does not hold {' and '.join(RUNTIME)}. {_how_to_get_it()}")
+        raise UserError(f"--runtime '{given}' does not hold {' and '.join(RUNTIME)}. {_how_to_get_it()}")
     return lambda name: (found[0] / name).read_bytes()
 
 
@@ -179,7 +179,7 @@ def _package(path: Path) -> Callable[[str], bytes]:
             content = {name: member.read() for name, member in members.items() if member}
     except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UprightError(
+        raise UserError(
             f"--runtime '{path}' is not the package onnxruntime-web ({reason}). {_how_to_get_it()}"
         ) from None
     return content.__getitem__
@@ -204,7 +204,7 @@ def _downloaded(mirrors: tuple[str, ...]) -> Path:
             except (OSError, http.client.HTTPException, ValueError) as error:  # no such address is a ValueError
                 failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
         else:
-            raise UprightError(f"{'; '.join(failures)}. {_how_to_get_it()}")
+            raise UserError(f"{'; '.join(failures)}. {_how_to_get_it()}")
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_file(target) as aside:
             aside.write_bytes(content)

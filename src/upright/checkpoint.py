@@ -1,0 +1,128 @@
+"""Reading a checkpoint without running code in it, and without Lightning."""
+
+import pickle
+import subprocess
+import warnings
+import zipfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upright.errors import UserError, nearest
+
+FORMAT = 1
+KEY = "upright"
+"""A checkpoint holds Upright's own part under this key."""
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the working directory (with ``+`` when tracked files differ from it), if it is a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint file, or the ``best.ckpt`` of a run's folder.
+
+    Raises:
+        UserError: if there is none, with the nearest name beside it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "best.ckpt").is_file():
+            return path / "best.ckpt"
+        raise UserError(f"Folder '{path}' holds no best.ckpt; give the checkpoint file itself.")
+    if not path.is_file():
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise UserError(
+            f"Checkpoint '{path}' does not exist.{nearest(str(path), [str(file) for file in siblings])} "
+            "`upright fit` writes them to checkpoints/NAME/best.ckpt."
+        )
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A whole checkpoint, on the CPU, without running any code in it.
+
+    Raises:
+        UserError: for a file that is missing, cut off, not a checkpoint, a pickle with code, a checkpoint of
+            something else, or one of a newer format.
+    """
+    path = find_checkpoint(path)
+    checkpoint: dict[str, Any] = load_file(path, "an Upright checkpoint")
+    check_format(checkpoint, path)
+    return checkpoint
+
+
+def check_format(checkpoint: Any, path: str | Path) -> None:
+    """Refuse what is no checkpoint of Upright's, or one of a newer format.
+
+    Args:
+        checkpoint: what the file held.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: if it is.
+    """
+    ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict) or "state_dict" not in checkpoint or not isinstance(ours.get("format"), int):
+        raise UserError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
+    if ours["format"] > FORMAT:
+        raise UserError(
+            f"'{path}' has format {ours['format']}, made by Upright {ours['versions'].get('upright')}; "
+            f"this version reads up to {FORMAT}. Install a newer Upright."
+        )
+
+
+def load_file(path: Path, kind: str) -> Any:
+    """What a file of tensors and plain data holds, on the CPU, without running any code in it.
+
+    Args:
+        path: of the file.
+        kind: what it should be, for messages.
+
+    Raises:
+        UserError: for a file that is cut off, damaged, or a pickle with code.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch compresses nothing.
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it would unpack to more than it is")
+        with warnings.catch_warnings():
+            # torch warns of a pickle's protocol before it refuses what is in it.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is not {kind}: it is damaged, or a pickle that would run code when loaded "
+            f"({_first_line(error)})."
+        ) from None
+    except Exception as error:  # torch's unpickler raises whatever a broken file leads it to
+        raise UserError(
+            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:
+    """Content hashes of the images that a checkpoint was trained on, its start's included; None if it had no data.
+
+    Args:
+        ours: Upright's part of the checkpoint.
+    """
+    parts = (ours["split"] and ours["split"]["hashes"]["train"], ours.get("seen"))
+    known = [part for part in parts if part is not None]
+    return torch.unique(torch.cat(known)) if known else None

@@ -1,0 +1,74 @@
+"""Lightning's parser, with errors of one line."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterable
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from upright.errors import UprightError, UserError, nearest
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says in one line what is wrong, instead of fifty lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the innermost reason, under the key where it stands."""
+        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+        inner = user_error(ex)
+        options = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                # The verb's own parser.
+                options += [name for verb in action.choices.values() for name in verb._option_string_actions]
+        reason = str(inner) if inner else explain(message, options)
+        raise UserError(f"{key}: {reason}" if key and not reason.startswith(key) else reason) from None
+
+
+def user_error(error: BaseException | None) -> UprightError | None:
+    """The `UprightError` that jsonargparse wrapped, one exception around the other."""
+    while error and not isinstance(error, UprightError):
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, UprightError) else None
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """One line from jsonargparse's report: what was given, what is allowed, the nearest name.
+
+    Args:
+        message: the report.
+        options: the parser's own option strings, ``--name``.
+    """
+    names = sorted(option[2:] for option in options if re.fullmatch(r"--.*(?<!help)(?<!\+)", option))
+    if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+        return f"unknown option '--{match[1]}'.{nearest(match[1], names)} `--help` shows all."
+    if match := re.search(r"unrecognized arguments: (.*)", message):
+        return f"'{match[1]}' belongs to no option; options begin with --."
+    if match := re.search(r"Option '([^']+)' is not accepted", message):
+        return f"unknown option '{match[1]}'.{nearest(match[1], names)} Allowed: {', '.join(names)}."
+    if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
+        given = match[1] or match[2]
+        # `model.netwrk.class_path` is reported whole, and the parser knows no further than `model.network`.
+        level = given.count(".") + 1
+        allowed = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, level)}
+        return f"unknown key '{given}'.{nearest(given, allowed)}"
+    if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
+        module = importlib.import_module(match[1])
+        found = [name for name, value in vars(module).items() if isinstance(value, type)]
+        found += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
+        return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], found)}"
+    if match := re.search(r"No module named '([^']+)'", message):
+        return f"no module named '{match[1]}'. Is the file in the working directory, or the package installed?"
+    if expected := dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)):
+        kinds = " or ".join(
+            re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]|, but got .*", r"\1\2", kind) for kind in expected
+        )
+        value = re.search(r"(?:Got|Given) value: (.+)", message)
+        given = f", got {value[1][:200]}" if value else ""
+        # As YAML calls them.
+        for python, yaml in {"NoneType": "null", "collections.abc.Sequence": "list", "tuple": "list"}.items():
+            kinds = kinds.replace(python, yaml)
+        return f"expected {kinds}{given}"
+    return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]

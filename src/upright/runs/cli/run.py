@@ -1,0 +1,74 @@
+"""Lightning's verbs, run: their warnings and errors, told to a user."""
+
+import logging
+import tempfile
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from upright.errors import UprightError, UserError
+from upright.runs.cli.arguments import replacing_data, with_own_config
+from upright.runs.cli.command import Command
+from upright.runs.cli.evaluation import Evaluation
+from upright.runs.cli.fitting import Fit
+from upright.runs.cli.parser import user_error
+from upright.runs.folder import is_first_process
+from upright.runs.interruption import Interrupted
+from upright.runs.process import keep_freed_memory, leave_a_core
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Run one of Lightning's verbs.
+
+    Args:
+        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        arguments: what followed it on the command line.
+
+    Returns:
+        The exit code: 0, or 128 and the signal by which a run was stopped.
+
+    Raises:
+        UserError: for every mistake of the user's.
+    """
+    keep_freed_memory()
+    leave_a_core()
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+        # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below it.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
+        warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
+        # Lightning 2.6 asks for a class that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # A resumed run goes on in its own folder.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # It may do without the saving within epochs that the run had before.
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        try:
+            if "--no-cache" in arguments:
+                # Last, for data that come after it would replace it.
+                arguments = [*(argument for argument in arguments if argument != "--no-cache"), "--data.cache=none"]
+            command_of(verb)(verb, replacing_data(with_own_config(verb, arguments, Path(scratch))), held)
+        except Interrupted as stop:
+            # Whoever started several processes would take the first to end for the one that failed.
+            return stop.exit_code if is_first_process() else 0
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"A config must be YAML in UTF-8: {error}.") from error
+        except ValueError as error:
+            raise user_error(error) or error from None
+        except UprightError:
+            if not is_first_process():
+                # The first of them says the same, and whoever started them ends them all.
+                time.sleep(10)
+            raise
+    return 0
+
+
+def command_of(verb: str) -> type[Command]:
+    """The class of ``fit``, ``validate``, ``test`` or ``predict``."""
+    return Fit if verb == "fit" else Evaluation

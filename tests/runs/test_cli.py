@@ -1,0 +1,491 @@
+"""The verbs that are Lightning's, as a user types them."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.conftest import CONFIGS, ROOT, Upright
+from tests.training.test_classifier import METRICS
+from tests.training.wandb_record import read_record
+from upright.runs.cli.parser import explain
+
+STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
+QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--wandb", "off")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_tests_and_exports(upright: Upright, tmp_path: Path, config: Path) -> None:
+    assert upright("fit", "--config", config, *QUICK).code == 0
+    run = tmp_path / "checkpoints" / config.stem
+    written = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv"}
+    pictures = {f"{name}.png" for name in ("curves", "samples", "mistakes", "confusion")}
+    assert {path.name for path in run.iterdir()} - {"transformer.png"} == written | pictures
+    assert upright("test", "--ckpt_path", run / "best.ckpt").code == 0
+    assert upright("export", run).code == 0
+    assert upright("verify", tmp_path / "export" / config.stem).code == 0
+
+
+def test_a_run_says_where_it_is_and_what_is_next(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("fit", "--config", LENET, *QUICK)
+    assert "Run:  checkpoints/lenet" in answer.out
+    assert "Next: upright test --ckpt_path checkpoints/lenet/best.ckpt" in answer.out
+    rows = read_csv(tmp_path / "checkpoints/lenet/metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0"] and float(rows[0]["val/accuracy"]) >= 0
+
+
+def test_the_written_config_is_the_experiment(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", STN, "--model.upright_weight", 3, *QUICK).code == 0
+    written = tmp_path / "checkpoints/stn_lenet/config.yaml"
+    config = yaml.safe_load(written.read_text())
+    assert config["model"]["upright_weight"] == 3 and config["model"]["scheduler"]["init_args"]["warmup"] == 0.3
+    assert not {"name", "force", "wandb", "ckpt_path"} & set(config)
+    assert upright("fit", "--config", written, "--name", "again", "--wandb", "off").code == 0
+    ours, theirs = (
+        torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("stn_lenet", "again")
+    )
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_print_config(upright: Upright, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        upright("fit", "--config", LENET, "--print_config")
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"] == "upright.data.digits.Digits"
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_after_fit_the_checkpoint_alone_is_enough(
+    upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert upright(verb, "--ckpt_path", run_folder / "best.ckpt").code == 0
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_validate_finds_the_metrics_of_the_checkpoint(upright: Upright, run_folder: Path) -> None:
+    told = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]
+    answer = upright("validate", "--ckpt_path", run_folder)
+    assert f"{told['val/accuracy']:.6f}"[:7] in answer.out
+
+
+def test_test_writes_its_metrics_tables_and_pictures(upright: Upright, run_folder: Path) -> None:
+    assert upright("test", "--ckpt_path", run_folder).code == 0
+    record = json.loads((run_folder / "test.json").read_text())
+    assert set(record["metrics"]) == METRICS
+    confusion, classes = (read_csv(run_folder / f"test_{name}.csv") for name in ("confusion", "classes"))
+    right, shown = sum(int(row[row["label"]]) for row in confusion), sum(int(row["support"]) for row in classes)
+    assert right / shown == pytest.approx(record["metrics"]["test/accuracy"]) and shown == 5 * 359
+    means = {name: sum(float(row[name]) for row in classes) / 10 for name in ("precision", "recall", "f1")}
+    assert means == pytest.approx({name: record["metrics"][f"test/{name}"] for name in means}, abs=1e-5)
+    for name in ("confusion", "transformer"):
+        assert (run_folder / f"test_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_on_other_data(upright: Upright, run_folder: Path) -> None:
+    assert upright("test", "--ckpt_path", run_folder, "--data.angles", "[0]").code == 0
+    record = json.loads((run_folder / "test.json").read_text())
+    assert record["data"]["init_args"]["angles"] == [0] and "test/uprightness" not in record["metrics"]
+
+
+def test_a_subclass_of_the_classifier_is_not_mistaken_for_it(upright: Upright, run_folder: Path) -> None:
+    checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
+    checkpoint["upright"]["model"]["class_path"] = "own.Classifier"
+    torch.save(checkpoint, run_folder / "best.ckpt")
+    answer = upright("test", "--ckpt_path", run_folder)
+    assert answer.code == 2 and "is of a own.Classifier" in answer.err and answer.err.count("\n") == 1
+
+
+def test_other_data_replace_the_configs(upright: Upright, tmp_path: Path) -> None:
+    # Digits turned by angles, in a margin: nothing of it may reach the plain digits.
+    (tmp_path / "plain.yaml").write_text("class_path: upright.data.digits.Digits\ninit_args: {margin: 2}\n")
+    for name, arguments in (("a", ["--data", "plain.yaml"]), ("b", ["--data=plain.yaml", "--data.batch_size", 32])):
+        assert upright("fit", "--config", LENET, *arguments, "--name", name, *QUICK).code == 0
+        data = yaml.safe_load((tmp_path / f"checkpoints/{name}/config.yaml").read_text())["data"]["init_args"]
+        assert (data["margin"], data["angles"], data["augment"]) == (2, [0.0], [])
+        assert data["batch_size"] == (32 if name == "b" else 64)
+
+
+AUGMENTED = """
+class_path: upright.data.digits.Digits
+init_args:
+  angles: [0]
+  augment:
+    - class_path: kornia.augmentation.RandomRotation
+      init_args: {degrees: 20.0, p: 1.0}
+    - class_path: upright.data.augmentation.RandomAffine
+      init_args: {scale: [0.9, 1.1]}
+    - class_path: upright.data.augmentation.RandomElastic
+    - class_path: kornia.augmentation.ColorJitter
+      init_args: {brightness: [0.8, 1.2], contrast: 0.2, p: 1.0}
+    - class_path: kornia.augmentation.RandomCrop
+      init_args: {size: [28, 28], padding: [2, 2]}
+    - class_path: kornia.augmentation.RandomErasing
+      init_args: {scale: [0.02, 0.1]}
+"""
+
+
+def test_kornia_plugs_in_and_the_checkpoint_knows_it(upright: Upright, tmp_path: Path) -> None:
+    from upright.training.restoring import restore
+
+    (tmp_path / "mine.yaml").write_text(AUGMENTED)
+    mixing = "    - class_path: upright.data.mixing.MixUp\n      init_args: {alpha: 0.4}\n"
+    (tmp_path / "mixed.yaml").write_text(AUGMENTED + mixing)
+    quick = ("--trainer.max_epochs", 1, "--wandb", "off")
+    weights, upright_loss = [], ("--model.upright_weight", 1)
+    for name, config, data, *options in (
+        ("one", STN, "mine.yaml", *upright_loss),
+        ("two", STN, "mine.yaml", *upright_loss),
+        ("mixed", LENET, "mixed.yaml"),
+    ):
+        answer = upright("fit", "--config", config, "--data", data, "--name", name, *options, *quick)
+        assert answer.code == 0, answer.err
+        weights.append(torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"])
+        assert upright("test", "--ckpt_path", tmp_path / "checkpoints" / name).code == 0
+    # The same seed, the same weights: kornia too draws from torch's.
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+    restored = restore(tmp_path / "checkpoints/mixed/best.ckpt").data.augmentation
+    names = [type(part).__name__ for part in restored.parts]
+    kornias = ["RandomRotation", "ColorJitter", "RandomCrop", "RandomErasing"]
+    assert [name for name in names if name in kornias] == kornias and names[-1] == "MixUp"
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    assert restored(images, torch.eye(10)[:4]).images.shape == images.shape
+
+
+def save_pictures(root: Path, count: int = 30) -> Path:
+    """Two classes of small pictures, the last of each twice."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 100, (20, 16, 3), dtype=np.uint8) + np.uint8(label * 150)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+        shutil.copy(root / name / f"{count - 1}.png", root / name / "copy.png")
+    return root
+
+
+def test_where_pictures_are_kept_and_who_decodes_them_changes_nothing(upright: Upright, tmp_path: Path) -> None:
+    root = save_pictures(tmp_path / "pictures")
+    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", root, "--data.batch_size", 8)
+    weights = []
+    for name, how in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ())):
+        # The flag may stand anywhere, also before the data.
+        flag = ("--no-cache",) if name == "streamed" else ()
+        options = (*data, *how, "--data.num_workers", 2, "--name", name)
+        answer = upright("fit", *flag, "--config", LENET, *options, *QUICK)
+        assert answer.code == 0, answer.err
+        weights.append(torch.load(f"checkpoints/{name}/best.ckpt", weights_only=True)["state_dict"])
+        assert upright("test", "--ckpt_path", f"checkpoints/{name}").code == 0
+    assert all(torch.equal(value, other[key]) for other in weights[1:] for key, value in weights[0].items())
+    assert yaml.safe_load(Path("checkpoints/streamed/config.yaml").read_text())["data"]["init_args"]["cache"] == "none"
+    # How they are read makes no other data of them: what has changed is still refused.
+    for picture in (root / "dark").glob("1*.png"):
+        picture.unlink()
+    for how in (("--no-cache",), ("--data.batch_size", 4), ("--data.init_args.num_workers", 0)):
+        answer = upright("test", "--ckpt_path", "checkpoints/memory", *how)
+        assert answer.code == 2 and "have changed since it was trained" in answer.err
+
+
+def test_folds_and_parts_of_the_training_images_are_options(upright: Upright) -> None:
+    def counts(*options: object) -> dict[str, int]:
+        answer = upright("fit", "--config", LENET, "--name", "x", "--force", *QUICK, *options)
+        assert answer.code == 0, answer.err
+        found = torch.load("checkpoints/x/best.ckpt", weights_only=True)["upright"]["split"]["counts"]
+        return {split: sum(counts.values()) for split, counts in found.items()}
+
+    assert counts("--data.folds", 4, "--data.fold", 3) == {"train": 1079, "val": 359, "test": 359}
+    assert counts("--data.train_fraction", 0.1) == {"train": 119, "val": 270, "test": 359}
+
+
+def test_copies_in_given_splits_are_reported(upright: Upright, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        save_pictures(tmp_path / "pictures" / split, 12)
+    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", tmp_path / "pictures")
+    answer = upright("fit", "--config", LENET, *data, *QUICK)
+    assert answer.code == 0
+    assert re.search(r"Note: \d+ of the \d+ images in 'train' are in 'test' too, for example 'train/\w+/", answer.err)
+
+
+def test_images_that_were_trained_on_judge_only_if_told_to(upright: Upright, run_folder: Path) -> None:
+    other_split = ("test", "--ckpt_path", run_folder, "--data.split_seed", 1)
+    answer = upright(*other_split)
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert re.search(r"\d+ of 359 images in split 'test' .*; give others \(.* with --allow_seen_images\)", answer.err)
+    assert upright(*other_split, "--allow_seen_images").code == 0
+    assert json.loads((run_folder / "test.json").read_text())["data"]["init_args"]["split_seed"] == 1
+
+
+def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+    assert upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "p.csv").code == 0
+    rows = read_csv(tmp_path / "p.csv")
+    assert len(rows) == 5 * 359 and len({row["name"] for row in rows}) == len(rows)
+    upright("test", "--ckpt_path", run_folder)
+    accuracy = json.loads((run_folder / "test.json").read_text())["metrics"]["test/accuracy"]
+    assert sum(row["label"] == row["prediction"] for row in rows) / len(rows) == pytest.approx(accuracy, abs=1e-6)
+    for row in rows[:20]:
+        probabilities = {label: float(row[label]) for label in "0123456789"}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
+        assert max(probabilities, key=probabilities.__getitem__) == row["prediction"]
+
+
+def test_an_existing_run_is_kept_unless_forced(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+    before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
+    answer = upright("fit", "--config", LENET, *QUICK)
+    assert answer.code == 2 and "--ckpt_path last goes on with it, --force replaces it" in answer.err
+    assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() == before
+    assert upright("fit", "--config", LENET, "--force", "--seed_everything", 5, *QUICK).code == 0
+    assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() != before
+
+
+def test_going_on_from_another_run_does_not_overwrite_this_one(
+    upright: Upright, run_folder: Path, tmp_path: Path
+) -> None:
+    assert upright("fit", "--config", STN, "--name", "two", *QUICK).code == 0
+    before = (tmp_path / "checkpoints/two/metrics.csv").read_bytes()
+    go_on = ("fit", "--config", STN, "--ckpt_path", run_folder / "last.ckpt", "--trainer.max_epochs", 3, *QUICK[2:])
+    answer = upright(*go_on, "--name", "two")
+    assert answer.code == 2 and "Run 'checkpoints/two' exists" in answer.err
+    assert (tmp_path / "checkpoints/two/metrics.csv").read_bytes() == before
+    answer = upright(*go_on, "--name", "three")
+    assert answer.code == 0 and "Best: " in answer.out
+    assert (tmp_path / "checkpoints/three/best.ckpt").exists()
+
+
+def test_a_forced_run_that_fails_gives_the_old_one_back(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+    before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
+        upright("fit", "--config", LENET, "--force", "--data.augment", "[{class_path: torch.nn.Flatten}]", *QUICK)
+    assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["lenet"]
+
+
+def test_nothing_to_go_on_with(upright: Upright, run_folder: Path) -> None:
+    answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off")
+    assert answer.code == 2 and "has 2 epochs behind it; raise --trainer.max_epochs" in answer.err
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1, "--trainer.max_epochs", 3)
+    answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off", *sgd)
+    assert answer.code == 2 and "was trained with optimizer torch.optim" in answer.err
+
+
+def test_two_processes_train_and_test_as_one(upright: Upright, tmp_path: Path) -> None:
+    def run(*arguments: object) -> None:
+        command = [sys.executable, "-m", "upright", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    run("fit", "--config", STN, *QUICK, *two)
+    drawn = {path.stem for path in (tmp_path / "checkpoints/stn_lenet").glob("*.png")}
+    assert drawn == {"samples", "mistakes", "confusion", "transformer", "curves"}
+    run("test", "--ckpt_path", "checkpoints/stn_lenet", *two)
+    together = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
+    tables = [(tmp_path / f"checkpoints/stn_lenet/test_{name}.csv").read_text() for name in ("confusion", "classes")]
+    assert upright("test", "--ckpt_path", "checkpoints/stn_lenet").code == 0
+    alone = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
+    assert together == pytest.approx(alone, abs=1e-5) and set(alone) == METRICS
+    assert tables == [
+        (tmp_path / f"checkpoints/stn_lenet/test_{name}.csv").read_text() for name in ("confusion", "classes")
+    ]
+
+
+def test_force_does_not_delete_what_is_no_run(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/lenet").mkdir(parents=True)
+    (tmp_path / "checkpoints/lenet/thesis.tex").touch()
+    answer = upright("fit", "--config", LENET, "--force", *QUICK)
+    assert answer.code == 2 and "not the folder of a run" in answer.err
+    assert (tmp_path / "checkpoints/lenet/thesis.tex").exists()
+
+
+def test_last_goes_on_by_name_alone(upright: Upright, run_folder: Path) -> None:
+    answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--wandb", "off")
+    assert answer.code == 0
+    rows = read_csv(run_folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    # The folder is a copy: what was best there is best here.
+    best = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]["val/loss"]
+    assert best == pytest.approx(min(float(row["val/loss"]) for row in rows), abs=1e-5)
+
+
+def test_a_failure_leaves_no_run(upright: Upright, tmp_path: Path) -> None:
+    augment = "[{class_path: torch.nn.Flatten}]"
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
+        upright("fit", "--config", LENET, "--data.augment", augment, *QUICK)
+    assert not (tmp_path / "checkpoints/lenet").exists()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+ARGS = "--model.network.init_args"
+BAD = [
+    (("fit",), "fit needs an experiment, for example"),
+    (("fit", "--config", "nope.yaml"), "File does not exist"),
+    (("fit", "--config", STN, "--foo", 1), "unknown option '--foo'"),
+    (("fit", "--config", STN, "--trainer.max_epochz", 1), "Did you mean 'trainer.max_epochs'?"),
+    (("fit", "--config", STN, "--trainer.max_epochs", "x"), "trainer.max_epochs: expected int or null, got x"),
+    (("fit", "--config", LENET, f"{ARGS}.widths", "[16, 48]"), "widths: expected list with 4 elements, got [16, 48]\n"),
+    (("fit", "--config", LENET, f"{ARGS}.widths", "{a: 1}"), "widths: expected list, got {'a': 1}\n"),
+    (("fit", "--config", LENET, "--data.augment", "[3]"), "expected import path or a subclass spec, got 3\n"),
+    (("fit", "--config", STN, f"{ARGS}.netwrk", 1), "'netwrk'. Did you mean 'network'?"),
+    (("fit", "--config", STN, "--model.network", "upright.architectures.lenet.LeNut"), "Did you mean 'LeNet'?"),
+    (("fit", "--config", STN, "--model.network", "upright.architectures.lenut.LeNet"), "Did you mean 'lenet'?"),
+    (("fit", "--config", STN, "--model.network", "own.LeNet"), "no module named 'own'. Is the file in the working"),
+    (("fit", "--config", LENET, "--data.siz", 3), "'siz'. Did you mean 'size'? Allowed: angles"),
+    (("fit", "--config", LENET, "--data.size", 7), "must be at least 8, got size 7 and margin 4"),
+    (("fit", "--config", LENET, "--data.size", 10, "--data.margin", 0), "at least 12x12 pixels, got 10x10"),
+    (("fit", "--config", LENET, "--data", "upright.data.digits.Digts"), "Did you mean 'Digits'?"),
+    (("fit", "--config", LENET, "--model.upright_weight", 1), "needs a SpatialTransformer"),
+    (("fit", "--config", LENET, "--name", "a/b"), "must be a plain folder name"),
+    (("fit", "--config", LENET, "--name", ""), "--name '' must be a plain folder name"),
+    (("fit", "--config", ROOT / "docs/transformer.png"), "A config must be YAML in UTF-8"),
+    (("fit", "--config", LENET, "--ckpt_path", "last"), "There is no 'checkpoints/lenet/last.ckpt'"),
+    (("fit", "--name", "x", "--ckpt_path", "last"), "'checkpoints/x' holds no config.yaml"),
+    (("fit", "--ckpt_path", "last"), "give --config or --name"),
+    (("fit", "--config", LENET, "--data", ROOT / "configs/data/folder.yaml"), "my-images' does not exist"),
+    (("fit", "--config", LENET, "--trainer.accelerator", "gpux"), "gpux"),
+    (("test",), "test needs --ckpt_path"),
+    (("test", "--ckpt_path", "nope.ckpt"), "'nope.ckpt' does not exist"),
+    (("predict", "--ckpt_path", STN), "is not an Upright checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    upright: Upright, tmp_path: Path, arguments: tuple[object, ...], text: str
+) -> None:
+    answer = upright(*arguments)
+    assert answer.code == 2
+    assert answer.err.startswith("upright: error: ") and answer.err.count("\n") == 1
+    assert text in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_of_a_config_that_does_not_exist(upright: Upright, tmp_path: Path) -> None:
+    for text, expected in (
+        ("modell: {network: x}", "unknown key 'modell.network'. Did you mean 'model.network'?"),
+        ("model: {netwrk: x}", "unknown key 'model.netwrk'. Did you mean 'model.network'?"),
+        ("model: [", "while parsing"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        answer = upright("fit", "--config", tmp_path / "bad.yaml")
+        assert answer.code == 2 and expected in answer.err and answer.err.count("\n") == 1
+
+
+def test_a_target_that_cannot_be_written(upright: Upright, tmp_path: Path, run_folder: Path) -> None:
+    (tmp_path / "file").touch()
+    answer = upright("fit", "--config", LENET, "--trainer.default_root_dir", tmp_path / "file", *QUICK)
+    assert answer.code == 2 and "Not a directory" in answer.err and answer.err.count("\n") == 1
+    for path in (tmp_path, "/dev/null"):
+        answer = upright("predict", "--ckpt_path", run_folder, "--output", path)
+        assert answer.code == 2 and "Not a regular file" in answer.err and answer.err.count("\n") == 1
+    answer = upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "no/such/folder/p.csv")
+    assert answer.code == 2 and "No such file or directory" in answer.err and answer.err.count("\n") == 1
+
+
+def test_an_own_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "strip.py").write_text(
+        "from torch import nn\n"
+        "class Strip(nn.Sequential):\n"
+        "    def __init__(self, input_shape, num_classes, *, width: int = 8):\n"
+        "        channels, height, columns = input_shape\n"
+        "        super().__init__(nn.Conv2d(channels, width, (height, 1)), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(width * columns, num_classes))\n"
+    )
+    config = yaml.safe_load(LENET.read_text())
+    config["model"]["network"] = {"class_path": "strip.Strip", "init_args": {"width": 4}}
+    config["data"] = str(ROOT / "configs/data/digits.yaml")
+    (tmp_path / "strip.yaml").write_text(yaml.safe_dump(config))
+    assert upright("fit", "--config", "strip.yaml", *QUICK).code == 0
+    assert upright("test", "--ckpt_path", "checkpoints/strip").code == 0
+    assert upright("export", "checkpoints/strip").code == 0
+    assert upright("verify", "export/strip").code == 0
+
+
+def test_wandb_offline_is_the_default_and_asks_nothing(upright: Upright, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "upright", "fit", "--config", LENET, *QUICK[:4]]
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = read_record(tmp_path / "checkpoints/lenet")
+    ours = torch.load(tmp_path / "checkpoints/lenet/last.ckpt", weights_only=True)["upright"]
+    assert record["run"].run_id == ours["run"]["id"]
+    config = record["config"]
+    assert config["split_digest"] == ours["split"]["digest"] and "git_commit" in config
+    assert config["model"]["network"]["class_path"] == "upright.architectures.lenet.LeNet"
+    logged = {name: value for row in record["history"] for name, value in row.items()}
+    assert {"train/loss", *ours["metrics"]} <= set(logged)
+    assert all(math.isclose(logged[name], value, rel_tol=1e-6) for name, value in ours["metrics"].items())
+
+
+def test_without_wandb_a_run_works_and_says_so(
+    upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upright.runs.tracking.find_spec", lambda name: None)
+    answer = upright("fit", "--config", LENET, *QUICK[:4])
+    assert answer.code == 0 and "wandb is not installed (`pip install wandb`)" in answer.out
+    assert (tmp_path / "checkpoints/lenet/metrics.csv").exists()
+    answer = upright("fit", "--config", LENET, "--name", "b", *QUICK[:4], "--wandb", "online")
+    assert answer.code == 2 and "needs the package wandb" in answer.err
+
+
+def test_wandb_online_needs_an_account(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answer = upright("fit", "--config", LENET, *QUICK[:4], "--wandb", "online")
+    assert answer.code == 2 and "`wandb login` once, or set WANDB_API_KEY" in answer.err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_explanation_is_one_line_whatever_comes() -> None:
+    assert "\n" not in explain("something\nnobody foresaw\n  in three lines")
+
+
+def test_a_run_goes_on_where_it_is(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    for epochs, what in ((2, "checkpoints/lenet/last.ckpt"), (3, "checkpoints/lenet")):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        answer = upright("fit", "--ckpt_path", f"../{what}", *QUICK[2:], "--trainer.max_epochs", epochs)
+        assert answer.code == 0 and f"Run:  {tmp_path}/checkpoints/lenet" in answer.out, answer.err
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+        rows = (tmp_path / "checkpoints/lenet/metrics.csv").read_text().splitlines()
+        assert len(rows) == 1 + epochs
+
+
+# torch 2.13's compiler imports what torch 2.13 deprecates (torch/utils/mkldnn.py), and reads all tensors' gradients.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_a_compiled_model_leaves_the_same_checkpoint(upright: Upright, tmp_path: Path) -> None:
+    assert upright("fit", "--config", STN, *QUICK, "--compile", "--name", "compiled").code == 0
+    assert upright("fit", "--config", STN, *QUICK, "--name", "eager").code == 0
+    weights = [
+        torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("compiled", "eager")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-2), name
+    assert upright("test", "--ckpt_path", tmp_path / "checkpoints/compiled/best.ckpt").code == 0

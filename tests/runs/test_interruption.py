@@ -1,0 +1,159 @@
+"""Ctrl-C and SIGTERM, two runs in one folder, a full disk: a line says it, and what is there can be gone on with."""
+
+import os
+import resource
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from lightning.pytorch.callbacks import Callback
+
+from tests.conftest import Upright
+from tests.runs.killing import differences, finished, fit, last, prepare, started
+from tests.runs.test_cli import LENET, QUICK
+
+DOWN_TO = ("--trainer.max_epochs", 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return prepare(tmp_path)
+
+
+def goes_on(line: str) -> list[str]:
+    """The arguments that a stopped run says to go on with."""
+    return shlex.split(line.partition("to go on: upright ")[2])
+
+
+def test_stopped_runs_go_on_by_the_line_that_they_say(folder: Path, upright: Upright) -> None:
+    finished(folder, "whole", *DOWN_TO)
+    done = fit(folder, "stopped", *DOWN_TO, "--save_every_n_steps", 7, kill_at="step:11", kill_with="SIGINT")
+    assert done.returncode == 130
+    asked, told = done.stderr.strip().splitlines()
+    assert "stopping after this step, or this validation; Ctrl-C then ends at once" in asked
+    assert told.endswith(
+        "stopped after step 11; to go on: upright fit --ckpt_path checkpoints/stopped/last.ckpt "
+        "--wandb off --save_every_n_steps 7"
+    )
+    assert last(folder / "checkpoints/stopped")["global_step"] == 11
+    # Validation is seen to its end, and the epoch is complete.
+    done = fit(folder, "stopped", *DOWN_TO, *goes_on(told)[1:], kill_at="validation:2", kill_with="SIGTERM")
+    assert done.returncode == 143 and "stopped after step 18;" in done.stderr
+    answer = upright(*goes_on(told))
+    assert answer.code == 0 and "Next: upright test" in answer.out
+    assert differences(folder / "checkpoints/whole", folder / "checkpoints/stopped") == []
+
+
+def test_a_run_that_is_stopped_amid_an_accumulation_ends_the_step(folder: Path) -> None:
+    options = (*DOWN_TO, "--trainer.accumulate_grad_batches", 3)
+    finished(folder, "whole", *options)
+    done = fit(folder, "stopped", *options, kill_at="step:7", kill_with="SIGINT")
+    assert done.returncode == 130 and "stopped after step 3;" in done.stderr
+    finished(folder, "stopped", *options, "--ckpt_path", "last")
+    assert differences(folder / "checkpoints/whole", folder / "checkpoints/stopped") == []
+
+
+def test_before_the_first_step_nothing_is_left(folder: Path) -> None:
+    finished(folder, "a", "--trainer.max_epochs", 1)
+    before = last(folder / "checkpoints/a")["upright"]["run"]["id"]
+    for arguments in (("b",), ("a", "--force")):
+        done = fit(folder, *arguments, kill_at="fit_start:1", kill_with="SIGTERM")
+        assert done.returncode == 143 and done.stderr == "upright: stopped before the first step; nothing is left.\n"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["a"]
+    assert last(folder / "checkpoints/a")["upright"]["run"]["id"] == before
+
+
+def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
+    # It is told once, and then waits in validation for longer than anybody would.
+    process = started(folder, "a", "--trainer.max_epochs", "1", KILL_AT="validation:2", KILL_WITH="SIGINT", WAIT="300")
+    waiting = folder / "waiting"
+    while not waiting.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    time.sleep(1.1)
+    assert process.is_alive() and process.pid
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    assert process.exitcode == -signal.SIGINT
+
+
+def test_two_runs_in_one_folder(folder: Path, upright: Upright, request: pytest.FixtureRequest) -> None:
+    process = started(folder, "a", "--trainer.max_epochs", "9999")
+    request.addfinalizer(process.kill)
+    while not (folder / "checkpoints/a/last.ckpt").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    before = last(folder / "checkpoints/a")["upright"]["run"]["id"]
+    for how in ([], ["--force"], ["--ckpt_path", "last"], ["--ckpt_path", "auto"]):
+        answer = upright("fit", "--config", "own.yaml", "--name", "a", *how, "--wandb", "off")
+        assert answer.code == 2 and answer.err.count("\n") == 1
+        assert "Run 'checkpoints/a' is going on in another process: wait for it, stop it, or" in answer.err
+    # Others may look at it.
+    assert upright("validate", "--ckpt_path", "checkpoints/a/last.ckpt").code == 0
+    process.kill()
+    process.join()
+    assert last(folder / "checkpoints/a")["upright"]["run"]["id"] == before
+    answer = upright(
+        "fit", "--config", "own.yaml", "--name", "a", "--force", "--trainer.max_epochs", 1, "--wandb", "off"
+    )
+    assert answer.code == 0 and [path.name for path in (folder / "checkpoints").iterdir()] == ["a"]
+
+
+def test_of_two_runs_that_have_no_folder_yet_one_is_refused(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with FileLock(tmp_path / "checkpoints/.lenet.running"):
+        answer = upright("fit", "--config", LENET, *QUICK)
+        assert answer.code == 2 and "is going on in another process" in answer.err
+    assert upright("fit", "--config", LENET, *QUICK).code == 0
+
+
+@pytest.fixture
+def small_disk() -> object:
+    """No file may become larger than this; to a process it is as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    upright: Upright, folder: Path, monkeypatch: pytest.MonkeyPatch, small_disk: object
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    # Pictures are larger than all else here.
+    monkeypatch.setattr("upright.runs.cli.fitting.RunPictures", lambda folder: Callback())
+    first = ("fit", "--config", "own.yaml", "--wandb", "off", "--trainer.max_epochs", 1)
+    assert upright(*first).code == 0
+    run = folder / "checkpoints/own"
+    header, row = (run / "metrics.csv").read_text().splitlines()
+    # As after many epochs: larger than the config.
+    (run / "metrics.csv").write_bytes("\r\n".join([header, *[row] * 100, ""]).encode())
+    whole, rows = ((run / name).read_bytes() for name in ("last.ckpt", "metrics.csv"))
+    for size, name in ((len(whole) // 2, "best.ckpt"), (len(rows) // 2, "metrics.csv"), (100, "config.yaml")):
+        small_disk(size)  # type: ignore[operator]
+        answer = upright(*first[:-1], 3, "--ckpt_path", "last")
+        small_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])  # type: ignore[operator]
+        assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+        assert answer.err.startswith("upright: error: File too large: '")
+        assert answer.err.endswith(f"checkpoints/own/{name}'.\n")
+        assert (run / "last.ckpt").read_bytes() == whole and (run / "metrics.csv").read_bytes()[: len(rows)] == rows
+        assert {path.name for path in run.iterdir() if path.suffix != ".png"} == {
+            "config.yaml",
+            "best.ckpt",
+            "last.ckpt",
+            "metrics.csv",
+        }
+    assert upright(*first[:-1], 2, "--ckpt_path", "last").code == 0
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_run(
+    upright: Upright, folder: Path, monkeypatch: pytest.MonkeyPatch, small_disk: object
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr("upright.runs.cli.fitting.RunPictures", lambda folder: Callback())
+    small_disk(20_000)  # type: ignore[operator]
+    answer = upright("fit", "--config", "own.yaml", "--wandb", "off", "--trainer.max_epochs", 1)
+    assert answer.code == 2 and "checkpoints/own/best.ckpt'" in answer.err
+    assert not (folder / "checkpoints").exists()

@@ -1,0 +1,28 @@
+"""How many threads a run takes."""
+
+import os
+import subprocess
+import sys
+
+import joblib
+import pytest
+
+PROGRAM = "import torch; from upright.runs.process import leave_a_core; leave_a_core(); print(torch.get_num_threads())"
+
+
+def threads(**environment: str) -> int:
+    without = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+    }
+    command = [sys.executable, "-c", PROGRAM]
+    return int(subprocess.run(command, env=without | environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_one_core_is_left_to_others() -> None:
+    assert threads() == max(1, joblib.cpu_count() - 1)
+    assert threads(LOKY_MAX_CPU_COUNT="1") == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_number_that_was_asked_for_is_kept(number: int) -> None:
+    assert threads(OMP_NUM_THREADS=str(number)) == number
