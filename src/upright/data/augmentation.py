@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from upright.data.batch import Points
+from upright.data.batch import Points, View
 from upright.data.mixing import Mixing
 from upright.errors import UserError
 from upright.warp import (
@@ -301,20 +301,6 @@ def _is_affine(matrices: Tensor) -> bool:
     return torch.equal(matrices[:, 2], identity(len(matrices))[:, 2])
 
 
-class Augmented(NamedTuple):
-    """What became of a batch.
-
-    Args:
-        images: float ``(B, C, H, W)`` in [0, 255].
-        transforms: where output points lie in the images that came in; knows nothing of what was mixed in.
-        targets: as they came in, or mixed.
-    """
-
-    images: Tensor
-    transforms: Points
-    targets: Tensor | None
-
-
 class Augmentation(nn.Module):
     """The parts one after the other; neighbouring geometric ones are composed and sampled once.
 
@@ -357,8 +343,8 @@ class Augmentation(nn.Module):
         return None
 
     @torch.no_grad()
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Augmented:
-        """A batch as it is trained on.
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> View:
+        """Augment a batch.
 
         Args:
             images: uint8 or float ``(B, C, H, W)`` in [0, 255].
@@ -366,9 +352,9 @@ class Augmentation(nn.Module):
         """
         # Matrices are composed on the CPU.
         with full_precision(images.device), full_precision(torch.device("cpu")):
-            return self._augmented(images, targets)
+            return self._view(images, targets)
 
-    def _augmented(self, images: Tensor, targets: Tensor | None) -> Augmented:
+    def _view(self, images: Tensor, targets: Tensor | None) -> View:
         done = pending = nothing = Composition(len(images))
         scale = 1.0
         for part in self.parts:
@@ -397,7 +383,7 @@ class Augmentation(nn.Module):
             if isinstance(matrices, Tensor):
                 done = done.then(_normalised(matrices, size, images.shape[-2:]))
         images, done = self._sampled(images, pending).float(), done.then(*pending.parts)
-        return Augmented(images if scale == 1 else images * scale, done, targets)
+        return View(images if scale == 1 else images * scale, done, targets)
 
     def _sampled(self, images: Tensor, transforms: Composition) -> Tensor:
         if not transforms.parts:

@@ -10,15 +10,17 @@ Points = Callable[[Tensor], Tensor]
 
 
 class View(NamedTuple):
-    """Augmented images, and where their pixels come from.
+    """Augmented images, where their pixels come from, and their targets.
 
     Args:
         images: float ``(B, C, H, W)`` in [0, 255].
         transforms: from points of these images to points of the images before augmentation. Mixing is not part of it.
+        targets: the labels that were passed in, or probabilities ``(B, K)`` if images are mixed.
     """
 
     images: Tensor
     transforms: Points
+    targets: Tensor | None
 
 
 class Batch(NamedTuple):

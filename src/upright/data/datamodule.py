@@ -1,6 +1,5 @@
-"""The base of every dataset: read a source, split it, turn it into uint8 batches; and go back to the originals."""
+"""The base of every dataset: read a source, split it, yield uint8 batches, augment them; and the originals."""
 
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -10,8 +9,10 @@ import lightning as L
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 
 from upright.data.augmentation import Augmentation
+from upright.data.batch import Batch
 from upright.data.cache import Cache, Decoder, Where, to_tensor
 from upright.data.loader import BatchLoader, Samples, global_seed
 from upright.data.source import Original, Source
@@ -27,7 +28,7 @@ from upright.data.split import (
 from upright.data.views import Angles, Views
 from upright.errors import UprightError, UserError
 from upright.images import ImageSpec
-from upright.recipes import Recorded, recipe
+from upright.recipes import Recipe, Recorded, recipe
 from upright.warp import Padding
 
 
@@ -85,13 +86,14 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             raise UserError(
                 f"num_workers and max_unreadable cannot be negative, got {num_workers} and {max_unreadable}."
             )
-        self.batch_size, self.split_seed, self.angles = batch_size, split_seed, tuple(angles)
+        self.batch_size = self._initial_batch_size = batch_size
+        self.split_seed, self.angles = split_seed, tuple(angles)
         self.val_fraction, self.test_fraction, self.train_fraction = val_fraction, test_fraction, train_fraction
         self.folds, self.fold = folds, fold
         self.cache, self.num_workers, self.max_unreadable = cache, num_workers, max_unreadable
         self.augmentation = Augmentation((part() for part in augment), padding=padding)
-        self.recipe: dict[str, Any] = recipe(type(self)) | {"init_args": recipe(self.arguments)}
-        self.samples = functools.cache(self._samples)
+        self._arguments: dict[str, Any] = recipe(self.arguments)  # refused here, not when a checkpoint is written
+        self._samples: dict[str, Samples] = {}
         self._resume_from: dict[str, Any] = {}
         self._train_loader: BatchLoader | None = None
 
@@ -104,9 +106,25 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def read(self) -> Source:
         """The whole dataset; called once, when it is first needed."""
 
+    @property
+    def recipe(self) -> Recipe:
+        """The class and its arguments as plain data. ``batch_size`` is the current one, which a tuner may change."""
+        current = {"batch_size": self.batch_size} if self.batch_size != self._initial_batch_size else {}
+        own: Recipe = recipe(type(self))
+        return own | {"init_args": self._arguments | current}
+
     def prepare_data(self) -> None:
-        """Read and decode all; Lightning calls it in one process, and what is kept on disk is then there for all."""
+        """Read and decode all images. Lightning calls it in one process; the others read its cache on disk."""
         _ = self.images
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the images. It costs nothing the second time, and loaders do it on demand."""
+        _ = self.splits
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed on demand: another process computes it again, or maps the cache on disk."""
+        computed = {name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)}
+        return {name: value for name, value in vars(self).items() if name not in computed} | {"_samples": {}}
 
     @cached_property
     def source(self) -> Source:
@@ -207,8 +225,13 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             for view in views.names:
                 yield self.source.names[i] + (f"_{view}" if view else "")
 
-    def _samples(self, split: str) -> Samples:
-        """Training images as they are stored, the others as the network sees them, rounded to uint8."""
+    def samples(self, split: str) -> Samples:
+        """Return the samples of ``split``: training images as stored, others as the network sees them, as uint8."""
+        if split not in self._samples:
+            self._samples[split] = self._read_samples(split)
+        return self._samples[split]
+
+    def _read_samples(self, split: str) -> Samples:
         spec, views, indices = self.spec, self.views(split), self.splits[split]
         pixels, positions = self.images.pixels, indices
         size = (spec.height, spec.width)
@@ -237,6 +260,32 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             world_size=world_size,
             workers=self.images.workers if isinstance(samples.pixels, Decoder) else 0,
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment a training batch, whatever LightningModule it is for; see `augment`.
+
+        A module with an attribute ``views = 2`` gets two augmented views of each image, with their transforms.
+        """
+        if not (self.trainer and self.trainer.training and isinstance(batch, Batch)):
+            return batch
+        return self.augment(batch, getattr(self.trainer.lightning_module, "views", 1))
+
+    def augment(self, batch: Batch, views: int = 1) -> Batch:
+        """Augment a batch on its device. Trainer or not, the result is a function of the batch and its seed.
+
+        Args:
+            batch: of the training loader. Its ``seed`` seeds torch's global generators, so that what the module draws
+                afterwards, such as dropout, is a function of it too.
+            views: how many augmented views to draw; ``images`` and ``labels`` are those of the first.
+        """
+        seed_generators(batch.seed, batch.images.device)
+        labels = batch.labels
+        if self.augmentation.mixes:
+            labels = one_hot(labels, len(self.spec.classes)).float()
+        augmentation = self.augmentation.to(batch.images.device)
+        first = augmentation(batch.images, labels)
+        others = [augmentation(batch.images) for _ in range(views - 1)]
+        return batch._replace(images=first.images, labels=first.targets, views=(first, *others))
 
     def train_dataloader(self) -> BatchLoader:
         """The training split, in a new order every epoch."""
@@ -267,3 +316,13 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def predict_dataloader(self) -> BatchLoader:
         """The test split."""
         return self.loader("test")
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of ``device``.
+
+    `torch.manual_seed` prepares every kind of device, which takes a tenth of LeNet's step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

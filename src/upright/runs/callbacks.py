@@ -5,7 +5,6 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.utils import get_total_norm
 
-from upright.checkpoint import KEY
-from upright.data.datamodule import ImageDataModule
 from upright.errors import GateError
 from upright.files import replacing_file
-from upright.runs.hooks import without_empty_hooks
 from upright.runs.interruption import is_whole_step
 from upright.tables import read_rows
-from upright.training.classifier import ImageClassifier
 from upright.training.metrics import BRIEF, Means
-from upright.training.restoring import contents
 
 
-@without_empty_hooks
 class RunCheckpoint(ModelCheckpoint):
     """Knows its best score again after the run's folder was moved (Lightning's own forgets it then).
 
@@ -40,11 +33,6 @@ class RunCheckpoint(ModelCheckpoint):
         """See `is_whole_step`."""
         if is_whole_step(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    @cached_property
-    def state_key(self) -> str:
-        """Lightning's own, which it asks for at every hook of every step."""
-        return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the files where the folder is now; a best one that is not there is none."""
@@ -74,37 +62,10 @@ def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
     return found
 
 
-@without_empty_hooks
-class RunRecord(Callback):
-    """Writes Upright's part into every checkpoint.
-
-    Args:
-        run: name and id of the run, as the checkpoint shall hold them.
-    """
-
-    def __init__(self, run: dict[str, Any]) -> None:
-        self.run = run
-        self._validated = -1
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Of these weights the metrics are."""
-        self._validated = trainer.global_step
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See `checkpoint.contents`."""
-        assert isinstance(pl_module, ImageClassifier)
-        data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
-        # What it was chosen by; a training metric may be of the epoch before.
-        known = _scalars(trainer) if self._validated == trainer.global_step else {}
-        metrics = {name: value for name, value in known.items() if name.startswith("val/")}
-        checkpoint[KEY] = contents(pl_module, data, self.run, metrics)
-
-
 def _scalars(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
-@without_empty_hooks
 class MetricsFile(Callback):
     """One row per epoch in ``metrics.csv``; a resumed run goes on where its checkpoint stood.
 
@@ -135,7 +96,7 @@ class MetricsFile(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count images."""
-        self._images += len(batch.labels) * trainer.world_size
+        self._images += len(batch[1]) * trainer.world_size
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -180,7 +141,6 @@ def brief(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
 
 
-@without_empty_hooks
 class Divergence(Callback):
     """Stops a run whose loss or weights are not finite any more, before a checkpoint of them is written.
 
@@ -226,7 +186,6 @@ class Divergence(Callback):
         )
 
 
-@without_empty_hooks
 class GradientNorm(Callback):
     """Logs mean and maximum, over an epoch, of the norm of all gradients, before they are clipped."""
 

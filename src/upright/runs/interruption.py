@@ -13,8 +13,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from upright.internals.lightning import accumulates
 from upright.runs.folder import is_first_process
-from upright.runs.hooks import without_empty_hooks
 
 
 class Interrupted(BaseException):
@@ -41,14 +41,13 @@ def is_whole_step(trainer: L.Trainer, batch_idx: int) -> bool:
     batches = trainer.fit_loop.epoch_loop.total_batch_idx if counts_all else batch_idx
     validates = trainer.val_check_batch
     follows = trainer.is_last_batch or (isinstance(validates, int) and (batches + 1) % validates == 0)
-    return not follows and not trainer.fit_loop._should_accumulate()
+    return not follows and not accumulates(trainer)
 
 
 def _has_all_steps(trainer: L.Trainer) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
-@without_empty_hooks
 class Interruption(Checkpoint):
     """Stops training after the step that it is in, or after validation, with ``last.ckpt`` written.
 

@@ -31,7 +31,6 @@ from upright.runs.drawing import (
     pixels_of,
     save_picture,
 )
-from upright.runs.hooks import without_empty_hooks
 from upright.tables import read_rows
 from upright.training.classifier import ImageClassifier
 
@@ -41,7 +40,6 @@ def picture_epochs(epochs: int) -> set[int]:
     return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
 
 
-@without_empty_hooks
 class RunPictures(Callback):
     """Draws the validation split at some epochs, into the run's folder and every logger that takes images.
 
@@ -101,7 +99,7 @@ class RunPictures(Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         self._answers.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))
-        if not (last := last_of(outputs["seen"])):
+        if not (last := last_of(outputs["observations"])):
             return
         if not self._rows:
             share = torch.arange(0, len(data.samples("val")), trainer.world_size)

@@ -1,52 +1,109 @@
-"""Whether a checkpoint is one that this run can go on from."""
+"""Whether a trainer can do what it is asked, and whether a checkpoint is one that this run can resume from."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from upright.checkpoint import KEY
+from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze
+from upright.training.optimisation import grouped_optimizer
+
+UNSUPPORTED = {
+    BatchSizeFinder: "it changes the batch size after the schedule was made: call Lightning's "
+    "Tuner(trainer).scale_batch_size in a script, then fit with --data.batch_size",
+    LearningRateFinder: "it replaces the schedule while it searches: call Lightning's Tuner(trainer).lr_find in a "
+    "script, then fit with --model.optimizer.init_args.lr",
+    StochasticWeightAveraging: "it averages after the last checkpoint is written, so that no checkpoint has the "
+    "averaged weights: use lightning.pytorch.callbacks.EMAWeightAveraging",
+    ModelPruning: "it gives the weights other names, which `test` and `export` could not load: prune a restored "
+    "model in a script",
+}
+"""Callbacks of Lightning's that would not do here what they say, with what to use instead."""
 
 
-def is_done(checkpoint: dict[str, Any], trainer: L.Trainer) -> bool:
-    """Whether the run has all its epochs, or steps, behind it."""
+def check_supported(trainer: Any) -> None:
+    """Refuse options of the trainer that would train something else than the run records.
+
+    Args:
+        trainer: the parsed options of ``trainer``.
+
+    Raises:
+        UserError: with what to use instead.
+    """
+    callbacks = trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        for kind, reason in UNSUPPORTED.items():
+            if isinstance(callback, kind):
+                raise UserError(f"{type(callback).__name__} does not work with `upright fit`: {reason}.")
+    for option in ("max_epochs", "max_steps"):
+        if getattr(trainer, option) == 0:
+            raise UserError(f"trainer.{option} 0 trains nothing: give at least 1, or -1 for no limit.")
+
+
+def is_complete(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> bool:
+    """Return whether a run has done all its epochs, or steps."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     return (epochs is not None and 0 <= epochs <= _epochs(checkpoint)) or 0 <= steps <= checkpoint["global_step"]
 
 
-def _epochs(checkpoint: dict[str, Any]) -> int:
+def _epochs(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
-def check_resumable(checkpoint: dict[str, Any], model: ImageClassifier, trainer: Any, path: str | Path) -> None:
-    """Refuse to go on as another run.
+def check_resumable(
+    checkpoint: Mapping[str, Any],
+    model: ImageClassifier,
+    data: L.LightningDataModule,
+    trainer: Any,
+    path: str | Path,
+) -> None:
+    """Refuse to resume with what a resumed run would not use, or could not use.
+
+    Lightning restores the state of optimiser and schedule, and with it their rates and weight decay: a changed one
+    would be recorded, and not used.
 
     Args:
-        checkpoint: to go on from.
-        model: that shall.
+        checkpoint: to resume from.
+        model: of this run.
+        data: of this run.
         trainer: with its callbacks.
         path: of the checkpoint, for messages.
 
     Raises:
-        UserError: if optimiser, schedule, groups or averaging differ, or nothing is left to do.
+        UserError: if optimiser, schedule, groups, batch size or averaging differ, or nothing is left to do.
     """
     for part in ("optimizer", "scheduler"):
-        theirs, ours = (r["init_args"].get(part, {}) for r in (checkpoint[KEY]["model"], model.recipe))
-        if theirs.get("class_path") != ours.get("class_path"):
+        theirs, ours = (r["init_args"].get(part) or {} for r in (checkpoint[KEY]["model"], model.recipe))
+        for key, (old, new) in _differences(theirs, ours, f"model.{part}"):
             raise UserError(
-                f"'{path}' was trained with {part} {theirs.get('class_path')} and cannot go on with "
-                f"{ours.get('class_path')}; leave --ckpt_path out to start anew."
+                f"'{path}' was trained with {key} {old} and cannot resume with {new}, for the optimiser's state is "
+                f"restored; to train its weights with another one: --start_from {path}."
+            )
+    if isinstance(data, ImageDataModule):
+        theirs = (checkpoint[KEY]["data"] or {}).get("init_args", {}).get("batch_size", data.batch_size)
+        if theirs != data.batch_size:
+            raise UserError(
+                f"'{path}' was trained with data.batch_size {theirs} and cannot resume with {data.batch_size}, for the "
+                f"schedule counts batches; to train its weights with another one: --start_from {path}."
             )
     theirs = checkpoint["callbacks"].get(Freeze.__name__, {}).get("lr_factor", 1.0)
     ours = next((callback.lr_factor for callback in trainer.callbacks if isinstance(callback, Freeze)), 1.0)
     if theirs != ours:
         raise UserError(
-            f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot go on with {ours}; "
-            "leave Freeze as it was, or --ckpt_path out to start anew."
+            f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot resume with {ours}; "
+            "leave Freeze as it was, or --ckpt_path out to start a new run."
         )
     for callback in trainer.callbacks:
         if isinstance(callback, Freeze):
@@ -54,20 +111,35 @@ def check_resumable(checkpoint: dict[str, Any], model: ImageClassifier, trainer:
             callback.setup(trainer, model, "fit")
     theirs, ours = (
         [len(group["params"]) for group in groups]
-        for groups in (checkpoint["optimizer_states"][0]["param_groups"], model.grouped_optimizer().param_groups)
+        for groups in (
+            checkpoint["optimizer_states"][0]["param_groups"],
+            grouped_optimizer(model.model, model.optimizer).param_groups,
+        )
     )
     if theirs != ours:
         raise UserError(
             f"'{path}' trained {theirs} parameters in groups, and here they would be {ours}: weight decay, lr_factor "
-            "or what is frozen differ. Go on with what it was trained with, or leave --ckpt_path out to start anew."
+            "or what is frozen differ. Resume with what it was trained with, or leave --ckpt_path out to start a new "
+            "run."
         )
-    if is_done(checkpoint, trainer):
+    if is_complete(checkpoint, trainer):
         limit, done = (
             ("max_epochs", _epochs(checkpoint)) if trainer.max_steps < 0 else ("max_steps", checkpoint["global_step"])
         )
-        raise UserError(f"'{path}' has {done} {limit[4:]} behind it; raise --trainer.{limit} above that to go on.")
+        raise UserError(f"'{path}' has done {done} {limit[4:]} already; raise --trainer.{limit} above that to resume.")
     if "averaging_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
         raise UserError(
-            f"'{path}' averages its weights and cannot go on without: add the callback of its config.yaml to "
-            "trainer.callbacks, or leave --ckpt_path out to start anew."
+            f"'{path}' averages its weights and cannot resume without: add the callback of its config.yaml to "
+            "trainer.callbacks, or leave --ckpt_path out to start a new run."
         )
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield the options that differ between two recipes; one that either does not name has its default there."""
+    if theirs.get("class_path") != ours.get("class_path"):
+        yield key, (theirs.get("class_path"), ours.get("class_path"))
+        return
+    old, new = theirs.get("init_args", {}), ours.get("init_args", {})
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name]:
+            yield f"{key}.init_args.{name}", (old[name], new[name])

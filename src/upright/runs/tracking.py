@@ -23,7 +23,7 @@ from upright.checkpoint import KEY, read_checkpoint
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.files import write_text
-from upright.runs.hooks import without_empty_hooks
+from upright.internals.wandb import use_artifact_offline, without_anonymous
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
@@ -67,9 +67,7 @@ def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | N
         # Lightning says it in the environment, which wandb has read already if it was used before in this process.
         settings=wandb.Settings(console="off", mode=mode),
     )
-    # Lightning 2.6 always passes it, and wandb 0.31 warns of it.
-    logger._wandb_init.pop("anonymous", None)
-    return logger
+    return without_anonymous(logger)
 
 
 def bundle_mode(mode: Mode | None, checkpoint: Path) -> Mode:
@@ -106,7 +104,6 @@ def _possible(mode: Mode) -> Mode:
     return mode
 
 
-@without_empty_hooks
 class Artifacts(Callback):
     """Notes in W&B which split a run used, and at its end the checkpoints that it made.
 
@@ -202,8 +199,7 @@ def _checkpoint(run: "Run", path: Path, checkpoint: Mapping[str, Any]) -> "Artif
 
 def _use(run: "Run", artifact: "Artifact") -> None:
     if run.offline:
-        # `use_artifact` refuses it (wandb 0.31), and notes this online, which `wandb sync` makes a use of.
-        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        use_artifact_offline(run, artifact)
     else:
         run.use_artifact(artifact)
 
@@ -226,11 +222,6 @@ def _kept(run: "Run", path: Path, name: str) -> Path:
     except OSError:
         shutil.copyfile(path, kept)
     return kept
-
-
-def agent_run() -> str | None:
-    """The id of this run if the agent of a W&B sweep started it; the agent says so in the environment."""
-    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def finish_wandb() -> None:

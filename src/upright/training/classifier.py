@@ -1,53 +1,59 @@
 """The LightningModule around any network."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
-from upright.data.augmentation import Augmentation, Augmented
+from upright.checkpoint import FORMAT, KEY, git_commit, read_checkpoint
 from upright.data.batch import Batch
-from upright.data.datamodule import ImageDataModule
+from upright.data.datamodule import ImageDataModule, seed_generators
 from upright.data.loader import global_seed
-from upright.errors import UserError
+from upright.errors import CheckpointError, UserError
 from upright.images import ImageSpec
-from upright.recipes import Recorded, recipe
+from upright.recipes import Recipe, Recorded, build, load_class, recipe
 from upright.training.losses import CrossEntropy
 from upright.training.metrics import Means, StageMetrics
 from upright.training.model import Model
+from upright.training.optimisation import MakeOptimizer, grouped_optimizer
 from upright.training.schedules import OneCycle
 from upright.training.uprightness import final_poses, upright_loss
-from upright.warp import pixel_centres
-
-Groups = Iterable[dict[str, Any]]
+from upright.warp import identity, pixel_centres
 
 
 class ImageClassifier(Recorded, L.LightningModule):
-    """Train, validate, test and predict with any network. The parts are callables, completed here.
+    """Train, validate, test and predict with any network. The parts are callables that the classifier completes.
+
+    It takes batches of an `ImageDataModule`, or ``(images, labels)`` of any loader; see `as_batch`. A subclass may
+    override any step or hook of Lightning's, or `extra_metrics`; it works in ``fit``, ``test`` and ``export`` as well.
 
     Args:
-        spec: what an image is; the command line takes it from the data.
+        spec: shape, classes and normalisation of an image; the command line takes it from the data.
         network: completed with ``(input_shape, num_classes)``.
-        optimizer: completed with parameter groups; see `grouped_optimizer`.
-        scheduler: completed with ``(optimizer, total_steps)``; steps after every batch.
-        loss: completed with ``(num_classes)``; called with logits and labels, or probabilities where images are mixed.
-        init: scheme of the weights to start from; by default the network's own.
-        upright_weight: weight of the upright loss; 0 trains the spatial transformer by classification alone.
+        optimizer: completed with parameter groups; see `upright.training.optimisation`.
+        scheduler: completed with ``(optimizer, total_steps)``; it steps after every batch.
+        loss: completed with ``(num_classes)``; called with logits and labels, or probabilities if images are mixed.
+        init: scheme of the initial weights; by default the network's own.
+        upright_weight: weight of the upright loss; 0 trains a spatial transformer by classification alone.
     """
 
     def __init__(
         self,
         spec: ImageSpec,
         network: Network,
-        optimizer: Callable[[Groups], Optimizer],
+        optimizer: MakeOptimizer,
         scheduler: Callable[[Optimizer, int], LRScheduler] = OneCycle,
         loss: Callable[[int], nn.Module] = CrossEntropy,
         init: Scheme | None = None,
@@ -55,24 +61,24 @@ class ImageClassifier(Recorded, L.LightningModule):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.recipe: dict[str, Any] = {
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
-            "init_args": recipe({key: value for key, value in self.arguments.items() if key != "spec"}),
-        }
-        # Where the weights come from, if not from chance, and hashes of the images they knew (see `finetuning`).
-        self.start: dict[str, Any] | None = None
-        self.seen: Tensor | None = None
         self.optimizer, self.scheduler, self.upright_weight = optimizer, scheduler, upright_weight
+        _ = self.recipe  # refuses what a checkpoint could not rebuild, before training
+        self.run: dict[str, Any] | None = None
+        """Name and id of the training run; a stock Trainer's run is named after the network."""
+        self.start: dict[str, Any] | None = None
+        """Where the initial weights came from, if `start_from` loaded them."""
+        self.seen: Tensor | None = None
+        """Hashes of the images that the initial weights were trained on."""
         num_classes = len(spec.classes)
         try:
-            made = network(spec.input_shape, num_classes)
+            built = network(spec.input_shape, num_classes)
         except ValueError as error:
             raise UserError(str(error)) from error
         except RuntimeError as error:
             raise UserError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
         if init:
-            initialise(made, init)
-        self.model = Model(spec, made)
+            initialise(built, init)
+        self.model = Model(spec, built)
         if spec.resize == "none":
             _check_any_size(self.model)
         self.loss = loss(num_classes)
@@ -83,74 +89,85 @@ class ImageClassifier(Recorded, L.LightningModule):
                 "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
             )
         self.metrics = nn.ModuleDict(
-            {f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0) for stage in ("val", "test")}
+            {
+                f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0, extra=self.extra_metrics())
+                for stage in ("val", "test")
+            }
         )
         self._means = Means()
+        self._validated_step = -1
         self.confusion: Tensor | None = None
-        """Of the last validation or test, ``(K, K)``: images of row's class that were taken for column's."""
+        """Confusion matrix of the last validation or test, ``(K, K)``: rows are labels, columns predictions."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As a module does, but for the name of the hook that runs, which Lightning sets fifty times a step.
+    @property
+    def recipe(self) -> Recipe:
+        """The class and its arguments without ``spec``, as plain data."""
+        arguments = {key: value for key, value in self.arguments.items() if key != "spec"}
+        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class_path": class_path, "init_args": recipe(arguments | {"optimizer": self.optimizer})}
 
-        To look whether it is a weight took a tenth of a millisecond (``benchmarks/overhead.py``).
+    @property
+    def views(self) -> int:
+        """How many augmented views of each image the datamodule gives."""
+        return 2 if self.upright_weight else 1
+
+    @property
+    def lr(self) -> float:
+        """The optimiser's learning rate; Lightning's ``Tuner.lr_find`` sets it."""
+        rate: float | None = getattr(self.optimizer, "keywords", {}).get("lr")
+        if rate is None:
+            raise AttributeError("The optimiser was given no lr.")
+        return rate
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optimizer = cast(MakeOptimizer, partial(self.optimizer, lr=rate))  # type: ignore[call-arg]
+
+    def extra_metrics(self) -> Mapping[str, Metric]:
+        """Return further torchmetrics of validation and test, by name. Override it to add some.
+
+        They are updated with probabilities ``(B, K)`` and labels ``(B,)``, and logged as ``val/NAME`` and
+        ``test/NAME``.
         """
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
+        return {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
+        """Map images ``(B, C, h, w)`` of any size, values 0 to 255, to logits ``(B, K)``."""
         logits: Tensor = self.model(images)
         return logits
 
     def configure_optimizers(self) -> Any:
-        """`grouped_optimizer`, and the injected schedule over all steps."""
+        """Build the optimiser with its groups, and the schedule over all steps."""
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise UserError("A schedule must know where the run ends: give --trainer.max_epochs or max_steps.")
-        optimizer = self.grouped_optimizer()
+        optimizer = grouped_optimizer(self.model, self.optimizer)
         scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def grouped_optimizer(self) -> Optimizer:
-        """The injected optimiser over all that trains, each parameter in one group.
-
-        A group per ``lr_factor`` that a module asks for. Where the optimiser decays weights, what should not be drawn
-        to zero has a group of its own: parameters of one dimension (biases, scales of norms), and those of a module
-        with ``no_weight_decay = True`` (He et al. 2019, arXiv:1812.01187). SGD, Adam and AdamW are fused, unless they
-        were given ``fused`` or ``foreach``.
-
-        Raises:
-            UserError: for what the optimiser refuses.
-        """
-        treatments = dict(_treatments(self.model, 1.0, True))
-        groups: dict[float, list[nn.Parameter]] = {}
-        for parameter, (factor, _) in treatments.items():
-            groups.setdefault(factor, []).append(parameter)
-        try:
-            optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
-        except ValueError as error:
-            raise UserError(f"model.optimizer: {error}") from error
-        # PyTorch's own choice, where nothing was asked for, is a loop in Python on a CPU, and several kernels on a GPU.
-        fuses = isinstance(optimizer, (SGD, Adam)) and self.device.type in ("cpu", "cuda")
-        # The optimiser's own list grows in the loop.
-        for factor, group in zip(groups, list(optimizer.param_groups), strict=True):
-            group["lr"] *= factor
-            if fuses and group["fused"] is None and not group["foreach"]:
-                group["fused"] = True
-            kept = [parameter for parameter in group["params"] if not treatments[parameter][1]]
-            if kept and group.get("weight_decay"):
-                group["params"] = [parameter for parameter in group["params"] if treatments[parameter][1]]
-                optimizer.add_param_group({**group, "params": kept, "weight_decay": 0.0})
-        return optimizer
-
     def on_fit_start(self) -> None:
-        """Tell the loss what it asks of the data; refuse an augmentation that the losses cannot learn from."""
+        """Balance the loss; refuse a precision or an augmentation that cannot train this model."""
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(
+                f"precision {precision} keeps the weights in {precision[:-5]}, and the graph that is exported computes "
+                "in 32 bits: use 32-true, bf16-mixed or 16-mixed."
+            )
+        self.run = self.run or {"name": type(self.model.network).__name__.lower(), "id": uuid.uuid4().hex[:8]}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         loss: Any = self.loss
         if getattr(loss, "balanced", False):
-            loss.balance(self._train_counts())
-        augmentation = self._augmentation.to(self.device)
+            loss.balance(_train_counts(data, self.spec.classes))
+        if isinstance(data, ImageDataModule):
+            self._check_augmentation(data)
+        elif self.upright_weight:
+            raise UserError(
+                "The upright loss needs two augmented views of each image, which an ImageDataModule gives: use one, "
+                "or set upright_weight 0."
+            )
+
+    def _check_augmentation(self, data: ImageDataModule) -> None:
+        augmentation = data.augmentation
         mixing = augmentation.mixes
         if mixing and not self._takes_probabilities():
             raise UserError(
@@ -161,7 +178,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             return
         if not augmentation.moves:
             raise UserError(
-                "The upright loss compares two augmented views of an image, and the data are not turned: add "
+                "The upright loss compares two augmented views of an image, and the data are not rotated: add "
                 "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
             )
         if mixing:
@@ -183,114 +200,220 @@ class ImageClassifier(Recorded, L.LightningModule):
             return False
         return True
 
-    @property
-    def _augmentation(self) -> Augmentation:
-        """The datamodule's: it belongs to the data, and not into the weights."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data.augmentation if isinstance(data, ImageDataModule) else Augmentation()
-
-    def _train_counts(self) -> Tensor:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, ImageDataModule):
-            raise UserError(
-                "class_weights balanced counts the images of an ImageDataModule, and these data are none: "
-                "give one weight per class."
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch: classification, and the upright loss between its two views if it has a weight."""
+        if not isinstance(batch, Batch):
+            # The datamodule has done so for its own batches: a resumed run draws the same dropout.
+            seed_generators(
+                hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)),
+                self.device,
             )
-        counts = data.manifest.counts["train"]
-        return torch.tensor([counts.get(name, 0) for name in self.spec.classes])
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Augment, classify, and compare with a second view of the same images where there is an upright loss."""
-        # Augmentation and dropout are functions of seed, epoch, batch and process: a resumed run draws the same.
-        _seed(self.device, hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)))
-        augmentation, targets = self._augmentation, batch.labels
-        if augmentation.mixes:
-            targets = one_hot(targets, len(self.spec.classes)).float()
-        view: Augmented = augmentation(batch.images, targets)
-        with observing() as seen:
-            logits = self.model(view.images)
-        loss: Tensor = self.loss(logits, view.targets)
+        batch = as_batch(batch)
+        with observing() as observations:
+            logits = self.model(batch.images)
+        loss: Tensor = self.loss(logits, batch.labels)
         self._means.add("train/loss", loss, len(logits))
         if self.upright_weight:
-            other: Augmented = augmentation(batch.images)
-            with observing(stop_after=len(seen)) as seen_other:
-                self.model(other.images)
+            first, second = batch.views
+            with observing(stop_after=len(observations)) as second_observations:
+                self.model(second.images)
             points = pixel_centres(4, 4, device=self.device)
-            poses = final_poses(view.transforms, seen, points)
-            poses_other = final_poses(other.transforms, seen_other, points)
+            poses = final_poses(first.transforms, observations, points)
+            second_poses = final_poses(second.transforms, second_observations, points)
             aspect = self.spec.width / self.spec.height
-            losses = [upright_loss(*pair, points, aspect) for pair in zip(poses, poses_other, strict=True)]
-            turned = torch.stack(losses).mean()
-            self._means.add("train/upright_loss", turned, len(logits))
-            loss = loss + self.upright_weight * turned
+            losses = [upright_loss(*pair, points, aspect) for pair in zip(poses, second_poses, strict=True)]
+            pose_loss = torch.stack(losses).mean()
+            self._means.add("train/upright_loss", pose_loss, len(logits))
+            loss = loss + self.upright_weight * pose_loss
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the epoch's means once: Lightning's own would take 2 % of LeNet's step, and begin anew on resuming."""
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the epoch's means after its last batch.
+
+        Lightning's own means take 2 % of LeNet's step, and cover only the part of an epoch after resuming.
+        """
         if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:
             self.log_dict(self._means.take(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the sums of the epoch so far, of every process."""
-        gather: Any = self.all_gather
-        sums = self._means.state_dict().items()
-        checkpoint["train_means"] = {name: (gather(total).reshape(-1), count) for name, (total, count) in sums}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with this process's, or with their mean if there are more processes than before, or fewer."""
-        rank, size = self.trainer.global_rank, self.trainer.world_size
-        sums = checkpoint.get("train_means", {}).items()
-        own = {name: (totals[rank] if len(totals) == size else totals.mean(), count) for name, (totals, count) in sums}
-        self._means.load_state_dict(own)
-
-    def _evaluate(self, batch: Batch, stage: str) -> dict[str, Any]:
+    def _evaluate(self, batch: Any, stage: str) -> dict[str, Any]:
+        batch = as_batch(batch)
         metrics: Any = self.metrics[f"_{stage}"]
-        with observing() as seen:
+        with observing() as observations:
             logits = self.model(batch.images)
         probabilities = logits.float().softmax(dim=1)
         metrics.update(probabilities, batch.labels, self.loss(logits, batch.labels))
         if metrics.uprightness is not None:
-            metrics.uprightness.update(batch.group, batch.transforms, seen, self.spec.width / self.spec.height)
-        return {"probabilities": probabilities, "seen": seen}
+            aspect = self.spec.width / self.spec.height
+            metrics.uprightness.update(batch.group, batch.transforms, observations, aspect)
+        return {"probabilities": probabilities, "observations": observations}
 
     def _report(self, stage: str) -> None:
         metrics: Any = self.metrics[f"_{stage}"]
-        found = metrics.compute()
-        self.confusion = found.pop("confusion", None)
-        for name, value in found.items():
+        values = metrics.compute()
+        self.confusion = values.pop("confusion", None)
+        for name, value in values.items():
             if not value.isnan():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
         metrics.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Update the validation metrics; ``probabilities`` ``(B, K)``, and what the transformers did, as ``seen``."""
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Update the validation metrics; return ``probabilities`` ``(B, K)`` and the transformers' ``observations``."""
         return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Update the test metrics; gives what `validation_step` does."""
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Update the test metrics; return what `validation_step` does."""
         return self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
         self._report("val")
+        self._validated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
         self._report("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Position in the split ``(B,)``, label ``(B,)``, probabilities ``(B, K)``."""
-        return batch.position, batch.labels, self.model(batch.images).softmax(dim=1)
+    def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Return labels ``(B,)`` and probabilities ``(B, K)``."""
+        batch = as_batch(batch)
+        return batch.labels, self.model(batch.images).softmax(dim=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add all that rebuilds model and data, as plain data and tensors, and the sums of the epoch so far."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        # Metrics of an earlier validation would be those of other weights.
+        current = self._validated_step == self.trainer.global_step
+        metrics = {
+            name: float(value)
+            for name, value in sorted(self.trainer.callback_metrics.items())
+            if current and name.startswith("val/")
+        }
+        checkpoint[KEY] = {
+            "format": FORMAT,
+            "versions": {name: version(name) for name in ("upright", "torch", "lightning")},
+            "git_commit": git_commit(),
+            "model": self.recipe,
+            "spec": self.spec.to_dict(),
+            "data": data_recipe(data),
+            "split": data.manifest.to_dict() if isinstance(data, ImageDataModule) else None,
+            "run": dict(self.run or {}) | ({"start": self.start} if self.start else {}),
+            "seen": self.seen,
+            "metrics": metrics,
+        }
+        gather: Any = self.all_gather
+        sums = self._means.state_dict().items()
+        checkpoint["train_means"] = {name: (gather(total).reshape(-1), count) for name, (total, count) in sums}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the run's identity, and the sums of the epoch so far.
+
+        If the number of processes has changed, each one gets their mean.
+        """
+        ours = checkpoint.get(KEY, {})
+        self.start, self.seen = ours.get("run", {}).get("start"), ours.get("seen")
+        self.run = self.run or {key: value for key, value in ours.get("run", {}).items() if key != "start"} or None
+        rank, size = self.trainer.global_rank, self.trainer.world_size
+        sums = checkpoint.get("train_means", {}).items()
+        own = {name: (totals[rank] if len(totals) == size else totals.mean(), count) for name, (totals, count) in sums}
+        self._means.load_state_dict(own)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is a descriptor of its own
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild the classifier of a checkpoint, in evaluation mode.
+
+        Args:
+            checkpoint_path: a checkpoint of any Trainer, or the folder of a run.
+            map_location: the device; by default the CPU.
+            hparams_file: not used; a checkpoint holds its hyperparameters.
+            strict: whether all weights must be there; true by default.
+            weights_only: not used; no checkpoint runs code here.
+            **kwargs: arguments that replace those in the checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged, or does not fit the classes that it names.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        classifier = cls.rebuilt(checkpoint, checkpoint_path, strict=strict is not False, **kwargs)
+        return classifier if map_location is None else classifier.to(map_location)
+
+    @classmethod
+    def rebuilt(cls, checkpoint: Mapping[str, Any], path: str | Path, *, strict: bool = True, **arguments: Any) -> Self:
+        """Rebuild the classifier of a checkpoint that has been read; see `load_from_checkpoint`."""
+        ours = checkpoint[KEY]
+        recorded = load_class(ours["model"]["class_path"])
+        arguments = {"spec": ImageSpec.from_dict(ours["spec"]), **build(ours["model"]["init_args"]), **arguments}
+        classifier: Self = (recorded if issubclass(recorded, cls) else cls)(**arguments)
+        classifier.load_weights(checkpoint, path, strict=strict)
+        return classifier.eval()
+
+    def load_weights(self, checkpoint: Mapping[str, Any], path: str | Path, *, strict: bool = True) -> None:
+        """Load the weights of a checkpoint that has been read, and the record of where they started from.
+
+        Raises:
+            CheckpointError: if they are of another network.
+        """
+        try:
+            self.load_state_dict(checkpoint["state_dict"], strict=strict)
+        except RuntimeError as error:
+            reasons = "; ".join(f"{line.strip():.160}" for line in str(error).splitlines()[1:4])
+            raise CheckpointError(f"'{path}' holds the weights of another network: {reasons}") from None
+        ours = checkpoint[KEY]
+        self.start, self.seen = ours["run"].get("start"), ours.get("seen")
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    """As `torch.manual_seed`, for the CPU and this device alone.
+def as_batch(batch: Any) -> Batch:
+    """Return a batch of any loader as a `Batch`.
 
-    That notes the whole stack for every kind of device that is not in use: a tenth of LeNet's step.
+    Args:
+        batch: a `Batch`, or images ``(B, C, H, W)`` and labels ``(B,)``. Images are uint8, or floats in [0, 1] as
+            torchvision's ``ToTensor`` gives them: the classifier normalises them itself, by its spec.
+
+    Raises:
+        UserError: for anything else.
     """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    if isinstance(batch, Batch):
+        return batch
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise UserError(
+            f"ImageClassifier takes batches of (images, labels), got {type(batch).__name__}: give tensors "
+            "(B, C, H, W) and (B,), or override the step."
+        )
+    images, labels = batch
+    if images.is_floating_point():
+        images = images * 255
+    indices = torch.arange(len(labels), device=labels.device)
+    return Batch(images, labels, indices, indices, identity(len(labels)).to(labels.device))
+
+
+def data_recipe(data: Any) -> Recipe | None:
+    """Return the class of a datamodule and its arguments as plain data; None if they are not known.
+
+    An `ImageDataModule` records its arguments; any other datamodule does so by Lightning's ``save_hyperparameters``.
+    """
+    if data is None or isinstance(data, ImageDataModule):
+        return data.recipe if data else None
+    try:
+        return recipe(type(data)) | {"init_args": recipe(dict(data.hparams))} if data.hparams else None
+    except UserError:
+        return None
+
+
+def _train_counts(data: Any, classes: tuple[str, ...]) -> Tensor:
+    if not isinstance(data, ImageDataModule):
+        raise UserError(
+            "class_weights balanced counts the images of an ImageDataModule, and these data are none: "
+            "give one weight per class."
+        )
+    counts = data.manifest.counts["train"]
+    return torch.tensor([counts.get(name, 0) for name in classes])
 
 
 @torch.no_grad()
@@ -306,15 +429,3 @@ def _check_any_size(model: Model) -> None:
             f"{type(model.network).__name__} takes {height}x{width} only. Use stretch or crop."
         ) from None
     model.train()
-
-
-def _treatments(module: nn.Module, factor: float, decays: bool) -> Iterator[tuple[nn.Parameter, tuple[float, bool]]]:
-    """Every parameter that trains, with all its ``lr_factor``, its own and its modules', and whether it may decay."""
-    factor *= getattr(module, "lr_factor", 1.0)
-    decays = decays and not getattr(module, "no_weight_decay", False)
-    for parameter in module.parameters(recurse=False):
-        if parameter.requires_grad:
-            own = factor * getattr(parameter, "lr_factor", 1.0)
-            yield parameter, (own, decays and parameter.ndim > 1)
-    for child in module.children():
-        yield from _treatments(child, factor, decays)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +40,10 @@ class StageMetrics(nn.Module):
     Args:
         num_classes: ``K``.
         upright: whether there is a transformer to measure.
+        extra: further metrics by name, updated with probabilities and labels.
     """
 
-    def __init__(self, num_classes: int, *, upright: bool) -> None:
+    def __init__(self, num_classes: int, *, upright: bool, extra: Mapping[str, Metric] | None = None) -> None:
         super().__init__()
         # What would be validated at every update are our own probabilities and labels.
         common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
@@ -56,7 +57,8 @@ class StageMetrics(nn.Module):
         }
         if num_classes > TOP:
             metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
-        # Told, not found: torchmetrics takes states that are equal after the first update for one, and where all that
+        metrics |= extra or {}
+        # Groups are given: torchmetrics takes states that are equal after the first update for one, and where all that
         # it saw is right, accuracy and top5 are.
         together = ["precision", "recall", "f1"]
         groups = [together, *([name] for name in metrics if name not in together)]

@@ -1,13 +1,13 @@
 """Rebuild the model and the data of a checkpoint, and refuse data that do not fit it."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 
-from upright.checkpoint import FORMAT, KEY, git_commit, learnt_from, read_checkpoint
+from upright.checkpoint import KEY, learnt_from, read_checkpoint
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.images import ImageSpec
@@ -15,70 +15,76 @@ from upright.recipes import build
 from upright.training.classifier import ImageClassifier
 
 
-def contents(
-    classifier: ImageClassifier, data: ImageDataModule | None, run: Mapping[str, Any], metrics: Mapping[str, float]
-) -> dict[str, Any]:
-    """Upright's part of a checkpoint, plain data and tensors only."""
-    return {
-        "format": FORMAT,
-        "versions": {name: version(name) for name in ("upright", "torch", "lightning")},
-        "git_commit": git_commit(),
-        "model": classifier.recipe,
-        "spec": classifier.spec.to_dict(),
-        "data": data.recipe if data else None,
-        "split": data.manifest.to_dict() if data else None,
-        "run": dict(run) | ({"start": classifier.start} if classifier.start else {}),
-        # Beside those of its split: what the weights that it started from were learnt from.
-        "seen": classifier.seen,
-        "metrics": dict(metrics),
-    }
-
-
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """A checkpoint's model and data."""
 
     classifier: ImageClassifier
-    data: ImageDataModule
+    data: Any
+    """The datamodule; None if the checkpoint does not record one."""
     contents: dict[str, Any]
+    """Upright's part of the checkpoint; see `ImageClassifier.on_save_checkpoint`."""
+    epoch: int
+    """Epochs of training that the weights have seen."""
+
+    def image_data(self, path: str | Path, purpose: str) -> ImageDataModule:
+        """Return the datamodule if it is an `ImageDataModule`.
+
+        Args:
+            path: of the checkpoint, for messages.
+            purpose: what needs it, for messages.
+
+        Raises:
+            UserError: if it is another one, or none.
+        """
+        if self.data is None:
+            raise UserError(f"'{path}' does not record its data; give them with --data.")
+        if not isinstance(self.data, ImageDataModule):
+            raise UserError(
+                f"{purpose} needs an ImageDataModule, and the data of '{path}' are a {type(self.data).__name__}: "
+                "give --data, for example configs/data/folder.yaml."
+            )
+        return self.data
 
 
-def restore(path: str | Path, data: ImageDataModule | None = None) -> Restored:
+def restore(
+    path: str | Path,
+    data: L.LightningDataModule | None = None,
+    *,
+    same_split: bool | None = None,
+    judged_by: Sequence[str] = ("val", "test"),
+) -> Restored:
     """Rebuild the model, in evaluation mode, and the datamodule it was trained with.
 
     Args:
         path: a checkpoint, or a run's folder.
-        data: used instead of the checkpoint's own datamodule.
+        data: a datamodule in place of the checkpoint's own.
+        same_split: whether the data must be the images of training, in the same splits; by default without ``data``.
+        judged_by: splits that must not hold an image of the training set, if the data are others.
 
     Raises:
-        UserError: see `read_checkpoint` and `check_data`; or if its classes cannot be imported.
+        UserError: if the data do not fit (see `check_data`), or a class cannot be imported.
+        CheckpointError: if the checkpoint cannot be used.
     """
-    checkpoint = read_checkpoint(path)
+    return restore_read(read_checkpoint(path), path, data, same_split=same_split, judged_by=judged_by)
+
+
+def restore_read(
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    data: L.LightningDataModule | None = None,
+    *,
+    same_split: bool | None = None,
+    judged_by: Sequence[str] = ("val", "test"),
+) -> Restored:
+    """Do as `restore` does, with a checkpoint that has been read from ``path``."""
     ours = checkpoint[KEY]
-    classifier = build(ours["model"])(spec=ImageSpec.from_dict(ours["spec"]))
-    own_data = data is None
-    if own_data:
-        if ours["data"] is None:
-            raise UserError(f"'{path}' does not say what data it was trained with; give them with --data.")
+    classifier = ImageClassifier.rebuilt(checkpoint, path)
+    same_split = data is None if same_split is None else same_split
+    if data is None and ours["data"] is not None:
         data = build(ours["data"])()
-    assert data is not None
-    load_weights(classifier, checkpoint, path)
-    check_data(ours, data, path, same_split=own_data)
-    return Restored(classifier.eval(), data, ours)
-
-
-def load_weights(classifier: ImageClassifier, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Put the checkpoint's weights into the classifier, and what is known of where they started from.
-
-    Raises:
-        UserError: if they are of another network.
-    """
-    try:
-        classifier.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        reasons = "; ".join(f"{line.strip():.160}" for line in str(error).splitlines()[1:4])
-        raise UserError(f"'{path}' holds the weights of another network: {reasons}") from None
-    ours = checkpoint[KEY]
-    classifier.start, classifier.seen = ours["run"].get("start"), ours.get("seen")
+    if isinstance(data, ImageDataModule):
+        check_data(ours, data, path, same_split=same_split, judged_by=judged_by)
+    return Restored(classifier, data, ours, checkpoint["epoch"] + 1)
 
 
 def check_data(

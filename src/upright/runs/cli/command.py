@@ -1,99 +1,120 @@
-"""What Lightning's verbs have in common here: their options, and the trainer."""
+"""What ``fit validate test predict`` share: LightningCLI with Upright's parser, data and trainer."""
 
+import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import lightning as L
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
+from upright.recipes import Recipe
 from upright.runs.checkpoint_io import AtomicCheckpointIO
 from upright.runs.cli.parser import OneLineParser
 from upright.runs.folder import ROOT
-from upright.runs.hooks import NoProfiler
-from upright.training.classifier import ImageClassifier
 
 TRAINER_DEFAULTS = {
     "default_root_dir": str(ROOT),
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
-    # Several processes are a choice: they change the batch that the optimiser sees.
+    # Several processes change the batch that the optimiser sees, so they are asked for.
     "devices": 1,
-    # Everything is logged per epoch; Lightning warns when an epoch has fewer steps than this.
+    # Metrics are logged per epoch; Lightning warns if an epoch has fewer steps than this.
     "log_every_n_steps": 1,
 }
 
 
+class EarlyOptions(argparse.Namespace):
+    """Options that decide which defaults the parser has."""
+
+    config: list[str] | None
+    ckpt_path: str | None
+    name: str | None
+    root: Path
+    help: bool
+
+
+def early_options(arguments: Sequence[str]) -> EarlyOptions:
+    """Parse the options that name a run or a checkpoint; its config or data become the parser's defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-c", action="append")
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--name")
+    parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=ROOT)
+    parser.add_argument("--help", "-h", action="store_true")
+    return parser.parse_known_args(arguments, EarlyOptions())[0]
+
+
 class Command(LightningCLI):
-    """One verb of Lightning's, run.
+    """LightningCLI for one command. It builds trainer, model and data; the command then runs the trainer.
 
     Args:
-        verb: ``fit``, ``validate``, ``test`` or ``predict``.
-        arguments: its options.
-        held: keeps the run's folder from others until it is closed.
+        command: its name, for help.
+        arguments: what follows it.
     """
 
-    def __init__(self, verb: str, arguments: list[str], held: ExitStack) -> None:
-        self.verb, self.arguments, self.held = verb, arguments, held
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
         super().__init__(
-            ImageClassifier,
-            ImageDataModule,
-            subclass_mode_data=True,
+            datamodule_class=L.LightningDataModule,
             parser_class=OneLineParser,
+            parser_kwargs={"prog": f"upright {command}", "allow_abbrev": False},
             trainer_defaults=TRAINER_DEFAULTS | {"enable_progress_bar": sys.stderr.isatty()},
             seed_everything_default=0,
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=[verb, *arguments],
+            run=False,
+            args=replacing_data(arguments),
         )
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # stock: a static method of all four
-        """Only the verb that runs: its parser is a quarter of the start-up."""
-        return {self.verb: LightningCLI.subcommands()[self.verb]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what we were given, whatever ``sys.argv`` says."""
+        """Parse ``args`` alone; Lightning's own warns if ``sys.argv`` has any."""
         self.config = parser.parse_args(args)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Upright's own options."""
-        parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
-        # Put in place before parsing; here for --help and for near misses.
-        parser.add_argument(
-            "--no-cache", action="store_true", help="Decode files whenever they are wanted: --data.cache none."
-        )
-        parser.add_argument(
-            "--allow_seen_images",
-            action="store_true",
-            help="Go on where the model was trained on images that it would be judged by.",
-        )
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of data and trainer, which all commands have."""
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
-    def option(self, key: str) -> Any:
-        """What the command line and the configs give together."""
-        return self._get(self.config, key)
-
-    def before_instantiate_classes(self) -> None:
-        """Find the checkpoint and the run's folder, before anything is built."""
-        if self.option("data") is None:
-            raise UserError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
-
-    def instantiate_trainer(self, callbacks: Sequence[Callback] = (), **kwargs: Any) -> Any:
-        """Lightning's trainer, with Upright's checkpoint writer.
+    def instantiate_trainer(self, callbacks: Sequence[Callback] = (), **kwargs: Any) -> L.Trainer:
+        """Build Lightning's trainer, with checkpoints that are written completely or not at all.
 
         Args:
-            callbacks: beside those of the config.
-            kwargs: what takes the place of the config's.
+            callbacks: in front of those of the config.
+            kwargs: replace what the config says.
         """
-        config = {**self._get(self.config_init, "trainer"), **kwargs}
-        plugins = config["plugins"] or []
-        config["plugins"] = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), AtomicCheckpointIO()]
-        config["logger"] = False if config["logger"] is None else config["logger"]
-        config["profiler"] = config["profiler"] or NoProfiler()
+        config = self.config_init.trainer
+        kwargs = {"logger": config.logger or False, **kwargs}
         try:
-            return self._instantiate_trainer(config, list(callbacks))
-        except ValueError as error:
+            return super().instantiate_trainer(
+                callbacks=[*callbacks, *_listed(config.callbacks)],
+                plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
+                **kwargs,
+            )
+        except (ValueError, TypeError) as error:
             raise UserError(" ".join(str(error).split())) from error
+
+    def dumped(self, key: str) -> Recipe | None:
+        """Return a part of the parsed options as plain data, with all defaults."""
+        options: Recipe | None = yaml.safe_load(self.parser.dump(self.config, skip_unset=False)).get(key)
+        return options
+
+
+def replacing_data(arguments: Sequence[str]) -> list[str]:
+    """Let ``--data FILE`` replace earlier data. jsonargparse would merge options of one dataset into the other."""
+    replaced: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        value = argument.removeprefix("--data=") if argument.startswith("--data=") else following
+        if argument.split("=")[0] == "--data" and Path(value).suffix in (".yaml", ".yml", ".json"):
+            replaced += ["--data", "null"]
+        replaced.append(argument)
+    return replaced
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

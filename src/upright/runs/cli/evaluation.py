@@ -1,9 +1,9 @@
-"""``validate test predict``: what a checkpoint answers."""
+"""``validate test predict``: metrics and answers of a checkpoint."""
 
 import csv
 import io
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +14,123 @@ from upright.checkpoint import KEY, find_checkpoint, read_checkpoint
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.files import write_text
-from upright.runs.cli.command import Command
+from upright.recipes import Recipe
+from upright.runs.cli.command import Command, early_options
 from upright.runs.drawing import draw_confusion, save_picture
 from upright.runs.pictures import draw_transformer
 from upright.runs.seal import open_test_split
-from upright.training.classifier import ImageClassifier
 from upright.training.metrics import write_tables
-from upright.training.restoring import check_data, load_weights
+from upright.training.restoring import restore_read
+
+READING_OPTIONS = ("batch_size", "cache", "num_workers")
+"""Options of a datamodule that change how images are read, but not which."""
 
 
 class Evaluation(Command):
-    """The model of a checkpoint, on images that it was not trained on."""
+    """A checkpoint's model on data that it was not trained on.
 
-    checkpoint: Path
+    Args:
+        command: ``validate``, ``test`` or ``predict``.
+        arguments: what follows it.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        early = early_options(arguments)
+        self.command, self.content, self.recorded = command, {}, None
+        if early.ckpt_path is None and not early.help:
+            raise UserError(
+                f"{command} needs --ckpt_path, for example `upright {command} --ckpt_path checkpoints/NAME/best.ckpt`."
+            )
+        if not early.help:
+            self.path = find_checkpoint(str(early.ckpt_path))
+            self.content = read_checkpoint(self.path)
+            self.recorded = self.content[KEY]["data"]
+        super().__init__(command, arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Of predictions, where they go."""
-        super().add_arguments_to_parser(parser)
-        if self.verb == "predict":
+        """Add the checkpoint, whose data are the defaults of ``--data``."""
+        parser.add_argument("--ckpt_path", type=str, help="A checkpoint, or the folder of a run (its best.ckpt).")
+        parser.add_argument(
+            "--allow_seen_images", action="store_true", help="Evaluate on images that the model was trained on, too."
+        )
+        if self.command == "predict":
             parser.add_argument(
-                "--output", type=str | None, help="CSV to write; predictions.csv beside the checkpoint."
+                "--output", type=str | None, help="CSV to write; by default predictions.csv beside the checkpoint."
             )
+        if self.recorded is not None:
+            parser.set_defaults(data=self.recorded)
 
-    def before_instantiate_classes(self) -> None:
-        """Find the checkpoint; what is written goes beside it."""
-        super().before_instantiate_classes()
-        self.checkpoint = find_checkpoint(self.option("ckpt_path"))
-        self.folder = self.checkpoint.parent
+    def instantiate_classes(self) -> None:
+        """Restore model and data; the data of the options are built only if they are not the checkpoint's."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        options = self.dumped("data")
+        self.config = self.parser.parse_args([])
+        unchanged = self.dumped("data")
+        judged_by = () if self.config_init.allow_seen_images else ("val" if self.command == "validate" else "test",)
+        restored = restore_read(
+            self.content,
+            self.path,
+            None if options == unchanged else self.config_init.data,
+            same_split=_images(options) == _images(unchanged),
+            judged_by=judged_by,
+        )
+        self.model, self.datamodule, self.epoch = restored.classifier, restored.data, restored.epoch
+        if self.datamodule is None:
+            raise UserError(f"'{self.path}' does not record its data; give them with --data.")
+        self.trainer = self.instantiate_trainer()
 
-    def _evaluate(self, model: ImageClassifier, datamodule: ImageDataModule) -> None:
-        checkpoint = read_checkpoint(self.checkpoint)
-        load_weights(model, checkpoint, self.checkpoint)
-        self.epoch = checkpoint["epoch"] + 1
-        # The first --config is the checkpoint's own; anything about data beyond it is the user's.
-        # How they are read, and in what batches, makes no other data of them.
-        how = r"(?!\.(init_args\.)?(cache|num_workers|batch_size)\b)"
-        given = [a for a in self.arguments[2:] if re.match(rf"--(data\b{how}|config\b)|-c\b", a)]
-        judged_by = () if self.option("allow_seen_images") else ("val" if self.verb == "validate" else "test",)
-        check_data(checkpoint[KEY], datamodule, self.checkpoint, same_split=not given, judged_by=judged_by)
+    def evaluate(self) -> None:
+        """Run the command."""
+        trainer: Any = self.trainer
+        if self.command != "validate" and isinstance(self.datamodule, ImageDataModule) and trainer.is_global_zero:
+            open_test_split(self.path, self.path.parent, self.datamodule, f"upright {self.command}")
+        results = getattr(trainer, self.command)(self.model, self.datamodule)
+        if self.command == "test" and trainer.is_global_zero:
+            self._write_test(results[0])
+        if self.command == "predict":
+            self._write_predictions(results or [])
 
-    def _open_test_split(self, datamodule: ImageDataModule) -> None:
-        if self.trainer.is_global_zero:
-            open_test_split(self.checkpoint, self.folder, datamodule, f"upright {self.verb}")
-
-    def validate(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
-        """Metrics of the validation split."""
-        self._evaluate(model, datamodule)
-        self.trainer.validate(model, datamodule=datamodule)
-
-    def test(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
-        """Metrics of the test split, also in ``test.json`` beside the checkpoint, with tables and pictures."""
-        self._evaluate(model, datamodule)
-        self._open_test_split(datamodule)
-        (metrics,) = self.trainer.test(model, datamodule=datamodule)
-        if not self.trainer.is_global_zero:
-            return
-        record = {"checkpoint": str(self.checkpoint), "data": datamodule.recipe, "metrics": metrics}
-        write_text(self.folder / "test.json", json.dumps(record, indent=2) + "\n")
-        print(f"Written: {self.folder / 'test.json'}")
+    def _write_test(self, metrics: dict[str, float]) -> None:
+        folder, model, data = self.path.parent, self.model, self.datamodule
+        record = {"checkpoint": str(self.path), "data": getattr(data, "recipe", None), "metrics": metrics}
+        write_text(folder / "test.json", json.dumps(record, indent=2) + "\n")
+        print(f"Written: {folder / 'test.json'}")
         assert model.confusion is not None
-        tables = write_tables(self.folder, model.confusion, model.spec.classes)
-        print(f"Tables:  {', '.join(map(str, tables))}")
-        pictures: dict[str, Any] = {
-            "confusion": draw_confusion(f"Test, epoch {self.epoch}", model.confusion, model.spec.classes)
-        }
-        if model.transformers:
-            pictures["transformer"] = draw_transformer(f"Test, epoch {self.epoch}", model, datamodule)
+        print(f"Tables:  {', '.join(map(str, write_tables(folder, model.confusion, model.spec.classes)))}")
+        title = f"Test, epoch {self.epoch}"
+        pictures = {"confusion": draw_confusion(title, model.confusion, model.spec.classes)}
+        if model.transformers and isinstance(data, ImageDataModule):
+            pictures["transformer"] = draw_transformer(title, model, data)
         for name, picture in pictures.items():
-            save_picture(picture, self.folder / f"test_{name}.png")
-            print(f"Picture: {self.folder / f'test_{name}.png'}")
+            save_picture(picture, folder / f"test_{name}.png")
+            print(f"Picture: {folder / f'test_{name}.png'}")
 
-    def predict(self, model: ImageClassifier, datamodule: ImageDataModule, **_: Any) -> None:
-        """Probabilities of every image of the test split, as CSV."""
-        if self.trainer.world_size > 1:
-            raise UserError(f"predict runs in one process, got {self.trainer.world_size}: --trainer.devices 1.")
-        self._evaluate(model, datamodule)
-        self._open_test_split(datamodule)
-        batches = self.trainer.predict(model, datamodule=datamodule) or []
-        index, labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        names, classes = list(datamodule.names("test")), datamodule.spec.classes
+    def _write_predictions(self, batches: list[Any]) -> None:
+        labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        data, classes = self.datamodule, self.model.spec.classes
+        names = list(data.names("test")) if isinstance(data, ImageDataModule) else map(str, range(len(labels)))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["name", "label", "prediction", *classes])
-        for i, label, row in zip(index.tolist(), labels.tolist(), probabilities, strict=True):
-            writer.writerow([names[i], classes[label], classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
-        path = Path(self.option("output") or self.folder / "predictions.csv")
+        for name, label, row in zip(names, labels.tolist(), probabilities, strict=True):
+            writer.writerow([name, classes[label], classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
+        path = Path(self.config_init.output or self.path.parent / "predictions.csv")
         write_text(path, text.getvalue())
-        print(f"Written: {path} ({len(index)} images)")
+        print(f"Written: {path} ({len(labels)} images)")
+
+
+def evaluate(command: str, arguments: Sequence[str]) -> None:
+    """Run ``validate``, ``test`` or ``predict`` with the options that follow it."""
+    evaluation = Evaluation(command, arguments)
+    if command == "predict" and evaluation.trainer.world_size > 1:
+        processes = evaluation.trainer.world_size
+        raise UserError(f"predict runs in one process, got {processes}: --trainer.devices 1.")
+    evaluation.evaluate()
+
+
+def _images(data: Recipe | None) -> Recipe | None:
+    """Return a recipe of data without the options that only change how they are read."""
+    if data is None:
+        return None
+    arguments = {key: value for key, value in data.get("init_args", {}).items() if key not in READING_OPTIONS}
+    return {**data, "init_args": arguments}

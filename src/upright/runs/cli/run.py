@@ -1,30 +1,25 @@
 """Lightning's verbs, run: their warnings and errors, told to a user."""
 
 import logging
-import tempfile
 import time
 import warnings
-from contextlib import ExitStack
-from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from upright.errors import UprightError, UserError
-from upright.runs.cli.arguments import replacing_data, with_own_config
-from upright.runs.cli.command import Command
-from upright.runs.cli.evaluation import Evaluation
-from upright.runs.cli.fitting import Fit
+from upright.runs.cli.evaluation import evaluate
+from upright.runs.cli.fit import fit
 from upright.runs.cli.parser import user_error
 from upright.runs.folder import is_first_process
 from upright.runs.interruption import Interrupted
 from upright.runs.process import keep_freed_memory, leave_a_core
 
 
-def run(verb: str, arguments: list[str]) -> int:
-    """Run one of Lightning's verbs.
+def run(command: str, arguments: list[str]) -> int:
+    """Run one of Lightning's commands.
 
     Args:
-        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
         arguments: what followed it on the command line.
 
     Returns:
@@ -37,7 +32,7 @@ def run(verb: str, arguments: list[str]) -> int:
     leave_a_core()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+    with warnings.catch_warnings():
         # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below it.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
         warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
@@ -48,10 +43,10 @@ def run(verb: str, arguments: list[str]) -> int:
         # It may do without the saving within epochs that the run had before.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         try:
-            if "--no-cache" in arguments:
-                # Last, for data that come after it would replace it.
-                arguments = [*(argument for argument in arguments if argument != "--no-cache"), "--data.cache=none"]
-            command_of(verb)(verb, replacing_data(with_own_config(verb, arguments, Path(scratch))), held)
+            if command == "fit":
+                fit(arguments)
+            else:
+                evaluate(command, arguments)
         except Interrupted as stop:
             # Whoever started several processes would take the first to end for the one that failed.
             return stop.exit_code if is_first_process() else 0
@@ -67,8 +62,3 @@ def run(verb: str, arguments: list[str]) -> int:
                 time.sleep(10)
             raise
     return 0
-
-
-def command_of(verb: str) -> type[Command]:
-    """The class of ``fit``, ``validate``, ``test`` or ``predict``."""
-    return Fit if verb == "fit" else Evaluation

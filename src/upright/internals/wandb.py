@@ -1,0 +1,22 @@
+"""Private names of wandb (tested with 0.31) and of Lightning's logger for it."""
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.loggers import WandbLogger
+
+if TYPE_CHECKING:
+    from wandb import Artifact, Run
+
+
+def use_artifact_offline(run: "Run", artifact: "Artifact") -> None:
+    """Note that an offline run used an artifact; ``wandb sync`` makes a use of it.
+
+    `Run.use_artifact` refuses offline runs.
+    """
+    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+
+
+def without_anonymous(logger: WandbLogger) -> WandbLogger:
+    """Drop the argument ``anonymous`` that Lightning 2.6 always passes, and that wandb 0.31 warns of."""
+    logger._wandb_init.pop("anonymous", None)
+    return logger

@@ -1,0 +1,291 @@
+"""``fit``: train a run in its own folder, or resume it."""
+
+import shlex
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+
+from upright.checkpoint import KEY, git_commit, read_checkpoint
+from upright.data.datamodule import ImageDataModule
+from upright.errors import UserError
+from upright.files import write_text
+from upright.images import ImageSpec
+from upright.runs.callbacks import Divergence, GradientNorm, MetricsFile, brief, checkpoints
+from upright.runs.cli.command import Command, early_options
+from upright.runs.folder import begun, claimed, is_first_process
+from upright.runs.interruption import Interrupted, Interruption
+from upright.runs.pictures import RunPictures
+from upright.runs.plan import agent_run, config_to_resume, plan_run, run_name
+from upright.runs.resuming import check_resumable, check_supported, is_complete
+from upright.runs.tracking import Artifacts, finish_wandb, wandb_logger
+from upright.tables import read_rows
+from upright.training.classifier import ImageClassifier
+from upright.training.finetuning import start_from
+from upright.training.restoring import check_data
+
+MODEL = f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}"
+
+NOT_RECORDED = ("config", "name", "force", "wandb", "save_every_n_steps", "compile", "allow_seen_images", "ckpt_path")
+"""Options that are not part of the experiment, and so not of ``config.yaml``."""
+
+
+def fit(arguments: Sequence[str]) -> None:
+    """Train, or resume, with the options that follow ``upright fit``."""
+    early = early_options(arguments)
+    if not early.config and not early.help:
+        config = config_to_resume(early.ckpt_path, early.root, early.name)
+        # The run stays where it is, whatever the working directory.
+        root = config.parent.resolve().parent
+        arguments = ["--config", str(config), "--trainer.default_root_dir", str(root), *arguments]
+    with ExitStack() as held:
+        Fit(arguments, held).train()
+
+
+class Fit(Command):
+    """Build a run.
+
+    Args:
+        arguments: what follows ``upright fit``.
+        held: holds the run's folder until it is closed.
+    """
+
+    def __init__(self, arguments: Sequence[str], held: ExitStack) -> None:
+        self.held = held
+        super().__init__("fit", arguments)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the model: a callable that takes the data's spec, `ImageClassifier` unless ``class_path`` says other."""
+        parser.add_argument(
+            "--model",
+            type=Callable[[ImageSpec], ImageClassifier],
+            default={"class_path": MODEL},
+            enable_path=True,
+            help="Arguments of ImageClassifier, or class_path and init_args of a subclass.",
+        )
+        super().add_core_arguments_to_parser(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run."""
+        parser.add_argument("--name", type=str | None, help="Name of the run; by default that of the config.")
+        parser.add_argument("--force", action="store_true", help="Replace an existing run of this name.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="Checkpoint to resume from: a file, `last` or `best` of the run, or `auto`: the last one if it "
+            "exists, else a new run, so that a scheduler can repeat the same command.",
+        )
+        parser.add_argument(
+            "--start_from",
+            type=str | None,
+            help="Weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG.",
+        )
+        parser.add_argument(
+            "--allow_seen_images",
+            action="store_true",
+            help="Accept images to validate on that the weights know.",
+        )
+        parser.add_argument(
+            "--wandb",
+            type=Literal["offline", "online", "off"],
+            default="offline",
+            help="Track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not.",
+        )
+        parser.add_argument(
+            "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
+        )
+        parser.add_argument(
+            "--log_grad_norm", action="store_true", help="Log mean and maximum of the gradients' norm per epoch."
+        )
+        parser.add_argument(
+            "--compile", action="store_true", help="Use torch.compile; the first step then takes a minute or two."
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Decide what the run is, and hold its folder, before anything is built."""
+        if self.config.data is None:
+            raise UserError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
+        options, root = self.config, Path(self.config.trainer.default_root_dir)
+        folder = root / run_name(options.name, [str(path) for path in options.config or ()])
+        if is_first_process():
+            self.held.enter_context(claimed(folder))
+        # Other processes follow the first one, which may have made the folder meanwhile.
+        force = options.force or not is_first_process()
+        self.plan = plan_run(folder, ckpt_path=options.ckpt_path, start_from=options.start_from, force=force)
+        self.checkpoint = self._read_checkpoint()
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        if (path := self.plan.checkpoint) is None:
+            return None
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            if self.plan.resumes_in_place and path.name == "last.ckpt":
+                error.args = (f"{error} --ckpt_path best resumes from the best one, --force starts a new run.",)
+            raise
+        start, recorded = self.config.start_from, checkpoint[KEY]["run"].get("start") or {}
+        same_start = start is None or recorded.get("path") in (start, str(Path(start) / "best.ckpt"))
+        if not same_start and self.config.ckpt_path != "auto":
+            raise UserError(
+                "--start_from starts a run, and --ckpt_path resumes one that has its weights: give one of them."
+            )
+        return checkpoint
+
+    def instantiate_classes(self) -> None:
+        """Build the data, the model for them, and the trainer."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self.config_init.data
+        spec = getattr(self.datamodule, "spec", None)
+        if not isinstance(spec, ImageSpec):
+            raise UserError(
+                f"{type(self.datamodule).__name__} needs an attribute `spec`, an upright.images.ImageSpec: the network "
+                "is built for it."
+            )
+        self.model = self.config_init.model(spec)
+        run = {"name": self.plan.name, "id": agent_run() or uuid.uuid4().hex[:8]}
+        if self.checkpoint and self.plan.resumes_in_place:
+            run["id"] = self.checkpoint[KEY]["run"]["id"]
+        self.model.run = run
+        self.interruption = Interruption(self.plan.folder / "last.ckpt")
+        check_supported(self.config_init.trainer)
+        self.trainer = self.instantiate_trainer(self._callbacks(), **self._trainer_options(run))
+
+    def _trainer_options(self, run: dict[str, Any]) -> dict[str, Any]:
+        # Lightning looks for checkpoints of a requeued job in its root folder, those of any run.
+        options: dict[str, Any] = {"default_root_dir": str(self.plan.folder)}
+        if self.config_init.trainer.logger is None and not self.config.trainer.fast_dev_run:
+            options["logger"] = wandb_logger(self.config.wandb, self.plan.folder, run) or False
+        return options
+
+    def _callbacks(self) -> list[Callback]:
+        folder = self.plan.folder
+        if self.config.trainer.fast_dev_run:
+            return [self.interruption]
+        return [
+            RunConfig(folder / "config.yaml", self.experiment()),
+            Divergence(folder),
+            *checkpoints(folder, self.config.save_every_n_steps),
+            self.interruption,
+            # Before the callbacks that write its metrics.
+            *([GradientNorm()] if self.config.log_grad_norm else []),
+            MetricsFile(folder / "metrics.csv", lines=not self.config.trainer.enable_progress_bar),
+            RunPictures(folder),
+            Artifacts(folder),
+        ]
+
+    def experiment(self) -> dict[str, Any]:
+        """Return the experiment as plain data, with all defaults: what ``config.yaml`` records."""
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        return {key: value for key, value in config.items() if key not in NOT_RECORDED}
+
+    def train(self) -> None:
+        """Train. A run that writes no checkpoint leaves nothing, and the run that it replaces is put back."""
+        model, data, plan = self.model, self.datamodule, self.plan
+        if self.config.compile:
+            # In place, so that the weights keep their names.
+            model.model.compile()
+        if self.checkpoint is not None:
+            assert plan.checkpoint
+            model.load_weights(self.checkpoint, plan.checkpoint)
+            if isinstance(data, ImageDataModule):
+                check_data(self.checkpoint[KEY], data, plan.checkpoint, same_split=True)
+            if self.config.ckpt_path == "auto" and is_complete(self.checkpoint, self.trainer):
+                self._print(f"Run '{plan.folder}' is complete: all its epochs are done.")
+                return
+            check_resumable(self.checkpoint, model, data, self.trainer, plan.checkpoint)
+        elif plan.start:
+            lines = start_from(model, plan.start, data, allow_seen=self.config.allow_seen_images)
+            self._print(*lines, sep="\n")
+        first = self.trainer.is_global_zero
+        new = first and not plan.resumes_in_place
+        with begun(plan.folder) if new else nullcontext(), self.interruption.listening():
+            try:
+                self.trainer.fit(model, data, ckpt_path=plan.checkpoint and str(plan.checkpoint), weights_only=True)
+            except BaseException as error:
+                if isinstance(error, Interrupted) and first:
+                    print(self._how_to_resume(), file=sys.stderr)
+                if self.trainer.strategy.launcher is not None:
+                    # Other processes would wait for this one.
+                    self.trainer.strategy.launcher.kill(9)
+                raise
+            finally:
+                finish_wandb()
+            if self.config.trainer.fast_dev_run:
+                self._print("fast_dev_run: every step ran, and nothing was written. Leave it out to train.")
+            else:
+                self._print(_summary(plan.folder))
+
+    def _print(self, *lines: str, sep: str = " ") -> None:
+        if self.trainer.is_global_zero:
+            print(*lines, sep=sep, flush=True)
+
+    def _how_to_resume(self) -> str:
+        last = self.plan.folder / "last.ckpt"
+        if not last.is_file():
+            return "upright: stopped before the first step; nothing was written."
+        options = "".join(
+            f" --{name} {self.config[name]}"
+            for name in ("wandb", "save_every_n_steps")
+            if self.config[name] != self.parser.get_default(name)
+        )
+        options += " --compile" if self.config.compile else ""
+        return (
+            f"upright: stopped after step {self.trainer.global_step}; to resume: "
+            f"upright fit --ckpt_path {shlex.quote(str(last))}{options}"
+        )
+
+
+class RunConfig(Callback):
+    """Write ``config.yaml``, print notes about the data, and pass the experiment to the loggers.
+
+    Args:
+        path: of the file.
+        experiment: as plain data.
+    """
+
+    def __init__(self, path: Path, experiment: dict[str, Any]) -> None:
+        self.path, self.experiment = path, experiment
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        facts: dict[str, Any] = {"git_commit": git_commit()}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule):
+            for remark in data.remarks:
+                print(f"Note: {remark}", file=sys.stderr)
+            facts["split_digest"] = data.manifest.digest
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, yaml.safe_dump(self.experiment, sort_keys=False))
+        facts |= {"start": pl_module.start} if pl_module.start else {}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.experiment | facts)
+
+
+def _summary(folder: Path) -> str:
+    """Return the result of a run in five lines."""
+    best, rows = folder / "best.ckpt", read_rows(folder / "metrics.csv")
+    seconds = [float(row["seconds"]) for row in rows]
+    images = [float(row["images_per_second"]) * part for row, part in zip(rows, seconds, strict=True)]
+    total = sum(seconds)
+    if best.is_file():
+        checkpoint = read_checkpoint(best)
+        epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
+        first = f"Best: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}"
+    else:
+        best, first = folder / "last.ckpt", "Best: unknown, since nothing was validated; there is last.ckpt"
+    return (
+        f"\n{first}\n"
+        f"Time: {f'{total:.0f} seconds' if total < 60 else f'{total / 60:.1f} minutes'}, "
+        f"{sum(images) / max(total, 1e-9):,.0f} images per second\n"
+        f"Run:  {folder}\n"
+        f"Next: upright test --ckpt_path {best}"
+    )

@@ -1,0 +1,126 @@
+"""What a run is, decided from parsed options: its name, its folder, and the checkpoint that it begins with."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from upright.checkpoint import find_checkpoint
+from upright.errors import UserError
+from upright.files import check_name, check_replaceable
+
+
+class RunPlan(NamedTuple):
+    """How a run begins."""
+
+    folder: Path
+    checkpoint: Path | None
+    """It resumes from this checkpoint."""
+    start: Path | None
+    """It starts with the weights of this checkpoint."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def resumes_in_place(self) -> bool:
+        """Whether the checkpoint is in the run's own folder, which then stays as it is."""
+        return self.checkpoint is not None and self.checkpoint.parent.resolve() == self.folder.resolve()
+
+
+def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
+    """Return the name of a run: the given one, or that of its last config.
+
+    A run of a W&B sweep has its id added, since all runs of a sweep share a config.
+
+    Args:
+        name: the option ``--name``.
+        configs: paths of the experiment's YAML files.
+
+    Raises:
+        UserError: if the name cannot be a folder's, or there is none.
+    """
+    if name is None:
+        if not configs:
+            raise UserError("The run has no name: give --config or --name.")
+        path = Path(configs[-1])
+        # The config of an existing run stands for that run.
+        name = path.resolve().parent.name if path.name == "config.yaml" else path.stem
+        name = f"{name}-{agent_run()}" if agent_run() else name
+    check_name(name)
+    return name
+
+
+def plan_run(folder: Path, *, ckpt_path: str | None, start_from: str | None, force: bool) -> RunPlan:
+    """Decide what a run begins with. The caller holds the folder; see `upright.runs.folder.claimed`.
+
+    Args:
+        folder: of the run.
+        ckpt_path: a checkpoint to resume from: a file, ``last`` or ``best`` of the run, or ``auto``, which means the
+            last one if there is one, else a new run.
+        start_from: weights to start with, if nothing is resumed.
+        force: whether the run replaces one that stands in the folder.
+
+    Raises:
+        UserError: if a file is missing, or the folder holds something else that would be replaced.
+    """
+    checkpoint = _checkpoint(folder, ckpt_path)
+    start = find_checkpoint(start_from) if start_from is not None and not checkpoint else None
+    plan = RunPlan(folder, checkpoint, start)
+    if not plan.resumes_in_place and folder.exists():
+        check_replaceable(folder, "the folder of a run", "config.yaml")
+        # With `auto`, the run there did not get as far as a checkpoint.
+        if not force and ckpt_path != "auto":
+            raise UserError(
+                f"Run '{folder}' exists: --ckpt_path last resumes it, --force replaces it, "
+                "--name gives this one another name."
+            )
+    return plan
+
+
+def config_to_resume(ckpt_path: str | None, root: Path, name: str | None) -> Path:
+    """Return the config.yaml of the run that is resumed without a ``--config``.
+
+    Args:
+        ckpt_path: the option: a file, a run's folder, ``last`` or ``best``.
+        root: folder of all runs.
+        name: the option ``--name``, needed with ``last`` and ``best``.
+
+    Raises:
+        UserError: if no run is named, or its folder holds no config.
+    """
+    if ckpt_path in (None, "auto"):
+        raise UserError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
+    if ckpt_path in ("last", "best"):
+        if name is None:
+            raise UserError(f"--ckpt_path {ckpt_path} needs to know the run: give --config or --name.")
+        folder = root / name
+    else:
+        path = Path(str(ckpt_path))
+        folder = path if path.is_dir() else path.parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"'{folder}' holds no config.yaml of a run to resume; give --config.")
+    return folder / "config.yaml"
+
+
+def _checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
+    if ckpt_path == "auto":
+        # In the first epoch, best.ckpt may be there before last.ckpt.
+        ckpt_path = next((kind for kind in ("last", "best") if (folder / f"{kind}.ckpt").is_file()), None)
+    if ckpt_path is None:
+        return None
+    if ckpt_path in ("last", "best"):
+        if not (folder / f"{ckpt_path}.ckpt").is_file():
+            raise UserError(
+                f"There is no '{folder / ckpt_path}.ckpt' to resume from; leave --ckpt_path out to start a new run."
+            )
+        return folder / f"{ckpt_path}.ckpt"
+    path = Path(ckpt_path)
+    # A run is resumed from its last checkpoint, not from its best.
+    return find_checkpoint(path / "last.ckpt" if path.is_dir() else path)
+
+
+def agent_run() -> str | None:
+    """Return the id of this run if a W&B agent started it; the agent sets it in the environment."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
