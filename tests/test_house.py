@@ -14,7 +14,7 @@ from upright.cli import VERBS
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "files", "recipes", "tables"),
+    ("errors", "files", "internals", "recipes", "tables"),
     ("images",),
     ("runtime",),
     ("warp", "anatomy", "checkpoint"),

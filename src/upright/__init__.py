@@ -1,25 +1,42 @@
 """Upright: from images to a verified ONNX bundle, through any architecture and a spatial transformer around it.
 
-The map, in the order of the imports (each part knows only those above it):
-
-    errors        what a user did wrong, in one line
-    files         written whole, or not at all
-    recipes       a class and its arguments as plain data, and back
-    images        ImageSpec, and decoding any picture to uint8               (numpy, Pillow)
-    runtime       bundle -> answers: verify, infer, Predictor                (numpy, Pillow, onnxruntime)
-    warp          sampling points, transforms, resizing                      (torch, as all that follows)
-    anatomy       what a network is made of, layer by layer
-    architectures one network per file; knows nothing of images or training
-    data          source -> splits -> batches; augmentation
-    training      ImageClassifier, checkpoints, fit / validate / test / predict
-    describe      the anatomy of a config's or a checkpoint's network, printed
-    exporting     checkpoint -> verified bundle
-    evidence      studies: one textbook claim each, measured
-    cli, demo     the verbs, and the verbs one after the other
+The names below are the public face; each is imported when it is first used, so ``import upright`` stays cheap.
 """
 
+import importlib
 import os
+from typing import Any
 
-# Since 1.29 onnxruntime tells Microsoft of every session, the file's name included, unless this is set before it
-# starts; ORT_DISABLE_TELEMETRY=0 lets it.
+# Since 1.29 onnxruntime reports every session to Microsoft, the file's name included, unless this is set before it
+# starts; ORT_DISABLE_TELEMETRY=0 allows it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+_MODULES = {
+    "Digits": "upright.data.digits",
+    "Folder": "upright.data.folder",
+    "ImageClassifier": "upright.training.classifier",
+    "ImageDataModule": "upright.data.datamodule",
+    "ImageSpec": "upright.images",
+    "LeNet": "upright.architectures.lenet",
+    "MNIST": "upright.data.mnist",
+    "Predictor": "upright.runtime.predictor",
+    "RandomAffine": "upright.data.augmentation",
+    "SmallResNet": "upright.architectures.resnet",
+    "SpatialTransformer": "upright.architectures.spatial_transformer",
+    "TransformerNetwork": "upright.architectures.transformer_network",
+    "UprightError": "upright.errors",
+    "export": "upright.exporting.export",
+    "restore": "upright.training.restoring",
+}
+
+__all__ = list(_MODULES)  # the stub beside this file lists them for type checkers
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'upright' has no attribute '{name}'. It offers {', '.join(_MODULES)}.")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_MODULES)

@@ -185,7 +185,9 @@ def test_two_processes_at_once_and_one_that_is_killed(pictures: Path) -> None:
 def test_a_full_disk_is_an_error_and_no_broken_cache(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(0, 0, 1000))
-        with pytest.raises(UprightError, match=r"cannot be used: 0.0 GB are needed and 0.0 GB are free.*--no-cache"):
+        with pytest.raises(
+            UprightError, match=r"cannot be used: 0.0 GB are needed and 0.0 GB are free.*--data.cache none"
+        ):
             _ = folder(pictures, cache="disk").images
     written = []
 

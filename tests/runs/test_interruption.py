@@ -123,7 +123,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 ) -> None:
     monkeypatch.syspath_prepend(str(folder))
     # Pictures are larger than all else here.
-    monkeypatch.setattr("upright.runs.cli.fitting.RunPictures", lambda folder: Callback())
+    monkeypatch.setattr("upright.runs.cli.fit.RunPictures", lambda folder: Callback())
     first = ("fit", "--config", "own.yaml", "--wandb", "off", "--trainer.max_epochs", 1)
     assert upright(*first).code == 0
     run = folder / "checkpoints/own"
@@ -152,7 +152,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(
     upright: Upright, folder: Path, monkeypatch: pytest.MonkeyPatch, small_disk: object
 ) -> None:
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr("upright.runs.cli.fitting.RunPictures", lambda folder: Callback())
+    monkeypatch.setattr("upright.runs.cli.fit.RunPictures", lambda folder: Callback())
     small_disk(20_000)  # type: ignore[operator]
     answer = upright("fit", "--config", "own.yaml", "--wandb", "off", "--trainer.max_epochs", 1)
     assert answer.code == 2 and "checkpoints/own/best.ckpt'" in answer.err

@@ -137,7 +137,7 @@ def test_a_run_leaves_its_pictures_and_a_resumed_one_goes_on(upright: Upright, t
 def test_pictures_change_nothing(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = ("fit", "--config", STN, *QUICK, "--trainer.max_epochs", 2, "--name")
     assert upright(*fit, "with").code == 0
-    monkeypatch.setattr("upright.runs.cli.fitting.RunPictures", lambda folder: L.Callback())
+    monkeypatch.setattr("upright.runs.cli.fit.RunPictures", lambda folder: L.Callback())
     assert upright(*fit, "without").code == 0
     assert not (tmp_path / "checkpoints/without/samples.png").exists()
     ours, theirs = (

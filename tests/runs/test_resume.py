@@ -148,7 +148,11 @@ SERIES = {
         ["validation_start:1", "step:8"],
     ),
     "averages": (AVERAGED, ("--save_every_n_steps", 5), ["step:13", "validation:4", "write:2", "rename:2"]),
-    "workers": (CONFIG, ("--save_every_n_steps", 2, "--no-cache", "--data.num_workers", 2), ["step:4", "validation:1"]),
+    "workers": (
+        CONFIG,
+        ("--save_every_n_steps", 2, "--data.cache", "none", "--data.num_workers", 2),
+        ["step:4", "validation:1"],
+    ),
     "another file system": (CONFIG, ("--save_every_n_steps", 4), ["write:2", "rename:3", "step:7"]),
 }
 RANDOM = 2

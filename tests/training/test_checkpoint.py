@@ -11,7 +11,6 @@ from upright.architectures.lenet import LeNet
 from upright.checkpoint import find_checkpoint, read_checkpoint
 from upright.data.digits import Digits
 from upright.errors import UprightError
-from upright.runs.callbacks import RunRecord
 from upright.runs.checkpoint_io import AtomicCheckpointIO
 from upright.training.classifier import ImageClassifier
 from upright.training.restoring import restore
@@ -159,7 +158,6 @@ def test_a_run_from_python_restores_alike(tmp_path: Path) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[RunRecord({"name": "python", "id": "1"})],
     )
     trainer.fit(classifier, data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")

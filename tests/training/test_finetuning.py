@@ -34,7 +34,7 @@ from upright.images import ImageSpec
 from upright.recipes import build
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze, head, start_from
-from upright.training.restoring import contents, restore
+from upright.training.restoring import restore
 
 SPEC = Digits(size=12, margin=0).spec
 FEW = replace(SPEC, classes=("7", "8", "9"))
@@ -49,7 +49,8 @@ def classifier(network: object = SMALL, spec: ImageSpec = SPEC, seed: int = 0, *
 
 
 def saved(model: ImageClassifier, path: Path) -> Path:
-    state = {"state_dict": model.state_dict(), "upright": contents(model, None, {"name": "one", "id": "1"}, {})}
+    model.run = {"name": "one", "id": "1"}
+    state = {"state_dict": model.state_dict(), "upright": model.contents(None, {})}
     torch.save(state, path)
     return path
 

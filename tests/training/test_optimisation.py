@@ -21,6 +21,7 @@ from upright.data.digits import Digits
 from upright.errors import UprightError
 from upright.training.classifier import ImageClassifier
 from upright.training.losses import CrossEntropy
+from upright.training.optimisation import grouped_optimizer
 
 STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
 QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4, "--wandb", "off")
@@ -60,7 +61,7 @@ class Marked(nn.Module):
 @pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=OPTIMISERS)
 def test_norms_and_biases_do_not_decay(optimiser: object) -> None:
     classifier = ImageClassifier(SPEC, STNET, optimiser)
-    groups = classifier.grouped_optimizer().param_groups
+    groups = grouped_optimizer(classifier.model, classifier.optimizer).param_groups
     names = {parameter: name for name, parameter in classifier.model.named_parameters()}
     found = [names[parameter] for group in groups for parameter in group["params"]]
     assert sorted(found) == sorted(names.values())
@@ -72,7 +73,7 @@ def test_norms_and_biases_do_not_decay(optimiser: object) -> None:
         assert slow == {group["lr"] < 0.005}
     # Without a gradient, what decays is what moves.
     before = {name: parameter.detach().clone() for name, parameter in classifier.model.named_parameters()}
-    optimizer = classifier.grouped_optimizer()
+    optimizer = grouped_optimizer(classifier.model, classifier.optimizer)
     for parameter in classifier.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -83,7 +84,7 @@ def test_norms_and_biases_do_not_decay(optimiser: object) -> None:
 
 def test_a_module_marks_what_must_not_decay_and_a_shared_one_counts_once() -> None:
     classifier = ImageClassifier(SPEC, Marked, OPTIMISERS["AdamW"])
-    decaying, kept = classifier.grouped_optimizer().param_groups
+    decaying, kept = grouped_optimizer(classifier.model, classifier.optimizer).param_groups
     network = classifier.model.network
     assert [id(p) for p in decaying["params"]] == [id(network.layer.weight)]
     assert {id(p) for p in kept["params"]} == {id(network.embedding.weight), id(network.layer.bias)}
@@ -96,7 +97,7 @@ def test_a_module_marks_what_must_not_decay_and_a_shared_one_counts_once() -> No
 )
 def test_without_weight_decay_there_is_one_group(optimiser: object) -> None:
     classifier = ImageClassifier(SPEC, LeNet, optimiser)
-    assert len(classifier.grouped_optimizer().param_groups) == 1
+    assert len(grouped_optimizer(classifier.model, classifier.optimizer).param_groups) == 1
     fit = trainer(max_steps=2, limit_val_batches=0)
     fit.fit(classifier, Digits(size=12, margin=0))
     assert float(fit.callback_metrics["train/loss"]) > 0
@@ -108,7 +109,7 @@ def test_one_kernel_makes_the_step_of_the_loop(name: str) -> None:
     for given in ({}, {"fused": False}, {"foreach": True}):
         torch.manual_seed(0)
         classifier = ImageClassifier(SPEC, STNET, partial(OPTIMISERS[name], **given))
-        optimizer = classifier.grouped_optimizer()
+        optimizer = grouped_optimizer(classifier.model, classifier.optimizer)
         assert {group["fused"] for group in optimizer.param_groups} == {not given or given.get("fused")}
         for _ in range(3):
             for parameter in classifier.parameters():
@@ -125,7 +126,7 @@ def test_what_an_optimiser_refuses_is_one_line() -> None:
         (partial(torch.optim.SGD, lr=1.0, nesterov=True), r"model.optimizer: Nesterov momentum requires"),
     ):
         with pytest.raises(UprightError, match=text):
-            ImageClassifier(SPEC, LeNet, optimiser).grouped_optimizer()
+            grouped_optimizer(ImageClassifier(SPEC, LeNet, optimiser).model, optimiser)
 
 
 def test_balanced_weights_come_from_the_training_images() -> None:

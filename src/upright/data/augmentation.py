@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from upright.data.batch import Points, View
 from upright.data.mixing import Mixing
 from upright.errors import UserError
+from upright.internals.kornia import has_part
 from upright.warp import (
     Padding,
     full_precision,
@@ -316,7 +317,7 @@ class Augmentation(nn.Module):
             raise UserError(f"padding is one of {', '.join(get_args(Padding))}; got '{padding}'.")
         self.parts, self.padding = nn.ModuleList(parts), padding
         for part in self.parts:
-            if _of_kornia(part, "mix"):
+            if has_part(part, "mix"):
                 raise UserError(
                     f"{type(part).__name__} of kornia mixes images or parts of them, and labels and poses would not "
                     "know of it: use upright.data.mixing.MixUp or CutMix."
@@ -325,7 +326,7 @@ class Augmentation(nn.Module):
     @property
     def moves(self) -> bool:
         """Whether any part moves pixels."""
-        return any(isinstance(part, Geometric | Distortion) or _of_kornia(part, "geometric") for part in self.parts)
+        return any(isinstance(part, Geometric | Distortion) or has_part(part, "geometric") for part in self.parts)
 
     @property
     def mixes(self) -> str | None:
@@ -337,7 +338,7 @@ class Augmentation(nn.Module):
         """The name of the first part that moves pixels and does not say where, if there is one."""
         for part in self.parts:
             # Whatever moves, and whatever it is inside of.
-            moving = [module for module in part.modules() if _of_kornia(module, "geometric")]
+            moving = [module for module in part.modules() if has_part(module, "geometric")]
             if not all(hasattr(module, "transform_matrix") for module in moving):
                 return type(part).__name__
         return None
@@ -379,7 +380,7 @@ class Augmentation(nn.Module):
                     f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
                     f"{tuple(images.shape)}: {' '.join(str(error).split())[:200]}"
                 ) from error
-            matrices = getattr(part, "transform_matrix", None) if _of_kornia(part, "geometric") else None
+            matrices = getattr(part, "transform_matrix", None) if has_part(part, "geometric") else None
             if isinstance(matrices, Tensor):
                 done = done.then(_normalised(matrices, size, images.shape[-2:]))
         images, done = self._sampled(images, pending).float(), done.then(*pending.parts)
@@ -398,12 +399,6 @@ class Augmentation(nn.Module):
             some = slice(start, start + at_once)
             sampled[some] = sample(images[some].float(), points[some], height, width, self.padding)
         return sampled
-
-
-def _of_kornia(module: nn.Module, kind: str) -> bool:
-    """Whether a module is, or has inside, one of kornia's of that kind, which its folders tell without an import."""
-    folder = f"kornia.augmentation._2d.{kind}."
-    return any(cls.__module__.startswith(folder) for each in module.modules() for cls in type(each).__mro__)
 
 
 def _normalised(matrices: Tensor, size: torch.Size, new_size: torch.Size) -> Points:

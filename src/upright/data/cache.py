@@ -251,7 +251,7 @@ class Cache:
             if with_pixels:
                 raise UserError(
                     f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder "
-                    "with room, or decode files whenever they are wanted: --no-cache."
+                    "with room, or decode files whenever they are wanted: --data.cache none."
                 ) from error
             # The facts are small; they are found out again the next time.
             for _ in self._decoded(np.flatnonzero(self.facts["state"] == 0)):

@@ -288,8 +288,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         return batch._replace(images=first.images, labels=first.targets, views=(first, *others))
 
     def train_dataloader(self) -> BatchLoader:
-        """The training split, in a new order every epoch."""
-        self._train_loader = loader = self.loader("train", shuffle=True)
+        """Return the training split, in a new order every epoch; always the same one with ``overfit_batches``."""
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        self._train_loader = loader = self.loader("train", shuffle=not overfits)
         if self._resume_from:
             loader.load_state_dict(self._resume_from)
             self._resume_from = {}

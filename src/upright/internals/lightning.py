@@ -9,4 +9,4 @@ def accumulates(trainer: L.Trainer) -> bool:
     Lightning asks itself by this method. Its public counters do not say it: `accumulate_grad_batches` may change by
     epoch, and the last batch of an epoch always steps.
     """
-    return trainer.fit_loop._should_accumulate()
+    return trainer.fit_loop._should_accumulate()  # noqa: SLF001

@@ -13,10 +13,10 @@ def use_artifact_offline(run: "Run", artifact: "Artifact") -> None:
 
     `Run.use_artifact` refuses offline runs.
     """
-    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)  # noqa: SLF001
 
 
 def without_anonymous(logger: WandbLogger) -> WandbLogger:
     """Drop the argument ``anonymous`` that Lightning 2.6 always passes, and that wandb 0.31 warns of."""
-    logger._wandb_init.pop("anonymous", None)
+    logger._wandb_init.pop("anonymous", None)  # noqa: SLF001
     return logger

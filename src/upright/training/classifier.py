@@ -278,6 +278,26 @@ class ImageClassifier(Recorded, L.LightningModule):
         batch = as_batch(batch)
         return batch.labels, self.model(batch.images).softmax(dim=1)
 
+    def contents(self, data: Any, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return Upright's part of a checkpoint, as plain data and tensors.
+
+        Args:
+            data: the datamodule, or None.
+            metrics: of the validation of these weights.
+        """
+        return {
+            "format": FORMAT,
+            "versions": {name: version(name) for name in ("upright", "torch", "lightning")},
+            "git_commit": git_commit(),
+            "model": self.recipe,
+            "spec": self.spec.to_dict(),
+            "data": data_recipe(data),
+            "split": data.manifest.to_dict() if isinstance(data, ImageDataModule) else None,
+            "run": dict(self.run or {}) | ({"start": self.start} if self.start else {}),
+            "seen": self.seen,
+            "metrics": dict(metrics),
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add all that rebuilds model and data, as plain data and tensors, and the sums of the epoch so far."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -288,18 +308,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             for name, value in sorted(self.trainer.callback_metrics.items())
             if current and name.startswith("val/")
         }
-        checkpoint[KEY] = {
-            "format": FORMAT,
-            "versions": {name: version(name) for name in ("upright", "torch", "lightning")},
-            "git_commit": git_commit(),
-            "model": self.recipe,
-            "spec": self.spec.to_dict(),
-            "data": data_recipe(data),
-            "split": data.manifest.to_dict() if isinstance(data, ImageDataModule) else None,
-            "run": dict(self.run or {}) | ({"start": self.start} if self.start else {}),
-            "seen": self.seen,
-            "metrics": metrics,
-        }
+        checkpoint[KEY] = self.contents(data, metrics)
         gather: Any = self.all_gather
         sums = self._means.state_dict().items()
         checkpoint["train_means"] = {name: (gather(total).reshape(-1), count) for name, (total, count) in sums}

@@ -37,6 +37,14 @@ NOT_RECORDED = ("config", "name", "force", "wandb", "save_every_n_steps", "compi
 """Options that are not part of the experiment, and so not of ``config.yaml``."""
 
 
+def experiment(model: Callable[[ImageSpec], ImageClassifier]) -> None:
+    """Declare the option ``--model``; its types do not have to be annotated.
+
+    Args:
+        model: Arguments of ImageClassifier, or class_path and init_args of a subclass.
+    """
+
+
 def fit(arguments: Sequence[str]) -> None:
     """Train, or resume, with the options that follow ``upright fit``."""
     early = early_options(arguments)
@@ -63,13 +71,8 @@ class Fit(Command):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the model: a callable that takes the data's spec, `ImageClassifier` unless ``class_path`` says other."""
-        parser.add_argument(
-            "--model",
-            type=Callable[[ImageSpec], ImageClassifier],
-            default={"class_path": MODEL},
-            enable_path=True,
-            help="Arguments of ImageClassifier, or class_path and init_args of a subclass.",
-        )
+        parser.add_function_arguments(experiment, fail_untyped=False, sub_configs=True)
+        parser.set_defaults({"model": {"class_path": MODEL}})
         super().add_core_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -169,7 +172,7 @@ class Fit(Command):
         if self.config.trainer.fast_dev_run:
             return [self.interruption]
         return [
-            RunConfig(folder / "config.yaml", self.experiment()),
+            RunConfig(folder / "config.yaml", self.recorded()),
             Divergence(folder),
             *checkpoints(folder, self.config.save_every_n_steps),
             self.interruption,
@@ -180,7 +183,7 @@ class Fit(Command):
             Artifacts(folder),
         ]
 
-    def experiment(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, Any]:
         """Return the experiment as plain data, with all defaults: what ``config.yaml`` records."""
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         return {key: value for key, value in config.items() if key not in NOT_RECORDED}
@@ -201,7 +204,8 @@ class Fit(Command):
                 return
             check_resumable(self.checkpoint, model, data, self.trainer, plan.checkpoint)
         elif plan.start:
-            lines = start_from(model, plan.start, data, allow_seen=self.config.allow_seen_images)
+            images = data if isinstance(data, ImageDataModule) else None
+            lines = start_from(model, plan.start, images, allow_seen=self.config.allow_seen_images)
             self._print(*lines, sep="\n")
         first = self.trainer.is_global_zero
         new = first and not plan.resumes_in_place

@@ -18,12 +18,7 @@ class OneLineParser(LightningArgumentParser):
         """Raise the innermost reason, under the key where it stands."""
         key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
         inner = user_error(ex)
-        options = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action.choices, dict):
-                # The verb's own parser.
-                options += [name for verb in action.choices.values() for name in verb._option_string_actions]
-        reason = str(inner) if inner else explain(message, options)
+        reason = str(inner) if inner else explain(message, self._option_string_actions)
         raise UserError(f"{key}: {reason}" if key and not reason.startswith(key) else reason) from None
 
 
@@ -43,11 +38,13 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     """
     names = sorted(option[2:] for option in options if re.fullmatch(r"--.*(?<!help)(?<!\+)", option))
     if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
-        return f"unknown option '--{match[1]}'.{nearest(match[1], names)} `--help` shows all."
+        hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)
+        return f"unknown option '--{match[1]}'.{hint} `--help` shows all."
     if match := re.search(r"unrecognized arguments: (.*)", message):
         return f"'{match[1]}' belongs to no option; options begin with --."
     if match := re.search(r"Option '([^']+)' is not accepted", message):
-        return f"unknown option '{match[1]}'.{nearest(match[1], names)} Allowed: {', '.join(names)}."
+        hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)
+        return f"unknown option '{match[1]}'.{hint} Allowed: {', '.join(names)}."
     if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
         given = match[1] or match[2]
         # `model.netwrk.class_path` is reported whole, and the parser knows no further than `model.network`.

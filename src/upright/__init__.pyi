@@ -1,0 +1,15 @@
+from upright.architectures.lenet import LeNet as LeNet
+from upright.architectures.resnet import SmallResNet as SmallResNet
+from upright.architectures.spatial_transformer import SpatialTransformer as SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork as TransformerNetwork
+from upright.data.augmentation import RandomAffine as RandomAffine
+from upright.data.datamodule import ImageDataModule as ImageDataModule
+from upright.data.digits import Digits as Digits
+from upright.data.folder import Folder as Folder
+from upright.data.mnist import MNIST as MNIST
+from upright.errors import UprightError as UprightError
+from upright.exporting.export import export as export
+from upright.images import ImageSpec as ImageSpec
+from upright.runtime.predictor import Predictor as Predictor
+from upright.training.classifier import ImageClassifier as ImageClassifier
+from upright.training.restoring import restore as restore
