@@ -112,7 +112,7 @@ def test_loops_end_and_a_picture_counts_once_in_a_class(mixed: Path) -> None:
 
 def test_a_class_that_is_a_link_to_the_whole_holds_nothing(mixed: Path) -> None:
     (mixed / "c").symlink_to(mixed)
-    with pytest.raises(UprightError, match=r"No picture in class \['c'\]"):
+    with pytest.raises(UprightError, match=r"No image in class \['c'\]"):
         _ = Folder(root=str(mixed)).source
 
 

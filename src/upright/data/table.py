@@ -1,4 +1,4 @@
-"""Your own pictures: a table that says where each one is and what it shows."""
+"""Your own images: a table of paths and labels."""
 
 import csv
 import os
@@ -15,37 +15,35 @@ from upright.data.split import SPLITS
 from upright.errors import UserError, nearest
 from upright.images import ImageSpec
 
-COLUMNS = ("path", "label", "split")
-
 
 class Row(NamedTuple):
-    """One picture, and its line in the table, from 1."""
+    """One image, and its line in the table, from 1."""
 
     line: int
     path: str
     label: str
-    split: str
+    split: str = ""
 
 
 class Table(Pictures):
-    """A CSV or Parquet file with the columns ``path``, ``label`` and, if you have it, ``split``; others do not count.
+    """A CSV or Parquet file with the columns ``path``, ``label`` and optionally ``split``; other columns are ignored.
 
-    Paths are absolute, or from the table's own folder. Labels are the names of the classes: text or whole numbers.
-    Splits are train, val and test; one that is not there is split off the training images.
+    Paths are absolute, or relative to the table's folder. Labels are the names of the classes: text or whole numbers.
+    Splits are train, val and test; a missing split is taken from the training images.
 
     Args:
-        file: the table: ``.csv`` (UTF-8, commas, the columns' names in the first line) or ``.parquet`` (needs pyarrow).
-        **options: see `Pictures`.
+        file: the table: ``.csv`` (UTF-8, commas, column names in the first line) or ``.parquet`` (needs pyarrow).
+        **options: options of `Pictures`.
     """
 
     def __init__(self, *, file: str, **options: object) -> None:
         self.file = absolute(file)
         self.arguments["file"] = str(self.file)
-        super().__init__(**options)  # type: ignore[arg-type]  # jsonargparse reads the base's own types
+        super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The table, checked; no picture is looked for."""
+        """The checked rows of the table, without looking for the images."""
         if not self.file.is_file():
             raise UserError(f"Table '{self.file}' does not exist; `file` (--data.file) is a .csv or .parquet file.")
         readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -53,19 +51,19 @@ class Table(Pictures):
             raise UserError(f"Table '{self.file}' must be a .csv or .parquet file.")
         rows = list(readers[suffix](self.file))
         if not rows:
-            raise UserError(f"Table '{self.file}' holds no pictures: no line follows the names of the columns.")
+            raise UserError(f"Table '{self.file}' holds no images: no line follows the names of the columns.")
+        splits = {row.split for row in rows}
         for row in rows:
+            place = f"'{self.file}' line {row.line}"
+            if not row.path or not row.label:
+                raise UserError(f"{place} has no {'label' if row.path else 'path'}.")
             if row.split not in ("", *SPLITS):
-                raise UserError(
-                    f"'{self.file}' line {row.line}: split must be one of {', '.join(SPLITS)}; got '{row.split}'."
-                    + nearest(row.split, SPLITS)
-                )
-        given = {row.split for row in rows}
-        if "" in given and len(given) > 1:
-            line = next(row.line for row in rows if not row.split)
-            raise UserError(f"'{self.file}' line {line} says no split, and others do.")
-        if "" not in given and "train" not in given:
-            raise UserError(f"Table '{self.file}' has the splits {sorted(given)} but no 'train'.")
+                allowed = f"split must be one of {', '.join(SPLITS)}; got '{row.split}'."
+                raise UserError(f"{place}: {allowed}{nearest(row.split, SPLITS)}")
+            if not row.split and len(splits) > 1:
+                raise UserError(f"{place} has no split, and other lines have one.")
+        if "train" not in splits and "" not in splits:
+            raise UserError(f"Table '{self.file}' has the splits {sorted(splits)} but no 'train'.")
         return rows
 
     @property
@@ -75,11 +73,10 @@ class Table(Pictures):
         whole = all(re.fullmatch(r"-?\d+", name) for name in names)
         classes = tuple(sorted(names, key=lambda name: (int(name) if whole else 0, name)))
         if len(classes) < 2:
-            raise UserError(f"Table '{self.file}' must have at least two labels to train on; found {list(classes)}.")
+            raise UserError(f"Table '{self.file}' must have at least two labels for training; found {list(classes)}.")
         return self.spec_of(classes)
 
     def read(self) -> Source:
-        """Look for all pictures; they are decoded when they are needed."""
         classes = {name: label for label, name in enumerate(self.spec.classes)}
         lines: dict[str, int] = {}
         splits: dict[str, list[int]] = {}
@@ -93,42 +90,39 @@ class Table(Pictures):
             if lines.setdefault(path, row.line) != row.line:
                 raise UserError(
                     f"'{self.file}' line {row.line}: '{row.path}' is already in line {lines[path]}; "
-                    "a picture has one label and one split."
+                    "an image has one label and one split."
                 )
             splits.setdefault(row.split, []).append(index)
-        if missing := [(line, path) for path, line in lines.items() if not os.path.isfile(path)]:
-            (line, path), *others = missing
+        if missing := [path for path in lines if not os.path.isfile(path)]:
+            more = f", and {len(missing) - 1} other files do not exist either" if len(missing) > 1 else ""
             raise UserError(
-                f"'{self.file}' line {line}: '{path}' does not exist"
-                + (f", nor do {len(others)} others" if others else "")
-                + f". Paths are absolute, or from '{self.file.parent}'."
+                f"'{self.file}' line {lines[missing[0]]}: '{missing[0]}' does not exist{more}. "
+                f"Paths are absolute, or relative to '{self.file.parent}'."
             )
         labels = [classes[row.label] for row in self.rows]
         return self.source_of([Path(path) for path in lines], labels, [row.path for row in self.rows], splits)
 
     def where(self, split: str) -> str:
-        """The split, and the table."""
         return f"split '{split}' of '{self.file}'"
 
 
 def _csv_rows(file: Path) -> Iterator[Row]:
     try:
-        # Spreadsheets put a byte order mark before the first name.
+        # Spreadsheets write a byte order mark before the first name.
         with file.open(encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, skipinitialspace=True)
             header = [name.strip() for name in next(reader, [])]
-            places = _places(header, file)
-            for cells in reader:
-                if not cells:
-                    continue
+            columns = _columns(header, file)
+            for cells in filter(None, reader):
                 if len(cells) != len(header):
                     raise UserError(
                         f"'{file}' line {reader.line_num}: {len(cells)} cells under {len(header)} names. "
                         "A comma that belongs to a name needs quotes around it."
                     )
-                yield _row(file, reader.line_num, {name: cells[place] for name, place in places.items()})
+                row = dict(zip(header, cells, strict=True))
+                yield _row(reader.line_num, {name: row[name] for name in columns})
     except UnicodeDecodeError:
-        raise UserError(f"Table '{file}' is not text in UTF-8; save it as that.") from None
+        raise UserError(f"Table '{file}' is not text in UTF-8; save it as UTF-8.") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"Table '{file}' cannot be read: {error}.") from None
 
@@ -142,27 +136,23 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             f"Table '{file}' needs the package 'pyarrow': pip install 'upright[parquet]', or save it as .csv."
         ) from None
     try:
-        places = _places(pyarrow.parquet.read_schema(file).names, file)
-        table = pyarrow.parquet.read_table(file, columns=list(places), partitioning=None)
+        columns = _columns(pyarrow.parquet.read_schema(file).names, file)
+        table = pyarrow.parquet.read_table(file, columns=columns, partitioning=None)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"Table '{file}' cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
     for line, cells in enumerate(table.to_pylist(), start=1):
-        yield _row(file, line, {name: "" if cell is None else str(cell) for name, cell in cells.items()})
+        yield _row(line, {name: "" if cell is None else str(cell) for name, cell in cells.items()})
 
 
-def _places(header: list[str], file: Path) -> dict[str, int]:
-    """Where our columns are."""
-    twice = [name for name in COLUMNS if header.count(name) > 1]
-    if twice or not {"path", "label"} <= set(header):
+def _columns(header: list[str], file: Path) -> list[str]:
+    """Return the columns to read, after checking the header."""
+    columns = [name for name in header if name in ("path", "label", "split")]
+    if len(columns) > len(set(columns)) or not {"path", "label"} <= set(columns):
         raise UserError(
             f"Table '{file}' needs the columns path and label, and may have split, each once; it has {header}."
         )
-    return {name: header.index(name) for name in COLUMNS if name in header}
+    return columns
 
 
-def _row(file: Path, line: int, cells: dict[str, str]) -> Row:
-    row = Row(line, cells["path"], cells["label"].strip(), cells.get("split", "").strip())
-    for name in ("path", "label"):
-        if not getattr(row, name):
-            raise UserError(f"'{file}' line {line} has no {name}.")
-    return row
+def _row(line: int, cells: dict[str, str]) -> Row:
+    return Row(line, cells["path"], cells["label"].strip(), cells.get("split", "").strip())
