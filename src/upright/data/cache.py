@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -92,8 +92,8 @@ class Decoder:
         # One batch of originals at a time: each may be a thousand times as large as its result.
         for batch in batches_of_one_size(readable(), lambda item: item[2], count):
             places, indices, originals = zip(*batch, strict=True)
-            shown = self.views.show(to_tensor(np.stack(originals)), torch.tensor(indices))
-            decoded.pixels[list(places)] = self._resized(shown)
+            views = self.views.show(to_tensor(np.stack(originals)), torch.tensor(indices))
+            decoded.pixels[list(places)] = self._resized(views)
         return decoded
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -194,14 +194,15 @@ class Cache:
             self.pixels = PixelArray(self._in_memory())
         else:
             self._on_disk([files[i] for i in decoder.indices.tolist()], with_pixels=where == "disk")
-        self._check(np.flatnonzero(self.facts["state"] == UNREADABLE).tolist())
+        self._check()
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
         """Mask of the images that can be decoded, ``(N,)``."""
         return np.asarray(self.facts["state"] == READ)
 
-    def _check(self, unreadable: list[int]) -> None:
+    def _check(self) -> None:
+        unreadable = np.flatnonzero(self.facts["state"] == UNREADABLE)
         if len(unreadable) > self.max_unreadable:
             more = len(unreadable) - 1
             raise UserError(
@@ -213,14 +214,12 @@ class Cache:
         """Decode the images at ``positions`` chunk by chunk, and record their facts."""
         most = max(1, CHUNK_BYTES // self._row_bytes)
         chunks = [positions[start : start + most] for start in range(0, len(positions), most)]
-        unreadable: list[int] = []
         visible = self.workers > 0 and sys.stderr.isatty()
         with tqdm(total=len(positions), desc="Decoding", unit=" images", leave=False, disable=not visible) as bar:
             for chunk, decoded in zip(chunks, fetch(self.decoder.__getitem__, chunks, self.workers), strict=True):
                 self.facts[chunk] = decoded.facts
                 yield chunk, decoded.pixels
-                unreadable += chunk[decoded.facts["state"] == UNREADABLE].tolist()
-                self._check(unreadable)
+                self._check()
                 bar.update(len(chunk))
 
     def _in_memory(self) -> npt.NDArray[np.uint8]:
@@ -243,7 +242,7 @@ class Cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
-                rows = self._append_missing(folder, _identities(files), self._row_bytes if with_pixels else 0)
+                rows = self._append_missing(folder, list(map(_identity, files)), with_pixels=with_pixels)
             if with_pixels and self.readable.any():
                 shape = (int(rows.max()) + 1, *self.decoder.row_shape)
                 self.pixels = PixelFile(folder / "pixels", shape, rows)
@@ -257,14 +256,13 @@ class Cache:
             for _ in self._decode(np.flatnonzero(self.facts["state"] == 0)):
                 pass
 
-    def _append_missing(self, folder: Path, identities: list[int], row_bytes: int) -> Indices:
-        """Return the row of every image, 0 for unreadable ones; ``row_bytes`` is 0 to store only the facts."""
+    def _append_missing(self, folder: Path, identities: list[int], *, with_pixels: bool) -> Indices:
+        """Append what is not stored yet, and return the row of every image, 0 for unreadable ones."""
         facts_path, pixels_path = folder / "facts", folder / "pixels"
+        row_bytes = self._row_bytes if with_pixels else 0
         stored = np.fromfile(facts_path, FACTS) if facts_path.is_file() else self.facts[:0]
-        if row_bytes:
-            # The large file may have been deleted, or be longer than the facts if a process was killed between the two.
-            complete = pixels_path.stat().st_size // row_bytes if pixels_path.is_file() else 0
-            stored = stored[:complete]
+        if with_pixels:  # the large file may have been deleted
+            stored = stored[: pixels_path.stat().st_size // row_bytes if pixels_path.is_file() else 0]
         # Unreadable images are tried again: the reason may have been the disk.
         row_of = {int(stored["identity"][row]): row for row in np.flatnonzero(stored["state"] == READ).tolist()}
         rows = np.array([row_of.get(identity, -1) for identity in identities], np.int64)
@@ -275,7 +273,8 @@ class Cache:
         if (needed := len(missing) * row_bytes) > free:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
         # The pixels are written, not mapped, because a full disk would kill a process that writes to a map.
-        with facts_path.open("ab") as facts, pixels_path.open("ab") if row_bytes else nullcontext() as pixels:
+        with facts_path.open("ab") as facts, pixels_path.open("ab") if with_pixels else nullcontext() as pixels:
+            # A killed process may have left an incomplete row, or pixels without facts.
             facts.truncate(stored.nbytes)
             if pixels:
                 pixels.truncate(len(stored) * row_bytes)
@@ -295,20 +294,16 @@ class Cache:
         return rows
 
 
-def _identities(files: list[Path]) -> list[int]:
-    """Return 64 bits for the current state of each file."""
-    identities = []
-    for file in files:
-        try:
-            status = file.stat()
-            # Two files that are exchanged keep their modification times, but not their inodes and status times.
-            state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
-        except OSError:
-            # For example a dangling link: decoding reports it.
-            state = ""
-        digest = blake2b(f"{file}\0{state}".encode(errors="surrogateescape"), digest_size=8)
-        identities.append(int.from_bytes(digest.digest(), "little"))
-    return identities
+def _identity(file: Path) -> int:
+    """Return 64 bits for the path and the current state of a file."""
+    try:
+        status = file.stat()
+        # Two files that are exchanged keep their modification times, but not their inodes and status times.
+        state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
+    except OSError:  # for example a dangling link, which decoding reports
+        state = ""
+    digest = blake2b(f"{file}\0{state}".encode(errors="surrogateescape"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
@@ -320,18 +315,13 @@ def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> AbstractContextManager[object]:
     lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process fills '{folder}'; waiting for it ...", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def to_tensor(images: npt.NDArray[np.uint8]) -> Tensor:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from upright.data.download import absolute
-from upright.data.pictures import Pictures
-from upright.data.source import Source
+from upright.data.pictures import Pictures, Row
 from upright.data.split import SPLITS
 from upright.errors import UserError
-from upright.images import SUFFIXES, ImageSpec
+from upright.images import SUFFIXES
 
 
 class Folder(Pictures):
@@ -38,38 +37,31 @@ class Folder(Pictures):
             raise UserError(f"Folder '{self.root}' has {sorted(folders)} but no 'train'.")
         return folders or {"": self.root}
 
-    @property
-    def spec(self) -> ImageSpec:
-        """Classes are the names of the folders, sorted."""
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the training folders, sorted."""
         training = self._split_folders.get("train", self.root)
-        classes = tuple(_classes(training))
-        if len(classes) < 2:
-            raise UserError(f"Folder '{training}' must hold at least two folders, one per class; found {len(classes)}.")
-        return self.spec_of(classes)
+        names = _class_names(training)
+        if len(names) < 2:
+            raise UserError(f"Folder '{training}' must hold at least two folders, one per class; found {len(names)}.")
+        return tuple(names)
 
-    def read(self) -> Source:
-        classes = self.spec.classes
-        paths: list[Path] = []
-        labels: list[int] = []
-        splits: dict[str, range] = {}
+    def rows(self) -> list[Row]:
+        rows: list[Row] = []
         for split, folder in self._split_folders.items():
-            first = len(paths)
-            for name in _classes(folder):
-                if not (files := _image_files(folder / name)):
-                    continue
-                if name not in classes:
-                    raise UserError(f"Class '{name}' of '{folder}' is not among the training classes {classes}.")
-                paths += files
-                labels += [classes.index(name)] * len(files)
-            splits[split] = range(first, len(paths))
-        names = [path.relative_to(self.root).as_posix() for path in paths]
-        return self.source_of(paths, labels, names, splits)
+            first = len(rows)
+            for name in _class_names(folder):
+                place = f"'{folder / name}'"
+                for path in _image_files(folder / name):
+                    rows.append(Row(path, name, split, path.relative_to(self.root).as_posix(), place))
+            if len(rows) == first:
+                self.check_classes(split, set())
+        return rows
 
     def where(self, split: str) -> str:
         return f"'{self.root / split}' ({' '.join(sorted(SUFFIXES))})"
 
 
-def _classes(folder: Path) -> list[str]:
+def _class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 

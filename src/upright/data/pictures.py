@@ -1,17 +1,36 @@
 """The base of datasets that are image files on disk."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Source
-from upright.errors import UserError
+from upright.errors import UserError, nearest
 from upright.images import ImageSpec, Pixels, Resize, decode
 
 
+class Row(NamedTuple):
+    """One image file.
+
+    Args:
+        path: the file.
+        label: name of the class.
+        split: ``train``, ``val`` or ``test``; empty if the user did not split the images.
+        name: short name of the image.
+        place: where the label comes from, for messages.
+    """
+
+    path: Path
+    label: str
+    split: str
+    name: str
+    place: str
+
+
 class Pictures(ImageDataModule):
-    """Images of any size and format. A subclass finds the files; it implements `spec`, `read` and `where`.
+    """Images of any size and format. A subclass finds the files; it implements `classes`, `rows` and `where`.
 
     Args:
         size: height and width of the network's input.
@@ -39,36 +58,46 @@ class Pictures(ImageDataModule):
         self.size, self.channels, self.resize, self.background = size, channels, resize, background
         self.mean, self.std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
 
-    def spec_of(self, classes: tuple[str, ...]) -> ImageSpec:
-        """Return the spec of the options and ``classes``."""
-        return ImageSpec(
-            self.channels, self.size, self.size, classes, self.mean, self.std, self.resize, self.background
-        )
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Return the labels of the training images, in order."""
 
-    def source_of(
-        self, paths: Sequence[Path], labels: Sequence[int], names: Sequence[str], splits: Mapping[str, Sequence[int]]
-    ) -> Source:
-        """Return the source of these files.
-
-        Args:
-            paths: the files.
-            labels: indices into the spec's classes.
-            names: names of the images, for messages.
-            splits: indices of the user's splits, or of all images under an empty name if there are none.
-
-        Raises:
-            UserError: if a split lacks a class.
-        """
-        spec = self.spec
-        for split, indices in splits.items():
-            present = {labels[i] for i in indices}
-            if empty := [name for label, name in enumerate(spec.classes) if label not in present]:
-                raise UserError(f"No image in class {empty} of {self.where(split)}.")
-        return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None, paths)
+    @abstractmethod
+    def rows(self) -> Sequence[Row]:
+        """Find all images."""
 
     @abstractmethod
     def where(self, split: str) -> str:
         """Return the name of a split for messages."""
+
+    @property
+    def spec(self) -> ImageSpec:
+        return ImageSpec(
+            self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background
+        )
+
+    def read(self) -> Source:
+        spec, rows = self.spec, self.rows()
+        numbers = {name: number for number, name in enumerate(spec.classes)}
+        splits: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.label not in numbers:
+                raise UserError(
+                    f"{row.place}: label '{row.label}' of split '{row.split}' is not among the training labels "
+                    f"{spec.classes}.{nearest(row.label, numbers)}"
+                )
+            splits.setdefault(row.split, []).append(index)
+        for split, indices in splits.items():
+            self.check_classes(split, {rows[index].label for index in indices})
+        paths, labels, _, names, _ = zip(*rows, strict=True)
+        return Source(
+            _Decoded(paths, spec), [numbers[label] for label in labels], names, None if "" in splits else splits, paths
+        )
+
+    def check_classes(self, split: str, labels: set[str]) -> None:
+        """Refuse a split that lacks a class."""
+        if empty := [name for name in self.spec.classes if name not in labels]:
+            raise UserError(f"No image in class {empty} of {self.where(split)}.")
 
 
 class _Decoded(Sequence[Pixels]):  # its name is part of the cache's key
