@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upright.architectures.lenet import LeNet
 from upright.data.augmentation import Augmentation, RandomAffine, RandomCrop
-from upright.data.cache import Kept
+from upright.data.cache import PixelArray
 from upright.data.loader import BatchLoader, Samples
 from upright.runs.process import keep_freed_memory
 
@@ -156,7 +156,7 @@ def compare(threads: int, rounds: int) -> None:
         images = torch.randint(0, 256, (20 * BATCH, channels, size, size), dtype=torch.uint8)
         numbers = torch.arange(len(images))
         matrices = torch.eye(3).expand(len(images), 1, 3, 3)
-        samples = Samples(Kept(images[:, None].numpy()), numbers.numpy(), numbers % 10, matrices)
+        samples = Samples(PixelArray(images[:, None].numpy()), numbers.numpy(), numbers % 10, matrices)
         batches = endless(BatchLoader(samples, BATCH, shuffle=True))
         batch, augment, other = images[:BATCH], ours(), theirs(size)
         array = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

@@ -59,7 +59,7 @@ def test_what_is_odd_is_said(pictures: Path, upright: Upright, tmp_path: Path) -
     answer = upright("preview", "own.yaml")
     assert answer.code == 0, answer.err
     assert (
-        "Note: 1 images have a copy of another class, for example 'dark/01.png' (dark) and 'grey/copy.png'"
+        "Note: 1 images have a duplicate in another class, for example 'dark/01.png' (dark) and 'grey/copy.png'"
         in answer.out
     )
     assert "Note: 1 of 37 pictures cannot be read and are left out, for example 'dark/00.png'." in answer.out

@@ -31,9 +31,9 @@ SECTIONS_TO_TYPE = (
     "Your own images",
     "Your own dataset",
     "Look first",
-    "Pictures in a table",
+    "Images in a table",
     "Splits",
-    "Where pictures are kept",
+    "Cache",
     "Augmentation",
 )
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--wandb", "off"]

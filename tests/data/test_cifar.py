@@ -85,8 +85,8 @@ def test_the_classes_are_the_published_ones() -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "test_batch.bin' is not whole: 0 bytes"),
-        (cifar_records(IMAGES[50:], TENS[50:])[:-1], "is not whole: 30729 bytes are not a number of records of 3073"),
+        (b"", "test_batch.bin' is not complete: 0 bytes"),
+        (cifar_records(IMAGES[50:], TENS[50:])[:-1], "is not complete: 30729 bytes are not a number of records"),
         (cifar_records(IMAGES[50:], TENS[50:] + 1), r"do not fit together: .* labels below 10 are needed, .* up to 10"),
         (cifar_records(IMAGES[50:], TENS[50:], TENS[50:]), "30740 bytes are not a number of records of 3073"),
     ],
@@ -149,7 +149,7 @@ def test_archives_that_are_not_whole(tmp_path: Path) -> None:
         (b"x" * 500, "not a gzip"),
     ):
         path.write_bytes(part)
-        with pytest.raises(UprightError, match=rf"cifar-10-binary.tar.gz' cannot be read: .*({text}).*bring it again"):
+        with pytest.raises(UprightError, match=rf"cifar-10-binary.tar.gz' cannot be read: .*({text}).*download it"):
             _ = CIFAR10(root=str(tmp_path)).source
     members = cifar10("bin")
     del members["cifar-10-batches-bin/data_batch_3.bin"]
@@ -183,5 +183,5 @@ def test_a_batch_that_was_cut_between_two_pictures_is_noticed(tmp_path: Path) ->
     name = "cifar-10-batches-bin/data_batch_3.bin"
     members[name] = members[name][: 7 * 3073]
     put(tmp_path, members, "folder")
-    with pytest.raises(UprightError, match=r"data_batch_3.bin' holds 7 pictures and data_batch_1.bin 10: one"):
+    with pytest.raises(UprightError, match=r"data_batch_3.bin' holds 7 images and data_batch_1.bin 10: one"):
         _ = CIFAR10(root=str(tmp_path)).source

@@ -155,7 +155,7 @@ def test_folder_refuses(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UprightError, match=r"at least two folders, one per class; found 1"):
         _ = Folder(root=str(tmp_path)).spec
     (tmp_path / "other").mkdir()
-    with pytest.raises(UprightError, match=r"No picture in class \['only', 'other'\]"):
+    with pytest.raises(UprightError, match=r"No image in class \['only', 'other'\]"):
         _ = Folder(root=str(tmp_path)).source
     (tmp_path / "test" / "third").mkdir(parents=True)
     with pytest.raises(UprightError, match=r"has \['test'\] but no 'train'"):
@@ -166,7 +166,7 @@ def test_a_class_in_test_that_training_lacks(pictures: Path, tmp_path: Path) -> 
     for name in ("train/a", "train/b", "test/a", "test/c"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
-    with pytest.raises(UprightError, match=r"Class 'c' of .*test' is not among the training classes"):
+    with pytest.raises(UprightError, match=r"test/c': label 'c' of split 'test' is not among the training labels"):
         _ = Folder(root=str(tmp_path)).source
 
 
@@ -272,7 +272,7 @@ def test_a_class_without_pictures_in_a_split(tmp_path: Path, split: str, missing
             (tmp_path / folder / name).mkdir(parents=True)
             if (folder, name) != (split, missing):
                 Image.new("L", (8, 8)).save(tmp_path / folder / name / "x.png")
-    with pytest.raises(UprightError, match=rf"No picture in class \['{missing}'\] of '.*{split}'"):
+    with pytest.raises(UprightError, match=rf"No image in class \['{missing}'\] of '.*{split}'"):
         _ = Folder(root=str(tmp_path)).source
 
 

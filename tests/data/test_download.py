@@ -82,7 +82,7 @@ def test_a_wrong_download_is_refused_and_not_kept(published: type[Published], se
         data.prepare_data()
     text = str(error.value)
     assert text.startswith(f"{served[1]}/{name} cannot be downloaded (MD5 hash of downloaded file ({name}) does not ")
-    assert text.endswith(f"Put {published.what} into '{data.folder}', or say with --data.root where they are.")
+    assert text.endswith(f"Put {published.what} into '{data.folder}', or name their folder with --data.root.")
     assert {path.name for path in data.folder.iterdir()} == set(published.checksums) - {name}
 
 
@@ -108,7 +108,7 @@ def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         UprightError,
         match=rf"^http://127.0.0.1:9/train-images-idx3-ubyte.gz cannot be downloaded \(.*refused.*\)\. "
-        rf"Put the four IDX files into '{tmp_path}/mnist', or say with --data.root where they are\.$",
+        rf"Put the four IDX files into '{tmp_path}/mnist', or name their folder with --data.root\.$",
     ):
         MNIST().prepare_data()
     assert not list((tmp_path / "mnist").iterdir())

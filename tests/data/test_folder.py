@@ -112,7 +112,7 @@ def test_loops_end_and_a_picture_counts_once_in_a_class(mixed: Path) -> None:
 
 def test_a_class_that_is_a_link_to_the_whole_holds_nothing(mixed: Path) -> None:
     (mixed / "c").symlink_to(mixed)
-    with pytest.raises(UprightError, match=r"No picture in class \['c'\]"):
+    with pytest.raises(UprightError, match=r"No image in class \['c'\]"):
         _ = Folder(root=str(mixed)).source
 
 
@@ -140,3 +140,11 @@ def test_its_images_can_be_sent_to_workers(mixed: Path) -> None:
     images = Folder(root=str(mixed)).source.images
     again = pickle.loads(pickle.dumps(images))
     assert len(again) == len(images) and (again[4] == images[4]).all()
+
+
+def test_a_split_without_images_is_refused(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b"):
+        save(tmp_path / name / "x.png", Image.new("L", (8, 8)))
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UprightError, match=r"No image in class \['a', 'b'\] of '.*/val'"):
+        _ = Folder(root=str(tmp_path)).source

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from upright.data.cache import Kept
+from upright.data.cache import PixelArray
 from upright.data.loader import BatchLoader, Samples
 
 
 def samples(count: int) -> Samples:
-    pixels = Kept(np.zeros((count, 1, 1, 2, 2), np.uint8))
+    pixels = PixelArray(np.zeros((count, 1, 1, 2, 2), np.uint8))
     return Samples(pixels, np.arange(count), torch.arange(count), torch.zeros(count, 1, 3, 3))
 
 
@@ -100,5 +100,5 @@ def test_a_state_that_was_loaded_is_kept_until_it_is_used() -> None:
 
 def test_workers_fetch_what_is_asked_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("upright.data.loader.fetch", lambda items, keys, workers: asked.append(workers) or iter(()))
+    monkeypatch.setattr("upright.data.loader.fetch", lambda read, keys, workers: asked.append(workers) or iter(()))
     assert list(BatchLoader(samples(8), 4, shuffle=False, workers=3)) == [] and asked == [3]

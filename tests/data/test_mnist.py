@@ -44,8 +44,8 @@ def test_without_a_root_they_come_from_the_users_cache() -> None:
         (b"", "is not an IDX file"),
         (b"\x89PNG and so on", "is not an IDX file"),
         (struct.pack(">HBB2I", 0, 13, 2, 1, 1) + b"\0" * 4, "is not an IDX file of unsigned bytes"),
-        (struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"\0" * 7, r"says that it holds \(2, 2, 2\) bytes, and holds 7"),
-        (struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"\0" * 9, "and holds 9: it is not whole"),
+        (struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"\0" * 7, r"declares the shape \(2, 2, 2\), and holds 7"),
+        (struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"\0" * 9, "and holds 9 bytes: it is not complete"),
         (struct.pack(">HBB", 0, 8, 200), "is not an IDX file"),
         (gzip.compress(b"x" * 100, mtime=0)[:-4], "cannot be read"),
     ],
@@ -59,7 +59,7 @@ def test_foreign_and_cut_off_files_are_refused(content: bytes, text: str, tmp_pa
 def test_a_cut_off_archive_is_refused(root: Path) -> None:
     path = root / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UprightError, match=r"t10k-images-idx3-ubyte.gz' cannot be read: .* bring it again"):
+    with pytest.raises(UprightError, match=r"t10k-images-idx3-ubyte.gz' cannot be read: .* download it again"):
         _ = MNIST(root=str(root)).source
 
 

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from upright.data.digits import Digits
 from upright.data.split import SplitManifest, content_hash, copies, first_copies, stratified_part, stratified_split
 from upright.errors import UprightError
 
@@ -75,7 +76,9 @@ def test_folds_are_equal_parts_that_do_not_overlap_and_leave_the_test_images_alo
 
 
 def test_more_folds_than_images_of_a_class() -> None:
-    with pytest.raises(UprightError, match=r"folds': 30.*30 folds need so many images of every class, and one has 16"):
+    with pytest.raises(
+        UprightError, match=r"folds': 30.*30 folds need as many images of every class, and one class has 16"
+    ):
         stratified_split(LABELS, {"test": 0.2}, seed=0, folds=30)
 
 
@@ -93,7 +96,7 @@ def test_copies_are_found_and_reported() -> None:
     assert copies(splits, labels, np.arange(6), ["a", "b"], names) == []
     assert copies(splits, labels, hashes, ["a", "b"], names) == [
         "2 of the 3 images in 'train' are in 'test' too, for example 'v' and 'z'.",
-        "1 images have a copy of another class, for example 'w' (b) and 'y' (a).",
+        "1 images have a duplicate in another class, for example 'w' (b) and 'y' (a).",
     ]
 
 
@@ -107,3 +110,17 @@ def test_folds_and_parts_depend_on_the_seed() -> None:
     parts = [stratified_part(LABELS, 0.3, seed).tolist() for seed in (0, 0, 1)]
     for first, again, other in (folds, parts):
         assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({}, "56ffd85ab6c1c5bdba26c25f0e8af9c6805b5a3ec43c38fe8c057a07bd9e1d3e"),
+        ({"folds": 5, "fold": 2}, "fa764d6043ba9908f2ad61059f4d5fc6a3981308169763137827119d935e1133"),
+        ({"train_fraction": 0.1}, "a6b09a3d2c5fb76c53ac28eb3bc4b3ce5db973778cb274b234d03337500ee75b"),
+        ({"size": 16, "margin": 0}, "2c5951c3acb628da67f21da3bf4176845ce0ff26b33b56923143d649e020a5b6"),
+    ],
+    ids=str,
+)
+def test_digests_stay_as_they_are_in_checkpoints(options: dict[str, object], digest: str) -> None:
+    assert Digits(**options).manifest.digest == digest

@@ -119,7 +119,7 @@ A, B = "größe/2-0.png,a", "größe/2-1.png,b"
         ([A, B], "file,label", r"needs the columns path and label, and may have split, each once; it has \['file', 'l"),
         ([A, B], "path;label", r"it has \['path;label'\]"),
         ([A + ",x", B + ",y"], "path,label,label", "each once; it has"),
-        ([], "path,label", "holds no pictures: no line follows the names"),
+        ([], "path,label", "holds no images: no line follows the names"),
         ([], "", r"needs the columns path and label, .* it has \[\]"),
         ([A, B + ",c"], "path,label", "line 3: 3 cells under 2 names. A comma that belongs to a name needs quotes"),
         ([A, "größe/2-1.png"], "path,label", "line 3: 1 cells under 2 names"),
@@ -131,11 +131,19 @@ A, B = "größe/2-0.png,a", "größe/2-1.png,b"
             "line 3: split must be one of train, val, test; got 'trian'",
         ),
         ([A + ",train", B + ",trian"], "path,label,split", "Did you mean 'train'?"),
-        ([A + ",train", B + ","], "path,label,split", "line 3 says no split, and others do"),
+        ([A + ",train", B + ","], "path,label,split", "line 3 has no split, and other lines have one"),
         ([A + ",val", B + ",test"], "path,label,split", r"has the splits \['test', 'val'\] but no 'train'"),
-        ([A], "path,label", r"at least two labels to train on; found \['a'\]"),
-        ([A, B, "no.png,a"], "path,label", r"line 4: '.*/no.png' does not exist. Paths are absolute, or from '/"),
-        ([A, B, "no.png,a", "nor.png,b"], "path,label", "line 4: .*no.png' does not exist, nor do 1 others"),
+        ([A], "path,label", r"at least two labels for training; found \['a'\]"),
+        (
+            [A, B, "no.png,a"],
+            "path,label",
+            r"line 4: '.*/no.png' does not exist. Paths are absolute, or relative to '/",
+        ),
+        (
+            [A, B, "no.png,a", "nor.png,b"],
+            "path,label",
+            "line 4: .*no.png' does not exist, and 1 other files do not exist either",
+        ),
         ([A, B, "größe,a"], "path,label", "line 4: .*größe' does not exist"),
         ([A, B, "größe/../größe/2-0.png,b"], "path,label", "line 4: 'größe/../größe/2-0.png' is already in line 2"),
     ],
@@ -153,7 +161,7 @@ def test_classes_that_training_lacks_or_a_split_lacks(root: Path) -> None:
     ):
         _ = Table(file=write(root, *lines, header="path,label,split")).source
     lines[0][1] = "10"
-    with pytest.raises(UprightError, match=r"No picture in class \['2'\] of split 'val' of '.*table.csv'"):
+    with pytest.raises(UprightError, match=r"No image in class \['2'\] of split 'val' of '.*table.csv'"):
         _ = Table(file=write(root, *lines, header="path,label,split")).source
 
 
@@ -167,7 +175,7 @@ def test_files_that_are_no_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -
         _ = Table(file=str(root / "table.xlsx")).spec
     for encoding in ("latin1", "utf-16"):
         (root / "table.csv").write_text(f"path,label\n{A}\n", encoding=encoding)
-        with pytest.raises(UprightError, match=r"table.csv' is not text in UTF-8; save it as that"):
+        with pytest.raises(UprightError, match=r"table.csv' is not text in UTF-8; save it as UTF-8"):
             _ = Table(file=str(root / "table.csv")).spec
     (root / "table.csv").write_text(f'path,label\n"{"x" * 200_000}",a\n')
     with pytest.raises(UprightError, match=r"table.csv' cannot be read: field larger than"):

@@ -1,21 +1,20 @@
-"""Every image of a source, decoded once: kept in memory, in a file that is mapped, or decoded again when it is wanted.
+"""Decoded images of a source, in memory, in a memory-mapped file, or decoded again on access.
 
-The one pass over the source also notes what else must be known of each image: its content hash, its own size, and
-whether it can be read at all.
+One pass over the source also records the facts of every image: content hash, size, and whether it can be decoded.
 """
 
 import errno
-import itertools
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import pooch
@@ -36,42 +35,36 @@ Where = Literal["auto", "memory", "disk", "none"]
 
 FORMAT = 1
 FACTS = np.dtype([("identity", "<u8"), ("hash", "<i8"), ("height", "<u4"), ("width", "<u4"), ("state", "u1")])
-"""What is known of each image: of which file (0 where it is none), content, size; whether it was read."""
+"""Facts of an image: identity of its file (0 in memory), content hash, size, and `READ` or `UNREADABLE`."""
 READ, UNREADABLE = 1, 2
 
-MAX_MEMORY = 64 * 2**20
-"""Pictures from files that take more bytes than this are kept on disk unless told otherwise."""
-
+MAX_MEMORY_BYTES = 64 * 2**20
+"""``auto`` stores images from files on disk if they take more than this."""
 CHUNK_BYTES = 4 * 2**20
-"""So much is decoded at a time; what worker processes send goes through shared memory, which may be small."""
+"""Pixels decoded at a time. Workers send them through shared memory, which may be small."""
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept: ``$UPRIGHT_CACHE``, or ``decoded`` in the user's cache. It may be deleted."""
+    """Return ``$UPRIGHT_CACHE``, or ``decoded`` in the user's cache. The folder may be deleted at any time."""
     return Path(os.environ.get("UPRIGHT_CACHE") or Path(pooch.os_cache("upright")) / "decoded").expanduser()
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Decoded(NamedTuple):
-    """Some images: pixels, uint8 ``(n, V, C, H, W)``, and `FACTS` ``(n,)``."""
+    """Decoded images: pixels, uint8 ``(n, V, C, H, W)``, and `FACTS` ``(n,)``."""
 
     pixels: Tensor
     facts: npt.NDArray[Any]
 
 
 class Decoder:
-    """Decode, show, resize: what a worker process does.
+    """Images of a source at the network's size, decoded on access. Worker processes get a copy.
 
     Args:
-        images: of the source.
-        indices: which of them; a position below is one in this list.
+        images: images of the source.
+        indices: the images to use; a position below is a position in this list.
         spec: channels, resize rule and background.
         size: height and width of the result.
-        views: what each is shown as.
+        views: views of each image.
     """
 
     def __init__(
@@ -82,40 +75,40 @@ class Decoder:
         self.row_shape = (len(self.views.names), spec.channels, *size)
 
     def __getitem__(self, positions: Indices) -> Decoded:
-        """The images at ``positions``; of one that cannot be read, the facts say so."""
+        """Decode the images at ``positions``. The facts mark images that cannot be decoded."""
         count = len(positions)
-        found = Decoded(torch.zeros(count, *self.row_shape, dtype=torch.uint8), np.zeros(count, FACTS))
+        decoded = Decoded(torch.zeros(count, *self.row_shape, dtype=torch.uint8), np.zeros(count, FACTS))
 
         def readable() -> Iterator[tuple[int, int, Pixels]]:
             for place, index in enumerate(self.indices[positions].tolist()):
                 try:
                     pixels = self.images[index]
                 except UprightError:
-                    found.facts[place]["state"] = UNREADABLE
+                    decoded.facts[place]["state"] = UNREADABLE
                     continue
-                found.facts[place] = (0, content_hash(pixels), *pixels.shape[:2], READ)
+                decoded.facts[place] = (0, content_hash(pixels), *pixels.shape[:2], READ)
                 yield place, index, pixels
 
-        # One batch of originals at a time: they may be a thousand times as large as what is kept of them.
+        # One batch of originals at a time: each may be a thousand times as large as its result.
         for batch in batches_of_one_size(readable(), lambda item: item[2], count):
-            places, indices = [place for place, _, _ in batch], torch.tensor([index for _, index, _ in batch])
-            stacked = to_tensor(np.stack([pixels for _, _, pixels in batch]))
-            found.pixels[places] = self._fitted(self.views.show(stacked, indices))
-        return found
+            places, indices, originals = zip(*batch, strict=True)
+            views = self.views.show(to_tensor(np.stack(originals)), torch.tensor(indices))
+            decoded.pixels[list(places)] = self._resized(views)
+        return decoded
 
-    def _fitted(self, images: Tensor) -> Tensor:
+    def _resized(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.size:
             if self.spec.resize == "none":
                 raise UserError(
                     f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
                     f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch or crop."
                 )
-            fitted = resize(images.flatten(0, 1), *self.size, self.spec.resize).round().clamp(0, 255)
-            images = fitted.reshape(*images.shape[:2], *fitted.shape[1:])
+            resized = resize(images.flatten(0, 1), *self.size, self.spec.resize).round().clamp(0, 255)
+            images = resized.reshape(*images.shape[:2], *resized.shape[1:])
         return images.to(torch.uint8)
 
     def take(self, positions: Indices, views: Indices) -> Tensor:
-        """One view of each of the images at ``positions``, decoded now: uint8 ``(n, C, H, W)``."""
+        """Decode one view of each of the images at ``positions``: uint8 ``(n, C, H, W)``."""
         unique, inverse = np.unique(positions, return_inverse=True)
         decoded = self[unique]
         for position in unique[decoded.facts["state"] == UNREADABLE].tolist():
@@ -123,49 +116,60 @@ class Decoder:
         return decoded.pixels[torch.from_numpy(inverse), torch.from_numpy(views)]
 
     def reason(self, position: int) -> str:
-        """Why the image there cannot be read."""
+        """Return the reason why the image at ``position`` cannot be decoded."""
         index = int(self.indices[position])
         try:
             self.images[index]
         except UprightError as error:
             return str(error)
-        return f"Picture {index} could not be read just now, and now it can: run this again."
+        return f"Image {index} could not be read a moment ago, and now it can. Run the command again."
 
 
-class Kept:
-    """Pixels in memory or in a mapped file.
+class PixelArray:
+    """Stored images.
 
     Args:
         pixels: uint8 ``(rows, V, C, H, W)``.
-        rows: the row of every image; by default the first is in the first.
+        rows: row of every image; by default image ``i`` is in row ``i``.
     """
 
     def __init__(self, pixels: npt.NDArray[np.uint8], rows: Indices | None = None) -> None:
         self.pixels, self.rows = pixels, rows
 
     def take(self, positions: Indices, views: Indices) -> Tensor:
-        """See `Decoder.take`."""
+        """Return one view of each of the images at ``positions``: uint8 ``(n, C, H, W)``."""
         rows = positions if self.rows is None else self.rows[positions]
         return torch.from_numpy(self.pixels[rows, views])
+
+
+class PixelFile(PixelArray):
+    """Images stored in a memory-mapped file. It pickles as the path, not as the pixels."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], rows: Indices) -> None:
+        super().__init__(np.memmap(path, np.uint8, "r", shape=shape), rows)
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PixelFile, (self.path, self.pixels.shape, self.rows)
 
 
 class Cache:
     """Facts of every image, and its pixels.
 
-    On disk they are rows of two files that only ever grow, each known by path, number, size and times of the file it
-    was made of: pictures that come later are added, and one that changes gets another row. They are of one class of
-    `Images`; who changes how an own one decodes deletes the folder.
+    On disk they are rows of two files, ``facts`` and ``pixels``, that only grow. A row is identified by path, number,
+    size and times of the image file: new images are appended, and a changed image gets a new row. The name of the
+    folder contains the class of `Images`; if you change how your own class decodes, delete the folder.
 
     Args:
-        decoder: what to keep.
-        files: that the images are read from; none where they are in memory.
-        where: ``memory``, ``disk``, or ``none`` (files are decoded whenever they are wanted, only the facts are kept);
-            ``auto`` is memory for what is there already and what is small, else disk.
-        workers: processes that decode; by default as many as cores, at most 8, where it is worth it.
-        max_unreadable: so many images may be unreadable.
+        decoder: the images to store.
+        files: files of the images; ``None`` if the source is in memory.
+        where: ``memory``, ``disk``, or ``none``, which stores only the facts and decodes files on access; ``auto`` is
+            memory for a source in memory and for small ones, else disk.
+        workers: processes that decode; by default one per core, at most 8, for more than 1,000 images.
+        max_unreadable: number of images that may be unreadable.
 
     Raises:
-        UserError: if more images cannot be read, or the cache cannot be written.
+        UserError: if more images cannot be decoded, or the cache cannot be written.
     """
 
     def __init__(
@@ -178,140 +182,132 @@ class Cache:
         max_unreadable: int = 0,
     ) -> None:
         self.decoder, self.max_unreadable = decoder, max_unreadable
-        count, self._row = len(decoder.indices), int(np.prod(decoder.row_shape))
+        count, self._row_bytes = len(decoder.indices), int(np.prod(decoder.row_shape))
         self.facts = np.zeros(count, FACTS)
         if where == "auto":
-            where = "memory" if files is None or count * self._row <= MAX_MEMORY else "disk"
+            where = "memory" if files is None or count * self._row_bytes <= MAX_MEMORY_BYTES else "disk"
         if workers is None:
-            workers = min(cores(), 8) if count > 1000 else 0
+            workers = min(joblib.cpu_count(), 8) if count > 1000 else 0
         self.workers = workers if files is not None else 0
-        self.pixels: Kept | Decoder = decoder
+        self.pixels: PixelArray | Decoder = decoder
         if files is None or where == "memory":
-            self.pixels = Kept(self._in_memory())
+            self.pixels = PixelArray(self._in_memory())
         else:
-            stored = self._on_disk([files[i] for i in decoder.indices.tolist()], with_pixels=where == "disk")
-            self.pixels = stored or decoder
-        self._check(np.flatnonzero(self.facts["state"] == UNREADABLE).tolist())
+            self._on_disk([files[i] for i in decoder.indices.tolist()], with_pixels=where == "disk")
+        self._check()
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
-        """Which images can be used, ``(N,)``."""
-        usable: npt.NDArray[np.bool_] = self.facts["state"] == READ
-        return usable
+        """Mask of the images that can be decoded, ``(N,)``."""
+        return np.asarray(self.facts["state"] == READ)
 
-    def _check(self, unreadable: list[int]) -> None:
+    def _check(self) -> None:
+        unreadable = np.flatnonzero(self.facts["state"] == UNREADABLE)
         if len(unreadable) > self.max_unreadable:
-            position, more = unreadable[0], len(unreadable) - 1
-            reason = self.decoder.reason(position)
+            more = len(unreadable) - 1
             raise UserError(
-                f"{reason}{f' And {more} more cannot be read.' if more else ''} Unreadable pictures that may be left "
-                f"out: {self.max_unreadable}; --data.max_unreadable allows more."
+                f"{self.decoder.reason(unreadable[0])}{f' {more} more cannot be read.' if more else ''} "
+                f"The limit for unreadable images is {self.max_unreadable}; --data.max_unreadable raises it."
             )
 
-    def _decoded(self, positions: Indices) -> Iterator[tuple[Indices, Decoded]]:
-        """Decode what is at ``positions``, chunk by chunk, and note the facts."""
-        most = max(1, CHUNK_BYTES // self._row)
+    def _decode(self, positions: Indices) -> Iterator[tuple[Indices, Tensor]]:
+        """Decode the images at ``positions`` chunk by chunk, and record their facts."""
+        most = max(1, CHUNK_BYTES // self._row_bytes)
         chunks = [positions[start : start + most] for start in range(0, len(positions), most)]
-        unreadable: list[int] = []
-        shown = self.workers > 0 and sys.stderr.isatty()
-        with tqdm(total=len(positions), desc="Decoding", unit=" images", leave=False, disable=not shown) as bar:
-            for chunk, decoded in zip(chunks, fetch(self.decoder, chunks, self.workers), strict=True):
+        visible = self.workers > 0 and sys.stderr.isatty()
+        with tqdm(total=len(positions), desc="Decoding", unit=" images", leave=False, disable=not visible) as bar:
+            for chunk, decoded in zip(chunks, fetch(self.decoder.__getitem__, chunks, self.workers), strict=True):
                 self.facts[chunk] = decoded.facts
-                yield chunk, decoded
-                unreadable += chunk[decoded.facts["state"] == UNREADABLE].tolist()
-                self._check(unreadable)
+                yield chunk, decoded.pixels
+                self._check()
                 bar.update(len(chunk))
 
     def _in_memory(self) -> npt.NDArray[np.uint8]:
         decoder, images = self.decoder, self.decoder.images
         if isinstance(images, np.ndarray) and images.shape[1:3] == decoder.size and decoder.views.plain:
-            # They are kept already: nothing is copied but, where they are some of them, the choice.
-            every = len(decoder.indices) == len(images)
-            kept: npt.NDArray[np.uint8] = (images if every else images[decoder.indices]).transpose(0, 3, 1, 2)[:, None]
-            self.facts["hash"] = [content_hash(images[i]) for i in decoder.indices.tolist()]
+            # The source's array already has the right size: use it without a copy if all of it is needed.
+            chosen = images if len(decoder.indices) == len(images) else images[decoder.indices]
+            self.facts["hash"] = [content_hash(pixels) for pixels in chosen]
             self.facts["height"], self.facts["width"], self.facts["state"] = *decoder.size, READ
-            return kept
+            array: npt.NDArray[np.uint8] = chosen.transpose(0, 3, 1, 2)[:, None]
+            return array
         pixels = np.empty((len(self.facts), *decoder.row_shape), np.uint8)
-        for chunk, decoded in self._decoded(np.arange(len(self.facts))):
-            pixels[chunk] = decoded.pixels.numpy()
+        for chunk, decoded in self._decode(np.arange(len(self.facts))):
+            pixels[chunk] = decoded.numpy()
         return pixels
 
-    def _on_disk(self, files: list[Path], *, with_pixels: bool) -> "Kept | None":
-        """Add what is missing; another process that wants the same waits, and finds it done."""
+    def _on_disk(self, files: list[Path], *, with_pixels: bool) -> None:
+        """Append the missing rows. A second process that needs the same cache waits, and finds it filled."""
         folder = cache_folder() / _key(self.decoder, files, with_pixels=with_pixels)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
-                rows = self._add_missing(folder, _identities(files), self._row if with_pixels else 0)
-            if not with_pixels:
-                return None
-            shape = (int(rows.max()) + 1, *self.decoder.row_shape)
-            return Kept(np.memmap(folder / "pixels", np.uint8, "r", shape=shape), rows)
+                rows = self._append_missing(folder, list(map(_identity, files)), with_pixels=with_pixels)
+            if with_pixels and self.readable.any():
+                shape = (int(rows.max()) + 1, *self.decoder.row_shape)
+                self.pixels = PixelFile(folder / "pixels", shape, rows)
         except OSError as error:
             if with_pixels:
                 raise UserError(
                     f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder "
-                    "with room, or decode files whenever they are wanted: --data.cache none."
+                    "with room, or decode files on access with --data.cache none."
                 ) from error
-            # The facts are small; they are found out again the next time.
-            for _ in self._decoded(np.flatnonzero(self.facts["state"] == 0)):
+            # The facts are small enough to compute them again in the next run.
+            for _ in self._decode(np.flatnonzero(self.facts["state"] == 0)):
                 pass
-            return None
 
-    def _add_missing(self, folder: Path, identities: list[int], row: int) -> Indices:
-        """The row of every image; ``row`` is how many bytes of pixels are kept of each."""
-        path = folder / "facts"
-        known = np.fromfile(path, FACTS) if path.is_file() else self.facts[:0]
-        if row:
-            # Somebody who wants room may have deleted the large file.
-            there = (folder / "pixels").stat().st_size // row if (folder / "pixels").is_file() else 0
-            if there < len(known):
-                known = known[:there]
-                # Else the facts would again be taken for true as soon as the large file has grown.
-                os.truncate(path, known.nbytes)
-        # What could not be read is tried again: it may have been the disk.
-        row_of = {int(known[r]["identity"]): int(r) for r in np.flatnonzero(known["state"] == READ)}
+    def _append_missing(self, folder: Path, identities: list[int], *, with_pixels: bool) -> Indices:
+        """Append what is not stored yet, and return the row of every image, 0 for unreadable ones."""
+        facts_path, pixels_path = folder / "facts", folder / "pixels"
+        row_bytes = self._row_bytes if with_pixels else 0
+        stored = np.fromfile(facts_path, FACTS) if facts_path.is_file() else self.facts[:0]
+        if with_pixels:  # the large file may have been deleted
+            stored = stored[: pixels_path.stat().st_size // row_bytes if pixels_path.is_file() else 0]
+        # Unreadable images are tried again: the reason may have been the disk.
+        row_of = {int(stored["identity"][row]): row for row in np.flatnonzero(stored["state"] == READ).tolist()}
         rows = np.array([row_of.get(identity, -1) for identity in identities], np.int64)
         missing = np.flatnonzero(rows < 0)
-        self.facts[rows >= 0] = known[rows[rows >= 0]]
-        # What a process that was killed had not finished comes first.
-        free = itertools.chain(np.flatnonzero(known["state"] != READ).tolist(), itertools.count(len(known)))
-        rows[missing] = list(itertools.islice(free, len(missing)))
-        if not len(missing):
-            return rows
-        room = shutil.disk_usage(folder).free
-        if (needed := len(missing) * row) > room:
-            raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {room / 1e9:.1f} GB are free")
-        # Written, not mapped: a full disk is then an error, and not the end of the process.
-        with _opened(path) as facts, _opened(folder / "pixels") if row else nullcontext() as pixels:
-            for chunk, decoded in self._decoded(missing):
+        self.facts[rows >= 0] = stored[rows[rows >= 0]]
+        rows[missing] = 0
+        free = shutil.disk_usage(folder).free
+        if (needed := len(missing) * row_bytes) > free:
+            raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        # The pixels are written, not mapped, because a full disk would kill a process that writes to a map.
+        with facts_path.open("ab") as facts, pixels_path.open("ab") if with_pixels else nullcontext() as pixels:
+            # A killed process may have left an incomplete row, or pixels without facts.
+            facts.truncate(stored.nbytes)
+            if pixels:
+                pixels.truncate(len(stored) * row_bytes)
+            end = len(stored)
+            for chunk, decoded in self._decode(missing):
                 self.facts["identity"][chunk] = [identities[position] for position in chunk]
+                readable = self.readable[chunk]
+                rows[chunk[readable]] = np.arange(end, end + readable.sum())
+                end += int(readable.sum())
                 if pixels:
-                    _write(pixels, rows[chunk], decoded.pixels.numpy())
+                    pixels.write(decoded.numpy()[readable].tobytes())
+                    pixels.flush()
                     os.fsync(pixels.fileno())
-                # Only what is there is said to be there.
-                _write(facts, rows[chunk], self.facts[chunk])
+                # The facts follow the pixels, so that they never describe a row that does not exist.
+                facts.write(self.facts[chunk[readable]].tobytes())
+                facts.flush()
         return rows
 
 
-def _identities(files: list[Path]) -> list[int]:
-    """64 bits for each file as it is now."""
-    found = []
-    for file in files:
-        try:
-            status = file.stat()
-            # Two files that change places keep their times of change; their numbers and status do not.
-            state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
-        except OSError:
-            # A link to nothing, say: decoding names it.
-            state = ""
-        digest = blake2b(f"{file}\0{state}".encode(errors="surrogateescape"), digest_size=8)
-        found.append(int.from_bytes(digest.digest(), "little"))
-    return found
+def _identity(file: Path) -> int:
+    """Return 64 bits for the path and the current state of a file."""
+    try:
+        status = file.stat()
+        # Two files that are exchanged keep their modification times, but not their inodes and status times.
+        state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
+    except OSError:  # for example a dangling link, which decoding reports
+        state = ""
+    digest = blake2b(f"{file}\0{state}".encode(errors="surrogateescape"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
-    """One folder per dataset and way of decoding."""
+    """Return the folder name of a dataset and a way of decoding it."""
     spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
     pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.names]
     decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
@@ -319,34 +315,15 @@ def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> AbstractContextManager[object]:
     lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process fills '{folder}'; waiting for it ...", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _opened(path: Path) -> BinaryIO:
-    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-
-
-def _write(file: BinaryIO, rows: Indices, values: npt.NDArray[Any]) -> None:
-    """Put ``values`` into their ``rows``, neighbours at once."""
-    first = 0
-    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-        file.seek(int(run[0]) * values[0].nbytes)
-        file.write(np.ascontiguousarray(values[first : first + len(run)]).tobytes())
-        first += len(run)
-    file.flush()
+        return lock.acquire()
 
 
 def to_tensor(images: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 ``(B, H, W, C)`` to float ``(B, C, H, W)`` in [0, 255]."""
+    """Convert uint8 ``(B, H, W, C)`` to float ``(B, C, H, W)`` in [0, 255]."""
     return torch.tensor(images).permute(0, 3, 1, 2).float()

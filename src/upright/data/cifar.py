@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: the binary version, which is what is downloaded, or the Python version without running it."""
+"""CIFAR-10 and CIFAR-100: the binary version, or the Python version without running its pickles."""
 
 import io
 import pickle
@@ -10,15 +10,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from upright.data.published import Part, Published
+from upright.data.published import Part, Published, read_file, unreadable
 from upright.errors import UserError
-from upright.images import ImageSpec
 
 PIXELS = 3 * 32 * 32
 
 
 class Version(NamedTuple):
-    """One of the two ways in which CIFAR is published: the same files but for a suffix, in a folder, in an archive."""
+    """One of the two published versions: an archive, the folder in it, and the suffix of the files."""
 
     archive: str
     folder: str
@@ -26,61 +25,50 @@ class Version(NamedTuple):
 
 
 class CIFAR(Published):
-    """Pictures of 32 x 32 RGB: 50,000 to train on, 10,000 to test (Krizhevsky 2009).
+    """Images of 32 x 32 RGB: 50,000 for training, 10,000 for test (Krizhevsky 2009).
 
     Args:
-        root: folder of what is published, packed or not: of the binary version (``cifar-*-binary.tar.gz``, or the
-            ``.bin`` files in it) or of the Python version, of which only arrays and lists are read. By default the
-            dataset's own in ``$UPRIGHT_DATA``, or in the user's cache where that variable is not set; the binary
-            version is downloaded there once (170 MB), and its MD5 checked.
-        **options: see `Published`.
+        root: folder of an archive or of its files. Either of the binary version (``cifar-*-binary.tar.gz``) or of the
+            Python version, of which only arrays and lists are read. By default the binary version is downloaded once
+            (170 MB) to the dataset's folder in ``$UPRIGHT_DATA``, or in the user's cache if that variable is not set,
+            and its MD5 is checked.
+        **options: options of `Published`.
     """
 
+    shape = (32, 32, 3)
     versions: ClassVar[tuple[Version, Version]]
-    """The binary and the Python one."""
+    """The binary and the Python version."""
     stems: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
-    """Names of the files, less the suffix: those to train on, those to test on."""
+    """Names of the training files and of the test files, without the suffix."""
     label_bytes: ClassVar[int]
-    """Before the pixels of each image in the binary version."""
-    classes: tuple[str, ...]
-    """In the order of the labels."""
-    mean: ClassVar[tuple[float, ...]]
-    std: ClassVar[tuple[float, ...]]
-    """Of the training images, on the scale of 0 to 1: well-known numbers, declared, not measured here."""
+    """Number of labels before the pixels of each image in the binary version."""
     mirrors = ("https://www.cs.toronto.edu/~kriz",)
 
     @property
     @abstractmethod
     def label(self) -> tuple[int, str]:
-        """Which of `label_bytes`, and the Python version's key."""
-
-    @property
-    def spec(self) -> ImageSpec:
-        """RGB, 32 x 32."""
-        return ImageSpec(3, 32, 32, self.classes, self.mean, self.std)
-
-    def prepare_data(self) -> None:
-        """Download the archive if nothing is there; Lightning calls it in one process."""
-        self._place()
+        """Index of the label among `label_bytes`, and its key in the Python version."""
 
     def parts(self) -> tuple[Part, Part]:
-        """What the files of one version hold."""
         version, place = self._place()
         names = [f"{stem}{version.suffix}" for stems in self.stems for stem in stems]
-        contents = _members(place, version.folder, names) if place.is_file() else _files(place, names)
+        if place.is_file():
+            contents = _members(place, version.folder, names)
+        else:
+            contents = {name: read_file(place / name) for name in names}
         read = self._records if version.suffix else self._batch
-        found = [read(contents[name], f"{place}/{name}") for name in names]
+        batches = [read(contents[name], f"{place}/{name}") for name in names]
         train = len(self.stems[0])
-        for name, part in zip(names[:train], found, strict=False):
-            if len(part.images) != len(found[0].images):
+        for name, batch in zip(names, batches[:train], strict=False):
+            if len(batch.images) != len(batches[0].images):
                 raise UserError(
-                    f"'{place}/{name}' holds {len(part.images)} pictures and {names[0]} {len(found[0].images)}: one of "
-                    "them is not whole."
+                    f"'{place}/{name}' holds {len(batch.images)} images and {names[0]} {len(batches[0].images)}: one "
+                    "of them is not complete."
                 )
-        return _joined(found[:train]), _joined(found[train:])
+        return _joined(batches[:train]), _joined(batches[train:])
 
     def _place(self) -> tuple[Version, Path]:
-        """The folder that holds all files of a version, or the archive; downloaded if it may be and is not there."""
+        """Find the folder of all files of a version, or an archive, or download it."""
         for version in self.versions:
             for folder in (self.folder / version.folder, self.folder):
                 if all((folder / f"{stem}{version.suffix}").is_file() for stems in self.stems for stem in stems):
@@ -91,19 +79,19 @@ class CIFAR(Published):
         return self.versions[0], self.fetch(self.versions[0].archive)
 
     def _records(self, content: bytes, name: str) -> Part:
-        """The binary version: for each image its labels, then 1,024 bytes each of red, green and blue, row by row."""
+        """Read a binary file: for each image its labels, then 1,024 bytes each of red, green and blue, row by row."""
         size = self.label_bytes + PIXELS
         if not content or len(content) % size:
-            raise UserError(f"'{name}' is not whole: {len(content)} bytes are not a number of records of {size}.")
+            raise UserError(f"'{name}' is not complete: {len(content)} bytes are not a number of records of {size}.")
         records = np.frombuffer(content, np.uint8).reshape(-1, size)
         return Part(records[:, self.label_bytes :], records[:, self.label[0]])
 
     def _batch(self, content: bytes, name: str) -> Part:
-        """The Python version: a pickle of Python 2, with ``data`` ``(N, 3072)`` and lists of labels."""
+        """Read a Python file: a pickle of Python 2, with ``data`` ``(N, 3072)`` and lists of labels."""
         try:
-            batch = _Arrays(io.BytesIO(content), encoding="latin1").load()
+            batch = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
             data, labels = batch["data"].array(), np.array(batch[self.label[1]])
-        except Exception as error:  # a pickle that is not whole, or not one, leads to anything
+        except Exception as error:  # a truncated or foreign pickle raises anything
             text = " ".join(str(error).split())[:200]
             raise UserError(f"'{name}' is not a file of CIFAR's Python version: {text}.") from None
         if data.shape != (labels.size, PIXELS) or labels.ndim != 1 or labels.dtype.kind != "i":
@@ -111,12 +99,12 @@ class CIFAR(Published):
                 f"'{name}' needs data (N, {PIXELS}) and N whole numbers as labels, got {data.shape} and "
                 f"{labels.shape} of {labels.dtype}."
             )
-        # A label that a byte cannot hold is none of ours: 255, which `read` refuses.
+        # A label outside a byte becomes 255, which `read` refuses.
         return Part(data, np.where((labels >= 0) & (labels < 256), labels, 255).astype(np.uint8))
 
 
 class CIFAR10(CIFAR):
-    """Pictures of animals and vehicles in ten classes, 32 x 32 RGB: 50,000 to train on, 10,000 to test."""
+    """Images of animals and vehicles in ten classes, 32 x 32 RGB: 50,000 for training, 10,000 for test."""
 
     cached_as = "cifar10"
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -133,12 +121,12 @@ class CIFAR10(CIFAR):
 
 
 class CIFAR100(CIFAR):
-    """Pictures in a hundred classes, 500 of each to train on and 100 to test, 32 x 32 RGB.
+    """Images in a hundred classes, 32 x 32 RGB: 500 of each for training, 100 of each for test.
 
     Args:
-        coarse: the twenty superclasses instead, of five classes each.
-        root: see `CIFAR`.
-        **options: see `Published`.
+        coarse: use the twenty superclasses, of five classes each.
+        root: folder of the published files, as in `CIFAR`.
+        **options: options of `Published`.
     """
 
     cached_as = "cifar100"
@@ -159,7 +147,6 @@ class CIFAR100(CIFAR):
 
     @property
     def label(self) -> tuple[int, str]:
-        """The coarse one stands first."""
         return (0, "coarse_labels") if self.coarse else (1, "fine_labels")
 
 
@@ -180,67 +167,49 @@ medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehi
 """
 
 
-def _files(folder: Path, names: list[str]) -> dict[str, bytes]:
-    try:
-        return {name: (folder / name).read_bytes() for name in names}
-    except OSError as error:
-        raise UserError(f"'{error.filename}' cannot be read: {error.strerror}.") from None
-
-
 def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
-    """The files ``folder/name`` of an archive, in one pass; nothing is unpacked onto the disk."""
-    found: dict[str, bytes] = {}
+    """Read the files ``folder/name`` of an archive in one pass, without unpacking it onto the disk."""
+    contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r:gz") as packed:
-            for member in packed:
-                inside, _, name = member.name.removeprefix("./").rpartition("/")
-                if inside == folder and name in names and (file := packed.extractfile(member)):
-                    found[name] = file.read()
+        with tarfile.open(archive, "r:gz") as members:
+            for member in members:
+                parent, _, name = member.name.removeprefix("./").rpartition("/")
+                if parent == folder and name in names and (file := members.extractfile(member)):
+                    contents[name] = file.read()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
-    if missing := [name for name in names if name not in found]:
-        raise UserError(f"'{archive}' lacks {', '.join(f'{folder}/{name}' for name in missing)}.")
-    return found
+        raise unreadable(archive, error) from None
+    if missing := [f"{folder}/{name}" for name in names if name not in contents]:
+        raise UserError(f"'{archive}' lacks {', '.join(missing)}.")
+    return contents
 
 
-def _joined(parts: list[Part]) -> Part:
-    """Channels last."""
-    images, labels = (np.concatenate(both) for both in zip(*parts, strict=True))
+def _joined(batches: list[Part]) -> Part:
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return Part(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)
 
 
-class _Array:
-    """What a pickle says of an array, as plain values: NumPy's own code for it never runs."""
+class _Plain:
+    """Stand in for NumPy's array and dtype in a pickle. It stores their state; NumPy's own code does not run."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.dtype, self.columns_first, self.content = state
+        self.state = state
 
     def array(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        if self.dtype.name != "u1":
-            raise ValueError(f"an array of bytes (u1) is needed, got {self.dtype.name}")
-        values = np.frombuffer(self.content.encode("latin1"), np.uint8)
-        return values.reshape(self.shape, order="F" if self.columns_first else "C")
+        _, shape, dtype, columns_first, content = self.state
+        if dtype.arguments[0] != "u1":
+            raise ValueError(f"an array of bytes (u1) is needed, got {dtype.arguments[0]}")
+        values = np.frombuffer(content.encode("latin1"), np.uint8)
+        return values.reshape(shape, order="F" if columns_first else "C")
 
 
-class _Dtype:
-    def __init__(self, name: str, *_: object) -> None:
-        self.name = name
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and the like; one byte has none."""
-
-
-class _Arrays(pickle.Unpickler):
-    """Dictionaries, lists, numbers, strings and arrays of bytes; whatever else a pickle asks for is refused."""
-
-    ADMITTED: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-    }
+class _PlainUnpickler(pickle.Unpickler):
+    """Read dictionaries, lists, numbers, strings and arrays of bytes, and refuse all other classes."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        try:
-            return self.ADMITTED[module_name, global_name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}") from None
+        name = f"{module_name}.{global_name}"
+        if name in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
+            return _Plain
+        raise pickle.UnpicklingError(f"it asks for {name}")

@@ -1,4 +1,4 @@
-"""Data as a YAML or a recipe describes them."""
+"""Datamodules from a YAML or from a recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from upright.recipes import Recipe, build
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
         UserError: if it cannot be read.
@@ -25,42 +25,42 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def read_data(path: str | Path, **options: object) -> ImageDataModule:
-    """The datamodule of a YAML like those in ``configs/data``, or of an experiment's.
+    """Build the datamodule of a YAML like those in ``configs/data``, or of an experiment's YAML.
 
     Args:
-        path: of the YAML.
-        **options: of the datamodule, in place of what stands there.
+        path: path of the YAML.
+        **options: options of the datamodule that replace those of the YAML.
 
     Raises:
-        UserError: if it describes none.
+        UserError: if it describes no datamodule.
     """
-    found = read_yaml(path)
-    if isinstance(found, dict) and "model" in found:
-        found = found.get("data")
-        if found is None:
-            raise UserError(f"'{path}' does not say what data it is for; give the YAML of some.")
-        if isinstance(found, str):
-            return read_data(Path(path).parent / found, **options)
-    if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
+    content = read_yaml(path)
+    if isinstance(content, dict) and "model" in content:
+        content = content.get("data")
+        if content is None:
+            raise UserError(f"'{path}' does not name its data; give the YAML of a dataset.")
+        if isinstance(content, str):
+            return read_data(Path(path).parent / content, **options)
+    if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
         raise UserError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
-    return build_data(found, path, **options)
+    return build_data(content, path, **options)
 
 
 def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataModule:
-    """The datamodule of a recipe.
+    """Build the datamodule of a recipe.
 
     Args:
-        data: its recipe.
-        path: where that was found, for messages.
-        **options: in place of what stands there.
+        data: the recipe.
+        path: file of the recipe, for messages.
+        **options: options that replace those of the recipe.
 
     Raises:
-        UserError: if it does not take these options, or is no datamodule.
+        UserError: if the class does not take these options, or is no datamodule.
     """
     try:
-        made = build(data)(**options)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than it takes
+        datamodule = build(data)(**options)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # an option of the wrong type
         raise UserError(f"'{path}': {error}.") from None
-    if not isinstance(made, ImageDataModule):
-        raise UserError(f"'{path}' describes a {type(made).__name__}, which is no ImageDataModule.")
-    return made
+    if not isinstance(datamodule, ImageDataModule):
+        raise UserError(f"'{path}' describes a {type(datamodule).__name__}, which is no ImageDataModule.")
+    return datamodule

@@ -1,4 +1,4 @@
-"""1,797 real handwritten digits that come with scikit-learn: no download, no account."""
+"""1,797 real handwritten digits that come with scikit-learn, without a download."""
 
 import math
 
@@ -17,18 +17,17 @@ from upright.warp import resize
 class Digits(ImageDataModule):
     """Optical recognition of handwritten digits (Alpaydin, Kaynak 1998; the test part of the UCI set, 43 writers).
 
-    The originals are 8 x 8 with 17 grey levels and fill their frame. Here, in the source, they are enlarged and laid
-    in the middle of a black frame, as MNIST lays its 20 pixels in 28, so that turning them cuts nothing off. Every
-    image counts once in the split, whatever the number of ``angles``.
+    The originals are 8 x 8 with 17 grey levels and fill their frame. They are enlarged and centred in a black frame, as
+    MNIST centres its 20 pixels in 28, so that a rotation cuts nothing off.
 
     Args:
         size: height and width of the frame.
-        margin: black pixels on each side of the enlarged digit, which needs at least 8 between them.
-        **options: see `ImageDataModule`.
+        margin: black pixels on each side; at least 8 pixels must be left for the digit.
+        **options: options of `ImageDataModule`.
     """
 
     def __init__(self, *, size: int = 28, margin: int = 4, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]  # jsonargparse reads the base's own types
+        super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
         if margin < 0 or size - 2 * margin < 8:
             raise UserError(
                 f"The digits are 8x8 originals; size less twice the margin must be at least 8, "
@@ -38,14 +37,13 @@ class Digits(ImageDataModule):
 
     @property
     def spec(self) -> ImageSpec:
-        """Grey, 0 to 9; mean and deviation follow from those of the digits without a margin, 0.306 and 0.325."""
-        filled = (1 - 2 * self.margin / self.size) ** 2
-        mean = 0.306 * filled
-        std = math.sqrt((0.306**2 + 0.325**2) * filled - mean**2)
+        # Mean and deviation of the digits without a margin are 0.306 and 0.325.
+        area = (1 - 2 * self.margin / self.size) ** 2
+        mean = 0.306 * area
+        std = math.sqrt((0.306**2 + 0.325**2) * area - mean**2)
         return ImageSpec(1, self.size, self.size, tuple("0123456789"), mean=(round(mean, 4),), std=(round(std, 4),))
 
     def read(self) -> Source:
-        """All of them, from the installed package."""
         digits = load_digits()
         pixels = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
         inner = self.size - 2 * self.margin

@@ -1,8 +1,8 @@
 """The distorted MNIST tasks of the spatial transformer paper."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -32,19 +32,17 @@ from upright.warp import identity, sample
 
 Task = Literal["R", "RTS", "P", "E", "TC"]
 
-SIDE = 28
-"""Of a digit's own image."""
-PATCH = 6
-"""Side of a piece of clutter."""
+SIDE = 28  # of an original digit
+PATCH = 6  # side of a piece of clutter
 
 
 class RandomCorners(Geometric):
-    """The image's corners, each moved to a normally distributed place.
+    """A projective transform that moves each corner of the image by a normally distributed distance.
 
-    They are drawn again where they are in no convex order, or span less than a third of the image.
+    Corners that are not in convex order, or that span less than a third of the image, are drawn again.
 
     Args:
-        sigma: standard deviation, along x and along y, as a fraction of the image.
+        sigma: standard deviation along x and along y, as a fraction of the image.
     """
 
     def __init__(self, *, sigma: float) -> None:
@@ -52,57 +50,56 @@ class RandomCorners(Geometric):
         self.sigma = sigma
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
-        """See `Geometric.draw`."""
-        drawn = CORNERS.expand(batch, 4, 2).clone()
+        corners = CORNERS.expand(batch, 4, 2).clone()
         again = torch.ones(batch, dtype=torch.bool)
         while again.any():
-            drawn[again] = CORNERS + 2 * self.sigma * torch.randn(int(again.sum()), 4, 2)
-            sides = drawn.roll(-1, 1) - drawn
+            corners[again] = CORNERS + 2 * self.sigma * torch.randn(int(again.sum()), 4, 2)
+            sides = corners.roll(-1, 1) - corners
             turns = cross(sides, sides.roll(-1, 1))
-            # Each corner's turn is twice the area of the triangle there; opposite ones make the whole.
+            # The turn at a corner is twice the area of its triangle; two opposite triangles are the quadrilateral.
             area = (turns[:, 0] + turns[:, 2]) / 2
             again = (turns <= 0).any(dim=1) | (area < 4 / 3)
-        # From output to input: back to where the corners were.
-        return quadrilateral(drawn).inverse()
+        # From output to input: back to the original corners.
+        return quadrilateral(corners).inverse()
 
 
 class Clutter(NamedTuple):
-    """Which patches are put where, for ``n`` images of ``k`` patches each.
+    """Places of ``k`` patches in each of ``n`` images.
 
     Args:
-        digit: that each is cut from, ``(n, k)``.
-        source: its top and left there, ``(n, k, 2)``.
-        target: its top and left in the new image, ``(n, k, 2)``.
+        digit: index of the digit that a patch is cut from, ``(n, k)``.
+        source: top and left in that digit, ``(n, k, 2)``.
+        target: top and left in the new image, ``(n, k, 2)``.
     """
 
     digit: Tensor
     source: Tensor
     target: Tensor
 
-    def some(self, chosen: Tensor) -> "Clutter":
-        """Those of some of the images."""
-        return Clutter(*(part[chosen] for part in self))
+    def select(self, images: Tensor) -> "Clutter":
+        """Return the clutter of some of the images."""
+        return Clutter(*(part[images] for part in self))
 
 
 class MNISTDistortion(Distortion):
-    """One of the tasks (Jaderberg et al. 2015, section 4.1 and appendix A.4), as whole grey levels.
+    """One of the tasks (Jaderberg et al. 2015, section 4.1 and appendix A.4), in whole grey levels.
 
-    The paper gives the ranges, not all of the rest. What was chosen here is marked with an asterisk.
+    The paper does not define all details; an asterisk marks our choices.
 
-    - ``R``: turned by up to 90 degrees either way, 28 x 28.
-    - ``RTS``: turned by up to 45 degrees, scaled by 0.7 to 1.2, placed in 42 x 42: uniformly*, its middle up to 7
+    - ``R``: rotated by up to 90 degrees either way, 28 x 28.
+    - ``RTS``: rotated by up to 45 degrees, scaled by 0.7 to 1.2, placed in 42 x 42: uniformly*, with the centre up to 7
       pixels off*, so that hardly any ink is lost.
-    - ``P``: scaled by 0.75 to 1*, then the corners moved, normally by 5 pixels* (drawn again where they come to lie in
-      no convex order, or so that less than a third of the area is left*), 28 x 28.
-    - ``E``: a thin-plate spline on a regular 4 x 4 grid, from border to border*, its points moved normally by 1.5
+    - ``P``: scaled by 0.75 to 1*, then each corner moved normally by 5 pixels* (drawn again if the corners are not in
+      convex order, or less than a third of the area is left*), 28 x 28.
+    - ``E``: a thin-plate spline on a regular 4 x 4 grid, from border to border*, whose points move normally by 1.5
       pixels, 28 x 28.
     - ``TC``: placed uniformly by whole pixels* in 60 x 60, with 6 patches of 6 x 6 pixels* cut from the inner 20 x 20
-      of other digits, anywhere*, the brighter pixel on top*.
+      of other digits, placed anywhere*, the brighter pixel on top*.
 
     All sampling is bilinear*.
 
     Args:
-        task: its letters in the paper.
+        task: name of the task in the paper.
     """
 
     sizes: ClassVar[dict[Task, int]] = {"R": 28, "RTS": 42, "P": 28, "E": 28, "TC": 60}
@@ -121,110 +118,109 @@ class MNISTDistortion(Distortion):
         self.parts = nn.ModuleList(parts[task])
 
     def draw(self, count: int) -> Composition:
-        """Transforms of ``count`` images, at the new size."""
+        """Draw the transforms of ``count`` images, at the new size."""
         parts = (part.draw(count, self.size, self.size) for part in self.parts)  # type: ignore[operator]
         return Composition(count).then(*parts)
 
     def draw_clutter(self, count: int) -> Clutter:
-        """Clutter of ``count`` images, each patch cut from one of the others."""
-        further = torch.randint(1, max(count, 2), (count, self.patches))
+        """Draw the clutter of ``count`` images; each patch is cut from another image."""
+        offset = torch.randint(1, max(count, 2), (count, self.patches))
         source = 4 + torch.randint(20 - PATCH + 1, (count, self.patches, 2))
         target = torch.randint(self.size - PATCH + 1, (count, self.patches, 2))
-        return Clutter((torch.arange(count)[:, None] + further) % count, source, target)
+        return Clutter((torch.arange(count)[:, None] + offset) % count, source, target)
 
     def make(self, images: Tensor, transforms: Composition, others: Tensor, clutter: Clutter) -> Tensor:
-        """The distorted images ``(n, 1, size, size)``, whole grey levels.
+        """Return the distorted images ``(n, 1, size, size)`` in whole grey levels.
 
         Args:
             images: ``(n, 1, 28, 28)``, 0 to 255.
-            transforms: of these.
+            transforms: transforms of these images.
             others: digits ``(m, 1, 28, 28)`` that clutter is cut from.
-            clutter: of these images.
+            clutter: clutter of these images.
         """
         margin = (self.size - SIDE) // 2
         framed = nn.functional.pad(images, [margin] * 4)
         points = transforms.grid(self.size, self.size, images.device).float()
-        made = sample(framed, points, self.size, self.size).round().clamp(0, 255)
+        distorted = sample(framed, points, self.size, self.size).round().clamp(0, 255)
         steps = torch.arange(PATCH, device=images.device)
-        whose = torch.arange(len(images), device=images.device)[:, None, None]
+        image = torch.arange(len(images), device=images.device)[:, None, None]
         for digit, source, target in zip(*(part.to(images.device).unbind(1) for part in clutter), strict=True):
             rows, columns = (start[:, None] + steps for start in source.unbind(1))  # (n, 6)
             patch = others[digit[:, None, None], 0, rows[:, :, None], columns[:, None]]
             rows, columns = (start[:, None] + steps for start in target.unbind(1))
-            place = (whose, 0, rows[:, :, None], columns[:, None])
-            made[place] = torch.maximum(made[place], patch)
-        return made
+            place = (image, 0, rows[:, :, None], columns[:, None])
+            distorted[place] = torch.maximum(distorted[place], patch)
+        return distorted
 
     def forward(self, images: Tensor) -> tuple[Tensor, Composition]:
-        """See `Distortion.forward`; clutter is cut from the other images of the batch."""
+        """Distort a training batch. Clutter is cut from the other images of the batch."""
         transforms, levels = self.draw(len(images)), (images * 255).round()
         return self.make(levels, transforms, levels, self.draw_clutter(len(images))) / 255, transforms
 
 
-class Drawn(Views):
-    """Images distorted at random, the same way every time.
+class FixedDraws(Views):
+    """Random distortions of the images of one split, the same ones every time.
 
     Args:
-        distortion: what is done.
+        distortion: the distortion.
         digits: all images of the source, uint8 ``(N, 28, 28, 1)``.
-        indices: those of the split, sorted; clutter is cut from them.
-        draws: how often each is distorted.
-        seed: of the draws.
+        indices: images of the split, sorted; clutter is cut from them.
+        draws: number of distortions of each image.
+        seed: seed of the draws.
     """
 
     def __init__(self, distortion: MNISTDistortion, digits: Bytes, indices: Indices, draws: int, seed: int) -> None:
         super().__init__([str(draw + 1) for draw in range(draws)])
         self.distortion, self.digits, self.indices, self.seed = distortion, digits, indices, seed
 
-    @functools.cached_property
-    def drawn(self) -> list[tuple[Composition, Clutter]]:
-        """For each view, the transforms and the clutter of every image of the split."""
-        found, count = [], len(self.indices)
+    @cached_property
+    def draws(self) -> list[tuple[Tensor | Spline, Clutter]]:
+        """For each view, the transform and the clutter of every image of the split."""
+        draws, count = [], len(self.indices)
         with torch.random.fork_rng(devices=[]):
             for view in range(len(self.names)):
                 torch.manual_seed(hash((self.seed, view)))
-                parts = self.distortion.draw(count).parts
-                exact = Composition(count, tuple(p.double() if isinstance(p, Spline) else p for p in parts))
-                found.append((exact, self.distortion.draw_clutter(count)))
-        return found
+                # Every task is one matrix or one spline per image.
+                (transform,) = self.distortion.draw(count).parts
+                exact = transform.double() if isinstance(transform, Spline) else transform
+                draws.append((exact, self.distortion.draw_clutter(count)))
+        return draws  # type: ignore[return-value]  # no other kind of `Points`
 
     def _places(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(np.searchsorted(self.indices, indices.numpy()))
 
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
-        """See `Views.show`."""
-        places, shown = self._places(indices), []
-        for transforms, clutter in self.drawn:
-            parts = tuple(part[places] for part in transforms.parts)  # type: ignore[index]  # a tensor, or a Spline
-            chosen = clutter.some(places)
-            # Only the digits that are cut from.
-            whose, digit = torch.unique(chosen.digit, return_inverse=True)
-            others = to_tensor(self.digits[self.indices[whose.numpy()]])
-            composition = Composition(len(images), parts)
-            shown.append(self.distortion.make(images, composition, others, chosen._replace(digit=digit)))
-        return torch.stack(shown, dim=1)
+        places, views = self._places(indices), []
+        for transform, clutter in self.draws:
+            chosen = clutter.select(places)
+            # Convert only the digits that patches are cut from.
+            sources, digit = torch.unique(chosen.digit, return_inverse=True)
+            others = to_tensor(self.digits[self.indices[sources.numpy()]])
+            composition = Composition(len(images), (transform[places],))
+            views.append(self.distortion.make(images, composition, others, chosen._replace(digit=digit)))
+        return torch.stack(views, dim=1)
 
     def transforms(self, indices: Tensor, aspects: Tensor) -> Tensor:
-        """See `Views.transforms`; a spline turns nothing, and is given as the identity."""
-        places, found = self._places(indices), []
-        for transforms, _ in self.drawn:
-            (part,) = transforms.parts
-            found.append(part[places] if isinstance(part, Tensor) else identity(len(places)))
-        return torch.stack(found, dim=1)
+        """Return the matrices, and the identity for a spline, which rotates nothing."""
+        places = self._places(indices)
+        matrices = [
+            transform[places] if isinstance(transform, Tensor) else identity(len(places)) for transform, _ in self.draws
+        ]
+        return torch.stack(matrices, dim=1)
 
 
 class DistortedMNIST(MNIST):
-    """MNIST, distorted: in training anew at every step, in validation and test fixed by a seed.
+    """Distorted MNIST: random at every training step, fixed by a seed in validation and test.
 
     Args:
-        task: see `MNISTDistortion`.
-        draws: how many times every image of validation and test is distorted, each in its own way.
-        task_seed: of these.
-        root: see `Published`.
-        **options: see `ImageDataModule`; parts of ``augment`` come after the distortion.
+        task: task of `MNISTDistortion`.
+        draws: number of distortions of every validation and test image.
+        task_seed: seed of these distortions.
+        root: folder of the published files, as in `Published`.
+        **options: options of `ImageDataModule`; ``augment`` follows the distortion.
     """
 
-    # Mean and deviation of the training images, measured over one epoch.
+    # Mean and standard deviation of the training images, measured over one epoch.
     statistics: ClassVar[dict[Task, tuple[float, float]]] = {
         "R": (0.1306, 0.2897),
         "RTS": (0.0536, 0.1960),
@@ -242,31 +238,25 @@ class DistortedMNIST(MNIST):
             raise UserError(f"draws must be at least 1, got {draws}.")
         super().__init__(root=root, **options)  # type: ignore[arg-type]  # the base's own types
         if self.angles != (0.0,):
-            raise UserError(f"The task says what is done to an image, so angles must be [0], got {self.angles}.")
-        self.distortion, self.draws, self.task_seed = MNISTDistortion(task), draws, task_seed
+            raise UserError(f"The task defines the distortion, so angles must be [0], got {self.angles}.")
+        self.task, self.distortion, self.draws, self.task_seed = task, MNISTDistortion(task), draws, task_seed
         self.augmentation.parts.insert(0, self.distortion)
-        mean, std = self.statistics[task]
-        self._spec = replace(super().spec, height=self.size, width=self.size, mean=(mean,), std=(std,))
-        self._drawn = functools.cache(self._draw)
-
-    @property
-    def size(self) -> int:
-        """Height and width of a distorted image."""
-        return self.distortion.size
+        self._views: dict[str, FixedDraws] = {}
 
     @property
     def spec(self) -> ImageSpec:
-        """Grey, 0 to 9, at the task's size."""
-        return self._spec
+        size, (mean, std) = self.distortion.size, self.statistics[self.task]
+        return replace(super().spec, height=size, width=size, mean=(mean,), std=(std,))
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """Of the digits that training distorts."""
         return SIDE, SIDE
 
     def views(self, split: str) -> Views:
-        """Training images as they are; of the others, the draws."""
-        return super().views(split) if split == "train" else self._drawn(split)
-
-    def _draw(self, split: str) -> Drawn:
-        return Drawn(self.distortion, self.source.images, self.splits[split], self.draws, self.task_seed)  # type: ignore[arg-type]  # an array
+        """Return training images as they are, and the fixed draws of the others."""
+        if split == "train":
+            return super().views(split)
+        if split not in self._views:
+            digits = self.source.images
+            self._views[split] = FixedDraws(self.distortion, digits, self.splits[split], self.draws, self.task_seed)  # type: ignore[arg-type]  # an array
+        return self._views[split]

@@ -1,4 +1,4 @@
-"""EMNIST: handwritten letters and digits, in six arrangements, all in one archive."""
+"""EMNIST: handwritten letters and digits in six arrangements, in one archive."""
 
 import zipfile
 from pathlib import Path
@@ -6,12 +6,12 @@ from string import ascii_lowercase, ascii_uppercase, digits
 from typing import ClassVar, Literal, get_args
 
 from upright.data.mnist import IDX
-from upright.data.published import Part
+from upright.data.published import Part, unreadable
 from upright.errors import UserError
 
 Arrangement = Literal["letters", "balanced", "byclass", "bymerge", "digits", "mnist"]
 
-# Upper and lower case are one class where they look alike.
+# Upper and lower case are one class if they look alike.
 MERGED = (*digits, *ascii_uppercase, *"abdefghnqrt")
 CLASSES: dict[str, tuple[str, ...]] = {
     "letters": tuple(ascii_uppercase),
@@ -28,18 +28,19 @@ class EMNIST(IDX):
     """Handwritten characters of NIST's Special Database 19, 28 x 28 grey (Cohen, Afshar, Tapson, van Schaik 2017).
 
     Args:
-        split: the arrangement. ``letters``: 145,600 of 26, upper and lower case merged; ``balanced``: 131,600 of 47,
-            as many of each; ``byclass``: all 814,255 of 62; ``bymerge``: all of 47; ``digits``: 280,000 of 10;
-            ``mnist``: 70,000 of 10. Each is divided into what to train on and what to test on.
-        root: folder of the published ``gzip.zip`` or of the IDX files in it (packed or not, also in ``gzip/``). By
-            default ``$UPRIGHT_DATA/emnist``, or the user's cache where that variable is not set; the archive is
-            downloaded there once (560 MB), and its MD5 checked.
-        **options: see `Published`.
+        split: the arrangement, each with a training and a test part.
+            ``letters``: 145,600 images of 26 classes, upper and lower case merged;
+            ``balanced``: 131,600 of 47, with as many of each; ``byclass``: all 814,255 of 62;
+            ``bymerge``: all of 47; ``digits``: 280,000 of 10; ``mnist``: 70,000 of 10.
+        root: folder of the published ``gzip.zip``, or of the IDX files in it (with or without ``.gz``, also in
+            ``gzip/``). By default the archive is downloaded once (560 MB) to ``$UPRIGHT_DATA/emnist``, or to the
+            user's cache if that variable is not set, and its MD5 is checked.
+        **options: options of `Published`.
     """
 
     cached_as = "emnist"
-    # About that for every arrangement: one declared pair.
-    mean, std = 0.1722, 0.3309
+    # One pair for all arrangements, which differ little.
+    mean, std = (0.1722,), (0.3309,)
     mirrors = ("https://biometrics.nist.gov/cs_links/EMNIST",)
     checksums: ClassVar = {ARCHIVE: "58c8d27c78d21e728a6bc7b3cc06412e"}
     what = f"{ARCHIVE} or the IDX files in it"
@@ -53,22 +54,20 @@ class EMNIST(IDX):
         self.first_label = 1 if split == "letters" else 0
 
     def file(self, name: str) -> Path | zipfile.Path:
-        """The file, or what stands for it in the archive, which is downloaded if it may be and is not there."""
         if unpacked := self.find(*(f"{folder}{name}{suffix}" for folder in ("", "gzip/") for suffix in ("", ".gz"))):
             return unpacked
         archive = self.find(ARCHIVE) or self.fetch(ARCHIVE)
         try:
             member = zipfile.Path(archive, f"gzip/{name}.gz")
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"'{archive}' cannot be read: {error}. It may not be whole; bring it again.") from None
+            raise unreadable(archive, error) from None
         if not member.is_file():
             raise UserError(f"'{archive}' holds no gzip/{name}.gz: it is not the published archive of EMNIST.")
         return member
 
     def part(self, stem: str) -> Part:
-        """Turned upright, for on disk rows are columns; labels from 0, for those of letters begin at 1."""
         images, labels = super().part(stem)
-        if images.ndim == 4:
+        if images.ndim == 4:  # the files store columns before rows
             images = images.swapaxes(1, 2)
-        # uint8: a 0 among labels that begin at 1 becomes 255, which `read` refuses.
+        # uint8: a 0 among labels that start at 1 becomes 255, which `read` refuses.
         return Part(images, labels - self.first_label)

@@ -1,63 +1,44 @@
-"""MNIST, and what comes in its four IDX files in its place: Fashion-MNIST and Kuzushiji-MNIST."""
+"""MNIST and two datasets in the same four IDX files: Fashion-MNIST and Kuzushiji-MNIST."""
 
-import gzip
 import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from upright.data.published import Bytes, Part, Published
+from upright.data.published import Bytes, Part, Published, read_file
 from upright.errors import UserError
-from upright.images import ImageSpec
 
 
 class IDX(Published):
-    """Four IDX files, packed (``.gz``) or not: images ``(N, 28, 28)`` and labels, to train on and to test."""
+    """Four IDX files, with or without ``.gz``: images ``(N, 28, 28)`` and labels, for training and for test."""
 
-    classes: tuple[str, ...]
-    """In the order of the labels."""
-    mean: ClassVar[float]
-    std: ClassVar[float]
-    """Of the training images, on the scale of 0 to 1: well-known numbers, declared, not measured here."""
+    shape = (28, 28, 1)
     stems: tuple[str, str] = ("train", "t10k")
-    """What the names of the files begin with: those to train on, those to test on."""
+    """Beginnings of the names of the training files and the test files."""
     what = "the four IDX files"
 
-    @property
-    def spec(self) -> ImageSpec:
-        """Grey, 28 x 28."""
-        return ImageSpec(1, 28, 28, self.classes, (self.mean,), (self.std,))
-
-    def prepare_data(self) -> None:
-        """Download what is not there; Lightning calls it in one process."""
-        for stem in self.stems:
-            for file in _files(stem):
-                self.file(file)
-
     def parts(self) -> tuple[Part, Part]:
-        """What the four files hold."""
         train, test = (self.part(stem) for stem in self.stems)
         return train, test
 
     def part(self, stem: str) -> Part:
-        """Two of the files."""
-        images, labels = (read_idx(self.file(file)) for file in _files(stem))
+        """Read the images and labels of one part."""
+        images, labels = (read_idx(self.file(f"{stem}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1"))
         return Part(images[..., None], labels)
 
     def file(self, name: str) -> Path | zipfile.Path:
-        """The file, packed or not, downloaded if it may be and is not there."""
+        """Find a file, or download it."""
         return self.find(name, f"{name}.gz") or self.fetch(f"{name}.gz")
 
 
 class MNIST(IDX):
-    """70,000 handwritten digits, 28 x 28 grey (LeCun, Cortes, Burges 1998): 60,000 to train on, 10,000 to test."""
+    """70,000 handwritten digits, 28 x 28 grey (LeCun, Cortes, Burges 1998): 60,000 for training, 10,000 for test."""
 
     cached_as = "mnist"
     classes = tuple("0123456789")
-    mean, std = 0.1307, 0.3081
+    mean, std = (0.1307,), (0.3081,)
     mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist",)
     checksums: ClassVar = {
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -68,14 +49,14 @@ class MNIST(IDX):
 
 
 class FashionMNIST(IDX):
-    """70,000 pictures of clothes, 28 x 28 grey (Xiao, Rasul, Vollgraf 2017): 60,000 to train on, 10,000 to test."""
+    """70,000 images of clothes, 28 x 28 grey (Xiao, Rasul, Vollgraf 2017): 60,000 for training, 10,000 for test."""
 
     cached_as = "fashion-mnist"
     classes = (
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )
-    mean, std = 0.2860, 0.3530
+    mean, std = (0.2860,), (0.3530,)
     mirrors = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",)
     checksums: ClassVar = {
         "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -86,11 +67,11 @@ class FashionMNIST(IDX):
 
 
 class KMNIST(IDX):
-    """70,000 cursive Japanese characters, 28 x 28 grey (Clanuwat et al. 2018): 60,000 to train on, 10,000 to test."""
+    """70,000 cursive Japanese characters, 28 x 28 grey (Clanuwat et al. 2018): 60,000 for training, 10,000 for test."""
 
     cached_as = "kmnist"
     classes = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
-    mean, std = 0.1918, 0.3483
+    mean, std = (0.1918,), (0.3483,)
     mirrors = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist",)
     checksums: ClassVar = {
         "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
@@ -100,26 +81,19 @@ class KMNIST(IDX):
     }
 
 
-def _files(stem: str) -> tuple[str, str]:
-    return f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"
-
-
 def read_idx(path: Path | zipfile.Path) -> Bytes:
-    """The uint8 array of an IDX file, packed with gzip or not.
+    """Read the uint8 array of an IDX file, with or without gzip.
 
     Raises:
-        UserError: if it is cut off, too long, or something else.
+        UserError: if it is truncated, too long, or another format.
     """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' cannot be read: {error}. It may not be whole; bring it again.") from None
+    content = read_file(path)
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4].ljust(4, b"\xff"))
-    if (zeros, kind) != (0, 8) or len(content) < 4 + 4 * dimensions:
+    offset = 4 + 4 * dimensions
+    if (zeros, kind) != (0, 8) or len(content) < offset:
         raise UserError(f"'{path}' is not an IDX file of unsigned bytes.")
-    shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    shape = struct.unpack(f">{dimensions}I", content[4:offset])
+    values = np.frombuffer(content, np.uint8, offset=offset)
     if len(values) != np.prod(shape, dtype=np.int64):
-        raise UserError(f"'{path}' says that it holds {shape} bytes, and holds {len(values)}: it is not whole.")
+        raise UserError(f"'{path}' declares the shape {shape}, and holds {len(values)} bytes: it is not complete.")
     return values.reshape(shape)

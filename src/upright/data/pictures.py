@@ -1,27 +1,46 @@
-"""The base of the datasets that are pictures on disk: how they are seen, and a source that decodes when asked."""
+"""The base of datasets that are image files on disk."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Source
-from upright.errors import UserError
+from upright.errors import UserError, nearest
 from upright.images import ImageSpec, Pixels, Resize, decode
 
 
-class Pictures(ImageDataModule):
-    """Pictures of any sizes and formats, found by a subclass, which implements `spec`, `read` and `where`.
+class Row(NamedTuple):
+    """One image file.
 
     Args:
-        size: height and width that the network sees.
+        path: the file.
+        label: name of the class.
+        split: ``train``, ``val`` or ``test``; empty if the user did not split the images.
+        name: short name of the image.
+        place: where the label comes from, for messages.
+    """
+
+    path: Path
+    label: str
+    split: str
+    name: str
+    place: str
+
+
+class Pictures(ImageDataModule):
+    """Images of any size and format. A subclass finds the files; it implements `classes`, `rows` and `where`.
+
+    Args:
+        size: height and width of the network's input.
         channels: 1 (grey) or 3 (RGB).
-        resize: ``stretch``, ``crop`` the largest centred square first, or ``none`` where all have ``size`` and the
-            network takes any.
-        background: grey level that transparent pixels are laid over.
-        mean: subtracted, one number per channel or one for all, on the scale of 0 to 1.
-        std: divided by, likewise.
-        **options: see `ImageDataModule`.
+        resize: ``stretch``, ``crop`` (the largest centred square first), or ``none``, if all images have ``size`` and
+            the network takes any size.
+        background: grey level under transparent pixels.
+        mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all.
+        std: divisor of the pixels, likewise.
+        **options: options of `ImageDataModule`.
     """
 
     def __init__(
@@ -35,45 +54,54 @@ class Pictures(ImageDataModule):
         std: Sequence[float] = (0.25,),
         **options: object,
     ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]  # jsonargparse reads the base's own types
+        super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
         self.size, self.channels, self.resize, self.background = size, channels, resize, background
         self.mean, self.std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
 
-    def spec_of(self, classes: tuple[str, ...]) -> ImageSpec:
-        """What the options say, for these classes."""
-        size = self.size
-        return ImageSpec(
-            self.channels, size, size, classes, self.mean, self.std, self.resize, background=self.background
-        )
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Return the labels of the training images, in order."""
 
-    def source_of(
-        self, paths: Sequence[Path], labels: Sequence[int], names: Sequence[str], splits: Mapping[str, Sequence[int]]
-    ) -> Source:
-        """The source of these files, in this order.
-
-        Args:
-            paths: of the pictures.
-            labels: index into the spec's classes.
-            names: of the pictures, as people know them.
-            splits: those that the user made; one under ``""`` that holds all is none.
-
-        Raises:
-            UserError: if a split lacks a class.
-        """
-        spec = self.spec
-        for split, part in splits.items():
-            found = {labels[i] for i in part}
-            if empty := [name for label, name in enumerate(spec.classes) if label not in found]:
-                raise UserError(f"No picture in class {empty} of {self.where(split)}.")
-        return Source(_Decoded(paths, spec), labels, names, splits if "" not in splits else None, paths)
+    @abstractmethod
+    def rows(self) -> Sequence[Row]:
+        """Find all images."""
 
     @abstractmethod
     def where(self, split: str) -> str:
-        """The split, as messages name it."""
+        """Return the name of a split for messages."""
+
+    @property
+    def spec(self) -> ImageSpec:
+        return ImageSpec(
+            self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background
+        )
+
+    def read(self) -> Source:
+        spec, rows = self.spec, self.rows()
+        numbers = {name: number for number, name in enumerate(spec.classes)}
+        splits: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.label not in numbers:
+                raise UserError(
+                    f"{row.place}: label '{row.label}' of split '{row.split}' is not among the training labels "
+                    f"{spec.classes}.{nearest(row.label, numbers)}"
+                )
+            splits.setdefault(row.split, []).append(index)
+        for split, indices in splits.items():
+            self.check_classes(split, {rows[index].label for index in indices})
+        paths, labels, _, names, _ = zip(*rows, strict=True)
+        return Source(
+            _Decoded(paths, spec), [numbers[label] for label in labels], names, None if "" in splits else splits, paths
+        )
+
+    def check_classes(self, split: str, labels: set[str]) -> None:
+        """Refuse a split that lacks a class."""
+        if empty := [name for name in self.spec.classes if name not in labels]:
+            raise UserError(f"No image in class {empty} of {self.where(split)}.")
 
 
-class _Decoded(Sequence[Pixels]):
-    """Pictures, decoded at every access."""
+class _Decoded(Sequence[Pixels]):  # its name is part of the cache's key
+    """Images, decoded at every access."""
 
     def __init__(self, paths: Sequence[Path], spec: ImageSpec) -> None:
         self.paths, self.spec = paths, spec
@@ -81,5 +109,5 @@ class _Decoded(Sequence[Pixels]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # one picture at a time is all that is asked for
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # only one image at a time is used
         return decode(self.paths[index], self.spec)

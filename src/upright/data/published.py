@@ -1,5 +1,8 @@
-"""The base of the datasets that others publish: small pictures of one size, to train on and to test."""
+"""The base of published datasets: small images of one size, with a training and a test part, downloaded once."""
 
+import gzip
+import zipfile
+import zlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -11,6 +14,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.data.download import absolute, cache, download
 from upright.data.source import Source
 from upright.errors import UserError
+from upright.images import ImageSpec
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -23,25 +27,30 @@ class Part(NamedTuple):
 
 
 class Published(ImageDataModule):
-    """A dataset whose files are in a folder of the user's, or downloaded once.
-
-    A subclass declares what is published, and implements `spec`, `prepare_data` and `parts`.
+    """A published dataset. A subclass sets the class variables and implements `parts`.
 
     Args:
-        root: folder of the published files. By default the dataset's own in ``$UPRIGHT_DATA``, or in the user's cache
-            where that variable is not set; what is not there is downloaded once, and its MD5 checked.
-        val_fraction: of the training images, for validation.
-        **options: see `ImageDataModule`.
+        root: folder of the published files. By default the dataset's own folder in ``$UPRIGHT_DATA``, or in the user's
+            cache if that variable is not set; missing files are downloaded there once, and their MD5 is checked.
+        val_fraction: fraction of the training images, for validation.
+        **options: options of `ImageDataModule`.
     """
 
     cached_as: ClassVar[str]
-    """The folder's name in the cache."""
+    """Name of the folder in the cache."""
     checksums: ClassVar[dict[str, str]]
-    """What is downloaded: names, and the MD5 of each."""
+    """Names of the files to download, and the MD5 of each."""
     mirrors: ClassVar[tuple[str, ...]]
     """Addresses of the folders that hold them."""
     what: ClassVar[str]
-    """What `root` may hold, for messages."""
+    """Content of `root`, for messages."""
+    shape: ClassVar[tuple[int, int, int]]
+    """Height, width and channels of an image."""
+    classes: tuple[str, ...]
+    """Names, in the order of the labels."""
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+    """Of the training images, on the scale of 0 to 1: well-known numbers, declared and not measured."""
 
     def __init__(self, *, root: str | None = None, val_fraction: float = 0.1, **options: object) -> None:
         if root is not None:
@@ -49,28 +58,29 @@ class Published(ImageDataModule):
         super().__init__(val_fraction=val_fraction, **options)  # type: ignore[arg-type]  # the base's own types
         self.root = root
 
-    @abstractmethod
-    def prepare_data(self) -> None:
-        """Download what is not there; Lightning calls it in one process."""
+    @property
+    def spec(self) -> ImageSpec:
+        height, width, channels = self.shape
+        return ImageSpec(channels, height, width, self.classes, self.mean, self.std)
 
     @abstractmethod
     def parts(self) -> tuple[Part, Part]:
-        """What to train on, and what to test on."""
+        """Read the training part and the test part; `fetch` what `find` does not find."""
 
     @property
     def folder(self) -> Path:
-        """Where the files are, or will be."""
+        """Folder of the published files."""
         return Path(self.root) if self.root else cache(self.cached_as)
 
     def find(self, *names: str) -> Path | None:
-        """The first of these that is a file in `folder`."""
+        """Return the first of these files that exists in `folder`."""
         return next((path for name in names if (path := self.folder / name).is_file()), None)
 
     def fetch(self, name: str) -> Path:
-        """One of the files of `checksums`, downloaded.
+        """Download one of the files of `checksums`.
 
         Raises:
-            UserError: if the user named a folder, which is left as it is, or the download fails.
+            UserError: if the user named a folder, which never changes, or the download fails.
         """
         if self.root:
             raise UserError(
@@ -80,26 +90,41 @@ class Published(ImageDataModule):
         return download(name, self.checksums[name], self.mirrors, self.folder, self.what)
 
     def read(self) -> Source:
-        """All images, those to train on before those to test on.
+        """Read all images, the training part first.
 
         Raises:
-            UserError: if images and labels do not fit together, or not to the classes.
+            UserError: if images, labels and classes do not fit together.
         """
-        spec = self.spec
-        shape = (*self.stored_size, spec.channels)
-        parts = dict(zip(("train", "test"), self.parts(), strict=True))
-        for name, (images, labels) in parts.items():
-            if not len(images) or images.shape != (*labels.shape, *shape) or labels.max() >= len(spec.classes):
+        train, test = self.parts()
+        for name, (images, labels) in (("train", train), ("test", test)):
+            if not len(images) or images.shape != (*labels.shape, *self.shape) or labels.max() >= len(self.classes):
                 raise UserError(
-                    f"The {name} files of '{self.folder}' do not fit together: (N, H, W, C) images of {shape} and (N,) "
-                    f"labels below {len(spec.classes)} are needed, got {images.shape} and {labels.shape} up to "
+                    f"The {name} files of '{self.folder}' do not fit together: (N, H, W, C) images of {self.shape} and "
+                    f"(N,) labels below {len(self.classes)} are needed, got {images.shape} and {labels.shape} up to "
                     f"{labels.max(initial=0)}."
                 )
-        labels = np.concatenate([part.labels for part in parts.values()])
-        # Into an array of its own: what was turned upright on the way keeps its odd strides otherwise.
-        images = np.empty((len(labels), *shape), np.uint8)
-        np.concatenate([part.images for part in parts.values()], out=images)
-        names = [f"{name}-{i:05d}" for name, part in parts.items() for i in range(len(part.labels))]
-        count = len(parts["train"].labels)
-        splits = {"train": range(count), "test": range(count, len(labels))}
+        labels = np.concatenate([train.labels, test.labels])
+        # A new array in C order: transposed parts would keep their strides.
+        images = np.empty((len(labels), *self.shape), np.uint8)
+        np.concatenate([train.images, test.images], out=images)
+        splits = {"train": range(len(train.labels)), "test": range(len(train.labels), len(labels))}
+        names = [f"{name}-{i:05d}" for name, split in splits.items() for i in range(len(split))]
         return Source(images, labels.tolist(), names, splits)
+
+
+def read_file(path: Path | zipfile.Path) -> bytes:
+    """Return the content of a file, decompressed if it is gzip.
+
+    Raises:
+        UserError: if it cannot be read or is truncated.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path | zipfile.Path, error: Exception) -> UserError:
+    """Return the error for a file that cannot be read."""
+    return UserError(f"'{path}' cannot be read: {error}. It may be truncated; download it again.")

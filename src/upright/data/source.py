@@ -1,4 +1,4 @@
-"""What a dataset gives: pictures, labels, names, and the splits that it defines itself."""
+"""`Source`, which a dataset returns: images, labels, names, and the splits that the dataset defines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,25 +9,24 @@ from upright.images import Pixels
 
 
 class Images(Protocol):
-    """A list of pictures, an array ``(N, H, W, C)``, or what decodes a file at every access."""
+    """A list of images, an array ``(N, H, W, C)``, or a lazy sequence that decodes a file on access."""
 
-    def __len__(self) -> int:
-        """How many."""
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Pixels:
-        """One, uint8 ``(H, W, C)``; raises `UprightError`, naming the file, if it cannot be decoded."""
+        """Return one image, uint8 ``(H, W, C)``, or raise `UprightError`, naming the file, if it cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as it comes.
+    """The images of a dataset.
 
     Args:
-        images: decoded, uint8 ``(H, W, C)``, each of its own size.
-        labels: index into the spec's classes.
-        names: short, unique; for messages and files.
-        splits: indices of ``train``, ``val`` and ``test`` where the dataset itself defines some of them.
-        files: that the images are read from, one each; none where they are in memory.
+        images: decoded images, uint8 ``(H, W, C)``, each of its own size.
+        labels: indices into the classes of the spec.
+        names: short unique names, for messages and files.
+        splits: indices of ``train``, ``val`` and ``test``, if the dataset defines some of them.
+        files: the file of each image; ``None`` if they are in memory.
     """
 
     images: Images
@@ -38,7 +37,7 @@ class Source:
 
 
 class Original(NamedTuple):
-    """One image as it goes into a deployed model: uint8 ``(H, W, C)`` at its own size."""
+    """One image as a deployed model gets it: uint8 ``(H, W, C)`` at its own size."""
 
     name: str
     pixels: Pixels

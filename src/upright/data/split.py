@@ -1,9 +1,9 @@
-"""Which image is in which split: seeded, stratified, never overlapping, and provable afterwards."""
+"""Splits: seeded, stratified, without overlap, and identified by the content of their images."""
 
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,17 @@ SPLITS = ("train", "val", "test")
 def stratified_split(
     labels: npt.ArrayLike, fractions: Mapping[str, float], seed: int, *, folds: int = 0, fold: int = 0
 ) -> dict[str, Indices]:
-    """Sorted indices per split: ``train`` gets what the others leave, every class in its share.
+    """Return sorted indices per split, with the same share of every class in each; ``train`` gets the rest.
 
     Args:
-        labels: the class of every image.
-        fractions: of all images, for every split but ``train``, in the order in which they are split off.
-        seed: the same seed gives the same split.
-        folds: when not 0, ``val`` is one of so many equal parts of what the other splits leave.
-        fold: which one, from 0.
+        labels: class of every image.
+        fractions: fraction of all images for every split but ``train``, in the order in which they are split off.
+        seed: seed of the split.
+        folds: if not 0, ``val`` is one of this many equal parts of the images that the other splits leave.
+        fold: number of that part, from 0.
 
     Raises:
-        UserError: if the fractions leave nothing, or a class is too small to be in every split.
+        UserError: if the fractions leave nothing, or a class is too small for all splits.
     """
     if min(fractions.values(), default=0.5) <= 0 or sum(fractions.values()) >= 1:
         raise UserError(f"Split fractions must be above 0 and leave a part for training, got {dict(fractions)}.")
@@ -40,39 +40,35 @@ def stratified_split(
     splits: dict[str, Indices] = {}
     try:
         for name, fraction in fractions.items():
-            wanted = round(fraction * len(classes))
-            rest, part = train_test_split(rest, test_size=wanted, stratify=classes[rest], random_state=seed)
-            splits[name] = np.sort(part)
+            size = round(fraction * len(classes))
+            rest, splits[name] = train_test_split(rest, test_size=size, stratify=classes[rest], random_state=seed)
         if folds:
-            least = np.unique(classes[rest], return_counts=True)[1].min()
-            if least < folds:
-                raise ValueError(f"{folds} folds need so many images of every class, and one has {least}")
+            smallest = np.unique(classes[rest], return_counts=True)[1].min()
+            if smallest < folds:
+                raise ValueError(f"{folds} folds need as many images of every class, and one class has {smallest}")
             parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rest, classes[rest])
             train, val = list(parts)[fold]
-            rest, splits["val"] = rest[train], np.sort(rest[val])
+            rest, splits["val"] = rest[train], rest[val]
     except ValueError as error:
         by = dict(fractions) | ({"folds": folds} if folds else {})
         raise UserError(
             f"{len(classes)} images of {len(np.unique(classes))} classes cannot be split by {by}: {error}"
         ) from None
-    splits["train"] = np.sort(rest)
+    splits["train"] = rest
     for name, part in splits.items():
         if missing := set(classes.tolist()) - set(classes[part].tolist()):
-            raise UserError(f"No image of class {sorted(missing)} in split '{name}': too few images of it.")
-    return splits
+            raise UserError(f"No image of class {sorted(missing)} in split '{name}': the class has too few images.")
+    return {name: np.sort(part) for name, part in splits.items()}
 
 
 def first_copies(hashes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
-    """The first image of each content, sorted, and for every image the place in that list of its own content."""
+    """Return the sorted indices of the first image of each content, and for every image its place in that list."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    return first[order], place[inverse]
+    return np.sort(first), np.searchsorted(np.sort(first), first[inverse])
 
 
 def stratified_part(labels: npt.ArrayLike, fraction: float, seed: int) -> Indices:
-    """Sorted indices of ``fraction`` of the images of every class, at least one; a smaller part is in every larger."""
+    """Return sorted indices of ``fraction`` of every class, at least one each. A larger fraction contains a smaller."""
     classes = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(classes))
     parts = [order[classes[order] == label] for label in np.unique(classes)]
@@ -80,7 +76,7 @@ def stratified_part(labels: npt.ArrayLike, fraction: float, seed: int) -> Indice
 
 
 def content_hash(pixels: Pixels) -> int:
-    """64 bits of BLAKE2b over shape and pixels, as a signed integer."""
+    """Return 64 bits of BLAKE2b over shape and pixels, as a signed integer."""
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(pixels).tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
@@ -88,7 +84,13 @@ def content_hash(pixels: Pixels) -> int:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """What was in each split: the dataset, images per class, and the sorted content hashes of the source images."""
+    """Content of the splits.
+
+    Args:
+        source: class of the dataset.
+        counts: images per class, by split.
+        hashes: sorted content hashes of the source images, by split.
+    """
 
     source: str
     counts: dict[str, dict[str, int]]
@@ -103,16 +105,16 @@ class SplitManifest:
         hashes: npt.NDArray[np.int64],
         classes: Sequence[str],
     ) -> "SplitManifest":
-        """From the indices of every split, and every image's label and content hash."""
+        """Build the manifest from the indices of every split, and the label and content hash of every image."""
         counts = {}
         for name, part in splits.items():
-            found = np.bincount(labels[part], minlength=len(classes)).tolist()
-            counts[name] = {label: count for label, count in sorted(zip(classes, found, strict=True)) if count}
+            per_class = np.bincount(labels[part], minlength=len(classes)).tolist()
+            counts[name] = {label: count for label, count in sorted(zip(classes, per_class, strict=True)) if count}
         return cls(source, counts, {name: torch.from_numpy(np.sort(hashes[part])) for name, part in splits.items()})
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names and hashes: equal digests mean the same images in the same splits."""
+        """SHA-256 over names and hashes. Equal digests mean the same images in the same splits."""
         digest = hashlib.sha256()
         for name in sorted(self.hashes):
             digest.update(f"{name}:{len(self.hashes[name])}:".encode())
@@ -120,8 +122,8 @@ class SplitManifest:
         return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data and tensors, for checkpoints."""
-        return {"source": self.source, "counts": self.counts, "hashes": self.hashes, "digest": self.digest}
+        """Return plain data and tensors, for checkpoints."""
+        return asdict(self) | {"digest": self.digest}
 
 
 def copies(
@@ -131,23 +133,24 @@ def copies(
     classes: Sequence[str],
     names: Sequence[str],
 ) -> list[str]:
-    """What a user should know of images that are there more than once, in sentences; none where there are none."""
+    """Return one sentence per pair of splits that share images, and one about duplicates with different labels."""
     remarks = []
     for a, b in itertools.combinations(splits, 2):
-        if len(twice := np.flatnonzero(np.isin(hashes[splits[a]], hashes[splits[b]]))):
-            one = splits[a][twice[0]]
-            other = splits[b][hashes[splits[b]] == hashes[one]][0]
+        shared = splits[a][np.isin(hashes[splits[a]], hashes[splits[b]])]
+        if len(shared):
+            other = splits[b][hashes[splits[b]] == hashes[shared[0]]][0]
             remarks.append(
-                f"{len(twice)} of the {len(splits[a])} images in '{a}' are in '{b}' too, for example '{names[one]}' "
-                f"and '{names[other]}'."
+                f"{len(shared)} of the {len(splits[a])} images in '{a}' are in '{b}' too, for example "
+                f"'{names[shared[0]]}' and '{names[other]}'."
             )
     used = np.concatenate(list(splits.values()))
     first, place = first_copies(hashes[used])
-    differing = np.flatnonzero(labels[used] != labels[used][first][place])
+    originals = used[first[place]]
+    differing = np.flatnonzero(labels[used] != labels[originals])
     if len(differing):
-        one, other = used[first[place[differing[0]]]], used[differing[0]]
+        one, other = originals[differing[0]], used[differing[0]]
         remarks.append(
-            f"{len(differing)} images have a copy of another class, for example '{names[one]}' "
+            f"{len(differing)} images have a duplicate in another class, for example '{names[one]}' "
             f"({classes[labels[one]]}) and '{names[other]}' ({classes[labels[other]]})."
         )
     return remarks

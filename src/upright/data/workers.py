@@ -1,81 +1,75 @@
-"""Worker processes: torch's, with a user's mistake left in its one line."""
+"""Worker processes that decode images: torch's DataLoader, with errors of one line and without a share in Ctrl-C."""
 
 import signal
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from upright.errors import UprightError, UserError
 
-Key = TypeVar("Key", contravariant=True)
-Item = TypeVar("Item", covariant=True)
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 
-class Keyed(Protocol[Key, Item]):
-    """Gives an item for a key."""
-
-    def __getitem__(self, key: Key, /) -> Item:
-        """The item."""
-
-
-def fetch(items: Keyed[Any, Item], keys: Sequence[Any], workers: int) -> Iterator[Item]:
-    """``items[key]`` for every key, in their order.
+def fetch(read: Callable[[Key], Item], keys: Sequence[Key], workers: int) -> Iterator[Item]:
+    """Yield ``read(key)`` for every key, in order.
 
     Args:
-        items: what a worker can be sent.
-        keys: whatever it takes.
-        workers: processes; 0 does it here.
+        read: a function that can be pickled.
+        keys: its arguments.
+        workers: number of processes; 0 reads in this process.
 
     Raises:
-        UserError: of an item, as it was.
+        UprightError: the error that ``read`` raised, in one line.
+        UserError: if a worker process dies.
     """
     if not workers:
-        yield from map(items.__getitem__, keys)
+        yield from map(read, keys)
         return
     loader: DataLoader[Any] = DataLoader(
-        _Answers(items),
+        _Results(read),
         batch_size=None,
         sampler=keys,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_parent,
-        # Else it draws a seed for its workers from the global one.
+        # Without a generator of its own, the loader draws the seed of its workers from the global one.
         generator=torch.Generator(),
     )
     try:
-        for answer in loader:
-            if isinstance(answer, UprightError):
-                raise answer
-            yield answer
+        for result in loader:
+            if isinstance(result, UprightError):
+                raise result
+            yield result
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"A process that decodes has died ({str(error).splitlines()[0]}), perhaps for want of memory: fewer of "
-            "them by --data.num_workers, 0 for none."
+            f"A process that decodes images died ({str(error).splitlines()[0]}), perhaps because memory ran out. "
+            "Use fewer processes with --data.num_workers; 0 decodes in the main process."
         ) from error
 
 
-class _Answers(Dataset[Any]):
-    """Returns a mistake: one that is raised comes out of a worker with its traceback as its text."""
+class _Results(Dataset[Any]):
+    """Return an error instead of raising it, because torch adds the worker's traceback to the text of a raised one."""
 
-    def __init__(self, items: Keyed[Any, Any]) -> None:
-        self.items = items
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            return self.items[key]
+            return self.read(key)
         except UprightError as error:
             return error
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    # A terminal sends Ctrl-C to all; a run that stops after this step still wants its batches.
+    # A terminal sends Ctrl-C to all processes, but a run that stops after the current step still needs its batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _as_it_is(answer: Any) -> Any:
-    return answer
+def _unchanged(result: Any) -> Any:
+    return result
