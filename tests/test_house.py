@@ -24,7 +24,7 @@ ORDER = (
     ("runs",),
     ("describe", "preview", "exporting"),
     ("evidence",),
-    ("cli", "completion", "demo", "__main__"),
+    ("cli", "demo", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse", "optuna")
