@@ -17,6 +17,7 @@ ORDER = (
     ("errors", "files", "recipes", "tables"),
     ("images",),
     ("runtime",),
+    ("internals",),
     ("warp", "anatomy", "checkpoint"),
     ("architectures",),
     ("data",),
