@@ -211,7 +211,7 @@ _LOCAL = {
 _PADDING = {aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d}
 
 
-class _Fields(OperatorObserver):
+class _Fields(OperatorObserver):  # type: ignore[no-untyped-call]
     """The receptive field of every tensor that depends on ``images``.
 
     Of several inputs the largest field counts. After an operator that is not known to be local (a matrix product, a

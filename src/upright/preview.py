@@ -16,7 +16,7 @@ from upright.files import check_exists
 from upright.images import Pixels
 from upright.runs.drawing import Line, draw_tiles, pixels_of, save_picture
 
-COLUMNS = 10
+COLUMNS = 12
 COPIES = 3
 MOST_VIEWS = 6
 MOST_CLASSES = 40  # rows of the table
@@ -110,7 +110,8 @@ def _measured(data: ImageDataModule) -> tuple[list[float], list[float], int]:
 def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     """Draw images of as many classes as possible, per split.
 
-    Originals come first. Augmented copies of the training images follow, and every view of the other images.
+    Originals carry the name of the split. Below them are augmented copies of the training images, and the views of
+    the others as the network sees them.
 
     Args:
         data: to draw.
@@ -129,13 +130,13 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
         places = _of_many_classes(data, split, columns)
         indices = [int(data.splits[split][place]) for place in places]
         labels = [data.spec.classes[data.source.labels[index]] for index in indices]
-        add(f"{split}, original", [data.source.images[index] for index in indices], labels)
+        add(split, [data.source.images[index] for index in indices], labels)
         views, samples = data.views(split), data.samples(split)
         if split == "train":
             batch = samples[torch.tensor(places)]
             torch.manual_seed(seed)
-            for _ in range(COPIES):
-                add("augmented", pixels_of(data.augmentation(batch.images).images), labels)
+            for copy in range(1, COPIES + 1):
+                add(f"copy {copy}", pixels_of(data.augmentation(batch.images).images), labels)
         else:
             for number, view in enumerate(views.names[:MOST_VIEWS]):
                 batch = samples[torch.tensor(places) * len(views.names) + number]
