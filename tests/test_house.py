@@ -14,9 +14,10 @@ from upright.cli import VERBS
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "files", "internals", "recipes", "tables"),
+    ("errors", "files", "recipes", "tables"),
     ("images",),
     ("runtime",),
+    ("internals",),
     ("warp", "anatomy", "checkpoint"),
     ("architectures",),
     ("data",),
@@ -24,7 +25,7 @@ ORDER = (
     ("runs",),
     ("describe", "preview", "exporting"),
     ("evidence",),
-    ("cli", "completion", "demo", "__main__"),
+    ("cli", "demo", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse", "optuna")

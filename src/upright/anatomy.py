@@ -1,6 +1,6 @@
-"""What a network is made of, layer by layer: the table that a student draws by hand."""
+"""The layers of a network: output shapes, receptive fields, parameters, multiply-adds."""
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -8,23 +8,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-aten = torch.ops.aten
+from upright.internals.torch import ADAPTIVE_POOLS, BATCH_NORM, OperatorObserver, aten
+
 Shape = tuple[int, ...]
 
 CLIFF = 8
-"""A layer that leaves fewer than one in so many positions, and more than one position, is warned of."""
+"""A layer that reduces the positions by more than this factor, to more than one, gets a warning."""
 ELSEWHERE = "(elsewhere)"
-"""Name of what ran, or has parameters, outside of all layers."""
+"""Name of the row for operations and parameters outside of all layers."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Of a convolution or pooling, per axis; the kernel with its dilation."""
+    """Kernel (with its dilation), stride and padding of a convolution or pooling, per axis."""
 
     kernel: Shape
     stride: Shape
@@ -33,17 +32,16 @@ class Window:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module inside which no other runs, in one of its runs; or what ran outside of all of them.
+    """One run of a module inside which no other runs; or all that ran outside of such modules.
 
     Args:
         name: its path in the network.
         kind: its class.
         window: of a convolution or pooling.
-        output: shape of what it gives for one image.
-        receptive_field: rows and columns of the image that one output position sees, no more than it has; None where
-            they cannot be followed.
-        jump: by how many rows and columns of the image neighbouring positions differ; 0 where all see the whole image.
-        parameters: those that no layer above it has.
+        output: shape for one image.
+        receptive_field: rows and columns of the image that one output position sees; None if unknown.
+        jump: rows and columns of the image between neighbouring positions; 0 if all see the whole image.
+        parameters: without those of earlier layers.
         multiply_adds: of convolutions and matrix products, without biases, for one image.
         activations: number of output values for one image.
         connections: multiply-adds over those of a dense layer between the same input and output.
@@ -65,7 +63,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of a whole network; ``megabytes`` (10^6 bytes) are those of its parameters as float32."""
+    """Sums over a network; ``megabytes`` (10^6 bytes) is the size of its parameters as float32."""
 
     parameters: int
     trainable: int
@@ -76,7 +74,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found."""
+    """The result of `describe`."""
 
     input: Shape
     layers: list[Layer]
@@ -85,10 +83,10 @@ class Description:
 
 
 def describe(network: nn.Module, input_shape: Shape) -> Description:
-    """Run one image of zeros through ``network`` and note what every layer does.
+    """Run one image of zeros through ``network`` and describe every layer.
 
     Args:
-        network: from images ``(B, C, H, W)``; on any device, ``meta`` included, where it costs no time. It is left in
+        network: takes images ``(B, C, H, W)``, on any device; on ``meta`` nothing is computed. It is put into
             evaluation mode.
         input_shape: ``(C, H, W)``.
     """
@@ -108,15 +106,15 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         layers_before, flops_before = started.pop()
-        given, output = next(_tensors((args, kwargs)), None), next(_tensors(result), None)
-        if len(layers) > layers_before or given is None or output is None:
+        image, output = next(_tensors((args, kwargs)), None), next(_tensors(result), None)
+        if len(layers) > layers_before or image is None or output is None:
             return
         field = fields.of.get(output)
         parameters = set(module.parameters())
         multiply_adds = (counter.get_total_flops() - flops_before) // 2
         connections = weights = None
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            dense = given.numel() * output.numel()
+            dense = image.numel() * output.numel()
             connections, weights = multiply_adds / dense, module.weight.numel() / dense
         layer = Layer(
             name=names[module],
@@ -133,12 +131,12 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
         )
         layers.append(layer)
         counted.update(parameters)
-        if given.ndim == output.ndim == 4:
-            had, left = prod(given.shape[2:]), prod(output.shape[2:])
-            if 1 < left < had / CLIFF:
+        if image.ndim == output.ndim == 4:
+            inputs, outputs = prod(image.shape[2:]), prod(output.shape[2:])
+            if 1 < outputs < inputs / CLIFF:
                 warnings.append(
-                    f"{layer.name} ({layer.kind}) leaves {left:,} of {had:,} positions, 1 in {had / left:.0f}; "
-                    "smaller strides in more than one layer lose less."
+                    f"{layer.name} ({layer.kind}) leaves {outputs:,} of {inputs:,} positions, "
+                    f"1 in {inputs / outputs:.0f}; smaller strides in more than one layer lose less."
                 )
 
     hooks = [module.register_forward_pre_hook(before) for module in names]
@@ -164,7 +162,11 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list | Mapping):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _tensors(part)
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
@@ -199,62 +201,58 @@ class _Field(NamedTuple):
     jump: Shape
 
 
-_UNMOVED = {
-    *(aten.view, aten._unsafe_view, aten.expand, aten.unsqueeze, aten.squeeze, aten.select, aten.unbind),
+_LOCAL = {
+    *(aten.view, aten.expand, aten.unsqueeze, aten.squeeze, aten.select, aten.unbind),
     *(aten.split, aten.split_with_sizes, aten.cat, aten.stack),
-    # That the statistics of a normalisation see the whole image does not count, by custom.
-    *(aten._native_batch_norm_legit_no_training, aten.native_group_norm, aten.native_layer_norm),
+    # By convention the statistics of a normalisation do not count.
+    *(BATCH_NORM, aten.native_group_norm, aten.native_layer_norm),
 }
-"""Operations that leave values in their rows and columns, if the last two dimensions stay what they are."""
+"""Operators that keep values in their rows and columns, provided that the last two dimensions stay the same."""
 _PADDING = {aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d}
 
 
-class _Fields(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The receptive field of every tensor that depends on ``images``, by the operations that made it.
+class _Fields(OperatorObserver):  # type: ignore[no-untyped-call]
+    """The receptive field of every tensor that depends on ``images``.
 
-    Where an operation has several inputs the largest field counts. After whatever is not known to be local (matrix
-    products, means, sampling at computed points) a value sees the whole image.
+    Of several inputs the largest field counts. After an operator that is not known to be local (a matrix product, a
+    mean, sampling at computed points) a value sees the whole image.
     """
 
     def __init__(self, images: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.image = tuple(images.shape[-2:])
         self.of: MutableMapping[Tensor, _Field] = WeakTensorKeyDictionary()
         self.of[images] = _Field((1, 1), (1, 1))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = [tensor for tensor in _tensors((args, kwargs)) if tensor in self.of]
+    def observe(self, operator: Any, arguments: dict[str, Any], result: Any) -> None:
+        inputs = [tensor for tensor in _tensors(arguments) if tensor in self.of]
         if inputs:
             sizes, jumps = zip(*(self.of[tensor] for tensor in inputs), strict=True)
             field = _Field(*(tuple(map(max, zip(*values, strict=True))) for values in (sizes, jumps)))
-            names = (argument.name for argument in func._schema.arguments)
-            given = dict(zip(names, args, strict=False)) | (kwargs or {})
             for tensor in _tensors(result):
-                self.of[tensor] = self._after(func, given, field, inputs[0], tensor)
-        return result
+                self.of[tensor] = self._after(operator, arguments, field, inputs[0], tensor)
 
-    def _after(self, func: Any, given: dict[str, Any], field: _Field, before: Tensor, after: Tensor) -> _Field:
-        operation = func.overloadpacket
-        kernel = given.get("kernel_size", ())
-        if operation is aten.convolution and not given["transposed"]:
-            kernel = given["weight"].shape[2:]
-        if len(kernel) > 1 and before.ndim == after.ndim:
-            return self._through(field, kernel, given.get("stride") or kernel, given.get("dilation") or (1, 1))
-        if operation in (aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d):
+    def _after(self, func: Any, arguments: dict[str, Any], field: _Field, before: Tensor, after: Tensor) -> _Field:
+        operator, rank = func.overloadpacket, before.ndim
+        kernel = arguments.get("kernel_size", ())
+        if operator is aten.convolution and not arguments["transposed"]:
+            kernel = arguments["weight"].shape[2:]
+        if len(kernel) > 1 and rank == after.ndim:
+            return self._through(field, kernel, arguments.get("stride") or kernel, arguments.get("dilation") or (1, 1))
+        if operator in ADAPTIVE_POOLS:
             sizes = list(zip(before.shape[-2:], after.shape[-2:], strict=True))
             if all(n % m == 0 for n, m in sizes):
                 steps = [n // m for n, m in sizes]
-                return self._through(field, steps, steps, (1, 1))
-        if operation is aten.slice:
-            places = [given.get("dim", 0) % before.ndim == before.ndim + axis for axis in (-2, -1)]
-            return self._through(field, (1, 1), [given.get("step", 1) if place else 1 for place in places], (1, 1))
-        unmoved = operation in _UNMOVED and before.shape[-2:] == after.shape[-2:]
-        if unmoved or operation in _PADDING or torch.Tag.pointwise in func.tags:
+                return self._through(field, steps, steps)
+        if operator is aten.slice:
+            axis, step = arguments.get("dim", 0) % rank, arguments.get("step", 1)
+            return self._through(field, (1, 1), [step if axis == rank + place else 1 for place in (-2, -1)])
+        local = operator in _LOCAL and before.shape[-2:] == after.shape[-2:]
+        if local or operator in _PADDING or torch.Tag.pointwise in func.tags:
             return field
         return _Field(self.image, (0, 0))
 
-    def _through(self, field: _Field, kernel: Any, stride: Any, dilation: Any) -> _Field:
+    def _through(self, field: _Field, kernel: Any, stride: Any, dilation: Any = (1, 1)) -> _Field:
         axes = zip(field.size, field.jump, self.image, kernel[-2:], stride[-2:], dilation[-2:], strict=True)
         sizes, jumps = zip(*((min(r + (f - 1) * d * j, n), j * s) for r, j, n, f, s, d in axes), strict=True)
         return _Field(sizes, jumps)

@@ -183,16 +183,9 @@ def _web(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("space", metavar="SPACE.yaml", help="what is searched; configs/sweeps/lenet_sweep.yaml is one")
-    parser.add_argument(
-        "--trials", type=int, metavar="N", help="how many there shall be in the end; as SPACE.yaml says"
-    )
-    parser.add_argument("--name", help="of the sweep: checkpoints/NAME; SPACE.yaml's by default")
-    parser.add_argument(
-        "--storage", metavar="URL", help="of a database, for several machines; checkpoints/NAME/sweep.db by default"
-    )
-    parser.add_argument("--timeout", type=float, metavar="MINUTES", help="start no trial after so long")
-    parser.add_argument("--no-prune", dest="prune", action="store_false", help="let bad trials run to their end")
+    parser.add_argument("space", metavar="SPACE.yaml", help="the search space, like configs/sweeps/lenet_sweep.yaml")
+    parser.add_argument("--trials", type=int, metavar="N", help="total number of trials; that of SPACE.yaml by default")
+    parser.add_argument("--name", help="of the sweep: checkpoints/NAME; that of SPACE.yaml by default")
 
 
 def _select(parser: argparse.ArgumentParser) -> None:
@@ -201,15 +194,6 @@ def _select(parser: argparse.ArgumentParser) -> None:
         "--to", metavar="FOLDER", help="where selection.md, .json and .png are written; a sweep's own folder by default"
     )
     parser.add_argument("--data", metavar="YAML", help="the data, if they are not where they were when it was trained")
-
-
-def _schema(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="whose classes to offer beside Upright's: strip")
-    parser.add_argument("--to", metavar="FOLDER", default="schemas", help="default: schemas")
-
-
-def _completion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
 def _study(parser: argparse.ArgumentParser) -> None:
@@ -265,15 +249,13 @@ VERBS = {
         "search over options of fit", _sweep, "upright.evidence.selecting.sweep:sweep", passes_on="upright fit"
     ),
     "select": Verb("what the best of several runs is worth", _select, "upright.evidence.selecting.selection:select"),
-    "schema": Verb("JSON schemas of configs, for editors", _schema, "upright.runs.cli.schema:schema"),
-    "completion": Verb("the script that completes in a shell", _completion, "upright.completion:completion"),
     "report": Verb("what models are worth, on one page", _report, "upright.evidence.reporting.report:report"),
     "study": Verb("measure a textbook claim", _study, "upright.evidence.study:study"),
     "demo": Verb("the whole line once, on real digits", _demo, "upright.demo:demo"),
 }
 
 
-USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "report", "select", "sweep", "schema"}
+USES_OWN_CODE = {*LIGHTNING, "describe", "preview", "export", "report", "select", "sweep"}
 """Verbs that import what a config or a checkpoint names."""
 
 

@@ -1,12 +1,10 @@
-"""``upright preview``: what a network will be fed, as one picture and in figures."""
+"""``upright preview``: statistics of the data, and a sheet of its images as the network sees them."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from PIL.Image import Resampling
 
 from upright.checkpoint import KEY, read_checkpoint
 from upright.data.augmentation import Augmentation, Distortion
@@ -16,22 +14,17 @@ from upright.data.split import SPLITS
 from upright.errors import UserError
 from upright.files import check_exists
 from upright.images import Pixels
-from upright.runs.drawing import pixels_of, save_picture
+from upright.runs.drawing import Line, draw_tiles, pixels_of, save_picture
 
-COLUMNS = 10
+COLUMNS = 12
 COPIES = 3
 MOST_VIEWS = 6
-CELL, GAP = 96, 4
-STEP = CELL + GAP
-"""Pixels of a picture in the sheet, between two, and from one to the next."""
-MOST_CLASSES = 40
-"""So many rows the table of classes has at most."""
-MOST_MEASURED = 10_000
-"""So many images mean and deviation are taken of at most."""
+MOST_CLASSES = 40  # rows of the table
+MOST_MEASURED = 10_000  # images for mean and deviation
 
 
 def preview(source: str, root: str | None = None, output: str = "preview.png", seed: int = 0) -> int:
-    """Print counts, sizes, mean and deviation, and draw images of every split as they come and as they are fed.
+    """Print counts, sizes, mean and deviation, and draw images of every split before and after preparation.
 
     Args:
         source: a YAML of data or of an experiment, a checkpoint, or the folder of a run.
@@ -115,67 +108,47 @@ def _measured(data: ImageDataModule) -> tuple[list[float], list[float], int]:
 
 
 def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
-    """A contact sheet: images of as many classes as there is room for, per split.
+    """Draw images of as many classes as possible, per split.
 
-    Training images as they came, and some augmented copies; of the others every view, as the network sees it.
+    Originals carry the name of the split. Below them are augmented copies of the training images, and the views of
+    the others as the network sees them.
 
     Args:
-        data: what is drawn.
+        data: to draw.
         path: of the PNG.
         seed: of the augmented copies.
     """
-    from matplotlib.figure import Figure
-
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
-    rows: list[tuple[str, list[Pixels], list[str]]] = []
+    images: list[Pixels] = []
+    captions: list[list[Line]] = []
+
+    def add(title: str, row: list[Pixels], labels: list[str]) -> None:
+        images.extend(row)
+        captions.extend([Line(title), Line(label)] for label in labels)
+
     for split in SPLITS:
-        chosen = _of_many_classes(data, split, columns)
-        indices = [int(data.splits[split][place]) for place in chosen]
+        places = _of_many_classes(data, split, columns)
+        indices = [int(data.splits[split][place]) for place in places]
         labels = [data.spec.classes[data.source.labels[index]] for index in indices]
-        rows.append((f"{split}, as it came", [data.source.images[index] for index in indices], labels))
+        add(split, [data.source.images[index] for index in indices], labels)
         views, samples = data.views(split), data.samples(split)
         if split == "train":
-            batch = samples[torch.tensor(chosen)]
+            batch = samples[torch.tensor(places)]
             torch.manual_seed(seed)
-            for _ in range(COPIES):
-                rows.append(("augmented", pixels_of(data.augmentation(batch.images).images), []))
+            for copy in range(1, COPIES + 1):
+                add(f"copy {copy}", pixels_of(data.augmentation(batch.images).images), labels)
         else:
             for number, view in enumerate(views.names[:MOST_VIEWS]):
-                batch = samples[torch.tensor(chosen) * len(views.names) + number]
-                rows.append((f"as fed, {view}{views.unit}" if view else "as fed", pixels_of(batch.images), []))
-    sheet = Image.new("L" if data.spec.channels == 1 else "RGB", (columns * STEP, 0), "white")
-    tops = []
-    for _, pictures, labels in rows:
-        # Room for the names of the classes.
-        top = sheet.height + (GAP * 6 if labels else GAP)
-        sheet = ImageOps.expand(sheet, (0, 0, 0, top + CELL - sheet.height), "white")
-        tops.append(top)
-        for column, pixels in enumerate(pictures):
-            picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            smaller = max(picture.size) > CELL
-            picture = ImageOps.contain(picture, (CELL, CELL), Resampling.LANCZOS if smaller else Resampling.NEAREST)
-            left = column * STEP + (CELL - picture.width) // 2
-            sheet.paste(picture, (left, top + (CELL - picture.height) // 2))
-    margin, dpi = 140, 100
-    width, height = sheet.width + margin, sheet.height + GAP
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-    figure.figimage(np.asarray(sheet), margin, GAP, cmap="gray", vmin=0, vmax=255)
-    for (title, _, labels), top in zip(rows, tops, strict=True):
-        middle = 1 - (top + CELL / 2) / height
-        figure.text((margin - 2 * GAP) / width, middle, title, ha="right", va="center", fontsize=9)
-        for column, label in enumerate(labels):
-            x, y = (margin + column * STEP + CELL / 2) / width, 1 - (top - GAP) / height
-            figure.text(x, y, _short(label, 14), ha="center", va="bottom", fontsize=8)
-    save_picture(figure, path)
+                batch = samples[torch.tensor(places) * len(views.names) + number]
+                add(f"input, {view}{views.unit}" if view else "input", pixels_of(batch.images), labels)
+    save_picture(draw_tiles(type(data).__name__, images, captions, columns), path)
 
 
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:
     """Places in the split: the first image of every class, then the second, and so on."""
     labels = np.asarray(data.source.labels)[data.splits[split]]
-    seen: dict[int, int] = {}
-    rank = []
-    for label in labels.tolist():
-        rank.append(seen.get(label, 0))
-        seen[label] = rank[-1] + 1
-    order: list[int] = np.lexsort((labels, np.array(rank)))[:count].tolist()
-    return order
+    by_class = np.argsort(labels, kind="stable")
+    rank = np.empty_like(by_class)
+    rank[by_class] = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
+    places: list[int] = np.lexsort((labels, rank))[:count].tolist()
+    return places

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from upright.architectures.inception_resnet import InceptionResNetV2, Residual
+from upright.architectures.inception import Residual
+from upright.architectures.inception_resnet import InceptionResNetV2
 from upright.architectures.inception_v3 import InceptionV3
 from upright.architectures.inception_v4 import InceptionV4
 

@@ -269,10 +269,11 @@ def test_a_sweep_whose_trials_cannot_be_compared_has_still_ended(
     searched: list[tuple[Any, ...]] = []
     search = "upright.runs.sweeping.sweep.sweep"
     monkeypatch.setattr(search, lambda *given, **options: searched.append((given, options)) or 0)
-    answer = upright("sweep", "a/try.yaml", "--trials", 3, "--no-prune", "--", "--wandb", "off")
+    answer = upright("sweep", "a/try.yaml", "--trials", 3, "--", "--wandb", "off")
     assert answer.code == 0
-    assert answer.err.startswith("Note: what the best is worth is not known: 'checkpoints/try' does not exist.")
-    given = {"trials": 3, "prune": False, "options": ["--wandb", "off"], "storage": None, "timeout": None, "name": None}
-    assert searched == [(("a/try.yaml",), given)]
+    assert answer.err.startswith(
+        "Note: the expected accuracy of the best trial is unknown: 'checkpoints/try' does not exist."
+    )
+    assert searched == [(("a/try.yaml", 3, None, ["--wandb", "off"]), {})]
     monkeypatch.setattr(search, lambda *given, **options: 130)
     assert upright("sweep", "a/try.yaml") == (130, "", "")

@@ -96,6 +96,5 @@ class AlexNet(nn.Module):
                 nn.init.constant_(biases[layer], 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.classifier(self.features(images))
         return logits

@@ -108,6 +108,5 @@ class GoogLeNet(nn.Module):
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
         return logits

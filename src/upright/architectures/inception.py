@@ -1,10 +1,10 @@
-"""An Inception as data: the notation in which v3, v4 and Inception-ResNet-v2 are written, and what reads it."""
+"""An Inception as data: the notation in which v3, v4 and Inception-ResNet-v2 are written, and their common network."""
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, scaled
+from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, check_size, least_size, scaled
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,82 @@ class Valid:
     stride: int = 1
 
 
-Plan = Conv | Valid | Pooling | tuple["Plan", ...] | list["Plan"]
+@dataclass(frozen=True)
+class Add:
+    """In a plan: a `Residual` block."""
+
+    branches: "Plan"
+    scale: float
+    rectified: bool = True
+
+
+Plan = Conv | Valid | Add | Pooling | tuple["Plan", ...] | list["Plan"]
 """A tuple is one thing after the other, a list is branches side by side.
 
 All pooling is 3 x 3: ``max`` halves the size and has no padding, ``avg`` keeps the size.
 """
 
 
+class Inception(nn.Module):
+    """The features of a plan, a global average, one linear layer.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_classes: ``K``.
+        plan: the features as data.
+        width: factor on every number of maps.
+        dropout: probability, before the linear layer.
+
+    Raises:
+        ValueError: if the plan shrinks images of this size to nothing.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, int, int], num_classes: int, plan: Plan, *, width: float, dropout: float
+    ) -> None:
+        super().__init__()
+        check_size(self, input_shape, least_size(shrinking_windows(plan)))
+        self.features, channels = assemble(plan, input_shape[0], width)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
+        return logits
+
+
+class Residual(nn.Module):
+    """Branches that are brought to the number of input maps by 1 x 1, scaled, and added to the input.
+
+    Args:
+        channels: maps of the input and of the output.
+        plan: the branches as data.
+        width: factor on the maps of the branches.
+    """
+
+    def __init__(self, channels: int, plan: Add, width: float) -> None:
+        super().__init__()
+        self.branches, maps = assemble(plan.branches, channels, width)
+        self.expand = nn.Conv2d(maps, channels, 1)
+        self.scale = plan.scale
+        self.activation = nn.ReLU() if plan.rectified else nn.Identity()
+
+    def forward(self, maps: Tensor) -> Tensor:
+        total: Tensor = self.activation(maps + self.scale * self.expand(self.branches(maps)))
+        return total
+
+
+def check_blocks(blocks: tuple[int, int, int]) -> None:
+    """Refuse a network that lacks one of its three kinds of blocks.
+
+    Raises:
+        ValueError: if a number is below 1.
+    """
+    if min(blocks) < 1:
+        raise ValueError(f"blocks must be at least 1 of each kind, got {blocks}.")
+
+
 def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
-    """The module that ``plan`` describes behind ``channels`` maps, ``width`` times as wide, and how many it gives."""
+    """Return the module that ``plan`` describes, ``width`` times as wide, and its number of output maps."""
     match plan:
         case Conv():
             maps = scaled(plan.maps, width)
@@ -39,13 +106,15 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
         case Valid():
             maps = scaled(plan.maps, width)
             return ConvReLU(channels, maps, 3, stride=plan.stride, padding=0), maps
+        case Add():
+            return Residual(channels, plan, width), channels
         case "max":
             return nn.MaxPool2d(3, 2), channels
         case "avg":
             return nn.AvgPool2d(3, 1, 1, count_include_pad=False), channels
         case list():
-            branches, given = zip(*(assemble(branch, channels, width) for branch in plan), strict=True)
-            return Concat(branches), sum(given)
+            branches, counts = zip(*(assemble(branch, channels, width) for branch in plan), strict=True)
+            return Concat(branches), sum(counts)
         case tuple():
             steps = nn.Sequential()
             for part in plan:
@@ -55,7 +124,7 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
 
 
 def shrinking_windows(plan: Plan) -> list[Window]:
-    """What in ``plan`` makes the image smaller; branches all do so alike, so that the first speaks for them."""
+    """Return the windows in ``plan`` that shrink the image. All branches shrink alike, so the first is enough."""
     match plan:
         case Valid():
             return [(3, plan.stride, 0)]

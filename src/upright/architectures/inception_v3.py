@@ -9,16 +9,16 @@ numbers of maps within the blocks. No auxiliary classifier, so that there is one
 alike, and no label smoothing, which is the loss's task. 23,834,568 parameters at 1000 classes.
 """
 
-from torch import Tensor, nn
+from upright.architectures.inception import Conv, Inception, Plan, Valid
 
-from upright.architectures.inception import Conv, Plan, Valid, assemble, shrinking_windows
-from upright.architectures.layers import check_size, least_size
+# 35 x 35 x 192, from the paper's 299 x 299
+STEM: Plan = (Valid(32, stride=2), Valid(32), Conv(64, 3), "max", Conv(80), Valid(192), "max")
 
 
-def block_a(pooled: int) -> Plan:
+def block_a(pooled: int, first: int = 64) -> Plan:
     """Figure 5: 5 x 5 as two 3 x 3, beside a true 5 x 5."""
     return [
-        Conv(64),
+        Conv(first),
         (Conv(48), Conv(64, 5)),
         (Conv(64), Conv(96, 3), Conv(96, 3)),
         ("avg", Conv(pooled)),
@@ -43,8 +43,7 @@ BLOCK_C: Plan = [  # Figure 7: wide, for the coarsest grid
 ]
 
 STAGES: tuple[Plan, ...] = (
-    # 35 x 35 x 192, from the paper's 299 x 299
-    (Valid(32, stride=2), Valid(32), Conv(64, 3), "max", Conv(80), Valid(192), "max"),
+    STEM,
     # 35 x 35 x 288
     tuple(block_a(pooled) for pooled in (32, 64, 64)),
     # 17 x 17 x 768, as figure 10
@@ -61,7 +60,7 @@ STAGES: tuple[Plan, ...] = (
 )
 
 
-class InceptionV3(nn.Module):
+class InceptionV3(Inception):
     """A stem, eleven blocks on three grids, a global average, one linear layer.
 
     Args:
@@ -79,12 +78,4 @@ class InceptionV3(nn.Module):
         width: float = 1.0,
         dropout: float = 0.2,
     ) -> None:
-        super().__init__()
-        check_size(self, input_shape, least_size(shrinking_windows(STAGES)))
-        self.features, channels = assemble(STAGES, input_shape[0], width)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
-        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
-        return logits
+        super().__init__(input_shape, num_classes, STAGES, width=width, dropout=dropout)

@@ -7,10 +7,7 @@ What differs from the paper: the second of the two 1 x 7 that figure 5 prints in
 network (TF-slim), of which the parameters are the same: 42,679,816 at 1000 classes.
 """
 
-from torch import Tensor, nn
-
-from upright.architectures.inception import Conv, Plan, Valid, assemble, shrinking_windows
-from upright.architectures.layers import check_size, least_size
+from upright.architectures.inception import Conv, Inception, Plan, Valid, check_blocks
 
 STEM: Plan = (  # Figure 3
     (Valid(32, stride=2), Valid(32), Conv(64, 3)),
@@ -53,7 +50,7 @@ BLOCK_C: Plan = [  # Figure 6
 ]
 
 
-class InceptionV4(nn.Module):
+class InceptionV4(Inception):
     """A stem, three kinds of blocks with a reduction between, a global average, one linear layer.
 
     Args:
@@ -73,16 +70,7 @@ class InceptionV4(nn.Module):
         width: float = 1.0,
         dropout: float = 0.2,
     ) -> None:
-        super().__init__()
-        if min(blocks) < 1:
-            raise ValueError(f"blocks must be at least 1 of each kind, got {blocks}.")
+        check_blocks(blocks)
         a, b, c = blocks
-        stages: Plan = (STEM, (BLOCK_A,) * a, REDUCTION_A, (BLOCK_B,) * b, REDUCTION_B, (BLOCK_C,) * c)
-        check_size(self, input_shape, least_size(shrinking_windows(stages)))
-        self.features, channels = assemble(stages, input_shape[0], width)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
-        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
-        return logits
+        plan: Plan = (STEM, (BLOCK_A,) * a, REDUCTION_A, (BLOCK_B,) * b, REDUCTION_B, (BLOCK_C,) * c)
+        super().__init__(input_shape, num_classes, plan, width=width, dropout=dropout)

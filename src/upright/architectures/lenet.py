@@ -73,6 +73,5 @@ class LeNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.classifier(self.features(images))
         return logits

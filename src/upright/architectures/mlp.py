@@ -46,6 +46,5 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(inputs, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.layers(images)
         return logits

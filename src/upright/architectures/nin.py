@@ -63,6 +63,5 @@ class NiN(nn.Module):
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         maps: Tensor = self.layers(images)  # (B, K, h, w)
         return maps.mean(dim=(2, 3))  # (B, K)

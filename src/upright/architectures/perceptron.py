@@ -24,6 +24,5 @@ class Perceptron(nn.Module):
         self.classifier = nn.Linear(prod(input_shape), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.classifier(images.flatten(1))
         return logits

@@ -78,7 +78,6 @@ class Recurrent(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.directions * hidden, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         _, state = self.recurrent(sequence(images, self.order))
         # The LSTM's state is a pair: what it shows and what it keeps.
         shown = state if isinstance(state, Tensor) else state[0]  # (layers * directions, B, hidden)

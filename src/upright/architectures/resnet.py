@@ -69,7 +69,6 @@ class Residual(nn.Module):
         self.body, self.shortcut = body, shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps to maps."""
         y: Tensor = self.body(x)
         return torch.relu(y if self.shortcut is None else self.shortcut(x) + y)
 
@@ -153,7 +152,6 @@ class ResNet(nn.Module):
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         maps = self.blocks(self.stem(images))  # (B, D, h, w)
         logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
         return logits
@@ -193,7 +191,6 @@ class SmallResNet(nn.Module):
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         maps = self.blocks(self.stem(images))  # (B, D, h, w)
         logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
         return logits

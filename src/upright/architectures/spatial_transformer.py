@@ -53,7 +53,6 @@ class ConvLocaliser(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` to features ``(B, num_outputs)``."""
         features: Tensor = self.layers(images)
         return features
 
@@ -78,7 +77,6 @@ class DenseLocaliser(nn.Module):
         self.layers.append(nn.Linear(inputs, num_outputs))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` to features ``(B, num_outputs)``."""
         features: Tensor = self.layers(images)
         return features
 

@@ -112,7 +112,6 @@ class ParallelNetwork(nn.Module):
         self.classifier = nn.Linear(features * len(self.branches), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.classifier(torch.cat([branch(part, images) for part in self.branches], dim=1))
         return logits
 
@@ -155,7 +154,6 @@ class TransformerNetwork(nn.Module):
             _insert(self.network, place, modules[place], shape, transformer)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.network(self.transformer(images))
         return logits
 

@@ -55,7 +55,6 @@ class Translation(Transform):
     size = 2
 
     def matrices(self, theta: Tensor) -> Tensor:
-        """See `Transform`."""
         return _identity(theta) + pad(theta[:, :, None], (2, 0))
 
 
@@ -65,7 +64,6 @@ class Rotation(Transform):
     size = 1
 
     def matrices(self, theta: Tensor) -> Tensor:
-        """See `Transform`."""
         return rotation(theta[:, 0], self.aspect)
 
 
@@ -75,7 +73,6 @@ class Attention(Transform):
     size = 3
 
     def matrices(self, theta: Tensor) -> Tensor:
-        """See `Transform`."""
         scale = theta[:, :1, None].exp()
         return torch.cat([scale * torch.eye(2, device=theta.device), theta[:, 1:, None]], dim=2)
 
@@ -86,7 +83,6 @@ class Similarity(Transform):
     size = 4
 
     def matrices(self, theta: Tensor) -> Tensor:
-        """See `Transform`."""
         linear = theta[:, 1, None, None].exp() * rotation(theta[:, 0], self.aspect)[:, :2, :2]
         return torch.cat([linear, theta[:, 2:, None]], dim=2)
 
@@ -97,7 +93,6 @@ class Affine(Transform):
     size = 6
 
     def matrices(self, theta: Tensor) -> Tensor:
-        """See `Transform`."""
         return _identity(theta) + theta.reshape(-1, 2, 3)
 
 
@@ -107,11 +102,9 @@ class Projective(Transform):
     size = 8
 
     def matrices(self, theta: Tensor) -> Tensor:
-        """See `Transform`."""
         return torch.eye(3, device=theta.device) + pad(theta, (0, 1)).reshape(-1, 3, 3)
 
     def forward(self, theta: Tensor, points: Tensor) -> Tensor:
-        """See `Transform`."""
         return project_points(self.matrices(theta), points)
 
 
@@ -137,7 +130,6 @@ class ThinPlate(nn.Module):
         self.register_buffer("solution", spline_solution(controls), persistent=False)
 
     def forward(self, theta: Tensor, points: Tensor) -> Tensor:
-        """See `Transform`."""
         return spline_points(self.controls, self.solution, theta.reshape(-1, self.size // 2, 2), points)
 
 

@@ -69,6 +69,5 @@ class VGG(nn.Module):
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.classifier(self.features(images))
         return logits

@@ -1,15 +1,15 @@
-"""``upright sweep``: a search over options of ``upright fit`` with Optuna, each trial a run in its own folder.
+"""``upright sweep``: a search over options of ``upright fit`` with Optuna.
 
-A trial is a process: whatever becomes of it, the sweep goes on. What is known of the trials is in Optuna's storage, so
-that a sweep goes on where it was stopped, and several processes, or machines, work on one.
+Each trial is a process and a run in its own folder. Optuna's storage lies in the folder of the sweep, so the same
+command resumes a sweep that was stopped or killed, and its unfinished trial resumes from its last checkpoint.
 """
 
 import json
 import math
 import shutil
+import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,190 +17,210 @@ from typing import Any
 
 import numpy as np
 import optuna
-import sqlalchemy.exc
 import yaml
-from filelock import FileLock
-from optuna.distributions import BaseDistribution
+from filelock import Timeout
 from optuna.pruners import MedianPruner, NopPruner
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
+from upright.checkpoint import KEY, read_checkpoint
 from upright.data.configs import read_yaml
-from upright.errors import UprightError, UserError
+from upright.errors import UserError, nearest
 from upright.files import check_name, write_text
-from upright.runs.folder import ROOT, SWEEP, locked
-from upright.runs.sweeping.search import Search, try_again
-from upright.runs.sweeping.space import Space, differences, read_space, refuse_reserved
-from upright.runs.sweeping.trial import COMMAND
+from upright.runs.folder import ROOT, SWEEP, is_sweep, locked
+from upright.runs.sweeping.space import Space, as_arguments, check_free, read_space
+from upright.runs.sweeping.trial import COMMAND, failure, running
+from upright.tables import read_rows
 
-HEARTBEAT = 30  # seconds; a trial of another machine is given up after four of them
+POLL_SECONDS = 0.2
+
+
+class TrialFailed(Exception):
+    """A trial without a score. The sweep continues."""
 
 
 def sweep(
     space: str,
     trials: int | None = None,
     name: str | None = None,
-    storage: str | None = None,
-    timeout: float | None = None,
-    prune: bool = True,
     options: Sequence[str] = (),
     command: Sequence[str] = COMMAND,
 ) -> int:
-    """Search, in ``checkpoints/NAME``; a sweep that is there goes on.
+    """Search in ``checkpoints/NAME``, or resume the sweep there.
 
     Args:
-        space: the YAML that `space.read_space` reads.
-        trials: how many there shall be in the end, those of before included; as the file says by default.
-        name: of the sweep; the file's by default.
-        storage: an Optuna storage URL; ``sweep.db`` in the sweep's folder by default.
-        timeout: minutes after which no trial is started.
-        prune: whether a trial is stopped when it is worse than the median of those before at the same epoch.
+        space: the YAML that `read_space` reads.
+        trials: total number of trials, earlier ones included; that of the YAML by default.
+        name: of the sweep; that of the YAML by default.
         options: of ``upright fit``, for every trial.
-        command: what a trial runs, before its options.
+        command: that a trial runs, before its options.
 
     Returns:
-        The exit code: 0, or 130 when it was stopped.
+        The exit code: 0, or 130 if it was stopped.
 
     Raises:
-        UserError: for a mistake in the file, one that the first trial makes, a sweep of another space under this
-            name, or when no trial has a score.
+        UserError: for a mistake in the YAML or one that every trial makes, if another space was searched under this
+            name, or if no trial has a score.
     """
     plan = read_space(space)
-    given = [option.lstrip("-").partition("=")[0] for option in options if option.startswith("-")]
-    refuse_reserved(given)
-    for option in given:
+    names = [option.lstrip("-").partition("=")[0] for option in options if option.startswith("-")]
+    check_free(names)
+    for option in names:
         if option in plan.searched:
             raise UserError(f"'{option}' is searched by '{space}' and cannot be fixed too; change it there.")
-    # What is typed wins over what the file fixes.
-    plan = plan._replace(options={key: value for key, value in plan.options.items() if key not in given})
     name = Path(space).stem if name is None else name
     check_name(name)
     total = plan.trials if trials is None else trials
     if total is None or total < 1:
         raise UserError(f"How many trials? --trials 20, or `trials: 20` in '{space}', got {total}.")
-    identity = json.loads(json.dumps(plan.identity() | ({"options": [*options]} if options else {}), default=str))
     folder = ROOT / name
-    new = not folder.exists()
-    _claim(folder, identity)
-    with _study(folder, storage, plan, prune) as (study, database):
-        _check_same(study.user_attrs.get("space"), identity, name)
-        study.set_user_attr("space", identity)
-        search = Search(study, plan, folder, total, [*command], [*options])
+    identity = read_yaml(space) | {"config": [read_yaml(path) for path in plan.configs], "options": [*options]}
+    with _claimed(folder, identity), _study(folder, plan) as study:
+        # SIGTERM, which schedulers send, stops a sweep as Ctrl-C does.
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            search.run(math.inf if timeout is None else time.monotonic() + 60 * timeout)
-        except UprightError:
-            if new and len(study.get_trials(deepcopy=False)) == 1:
-                # Nothing has happened but a mistake.
-                optuna.delete_study(study_name=name, storage=database)
+            Search(study, plan, folder, [*command], [*options]).run(total)
+        except KeyboardInterrupt:
+            print("\nStopped; the same command resumes the sweep.", file=sys.stderr)
+            return 130
+        except UserError:
+            if not _scored(study):
                 shutil.rmtree(folder)
             raise
-        except KeyboardInterrupt:
-            done = sum(trial.state.is_finished() for trial in search.planned())
-            print(f"\nStopped after {done} of {total} trials; the same command goes on.", file=sys.stderr)
-            return 130
         finally:
-            if folder.exists():
-                search.write()
-        search.report()
+            signal.signal(signal.SIGTERM, handler)
     return 0
 
 
-class SeededTPE(BaseSampler):
-    """Optuna's TPE, whose randomness is f(seed, number of the trial).
-
-    TPE's own generator starts anew with its process: a sweep that goes on would propose again what it began with, and
-    so would a second process.
+class Search:
+    """The trials of a study, one after the other.
 
     Args:
-        seed: of the sweep.
+        study: Optuna's.
+        space: the options and their values.
+        folder: of the sweep.
+        command: that a trial runs.
+        options: of ``upright fit``, for every trial.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.tpe = TPESampler(seed=seed)
+    def __init__(self, study: Study, space: Space, folder: Path, command: list[str], options: list[str]) -> None:
+        self.study, self.space, self.folder, self.command, self.options = study, space, folder, command, options
 
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Start the trial's own randomness."""
-        seed = np.random.SeedSequence((self.seed, trial.number)).generate_state(1)[0]
-        self.tpe = TPESampler(seed=int(seed))
+    def run(self, total: int) -> None:
+        """Resume unfinished trials, start new ones until there are ``total``, and print the best.
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """TPE's."""
-        return self.tpe.infer_relative_search_space(study, trial)
+        Raises:
+            UserError: for a mistake that every trial makes, or if no trial has a score.
+        """
+        for unfinished in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self._run(unfinished)
+        while (number := len(self.study.trials)) < total:
+            # A sampler's own generator restarts in each process. With a seed per trial, a resumed sweep proposes what
+            # one that was never stopped does.
+            seed = np.random.SeedSequence((self.space.seed, number)).generate_state(1)[0]
+            self.study.sampler = TPESampler(seed=int(seed))
+            self._run(self.study.ask(self.space.searched))
+        if not self.study.get_trials(states=(TrialState.COMPLETE,)):
+            raise UserError(f"No trial of '{self.folder}' has a score; its logs are beside the trials.")
+        best = self.study.best_trial
+        folder = self._folder(best.number)
+        print(f"\nBest: {self.space.metric} {best.value:.6g}\nRun:  {folder}")
+        print(f"Next: upright test --ckpt_path {folder}/best.ckpt")
 
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """TPE's."""
-        return self.tpe.sample_relative(study, trial, search_space)
+    def _folder(self, number: int) -> Path:
+        return self.folder / f"trial-{number:03d}"
 
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """TPE's."""
-        return self.tpe.sample_independent(study, trial, param_name, param_distribution)
+    def _run(self, trial: Trial | FrozenTrial) -> None:
+        """Train one trial, and record the result in Optuna's storage and in the folder of the trial."""
+        folder, score = self._folder(trial.number), None
+        values = "  ".join(f"{option.rpartition('.')[2]} {value}" for option, value in trial.params.items())
+        print(f"trial {trial.number}  {values}", flush=True)
+        try:
+            score = self._score(trial, folder)
+            state, result = TrialState.COMPLETE, f"{self.space.metric} {score:.4f}"
+        except optuna.TrialPruned:
+            state, result = TrialState.PRUNED, "pruned"
+        except TrialFailed as error:
+            state, result = TrialState.FAIL, f"failed: {error} ({_log(folder)})"
+        self.study.tell(trial.number, score, state)
+        print(f"trial {trial.number}  {result}", flush=True)
+        if folder.is_dir():
+            record = {"trial": trial.number, "state": "failed" if state == TrialState.FAIL else state.name.lower()}
+            record |= {self.space.metric: score, "options": self.space.fixed | trial.params}
+            write_text(folder / "trial.json", json.dumps(record, indent=2) + "\n")
+
+    def _score(self, trial: Trial | FrozenTrial, folder: Path) -> float:
+        """Run a trial to its end, or until it is pruned. A resumed one, a `FrozenTrial`, is never pruned."""
+        own = {"name": folder.name, "trainer.default_root_dir": str(self.folder), "ckpt_path": "auto"}
+        configs = [f"--config={path}" for path in self.space.configs]
+        values = as_arguments(self.space.fixed | trial.params)
+        command = [*self.command, *configs, *values, *self.options, *as_arguments(own)]
+        metric, reported = self.space.metric, -1
+        with running(command, _log(folder), self.folder.name) as process:
+            while process.poll() is None:
+                for row in read_rows(folder / "metrics.csv"):
+                    if row.get(metric) and int(row["epoch"]) > reported:
+                        reported = int(row["epoch"])
+                        trial.report(float(row[metric]), reported)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+                time.sleep(POLL_SECONDS)
+        if process.returncode:
+            reason = failure(process.returncode, _log(folder))
+            if process.returncode == UserError.exit_code and not _scored(self.study):
+                raise UserError(f"The first trial made a mistake: {reason}")
+            raise TrialFailed(reason)
+        metrics = read_checkpoint(folder / "best.ckpt")[KEY]["metrics"]
+        if metric not in metrics:
+            raise UserError(f"There is no metric '{metric}'.{nearest(metric, metrics)} Metrics: {', '.join(metrics)}.")
+        if not math.isfinite(metrics[metric]):
+            raise TrialFailed(f"{metric} of its best.ckpt is {metrics[metric]}")
+        return float(metrics[metric])
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the sweep's folder, with ``sweep.yaml``, or see that it is this sweep's."""
-    path = folder / SWEEP
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Two that start at once: one makes it, and the other must not come between folder and file.
-    with locked(folder.with_name(f".{folder.name}.claim")):
-        if path.is_file():
-            _check_same(read_yaml(path), identity, folder.name)
-            return
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"'{folder}' is there and not of a sweep; give the sweep another --name.")
-        folder.mkdir(exist_ok=True)
-        write_text(path, yaml.safe_dump(identity, sort_keys=False))
+def _log(folder: Path) -> Path:
+    """The log lies beside the folder of the trial, which ``upright fit`` creates."""
+    return folder.with_suffix(".log")
 
 
-def _check_same(before: Any, identity: dict[str, Any], name: str) -> None:
-    if before is not None and (found := differences(before, identity)):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UserError(f"Sweep '{name}' is of another space: {found[0]}{more}; give this one another --name.")
+def _scored(study: Study) -> bool:
+    return any(trial.values or trial.intermediate_values for trial in study.get_trials(deepcopy=False))
 
 
 @contextmanager
-def _study(folder: Path, url: str | None, space: Space, prune: bool) -> Iterator[tuple[Study, RDBStorage]]:
-    """The study of that name, made if it is not there, and where it is.
+def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Hold the folder of a sweep, in which ``sweep.yaml`` stores its identity.
 
     Raises:
-        UserError: if its storage cannot be had.
+        UserError: if it belongs to another sweep or to a run, or if another process holds it.
     """
+    if folder.exists() and any(folder.iterdir()) and not is_sweep(folder):
+        raise UserError(f"'{folder}' exists and is not a sweep; give the sweep another --name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder.with_name(f".{folder.name}.sweep"), wait=False):
+            if not is_sweep(folder):
+                write_text(folder / SWEEP, yaml.safe_dump(identity, sort_keys=False))
+            before = read_yaml(folder / SWEEP)
+            for key in ("config", "metric", "seed", "space", "options"):
+                if before.get(key) != identity.get(key):
+                    raise UserError(f"Sweep '{folder.name}' has another {key}; give this one another --name.")
+            yield
+    except Timeout:
+        raise UserError(f"Sweep '{folder}' is running in another process.") from None
+
+
+@contextmanager
+def _study(folder: Path, space: Space) -> Iterator[Study]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = url or f"sqlite:///{folder.resolve() / 'sweep.db'}"
-    # Two processes may write at once: SQLite lets one of them wait so many seconds.
-    connection: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    storage = RDBStorage(f"sqlite:///{folder.resolve() / 'sweep.db'}")
+    # The first epoch says little.
+    pruner = MedianPruner(n_startup_trials=5, n_warmup_steps=1) if space.prune else NopPruner()
     try:
-        # The tables are made by one process.
-        with warnings.catch_warnings(), FileLock(folder / ".sweep.lock"):
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = RDBStorage(
-                url,
-                connection,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=4 * HEARTBEAT,
-                heartbeat_stale_trial_callback=try_again,
-            )
-            study = optuna.create_study(
-                study_name=folder.name,
-                storage=storage,
-                sampler=SeededTPE(space.seed),
-                # The first epoch says little.
-                pruner=MedianPruner(n_startup_trials=5, n_warmup_steps=1) if prune else NopPruner(),
-                direction=space.direction,
-                load_if_exists=True,
-            )
-    except (ImportError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--storage cannot be opened: {reason} It is a URL, for example postgresql://user@host/database."
-        ) from None
-    try:
-        yield study, storage
+        yield optuna.create_study(
+            study_name=folder.name, storage=storage, pruner=pruner, direction=space.direction, load_if_exists=True
+        )
     finally:
         storage.engine.dispose()

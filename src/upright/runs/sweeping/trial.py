@@ -1,7 +1,7 @@
-"""A trial as a process: how a sweep starts one, and what that runs, ``python -m upright.runs.sweeping.trial fit``.
+"""The process of a trial: ``python -m upright.runs.sweeping.trial fit ...``.
 
-The latter is `upright` that ends with the sweep that started it. A sweep that is killed outright can stop nobody. Its
-end of this process's standard input closes with it, on every system and without anybody's help, and that is the signal.
+It is ``upright``, except that it ends with the sweep that started it. A sweep that is killed cannot stop its trial. The
+system then closes the pipe to the trial's standard input, and the trial takes this as the signal to end.
 """
 
 import os
@@ -11,36 +11,33 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 COMMAND = (sys.executable, "-m", "upright.runs.sweeping.trial", "fit")
-GRACE = 20  # seconds that a trial has to end by itself
+GRACE_SECONDS = 20
 
 
 @contextmanager
-def started(command: list[str], log: Path, group: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A trial's process and all that it starts, which have ended afterwards.
+def running(command: Sequence[str], log: Path, group: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the process of a trial. At the end of the ``with`` it and all its children have ended.
 
     Args:
-        command: what it runs.
-        log: where to write what it says.
-        group: of W&B's runs, the sweep's name.
+        command: program and arguments.
+        log: file to which its output is appended.
+        group: under which W&B shows the trials of a sweep.
     """
-    # W&B shows the trials of a sweep together.
-    environment = {"WANDB_RUN_GROUP": group, **os.environ}
-    with open(log, "wb") as file:
+    with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
             command,
-            # Never written to: see `end_with_parent`.
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
-            # Ctrl-C is for the sweep, which stops the trial; and a group can be ended as one.
+            env={"WANDB_RUN_GROUP": group, **os.environ},
+            # Ctrl-C reaches the sweep alone, which then stops the trial. A session can be killed as a whole.
             start_new_session=True,
         )
     try:
@@ -49,7 +46,7 @@ def started(command: list[str], log: Path, group: str) -> Iterator[subprocess.Po
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(GRACE_SECONDS)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -57,30 +54,18 @@ def started(command: list[str], log: Path, group: str) -> Iterator[subprocess.Po
         process.stdin.close()
 
 
-def log_of(folder: Path) -> Path:
-    """Where a trial's log lies until it has ended: beside its folder, which `upright fit` makes itself."""
-    return folder.with_name(f"{folder.name}.log")
-
-
-def keep_log(folder: Path) -> None:
-    """Put the log of a trial that has ended into its folder."""
-    if log_of(folder).exists():
-        folder.mkdir(exist_ok=True)
-        os.replace(log_of(folder), folder / "log.txt")
-
-
-def last_words(code: int, log: Path) -> str:
-    """Why a trial failed, in one line."""
+def failure(code: int, log: Path) -> str:
+    """Return in one line why a trial failed."""
     if code < 0:
         hint = " (is there enough memory?)" if code == -signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{hint}"
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]]
-    last = next((line for line in reversed(lines) if line), f"exit code {code}, without a word")
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    last = next((line for line in reversed(lines) if line and not line.startswith("$ ")), f"exit code {code}")
     return last.removeprefix("upright: error: ")
 
 
 def end_with_parent() -> None:
-    """End this process and all that it started, at once, as soon as its standard input is closed."""
+    """Kill this process and its children as soon as its standard input is closed."""
 
     def wait() -> None:
         while os.read(0, 1024):
@@ -92,6 +77,5 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    # Found by its name: nothing here may import the verbs.
+    # By name: this file may not import the commands.
     runpy.run_module("upright", run_name="__main__")
-    sys.exit()

@@ -1,0 +1,31 @@
+"""Private names of torch.
+
+`TorchDispatchMode` is documented ("Extending PyTorch") but lies in a private module. Names of operators begin with an
+underscore where a public function of torch chooses among several. Only the schema of an operator names its arguments.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+BATCH_NORM = aten._native_batch_norm_legit_no_training
+ADAPTIVE_POOLS = (aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)
+
+
+class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Call `observe` after every operator of ATen that runs inside the ``with``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def observe(self, operator: Any, arguments: dict[str, Any], result: Any) -> None:
+        """Note an operator, its arguments by name, and its result."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        names = (argument.name for argument in func._schema.arguments)
+        self.observe(func, dict(zip(names, args, strict=False)) | (kwargs or {}), result)
+        return result
