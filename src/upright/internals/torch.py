@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-BATCH_NORM = aten._native_batch_norm_legit_no_training
-ADAPTIVE_POOLS = (aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)
+BATCH_NORM = aten._native_batch_norm_legit_no_training  # noqa: SLF001
+ADAPTIVE_POOLS = (aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)  # noqa: SLF001
 
 
 class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,6 +26,6 @@ class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        names = (argument.name for argument in func._schema.arguments)
+        names = (argument.name for argument in func._schema.arguments)  # noqa: SLF001
         self.observe(func, dict(zip(names, args, strict=False)) | (kwargs or {}), result)
         return result
