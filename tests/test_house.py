@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from upright.cli import VERBS
+from upright.cli import COMMANDS
 
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "files", "recipes", "tables"),
+    ("errors", "files", "options", "recipes", "tables"),
     ("images",),
     ("runtime",),
     ("warp", "anatomy", "checkpoint"),
@@ -87,7 +87,7 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([verb, "--help"] for verb in VERBS),
+        *([command, "--help"] for command in COMMANDS),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:

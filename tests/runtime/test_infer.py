@@ -67,7 +67,7 @@ def test_a_bad_picture_is_reported_and_the_rest_goes_on(upright: Upright, bundle
     errors = answer.err.splitlines()
     assert len(errors) == 4 and all(line.startswith("upright: error: ") for line in errors)
     for line, text in zip(
-        errors, ("'text.png' is not a picture", "'nope.png' does not", "'empty' holds no", "cut.png"), strict=True
+        errors, ("'text.png' is not an image", "'nope.png' does not", "'empty' holds no", "cut.png"), strict=True
     ):
         assert text in line
 

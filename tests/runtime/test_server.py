@@ -169,7 +169,7 @@ def test_each_of_many_pictures_has_its_own_result(server: Running, predictor: Pr
     assert [first["name"], bad["name"], last["name"]] == ["a.png", "text.png", "b.png"]
     assert bad == {
         "name": "text.png",
-        "error": "The image is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP.",
+        "error": "The image is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP.",
     }
     for result, picture in ((first, samples[0]), (other, noise(40, 30, 0)), (last, samples[1])):
         assert is_answer(result, picture, predictor)
@@ -179,7 +179,7 @@ def test_no_picture_at_all_is_an_error(server: Running) -> None:
     reply = server.classify(b"hello")
     assert (
         reply.status == 422
-        and reply.json["error"] == "The image is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP."
+        and reply.json["error"] == "The image is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP."
     )
     body, kind = multipart({"a": b"x", "b": b"y"})
     reply = server.classify(body, Content_Type=kind)
@@ -287,7 +287,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
         (tensor(datatype="BYTES", shape=[1], data=["?"]), "must be images in base64"),
         (tensor(datatype="BYTES", shape=[1], data=[7]), "must be images in base64: Expected `str`, got `int`"),
         (tensor(datatype="BYTES", shape=[2], data=["aGVsbG8="]), "The shape [2] needs 2 elements, got 1."),
-        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not a picture"),
+        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not an image"),
     ],
 )
 def test_what_the_protocol_does_not_allow_is_one_line(server: Running, content: Any, text: str) -> None:
@@ -446,10 +446,11 @@ async def asked(service: Any, path: str, body: bytes) -> Reply:
 
 
 def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
-    from upright.runtime.serving.service import Limits, Service
+    from upright.options import Serve
+    from upright.runtime.serving.service import Service
 
     async def scenario() -> None:
-        service = Service(predictor, Limits(timeout=0.5, max_queue=2, max_batch=1))
+        service = Service(predictor, Serve("small", timeout_s=0.5, max_queue=2, max_batch=1))
         service.batcher.start()
         model, slow = service.batcher.model, threading.Event()
 
@@ -473,7 +474,7 @@ def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predict
         service.batcher.model = model
         reply = await asked(service, "/v1/classify", samples[0])
         assert reply.status == 200 and is_answer(reply.json["results"][0], samples[0], predictor)
-        assert service.waiting == service.held == 0
+        assert service.waiting == service.held_bytes == 0
         service.decoders.shutdown()
         service.batcher.close()
 
