@@ -25,8 +25,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Upright
+from tests.runtime.bundles import write_bundle, write_unresized_bundle
+from upright.architectures.lenet import LeNet
 from upright.errors import UprightError
-from upright.images import Pixels
+from upright.exporting.graph import Form
+from upright.images import ImageSpec, Pixels
+from upright.options import Serve
 from upright.runtime.predictor import Predictor
 
 
@@ -76,8 +80,10 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def serving(bundle: Path, *options: object) -> Iterator[Running]:
-    command = [sys.executable, "-m", "upright", "serve", str(bundle), "--port", "0", "--threads", "1"]
+def serving(bundle: Path, *options: object, before: str = "") -> Iterator[Running]:
+    """A server in a process of its own, which runs the code ``before`` first."""
+    program = f"{before}\nimport sys\nfrom upright.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "serve", str(bundle), "--port", "0", "--threads", "1"]
     process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: list[dict[str, Any]] = []
@@ -446,7 +452,6 @@ async def asked(service: Any, path: str, body: bytes) -> Reply:
 
 
 def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
-    from upright.options import Serve
     from upright.runtime.serving.service import Service
 
     async def scenario() -> None:
@@ -475,6 +480,83 @@ def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predict
         reply = await asked(service, "/v1/classify", samples[0])
         assert reply.status == 200 and is_answer(reply.json["results"][0], samples[0], predictor)
         assert service.waiting == service.held_bytes == 0
+        service.decoders.shutdown()
+        service.batcher.close()
+
+    asyncio.run(scenario())
+
+
+OUT_OF_MEMORY = """
+import os, onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+real = onnxruntime.InferenceSession.run
+def run(*given):
+    if os.path.exists({trigger!r}):
+        raise Fail("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer")
+    return real(*given)
+onnxruntime.InferenceSession.run = run
+"""
+
+
+def test_a_failure_of_the_engine_is_a_500_on_every_way_in(
+    trained: Path, tmp_path: Path, predictor: Predictor, samples: list[bytes]
+) -> None:
+    trigger = tmp_path / "out-of-memory"
+    body, kind = multipart({"a.png": samples[0], "text.png": b"hello", "b.png": noise(40, 30, 0)})
+    encoded = {"shape": [2], "datatype": "BYTES", "data": [base64.b64encode(sample).decode() for sample in samples[:2]]}
+    ways: list[Callable[[Running], Reply]] = [
+        lambda running: running.classify(samples[0]),
+        lambda running: running.classify(body, Content_Type=kind),
+        lambda running: running.infer(tensor()),
+        lambda running: running.infer(tensor(**encoded)),
+    ]
+    with serving(trained / "export/small", before=OUT_OF_MEMORY.format(trigger=str(trigger))) as running:
+        assert [way(running).status for way in ways] == [200] * 4
+        trigger.touch()
+        replies = [way(running) for way in ways]
+        # Requests that share a batch.
+        with ThreadPoolExecutor(16) as pool:
+            replies += pool.map(running.classify, samples[:1] * 16)
+        assert {reply.status for reply in replies} == {500}
+        assert {reply.json["error"] for reply in replies} == {"The server failed; its log says why."}
+        assert running.classify(b"hello").status == 422 and running.infer(tensor(name="x")).status == 400
+        trigger.unlink()
+        assert is_answer(running.classify(samples[0]).json["results"][0], samples[0], predictor)
+        text = running.ask("GET", "/metrics").body.decode()
+        assert f'upright_images_total{{outcome="failed"}} {1 + 3 + 1 + 2 + 16}.0' in text
+        assert 'upright_requests_total{route="/v1/classify",status="500"} 18.0' in text
+        assert 'upright_requests_total{route="/v2/models/{name}/infer",status="500"} 2.0' in text
+        assert "upright_waiting_images 0.0" in text
+    failures = [line for line in running.lines if line["message"] == "the model failed"]
+    assert failures and {line["level"] for line in failures} == {"error"}
+    for line in failures:
+        assert "Traceback" in line["exception"] and "Failed to allocate memory" in line["exception"]
+    assert sum(line["images"] for line in failures) == 1 + 2 + 1 + 2 + 16
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_an_image_of_a_wrong_size_is_the_clients_mistake(tmp_path: Path, fixed: bool) -> None:
+    from upright.runtime.serving.service import Service
+
+    if fixed:
+        spec = ImageSpec(1, 20, 20, ("a", "b"), (0.5,), (0.5,))
+        bundle, allowed = write_bundle(tmp_path / "made", spec, LeNet, Form(size=(20, 20))), 20
+    else:
+        bundle, allowed = write_unresized_bundle(tmp_path / "made"), 24
+
+    def pixels(size: int) -> bytes:
+        return json.dumps(tensor(shape=[1, size, size, 1], data=[0] * size**2)).encode()
+
+    async def scenario() -> None:
+        service = Service(Predictor(bundle), Serve(str(bundle)))
+        service.batcher.start()
+        infer = "/v2/models/made/infer"
+        for size, statuses in ((allowed, (200, 200)), (2, (422, 400)), (allowed, (200, 200))):
+            image = await asked(service, "/v1/classify", noise(size, size, 0))
+            raw = await asked(service, infer, pixels(size))
+            assert (image.status, raw.status) == statuses
+            for reply in (image, raw):
+                assert reply.status == 200 or "2x2" in reply.json["error"]
         service.decoders.shutdown()
         service.batcher.close()
 
