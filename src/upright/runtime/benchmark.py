@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -56,46 +56,8 @@ class Runtime:
     file: Path
 
 
-@dataclass(frozen=True)
-class Row:
-    """Measurements of one runtime at one batch size and one number of threads."""
-
-    runtime: str
-    threads: int
-    batch: int
-    p50_milliseconds: float
-    p95_milliseconds: float
-    images_per_second: float
-    times_fp32: float
-    quartiles: tuple[float, float]
-    bytes: int
-    agreement: str
-    largest_difference: float
-    peak_memory: int | None
-    cold_seconds: float
-    cold_memory: int | None
-
-    def cells(self) -> dict[str, str]:
-        """Return heading -> text."""
-        low, high = self.quartiles
-        return {
-            "runtime": self.runtime,
-            "threads": str(self.threads),
-            "batch": str(self.batch),
-            "p50, ms": f"{self.p50_milliseconds:.3f}",
-            "p95, ms": f"{self.p95_milliseconds:.3f}",
-            "images/s": f"{self.images_per_second:,.0f}",
-            "x fp32": f"{self.times_fp32:.2f} ({low:.2f} to {high:.2f})",
-            "file, kB": f"{self.bytes / 1000:.0f}",
-            "agree": f"{self.agreement}, {self.largest_difference:.0e}",
-            "peak, MB": _megabytes(self.peak_memory),
-            "cold, s": f"{self.cold_seconds:.2f}",
-            "cold, MB": _megabytes(self.cold_memory),
-        }
-
-
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.0f}"
+Row = dict[str, Any]
+"""Measurements of one runtime at one batch size and one number of threads."""
 
 
 def benchmark(options: Benchmark) -> int:
@@ -125,10 +87,10 @@ def benchmark(options: Benchmark) -> int:
         "bundle": bundle.manifest["name"],
         "machine": machine() | {"cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "rows": [asdict(row) for row in rows],
+        "rows": rows,
         "not_measured": failures,
     }
-    text = _markdown(report, rows)
+    text = _markdown(report)
     print(text)
     if options.to:
         folder = Path(options.to)
@@ -166,8 +128,7 @@ def _measure(
 ) -> list[Row]:
     """Return the rows of one number of threads, and add the runtimes that cannot run to ``failures``."""
     workers: dict[str, Worker] = {}
-    cold_seconds: dict[str, float] = {}
-    cold_memory: dict[str, int | None] = {}
+    cold: dict[str, Row] = {}
     rows = []
     with ExitStack() as stack:
         for runtime in runtimes:
@@ -184,8 +145,7 @@ def _measure(
                 failures[runtime.name] = str(error)
                 continue
             workers[runtime.name] = worker
-            cold_seconds[runtime.name] = median([*seconds, worker.seconds])
-            cold_memory[runtime.name] = worker.memory
+            cold[runtime.name] = {"cold_seconds": median([*seconds, worker.seconds]), "cold_memory": worker.memory}
         probabilities = {name: worker.probabilities() for name, worker in workers.items()}
         reference = probabilities[runtimes[0].name]
         for batch in batches:
@@ -196,28 +156,49 @@ def _measure(
                     continue
                 name, speed, answers = runtime.name, speeds[runtime.name], probabilities[runtime.name]
                 same = int((answers.argmax(axis=1) == reference.argmax(axis=1)).sum())
-                row = Row(
-                    runtime=name,
-                    threads=threads,
-                    batch=batch,
-                    p50_milliseconds=speed.p50,
-                    p95_milliseconds=speed.p95,
-                    images_per_second=batch * speed.per_second,
-                    times_fp32=speed.times,
-                    quartiles=speed.quartiles,
-                    bytes=runtime.file.stat().st_size,
-                    agreement=f"{same}/{len(answers)}",
-                    largest_difference=float(np.abs(answers - reference).max()),
-                    peak_memory=workers[name].memory,
-                    cold_seconds=cold_seconds[name],
-                    cold_memory=cold_memory[name],
-                )
-                rows.append(row)
+                row = {
+                    "runtime": name,
+                    "threads": threads,
+                    "batch": batch,
+                    "p50_milliseconds": speed.p50,
+                    "p95_milliseconds": speed.p95,
+                    "images_per_second": batch * speed.per_second,
+                    "times_fp32": speed.times,
+                    "quartiles": speed.quartiles,
+                    "bytes": runtime.file.stat().st_size,
+                    "agreement": f"{same}/{len(answers)}",
+                    "largest_difference": float(np.abs(answers - reference).max()),
+                    "peak_memory": workers[name].memory,
+                }
+                rows.append(row | cold[name])
     return rows
 
 
-def _markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
-    cells = [row.cells() for row in rows]
+def _cells(row: Row) -> dict[str, str]:
+    """Return heading -> text."""
+
+    def megabytes(name: str) -> str:
+        return "-" if row[name] is None else f"{row[name] / 1e6:.0f}"
+
+    low, high = row["quartiles"]
+    return {
+        "runtime": row["runtime"],
+        "threads": str(row["threads"]),
+        "batch": str(row["batch"]),
+        "p50, ms": f"{row['p50_milliseconds']:.3f}",
+        "p95, ms": f"{row['p95_milliseconds']:.3f}",
+        "images/s": f"{row['images_per_second']:,.0f}",
+        "x fp32": f"{row['times_fp32']:.2f} ({low:.2f} to {high:.2f})",
+        "file, kB": f"{row['bytes'] / 1000:.0f}",
+        "agree": f"{row['agreement']}, {row['largest_difference']:.0e}",
+        "peak, MB": megabytes("peak_memory"),
+        "cold, s": f"{row['cold_seconds']:.2f}",
+        "cold, MB": megabytes("cold_memory"),
+    }
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    cells = [_cells(row) for row in report["rows"]]
     table = markdown([list(cells[0]), *(list(row.values()) for row in cells)], numbers=len(cells[0]) - 1)
     computer = report["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
@@ -233,15 +214,15 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     """Plot images per second by batch size, one panel per number of threads."""
     from matplotlib.figure import Figure
 
-    thread_counts = list(dict.fromkeys(row.threads for row in rows))
+    thread_counts = list(dict.fromkeys(row["threads"] for row in rows))
     figure = Figure(figsize=(1 + 5 * len(thread_counts), 4.5), layout="constrained")
     panels = figure.subplots(1, len(thread_counts), sharey=True, squeeze=False)[0]
     for panel, threads in zip(panels, thread_counts, strict=True):
-        for name in dict.fromkeys(row.runtime for row in rows):
-            line = [row for row in rows if (row.runtime, row.threads) == (name, threads)]
-            panel.plot([row.batch for row in line], [row.images_per_second for row in line], "o-", label=name)
+        for name in dict.fromkeys(row["runtime"] for row in rows):
+            line = [row for row in rows if (row["runtime"], row["threads"]) == (name, threads)]
+            panel.plot([row["batch"] for row in line], [row["images_per_second"] for row in line], "o-", label=name)
         panel.set(xscale="log", xlabel="batch", title=f"{threads} thread{'s' * (threads > 1)}")
-        batches = sorted({row.batch for row in rows})
+        batches = sorted({row["batch"] for row in rows})
         panel.set_xticks(batches, labels=[str(batch) for batch in batches])
         panel.xaxis.minorticks_off()
         panel.grid(alpha=0.3)

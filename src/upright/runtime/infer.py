@@ -1,6 +1,7 @@
 """``upright infer``: classify images with a bundle."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -65,7 +66,8 @@ def infer(options: Infer) -> int:
 
     # A file name may not be text. JSON escapes what is not.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    write = WRITERS[options.format](options.top, classes)
+    if options.format == "csv":
+        print(_csv_header(options.top))
     with warnings.catch_warnings():
         # An image that Pillow warns of is an error or an answer of ours.
         warnings.filterwarnings("ignore", module="PIL")
@@ -78,7 +80,7 @@ def infer(options: Infer) -> int:
                         report(ImageError(f"'{path}': {error}"))
                     continue
                 for (path, _), row in zip(batch, rows, strict=True):
-                    write(path, predictor.answer(row))
+                    print(FORMATS[options.format](path, predictor.answer(row), options.top))
                     progress.step()
                 sys.stdout.flush()
         finally:
@@ -128,40 +130,33 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-Writer = Callable[[Path, Prediction], None]
+def _table(path: Path, prediction: Prediction, top: int) -> str:
+    width = max(map(len, prediction.probabilities))
+    # The path is last, so that its length moves no column.
+    return "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in prediction.top(top)) + f"  {path}"
 
 
-def _table(top: int, classes: Sequence[str]) -> Writer:
-    width = max(map(len, classes))
-
-    def write(path: Path, prediction: Prediction) -> None:
-        # The path is last, so that its length moves no column.
-        columns = "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in prediction.top(top))
-        print(f"{columns}  {path}")
-
-    return write
+def _jsonl(path: Path, prediction: Prediction, top: int) -> str:
+    record = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
+    if top > 1:
+        record["top"] = [{"label": label, "probability": p} for label, p in prediction.top(top)]
+    return json.dumps(record, ensure_ascii=False)
 
 
-def _jsonl(top: int, classes: Sequence[str]) -> Writer:
-    def write(path: Path, prediction: Prediction) -> None:
-        record = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
-        if top > 1:
-            record["top"] = [{"label": label, "probability": p} for label, p in prediction.top(top)]
-        print(json.dumps(record, ensure_ascii=False))
-
-    return write
+def _csv(path: Path, prediction: Prediction, top: int) -> str:
+    pairs = ((label, f"{probability:.6f}") for label, probability in prediction.top(top))
+    return _csv_line(path, *(cell for pair in pairs for cell in pair))
 
 
-def _csv(top: int, classes: Sequence[str]) -> Writer:
-    rows = csv.writer(sys.stdout, lineterminator="\n")
+def _csv_header(top: int) -> str:
     numbers = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
-    rows.writerow(["path", *(f"{column}{number}" for number in numbers for column in ("label", "probability"))])
-
-    def write(path: Path, prediction: Prediction) -> None:
-        pairs = ((label, f"{probability:.6f}") for label, probability in prediction.top(top))
-        rows.writerow([path, *(cell for pair in pairs for cell in pair)])
-
-    return write
+    return _csv_line("path", *(f"{column}{number}" for number in numbers for column in ("label", "probability")))
 
 
-WRITERS: dict[str, Callable[[int, Sequence[str]], Writer]] = {"table": _table, "jsonl": _jsonl, "csv": _csv}
+def _csv_line(*cells: object) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().removesuffix("\n")
+
+
+FORMATS: dict[str, Callable[[Path, Prediction, int], str]] = {"table": _table, "jsonl": _jsonl, "csv": _csv}
