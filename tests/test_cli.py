@@ -6,7 +6,7 @@ from tests.conftest import Upright
 from upright.cli import COMMANDS, LIGHTNING
 
 
-def test_the_overview_names_every_verb(upright: Upright) -> None:
+def test_the_overview_names_every_command(upright: Upright) -> None:
     for arguments in ((), ("--help",)):
         answer = upright(*arguments)
         assert answer.code == 0 and all(f"\n  {command} " in answer.out for command in [*LIGHTNING, *COMMANDS])

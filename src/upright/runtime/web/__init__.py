@@ -10,7 +10,6 @@ import shutil
 import tarfile
 import urllib.request
 import zlib
-from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -58,11 +57,11 @@ def web(options: Web) -> int:
     target = Path(options.to) / bundle.folder.resolve().name
     if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
         raise UserError(f"'{target}' is not a page that `upright web` made, and is not replaced; --to says where.")
-    runtime = find_runtime(options.runtime)
+    runtime = read_runtime(options.runtime)
     with replacing_folder(target) as folder:
         (folder / RUNTIME_FOLDER).mkdir()
-        for name in RUNTIME:
-            (folder / RUNTIME_FOLDER / name).write_bytes(runtime(name))
+        for name, content in runtime.items():
+            (folder / RUNTIME_FOLDER / name).write_bytes(content)
         shutil.copy(model, folder / model.name)
         (folder / SAMPLES).mkdir()
         for path in bundle.sample_paths:
@@ -142,8 +141,8 @@ def _into_one_file(folder: Path) -> None:
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def find_runtime(source: str | None) -> Callable[[str], bytes]:
-    """Return a function that reads the files of onnxruntime-web by name.
+def read_runtime(source: str | None) -> dict[str, bytes]:
+    """Return the files of onnxruntime-web by name.
 
     Args:
         source: its ``dist`` folder, the folder of the package, the package as ``npm pack`` writes it, or the address of
@@ -154,25 +153,24 @@ def find_runtime(source: str | None) -> Callable[[str], bytes]:
     """
     if source is None or source.startswith(("https://", "http://")):
         folder = _download(MIRRORS if source is None else (source.rstrip("/"),))
-        return lambda name: (folder / name).read_bytes()
+        return {name: (folder / name).read_bytes() for name in RUNTIME}
     path = Path(source)
     if path.is_file():
         return _read_package(path)
     for folder in (path, path / "dist"):
         if all((folder / name).is_file() for name in RUNTIME):
-            return lambda name: (folder / name).read_bytes()
+            return {name: (folder / name).read_bytes() for name in RUNTIME}
     raise UserError(f"--runtime '{source}' does not hold {' and '.join(RUNTIME)}. {ADVICE}")
 
 
-def _read_package(path: Path) -> Callable[[str], bytes]:
+def _read_package(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as package:
             members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
-            content = {name: member.read() for name, member in members.items() if member}
+            return {name: member.read() for name, member in members.items() if member}
     except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--runtime '{path}' is not the package onnxruntime-web ({reason}). {ADVICE}") from None
-    return content.__getitem__
 
 
 def _download(mirrors: tuple[str, ...]) -> Path:
