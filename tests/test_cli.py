@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Upright
-from upright.cli import LIGHTNING, VERBS
+from upright.cli import COMMANDS, LIGHTNING
 
 
-def test_the_overview_names_every_verb(upright: Upright) -> None:
+def test_the_overview_names_every_command(upright: Upright) -> None:
     for arguments in ((), ("--help",)):
         answer = upright(*arguments)
-        assert answer.code == 0 and all(f"\n  {verb} " in answer.out for verb in [*LIGHTNING, *VERBS])
+        assert answer.code == 0 and all(f"\n  {command} " in answer.out for command in [*LIGHTNING, *COMMANDS])
 
 
 def test_version(upright: Upright) -> None:
@@ -19,7 +19,7 @@ def test_version(upright: Upright) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("exprot",), "unknown verb 'exprot'. Did you mean 'export'? Verbs: fit, validate"),
+        (("exprot",), "unknown command 'exprot'. Did you mean 'export'? Commands: fit, validate"),
         (("export",), "export: the following arguments are required: checkpoint"),
         (("export", "x", "--forse"), "unrecognized arguments: --forse. Did you mean '--force'?"),
         (("export", "nope"), "Checkpoint 'nope' does not exist"),

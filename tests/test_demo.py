@@ -15,8 +15,8 @@ def test_the_demo_runs_the_whole_line(upright: Upright, tmp_path: Path) -> None:
     for _ in range(2):
         answer = upright("demo")
         assert answer.code == 0, answer.err
-    for verb in ("fit", "test", "export", "verify", "infer"):
-        assert f"\n$ upright {verb} " in answer.out
+    for command in ("fit", "test", "export", "verify", "infer"):
+        assert f"\n$ upright {command} " in answer.out
     metrics = json.loads((tmp_path / "checkpoints/demo/test.json").read_text())["metrics"]
     assert f"PyTorch, from the datamodule    {metrics['test/accuracy']:.4f}" in answer.out
     # The very pixels, through PNG files and the graph: the same answers.

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from upright.cli import VERBS
+from upright.cli import COMMANDS
 
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "files", "recipes", "tables"),
+    ("errors", "files", "options", "recipes", "tables"),
     ("images",),
     ("runtime",),
     ("internals",),
@@ -88,7 +88,7 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([verb, "--help"] for verb in VERBS),
+        *([command, "--help"] for command in COMMANDS),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:
@@ -110,14 +110,16 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "package", "extra"),
+    ("command", "package", "extra"),
     [
         ("sweep", "optuna", "sweep"),
         *(("serve", package, "serve") for package in ("msgspec", "prometheus_client", "starlette", "uvicorn")),
     ],
 )
-def test_the_extra_of_a_verb_is_named(verb: str, package: str, extra: str) -> None:
-    code = f"import sys; sys.modules['{package}'] = None; from upright.cli import main; sys.exit(main(['{verb}', 'x']))"
+def test_the_extra_of_a_command_is_named(command: str, package: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules['{package}'] = None; from upright.cli import main; sys.exit(main(['{command}', 'x']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f"needs the package '{package}': pip install 'upright[{extra}]'" in done.stderr
 

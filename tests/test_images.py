@@ -130,8 +130,8 @@ def test_first_frame_of_an_animation() -> None:
 def test_what_is_no_picture(tmp_path: Path) -> None:
     whole = png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)))
     for name, content, text in (
-        ("text.png", b"hello", "text.png' is not a picture"),
-        ("empty.png", b"", "empty.png' is not a picture"),
+        ("text.png", b"hello", "text.png' is not an image"),
+        ("empty.png", b"", "empty.png' is not an image"),
         ("cut.png", whole[: len(whole) // 2], "cut.png' cannot be decoded"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -168,7 +168,7 @@ def test_find_images(tmp_path: Path) -> None:
     assert list(find_images([tmp_path])) == [tmp_path / "a.png", tmp_path / "b/z.JPG"]
     assert list(find_images([tmp_path / "notes.txt"])) == [tmp_path / "notes.txt"]
     (tmp_path / "none").mkdir()
-    with pytest.raises(UprightError, match=r"none' holds no pictures"):
+    with pytest.raises(UprightError, match=r"none' holds no images"):
         list(find_images([tmp_path / "none"]))
     with pytest.raises(UprightError, match=r"nope' does not exist"):
         list(find_images([tmp_path / "nope"]))

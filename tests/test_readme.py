@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import CONFIGS, ROOT, Upright
-from upright.cli import LIGHTNING, VERBS
+from upright.cli import COMMANDS, LIGHTNING
 
 README = (ROOT / "README.md").read_text()
 PAGES = ("data", "training", "deployment", "evidence")
@@ -81,8 +81,8 @@ def test_python_as_documented(bundle: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_command_exists() -> None:
-    for verb in re.findall(r"`upright (\w+)", DOCS):
-        assert verb in LIGHTNING or verb in VERBS
+    for command in re.findall(r"`upright (\w+)", DOCS):
+        assert command in LIGHTNING or command in COMMANDS
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
     for target in re.findall(r"`?make (\w+)`?", " ".join(re.findall(r"`make \w+|^make \w+", README, flags=re.M))):
         assert target in targets

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from upright.errors import UserError, nearest
+from upright.errors import CheckpointError, UserError, nearest
 
 FORMAT = 1
 KEY = "upright"
@@ -20,7 +20,7 @@ KEY = "upright"
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the working directory (with ``+`` when tracked files differ from it), if it is a repository."""
+    """Return the commit of the working directory, with ``+`` if tracked files differ; None outside a repository."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -30,7 +30,7 @@ def git_commit() -> str | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint file, or the ``best.ckpt`` of a run's folder.
+    """Return a checkpoint file: ``path`` itself, or the ``best.ckpt`` of a run's folder.
 
     Raises:
         UserError: if there is none, with the nearest name beside it.
@@ -50,11 +50,11 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A whole checkpoint, on the CPU, without running any code in it.
+    """Read a complete checkpoint to the CPU, without running any code in it.
 
     Raises:
-        UserError: for a file that is missing, cut off, not a checkpoint, a pickle with code, a checkpoint of
-            something else, or one of a newer format.
+        UserError: if the file does not exist.
+        CheckpointError: if it is damaged, contains code, or is not a checkpoint of this version of Upright.
     """
     path = find_checkpoint(path)
     checkpoint: dict[str, Any] = load_file(path, "an Upright checkpoint")
@@ -63,34 +63,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_format(checkpoint: Any, path: str | Path) -> None:
-    """Refuse what is no checkpoint of Upright's, or one of a newer format.
-
-    Args:
-        checkpoint: what the file held.
-        path: of the file, for messages.
+    """Check that the content of the file ``path`` is a checkpoint of this version of Upright.
 
     Raises:
-        UserError: if it is.
+        CheckpointError: if it is not.
     """
     ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict) or "state_dict" not in checkpoint or not isinstance(ours.get("format"), int):
-        raise UserError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
+        raise CheckpointError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
     if ours["format"] > FORMAT:
-        raise UserError(
+        raise CheckpointError(
             f"'{path}' has format {ours['format']}, made by Upright {ours['versions'].get('upright')}; "
             f"this version reads up to {FORMAT}. Install a newer Upright."
         )
 
 
 def load_file(path: Path, kind: str) -> Any:
-    """What a file of tensors and plain data holds, on the CPU, without running any code in it.
+    """Load a file of tensors and plain data to the CPU, without running any code in it.
 
     Args:
         path: of the file.
-        kind: what it should be, for messages.
+        kind: the expected kind of file, for messages.
 
     Raises:
-        UserError: for a file that is cut off, damaged, or a pickle with code.
+        CheckpointError: if the file is damaged or contains code.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -99,16 +95,16 @@ def load_file(path: Path, kind: str) -> Any:
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                     raise ValueError("it would unpack to more than it is")
         with warnings.catch_warnings():
-            # torch warns of a pickle's protocol before it refuses what is in it.
+            # torch warns of a pickle's protocol before it refuses the content.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
+        raise CheckpointError(
             f"'{path}' is not {kind}: it is damaged, or a pickle that would run code when loaded "
             f"({_first_line(error)})."
         ) from None
-    except Exception as error:  # torch's unpickler raises whatever a broken file leads it to
-        raise UserError(
+    except Exception as error:  # a broken file can lead torch's unpickler to any exception
+        raise CheckpointError(
             f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
         ) from None
 
@@ -118,7 +114,7 @@ def _first_line(error: Exception) -> str:
 
 
 def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:
-    """Content hashes of the images that a checkpoint was trained on, its start's included; None if it had no data.
+    """Return content hashes of all images that a checkpoint and its start were trained on; None if it had no data.
 
     Args:
         ours: Upright's part of the checkpoint.

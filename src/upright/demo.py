@@ -1,4 +1,4 @@
-"""``upright demo``: the whole line once, by the very commands that a user would type."""
+"""``upright demo``: all steps once, by the commands that a user would type."""
 
 import json
 import shlex
@@ -13,13 +13,13 @@ from upright.training.restoring import restore
 
 
 def demo(name: str = "demo") -> int:
-    """Train, test, export, verify and infer on real digits turned at random, and say what came of it.
+    """Train, test, export, verify and infer on real digits rotated at random, and print the results.
 
     Args:
         name: of the run and of the bundle; both are replaced.
 
     Raises:
-        UserError: if it is not started where the configs are.
+        UserError: if the working directory has no configs.
     """
     config = Path("configs/stn_lenet.yaml")
     if not config.is_file():
@@ -33,35 +33,35 @@ def demo(name: str = "demo") -> int:
         ["verify", str(bundle)],
     )
     for step in steps:
-        if code := _say_and_run(step):
+        if code := _print_and_run(step):
             return code
     labels = _write_test_images(images, restore(run).data)
-    a_few = [str(path) for path in list(labels)[:: len(labels) // 8][:8]]
-    if code := _say_and_run(["infer", str(bundle), *a_few]):
+    examples = [str(path) for path in list(labels)[:: len(labels) // 8][:8]]
+    if code := _print_and_run(["infer", str(bundle), *examples]):
         return code
     predictions = Predictor(bundle).predict(list(labels))
-    right = sum(prediction.label == label for prediction, label in zip(predictions, labels.values(), strict=True))
+    correct = sum(prediction.label == label for prediction, label in zip(predictions, labels.values(), strict=True))
     metrics = json.loads((run / "test.json").read_text())["metrics"]
     print(f"""
 Accuracy on {len(labels)} test images
   PyTorch, from the datamodule    {metrics["test/accuracy"]:.4f}
-  ONNX Runtime, from PNG files    {right / len(labels):.4f}
-Uprightness                       {metrics["test/uprightness"]:.3f}   (0: turns all upright, 1: turns nothing)
+  ONNX Runtime, from PNG files    {correct / len(labels):.4f}
+Uprightness                       {metrics["test/uprightness"]:.3f}   (0: rotates all images upright, 1: rotates none)
 
 Run      {run}
 Bundle   {bundle}
 Images   {images}
-Picture  {run / "test_transformer.png"}""")
+Plot     {run / "test_transformer.png"}""")
     return 0
 
 
-def _say_and_run(arguments: list[str]) -> int:
+def _print_and_run(arguments: list[str]) -> int:
     print(f"\n$ upright {shlex.join(arguments)}", flush=True)
     return main(arguments)
 
 
 def _write_test_images(folder: Path, data: ImageDataModule) -> dict[Path, str]:
-    """The test split as ``folder/<class>/<name>.png``: path -> class."""
+    """Write the test split as ``folder/<class>/<name>.png``. Return path -> class."""
     labels = {}
     for original in data.originals("test"):
         label = data.spec.classes[original.label]

@@ -1,4 +1,4 @@
-"""What an image is (`ImageSpec`), and decoding any picture to uint8. Never imports torch."""
+"""`ImageSpec`, and decoding any image to uint8. Imports no torch."""
 
 import glob
 import io
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from upright.errors import UserError
+from upright.errors import ImageError, UserError
 
 Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
@@ -22,29 +22,34 @@ Resize = Literal["stretch", "crop", "none"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What Pillow is asked to read: of its other plugins, some have rarely been attacked, and one runs Ghostscript."""
+"""Formats that Pillow may read. Few people have attacked its other plugins, and one of them runs Ghostscript."""
 MAX_PIXELS = 64_000_000
-"""The largest picture that is decoded unless told otherwise, in pixels."""
-TOLD = 12
-"""Classes that a message names, at most."""
+"""Default limit for one image, in pixels."""
+MAX_BATCH_PIXELS = 4_000_000
+"""Limit for one batch, in pixels, so that a folder of photographs fits into memory."""
+LISTED_CLASSES = 12
+"""Number of classes that a message lists at most."""
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What every stage from decoding to deployment must agree on; declared by the datamodule, never measured.
+    """Format of the images, the same from decoding to deployment. The datamodule declares it.
+
+    Decoding always applies the EXIF orientation and reads only the first frame of an animation.
 
     Args:
-        channels: 1 (pictures are turned to grey, ITU-R 601) or 3 (RGB).
-        height: rows that the network sees; with ``resize`` none, those of the training images.
+        channels: 1 (grey, ITU-R 601) or 3 (RGB).
+        height: rows of the network's input; with ``resize`` none, rows of the training images.
         width: columns, likewise.
         classes: names, in the order of the labels.
         mean: per channel, on the scale of 0 to 1, subtracted before the network.
         std: per channel, divided by.
         resize: ``stretch`` to ``height`` x ``width``, ``crop`` the largest centred box of that aspect first, or
-            ``none``, for a network that takes any size.
-        background: grey level (0 to 255) that transparent pixels are laid over.
+            ``none`` for a network that takes any size.
+        background: grey level (0 to 255) behind transparent pixels.
 
-    A picture's EXIF orientation is always applied; only the first frame of an animation is read.
+    Raises:
+        UserError: if a value is out of range.
     """
 
     channels: int
@@ -57,7 +62,6 @@ class ImageSpec:
     background: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no picture can be."""
         if self.channels not in (1, 3):
             raise UserError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}.")
         if min(self.height, self.width) < 1:
@@ -76,73 +80,70 @@ class ImageSpec:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of what the network sees."""
+        """``(C, H, W)`` of the network's input."""
         return self.channels, self.height, self.width
 
     @property
     def task(self) -> str:
-        """Channels and classes, of many the first ones, as a message tells them."""
-        more = len(self.classes) - TOLD
-        told = f"{self.channels} channel(s) and the classes {list(self.classes[:TOLD])}"
-        return told + (f" and {more} more" if more > 0 else "")
+        """Channels and the first classes, for messages."""
+        more = len(self.classes) - LISTED_CLASSES
+        text = f"{self.channels} channel(s) and the classes {list(self.classes[:LISTED_CLASSES])}"
+        return text + (f" and {more} more" if more > 0 else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for checkpoints and manifests."""
+        """Return plain data for checkpoints and manifests."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageSpec":
-        """The inverse of `to_dict`."""
-        arguments: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
-        }
+        """Return the spec of `to_dict`."""
+        arguments: dict[str, Any] = {}
+        for key, value in data.items():
+            arguments[key] = tuple(value) if isinstance(value, list) else value
         return cls(**arguments)
 
 
 def decode(
     source: str | Path | bytes | Image.Image | npt.ArrayLike, spec: ImageSpec, max_pixels: int = MAX_PIXELS
 ) -> Pixels:
-    """Any picture as uint8 of shape ``(H, W, spec.channels)``, at its own size.
+    """Decode an image to uint8 of shape ``(H, W, spec.channels)``, at its own size.
 
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or
             4 (RGBA) channels.
-        spec: says channels and background.
-        max_pixels: a larger picture is refused before it is decoded.
+        spec: with the channels and the background.
+        max_pixels: a larger image is refused before it is decoded.
 
     Raises:
-        UserError: naming the source, for whatever cannot be read as a picture.
+        ImageError: if the source cannot be read as an image.
     """
     name = f"'{source}'" if isinstance(source, str | Path) else "The image"
     try:
-        if isinstance(source, str | Path):
-            with Image.open(source, formats=FORMATS) as image:
-                return _decode(image, spec, max_pixels)
-        if isinstance(source, bytes):
-            with Image.open(io.BytesIO(source), formats=FORMATS) as image:
-                return _decode(image, spec, max_pixels)
-        if isinstance(source, Image.Image):
-            return _decode(source, spec, max_pixels)
-        return _decode(Image.fromarray(_picture_array(np.asarray(source))), spec, max_pixels)
+        if isinstance(source, str | Path | bytes):
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
+                return _to_pixels(image, spec, max_pixels)
+        return _to_pixels(source if isinstance(source, Image.Image) else _from_array(source), spec, max_pixels)
     except FileNotFoundError:
-        raise UserError(f"{name} does not exist.") from None
+        raise ImageError(f"{name} does not exist.") from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not a picture, or none of {', '.join(FORMATS)}.") from None
-    except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
-        raise UserError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
+        raise ImageError(f"{name} is not an image, or none of {', '.join(FORMATS)}.") from None
+    except Exception as error:  # a broken file can lead Pillow's plugins to any exception
+        raise ImageError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
 
 
-def _picture_array(array: npt.NDArray[Any]) -> Pixels:
+def _from_array(source: npt.ArrayLike) -> Image.Image:
+    array = np.asarray(source)
     if array.dtype != np.uint8:
         raise ValueError(f"an array must be uint8 with values from 0 to 255, got {array.dtype}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ValueError(f"an array must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}")
-    return np.ascontiguousarray(array)
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decode(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
+def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels}")
     image = ImageOps.exif_transpose(image)
@@ -150,50 +151,45 @@ def _decode(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
         values = np.asarray(image).astype(np.int64)
         if values.size and not 0 <= values.min() <= values.max() <= 0xFFFF:
             raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits first")
-        # Pillow's own conversion clips 16 bits at 255; the high byte is what it takes of 16-bit colour. Mode I may hold
-        # 8 bits as well.
+        # Pillow's own conversion clips 16 bits at 255; of 16-bit colour it takes the high byte, and so does this line.
+        # Mode I can also hold 8 bits.
         shift = 0 if image.mode == "I" and values.max() <= 0xFF else 8
         image = Image.fromarray((values >> shift).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point pictures have no agreed range; convert it to 8 or 16 bits first")
+        raise ValueError("floating-point images have no agreed range; convert it to 8 or 16 bits first")
     if image.has_transparency_data:
-        below = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
-        image = Image.alpha_composite(below, image.convert("RGBA"))
+        background = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
+        image = Image.alpha_composite(background, image.convert("RGBA"))
     pixels = np.array(image.convert("L" if spec.channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], spec.channels)
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Files as they are given, folders as the pictures under them (sorted, by suffix), patterns as what they match.
+    """Yield files as they are, folders as the images below them (sorted, by suffix), patterns as their matches.
 
-    A pattern is what is no path, but has ``*``, ``?`` or ``[``; ``**`` goes through all folders.
+    A pattern is a path that does not exist and contains ``*``, ``?`` or ``[``; ``**`` matches all folders.
 
     Raises:
-        UserError: for a path that does not exist, a folder without pictures, and a pattern that matches no file.
+        UserError: for a path that does not exist, a folder without images, and a pattern that matches no file.
     """
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not found:
-                raise UserError(f"Folder '{path}' holds no pictures ({' '.join(sorted(SUFFIXES))}).")
-            yield from found
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not files:
+                raise UserError(f"Folder '{path}' holds no images ({' '.join(sorted(SUFFIXES))}).")
         elif path.exists():
-            yield path
+            files = [path]
         elif glob.has_magic(str(path)):
-            matches = [match for match in map(Path, sorted(glob.iglob(str(path), recursive=True))) if match.is_file()]
-            if not matches:
+            files = [match for match in map(Path, sorted(glob.iglob(str(path), recursive=True))) if match.is_file()]
+            if not files:
                 raise UserError(f"'{path}' does not exist, and as a pattern it matches no file.")
-            yield from matches
         else:
             raise UserError(f"'{path}' does not exist.")
+        yield from files
 
 
-MAX_BATCH_PIXELS = 4_000_000
-"""A batch of large pictures is cut at so many pixels, so that a folder of photographs fits into memory."""
-
-
-def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], most: int) -> Iterator[list[Item]]:
-    """Neighbours whose ``pixels`` have one shape, at most so many, and at most `MAX_BATCH_PIXELS` unless it is one."""
+def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int) -> Iterator[list[Item]]:
+    """Yield neighbours whose ``pixels`` have one shape: up to ``limit`` items and up to `MAX_BATCH_PIXELS`, or one."""
     for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
-        while batch := list(islice(group, max(1, min(most, MAX_BATCH_PIXELS // (height * width))))):
+        while batch := list(islice(group, max(1, min(limit, MAX_BATCH_PIXELS // (height * width))))):
             yield batch

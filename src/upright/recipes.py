@@ -1,8 +1,8 @@
 """A class and its arguments as plain data (``class_path``, ``init_args``), and back.
 
-Whatever Upright injects (networks, losses, optimisers, schedules, augmentations) is given as a callable: a class, or
-``functools.partial`` of a class. Both, and what the command line makes of a YAML, can be written into a checkpoint
-that loads with ``weights_only=True``, and rebuilt from it.
+Networks, losses, optimizers, schedules and augmentations are passed as callables: a class, or ``functools.partial`` of
+a class. Both, and the callables that the command line builds from a YAML, can be written into a checkpoint that loads
+with ``weights_only=True``, and rebuilt from it.
 """
 
 import importlib
@@ -18,7 +18,7 @@ Recipe = dict[str, Any]
 
 
 def recipe(part: Any) -> Any:
-    """Plain data for ``part``: numbers, strings, lists, dicts; a class or a partial of one as its recipe.
+    """Return ``part`` as plain data: numbers, strings, lists, dicts; a class or a partial of one as its recipe.
 
     Raises:
         UserError: for a lambda, a function or an object, which a checkpoint could not rebuild.
@@ -28,7 +28,7 @@ def recipe(part: Any) -> Any:
     if isinstance(part, Path):
         return str(part)
     if isinstance(part, list | tuple):
-        # Some tell one from the other (kornia does).
+        # Some callers distinguish the two (kornia does).
         return (tuple if isinstance(part, tuple) else list)(recipe(item) for item in part)
     if isinstance(part, dict):
         return {str(key): recipe(value) for key, value in part.items()}
@@ -37,7 +37,7 @@ def recipe(part: Any) -> Any:
         if module != "__main__" and vars(sys.modules[module]).get(name) is part:
             return {"class_path": f"{module}.{name}"}
     elif isinstance(part, partial):
-        # People write partial(cls, **arguments); jsonargparse injects partial(how to instantiate, cls, **arguments).
+        # Users write partial(cls, **arguments); jsonargparse injects partial(instantiator, cls, **arguments).
         *others, cls = part.func, *part.args
         if isinstance(cls, type) and not any(isinstance(other, type) for other in others):
             return recipe(cls) | {"init_args": recipe(part.keywords)}
@@ -48,7 +48,7 @@ def recipe(part: Any) -> Any:
 
 
 def load_class(class_path: str) -> type:
-    """The class at ``package.module.Class``.
+    """Import the class ``package.module.Class``.
 
     Raises:
         UserError: if the module or the class does not exist, with the nearest name.
@@ -71,7 +71,7 @@ def load_class(class_path: str) -> type:
 
 
 def build(data: Any) -> Any:
-    """The inverse of `recipe`: every recipe inside ``data`` becomes ``partial(Class, **arguments)``."""
+    """Replace every recipe inside ``data`` by ``partial(Class, **arguments)``: the inverse of `recipe`."""
     if isinstance(data, list | tuple):
         return type(data)(build(item) for item in data)
     if isinstance(data, dict) and "class_path" in data:
@@ -82,12 +82,12 @@ def build(data: Any) -> Any:
 
 
 class Recorded:
-    """Base for classes that remember how they were constructed: ``self.arguments``, what was given, by name."""
+    """Base of classes that record the arguments of their construction, by name, in ``self.arguments``."""
 
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the arguments before ``__init__`` of whatever subclass runs."""
+        # Before ``__init__`` of any subclass.
         instance = super().__new__(cls)
         names = list(inspect.signature(cls).parameters)
         object.__setattr__(instance, "arguments", dict(zip(names, args, strict=False)) | kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table such as ``metrics.csv``; none where there is no such file."""
+    """Return the rows of a CSV file such as ``metrics.csv``, or no rows if the file does not exist."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -15,11 +15,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
-    """Lines of a table in Markdown whose columns stand below each other in a terminal too.
+    """Return a Markdown table whose columns are also aligned in a terminal.
 
     Args:
         rows: headings, then cells.
-        numbers: columns from the right that are aligned to the right.
+        numbers: number of columns, from the right, that are aligned to the right.
     """
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]

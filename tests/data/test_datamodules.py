@@ -176,7 +176,7 @@ def test_an_unreadable_picture_is_named(pictures: Path, tmp_path: Path) -> None:
         for number in range(10):
             Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
     (tmp_path / "a" / "3.png").write_text("not a picture")
-    with pytest.raises(UprightError, match=r"a/3.png' is not a picture"):
+    with pytest.raises(UprightError, match=r"a/3.png' is not an image"):
         _ = Folder(root=str(tmp_path)).manifest
 
 

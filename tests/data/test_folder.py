@@ -61,11 +61,11 @@ def test_every_kind_of_picture_in_one_folder(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "is not a picture, or none of BMP, GIF, JPEG"),
-        (b"GIF89a", "cannot be decoded|is not a picture"),
+        (b"", "is not an image, or none of BMP, GIF, JPEG"),
+        (b"GIF89a", "cannot be decoded|is not an image"),
         ("cut", "cannot be decoded: .*truncated"),
         ("link", "does not exist"),
-        ("float", "cannot be decoded: floating-point pictures have no agreed range"),
+        ("float", "cannot be decoded: floating-point images have no agreed range"),
     ],
 )
 def test_a_bad_picture_among_good_ones_is_named(mixed: Path, content: bytes | str, text: str) -> None:

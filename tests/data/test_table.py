@@ -201,6 +201,6 @@ def test_files_that_are_no_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_picture_that_is_none_is_named(root: Path) -> None:
     (root / "größe/2-0.png").write_bytes(b"")
     data = Table(file=write(root, *rows(root)))
-    with pytest.raises(UprightError, match=r"größe/2-0.png' is not a picture"):
+    with pytest.raises(UprightError, match=r"größe/2-0.png' is not an image"):
         data.source.images[0]
     assert data.source.images[1].dtype == np.uint8

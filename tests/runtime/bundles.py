@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from upright.architectures.nin import NiN
 from upright.exporting.graph import Form, Graph, write_graph
 from upright.images import ImageSpec
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
 from upright.runtime.predictor import open_session, run_session
 from upright.training.model import Model
+
+
+def write_unresized_bundle(folder: Path) -> Path:
+    """A bundle of a network that takes its images unresized, and refuses small ones."""
+    spec = ImageSpec(1, 20, 20, ("a", "b"), (0.4,), (0.5,), resize="none")
+    return write_bundle(folder, spec, partial(NiN, widths=(4, 4, 4), stem=(5, 1, 2)))
 
 
 def write_bundle(

@@ -196,7 +196,8 @@ def damaged(tree: Any, draw: random.Random) -> Any:
 
 
 def manifest(folder: Path) -> Callable[[random.Random], str]:
-    """A bundle whose maker wrote anything at all into manifest, samples or sums, and what each verb does with it."""
+    """A bundle whose maker wrote anything at all into manifest, samples or sums, and what each command does with it."""
+    from upright.options import Infer, Verify
     from upright.runtime.infer import infer
     from upright.runtime.verify import verify
 
@@ -226,11 +227,8 @@ def manifest(folder: Path) -> Callable[[random.Random], str]:
             outcome = "opened"
             if draw.random() < 0.2:
                 Predictor(opened)
-                for verb in (
-                    lambda: verify(str(bundle)),
-                    lambda: infer(str(bundle), [str(bundle / "samples/00.png")], top=2),
-                ):
-                    verb()
+                verify(Verify(str(bundle)))
+                infer(Infer(str(bundle), [str(bundle / "samples/00.png")], top=2))
                 outcome = "verified"
         except UprightError as error:
             return one_line(error)
@@ -252,10 +250,12 @@ def write(bundle: Path, content: dict[str, bytes], rest: dict[str, str]) -> Path
 
 def http(folder: Path) -> Callable[[random.Random], str]:
     """Requests to the application of `serve`, without a socket. The server in front reads the headers' own syntax."""
-    from upright.runtime.serving.service import Limits, Service
+    from upright.options import Serve
+    from upright.runtime.serving.service import Service
 
     service = Service(
-        Predictor(DIGITS, threads=1, max_pixels=1_000_000), Limits(max_body=300_000, max_queue=64, timeout=SECONDS)
+        Predictor(DIGITS, threads=1, max_pixels=1_000_000),
+        Serve(str(DIGITS), max_body_mb=0.3, max_queue=64, max_pixels=1_000_000, timeout_s=SECONDS),
     )
     app, loop = service.app(), asyncio.new_event_loop()
     service.batcher.start()
@@ -324,7 +324,7 @@ def http(folder: Path) -> Callable[[random.Random], str]:
         if status in (400, 413, 422):
             told = json.loads(answer)["error"]
             assert told and "\n" not in told, told
-        assert service.waiting == service.held == 0
+        assert service.waiting == service.held_bytes == 0
         return str(status)
 
     return lambda draw: loop.run_until_complete(ask(draw))

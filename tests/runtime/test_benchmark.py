@@ -116,8 +116,8 @@ def test_a_bundle_of_a_fixed_batch(upright: Upright, trained: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--batches", 0), "--batches and --threads must be at least 1, got 0."),
-        (("--threads", 2, -1), "--batches and --threads must be at least 1, got -1."),
+        (("--batches", 0), "--batches must be at least 1, got 0."),
+        (("--threads", 2, -1), "--threads must be at least 1, got -1."),
         (("--checkpoint", "nope"), "Checkpoint 'nope' does not exist."),
         (("--batches", "x"), "argument --batches: invalid int value: 'x'"),
     ],

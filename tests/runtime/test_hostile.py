@@ -28,6 +28,7 @@ from upright.architectures.lenet import LeNet
 from upright.checkpoint import read_checkpoint
 from upright.errors import UprightError
 from upright.images import ImageSpec, decode
+from upright.options import Infer, Verify
 from upright.runtime.bundle import EXPECTED, MANIFEST, SUMS, Bundle, checksums
 from upright.runtime.infer import infer
 from upright.runtime.predictor import Predictor
@@ -67,8 +68,8 @@ def test_every_changed_byte_of_a_bundle_is_refused(
     openers: tuple[Callable[[], object], ...] = (
         lambda: Bundle.open(bundle),
         lambda: Predictor(bundle, "int8"),
-        lambda: verify(str(bundle)),
-        lambda: infer(str(bundle), [str(bundle / "samples")]),
+        lambda: verify(Verify(str(bundle))),
+        lambda: infer(Infer(str(bundle), [str(bundle / "samples")])),
     )
     for number in range(count):
         # Every file in turn, and every byte alike.
@@ -86,7 +87,7 @@ def test_every_changed_byte_of_a_bundle_is_refused(
             assert "\n" not in str(caught.value)
         path.write_bytes(content)
     assert capsys.readouterr().out == ""
-    assert verify(str(bundle)) == 0
+    assert verify(Verify(str(bundle))) == 0
 
 
 # Pictures.
@@ -155,7 +156,7 @@ def test_only_formats_that_are_named_are_read(tmp_path: Path, monkeypatch: pytes
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     (tmp_path / "x.png").write_bytes(postscript)
     for source in (postscript, tmp_path / "x.png"):
-        with pytest.raises(UprightError, match="is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP"):
+        with pytest.raises(UprightError, match="is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP"):
             decode(source, SPECS[0])
     assert not calls
 

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from PIL import Image
 
 from tests.conftest import Upright
-from upright.errors import UserError
+from tests.runtime.bundles import write_unresized_bundle
+from upright.errors import EngineError
 from upright.runtime import infer as infer_module
 from upright.runtime.predictor import Predictor
 
@@ -67,7 +69,7 @@ def test_a_bad_picture_is_reported_and_the_rest_goes_on(upright: Upright, bundle
     errors = answer.err.splitlines()
     assert len(errors) == 4 and all(line.startswith("upright: error: ") for line in errors)
     for line, text in zip(
-        errors, ("'text.png' is not a picture", "'nope.png' does not", "'empty' holds no", "cut.png"), strict=True
+        errors, ("'text.png' is not an image", "'nope.png' does not", "'empty' holds no", "cut.png"), strict=True
     ):
         assert text in line
 
@@ -211,22 +213,34 @@ def test_no_more_pictures_are_in_memory_than_go_through_together(bundle: Path) -
     assert 32 <= most <= 66
 
 
-def test_a_size_that_the_network_cannot_take_is_a_bad_picture(
-    upright: Upright, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real = infer_module.run_batch
-
-    def run_batch(session, images):
-        if images.shape[1] < 10:
-            raise UserError("The model cannot take images of (H, W, C) 5x5x1: too small")
-        return real(session, images)
-
-    monkeypatch.setattr(infer_module, "run_batch", run_batch)
-    for number, size in enumerate((28, 5, 5, 28)):
+def test_a_size_that_the_network_cannot_take_is_a_bad_image(upright: Upright, tmp_path: Path) -> None:
+    bundle = write_unresized_bundle(tmp_path / "export/nin")
+    for number, size in enumerate((28, 2, 2, 28)):
         Image.new("L", (size, size)).save(tmp_path / f"{number}.png")
     answer = upright("infer", bundle, *(f"{n}.png" for n in range(4)), "--format", "jsonl")
     assert answer.code == 2 and [json.loads(line)["path"] for line in answer.out.splitlines()] == ["0.png", "3.png"]
-    assert [line[:23] for line in answer.err.splitlines()] == [f"upright: error: '{n}.png'" for n in (1, 2)]
+    for number, line in zip((1, 2), answer.err.splitlines(), strict=True):
+        assert line.startswith(f"upright: error: '{number}.png': The model cannot take images of 2x2 pixels: ")
+
+
+@pytest.mark.parametrize("resized", [True, False])
+def test_a_failure_of_the_engine_is_not_a_bad_image(
+    upright: Upright, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resized: bool
+) -> None:
+    bundle = bundle if resized else write_unresized_bundle(tmp_path / "export/nin")
+    Image.new("L", (2, 2)).save(tmp_path / "x.png")
+
+    def run(*_: object) -> None:
+        raise Fail("[ONNXRuntimeError] : 1 : FAIL : bfc_arena.cc:360\nFailed to allocate memory")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", run)
+    for command in (("infer", bundle, "x.png"), ("verify", bundle)):
+        answer = upright(*command)
+        assert answer.code == 1 and answer.out == "" and answer.err.count("\n") == 1
+        assert answer.err.startswith("upright: error: onnxruntime failed on 1 images of (H, W, C) ")
+        assert "bfc_arena.cc:360 Failed to allocate memory" in answer.err
+    with pytest.raises(EngineError):
+        Predictor(bundle)(tmp_path / "x.png")
 
 
 def test_onnxruntime_is_told_how_to_run(upright: Upright, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Upright
+from tests.runtime.bundles import write_bundle, write_unresized_bundle
+from upright.architectures.lenet import LeNet
 from upright.errors import UprightError
-from upright.images import Pixels
+from upright.exporting.graph import Form
+from upright.images import ImageSpec, Pixels
+from upright.options import Serve
 from upright.runtime.predictor import Predictor
 
 
@@ -76,8 +80,10 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def serving(bundle: Path, *options: object) -> Iterator[Running]:
-    command = [sys.executable, "-m", "upright", "serve", str(bundle), "--port", "0", "--threads", "1"]
+def serving(bundle: Path, *options: object, before: str = "") -> Iterator[Running]:
+    """A server in a process of its own, which runs the code ``before`` first."""
+    program = f"{before}\nimport sys\nfrom upright.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "serve", str(bundle), "--port", "0", "--threads", "1"]
     process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines: list[dict[str, Any]] = []
@@ -169,7 +175,7 @@ def test_each_of_many_pictures_has_its_own_result(server: Running, predictor: Pr
     assert [first["name"], bad["name"], last["name"]] == ["a.png", "text.png", "b.png"]
     assert bad == {
         "name": "text.png",
-        "error": "The image is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP.",
+        "error": "The image is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP.",
     }
     for result, picture in ((first, samples[0]), (other, noise(40, 30, 0)), (last, samples[1])):
         assert is_answer(result, picture, predictor)
@@ -179,7 +185,7 @@ def test_no_picture_at_all_is_an_error(server: Running) -> None:
     reply = server.classify(b"hello")
     assert (
         reply.status == 422
-        and reply.json["error"] == "The image is not a picture, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP."
+        and reply.json["error"] == "The image is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP."
     )
     body, kind = multipart({"a": b"x", "b": b"y"})
     reply = server.classify(body, Content_Type=kind)
@@ -287,7 +293,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
         (tensor(datatype="BYTES", shape=[1], data=["?"]), "must be images in base64"),
         (tensor(datatype="BYTES", shape=[1], data=[7]), "must be images in base64: Expected `str`, got `int`"),
         (tensor(datatype="BYTES", shape=[2], data=["aGVsbG8="]), "The shape [2] needs 2 elements, got 1."),
-        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not a picture"),
+        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not an image"),
     ],
 )
 def test_what_the_protocol_does_not_allow_is_one_line(server: Running, content: Any, text: str) -> None:
@@ -446,10 +452,10 @@ async def asked(service: Any, path: str, body: bytes) -> Reply:
 
 
 def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
-    from upright.runtime.serving.service import Limits, Service
+    from upright.runtime.serving.service import Service
 
     async def scenario() -> None:
-        service = Service(predictor, Limits(timeout=0.5, max_queue=2, max_batch=1))
+        service = Service(predictor, Serve("small", timeout_s=0.5, max_queue=2, max_batch=1))
         service.batcher.start()
         model, slow = service.batcher.model, threading.Event()
 
@@ -473,7 +479,84 @@ def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predict
         service.batcher.model = model
         reply = await asked(service, "/v1/classify", samples[0])
         assert reply.status == 200 and is_answer(reply.json["results"][0], samples[0], predictor)
-        assert service.waiting == service.held == 0
+        assert service.waiting == service.held_bytes == 0
+        service.decoders.shutdown()
+        service.batcher.close()
+
+    asyncio.run(scenario())
+
+
+OUT_OF_MEMORY = """
+import os, onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+real = onnxruntime.InferenceSession.run
+def run(*given):
+    if os.path.exists({trigger!r}):
+        raise Fail("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer")
+    return real(*given)
+onnxruntime.InferenceSession.run = run
+"""
+
+
+def test_a_failure_of_the_engine_is_a_500_on_every_way_in(
+    trained: Path, tmp_path: Path, predictor: Predictor, samples: list[bytes]
+) -> None:
+    trigger = tmp_path / "out-of-memory"
+    body, kind = multipart({"a.png": samples[0], "text.png": b"hello", "b.png": noise(40, 30, 0)})
+    encoded = {"shape": [2], "datatype": "BYTES", "data": [base64.b64encode(sample).decode() for sample in samples[:2]]}
+    ways: list[Callable[[Running], Reply]] = [
+        lambda running: running.classify(samples[0]),
+        lambda running: running.classify(body, Content_Type=kind),
+        lambda running: running.infer(tensor()),
+        lambda running: running.infer(tensor(**encoded)),
+    ]
+    with serving(trained / "export/small", before=OUT_OF_MEMORY.format(trigger=str(trigger))) as running:
+        assert [way(running).status for way in ways] == [200] * 4
+        trigger.touch()
+        replies = [way(running) for way in ways]
+        # Requests that share a batch.
+        with ThreadPoolExecutor(16) as pool:
+            replies += pool.map(running.classify, samples[:1] * 16)
+        assert {reply.status for reply in replies} == {500}
+        assert {reply.json["error"] for reply in replies} == {"The server failed; its log says why."}
+        assert running.classify(b"hello").status == 422 and running.infer(tensor(name="x")).status == 400
+        trigger.unlink()
+        assert is_answer(running.classify(samples[0]).json["results"][0], samples[0], predictor)
+        text = running.ask("GET", "/metrics").body.decode()
+        assert f'upright_images_total{{outcome="failed"}} {1 + 3 + 1 + 2 + 16}.0' in text
+        assert 'upright_requests_total{route="/v1/classify",status="500"} 18.0' in text
+        assert 'upright_requests_total{route="/v2/models/{name}/infer",status="500"} 2.0' in text
+        assert "upright_waiting_images 0.0" in text
+    failures = [line for line in running.lines if line["message"] == "the model failed"]
+    assert failures and {line["level"] for line in failures} == {"error"}
+    for line in failures:
+        assert "Traceback" in line["exception"] and "Failed to allocate memory" in line["exception"]
+    assert sum(line["images"] for line in failures) == 1 + 2 + 1 + 2 + 16
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_an_image_of_a_wrong_size_is_the_clients_mistake(tmp_path: Path, fixed: bool) -> None:
+    from upright.runtime.serving.service import Service
+
+    if fixed:
+        spec = ImageSpec(1, 20, 20, ("a", "b"), (0.5,), (0.5,))
+        bundle, allowed = write_bundle(tmp_path / "made", spec, LeNet, Form(size=(20, 20))), 20
+    else:
+        bundle, allowed = write_unresized_bundle(tmp_path / "made"), 24
+
+    def pixels(size: int) -> bytes:
+        return json.dumps(tensor(shape=[1, size, size, 1], data=[0] * size**2)).encode()
+
+    async def scenario() -> None:
+        service = Service(Predictor(bundle), Serve(str(bundle)))
+        service.batcher.start()
+        infer = "/v2/models/made/infer"
+        for size, statuses in ((allowed, (200, 200)), (2, (422, 400)), (allowed, (200, 200))):
+            image = await asked(service, "/v1/classify", noise(size, size, 0))
+            raw = await asked(service, infer, pixels(size))
+            assert (image.status, raw.status) == statuses
+            for reply in (image, raw):
+                assert reply.status == 200 or "2x2" in reply.json["error"]
         service.decoders.shutdown()
         service.batcher.close()
 

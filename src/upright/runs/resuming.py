@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     LearningRateFinder,
     ModelPruning,
@@ -21,6 +22,7 @@ from upright.training.finetuning import Freeze
 from upright.training.optimisation import grouped_optimizer
 
 UNSUPPORTED = {
+    BackboneFinetuning: "it needs an attribute `backbone`: use upright.training.finetuning.Freeze",
     BatchSizeFinder: "it changes the batch size after the schedule was made: call Lightning's "
     "Tuner(trainer).scale_batch_size in a script, then fit with --data.batch_size",
     LearningRateFinder: "it replaces the schedule while it searches: call Lightning's Tuner(trainer).lr_find in a "
@@ -47,9 +49,9 @@ def check_supported(trainer: Any) -> None:
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} does not work with `upright fit`: {reason}.")
-    for option in ("max_epochs", "max_steps"):
+    for option in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(trainer, option) == 0:
-            raise UserError(f"trainer.{option} 0 trains nothing: give at least 1, or -1 for no limit.")
+            raise UserError(f"trainer.{option} 0 trains nothing: give more, or leave it out.")
 
 
 def is_complete(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""A bundle: one folder that holds a model and all that proves it. Hashes are checked before anything is parsed."""
+"""A bundle: one folder with a model and all that proves it. Hashes are checked before anything is parsed."""
 
 import json
 import math
@@ -11,83 +11,81 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from upright.errors import UprightError, UserError
+from upright.errors import BundleError, UserError
 from upright.files import file_hash
 from upright.images import ImageSpec
 
 FORMAT = 2
 SUMS = "SHA256SUMS"
 MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-"""Precision -> file. A manifest says which of them are there, and names no files itself."""
+"""Precision -> file. The manifest lists precisions only, and never names a file."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
 
 
 def checksums(folder: Path) -> str:
-    """The text of ``SHA256SUMS`` for everything in ``folder`` but itself, in the format of ``sha256sum``."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    lines = []
-    for name in files:
-        if name != SUMS:
-            lines.append(f"{file_hash(folder / name)}  {name}\n")
-    return "".join(lines)
+    """Return the text of ``SHA256SUMS`` for all other files in ``folder``, in the format of ``sha256sum``."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return "".join(f"{file_hash(folder / name)}  {name}\n" for name in names if name != SUMS)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are what was written.
+    """A bundle. `Bundle.open` checks it; the constructor does not.
 
     Args:
-        folder: where it lies.
+        folder: the bundle's folder.
     """
 
     folder: Path
 
     @classmethod
     def open(cls, folder: str | Path) -> "Bundle":
-        """Check every file's hash, then the format.
+        """Check the hash of every file, then the format, then the content.
 
         Raises:
-            UserError: if it is no bundle, any bit of it changed, anything in it is or refers to something outside,
-                or its format is newer than this version reads.
+            BundleError: if the folder is not a bundle, if any bit of it changed, if anything in it is a link or refers
+                to a file outside, or if this version does not read its format.
         """
         folder = Path(folder)
         if not (folder / SUMS).is_file():
-            raise UserError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
+            raise BundleError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
         for path in folder.rglob("*"):
-            # A pipe would never end, and a link leads elsewhere.
+            # Reading a pipe would never end, and a link leads elsewhere.
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise UserError(
+                raise BundleError(
                     f"Bundle '{folder}' holds '{path.name}', which is no plain file; copy it with contents."
                 )
-        written = (folder / SUMS).read_bytes()
-        found = checksums(folder).encode(errors="surrogateescape")
-        if written != found:
-            lines = (set(text.decode(errors="replace").splitlines()) for text in (written, found))
+        recorded, actual = (folder / SUMS).read_bytes(), checksums(folder).encode(errors="surrogateescape")
+        if recorded != actual:
+            lines = (set(text.decode(errors="replace").splitlines()) for text in (recorded, actual))
             differing = set.symmetric_difference(*lines)
             names = sorted({line.partition("  ")[2] or SUMS for line in differing} or {SUMS})
-            raise UserError(
+            raise BundleError(
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
         bundle = cls(folder)
         try:
-            version, made_by = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
+            version, writer = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
+            advice = "Export it again." if version < FORMAT else "Install a newer Upright."
             if version == FORMAT:
-                bundle._check()
+                bundle.check_content()
                 return bundle
-            older = version < FORMAT
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError, UprightError) as error:
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError, UserError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
-        made_by = " ".join(str(made_by).split())
-        raise UserError(
-            f"Bundle '{folder}' has format {version}, made by Upright {made_by}; this version reads {FORMAT}. "
-            + ("Export it again." if older else "Install a newer Upright.")
+            raise BundleError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
+        raise BundleError(
+            f"Bundle '{folder}' has format {version}, made by Upright {' '.join(str(writer).split())}; "
+            f"this version reads {FORMAT}. {advice}"
         )
 
-    def _check(self) -> None:
-        """Whatever is asked of manifest, samples and models later is there, of its kind, and inside the folder."""
+    def check_content(self) -> None:
+        """Check that manifest, samples and models hold all that is read later, and nothing outside the folder.
+
+        Raises:
+            ValueError: if something is missing or wrong; so do the other errors that `open` catches.
+        """
         spec, samples = self.spec, self.samples
         match self.manifest:
             case {
@@ -116,53 +114,64 @@ class Bundle:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """``manifest.json``."""
+        """Content of ``manifest.json``."""
         manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         return manifest
 
     @cached_property
     def spec(self) -> ImageSpec:
-        """What an image is; the manifest rules."""
+        """Format of the images."""
         return ImageSpec.from_dict(self.manifest["spec"])
 
     @property
     def precisions(self) -> list[str]:
-        """Those that it holds, of `MODELS`; ``fp32`` is always one."""
+        """Precisions that the bundle holds, of `MODELS`. The first is ``fp32``."""
         return list(self.manifest["precisions"])
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the models take, or None if they take any."""
+        batch = self.manifest["input"]["shape"][0]
+        return batch if isinstance(batch, int) else None
+
     def model(self, precision: str) -> Path:
-        """The ONNX file of one precision.
+        """Return the ONNX file of one precision.
 
         Raises:
-            UserError: if the bundle does not hold it.
+            BundleError: if the bundle does not hold it.
         """
         if precision not in self.precisions:
-            raise UserError(
+            raise BundleError(
                 f"Bundle '{self.folder}' holds {', '.join(self.precisions)}, not {precision}; "
                 f"`upright export CHECKPOINT --precision {precision}` makes one that does."
             )
         return self.folder / MODELS[precision]
 
     def tolerance(self, precision: str) -> float:
-        """Largest difference of a probability that `verify` allows."""
+        """Return the largest difference of a probability that `verify` allows."""
         return float(self.manifest["precisions"][precision]["tolerance"])
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Real images with what the models say of them: ``file``, ``label``, ``probabilities`` by precision."""
+        """Real images and their predictions: ``file``, ``label``, ``probabilities`` by precision."""
         samples: list[dict[str, Any]] = json.loads((self.folder / EXPECTED).read_text(encoding="utf-8"))
         return samples
 
+    @property
+    def sample_paths(self) -> list[Path]:
+        """Files of the samples."""
+        return [self.folder / sample["file"] for sample in self.samples]
+
     def expected(self, precision: str) -> npt.NDArray[np.float32]:
-        """What one precision said of the samples where it was exported: ``(N, K)``."""
+        """Return the probabilities of the samples ``(N, K)`` that `export` recorded for one precision."""
         return np.array([sample["probabilities"][precision] for sample in self.samples], dtype=np.float32)
 
 
 def _has_external_data(model: Path) -> bool:
-    """Whether any tensor of an ONNX file lies elsewhere: in any file that its maker names, for older onnxruntimes.
+    """Return whether any tensor of an ONNX file is stored in another file, which older onnxruntimes would read.
 
-    A tensor says so under the key ``location``. Before that stands its length, 8, in whichever way a protobuf may
-    write it; a name that only ends in this word has another one.
+    Such a tensor holds the key ``location``. Its length, 8, stands before it, in one of the ways that a protobuf
+    allows; before a longer name that ends in this word stands another length.
     """
     with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return any(content.find(before + b"location") >= 0 for before in (b"\x08", b"\x00"))
+        return any(content.find(length + b"location") >= 0 for length in (b"\x08", b"\x00"))

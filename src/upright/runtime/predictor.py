@@ -1,4 +1,4 @@
-"""Answers from a bundle in Python."""
+"""Predictions from a bundle in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from upright.errors import UserError
+from upright.errors import BundleError, EngineError, ImageError, UserError
 from upright.images import MAX_PIXELS, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
 
@@ -19,7 +19,7 @@ CPU = ("cpu",)
 
 
 class Prediction(NamedTuple):
-    """The answer for one image.
+    """The prediction for one image.
 
     Args:
         label: the most probable class.
@@ -32,23 +32,24 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
     def top(self, count: int) -> list[tuple[str, float]]:
-        """The ``count`` most probable classes, best first."""
+        """Return the ``count`` most probable classes, best first."""
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
 
 
 class Predictor:
-    """Classify pictures with a bundle. Threads may share one.
+    """Classify images with a bundle. Threads may share one.
 
     Args:
-        bundle: the folder of a bundle, or one that is open.
-        precision: which of its models; `Bundle.precisions` are there.
+        bundle: the folder of a bundle, or an open one.
+        precision: one of `Bundle.precisions`.
         threads: see `open_session`.
         providers: see `open_session`.
-        max_pixels: a larger picture is refused before it is decoded.
+        max_pixels: a larger image is refused before it is decoded.
 
     Raises:
-        UserError: if the bundle is damaged (see `Bundle.open`), has no model of that precision or one that does not
-            take and give what the manifest says, or a provider is not there.
+        BundleError: if the bundle is damaged (see `Bundle.open`), has no model of that precision, or its model does
+            not fit its manifest.
+        UserError: if a provider is not installed, or a number is out of range.
     """
 
     def __init__(
@@ -64,141 +65,182 @@ class Predictor:
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
-        self.session = open_session(self.bundle.model(precision), threads, providers)
-        told = [
-            (one.name, one.type, one.shape[-1:]) for one in (*self.session.get_inputs(), *self.session.get_outputs())
+        model = self.bundle.model(precision)
+        self.session = open_session(model, threads, providers)
+        ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
+        expected = [
+            ("images", "tensor(uint8)", 4, self.spec.channels),
+            ("probabilities", "tensor(float)", 2, len(self.spec.classes)),
         ]
-        takes, gives = (
-            ("images", "tensor(uint8)", [self.spec.channels]),
-            ("probabilities", "tensor(float)", [len(self.spec.classes)]),
-        )
-        if told[:2] != [takes, gives] or len(self.session.get_inputs()[0].shape) != 4:
-            raise UserError(f"'{self.bundle.model(precision)}' is not the model of its manifest.")
+        if [(end.name, end.type, len(end.shape), end.shape[-1]) for end in ends] != expected:
+            raise BundleError(f"'{model}' is not the model of its manifest.")
 
     def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
-        """The answer for one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
+        """Classify one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
         return self.predict([image])[0]
 
     def predict(self, images: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
-        """Answers for many, in their order."""
+        """Classify many images, in their order."""
         pixels = map(self.decode, images)
         return [self.answer(row) for row in self.probabilities(pixels, batch_size)]
 
     def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Pixels:
-        """See `images.decode`.
+        """Decode an image, see `images.decode`.
 
         Raises:
-            UserError: for what is no picture, and for one of another size, if the model takes one size alone.
+            ImageError: if it cannot be decoded, or if the model takes images of another size only.
         """
         pixels = decode(image, self.spec, self.max_pixels)
-        _, *takes, _ = self.session.get_inputs()[0].shape
-        if all(isinstance(n, int) for n in takes) and pixels.shape[:2] != tuple(takes):
+        _, *size, _ = self.session.get_inputs()[0].shape
+        if all(isinstance(side, int) for side in size) and pixels.shape[:2] != tuple(size):
             name = f"'{image}'" if isinstance(image, str | Path) else "The image"
-            given, size = ("x".join(map(str, shape)) for shape in (pixels.shape[:2], takes))
-            raise UserError(
-                f"{name} has {given} pixels, and this model was exported for {size} alone; resize it, or export "
-                "without --size."
+            raise ImageError(
+                f"{name} has {_times(pixels.shape[:2])} pixels, and this model was exported for {_times(size)} alone; "
+                "resize it, or export without --size."
             )
         return pixels
 
     def answer(self, probabilities: Probabilities) -> Prediction:
-        """Names for one row ``(K,)``."""
-        named = dict(zip(self.spec.classes, map(float, probabilities), strict=True))
-        label = max(named, key=named.__getitem__)
-        return Prediction(label, named[label], named)
+        """Return the prediction of one row of probabilities ``(K,)``."""
+        by_class = dict(zip(self.spec.classes, map(float, probabilities), strict=True))
+        label = max(by_class, key=by_class.__getitem__)
+        return Prediction(label, by_class[label], by_class)
 
     def probabilities(self, pixels: Iterable[Pixels], batch_size: int = 64) -> Iterator[Probabilities]:
-        """One row ``(K,)`` per decoded image; neighbours of one size go through the model together."""
-        return run_session(self.session, pixels, batch_size)
+        """Yield one row ``(K,)`` per decoded image. Neighbours of one size go through the model together."""
+        for batch in session_batches(self.session, pixels, lambda image: image, batch_size):
+            yield from self.run(np.stack(batch))
+
+    def run(self, images: npt.NDArray[np.uint8]) -> Probabilities:
+        """Return probabilities ``(B, K)`` of decoded images ``(B, H, W, C)``.
+
+        Raises:
+            ImageError: if the network does not take images of this size.
+            EngineError: if onnxruntime fails.
+        """
+        try:
+            return run_batch(self.session, images)[0]
+        except EngineError as error:
+            if self._runs_on_its_own_size(images.shape):
+                size = _times(images.shape[1:3])
+                raise ImageError(f"The model cannot take images of {size} pixels: {error}") from error
+            raise
+
+    def _runs_on_its_own_size(self, shape: tuple[int, ...]) -> bool:
+        """Tell a wrong size from a failure of the engine: onnxruntime raises the same exception for both.
+
+        Only a network that is not resized can refuse a size. It must then run on as many pixels of its training size.
+        """
+        batch, height, width, channels = shape
+        spec = self.spec
+        if spec.resize != "none" or (height, width) == (spec.height, spec.width):
+            return False
+        count = -(-batch * height * width // (spec.height * spec.width))
+        try:
+            run_batch(self.session, np.zeros((count, spec.height, spec.width, channels), np.uint8))
+        except EngineError:
+            return False
+        return True
+
+
+def open_session(
+    model: Path | bytes, threads: int | None = None, providers: Sequence[str] = CPU
+) -> onnxruntime.InferenceSession:
+    """Open an ONNX file with onnxruntime.
+
+    Args:
+        model: its path, or its content.
+        threads: number of threads per run; by default as many as there are cores.
+        providers: of execution, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor runs
+            the operators that none of them supports.
+
+    Raises:
+        BundleError: if onnxruntime cannot load the file.
+        UserError: if a provider is not installed or cannot start.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
+    full_names = find_providers(providers)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # No warnings about constants that the optimiser could not fold; errors are raised as well.
+    options.log_severity_level = 4
+    try:
+        content = model if isinstance(model, bytes) else str(model)
+        session = onnxruntime.InferenceSession(content, options, providers=full_names)
+    except Exception as error:  # onnxruntime's exceptions have no other common base
+        name = "the model" if isinstance(model, bytes) else f"'{model}'"
+        reason = " ".join(str(error).split())
+        raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {reason}") from error
+    # onnxruntime only warns about a provider whose libraries are missing.
+    if missing := set(full_names) - set(session.get_providers()):
+        names = ", ".join(map(_short, missing))
+        raise UserError(f"onnxruntime cannot start {names} here: its driver or libraries are missing.")
+    return session
 
 
 def find_providers(names: Sequence[str]) -> list[str]:
-    """What onnxruntime calls its execution providers: ``CUDAExecutionProvider`` for ``cuda``, in any case.
+    """Return onnxruntime's names of execution providers: ``CUDAExecutionProvider`` for ``cuda``, in any case.
 
     Raises:
-        UserError: for one that this onnxruntime was not built with.
+        UserError: if this build of onnxruntime does not have one.
     """
-    here = {_short(name): name for name in onnxruntime.get_available_providers()}
+    available = {_short(name): name for name in onnxruntime.get_available_providers()}
     for name in names:
-        if _short(name) not in here:
+        if _short(name) not in available:
             raise UserError(
-                f"This onnxruntime ({onnxruntime.__version__}) has no provider '{name}', only {', '.join(here)}; other "
-                "builds of it, like onnxruntime-gpu or onnxruntime-openvino, are installed in its place."
+                f"This onnxruntime ({onnxruntime.__version__}) has no provider '{name}', only {', '.join(available)}; "
+                "other builds of it, like onnxruntime-gpu or onnxruntime-openvino, are installed in its place."
             )
-    return [here[_short(name)] for name in names]
+    return [available[_short(name)] for name in names]
 
 
 def _short(provider: str) -> str:
     return provider.lower().removesuffix("executionprovider")
 
 
-def open_session(
-    model: Path | bytes, threads: int | None = None, providers: Sequence[str] = CPU
-) -> onnxruntime.InferenceSession:
-    """Onnxruntime for an ONNX file.
+def _times(lengths: Iterable[int]) -> str:
+    return "x".join(map(str, lengths))
 
-    Args:
-        model: its path, or its content.
-        threads: how many one run may use; as many as there are cores by default.
-        providers: of execution, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... What none of them can
-            do, the processor does.
 
-    Raises:
-        UserError: if onnxruntime refuses the file, or does not have a provider, or cannot start it.
-    """
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
-    wanted = find_providers(providers)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    # Warnings about what the optimiser could not fold are not the user's business; errors are raised as well.
-    options.log_severity_level = 4
-    given = model if isinstance(model, bytes) else str(model)
-    try:
-        session = onnxruntime.InferenceSession(given, options, providers=wanted)
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        name = "the model" if isinstance(model, bytes) else f"'{model}'"
-        reason = " ".join(str(error).split())
-        raise UserError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {reason}") from error
-    # It goes on without one whose libraries are missing.
-    if missing := set(wanted) - set(session.get_providers()):
-        raise UserError(
-            f"onnxruntime cannot start {', '.join(map(_short, missing))} here: its driver or libraries are missing."
-        )
-    return session
+def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
+    """Return the only batch size that a model takes, or None if it takes any."""
+    batch = session.get_inputs()[0].shape[0]
+    return batch if isinstance(batch, int) else None
 
 
 def session_batches(
     session: onnxruntime.InferenceSession, items: Iterable[Item], pixels: Callable[[Item], Pixels], batch_size: int
 ) -> Iterator[list[Item]]:
-    """Neighbours that go through a model together: images of one size, no more than it takes."""
-    fixed = session.get_inputs()[0].shape[0]
-    return batches_of_one_size(items, pixels, min(batch_size, fixed) if isinstance(fixed, int) else batch_size)
+    """Yield batches for a model: neighbours of one size, not more than it takes."""
+    return batches_of_one_size(items, pixels, min(batch_size, fixed_batch(session) or batch_size))
 
 
 def run_session(
     session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int
 ) -> Iterator[Probabilities]:
-    """See `Predictor.probabilities`."""
+    """Yield one row of probabilities ``(K,)`` per decoded image, see `run_batch`."""
     for batch in session_batches(session, pixels, lambda image: image, batch_size):
-        (probabilities,) = run_batch(session, np.stack(batch))
-        yield from probabilities
+        yield from run_batch(session, np.stack(batch))[0]
 
 
 def run_batch(
     session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], outputs: Sequence[str] = ("probabilities",)
 ) -> list[npt.NDArray[Any]]:
-    """What a model says of ``images`` ``(B, H, W, C)``; one that takes a fixed number of them is given copies more.
+    """Run a model on ``images`` ``(B, H, W, C)``. A model of fixed batch size is given copies to fill the batch.
 
     Raises:
-        UserError: for images of a size that it does not take.
+        ImageError: if the model was exported for another size or another number of channels.
+        EngineError: if onnxruntime fails.
     """
-    fixed, count = session.get_inputs()[0].shape[0], len(images)
-    if isinstance(fixed, int):
-        images = images[np.arange(fixed) % count]
+    count, given = len(images), _times(images.shape[1:])
+    allowed = session.get_inputs()[0].shape[1:]
+    if any(isinstance(n, int) and n != m for n, m in zip(allowed, images.shape[1:], strict=True)):
+        raise ImageError(f"The model cannot take images of (H, W, C) {given}: it takes {_times(allowed)} alone.")
+    if batch := fixed_batch(session):
+        images = images[np.arange(batch) % count]
     try:
         return [output[:count] for output in session.run(list(outputs), {"images": images})]
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        size = "x".join(map(str, images.shape[1:]))
+    except Exception as error:  # onnxruntime's exceptions have no other common base
         reason = " ".join(str(error).split())
-        raise UserError(f"The model cannot take images of (H, W, C) {size}: {reason}") from error
+        raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {given}: {reason}") from error

@@ -1,4 +1,4 @@
-"""``upright verify``: is this bundle what was exported, and does it give the same answers on this machine?"""
+"""``upright verify``: check that a bundle is complete and predicts on this machine what it predicted at export."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from upright.errors import GateError
 from upright.images import decode
+from upright.options import Verify
 from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import Predictor
 
@@ -15,46 +16,43 @@ HINTS = {
 }
 
 
-def verify(bundle: str) -> int:
-    """Check hashes and format, and of every precision the ONNX file's own metadata and the answers for the samples.
-
-    Args:
-        bundle: the folder of a bundle.
+def verify(options: Verify) -> int:
+    """Check hashes and format, and for each precision the model's metadata and its predictions for the samples.
 
     Raises:
-        UserError: if the bundle is damaged.
-        GateError: if it is whole, but does not say here what it said where it was exported.
+        BundleError: if the bundle is damaged.
+        GateError: if it is complete, but predicts something else on this machine.
     """
-    opened = Bundle.open(bundle)
-    lines = [_check(opened, precision) for precision in opened.precisions]
+    bundle = Bundle.open(options.bundle)
+    lines = [_check(bundle, precision) for precision in bundle.precisions]
     print(
-        f"Verified '{bundle}': hashes, format {opened.manifest['format']}, {len(opened.samples)} samples; "
+        f"Verified '{options.bundle}': hashes, format {bundle.manifest['format']}, {len(bundle.samples)} samples; "
         f"{', '.join(lines)}."
     )
     return 0
 
 
 def _check(bundle: Bundle, precision: str) -> str:
-    predictor, samples, spec = Predictor(bundle, precision), bundle.samples, bundle.spec
-    told = json.loads(predictor.session.get_modelmeta().custom_metadata_map.get("upright", "null"))
-    if told != {"classes": list(spec.classes), "format": bundle.manifest["format"]}:
-        raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {told}.")
-    pixels = [decode(bundle.folder / sample["file"], spec) for sample in samples]
+    predictor, spec = Predictor(bundle, precision), bundle.spec
+    metadata = json.loads(predictor.session.get_modelmeta().custom_metadata_map.get("upright", "null"))
+    if metadata != {"classes": list(spec.classes), "format": bundle.manifest["format"]}:
+        raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {metadata}.")
+    pixels = [decode(path, spec) for path in bundle.sample_paths]
     expected, tolerance = bundle.expected(precision), bundle.tolerance(precision)
-    # Alone and together: a batch must not change an answer.
+    # Alone and together, because a batch must not change a prediction.
     for batch_size in (1, len(pixels)):
-        found = np.stack(list(predictor.probabilities(pixels, batch_size)))
-        differences = np.abs(found - expected).max(axis=1)
-        # Two classes that were closer than the tolerance may change places.
+        probabilities = np.stack(list(predictor.probabilities(pixels, batch_size)))
+        differences = np.abs(probabilities - expected).max(axis=1)
+        # Two classes that were closer than the tolerance may swap.
         second, first = np.sort(expected, axis=1)[:, -2:].T
-        flipped = (found.argmax(axis=1) != expected.argmax(axis=1)) & (first - second > tolerance)
+        flipped = (probabilities.argmax(axis=1) != expected.argmax(axis=1)) & (first - second > tolerance)
         wrong = flipped | ~(differences <= tolerance)
         if wrong.any():
-            off = [sample["file"] for sample, is_wrong in zip(samples, wrong, strict=True) if is_wrong]
+            files = [sample["file"] for sample, is_wrong in zip(bundle.samples, wrong, strict=True) if is_wrong]
             raise GateError(
                 f"Bundle '{bundle.folder}' answers differently on this machine ({precision}, batches of {batch_size}): "
-                f"{len(off)} of {len(samples)} samples are off by up to {differences.max():.2g}, "
-                f"allowed {tolerance:.2g}, {int(flipped.sum())} of them in the first class: {', '.join(off)}."
+                f"{len(files)} of {len(pixels)} samples are off by up to {differences.max():.2g}, "
+                f"allowed {tolerance:.2g}, {int(flipped.sum())} of them in the first class: {', '.join(files)}."
                 f"{HINTS.get(precision, '')}"
             )
     return f"{precision} within {differences.max():.1e} (allowed {tolerance:.0e})"

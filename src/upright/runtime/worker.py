@@ -1,6 +1,6 @@
-"""A process that holds one runtime alone: its cold start, its answers, its speed and its memory.
+"""A process that holds one runtime: its cold start, its predictions, its speed and its memory.
 
-Only what that runtime needs is imported there, so that no other one's time and memory are counted with it.
+The process imports only what this runtime needs, so that the time and memory of other runtimes are not counted.
 """
 
 import importlib
@@ -27,97 +27,91 @@ Run = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 class Worker:
-    """Start the process, load the runtime, and let it answer the first picture.
+    """Start a process that loads a runtime and classifies the first image.
 
     Args:
-        load: ``module:function`` of what gives a `Run`.
+        load: ``module:function``; the function returns a `Run`.
         arguments: of that function, plain data.
-        spec: what a picture is.
-        pictures: files that can be asked for.
-        batch: how many images the model takes at least.
+        spec: format of the images.
+        images: files.
+        batch: smallest batch that the model takes.
 
     Raises:
-        UserError: what the function raises.
-        RuntimeError: if anything else goes wrong there.
+        UserError: if the function raises one.
+        RuntimeError: if the process ends for another reason.
     """
 
     seconds: float
-    """From the start of the process to the first answer."""
+    """Time from the start of the process to the first prediction."""
     memory: int | None
-    """Bytes that the process had taken at most by then; None where the system does not say."""
+    """Peak memory of the process so far, in bytes; None if the system does not report it."""
 
     def __init__(
-        self, load: str, arguments: Mapping[str, Any], spec: ImageSpec, pictures: Sequence[Path], batch: int = 1
+        self, load: str, arguments: Mapping[str, Any], spec: ImageSpec, images: Sequence[Path], batch: int = 1
     ) -> None:
         order = {"load": load, "arguments": dict(arguments), "spec": spec.to_dict(), "batch": batch}
-        order["pictures"] = [str(path) for path in pictures]
+        order["images"] = [str(path) for path in images]
         start = perf_counter()
-        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "upright.runtime.worker", json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._log,
             text=True,
         )
         try:
-            ready = self._answer()
+            self.memory = self._reply()["memory"]
         except Exception:
             self.__exit__()
             raise
-        self.seconds, self.memory = perf_counter() - start, ready["memory"]
+        self.seconds = perf_counter() - start
 
     def __enter__(self) -> Self:
-        """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process."""
         self._process.communicate()
-        self._said.close()
+        self._log.close()
 
     def probabilities(self) -> npt.NDArray[np.float32]:
-        """What it says of each picture, ``(N, K)``."""
-        return np.array(self._ask({"what": "probabilities"})["probabilities"], dtype=np.float32)
+        """Return the probabilities of each image, ``(N, K)``."""
+        return np.array(self._ask("probabilities")["probabilities"], dtype=np.float32)
 
     def turn(self, batch: int) -> list[float]:
-        """Seconds of each run with so many copies of the first picture, see `speed.turn`."""
-        answer = self._ask({"what": "turn", "batch": batch})
-        self.memory = answer["memory"]
-        seconds: list[float] = answer["seconds"]
+        """Run batches of copies of the first image, see `speed.turn`."""
+        reply = self._ask("turn", batch=batch)
+        self.memory = reply["memory"]
+        seconds: list[float] = reply["seconds"]
         return seconds
 
-    def _ask(self, what: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
-        print(json.dumps(what), file=self._process.stdin, flush=True)
-        return self._answer()
+        print(json.dumps({"question": question} | arguments), file=self._process.stdin, flush=True)
+        return self._reply()
 
-    def _answer(self) -> dict[str, Any]:
+    def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._said.seek(0)
-            last = (self._said.read().strip().splitlines() or ["without a word"])[-1]
-            raise RuntimeError(f"its process ended with {code}: {last}")
-        answer: dict[str, Any] = json.loads(line)
-        if "mistake" in answer:
-            raise UserError(answer["mistake"])
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+        if line := self._process.stdout.readline():
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        code = self._process.wait()
+        self._log.seek(0)
+        last_line = (self._log.read().strip().splitlines() or ["no message"])[-1]
+        if code == UserError.exit_code:
+            raise UserError(last_line)
+        raise RuntimeError(f"its process ended with {code}: {last_line[:300]}")
 
 
 def onnx_runtime(bundle: str, precision: str, threads: int) -> Run:
-    """A bundle as `upright infer` opens it, hashes and all."""
-    from upright.runtime.predictor import Predictor, run_batch
+    """Load a bundle as `upright infer` does, with all checks."""
+    from upright.runtime.predictor import Predictor
 
-    session = Predictor(bundle, precision, threads=threads).session
-    return lambda images: run_batch(session, images)[0]
+    return Predictor(bundle, precision, threads=threads).run
 
 
 def openvino(model: str, threads: int) -> Run:
-    """An ONNX file on the processor, as OpenVINO runs it if it is not told otherwise."""
+    """Load an ONNX file in OpenVINO, on the processor, with its default options."""
     from openvino import Core
 
     compiled = Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
@@ -131,10 +125,10 @@ def openvino(model: str, threads: int) -> Run:
 
 
 def peak_memory() -> int | None:
-    """Bytes that this process has taken at most; None where the system does not say."""
+    """Return the peak memory of this process in bytes, or None if the system does not report it."""
     status = Path("/proc/self/status")
     if status.is_file():
-        # Not getrusage: what that says of a child begins with what its parent had taken.
+        # getrusage is no substitute: in a child process it starts at the parent's peak.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
     if sys.platform == "darwin":
@@ -145,40 +139,34 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
-    """In the process: told on its command line, asked on standard input, answers on standard output."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def say(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
+    """Run in the process: the order is an argument, questions come on standard input, replies go to standard output."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # messages of libraries are no replies
     try:
-        _work(json.loads(sys.argv[1]), say)
+        _work(json.loads(sys.argv[1]), lambda **reply: print(json.dumps(reply), file=replies, flush=True))
     except UprightError as error:
-        say(mistake=str(error))
-    except Exception as error:
-        say(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
-def _work(order: dict[str, Any], say: Callable[..., None]) -> None:
+def _work(order: dict[str, Any], reply: Callable[..., None]) -> None:
     module, _, name = order["load"].partition(":")
     run: Run = getattr(importlib.import_module(module), name)(**order["arguments"])
     spec = ImageSpec.from_dict(order["spec"])
 
-    def copies(picture: str, count: int) -> npt.NDArray[np.uint8]:
-        return np.repeat(decode(picture, spec)[None], count, axis=0)
+    def copies(image: str, count: int) -> npt.NDArray[np.uint8]:
+        return np.repeat(decode(image, spec)[None], count, axis=0)
 
-    first, *_ = pictures = order["pictures"]
-    run(copies(first, order["batch"]))
-    say(memory=peak_memory())
+    run(copies(order["images"][0], order["batch"]))
+    reply(memory=peak_memory())
     for line in sys.stdin:
-        asked = json.loads(line)
-        if asked["what"] == "probabilities":
-            rows = [run(copies(picture, order["batch"]))[0].tolist() for picture in pictures]
-            say(probabilities=rows)
-        else:
-            images = copies(first, asked["batch"])
-            say(seconds=turn(partial(run, images)), memory=peak_memory())
+        match json.loads(line):
+            case {"question": "probabilities"}:
+                rows = [run(copies(image, order["batch"]))[0].tolist() for image in order["images"]]
+                reply(probabilities=rows)
+            case {"question": "turn", "batch": batch}:
+                images = copies(order["images"][0], batch)
+                reply(seconds=turn(partial(run, images)), memory=peak_memory())
 
 
 if __name__ == "__main__":

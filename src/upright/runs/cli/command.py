@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from upright.errors import UserError
 from upright.recipes import Recipe
 from upright.runs.checkpoint_io import AtomicCheckpointIO
-from upright.runs.cli.parser import OneLineParser
+from upright.runs.cli.parser import OneLineParser, explain, user_error
 from upright.runs.folder import ROOT
 
 TRAINER_DEFAULTS = {
@@ -96,12 +96,35 @@ class Command(LightningCLI):
                 plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
                 **kwargs,
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from error
+
+    def built(self) -> Any:
+        """Return the parsed options with their classes instantiated.
+
+        Raises:
+            UserError: if a class refuses its arguments, or a package is missing.
+        """
+        try:
+            return self.parser.instantiate_classes(self.config)
+        except (ValueError, TypeError, ImportError) as error:
+            raise user_error(error) or UserError(explain(str(error))) from error
 
     def dumped(self, key: str) -> Recipe | None:
         """Return a part of the parsed options as plain data, with all defaults."""
-        options: Recipe | None = yaml.safe_load(self.parser.dump(self.config, skip_unset=False)).get(key)
+        options: Recipe | None = self.plain().get(key)
+        return options
+
+    def plain(self) -> dict[str, Any]:
+        """Return the parsed options as plain data, with all defaults.
+
+        Raises:
+            UserError: if one cannot be written as YAML.
+        """
+        try:
+            options: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        except ValueError as error:
+            raise UserError(f"An option cannot be recorded as YAML: {explain(str(error))}") from error
         return options
 
 

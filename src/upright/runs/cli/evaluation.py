@@ -62,7 +62,7 @@ class Evaluation(Command):
 
     def instantiate_classes(self) -> None:
         """Restore model and data; the data of the options are built only if they are not the checkpoint's."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.built()
         options = self.dumped("data")
         self.config = self.parser.parse_args([])
         unchanged = self.dumped("data")

@@ -143,7 +143,7 @@ class Fit(Command):
 
     def instantiate_classes(self) -> None:
         """Build the data, the model for them, and the trainer."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.built()
         self.datamodule = self.config_init.data
         spec = getattr(self.datamodule, "spec", None)
         if not isinstance(spec, ImageSpec):
@@ -185,8 +185,7 @@ class Fit(Command):
 
     def recorded(self) -> dict[str, Any]:
         """Return the experiment as plain data, with all defaults: what ``config.yaml`` records."""
-        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return {key: value for key, value in config.items() if key not in NOT_RECORDED}
+        return {key: value for key, value in self.plain().items() if key not in NOT_RECORDED}
 
     def train(self) -> None:
         """Train. A run that writes no checkpoint leaves nothing, and the run that it replaces is put back."""

@@ -1,4 +1,4 @@
-"""What the server takes and gives, as OpenAPI, and as a page that needs nothing from elsewhere."""
+"""OpenAPI description of the server, and a page that shows it without a network."""
 
 from html import escape
 from importlib.metadata import version
@@ -11,14 +11,14 @@ from upright.runtime.serving.protocol import InferenceRequest, InferenceResponse
 
 
 class Ranked(msgspec.Struct):
-    """A class, and how probable it is."""
+    """A class and its probability."""
 
     label: str
     probability: float
 
 
 class Result(msgspec.Struct, omit_defaults=True):
-    """Of one picture: an answer, or an error."""
+    """A prediction or an error for one image."""
 
     name: str | None = None
     label: str | None = None
@@ -28,7 +28,7 @@ class Result(msgspec.Struct, omit_defaults=True):
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
-    """One result per picture, in their order; ``error`` if none of them could be read."""
+    """One result per image, in their order; ``error`` if no image could be read."""
 
     model: str
     version: str
@@ -37,7 +37,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
 
 class Error(msgspec.Struct):
-    """One line."""
+    """An error in one line."""
 
     error: str
 
@@ -45,8 +45,8 @@ class Error(msgspec.Struct):
 SCHEMAS = "#/components/schemas/"
 
 
-def describe(name: str, spec: ImageSpec, most: int) -> dict[str, Any]:
-    """OpenAPI 3.1 of a server of the model ``name`` that takes up to ``most`` images at once."""
+def describe(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of a server of the model ``name`` for up to ``limit`` images at once."""
     classes = len(spec.classes)
     binary = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
@@ -61,33 +61,33 @@ def describe(name: str, spec: ImageSpec, most: int) -> dict[str, Any]:
         "paths": {
             "/v1/classify": {
                 "post": _operation(
-                    f"Classify a picture, or up to {most}",
-                    "The body is one picture, or multipart/form-data with one per part. Each has a result of its own: "
-                    "a label with its probability, or an error. `top` asks for the most probable classes.",
+                    f"Classify an image, or up to {limit}",
+                    "The body is one image, or multipart/form-data with one image per part. Each has its own result: "
+                    "a label with its probability, or an error. `top` is the number of classes to return.",
                     "Answer",
-                    f"curl --data-binary @picture.png 'ADDRESS/v1/classify?top={min(3, classes)}'",
-                    bad=(400, 408, 413, 422, 429, 503),
+                    f"curl --data-binary @image.png 'ADDRESS/v1/classify?top={min(3, classes)}'",
+                    bad=(400, 408, 413, 422, 429, 500, 503),
                     parameters=[top],
                     requestBody={"content": {"image/*": binary, "multipart/form-data": {"schema": files}}},
                 )
             },
             f"{model}/infer": {
                 "post": _operation(
-                    "The same by the Open Inference Protocol",
+                    "Classify images by the Open Inference Protocol",
                     f"Input `images`: UINT8 [B, H, W, {spec.channels}], or BYTES [B] (encoded; base64 in JSON). "
                     f"Outputs: `probabilities` FP32 [B, {classes}], `labels` BYTES [B]. Binary tensors may follow the "
                     "JSON (Inference-Header-Content-Length).",
                     "InferenceResponse",
                     f"curl --json @request.json ADDRESS{model}/infer",
-                    bad=(400, 404, 408, 413, 429, 503),
+                    bad=(400, 404, 408, 413, 429, 500, 503),
                     requestBody={"content": {"application/json": {"schema": {"$ref": SCHEMAS + "InferenceRequest"}}}},
                 )
             },
             model: {"get": _operation("Inputs, outputs and version of the model")},
-            f"{model}/ready": {"get": _operation("Whether the model takes requests", bad=(404, 503))},
+            f"{model}/ready": {"get": _operation("Readiness of the model", bad=(404, 503))},
             "/v2": {"get": _operation("Name, version and extensions of the server")},
-            "/v2/health/live": {"get": _operation("Whether the server runs")},
-            "/v2/health/ready": {"get": _operation("Whether it takes requests; not while it stops", bad=(503,))},
+            "/v2/health/live": {"get": _operation("Liveness of the server")},
+            "/v2/health/ready": {"get": _operation("Readiness of the server; false while it stops", bad=(503,))},
             "/metrics": {"get": _operation("Counts and times, for Prometheus")},
         },
         "components": {"schemas": components},
@@ -95,13 +95,14 @@ def describe(name: str, spec: ImageSpec, most: int) -> dict[str, Any]:
 
 
 MEANINGS = {
-    400: "The request cannot be read; `error` says why.",
+    400: "The request is wrong; `error` says why.",
     404: "There is no such model or version.",
-    408: "The body did not come in time.",
-    413: "More bytes or images than are taken.",
-    422: "No picture could be read.",
-    429: "Too many are waiting: try again after Retry-After.",
-    503: "Stopping, or no answer in time: try again after Retry-After.",
+    408: "The body did not arrive in time.",
+    413: "The request holds more bytes or images than allowed.",
+    422: "No image could be read.",
+    429: "Too many images are waiting: try again after Retry-After.",
+    500: "The model or the server failed; the server's log says why.",
+    503: "The server is stopping, or there was no answer in time: try again after Retry-After.",
 }
 
 
@@ -123,19 +124,19 @@ def _operation(
 
 
 def page(description: dict[str, Any]) -> str:
-    """The same as HTML."""
-    lines = [f"<h1>{escape(description['info']['title'])}</h1><p><a href=openapi.json>openapi.json</a>"]
+    """Return the description as HTML."""
+    title = escape(description["info"]["title"])
+    style = "body{max-width:46em;margin:2em auto;padding:0 1em;font:1em/1.5 sans-serif}pre{overflow:auto}"
+    lines = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{style}</style>",
+        f"<h1>{title}</h1><p><a href=openapi.json>openapi.json</a>",
+    ]
     for path, operations in description["paths"].items():
         for method, operation in operations.items():
             lines.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['summary'])}.")
             lines.append(f"<p>{escape(operation.get('description', ''))}")
             if "x-example" in operation:
                 lines.append(f"<pre>{escape(operation['x-example'])}</pre>")
-            answers = (
-                f"<li>{status}: {escape(told['description'])}" for status, told in operation["responses"].items()
-            )
-            lines.append(f"<ul>{''.join(answers)}</ul>")
-    style = "body{max-width:46em;margin:2em auto;padding:0 1em;font:1em/1.5 sans-serif}pre{overflow:auto}"
-    title = escape(description["info"]["title"])
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{style}</style>"
-    return head + "\n".join(lines)
+            for status, response in operation["responses"].items():
+                lines.append(f"<p>{status}: {escape(response['description'])}")
+    return "\n".join(lines)

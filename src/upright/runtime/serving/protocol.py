@@ -1,8 +1,8 @@
-"""The Open Inference Protocol (KServe v2) over HTTP: what its JSON holds, and its binary extension.
+"""The Open Inference Protocol (KServe v2) over HTTP: its JSON and its binary extension.
 
 Source: https://github.com/kserve/open-inference-protocol (``inference_rest.md``, ``open_inference_rest.yaml``), and
 the binary tensor data extension, https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol.
-The protocol leaves open how encoded images look in JSON: here the elements of a BYTES tensor are base64 there.
+The protocol does not define encoded images in JSON. Here the elements of a BYTES tensor are base64.
 """
 
 import binascii
@@ -18,17 +18,18 @@ from upright.images import ImageSpec, Pixels
 from upright.runtime.serving.batching import Rows
 
 HEADER = "Inference-Header-Content-Length"
-"""Where the JSON of a request or an answer ends and its binary tensors begin, in bytes."""
+"""Header with the number of bytes of JSON, after which the binary tensors begin."""
 INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Elements = list[Byte | list[Byte | list[Byte | list[Byte]]]]
-"""Of a UINT8 tensor in JSON, flat or nested. NumPy would give every element the room of the longest text."""
+"""Elements of a UINT8 tensor in JSON, flat or nested. They are checked before NumPy sees them: of strings, NumPy would
+allocate the longest one's size for every element."""
 
 
 class InputTensor(msgspec.Struct):
-    """``data`` is absent if ``parameters["binary_data_size"]`` says how many bytes follow the JSON."""
+    """An input. ``data`` is absent if ``parameters["binary_data_size"]`` bytes follow the JSON."""
 
     name: str
     shape: list[Size]
@@ -38,14 +39,14 @@ class InputTensor(msgspec.Struct):
 
 
 class RequestedOutput(msgspec.Struct):
-    """``parameters["binary_data"]``: after the JSON."""
+    """A requested output. ``parameters["binary_data"]`` asks for it after the JSON."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
 class InferenceRequest(msgspec.Struct):
-    """``parameters["binary_data_output"]``: all outputs after the JSON."""
+    """A request. ``parameters["binary_data_output"]`` asks for all outputs after the JSON."""
 
     inputs: list[InputTensor]
     id: str | None = None
@@ -54,7 +55,7 @@ class InferenceRequest(msgspec.Struct):
 
 
 class OutputTensor(msgspec.Struct, omit_defaults=True):
-    """One of an answer's."""
+    """An output of a response."""
 
     name: str
     shape: list[int]
@@ -64,7 +65,7 @@ class OutputTensor(msgspec.Struct, omit_defaults=True):
 
 
 class InferenceResponse(msgspec.Struct, omit_defaults=True):
-    """An answer."""
+    """A response."""
 
     model_name: str
     model_version: str
@@ -73,20 +74,20 @@ class InferenceResponse(msgspec.Struct, omit_defaults=True):
 
 
 def number(text: str) -> int:
-    """What digits say; -1 for anything else, and for more digits than any of our limits has."""
+    """Parse digits. Return -1 for anything else, and for more digits than any limit has."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
 
 
 def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceRequest, Pixels | list[bytes]]:
-    """A request, and its images: ``(B, H, W, C)``, or encoded ones.
+    """Parse a request. Return it and its images: ``(B, H, W, C)``, or encoded ones.
 
     Args:
         body: of the request.
-        header: what `HEADER` says, if it is there.
-        channels: that the model takes.
+        header: value of `HEADER`, if the request has one.
+        channels: of the model.
 
     Raises:
-        UserError: for what is no such request, or asks for what is not served.
+        UserError: if the request is wrong, or asks for an unknown output.
     """
     end = len(body)
     if header is not None:
@@ -101,8 +102,8 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
         if output.name not in (PROBABILITIES, LABELS):
             raise UserError(f"There is no output {output.name!r}; outputs: {PROBABILITIES}, {LABELS}.")
     if [tensor.name for tensor in request.inputs] != [INPUT]:
-        given = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
-        raise UserError(f"One input is needed, '{INPUT}'; got {given}.")
+        names = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
+        raise UserError(f"One input is needed, '{INPUT}'; got {names}.")
     (tensor,) = request.inputs
     rest, binary = memoryview(body)[end:], tensor.parameters.get("binary_data_size")
     if (binary is None) == (tensor.data is None) or len(rest) != (binary or 0):
@@ -125,7 +126,10 @@ def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pi
     if len(shape) != 4 or min(shape) < 1 or shape[3] != channels:
         raise UserError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
     try:
-        values = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else _values(data)
+        if isinstance(data, memoryview):
+            values = np.frombuffer(data, np.uint8)
+        else:
+            values = np.array(msgspec.convert(data, Elements), np.uint8)
     except msgspec.ValidationError as error:
         raise UserError(f"The elements of '{INPUT}' must be integers from 0 to 255: {error}.") from None
     except ValueError as error:
@@ -133,10 +137,6 @@ def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pi
     if values.size != math.prod(shape):
         raise UserError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
     return values.reshape(shape)
-
-
-def _values(data: list[Any]) -> Pixels:
-    return np.array(msgspec.convert(data, Elements), np.uint8)
 
 
 def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
@@ -161,17 +161,17 @@ def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
 
 
 def write(request: InferenceRequest, rows: Rows, spec: ImageSpec, name: str, version: str) -> tuple[bytes, int | None]:
-    """The body of the answer, and where its JSON ends if anything follows it."""
+    """Return the body of the response, and the length of its JSON if binary tensors follow it."""
     outputs, tail = [], []
     all_binary = request.parameters.get("binary_data_output") is True
-    for wanted in request.outputs or [RequestedOutput(PROBABILITIES), RequestedOutput(LABELS)]:
-        if wanted.name == PROBABILITIES:
+    for requested in request.outputs or [RequestedOutput(PROBABILITIES), RequestedOutput(LABELS)]:
+        if requested.name == PROBABILITIES:
             output, packed = OutputTensor(PROBABILITIES, list(rows.shape), "FP32"), rows.astype("<f4").tobytes()
             values: list[Any] = rows.ravel().tolist()
         else:
             values = [spec.classes[best] for best in rows.argmax(axis=1)]
             output, packed = OutputTensor(LABELS, [len(rows)], "BYTES"), b"".join(map(_packed, values))
-        if wanted.parameters.get("binary_data", all_binary) is True:
+        if requested.parameters.get("binary_data", all_binary) is True:
             output.parameters = {"binary_data_size": len(packed)}
             tail.append(packed)
         else:
@@ -187,7 +187,7 @@ def _packed(text: str) -> bytes:
 
 
 def metadata(spec: ImageSpec, name: str, version: str) -> dict[str, Any]:
-    """Of the model, as the protocol wants it."""
+    """Return the metadata of the model."""
     return {
         "name": name,
         "versions": [version],

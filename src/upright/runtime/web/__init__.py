@@ -10,7 +10,6 @@ import shutil
 import tarfile
 import urllib.request
 import zlib
-from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -18,20 +17,24 @@ from typing import Any
 
 from upright.errors import UserError
 from upright.files import file_hash, replacing_file, replacing_folder
+from upright.options import Web
 from upright.runtime.bundle import SAMPLES, Bundle
 
 RUNTIME_VERSION = "1.30.0"
-"""Of onnxruntime-web: the one that is downloaded, and that the tests use."""
+"""Version of onnxruntime-web that is downloaded and tested."""
 RUNTIME = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""Its files for WebAssembly alone, and the SHA-256 of each."""
+"""File -> SHA-256: the files that run WebAssembly."""
 MIRRORS = tuple(
     f"{host}/onnxruntime-web@{RUNTIME_VERSION}/dist" for host in ("https://cdn.jsdelivr.net/npm", "https://unpkg.com")
 )
-TIMEOUT = 30
-"""Seconds without an answer until a mirror is given up."""
+ADVICE = (
+    f"`npm pack onnxruntime-web@{RUNTIME_VERSION}` where there is a network writes a file for --runtime; so does "
+    f"`npm install onnxruntime-web@{RUNTIME_VERSION}`, for --runtime node_modules/onnxruntime-web."
+)
+TIMEOUT_SECONDS = 30
 PAGE = ("index.html", "style.css", "app.js")
 MODEL = "model.json"
 RUNTIME_FOLDER = "runtime"
@@ -39,55 +42,47 @@ ONE_FILE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval' blob:; style-src 'unsafe-inline'; "
     "img-src blob: data:; worker-src blob:"
 )
-"""A page that is one file may ask nothing of any network."""
+"""Policy of a page that is one file: no requests to any network."""
 
 
-def web(
-    bundle: str, to: str = "web", runtime: str | None = None, precision: str = "fp32", one_file: bool = False
-) -> int:
-    """Write a page that needs a browser, and no network.
-
-    Args:
-        bundle: the folder of a bundle.
-        to: the folder that the page's folder is put in; a page that is there already is replaced.
-        runtime: where onnxruntime-web is, see `find_runtime`.
-        precision: which of the bundle's models.
-        one_file: write ``index.html`` alone, with all else inside: it opens from a disk, too.
+def web(options: Web) -> int:
+    """Write a page that needs a browser and no network. An older page is replaced.
 
     Raises:
-        UserError: if the bundle, the runtime or the folder cannot be used.
+        BundleError: if the bundle is damaged or has no model of that precision.
+        UserError: if the runtime or the folder cannot be used.
     """
-    opened = Bundle.open(bundle)
-    model = opened.model(precision)
-    target = Path(to) / opened.folder.resolve().name
+    bundle = Bundle.open(options.bundle)
+    model = bundle.model(options.precision)
+    target = Path(options.to) / bundle.folder.resolve().name
     if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
         raise UserError(f"'{target}' is not a page that `upright web` made, and is not replaced; --to says where.")
-    read = find_runtime(runtime)
+    runtime = read_runtime(options.runtime)
     with replacing_folder(target) as folder:
         (folder / RUNTIME_FOLDER).mkdir()
-        for name in RUNTIME:
-            (folder / RUNTIME_FOLDER / name).write_bytes(read(name))
+        for name, content in runtime.items():
+            (folder / RUNTIME_FOLDER / name).write_bytes(content)
         shutil.copy(model, folder / model.name)
         (folder / SAMPLES).mkdir()
-        for sample in opened.samples:
-            shutil.copy(opened.folder / sample["file"], folder / sample["file"])
-        (folder / MODEL).write_text(json.dumps(_described(opened, precision, folder)), encoding="utf-8")
+        for path in bundle.sample_paths:
+            shutil.copy(path, folder / SAMPLES)
+        (folder / MODEL).write_text(json.dumps(_facts(bundle, options.precision, folder)), encoding="utf-8")
         for name in PAGE:
             text = files(__package__).joinpath(name).read_text(encoding="utf-8")
             if name == "index.html":
                 text = text.replace("{name}", html.escape(target.name))
             (folder / name).write_text(text, encoding="utf-8")
-        if one_file:
+        if options.one_file:
             _into_one_file(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if not any(name.startswith("warped") for name in opened.manifest["other_outputs"]) and _transforms(opened):
+    warped = any(name.startswith("warped") for name in bundle.manifest["other_outputs"])
+    if not warped and "Transformer" in json.dumps(bundle.manifest["provenance"]["model"]):
         print("Note: to show what the transformer sees, export with --outputs warped.")
-    print(f"Page: {target}/index.html ({size / 1e6:.1f} MB, {precision})")
-    print(
-        f"Next: open {target}/index.html in a browser"
-        if one_file
-        else f"Next: python -m http.server --bind 127.0.0.1 --directory {target}, and open http://127.0.0.1:8000"
-    )
+    print(f"Page: {target}/index.html ({size / 1e6:.1f} MB, {options.precision})")
+    if options.one_file:
+        print(f"Next: open {target}/index.html in a browser")
+    else:
+        print(f"Next: python -m http.server --bind 127.0.0.1 --directory {target}, and open http://127.0.0.1:8000")
     return 0
 
 
@@ -96,12 +91,8 @@ def _is_page(folder: Path) -> bool:
     return index.is_file() and b'name="generator" content="upright web"' in index.read_bytes()[:2000]
 
 
-def _transforms(bundle: Bundle) -> bool:
-    return "Transformer" in json.dumps(bundle.manifest["provenance"]["model"])
-
-
-def _described(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
-    """What the page needs to know. Not the manifest itself: that names folders of the machine that trained."""
+def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
+    """Return what the page reads. The manifest is not published: it names folders of the machine that trained."""
     manifest, spec = bundle.manifest, bundle.spec
     runtime = {kind: f"{RUNTIME_FOLDER}/{name}" for kind, name in zip(("script", "wasm"), RUNTIME, strict=True)}
     model = bundle.model(precision).name
@@ -127,7 +118,7 @@ def _described(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
 
 
 def _into_one_file(folder: Path) -> None:
-    """Everything into ``index.html``; what the page would fetch, as base64 in elements that it finds by their name."""
+    """Move all files into ``index.html``. Files that the page would fetch become base64 in elements with their name."""
     page = (folder / "index.html").read_text(encoding="utf-8")
     style, app = ((folder / name).read_text(encoding="utf-8") for name in PAGE[1:])
     data = []
@@ -150,42 +141,39 @@ def _into_one_file(folder: Path) -> None:
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def find_runtime(given: str | None) -> Callable[[str], bytes]:
-    """What reads the files of onnxruntime-web by their names.
+def read_runtime(source: str | None) -> dict[str, bytes]:
+    """Return the files of onnxruntime-web by name.
 
     Args:
-        given: its ``dist`` folder, the folder of the package, the package as ``npm pack`` makes it, or the address of a
-            folder that holds `RUNTIME`; by default the user's cache, which is filled once from `MIRRORS`.
+        source: its ``dist`` folder, the folder of the package, the package as ``npm pack`` writes it, or the address of
+            a folder with the files of `RUNTIME`; by default the user's cache, which is filled once from `MIRRORS`.
 
     Raises:
-        UserError: if it is not there.
+        UserError: if it does not exist, or is another version.
     """
-    if given is None or given.startswith(("https://", "http://")):
-        folder = _downloaded(MIRRORS if given is None else (given.rstrip("/"),))
-        return lambda name: (folder / name).read_bytes()
-    path = Path(given)
+    if source is None or source.startswith(("https://", "http://")):
+        folder = _download(MIRRORS if source is None else (source.rstrip("/"),))
+        return {name: (folder / name).read_bytes() for name in RUNTIME}
+    path = Path(source)
     if path.is_file():
-        return _package(path)
-    found = [folder for folder in (path, path / "dist") if all((folder / name).is_file() for name in RUNTIME)]
-    if not found:
-        raise UserError(f"--runtime '{given}' does not hold {' and '.join(RUNTIME)}. {_how_to_get_it()}")
-    return lambda name: (found[0] / name).read_bytes()
+        return _read_package(path)
+    for folder in (path, path / "dist"):
+        if all((folder / name).is_file() for name in RUNTIME):
+            return {name: (folder / name).read_bytes() for name in RUNTIME}
+    raise UserError(f"--runtime '{source}' does not hold {' and '.join(RUNTIME)}. {ADVICE}")
 
 
-def _package(path: Path) -> Callable[[str], bytes]:
+def _read_package(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as package:
             members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
-            content = {name: member.read() for name, member in members.items() if member}
+            return {name: member.read() for name, member in members.items() if member}
     except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--runtime '{path}' is not the package onnxruntime-web ({reason}). {_how_to_get_it()}"
-        ) from None
-    return content.__getitem__
+        raise UserError(f"--runtime '{path}' is not the package onnxruntime-web ({reason}). {ADVICE}") from None
 
 
-def _downloaded(mirrors: tuple[str, ...]) -> Path:
+def _download(mirrors: tuple[str, ...]) -> Path:
     cache = Path(os.environ.get("UPRIGHT_CACHE") or Path.home() / ".cache/upright").expanduser()
     folder = cache / f"onnxruntime-web-{RUNTIME_VERSION}"
     for name, digest in RUNTIME.items():
@@ -196,7 +184,7 @@ def _downloaded(mirrors: tuple[str, ...]) -> Path:
         failures = []
         for mirror in mirrors:
             try:
-                with urllib.request.urlopen(f"{mirror}/{name}", timeout=TIMEOUT) as response:
+                with urllib.request.urlopen(f"{mirror}/{name}", timeout=TIMEOUT_SECONDS) as response:
                     content = response.read()
                 if hashlib.sha256(content).hexdigest() == digest:
                     break
@@ -204,16 +192,8 @@ def _downloaded(mirrors: tuple[str, ...]) -> Path:
             except (OSError, http.client.HTTPException, ValueError) as error:  # no such address is a ValueError
                 failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
         else:
-            raise UserError(f"{'; '.join(failures)}. {_how_to_get_it()}")
+            raise UserError(f"{'; '.join(failures)}. {ADVICE}")
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_file(target) as aside:
             aside.write_bytes(content)
     return folder
-
-
-def _how_to_get_it() -> str:
-    package = f"onnxruntime-web@{RUNTIME_VERSION}"
-    return (
-        f"`npm pack {package}` where there is a network gives a file that --runtime takes; so does "
-        f"`npm install {package}`, as --runtime node_modules/onnxruntime-web."
-    )

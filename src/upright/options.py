@@ -1,0 +1,306 @@
+"""Options of each command, in one place: names, types, defaults, limits and help texts. Imports nothing heavy."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from upright.errors import UserError, nearest
+
+
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """Return a field for an option of the command line.
+
+    Args:
+        default: printed in the help, unless it is None, empty, or a flag.
+        help: a noun phrase.
+        **settings: ``minimum`` or ``above`` (excluded) as a limit, ``positional``, ``metavar``, ``type``; ``after``
+            if the values are all arguments after ``--``, with the command that takes them.
+    """
+    return field(default=default, metadata={"help": help, **settings})
+
+
+def argument(help: str, metavar: str | None = None) -> Any:
+    """Return a field for a required positional argument."""
+    return field(metadata={"help": help, "positional": True, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of the options of a command. The first line of a subclass's docstring is the command's help.
+
+    Raises:
+        UserError: if a number is out of range.
+    """
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            minimum, above = each.metadata.get("minimum"), each.metadata.get("above")
+            for value in _values(getattr(self, each.name)):
+                if minimum is not None and value < minimum:
+                    raise UserError(f"{_flag(each)} must be at least {minimum}, got {value:g}.")
+                if above is not None and value <= above:
+                    raise UserError(f"{_flag(each)} must be above {above}, got {value:g}.")
+
+
+Parsed = TypeVar("Parsed", bound=Options)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, hint: str = "") -> NoReturn:
+        raise UserError(f"{self.prog.partition(' ')[2]}: {message}.{hint} `{self.prog} --help` shows all.")
+
+
+def parse(command: str, options: type[Parsed], arguments: list[str]) -> Parsed:
+    """Parse the arguments of a command.
+
+    Raises:
+        UserError: if an argument is missing, unknown or wrong.
+    """
+    parser = OneLineParser(prog=f"upright {command}", description=options.__doc__, allow_abbrev=False)
+    passed_on: dict[str, list[str]] = {}
+    for each in fields(options):
+        if "after" in each.metadata:
+            parser.epilog = f"Arguments after -- are passed on to `{each.metadata['after']}`."
+            end = arguments.index("--") if "--" in arguments else len(arguments)
+            arguments, passed_on[each.name] = arguments[:end], arguments[end + 1 :]
+        elif each.metadata.get("positional"):
+            parser.add_argument(each.name, **_settings(each))
+        else:
+            parser.add_argument(_flag(each), dest=each.name, default=each.default, **_settings(each))
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}", nearest(unknown[0], map(_flag, fields(options))))
+    return options(**vars(parsed), **passed_on)
+
+
+def _flag(each: "Field[Any]") -> str:
+    return f"--{'no-' if each.default is True else ''}{each.name.replace('_', '-')}"
+
+
+def _values(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _settings(each: "Field[Any]") -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` for the type and the metadata of a field."""
+    settings = {key: value for key, value in each.metadata.items() if key in ("help", "metavar", "type")}
+    kind: Any = each.type
+    if kind is bool:
+        return settings | {"action": "store_false" if each.default else "store_true"}
+    if each.default is not MISSING and (default := _values(each.default)):
+        settings["help"] += f"; default: {' '.join(map(str, default))}"
+    if NoneType in get_args(kind):
+        (kind,) = set(get_args(kind)) - {NoneType}
+    if get_origin(kind) is Sequence:
+        (kind,) = get_args(kind)
+        settings["nargs"] = "+"
+    elif each.metadata.get("positional") and each.default is None:
+        settings["nargs"] = "?"
+    if get_origin(kind) is Literal:
+        return settings | {"choices": get_args(kind)}
+    return {"type": kind} | settings
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse ``HEIGHTxWIDTH``."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, like 28x28; got '{text}'")
+    return int(height), int(width)
+
+
+@dataclass(frozen=True)
+class Describe(Options):
+    """Print the layers of a network."""
+
+    source: str = argument("a YAML, a checkpoint, or the folder of a run", "CONFIG_OR_CHECKPOINT")
+    format: Literal["table", "json", "markdown"] = option("table", "output format")
+    data: str | None = option(None, "a YAML of data, instead of the network's own", metavar="YAML")
+
+
+@dataclass(frozen=True)
+class Preview(Options):
+    """Draw samples of a dataset, as the network will see them."""
+
+    source: str = argument("a YAML of data or of an experiment, a checkpoint, or the folder of a run", "DATA")
+    root: str | None = option(None, "the folder of the data, instead of the one in the YAML", metavar="PATH")
+    output: str = option("preview.png", "the file to write", metavar="PNG")
+    seed: int = option(0, "seed of the augmentation")
+
+
+@dataclass(frozen=True)
+class Export(Options):
+    """Write a verified ONNX bundle of a checkpoint."""
+
+    checkpoint: str = argument("a checkpoint, or the folder of a run (its best.ckpt)")
+    name: str | None = option(None, "name of the bundle, the folder FOLDER/NAME; by default the run's name")
+    force: bool = option(False, "replace an existing bundle")
+    data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
+    outputs: Sequence[Literal["theta", "warped", "logits", "features"]] = option(
+        (),
+        "outputs of the graph beside the probabilities: parameters and output image of each spatial transformer, "
+        "logits, input of the head",
+    )
+    wandb: Literal["offline", "online", "off"] | None = option(
+        None, "record the bundle in Weights & Biases; by default offline if its run is tracked, else off"
+    )
+    precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(
+        (), "further models in float16 or 8 bits, each of which must keep its accuracy; fp32 is always written"
+    )
+    max_drop: float = option(
+        0.5, "largest loss of accuracy on the validation split by a lower precision", metavar="POINTS"
+    )
+    full_range: bool = option(
+        False, "use 8 instead of 7 bits for int8 weights, for processors with instructions for it (VNNI, AMX, ARM)"
+    )
+    opset: int = option(18, "version of ONNX's operators, from 18 (read by most engines) to 25")
+    batch: int | None = option(None, "fix the batch size: the graph takes N images and no other number", metavar="N")
+    size: tuple[int, int] | None = option(
+        None,
+        "fix the size of the images; images of the network's own size are then not resized",
+        type=image_size,
+        metavar="HxW",
+    )
+    to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
+    triton: str | None = option(
+        None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
+    )
+
+
+@dataclass(frozen=True)
+class Verify(Options):
+    """Check a bundle on this machine."""
+
+    bundle: str = argument("a folder that `upright export` wrote")
+
+
+@dataclass(frozen=True)
+class Infer(Options):
+    """Classify images with a bundle."""
+
+    bundle: str = argument("a folder that `upright export` wrote")
+    images: Sequence[str] = argument(
+        "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
+        "IMAGE",
+    )
+    format: Literal["table", "jsonl", "csv"] = option("table", "output format")
+    top: int = option(1, "number of classes per image, the most probable ones", metavar="K")
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
+    threads: int | None = option(None, "threads per run; by default as many as there are cores", metavar="N")
+    providers: Sequence[str] = option(
+        ("cpu",),
+        "execution providers of onnxruntime, best first: cuda, tensorrt, coreml, openvino, ..., if this build has them",
+        metavar="NAME",
+    )
+    max_pixels: int = option(64_000_000, "limit for one image; larger images are refused", metavar="N")
+
+
+@dataclass(frozen=True)
+class Benchmark(Options):
+    """Measure how fast a bundle is on this machine."""
+
+    bundle: str = argument("a folder that `upright export` wrote")
+    checkpoint: str | None = option(
+        None, "the bundle's checkpoint or run; adds rows for PyTorch, eager and compiled", metavar="CKPT"
+    )
+    batches: Sequence[int] | None = option(
+        None, "batch sizes; by default 1 8 64, or the one that the bundle takes", metavar="B", minimum=1
+    )
+    threads: Sequence[int] = option((1,), "threads per run, each a part of the table", metavar="N", minimum=1)
+    to: str | None = option(
+        None, "also write benchmark.md, benchmark.json and benchmark.png to this folder", metavar="FOLDER"
+    )
+
+
+@dataclass(frozen=True)
+class Serve(Options):
+    """Classify images over HTTP.
+
+    POST /v1/classify, and the Open Inference Protocol (/v2). /docs describes both, /metrics is for Prometheus. Keys,
+    TLS and routing belong to the proxy in front.
+    """
+
+    bundle: str = argument("a folder that `upright export` wrote")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
+    threads: int = option(0, "threads per run; 0 for as many as there are cores", metavar="N", minimum=0)
+    max_batch: int = option(64, "images per run of the model", metavar="N", minimum=1)
+    max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", metavar="MS", minimum=0)
+    max_queue: int = option(256, "images that may wait; further requests get a 429", metavar="N", minimum=1)
+    max_body_mb: float = option(16, "limit for one request, in megabytes", metavar="MB", above=0)
+    max_pixels: int = option(16_000_000, "limit for one image, in pixels", metavar="N", minimum=1)
+    timeout_s: float = option(30, "limit from a request to its response, in seconds", metavar="S", above=0)
+    quiet: bool = option(False, "log no requests")
+
+
+@dataclass(frozen=True)
+class Web(Options):
+    """Write a web page that runs a bundle in the browser."""
+
+    bundle: str = argument("a folder that `upright export` wrote")
+    to: str = option("web", "parent folder of the page's folder", metavar="FOLDER")
+    runtime: str | None = option(
+        None,
+        "onnxruntime-web: its folder, its package as a file, or a mirror's address; by default downloaded once",
+        metavar="PATH_OR_URL",
+    )
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
+    one_file: bool = option(False, "write a single HTML file, a third larger, that also opens from a disk")
+
+
+@dataclass(frozen=True)
+class Sweep(Options):
+    """Search over options of fit."""
+
+    space: str = argument("the search space, for example configs/sweeps/lenet_sweep.yaml", "SPACE.yaml")
+    trials: int | None = option(None, "total number of trials; by default the one in SPACE.yaml", metavar="N")
+    name: str | None = option(None, "name of the sweep, the folder checkpoints/NAME; by default that of SPACE.yaml")
+    options: Sequence[str] = option((), "options of `upright fit`", after="upright fit")
+
+
+@dataclass(frozen=True)
+class Select(Options):
+    """Estimate the accuracy of the best of several runs."""
+
+    runs: Sequence[str] = argument("folders of runs, or of a sweep", "RUNS_OR_SWEEP")
+    to: str | None = option(
+        None, "folder of selection.md, .json and .png; by default that of the sweep", metavar="FOLDER"
+    )
+    data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
+
+
+@dataclass(frozen=True)
+class Report(Options):
+    """Compare models on one page."""
+
+    models: Sequence[str] = argument(
+        "checkpoints, folders of runs, or bundles; the first one is compared with the others", "CKPT_OR_BUNDLE"
+    )
+    data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", metavar="YAML")
+    split: Literal["test", "val"] = option("test", "split to evaluate on")
+    images: int = option(500, "number of images that are distorted for the curves", metavar="N")
+    precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(("fp32",), "models of a bundle, one row each")
+    to: str | None = option(None, "folder of the report; by default checkpoints/report-NAME", metavar="FOLDER")
+    force: bool = option(False, "replace an existing report")
+
+
+@dataclass(frozen=True)
+class Study(Options):
+    """Measure a textbook claim."""
+
+    study: str | None = option(None, "name of the study; without it, all are listed", positional=True)
+    seeds: int = option(3, "runs per variant")
+    quick: bool = option(False, "use the embedded digits, for seconds: shows that the study runs")
+    full: bool = option(False, "run for more than half an hour, if the protocol provides for it")
+
+
+@dataclass(frozen=True)
+class Demo(Options):
+    """Run all commands once, on real digits."""
+
+    name: str = option("demo", "name of the run and of the bundle, which are replaced")
