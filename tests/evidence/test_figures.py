@@ -4,7 +4,7 @@ import numpy as np
 
 from upright.evidence.reporting.calibration import Reliability
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_turning
-from upright.evidence.reporting.intervals import wilson
+from upright.evidence.intervals import wilson
 from upright.evidence.reporting.invariance import Curve, Turning, distortions
 
 NAMES = ["_plain", "$\\frac{$", "<b>"]

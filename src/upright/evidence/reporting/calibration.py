@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from upright.evidence.reporting.intervals import Share, clustered
+from upright.evidence.intervals import Share, clustered
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]

@@ -17,7 +17,7 @@ from upright.architectures.spatial_transformer import last_of
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
-from upright.evidence.reporting.intervals import Share, wilson
+from upright.evidence.intervals import Share, wilson
 from upright.evidence.reporting.subjects import Answer, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.evidence.reporting.calibration import Reliability, fitted_temperature, log_loss, tempered
-from upright.evidence.reporting.intervals import clustered
+from upright.evidence.intervals import clustered
 from upright.evidence.reporting.subjects import Floats, Subject
 from upright.exporting.parity import Drop
 from upright.training.metrics import class_scores

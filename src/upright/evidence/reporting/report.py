@@ -13,7 +13,7 @@ import numpy as np
 
 from upright.errors import UserError
 from upright.evidence.reporting.gathering import Evidence, gather
-from upright.evidence.reporting.intervals import Share
+from upright.evidence.intervals import Share
 from upright.evidence.reporting.invariance import SEED, Course, Curve, Distortion, Turning
 from upright.evidence.reporting.judging import Judged, difference
 from upright.evidence.reporting.page import draw_all, write_page

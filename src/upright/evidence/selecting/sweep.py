@@ -1,4 +1,4 @@
-"""``upright sweep``: the search, and at its end what its winner is worth."""
+"""``upright sweep``: the search, followed by `select` among its trials."""
 
 import sys
 from pathlib import Path
@@ -11,20 +11,17 @@ from upright.runs.sweeping import sweep as search
 
 
 def sweep(space: str, name: str | None = None, **options: Any) -> int:
-    """Search, then `select` among the trials.
+    """Search, then select. Trials that cannot be compared are only reported, because the search is complete.
 
     Args:
         space: see `upright.runs.sweeping.sweep.sweep`.
         name: of the sweep.
-        **options: the others.
-
-    Raises:
-        UserError: what the search does; trials that cannot be compared are only reported, for they have ended.
+        **options: the other options of the search.
     """
     code = search.sweep(space, name=name, **options)
     if code == 0:
         try:
             select([str(ROOT / (name or Path(space).stem))])
         except UprightError as error:
-            print(f"Note: what the best is worth is not known: {error}", file=sys.stderr)
+            print(f"Note: the trials cannot be compared: {error}", file=sys.stderr)
     return code
