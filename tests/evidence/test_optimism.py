@@ -7,8 +7,29 @@ import pytest
 
 from upright.evidence.intervals import clustered
 from upright.evidence.selecting.optimism import Floats, optimism, resampled
+from upright.evidence.studies.selection import empirical_bernstein, hoeffding
 
 SIMULATIONS = 500
+
+
+@pytest.mark.parametrize(
+    ("images", "models", "points"),
+    [(5_000, 1, 1.92), (5_000, 10, 2.45), (5_000, 100, 2.88), (5_000, 1000, 3.26), (10_000, 1000, 2.30)],
+)
+def test_hoeffding_and_the_union_bound(images: int, models: int, points: float) -> None:
+    found = hoeffding(models, images)
+    assert 100 * found == pytest.approx(points, abs=0.005)
+    assert 2 * models * np.exp(-2 * images * found**2) == pytest.approx(0.05)
+
+
+def test_the_empirical_bernstein_bound() -> None:
+    one_wrong = np.append(np.ones(99), 0.0)
+    # V = 0.01, L = ln(40): sqrt(2 * 0.01 * 3.6889 / 100) + 7 * 3.6889 / (3 * 99)
+    assert empirical_bernstein(one_wrong, 1) == pytest.approx(0.027162 + 0.086943, abs=2e-6)
+    # Without any error what is left is 7 L / (3 (N - 1)), L = ln(400).
+    assert empirical_bernstein(np.ones(1000), 10) == pytest.approx(7 * 5.991465 / 2997, rel=1e-6)
+    near_one = np.append(np.ones(9900), np.zeros(100))
+    assert empirical_bernstein(near_one, 100) < hoeffding(100, 10_000) / 3
 
 
 def test_resamples_are_those_of_images_and_a_function_of_the_seed() -> None:

@@ -158,21 +158,21 @@ class Selection:
         accuracy = f"accuracy {first.accuracy:.4f} on {self.images:,} validation images"
         interval = f"(95 % interval {estimate.low:.4f} to {estimate.high:.4f})"
         if ranked == 1:
-            other = f"; the {self.candidates - 1} other(s) cannot be ranked" if self.candidates > 1 else ""
-            return f"{first.name} is the only complete run: {accuracy} {interval}{other}. No choice was corrected for."
+            of = f"the only complete run of {self.candidates}"
+            return f"{first.name} is {of}, so nothing is corrected: {accuracy} {interval}."
         of = f"{ranked} runs" if ranked == self.candidates else f"{ranked} complete runs ({self.candidates} in all)"
         return (
-            f"{first.name} is the best of {of}: {accuracy}. Corrected for the choice of the best, its expected accuracy "
-            f"is {estimate.value:.4f} {interval}. The correction of {self.optimism:.4f} is a bootstrap estimate over the "
-            "validation images."
+            f"{first.name} is the best of {of}: {accuracy}. Corrected for the choice of the best, its expected "
+            f"accuracy is {estimate.value:.4f} {interval}. The correction of {self.optimism:.4f} is a bootstrap "
+            "estimate over the validation images."
         )
 
 
 def _notes(selection: Selection, candidates: Sequence[Run], sweeps: Sequence[Path]) -> list[str]:
     states = ", ".join(f"{number} {state}" for state, number in Counter(run.state for run in candidates).items())
     notes = [
-        f"Runs: {states}. The correction covers the choice among the complete runs. It does not cover the choice of each "
-        "run's best epoch, which used the same images."
+        f"Runs: {states}. The correction covers the choice among the complete runs. It does not cover the choice of "
+        "each run's best epoch, which used the same images."
     ]
     if sweeps:
         notes.append("A search that adapts to these scores adds bias that the correction does not cover.")
