@@ -11,7 +11,7 @@ scratch, and its lead is greater at the smallest size than at the largest.
 """
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +27,18 @@ from upright.training.finetuning import Freeze
 
 
 class Half(ImageDataModule):
-    """Five of the ten digits of another dataset."""
+    """Five of the ten digits of another dataset.
 
-    whole: ClassVar[type[ImageDataModule]]
-    digits: ClassVar[tuple[int, ...]]
+    Args:
+        first: the first of them.
+        embedded: whether they come from the embedded digits, in place of MNIST.
+        **options: of `ImageDataModule`.
+    """
+
+    def __init__(self, *, first: int, embedded: bool, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
+        self.digits = range(first, first + 5)
+        self.whole: type[ImageDataModule] = Digits if embedded else MNIST
 
     @property
     def spec(self) -> ImageSpec:
@@ -50,30 +58,6 @@ class Half(ImageDataModule):
         return Source(images, labels.tolist(), names, splits)
 
 
-class FirstMNIST(Half):
-    """0 to 4 of MNIST."""
-
-    whole, digits = MNIST, tuple(range(5))
-
-
-class SecondMNIST(Half):
-    """5 to 9 of MNIST."""
-
-    whole, digits = MNIST, tuple(range(5, 10))
-
-
-class FirstDigits(Half):
-    """0 to 4 of the embedded digits."""
-
-    whole, digits = Digits, tuple(range(5))
-
-
-class SecondDigits(Half):
-    """5 to 9 of the embedded digits."""
-
-    whole, digits = Digits, tuple(range(5, 10))
-
-
 VALIDATIONS = 20
 SCRATCH = "from scratch"
 WAYS: dict[str, dict[str, Any]] = {
@@ -88,17 +72,16 @@ def run(bench: Bench) -> Finding:
     """Learn from the first half, then from a little of the second in four ways."""
     ways = bench.choose(tuple(WAYS)[:2], tuple(WAYS))
     sizes = bench.choose((20,), (20, 100, 500, 2500))
-    first, second = bench.choose((FirstDigits, SecondDigits), (FirstMNIST, SecondMNIST))
-    available = bench.choose(610, 26_500)
+    embedded, available = bench.choose((True, 610), (False, 26_500))
+    half = partial(Half, embedded=embedded, val_fraction=0.1)
     body = partial(SmallResNet, depth=bench.choose(8, 14), width=bench.choose(4, 8))
-    source = Experiment(body, partial(first, batch_size=128, val_fraction=0.1), bench.choose(1, 3))
+    source = Experiment(body, partial(half, first=0, batch_size=128), bench.choose(1, 3))
     sources = bench.train({"source": source})["source"]
     epochs = {size: max(round(bench.choose(4, 300) * min(32, size) / size), 1) for size in sizes}
     every = {size: max(epochs[size] // VALIDATIONS, 1) for size in sizes}
 
     def target(size: int, way: str, seed: int) -> Experiment:
-        fraction = size / available
-        data = partial(second, batch_size=min(32, size), train_fraction=fraction, val_fraction=0.1)
+        data = partial(half, first=5, batch_size=min(32, size), train_fraction=size / available)
         start = None if way == SCRATCH else sources[seed].folder / "best.ckpt"
         return Experiment(body, data, epochs[size], validate_every=every[size], start_from=start, **WAYS[way])
 
