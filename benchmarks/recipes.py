@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from upright.evidence.study import mean_and_spread
+from upright.evidence.finding import mean_and_spread
 from upright.tables import read_rows
 
 FOLDER = Path("checkpoints/recipes")

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from upright.evidence.reporting.calibration import Reliability, fitted_temperature, log_loss, tempered
+from upright.evidence.reporting.measures import (
+    Bin,
+    calibration_error,
+    fitted_temperature,
+    log_loss,
+    reliability,
+    tempered,
+)
 
 
 def answers(count: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +27,7 @@ def test_a_known_temperature_is_found(temperature: float) -> None:
     best = log_loss(tempered(said, found), labels)
     for other in (0.97 * found, 1.03 * found):
         assert best < log_loss(tempered(said, other), labels)
-    assert Reliability.of(tempered(said, found), labels, np.arange(len(labels))).error < 0.01
+    assert calibration_error(reliability(tempered(said, found), labels, np.arange(len(labels)))) < 0.01
 
 
 def test_where_no_answer_is_wrong_there_is_no_temperature() -> None:
@@ -41,17 +48,17 @@ def test_a_temperature_divides_logits_and_changes_no_answer() -> None:
 
 def test_the_error_is_that_of_a_hand_count() -> None:
     said = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.45, 0.55]])
-    found = Reliability.of(said, np.array([0, 1, 0, 0]), np.arange(4))
+    found = reliability(said, np.array([0, 1, 0, 0]), np.arange(4))
     # Bins of 1/15: 0.9 lies in the 14th, 0.6 in the 9th (its upper end), 0.55 in it, too.
-    assert {place: count for place, count in enumerate(found.counts) if count} == {8: 2, 13: 2}
-    assert found.error == pytest.approx(2 / 4 * abs(0.9 - 0.5) + 2 / 4 * abs(0.575 - 0.5))
-    assert found.figures()[0] == {"above": 0, "to": 1 / 15, "count": 0, "confidence": None, "accuracy": None}
+    assert {place: each.count for place, each in enumerate(found) if each.count} == {8: 2, 13: 2}
+    assert calibration_error(found) == pytest.approx(2 / 4 * abs(0.9 - 0.5) + 2 / 4 * abs(0.575 - 0.5))
+    assert found[0] == Bin(above=0, to=1 / 15, count=0, confidence=None, accuracy=None)
 
 
 def test_views_of_one_image_make_accuracy_by_confidence_less_sure() -> None:
     said, labels = np.tile([[0.9, 0.1]], (40, 1)), np.repeat([0, 1], 20)
-    alone, views = (Reliability.of(said, labels, groups) for groups in (np.arange(40), np.arange(40) // 4))
-    (_, _, one), (_, _, other) = *alone.filled, *views.filled
+    alone, views = (reliability(said, labels, groups) for groups in (np.arange(40), np.arange(40) // 4))
+    one, other = (each.accuracy for bins in (alone, views) for each in bins if each.accuracy)
     assert one.value == other.value == 0.5
     assert other.high - other.low > 1.5 * (one.high - one.low)
 

@@ -22,7 +22,7 @@ def dot(row: int, column: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("matrix", "row", "column"),
-    [(shift(2, -1, 8), 2, 8 - 1), (turn(90), 2, 3), (turn(-90), 5, 4), (zoom(1), 3, 5)],
+    [(shift(2, -1, 8, 8), 2, 8 - 1), (turn(90), 2, 3), (turn(-90), 5, 4), (zoom(1), 3, 5)],
 )
 def test_what_is_seen_goes_right_and_down_and_anticlockwise(matrix: Tensor, row: int, column: int) -> None:
     assert torch.allclose(warp(dot(3, 5), matrix[None]), dot(row, column), atol=1e-5)
@@ -36,7 +36,7 @@ def test_what_is_twice_as_large_covers_four_times_as_much() -> None:
 def test_a_curve_begins_with_the_test_accuracy(tmp_path: Path) -> None:
     bench = Bench(tmp_path, 2, "quick")
     runs = bench.train({"p": Experiment(Perceptron, partial(Digits, batch_size=16), epochs=2)})["p"]
-    kinds = {"pixels": {0: [zoom(1)], 9: [shift(9, 0, 28), shift(-9, 0, 28)]}}
+    kinds = {"pixels": {0: [zoom(1)], 9: [shift(9, 0, 28, 28), shift(-9, 0, 28, 28)]}}
     for run, found in zip(runs, curves(bench, runs, kinds), strict=True):
         accuracy, consistency = found["pixels"]
         assert accuracy[0] == pytest.approx(run.metrics["test/accuracy"]) and consistency[0] == 1
@@ -52,5 +52,5 @@ def test_without_pooling_maps_and_parameters_are_the_same() -> None:
 
 def test_only_bilinear_sampling_tells_the_localiser_anything() -> None:
     data = partial(Digits, angles=(-30, 30))
-    norms = [sampling.gradient(Experiment(sampling.network(name), data, 1), 0) for name in ("nearest", "bilinear")]
+    norms = [sampling.gradient(Experiment(network, data, 1), 0) for network in sampling.NETWORKS.values()]
     assert norms[0] == 0 < norms[1]

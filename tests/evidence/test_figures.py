@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from upright.evidence.reporting.calibration import Reliability
+from upright.evidence.intervals import wilson
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_turning
-from upright.evidence.reporting.intervals import wilson
 from upright.evidence.reporting.invariance import Curve, Turning, distortions
+from upright.evidence.reporting.measures import reliability
 
 NAMES = ["_plain", "$\\frac{$", "<b>"]
 WAYS = distortions(28, 28, "zeros")
@@ -44,16 +44,16 @@ def test_what_was_trained_on_is_one_area_or_a_bar_for_each() -> None:
 
 def test_one_model_needs_no_legend_and_four_fit() -> None:
     assert not draw_invariance("consistency", NAMES[:1], [curves(0.9)], WAYS, [{}]).legends
-    found = Reliability.of(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]), np.arange(2))
+    found = reliability(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]), np.arange(2))
     figure = draw_reliability([*NAMES, "d"], [found] * 4, [found, None, None, None])
     figure.canvas.draw()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["as it is", "with temperature"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without temperature", "with temperature"]
     assert [panel.get_title() for panel in figure.axes if panel.get_title()] == [*NAMES, "d"]
 
 
 def test_what_transformers_leave_is_beside_what_nothing_would() -> None:
     angles = tuple(range(-180, 181, 15))
-    turning = Turning(angles, np.zeros((len(angles), 3)), 0.0, (-60, 60), [])
+    turning = Turning(angles, np.zeros((len(angles), 3)), 0.0, (-60, 60))
     panel = draw_turning([1], ["a"], [turning]).axes[0]
     nothing, line = panel.lines
     assert list(nothing.get_xdata()) == list(nothing.get_ydata()) == [-180, 180]

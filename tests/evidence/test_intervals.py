@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from upright.evidence.reporting.intervals import clustered, wilson
+from upright.evidence.intervals import clustered, wilson
 
 
 def test_wilson_is_that_of_the_paper_of_newcombe() -> None:

@@ -11,8 +11,16 @@ from tests.conftest import ROOT
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
 from upright.data.augmentation import RandomAffine
 from upright.data.configs import read_data
-from upright.evidence.reporting.invariance import Sample, Turning, distortions, follow, take_sample, trained_ranges
-from upright.evidence.reporting.subjects import Answer, Subject
+from upright.evidence.reporting.invariance import (
+    Sample,
+    Turning,
+    distortions,
+    follow,
+    sights,
+    take_sample,
+    trained_ranges,
+)
+from upright.evidence.reporting.subjects import Answer, Origin, Subject
 from upright.images import ImageSpec
 from upright.training.model import Model
 from upright.warp import Padding, identity, warp
@@ -22,7 +30,9 @@ WAYS = {way.name: way for way in distortions(SIDE, SIDE, "zeros")}
 
 
 def subject(answer: Callable[[Tensor], Answer], model: Model | None = None) -> Subject:
-    return Subject("a", "a", "PyTorch", "a", Path("a"), "a", {}, None, None, None, True, model, "", answer)
+    spec = ImageSpec(1, SIDE, SIDE, ("a", "b"), (0.5,), (0.5,))
+    origin = Origin("a", "a", spec, None, None, None, {}, None)
+    return Subject(origin, "PyTorch", Path("a"), None, True, model, "", answer, "a")
 
 
 def discs(count: int) -> Sample:
@@ -42,7 +52,7 @@ def by_brightness(images: Tensor) -> Answer:
 
 def test_what_does_not_see_rotation_has_a_flat_curve() -> None:
     ways = list(WAYS.values())
-    ((course,), shown) = follow([subject(by_brightness)], discs(40), ways, [(-180.0, 180.0)])
+    (course,) = follow([subject(by_brightness)], discs(40), ways, [(-180.0, 180.0)])
     for name in ("rotation", "blur"):
         curve = course.curves[name]
         assert [share.value for share in curve.accuracy] == [1] * len(curve.strengths), name
@@ -50,14 +60,14 @@ def test_what_does_not_see_rotation_has_a_flat_curve() -> None:
     scale = course.curves["scale"]
     # A disc of half the size is another one.
     assert scale.accuracy[0].value < 0.5 and scale.accuracy[scale.strengths.index(1)].value == 1
-    assert course.turning is None and len(shown.strips[0]) == len(course.curves["rotation"].strengths)
+    assert course.turning is None
 
 
 def test_consistency_asks_for_the_same_answer_and_not_for_the_right_one() -> None:
     def stubborn(images: Tensor) -> Answer:
         return Answer(np.tile([0.1, 0.2, 0.3, 0.4], (len(images), 1)), [])
 
-    ((course,), _) = follow([subject(stubborn)], discs(40), [WAYS["noise"]], [(-180.0, 180.0)])
+    (course,) = follow([subject(stubborn)], discs(40), [WAYS["noise"]], [(-180.0, 180.0)])
     assert {share.value for share in course.curves["noise"].consistency} == {1}
     assert {share.value for share in course.curves["noise"].accuracy} == {0.25}
 
@@ -140,7 +150,8 @@ def test_a_transformer_that_turns_back_a_share_of_the_angle_leaves_the_rest(shar
         theta = -share * spot_angles(images)[:, None]
         return Answer(np.ones((len(images), 2)), [Observation(transformer, theta, images, None)])
 
-    ((course,), shown) = follow([subject(answer, model)], blobs(9), [WAYS["rotation"]], [(-90.0, 90.0)])
+    asked, sample = subject(answer, model), blobs(9)
+    (course,) = follow([asked], sample, [WAYS["rotation"]], [(-90.0, 90.0)])
     turning = course.turning
     assert turning is not None and turning.uprightness == pytest.approx(1 - share, abs=5e-3)
     within = np.abs(turning.angles) <= 90
@@ -148,18 +159,16 @@ def test_a_transformer_that_turns_back_a_share_of_the_angle_leaves_the_rest(shar
     for quartile in turning.quartiles:
         np.testing.assert_allclose(quartile[within], expected[within], atol=1)
     # What it sees is the input, turned back by as much: upright, or what came in.
-    at = turning.angles.index(90)
-    (seen,) = turning.strips[0][at]
+    (seen,) = sights(asked, WAYS["rotation"](sample.images[:1], 90))
     left = float(spot_angles(torch.from_numpy(seen)[None].permute(0, 3, 1, 2)).rad2deg())
     assert left == pytest.approx((1 - share) * (-60 + 90), abs=1.5)
-    assert shown.places == [0] and len(shown.strips[0]) == len(turning.angles)
 
 
 def test_what_is_left_is_continued_over_half_a_turn() -> None:
     """Quartiles around 180 degrees lie beside each other, not a full turn apart."""
     angles = (-90.0, -45.0, 0.0, 45.0, 90.0)
     left = np.array([[-179, 179, 178.0], [-90, -91, -92], [0, 0, 0], [90, 91, 92], [179, -179, -178]])
-    quartiles = Turning(angles, left, 0.5, (-90, 90), []).quartiles
+    quartiles = Turning(angles, left, 0.5, (-90, 90)).quartiles
     np.testing.assert_allclose(quartiles[1], [-181, -91, 0, 91, 181], atol=0.1)
     np.testing.assert_allclose(quartiles[2] - quartiles[0], [1.5, 1, 0, 1, 1.5], atol=0.1)
 

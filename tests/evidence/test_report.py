@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_bundle
 from upright.architectures.lenet import LeNet
-from upright.evidence.reporting.judging import judge
+from upright.evidence.reporting.measures import evaluate
 from upright.evidence.reporting.subjects import open_subjects
 from upright.images import ImageSpec
 from upright.runs.seal import openings
@@ -96,7 +96,7 @@ def test_figures_are_those_of_scikit_learn_and_of_test(record: Any, run_folder: 
     assert upright("test", "--ckpt_path", run_folder / "best.ckpt").code == 0
     measured = json.loads((run_folder / "test.json").read_text())["metrics"]
     subjects, data = open_subjects([str(run_folder)])
-    (judged,) = judge(subjects, data, "test")
+    (judged,) = evaluate(subjects, data, "test")
     ours = record["models"][0]
     labels, said, guesses = judged.labels, judged.probabilities, judged.predicted
     assert ours["accuracy"]["value"] == accuracy_score(labels, guesses)
@@ -153,7 +153,7 @@ def test_the_page_says_what_is_in_the_json(pair: Path, record: Any) -> None:
     run = record["models"][0]
     assert f"{100 * run['accuracy']['value']:.2f}" in text and f"{run['calibration']['temperature']:.3f}" in text
     assert "359 images of 10 classes, each in 5 views (-60°, -30°, 0°, +30°, +60°), so 1,795 answers" in text
-    assert "these images cannot tell which is better" in text
+    assert "There are too few images to show which one is better." in text
     # "Error" alone would be that of the answers.
     assert "ECE, %" in text and "expected calibration error (ECE) in 15 bins" in text
     for row in run["classes"]:
@@ -177,14 +177,14 @@ def test_a_bundle_without_theta_says_so_and_needs_no_checkpoint(bundle: Path, up
     folder = Path("checkpoints/report-small")
     found = json.loads((folder / "report.json").read_text())
     assert found["models"][0]["uprightness"] == {
-        "silent": "the bundle does not give theta; exported with --outputs theta it does"
+        "silent": "the bundle has no output theta; `upright export --outputs theta` adds it"
     }
     text = Page((folder / "report.html").read_text()).text
-    assert "small: the bundle does not give theta" in text and "Judged on the validation split" in text
+    assert "small: the bundle has no output theta" in text and "Evaluated on the validation split" in text
     assert found["models"][0]["calibration"]["temperature"] is None
-    assert "No temperature for small: it is fitted on the validation split" in text and "log loss then" not in text
+    assert "No temperature for small: it is fitted on the validation split" in text and "log loss after" not in text
     # Validation chose the model.
-    assert "By these images the epoch of every best checkpoint was chosen" in text and "too good" in text
+    assert "These images chose the best epoch of every checkpoint" in text and "too good" in text
     assert not (folder / "turning.png").exists()
 
 
@@ -207,7 +207,7 @@ def test_names_of_classes_and_models_are_only_text(tmp_path: Path, upright: Upri
     page = Page(Path("report/report.html").read_text())
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
     assert all(" ".join(name.split()) in page.text for name in (*HOSTILE, "_<i>$x_{$"))
-    assert "does not say which images it was trained on: these may be among them" in page.text
+    assert "does not record its training images. These images may be among them" in page.text
     assert "<i>" in json.loads(Path("report/report.json").read_text())["models"][0]["name"]
 
 
@@ -247,7 +247,7 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     models = json.loads((folder / "report.json").read_text())["models"]
     assert [model["test_openings"] for model in models] == [{"run": before + 3, "sweep": {}}] * 3
     text = Page((folder / "report.html").read_text()).text
-    assert "Opened: how often answers of the run to this test split were looked at" in text and "too good" not in text
+    assert "Opened: how often the run was evaluated on this test split" in text and "too good" not in text
     assert upright("report", run_folder, "--split", "val", "--images", 2, "--to", "val").code == 0
     assert "Opened:" not in Page(Path("val/report.html").read_text()).text
     assert len(openings(run_folder)) == before + 3
@@ -267,7 +267,7 @@ def test_the_winner_of_a_sweep_tells_how_often_others_were_tested(run_folder: Pa
     opened = model["test_openings"]["sweep"]
     assert list(opened) == ["best", "worse"] and opened["best"] == model["test_openings"]["run"]
     text = Page(Path("report/report.html").read_text()).text
-    assert f"over whose trials the test split was opened {sum(opened.values())} times" in text
+    assert f"The test split was opened {sum(opened.values())} times for the trials of this sweep" in text
 
 
 def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:
@@ -276,7 +276,7 @@ def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, uprig
         weights.fill_(float("nan"))
     torch.save(checkpoint, "broken.ckpt")
     answer = upright("report", "broken.ckpt")
-    assert answer.code == 2 and "'broken.ckpt' gives probabilities that are no numbers" in answer.err
+    assert answer.code == 2 and "'broken.ckpt' answers with NaN or infinity" in answer.err
     assert not Path("checkpoints/report-small").exists()
 
 
@@ -298,8 +298,8 @@ def test_what_cannot_be_compared_or_read_is_refused(
         # The option is of other verbs.
         ([run, "--data", "seen.yaml"], "would mean nothing; give others (fit, validate, test and predict go on with"),
         ([run, many], "'10', '11'] and 88 more, "),
-        ([run, blank], "were made of different data, or of different splits of them; --data says by which to judge"),
-        ([blank], "does not say what data it was made of; give some with --data"),
+        ([run, blank], "were made from different data, or from different splits; choose the data for both with --data"),
+        ([blank], "does not record its data; give data with --data"),
         ([other, "--data", ROOT / "configs/data/digits.yaml"], "knows 1 channel(s) and the classes ['a', 'b']; the da"),
         (
             [tmp_path / "empty"],
@@ -310,7 +310,7 @@ def test_what_cannot_be_compared_or_read_is_refused(
         ([run, run], "is given twice; a model is compared with others"),
         ([run, "--images", 0], "--images must be at least 1, got 0."),
         ([bundle, "--precision", "int8"], "holds fp32, not int8"),
-        ([run, "--precision", "int8"], "--precision says which models of a bundle are judged; none of these is a bun"),
+        ([run, "--precision", "int8"], "--precision chooses among the models of a bundle; none of these is a bun"),
         ([run, "--split", "train"], "invalid choice: 'train'"),
     ]:
         answer = upright("report", *arguments)

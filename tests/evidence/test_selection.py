@@ -61,8 +61,10 @@ def test_runs_are_ranked_as_validation_has_them(upright: Upright, runs: Path, tm
     assert accuracies == sorted(accuracies, reverse=True)
     # 1,797 digits, of which validation has 15 %, each at five angles.
     assert (found["images"], found["views"], found["candidates"]) == (270, 5, 3)
-    assert [bound["models"] for bound in found["bounds"]] == [3, 6] and found["test_openings"] == {}
-    assert f"{found['ranking'][0]['name']} is first of M=3 with {accuracies[0]:.4f} on N=270" in found["sentence"]
+    assert [row["epochs"] for row in found["ranking"]] == [2, 2, 2] and found["test_openings"] == {}
+    first = f"{found['ranking'][0]['name']} is the best of 3 runs: accuracy {accuracies[0]:.4f} on 270 validation"
+    assert found["sentence"].startswith(first)
+    assert found["estimate"]["value"] == pytest.approx(accuracies[0] - found["optimism"])
     text = (tmp_path / "out/selection.md").read_text()
     assert answer.out.startswith(f"\n{text}") and answer.out.endswith("Written: out/selection.md, .json, .png\n")
     assert " ".join(text.split()).startswith(found["sentence"]) and (tmp_path / "out/selection.png").is_file()
@@ -85,13 +87,13 @@ def test_answers_are_kept_and_stale_ones_are_not_used(
     assert upright("select", runs / "slow", runs / "good", "--to", "third").code == 0
     assert restored == [runs / "slow/best.ckpt", runs / "good/best.ckpt"]
     one, other = report(Path("third"))["ranking"]
-    assert one["accuracy"] == other["accuracy"] and one["p"] == other["p"] == 1
+    assert one["accuracy"] == other["accuracy"] and report(Path("third"))["optimism"] == 0
 
 
 def test_one_alone_and_nothing_written_without_a_folder(upright: Upright, runs: Path, tmp_path: Path) -> None:
     answer = upright("select", runs / "good", runs / "good")
-    assert answer.code == 0 and "good is the only candidate given, with 0." in " ".join(answer.out.split())
-    assert "so no choice among runs counts" in " ".join(answer.out.split())
+    text = " ".join(answer.out.split())
+    assert answer.code == 0 and "good is the only complete run of 1, so nothing is corrected: accuracy 0." in text
     assert "Written" not in answer.out and "Nothing is written without --to FOLDER." in answer.out
     assert not list(tmp_path.rglob("selection.*"))
 
@@ -132,11 +134,9 @@ def test_a_sweep_counts_what_it_has_looked_at(upright: Upright, runs: Path, tmp_
     assert answer.code == 0, answer.err
     found = report(sweep)
     assert {row["name"] for row in found["ranking"]} == {"good", "fair"}
-    assert found["candidates"] == 5 and [bound["models"] for bound in found["bounds"]] == [5, 8]
-    assert found["notes"][0].startswith(
-        "M counts every run that was looked at: 2 ended, 1 pruned, 2 not here, and not ranked."
-    )
-    assert "The test split was not opened for any of them." in found["notes"]
+    assert found["candidates"] == 5 and "the best of 2 complete runs (5 in all)" in found["sentence"]
+    assert found["notes"][0].startswith("Runs: 2 complete, 1 pruned, 2 elsewhere.")
+    assert "The test split was not opened for any of these runs." in found["notes"]
     for _ in range(2):
         assert upright("test", "--ckpt_path", sweep / "good/best.ckpt").code == 0
     answer = upright("test", "--ckpt_path", sweep / "slow/best.ckpt")
@@ -145,8 +145,8 @@ def test_a_sweep_counts_what_it_has_looked_at(upright: Upright, runs: Path, tmp_
     found = report(sweep)
     assert found["test_openings"] == {"good": 2, "slow": 1}
     assert "The test split was opened 3 times (good 2, slow 1)." in found["notes"]
-    assert any("makes a second validation split of it" in note for note in found["notes"])
-    told = "Some are trials of the sweep 'sweep': give its folder, and M counts all of them."
+    assert any("makes it a second validation split" in note for note in found["notes"])
+    told = "Some runs are trials of the sweep 'sweep'. Give its folder to count all trials."
     assert told not in found["notes"] and told in upright("select", sweep / "good").out
 
 
@@ -170,19 +170,19 @@ def test_what_cannot_be_chosen_among(upright: Upright, runs: Path, tmp_path: Pat
             [runs / "godo"],
             f"'{runs}/godo' does not exist. Did you mean '{runs}/good'? Give folders of runs, or of a sweep",
         ),
-        ([tmp_path / "empty"], "empty' is not the folder of a run (with its best.ckpt), nor of a sweep; give these"),
-        ([tmp_path / "sweep"], "sweep' has ended; there is nothing to choose among"),
+        ([tmp_path / "empty"], "empty' is neither the folder of a run (with best.ckpt) nor of a sweep; give one"),
+        ([tmp_path / "sweep"], "sweep' is complete; there is nothing to choose from"),
         (
             [runs / "good", retold("letters", spec={"classes": list("abcdefghij")})],
-            "With other classes than good: letters; only runs of one validation split can be chosen among",
+            "'letters' has other classes than 'good': choose among runs with one validation split",
         ),
         (
             [runs / "good", retold("split", split={"hashes": others})],
-            "With other validation images than good: split; only runs of one validation split",
+            "'split' has other validation images than 'good': choose among runs with one validation split",
         ),
         (
             [runs / "good", retold("turned", data={"init_args": own["data"]["init_args"] | {"angles": [0.0]}})],
-            "'good' and 'turned' were shown other pictures of the validation split (angles, draws or task",
+            "'good' and 'turned' were validated on different images (angles, draws or task",
         ),
         ([runs / "good", retold("changed", split={"digest": "other"})], "have changed since it was trained"),
     ):
@@ -211,38 +211,31 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
     right = [[1] * 50 + [0] * 50, [1] * 95 + [0] * 5, [0] * 5 + [1] * 95]
     found = Selection.of(runs, answers(right, [0.1, 0.3, 0.2]), [*runs, Run("d", Path("d"), "pruned", 1)])
     assert [each.name for each in found.ranking] == ["c", "b", "a"]
-    assert [each.may_be_best for each in found.ranking] == [True, True, False]
-    worth, bound = 0.95 - found.optimism, 0.95 - found.bounds[1].empirical_bernstein
-    assert found.bounds[1].models == 10 and 0.005 < found.optimism < 0.03
+    estimate = found.estimate
+    assert 0.005 < found.optimism < 0.03 and estimate.value == pytest.approx(0.95 - found.optimism)
+    assert found.ranking[0].interval == pytest.approx((estimate.low + found.optimism, estimate.high + found.optimism))
     assert found.sentence == (
-        f"c is first of 3 that are ranked, of M=4, with 0.9500 on N=100; having been chosen it is worth about "
-        f"{worth:.4f} (optimism {found.optimism:.4f}); 1 other cannot be told from it; by the variance-aware bound its "
-        f"true accuracy is at least {bound:.4f} with 95 % confidence."
+        f"c is the best of 3 complete runs (4 in all): accuracy 0.9500 on 100 validation images. Corrected for the "
+        f"choice of the best, its expected accuracy is {estimate.value:.4f} (95 % interval {estimate.low:.4f} to "
+        f"{estimate.high:.4f}). The correction of {found.optimism:.4f} is a bootstrap estimate over the validation "
+        "images."
     )
     notes = selection._notes(found, runs, [Path()])
     assert "By loss a is first (0.1000, accuracy 0.5000)." in notes
-    # No p is 0: one that small is only known to be small.
-    assert "| <0.001 | no " in selection._markdown(found, notes) and "0.000" not in selection._markdown(found, notes)
-    assert any("A search that goes by these scores adapts" in note for note in notes)
+    assert any("A search that adapts to these scores" in note for note in notes)
 
 
-STATES = ("complete", "complete", "elsewhere")
-
-
-def test_the_sentence_speaks_of_those_that_were_ranked() -> None:
-    a, b, c = (Run(name, Path(name), state, 1) for name, state in zip("abc", STATES, strict=True))
-    right = [[1] * 90 + [0] * 10, [1] * 10 + [0] * 90]
-    alone = Selection.of([a], answers(right[:1], [0.1]), [a, c])
-    assert alone.sentence.startswith("a alone can be ranked, of M=2 that were looked at, with 0.9000 on N=100; by the")
-    two = Selection.of([a, b], answers(right, [0.1, 0.2]), [a, b, c])
-    assert "a is first of 2 that are ranked, of M=3, with 0.9000" in two.sentence
-    assert "; the other is worse; by" in two.sentence
-    assert "these are at least 3 models" in selection._notes(two, [a, b, c], [])[0]
+def test_one_that_is_ranked_among_others_that_are_not() -> None:
+    a, c = (Run(name, Path(name), state, 1) for name, state in (("a", "complete"), ("c", "elsewhere")))
+    alone = Selection.of([a], answers([[1] * 90 + [0] * 10], [0.1]), [a, c])
+    assert alone.sentence.startswith("a is the only complete run of 2, so nothing is corrected: accuracy 0.9000 on 100")
+    assert alone.optimism == 0
+    assert "Runs: 1 complete, 1 elsewhere." in selection._notes(alone, [a, c], [])[0]
 
 
 def test_what_cannot_be_ranked() -> None:
     a = Run("a", Path("a"), "complete", 1)
-    with pytest.raises(UprightError, match="The validation split has one image; to choose by it"):
+    with pytest.raises(UprightError, match="The validation split has one image; a choice needs"):
         Selection.of([a], answers([[1]], [0.1]), [a])
     with pytest.raises(UprightError, match="'a' answers with NaN or infinity: leave it out"):
         Selection.of([a], answers([[1, 0]], [float("nan")]), [a])
@@ -271,9 +264,7 @@ def test_a_sweep_whose_trials_cannot_be_compared_has_still_ended(
     monkeypatch.setattr(search, lambda *given, **options: searched.append((given, options)) or 0)
     answer = upright("sweep", "a/try.yaml", "--trials", 3, "--", "--wandb", "off")
     assert answer.code == 0
-    assert answer.err.startswith(
-        "Note: the expected accuracy of the best trial is unknown: 'checkpoints/try' does not exist."
-    )
+    assert answer.err.startswith("Note: the trials cannot be compared: 'checkpoints/try' does not exist.")
     assert searched == [(("a/try.yaml", 3, None, ["--wandb", "off"]), {})]
     monkeypatch.setattr(search, lambda *given, **options: 130)
     assert upright("sweep", "a/try.yaml") == (130, "", "")

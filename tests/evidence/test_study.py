@@ -18,9 +18,9 @@ from upright.data.digits import Digits
 from upright.errors import UprightError
 from upright.evidence import studies
 from upright.evidence.bench import Bench, Experiment, Run
-from upright.evidence.plots import panels
+from upright.evidence.finding import Finding, mean_and_spread, panels
 from upright.evidence.studies import depth, kernel, published, transformer, uprightness
-from upright.evidence.study import Finding, mean_and_spread, run
+from upright.evidence.study import run
 from upright.tables import read_rows
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
@@ -39,7 +39,7 @@ def test_every_study_writes_what_it_found(name: str, upright: Upright, tmp_path:
     assert page.startswith(f"## {name}\n\n{results['claim']}\n\nProtocol: ")
     assert "It holds if" in page and f"**{verdict}.** {results['sentence']}" in page
     assert f"`upright study {name} --seeds 2 --quick`" in page
-    assert "less of everything than its protocol says" in page and (folder / f"{name}.png").stat().st_size > 5000
+    assert "A quick study does less than its protocol" in page and (folder / f"{name}.png").stat().st_size > 5000
     # What the protocol says comes before what was found.
     assert answer.out.index("Protocol: ") < answer.out.index(results["sentence"])
 
@@ -134,8 +134,8 @@ def test_transformers_are_in_order_by_their_means(tmp_path: Path) -> None:
 
 
 def test_a_cosine_that_is_never_reached_is_none_of_the_steps() -> None:
-    assert kernel._after([100, None, 200]) == "by 2 of 3 runs, after 150 steps on average"
-    assert kernel._after([None, None]) == "by 0 of 2 runs"
+    assert kernel.summary([100, None, 200]) == "by 2 of 3 runs, after 150 steps on average"
+    assert kernel.summary([None, None]) == "by 0 of 2 runs"
 
 
 def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_one_that_is_stopped_says_how_to_go_on(upright: Upright, monkeypatch: py
 
     monkeypatch.setattr(uprightness, "run", stopped)
     answer = upright("study", "uprightness", "--quick")
-    assert answer.code == 130 and "The same command goes on with what has been trained in" in answer.err
+    assert answer.code == 130 and "The same command resumes from the runs in" in answer.err
     assert "checkpoints/study-uprightness-quick.\nupright: stopped." in answer.err
 
 
@@ -263,8 +263,8 @@ def test_the_spread_of_one_or_none() -> None:
     [
         (["uprigthness"], "There is no study 'uprigthness'. Did you mean 'uprightness'?"),
         (["xor", "--seeds", "1"], "--seeds must be at least 2 to show a spread, got 1."),
-        (["xor", "--quick", "--full"], "--quick and --full do not go together"),
-        (["xor", "--full"], "'xor' shows all that it has without --full; published has more."),
+        (["xor", "--quick", "--full"], "--quick and --full exclude each other"),
+        (["xor", "--full"], "'xor' has no larger scale: its protocol does not mention --full."),
         (["--quick"], "--quick needs a study's name: one of capacity,"),
     ],
 )

@@ -10,7 +10,7 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.resnet import SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer, last_of, observing
 from upright.architectures.transformer_network import ParallelTransformer, SeriesTransformer, TransformerNetwork
-from upright.evidence.reporting.subjects import _observations, _passes
+from upright.evidence.reporting.subjects import _observations, _with_thetas
 from upright.images import ImageSpec
 from upright.training.model import Model
 from upright.warp import pixel_centres
@@ -42,7 +42,7 @@ def test_transformers_are_followed_by_their_theta_alone(name: str) -> None:
     images = torch.randint(0, 256, (3, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
     with torch.no_grad(), observing() as seen:
         trained(images)
-    rebuilt = _observations(_passes(other), [each.theta for each in seen])
+    rebuilt = _with_thetas(_observations(other), [each.theta for each in seen])
     assert len(rebuilt) == len(seen) and len(last_of(rebuilt)) == len(last_of(seen))
     points, normalised = pixel_centres(4, 4), trained.normalised(images)
     for ours, theirs in zip(last_of(rebuilt), last_of(seen), strict=True):

@@ -1,4 +1,4 @@
-"""What a study works with: how much it may spend, its data, and runs of ``upright fit`` side by side."""
+"""The workbench of a study: its scale, its data, and runs of ``upright fit`` in parallel."""
 
 import contextlib
 import json
@@ -13,41 +13,57 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import joblib
 import torch
 import yaml
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
-from upright.architectures.spatial_transformer import Network
+from upright.architectures.lenet import LeNet
+from upright.architectures.spatial_transformer import Network, SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
+from upright.architectures.transforms import TransformName
+from upright.data.batch import Batch
 from upright.data.datamodule import ImageDataModule
 from upright.data.digits import Digits
 from upright.data.mnist import MNIST
 from upright.errors import UprightError, UserError
 from upright.files import file_hash, write_text
+from upright.images import ImageSpec
 from upright.recipes import recipe
 from upright.runs.cli.run import run as run_verb
 from upright.tables import read_rows
 from upright.training.losses import CrossEntropy
+from upright.training.model import Model
 from upright.training.restoring import Restored, restore
 from upright.training.schedules import OneCycle
 
 Scale = Literal["quick", "standard", "full"]
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 Value = TypeVar("Value")
 Key = TypeVar("Key")
 
+LENET = partial(LeNet, activation="relu", pooling="max")
+
+
+def transformed(transform: TransformName, network: Network = LENET, **options: Any) -> Network:
+    """Return a network behind a spatial transformer, whose ``options`` are those of `SpatialTransformer`."""
+    transformer = partial(SpatialTransformer, transform=transform, padding="border", **options)
+    return partial(TransformerNetwork, transformer=transformer, network=network)
+
 
 class Experiment(NamedTuple):
-    """What ``upright fit`` is to train: classes, or partials of classes.
+    """A training by ``upright fit``; parts are classes, or partials of classes.
 
     Args:
         network: completed with ``(input_shape, num_classes)``.
         data: a datamodule.
-        epochs: passes over its training images.
+        epochs: number of epochs.
         optimizer: completed with parameter groups.
         loss: completed with ``(num_classes)``.
-        init: scheme of the weights; by default the network's own.
+        init: initialisation scheme; by default the network's own.
         upright_weight: of the upright loss.
         callbacks: of the trainer.
-        validate_every: so many epochs.
-        start_from: a checkpoint whose weights it begins with.
+        validate_every: number of epochs between validations.
+        start_from: a checkpoint with the initial weights.
         precision: of the trainer: ``bf16-mixed`` halves the time of a convolution where the processor has bfloat16.
     """
 
@@ -64,7 +80,7 @@ class Experiment(NamedTuple):
     precision: str = "32-true"
 
     def config(self, seed: int) -> str:
-        """The YAML that ``upright fit`` takes."""
+        """Return the YAML for ``upright fit``."""
         parts = {"network": self.network, "optimizer": self.optimizer, "scheduler": OneCycle, "loss": self.loss}
         model = {name: recipe(part) for name, part in parts.items()}
         model |= {"init": self.init, "upright_weight": self.upright_weight}
@@ -73,19 +89,19 @@ class Experiment(NamedTuple):
         trainer |= {"check_val_every_n_epoch": self.validate_every, "precision": self.precision}
         start = str(self.start_from) if self.start_from else None
         data = recipe(self.data)
-        whole = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
-        # With other weights to begin with it is another experiment, though the file has the same name.
-        known = f"# {file_hash(self.start_from)}\n" if self.start_from else ""
-        return known + yaml.safe_dump(whole, sort_keys=False)
+        config = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
+        # Other initial weights make another experiment, even in a file of the same name.
+        comment = f"# {file_hash(self.start_from)}\n" if self.start_from else ""
+        return comment + yaml.safe_dump(config, sort_keys=False)
 
 
 class Run(NamedTuple):
-    """A run that was trained and tested.
+    """A complete run.
 
     Args:
-        folder: of the run, with all that ``upright fit`` leaves.
-        metrics: of the test split, of ``best.ckpt``.
-        seconds: that it took a processor to train and test it; what was before a stop, as the clock ran.
+        folder: of the run, as ``upright fit`` leaves it.
+        metrics: of ``best.ckpt`` on the test split.
+        seconds: processor time of training and test; wall-clock time for epochs before an interruption.
     """
 
     folder: Path
@@ -93,147 +109,164 @@ class Run(NamedTuple):
     seconds: float
 
     def column(self, name: str) -> list[float]:
-        """A metric over the epochs, as in ``metrics.csv``."""
+        """Return a column of ``metrics.csv``, over the epochs that have it."""
         return [float(row[name]) for row in read_rows(self.folder / "metrics.csv") if row.get(name)]
 
     def restored(self) -> Restored:
-        """Model and data, of ``best.ckpt``."""
+        """Restore the model of ``best.ckpt``, and its data."""
         return restore(self.folder / "best.ckpt")
 
     @torch.no_grad()
     def loss_and_accuracy(self, split: str) -> tuple[float, float]:
-        """Of the model on a split, as it is tested: in evaluation mode, without augmentation."""
-        classifier, data, _ = self.restored()
-        found = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
-        logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        """Evaluate ``best.ckpt`` on a split, without augmentation."""
+        classifier, data, *_ = self.restored()
+        answers = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
+        logits, labels = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return float(classifier.loss(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 
+class Job(NamedTuple):
+    """An experiment to run with one seed, in ``folder/name``."""
+
+    folder: Path
+    name: str
+    experiment: Experiment
+    seed: int
+
+    @property
+    def config(self) -> Path:
+        """Path of the YAML."""
+        return self.folder / f"{self.name}.yaml"
+
+    def started(self) -> bool:
+        """Return whether the folder belongs to this very experiment."""
+        return self.config.exists() and self.config.read_text() == self.experiment.config(self.seed)
+
+    def result(self) -> Run | None:
+        """Return the run, if it is complete."""
+        record = self.folder / self.name / "done.json"
+        if self.started() and record.exists():
+            return Run(self.folder / self.name, **json.loads(record.read_text()))
+        return None
+
+    def seconds_before(self) -> float | None:
+        """Return the seconds of the epochs before an interruption; None without a checkpoint to resume from."""
+        if self.started() and (self.folder / self.name / "last.ckpt").exists():
+            return sum(float(row["seconds"]) for row in read_rows(self.folder / self.name / "metrics.csv"))
+        return None
+
+    def run(self) -> Run:
+        """Fit and test, and print a line; resume if the same experiment was interrupted.
+
+        Raises:
+            UserError: for a mistake in the experiment.
+        """
+        folder, before = self.folder / self.name, self.seconds_before()
+        if before is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, self.experiment.config(self.seed))
+        start = time.process_time()
+        options = ["--trainer.default_root_dir", str(folder.parent), "--name", self.name]
+        options += ["--wandb", "off", "--ckpt_path", "auto"]
+        # One line per run is enough; the folder of the run has the rest.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            try:
+                code = run_verb("fit", ["--config", str(self.config), *options])
+                code = code or run_verb("test", ["--ckpt_path", str(folder / "best.ckpt")])
+            except UprightError as error:
+                raise UserError(f"{self.name}: {error}") from error
+        if code:
+            raise KeyboardInterrupt
+        metrics = json.loads((folder / "test.json").read_text())["metrics"]
+        run = Run(folder, metrics, round((before or 0.0) + time.process_time() - start, 1))
+        write_text(folder / "done.json", json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
+        print(f"  {self.name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
+        return run
+
+
 class Bench:
-    """What a study is given.
+    """The argument of a study.
 
     Args:
         folder: for its runs.
         seeds: runs of each variant.
-        scale: ``quick`` is for the digits, in seconds; ``standard`` takes at most half an hour on two cores.
+        scale: ``quick`` uses the digits and takes seconds; ``standard`` takes at most half an hour on two cores.
     """
 
     def __init__(self, folder: Path, seeds: int, scale: Scale) -> None:
         self.folder, self.seeds, self.scale = folder, seeds, scale
         self.workers = 1 if scale == "quick" else joblib.cpu_count()
-        """Processes at a time."""
+        """Number of parallel processes."""
         self.seconds = 0.0
-        """Of processors, in other processes than this one and before it."""
+        """Processor time in other processes, and before an interruption."""
 
     def choose(self, quick: Value, standard: Value, full: Value | None = None) -> Value:
-        """What belongs to this scale; that of ``standard`` where ``full`` asks for no more."""
+        """Return the value for this scale; ``full`` is ``standard`` by default."""
         return {"quick": quick, "standard": standard, "full": standard if full is None else full}[self.scale]
 
     def data(self, **options: Any) -> Callable[[], ImageDataModule]:
-        """MNIST, or the digits where it must be quick, with options of `ImageDataModule`."""
+        """Return MNIST, or the digits if the scale is quick, with options of `ImageDataModule`."""
         return partial(Digits if self.scale == "quick" else MNIST, **options)
 
     def train(self, variants: Mapping[str, Experiment | Callable[[int], Experiment]]) -> dict[str, list[Run]]:
-        """Train and test every variant with every seed. What is there already, of the same experiment, stays.
+        """Train and test every variant with every seed; a complete run of the same experiment is not repeated.
 
         Args:
-            variants: by name; a function gives that of a seed.
+            variants: by name; a function returns the experiment for a seed.
 
         Raises:
-            UserError: for a mistake in an experiment; what else goes wrong in a run comes as it is.
+            UserError: for a mistake in an experiment.
         """
         names = [(variant, seed) for seed in range(self.seeds) for variant in variants]
-        given = []
+        jobs = []
         for variant, seed in names:
             experiment = variants[variant]
             own = experiment if isinstance(experiment, Experiment) else experiment(seed)
-            given.append((self.folder, f"{variant}-{seed}", own, seed))
-        there = [trained(*each) for each in given]
-        left = [each for each, run in zip(given, there, strict=True) if run is None]
-        self.seconds += sum(_behind(*each) or 0.0 for each in left)
-        print(f"  {len(left)} of {len(given)} runs are to be trained, {self.workers} at a time.", flush=True)
+            jobs.append(Job(self.folder, f"{variant}-{seed}", own, seed))
+        results = [job.result() for job in jobs]
+        open_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
+        self.seconds += sum(run.seconds for run in results if run)
+        self.seconds += sum(job.seconds_before() or 0.0 for job in open_jobs)
+        print(f"  {len(open_jobs)} of {len(jobs)} runs to train, {self.workers} at a time.", flush=True)
         try:
-            made = iter(self.map(train, left))
+            new = iter(self.map(Job.run, [(job,) for job in open_jobs]))
         except KeyboardInterrupt:
-            # Workers are killed in the middle of their runs: their locks are left to this process.
+            # The workers are killed in the middle of their runs, so this process removes their locks.
             for path in self.folder.glob(".*.running"):
                 path.unlink(missing_ok=True)
             raise
-        self.seconds += sum(run.seconds for run in there if run)
-        runs = [run or next(made) for run in there]
-        found: dict[str, list[Run]] = {variant: [] for variant in variants}
-        for (variant, _), run in zip(names, runs, strict=True):
-            found[variant].append(run)
-        return found
+        runs: dict[str, list[Run]] = {variant: [] for variant in variants}
+        for (variant, _), run in zip(names, results, strict=True):
+            runs[variant].append(run or next(new))
+        return runs
 
     def losses_and_accuracies(
         self, runs: Mapping[Key, Sequence[Run]], split: str
     ) -> dict[Key, list[tuple[float, float]]]:
-        """`Run.loss_and_accuracy` of every run, in the groups that they are in."""
-        found = iter(self.map(Run.loss_and_accuracy, [(run, split) for each in runs.values() for run in each]))
-        return {key: [next(found) for _ in each] for key, each in runs.items()}
+        """Return `Run.loss_and_accuracy` of every run, in the same groups."""
+        pairs = iter(self.map(Run.loss_and_accuracy, [(run, split) for each in runs.values() for run in each]))
+        return {key: [next(pairs) for _ in each] for key, each in runs.items()}
 
-    def map(self, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]]) -> list[Made]:
-        """The function of each of the arguments, in their order, a process for every core unless it must be quick."""
-        made = joblib.Parallel(n_jobs=self.workers)(joblib.delayed(_timed)(function, *each) for each in arguments)
-        self.seconds += sum(seconds for _, seconds in made) if self.workers > 1 else 0
-        return [result for result, _ in made]
+    def map(self, function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]) -> list[Result]:
+        """Call the function for all arguments, in parallel unless the scale is quick; keep their order."""
+        timed = joblib.Parallel(n_jobs=self.workers)(joblib.delayed(_timed)(function, *each) for each in arguments)
+        self.seconds += sum(seconds for _, seconds in timed) if self.workers > 1 else 0
+        return [result for result, _ in timed]
 
 
-def _timed(function: Callable[..., Made], *arguments: Any) -> tuple[Made, float]:
+def _timed(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
     start = time.process_time()
     return function(*arguments), time.process_time() - start
 
 
-def trained(folder: Path, name: str, experiment: Experiment, seed: int) -> Run | None:
-    """What `train` has left of the same experiment, if it has ended."""
-    done = folder / name / "done.json"
-    if done.exists() and _holds(folder / f"{name}.yaml", experiment.config(seed)):
-        return Run(folder / name, **json.loads(done.read_text()))
-    return None
-
-
-def _behind(folder: Path, name: str, experiment: Experiment, seed: int) -> float | None:
-    """Seconds of the epochs that the same experiment had behind it when it was stopped; None if it never began."""
-    if _holds(folder / f"{name}.yaml", experiment.config(seed)) and (folder / name / "last.ckpt").exists():
-        return sum(float(row["seconds"]) for row in read_rows(folder / name / "metrics.csv"))
-    return None
-
-
-def _holds(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
-
-
-def train(folder: Path, name: str, experiment: Experiment, seed: int) -> Run:
-    """Fit and test in ``folder/name``, saying in a line how it went; the same experiment goes on where it was stopped.
-
-    Args:
-        folder: of the study.
-        name: of the run.
-        experiment: what to train.
-        seed: of weights, order and augmentation.
-
-    Raises:
-        UserError: for a mistake in the experiment.
-    """
-    config, before = folder / f"{name}.yaml", _behind(folder, name, experiment, seed)
-    if before is None:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(config, experiment.config(seed))
-    start = time.process_time()
-    where = ["--trainer.default_root_dir", str(folder), "--name", name, "--wandb", "off", "--ckpt_path", "auto"]
-    # A line per run is enough; what the run itself says is in its folder.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            code = run_verb("fit", ["--config", str(config), *where])
-            code = code or run_verb("test", ["--ckpt_path", str(folder / name / "best.ckpt")])
-        except UprightError as error:
-            raise UserError(f"{name}: {error}") from error
-    if code:
-        raise KeyboardInterrupt
-    metrics = json.loads((folder / name / "test.json").read_text())["metrics"]
-    run = Run(folder / name, metrics, round((before or 0.0) + time.process_time() - start, 1))
-    write_text(folder / name / "done.json", json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
-    print(f"  {name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
-    return run
+def signals_and_gradients(
+    network: nn.Module, layers: Iterable[nn.Module], spec: ImageSpec, batch: Batch
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Return the outputs of some layers for a batch, and the gradients of the cross entropy for them, as float64."""
+    outputs: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    # After 110 layers the squares of a gradient can be too small for float32.
+    loss = cross_entropy(Model(spec, network).double()(batch.images), batch.labels)
+    return outputs, torch.autograd.grad(loss, outputs)

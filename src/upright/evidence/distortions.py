@@ -1,4 +1,4 @@
-"""Trained networks under a known distortion of their test images: shifted, turned, larger or smaller."""
+"""Matrices of known distortions, and the accuracy of trained networks under them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,66 +14,67 @@ from upright.evidence.bench import Bench, Run
 from upright.training.restoring import restore
 from upright.warp import identity, rotation, warp
 
-AT_ONCE = 256
+CHUNK = 256
+"""Images that a network classifies together."""
 
 Kinds = Mapping[str, Mapping[float, Sequence[Tensor]]]
-"""Name of a distortion, to how much, to matrices ``(3, 3)`` of which the mean is taken: to the left, to the right."""
+"""Name of a distortion -> strength -> matrices ``(3, 3)`` to average over, such as left and right."""
 
 
 class Curve(NamedTuple):
-    """How a network does, a number for each amount of a distortion.
+    """Measures of a network, one number per strength of a distortion.
 
     Args:
-        accuracy: share of the images that are right.
-        consistency: share of the images that are taken for what they are taken for undistorted, right or wrong.
+        accuracy: share of correct answers.
+        consistency: share of answers that equal the answer to the undistorted image, right or wrong.
     """
 
     accuracy: list[float]
     consistency: list[float]
 
 
-def shift(right: float, down: float, size: int) -> Tensor:
-    """The matrix that moves what is seen in ``size`` x ``size`` by so many pixels."""
+def shift(right: float, down: float, height: int, width: int) -> Tensor:
+    """Return the matrix ``(3, 3)`` that moves the content by pixels."""
     matrix = identity(1)[0].clone()
-    matrix[:2, 2] = -2 * torch.tensor([right, down]) / size
+    matrix[:2, 2] = -2 * torch.tensor([right / width, down / height])
     return matrix
 
 
-def turn(degrees: float) -> Tensor:
-    """The matrix that turns what is seen in a square anticlockwise."""
-    return rotation(torch.tensor([math.radians(degrees)]))[0]
+def turn(degrees: float, aspect: float = 1.0) -> Tensor:
+    """Return the matrix ``(3, 3)`` that rotates the content anticlockwise; ``aspect`` is width / height."""
+    return rotation(torch.tensor([math.radians(degrees)]), aspect)[0]
 
 
 def zoom(factor: float) -> Tensor:
-    """The matrix that makes what is seen so many times as large."""
+    """Return the matrix ``(3, 3)`` that enlarges the content."""
     return torch.diag(torch.tensor([1 / factor, 1 / factor, 1.0]))
 
 
 def curves(bench: Bench, runs: Sequence[Run], kinds: Kinds, every: int = 1) -> list[dict[str, Curve]]:
-    """What each run's network makes of its test images under each kind of distortion.
+    """Measure each run's network on its distorted test images.
 
     Args:
-        bench: which shares the work out.
-        runs: with data whose images have the network's size.
-        kinds: what is done to the images.
-        every: so many-th image of the test split is shown.
+        bench: runs this in parallel.
+        runs: with images of the network's size.
+        kinds: the distortions.
+        every: use every n-th image of the test split.
     """
     return bench.map(_curves, [(run.folder, kinds, every) for run in runs])
 
 
 @torch.no_grad()
 def _curves(folder: Path, kinds: Kinds, every: int) -> dict[str, Curve]:
-    classifier, data, _ = restore(folder / "best.ckpt")
-    chosen = data.splits["test"][::every]
-    counts = {kind: torch.zeros(len(amounts), 2) for kind, amounts in kinds.items()}
-    for some in np.array_split(chosen, math.ceil(len(chosen) / AT_ONCE)):
-        images = to_tensor(np.stack([data.source.images[index] for index in some]))
-        labels = torch.tensor([data.source.labels[index] for index in some])
+    classifier, data, *_ = restore(folder / "best.ckpt")
+    indices = data.splits["test"][::every]
+    counts = {kind: torch.zeros(len(strengths), 2) for kind, strengths in kinds.items()}
+    for chunk in np.array_split(indices, math.ceil(len(indices) / CHUNK)):
+        images = to_tensor(np.stack([data.source.images[index] for index in chunk]))
+        labels = torch.tensor([data.source.labels[index] for index in chunk])
         plain = classifier(images).argmax(1)
-        for kind, amounts in kinds.items():
-            for place, matrices in enumerate(amounts.values()):
+        for kind, strengths in kinds.items():
+            for place, matrices in enumerate(strengths.values()):
                 for matrix in matrices:
-                    given = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
-                    same = torch.stack([(given == labels).sum(), (given == plain).sum()])
-                    counts[kind][place] += same / len(matrices)
-    return {kind: Curve(*(found / len(chosen)).T.tolist()) for kind, found in counts.items()}
+                    answers = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
+                    equal = torch.stack([(answers == labels).sum(), (answers == plain).sum()])
+                    counts[kind][place] += equal / len(matrices)
+    return {kind: Curve(*(count / len(indices)).T.tolist()) for kind, count in counts.items()}

@@ -1,4 +1,4 @@
-"""The figures of a report, for paper, in colours that the colour-blind can tell."""
+"""The figures of a report, for print, in colours for the colour-blind."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from upright.evidence.reporting.calibration import BINS, Reliability
-from upright.evidence.reporting.invariance import Curve, Distortion, Shown, Turning
-from upright.runs.drawing import COLOURS, draw_column, draw_columns
+from upright.evidence.reporting.invariance import ROTATION, Curve, Distortion, Sample, Turning, sights
+from upright.evidence.reporting.measures import BINS, Bin
+from upright.evidence.reporting.subjects import Subject
+from upright.runs.drawing import COLOURS, draw_column, draw_columns, pixels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,77 +18,64 @@ if TYPE_CHECKING:
 
 MARKERS = "os^Dv<P"
 GREY, LIGHT = "#555555", "#ececec"
-WIDTH = 7.2
-"""Inches, of a page between its margins."""
-DPI = 200
-LETTERS = 17
-"""To an inch, about, at the size of a legend."""
-PANELS = 3
-"""Beside each other, at most."""
-SIDE = 56
-"""Pixels of an image in a strip."""
-STRIP = range(-180, 181, 30)
-"""Degrees at which images are shown."""
-
-Ranges = Sequence[Mapping[str, tuple[float, float]]]
+DASHES = (0, (4, 3))
+PAGE_INCHES = 7.2
+LETTERS_PER_INCH = 17
+"""Approximate, in a legend."""
+COLUMNS = 3
+STRIP_IMAGES, STRIP_PIXELS = 4, 56
+STRIP_DEGREES = range(-180, 181, 30)
 
 
 @contextmanager
-def _paper(height: float, width: float = WIDTH) -> Iterator["Figure"]:
-    """A figure, inside whose ``with`` all its text is taken as it is: a name may have dollars."""
+def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
+    """Yield a figure; text drawn inside the ``with`` is not parsed, because a name may have dollars."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {"text.parse_math": False, "font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6}
+    style |= {"axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 8}
+    style |= {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5, "axes.axisbelow": True}
     style |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
-        yield Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        yield Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
 def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Below all panels, on paper of its own."""
-    # matplotlib hides what begins with an underscore.
-    shown = [f" {name}" if name.startswith("_") else name for name in names]
+    """Add a legend below all panels, and make the figure higher by its height."""
+    # matplotlib hides names that begin with an underscore.
+    labels = [f" {name}" if name.startswith("_") else name for name in names]
     width, height = figure.get_size_inches()
-    columns = max(1, min(len(shown), int(width * LETTERS / (max(map(len, shown)) + 6))))
-    figure.set_size_inches(width, height + 0.1 + 0.2 * -(-len(shown) // columns))
-    figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=8)
+    columns = max(1, min(len(labels), int(width * LETTERS_PER_INCH / (max(map(len, labels)) + 6))))
+    figure.set_size_inches(width, height + 0.1 + 0.2 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
-    """One of so many; where they lie on each other, those below are seen around those above."""
+    """Draw line ``number`` of ``count``; earlier lines are thicker, so they stay visible below later ones."""
     below = min(count - 1 - number, 4)
     style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
     style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
     return panel.plot(x, y, linewidth=1.0 + 0.45 * below, markersize=2.4 + 0.9 * below, **style)[0]
 
 
-def _grid(panel: "Axes") -> None:
-    panel.tick_params(labelsize=7, width=0.6)
-    panel.grid(color="#dddddd", linewidth=0.5)
-    panel.set_axisbelow(True)
+def _band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
+    panel.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
 def _mark(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
-    """Grey where all were trained on it; else a bar above the panel in the colour of each that was."""
+    """Mark the range of training: grey if all models share it, else a bar above the panel for each."""
     if len(set(ranges)) == 1:
         if ranges[0]:
             panel.axvspan(*ranges[0], color=LIGHT, zorder=0, linewidth=0)
         return
     ends = panel.get_xlim()
+    style: dict[str, Any] = {"linewidth": 2, "solid_capstyle": "butt", "clip_on": False}
     for number, span in enumerate(ranges):
         if span:
             height = 1.03 + 0.035 * number
-            inside = np.clip(span, *ends)
-            panel.plot(
-                inside,
-                (height, height),
-                color=COLOURS[number % len(COLOURS)],
-                linewidth=2,
-                solid_capstyle="butt",
-                transform=panel.get_xaxis_transform(),
-                clip_on=False,
-            )
+            style |= {"color": COLOURS[number % len(COLOURS)], "transform": panel.get_xaxis_transform()}
+            panel.plot(np.clip(span, *ends), (height, height), **style)
 
 
 def draw_invariance(
@@ -95,150 +83,138 @@ def draw_invariance(
     names: Sequence[str],
     curves: Sequence[Mapping[str, Curve]],
     ways: Sequence[Distortion],
-    trained: Ranges,
+    trained: Sequence[Mapping[str, tuple[float, float]]],
 ) -> "Figure":
-    """A panel for each distortion, a line with its interval for each model.
+    """Draw a panel for each distortion, and in it a line with its interval for each model.
 
     Args:
         measure: ``accuracy`` or ``consistency``.
         names: of the models.
-        curves: of each, by distortion.
+        curves: of each model, by distortion.
         ways: the distortions.
-        trained: of each, from where to where it was trained on.
+        trained: the ranges of training of each model, by distortion.
     """
-    rows = -(-len(ways) // PANELS)
+    rows = -(-len(ways) // COLUMNS)
     with _paper(1.95 * rows) as figure:
-        panels = list(figure.subplots(rows, PANELS, sharey=True, squeeze=False).flat)
-        handles = []
-        for place, (panel, way) in enumerate(zip(panels, ways, strict=False)):
-            for number, found in enumerate(curves):
-                curve = found[way.name]
-                shares = getattr(curve, measure)
-                line = _line(panel, number, len(names), curve.strengths, [100 * share.value for share in shares])
-                low, high = ([100 * end for end in ends] for ends in zip(*(share[1:] for share in shares), strict=True))
-                panel.fill_between(curve.strengths, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-                handles += [] if place else [line]
-            panel.set_xlim(way.strengths[0], way.strengths[-1])
-            panel.set_ylim(0, 102)
+        panels = list(figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).flat)
+        for panel, way in zip(panels, ways, strict=False):
+            lines = []
+            for number, by_way in enumerate(curves):
+                curve = by_way[way.name]
+                value, low, high = 100 * np.transpose(getattr(curve, measure))
+                lines.append(_line(panel, number, len(names), curve.strengths, value))
+                _band(panel, lines[-1], low, high)
+            panel.set(xlim=(way.strengths[0], way.strengths[-1]), ylim=(0, 102), xlabel=f"{way.name} ({way.unit})")
             if way.unit == "degrees":
                 panel.set_xticks(np.linspace(way.strengths[0], way.strengths[-1], 5))
-            panel.set_xlabel(f"{way.name} ({way.unit})", fontsize=8)
             _mark(panel, [ranges.get(way.name) for ranges in trained])
-            _grid(panel)
-        for panel in panels[::PANELS]:
-            panel.set_ylabel(f"{measure} (%)", fontsize=8)
+        for panel in panels[::COLUMNS]:
+            panel.set_ylabel(f"{measure} (%)")
         for panel in panels[len(ways) :]:
             panel.set_axis_off()
         if len(names) > 1:
-            _legend(figure, handles, names)
+            _legend(figure, lines, names)
     return figure
 
 
 def draw_reliability(
-    names: Sequence[str], before: Sequence[Reliability], after: Sequence[Reliability | None]
+    names: Sequence[str], before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin] | None]
 ) -> "Figure":
-    """For each model accuracy by confidence, and below how many answers were that sure.
+    """Draw for each model accuracy by confidence, and below the share of answers in each bin.
 
     Args:
         names: of the models.
-        before: as it is.
-        after: its temperature, where there is one.
+        before: bins of each model.
+        after: with its temperature, if it has one.
     """
-    columns = min(len(names), PANELS)
+    columns = min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
     edges = np.linspace(0, 100, BINS + 1)
-    with _paper(3.1 * rows, WIDTH * columns / PANELS if columns > 1 else 3.4) as figure:
-        ratios = [3, 1] * rows
-        panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=ratios)
+    with _paper(3.1 * rows, PAGE_INCHES * columns / COLUMNS if columns > 1 else 3.4) as figure:
+        panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows)
         handles: dict[str, Any] = {}
-        for number, name in enumerate(names):
+        for number in range(rows * columns):
             row, column = divmod(number, columns)
             upper, lower = panels[2 * row, column], panels[2 * row + 1, column]
-            upper.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-            for place, (label, found) in enumerate((("as it is", before[number]), ("with temperature", after[number]))):
-                if found is None:
+            if number >= len(names):
+                upper.set_axis_off()
+                lower.set_axis_off()
+                continue
+            upper.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle=DASHES)
+            variants = {"without temperature": before[number], "with temperature": after[number]}
+            for place, (label, bins) in enumerate(variants.items()):
+                if bins is None:
                     continue
-                x = [100 * sure for _, sure, _ in found.filled]
-                shares = [right for _, _, right in found.filled]
+                x = [100 * each.confidence for each in bins if each.confidence is not None]
+                value, low, high = 100 * np.transpose([each.accuracy for each in bins if each.accuracy])
                 style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3.5, "linestyle": ""}
-                (points,) = upper.plot(x, [100 * share.value for share in shares], **style)
-                bounds = [[100 * end for end in ends] for ends in zip(*(share[1:] for share in shares), strict=True)]
-                upper.vlines(x, *bounds, color=COLOURS[place], linewidth=0.8, alpha=0.6)
-                share = 100 * np.array(found.counts) / sum(found.counts)
-                lower.stairs(share, edges, color=COLOURS[place], linewidth=1.1)
-                handles[label] = points
+                (handles[label],) = upper.plot(x, value, **style)
+                upper.vlines(x, low, high, color=COLOURS[place], linewidth=0.8, alpha=0.6)
+                counts = np.array([each.count for each in bins])
+                lower.stairs(100 * counts / counts.sum(), edges, color=COLOURS[place], linewidth=1.1)
             for panel in (upper, lower):
                 panel.set(xlim=(0, 102), ylim=(0, 103), xticks=range(0, 101, 20))
-                _grid(panel)
             upper.tick_params(labelbottom=False)
-            lower.set_xlabel("confidence (%)", fontsize=8)
+            lower.set_xlabel("confidence (%)")
             if len(names) > 1:
-                upper.set_title(name)
+                upper.set_title(names[number])
             if column == 0:
-                upper.set_ylabel("accuracy (%)", fontsize=8)
-                lower.set_ylabel("answers (%)", fontsize=8)
-        for number in range(len(names), rows * columns):
-            row, column = divmod(number, columns)
-            panels[2 * row, column].set_axis_off()
-            panels[2 * row + 1, column].set_axis_off()
+                upper.set_ylabel("accuracy (%)")
+                lower.set_ylabel("answers (%)")
         _legend(figure, list(handles.values()), list(handles))
     return figure
 
 
 def draw_turning(numbers: Sequence[int], names: Sequence[str], turnings: Sequence[Turning]) -> "Figure":
-    """What is left of an angle after the spatial transformer: the median over images, and its quartiles.
+    """Draw the angle left after the spatial transformer: the median over images, and its quartiles.
 
     Args:
-        numbers: of the models, which say their colours.
-        names: of them.
-        turnings: what each did.
+        numbers: of the models in the report, for their colours.
+        names: of the models.
+        turnings: of each model.
     """
     with _paper(2.7, 4.6) as figure:
         panel = figure.subplots()
         ends = (turnings[0].angles[0], turnings[0].angles[-1])
-        nothing = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))[0]
-        handles = []
-        most = ends[1]
+        lines = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=DASHES)
+        largest = ends[1]
         for number, turning in zip(numbers, turnings, strict=True):
             low, middle, high = turning.quartiles
-            line = _line(panel, number, max(numbers) + 1, turning.angles, middle)
-            panel.fill_between(turning.angles, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-            handles.append(line)
-            most = max(most, float(-low.min()), float(high.max()))
-        most = 60 * int(np.ceil(most / 60))
-        panel.set(xlim=ends, ylim=(-most, most), xticks=range(-180, 181, 60), yticks=range(-most, most + 1, 60))
-        panel.set_xlabel("angle applied (degrees)", fontsize=8)
-        panel.set_ylabel("angle left (degrees)", fontsize=8)
-        _grid(panel)
+            lines.append(_line(panel, number, max(numbers) + 1, turning.angles, middle))
+            _band(panel, lines[-1], low, high)
+            largest = max(largest, float(-low.min()), float(high.max()))
+        largest = 60 * int(np.ceil(largest / 60))
+        panel.set(xlim=ends, ylim=(-largest, largest), xticks=range(-180, 181, 60))
+        panel.set(yticks=range(-largest, largest + 1, 60), ylabel="angle left (degrees)")
+        panel.set_xlabel("angle applied (degrees)")
         if len({turning.within for turning in turnings}) == 1 and turnings[0].within[1] < ends[1]:
             panel.axvspan(*turnings[0].within, color=LIGHT, zorder=0, linewidth=0)
-        _legend(figure, [*handles, nothing], [*names, "if nothing were turned"])
+        _legend(figure, [*lines[1:], lines[0]], [*names, "without a transformer"])
     return figure
 
 
-def draw_strips(shown: Shown, labels: Sequence[str], names: Sequence[str], turnings: Sequence[Turning]) -> Image.Image:
-    """For each image a row as it came at every angle, and a row for what each transformer sees of it.
+def draw_strips(subjects: Sequence[Subject], sample: Sample, way: Distortion, classes: Sequence[str]) -> Image.Image:
+    """Draw images of some classes at several angles, and below each row what every model's transformers see.
 
     Args:
-        shown: the images as they came.
-        labels: of them.
-        names: of the models.
-        turnings: what each did.
+        subjects: models with observations.
+        sample: of images.
+        way: the rotation.
+        classes: names.
     """
-    angles = turnings[0].angles
-    rows = []
-    for label in labels:
-        rows.append(f"{label}, as it came")
-        for name, turning in zip(names, turnings, strict=True):
-            branches = len(turning.strips[0][0])
-            rows += [name + (f" ({branch + 1})" if branches > 1 else "") for branch in range(branches)]
+    assert way.name == ROTATION
+    present, firsts = np.unique(sample.labels, return_index=True)
+    some = np.unique(np.linspace(0, len(present) - 1, min(STRIP_IMAGES, len(present))).round().astype(int))
+    labels: list[str] = []
     columns = {}
-    for degrees in STRIP:
-        at = angles.index(degrees)
-        tiles = [
-            tile
-            for number in range(len(labels))
-            for tile in (shown.strips[number][at], *(tile for each in turnings for tile in each.strips[number][at]))
-        ]
-        columns[f"{degrees:+d}°" if degrees else "0°"] = draw_column(tiles, SIDE)
-    return draw_columns("", rows, columns, first_apart=False)
+    for degrees in STRIP_DEGREES:
+        images, tiles, labels = way(sample.images[firsts[some]], degrees), [], []
+        for image, label in zip(images, present[some], strict=True):
+            tiles += pixels_of(image[None])
+            labels.append(f"{classes[label]}, input")
+            for subject in subjects:
+                views = sights(subject, image[None])
+                tiles += views
+                labels += [subject.name + (f" ({n})" if len(views) > 1 else "") for n in range(1, len(views) + 1)]
+        columns[f"{degrees:+d}°" if degrees else "0°"] = draw_column(tiles, STRIP_PIXELS)
+    return draw_columns("", labels, columns, first_apart=False)

@@ -1,8 +1,8 @@
-"""What a distortion of the images does to the answers, and what a spatial transformer does about it."""
+"""Accuracy and consistency under known distortions, and the response of spatial transformers to rotation."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -13,36 +13,35 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from upright.architectures.spatial_transformer import last_of
+from upright.architectures.spatial_transformer import Observation, last_of
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
-from upright.evidence.reporting.intervals import Share, wilson
+from upright.evidence.distortions import shift, turn, zoom
+from upright.evidence.intervals import Share, wilson
 from upright.evidence.reporting.subjects import Answer, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe
 from upright.runs.drawing import pixels_of
 from upright.training.uprightness import Uprightness, final_poses
-from upright.warp import Padding, identity, pixel_centres, project_points, rotation, rotation_angle, warp
+from upright.warp import Padding, identity, pixel_centres, project_points, rotation_angle, warp
 
 SEED = 0
-"""Of the sample of images, and of the noise."""
+"""Seed of the sample of images, and of the noise."""
 ROTATION = "rotation"
-BORDER = {"zeros": "constant", "border": "replicate", "reflection": "reflect"}
-"""Our name for what is beyond the border -> kornia's."""
-AT_ONCE = 64
-SHOWN = 4
-"""Images, of as many classes, of which it is shown what transformers make."""
+KORNIA_BORDERS = {"zeros": "constant", "border": "replicate", "reflection": "reflect"}
+CHUNK = 64
+"""Images that a model answers together."""
 
 
 @dataclass(frozen=True)
 class Distortion:
-    """One way to change images, by degrees.
+    """A family of changes to images.
 
     Args:
-        name: of it.
+        name: of the family.
         unit: of the strengths.
-        strengths: in ascending order; one of them is ``none``.
+        strengths: in ascending order, ``none`` included.
         none: the strength that changes nothing.
         change: float images ``(B, C, H, W)`` in [0, 255] by a strength.
     """
@@ -54,49 +53,43 @@ class Distortion:
     change: Callable[[Tensor, float], Tensor]
 
     def __call__(self, images: Tensor, strength: float) -> Tensor:
-        """The uint8 ``images`` ``(B, C, H, W)``, distorted; uint8 again, for this is what a model is given."""
+        """Distort uint8 ``images`` ``(B, C, H, W)``; the result is uint8, like every input of a model."""
         if strength == self.none:
             return images
         return self.change(images.float(), strength).round().clamp(0, 255).to(torch.uint8)
 
 
 def distortions(height: int, width: int, padding: Padding) -> list[Distortion]:
-    """All of them, for images of this size.
+    """Return all distortions for images of one size.
 
-    Rotations are anticlockwise; shifts are to the right, up, left or down, image by image in turn, by whole pixels, so
-    that they resample nothing; shear is along x; noise is Gaussian, cut off at black and white, and the same at every
-    strength but for its size.
+    Rotations are anticlockwise. Shifts go to the right, up, left and down, image by image in turn, by complete pixels,
+    so they resample nothing. Shear is along x. Noise is Gaussian, clipped at black and white; every strength scales the
+    same noise.
 
     Args:
         height: of the images.
         width: of the images.
-        padding: what is seen beyond the border, by all of them.
+        padding: beyond the border.
     """
     aspect, side = width / height, min(height, width)
 
-    def turned(images: Tensor, degrees: float) -> Tensor:
-        return warp(images, rotation(torch.tensor([math.radians(degrees)]), aspect).expand(len(images), 3, 3), padding)
-
-    def scaled(images: Tensor, factor: float) -> Tensor:
-        matrices = identity(len(images)).clone()
-        matrices[:, :2] /= factor
-        return warp(images, matrices, padding)
+    def warped(matrix: Tensor, images: Tensor) -> Tensor:
+        return warp(images, matrix.expand(len(images), 3, 3), padding)
 
     def shifted(images: Tensor, pixels: float) -> Tensor:
-        ways = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, -1.0]])
-        matrices = identity(len(images)).clone()
-        matrices[:, :2, 2] = 2 * pixels * ways[torch.arange(len(images)) % 4] / torch.tensor([width, height])
-        return warp(images, matrices, padding)
+        directions = ((pixels, 0), (0, -pixels), (-pixels, 0), (0, pixels))
+        matrices = torch.stack([shift(right, down, height, width) for right, down in directions])
+        return warp(images, matrices[torch.arange(len(images)) % 4], padding)
 
     def sheared(images: Tensor, degrees: float) -> Tensor:
-        matrices = identity(len(images)).clone()
-        matrices[:, 0, 1] = math.tan(math.radians(degrees)) / aspect
-        return warp(images, matrices, padding)
+        matrix = identity(1)[0].clone()
+        matrix[0, 1] = math.tan(math.radians(degrees)) / aspect
+        return warped(matrix, images)
 
     def blurred(images: Tensor, sigma: float) -> Tensor:
         size = 2 * math.ceil(3 * sigma) + 1
-        found: Tensor = gaussian_blur2d(images, (size, size), (sigma, sigma), BORDER[padding])
-        return found
+        blurry: Tensor = gaussian_blur2d(images, (size, size), (sigma, sigma), KORNIA_BORDERS[padding])
+        return blurry
 
     def noisy(images: Tensor, deviation: float) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
@@ -104,42 +97,45 @@ def distortions(height: int, width: int, padding: Padding) -> list[Distortion]:
 
     shifts = np.unique(np.linspace(0, 0.3 * side, 9).round()).tolist()
     sigmas = (side * np.linspace(0, 0.09, 10)).round(2).tolist()
+    angles = tuple(range(-180, 181, 15))
+    scales = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2)
+    deviations = (0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
     return [
-        Distortion(ROTATION, "degrees", tuple(range(-180, 181, 15)), 0, turned),
-        Distortion("scale", "factor", (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2), 1, scaled),
+        Distortion(ROTATION, "degrees", angles, 0, lambda x, angle: warped(turn(angle, aspect), x)),
+        Distortion("scale", "factor", scales, 1, lambda x, factor: warped(zoom(factor), x)),
         Distortion("shift", "pixels", tuple(shifts), 0, shifted),
         Distortion("shear", "degrees", tuple(range(-50, 51, 10)), 0, sheared),
         Distortion("blur", "sigma in pixels", tuple(sigmas), 0, blurred),
-        Distortion("noise", "deviation, white is 1", (0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5), 0, noisy),
+        Distortion("noise", "deviation, white is 1", deviations, 0, noisy),
     ]
 
 
 def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tuple[float, float]]:
-    """From where to where a recipe's task and augmentation distort, as far as they say so, in units of `distortions`.
+    """Return the ranges of training by distortion, in units of `distortions`, as far as a recipe declares them.
 
-    `RandomAffine` and `RandomCrop` say it; where there are several, they add up.
+    Ranges of several `RandomAffine` and `RandomCrop`, and of the task of a distorted MNIST, add up.
 
     Args:
-        data: of the datamodule, if it is known.
+        data: recipe of the datamodule, if known.
         height: of the images.
         width: of the images.
     """
     side = min(height, width)
-    turn = slant = shift = 0.0
+    angle = slant = offset = 0.0
     low = high = 1.0
     for part in _moves(data or {}):
         if isinstance(part, RandomAffine):
-            turn, slant, shift = turn + part.rotate, slant + part.shear, shift + part.shift * side
+            angle, slant, offset = angle + part.rotate, slant + part.shear, offset + part.shift * side
             low, high = low * part.scale[0], high * part.scale[1]
         elif isinstance(part, RandomCrop):
-            shift += part.padding
-    ranges = {ROTATION: (-min(turn, 180.0), min(turn, 180.0)), "scale": (low, high), "shift": (0.0, shift)}
+            offset += part.padding
+    ranges = {ROTATION: (-min(angle, 180.0), min(angle, 180.0)), "scale": (low, high), "shift": (0.0, offset)}
     ranges["shear"] = (-slant, slant)
     return {name: ends for name, ends in ranges.items() if ends[0] < ends[1]}
 
 
 def _moves(data: Recipe) -> Iterator[nn.Module]:
-    """What of it is ours, without building the data, which may be gone."""
+    """Yield our own parts of a recipe, without building the data, which may be gone."""
     arguments = data.get("init_args", {})
     if data.get("class_path") == recipe(DistortedMNIST)["class_path"]:
         yield from MNISTDistortion(arguments["task"]).parts
@@ -150,12 +146,12 @@ def _moves(data: Recipe) -> Iterator[nn.Module]:
 
 
 class Sample(NamedTuple):
-    """Images that are distorted: one of each source image, in the view that shows it the least distorted.
+    """Images to distort: one per source image, in its least distorted view.
 
     Args:
-        images: uint8 ``(N, C, H, W)``, as the network sees them.
+        images: uint8 ``(N, C, H, W)``, at the size of the network.
         labels: ``(N,)``.
-        transforms: what the view did, ``(N, 3, 3)``.
+        transforms: of the view, ``(N, 3, 3)``.
     """
 
     images: Tensor
@@ -164,28 +160,30 @@ class Sample(NamedTuple):
 
     @property
     def distorted(self) -> bool:
-        """Whether the data show none of them as it is."""
+        """Whether some images are distorted already."""
         return not torch.equal(self.transforms, identity(len(self.transforms)))
 
 
 def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
-    """So many images of a split, or all, drawn with `SEED`."""
+    """Draw at most ``count`` images of a split, with `SEED`."""
     samples = data.samples(split)
     number, views = samples.transforms.shape[:2]
-    chosen = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(number)[:count]))
-    least = (samples.transforms[chosen] - torch.eye(3)).abs().sum(dim=(2, 3)).argmin(dim=1)
-    batches = [samples[part] for part in torch.split(chosen * views + least, AT_ONCE)]
-    images, labels, _, _, transforms = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    indices = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(number)[:count]))
+    least = (samples.transforms[indices] - torch.eye(3)).abs().sum(dim=(2, 3)).argmin(dim=1)
+    batches = [samples[part] for part in torch.split(indices * views + least, CHUNK)]
+    images, labels, transforms = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels", "transforms")
+    )
     return Sample(images, labels.numpy(), transforms)
 
 
 class Curve(NamedTuple):
-    """By strength of a distortion.
+    """Measures by strength of a distortion.
 
     Args:
         strengths: ascending.
-        accuracy: share of right answers.
-        consistency: share of answers that are what they are without distortion.
+        accuracy: share of correct answers.
+        consistency: share of answers that equal the answer to the undistorted image.
     """
 
     strengths: tuple[float, ...]
@@ -193,163 +191,116 @@ class Curve(NamedTuple):
     consistency: list[Share]
 
 
-@dataclass(eq=False)
-class Turning:
-    """What a spatial transformer does as its input is turned.
-
-    Of several parallel ones each counts as an image of its own.
+class Turning(NamedTuple):
+    """The response of a spatial transformer to rotation. Each of several parallel ones counts as an image of its own.
 
     Args:
         angles: applied, in degrees.
-        residual: that are left after it, beyond what is left without rotation, in degrees from -180 to 180:
-            ``(A, N)``.
-        uprightness: the measure, over ``within``.
-        within: the angles that it is over: those that were trained on, or all.
-        strips: of each shown image, what each of the last transformers sees at every angle.
+        residual: angles after the transformer minus those without rotation, in degrees from -180 to 180, ``(A, N)``.
+        uprightness: over the angles ``within``.
+        within: the range of training, or all angles.
     """
 
     angles: tuple[float, ...]
     residual: Floats
     uprightness: float
     within: tuple[float, float]
-    strips: list[list[list[Pixels]]]
 
     @property
     def quartiles(self) -> Floats:
-        """Lower quartile, median and upper quartile of what is left, ``(3, A)``.
+        """Lower quartile, median and upper quartile of the residual angle, ``(3, A)``.
 
-        Taken around the circular mean, and continued from 0 degrees either way, so that nothing jumps by a full turn.
+        They are taken around the circular mean, and continued from 0 degrees both ways, so nothing jumps by 360.
         """
         radians = np.radians(self.residual)
         centre = np.degrees(np.arctan2(np.sin(radians).mean(axis=1), np.cos(radians).mean(axis=1)))
         spread = np.percentile(_wrapped(self.residual - centre[:, None]), (25, 50, 75), axis=1)
         start = self.angles.index(0)
         backwards, forwards = (np.unwrap(part, period=360) for part in (centre[start::-1], centre[start:]))
-        found: Floats = np.concatenate([backwards[:0:-1], forwards]) + spread
-        return found
+        quartiles: Floats = np.concatenate([backwards[:0:-1], forwards]) + spread
+        return quartiles
 
 
-@dataclass(eq=False)
-class Course:
-    """What one model did along all distortions."""
+class Course(NamedTuple):
+    """Curves of a model by name of the distortion, and its response to rotation."""
 
-    curves: dict[str, Curve] = field(default_factory=dict)
-    turning: Turning | None = None
-
-
-class Shown(NamedTuple):
-    """Images that are shown at every angle: places in the sample, and ``strips[image][angle]``."""
-
-    places: list[int]
-    strips: list[list[Pixels]]
+    curves: dict[str, Curve]
+    turning: Turning | None
 
 
 def follow(
     subjects: Sequence[Subject], sample: Sample, ways: Sequence[Distortion], ranges: Sequence[tuple[float, float]]
-) -> tuple[list[Course], Shown]:
+) -> list[Course]:
     """Ask all models about the same distorted images.
 
     Args:
         subjects: the models.
-        sample: of undistorted images.
-        ways: to distort them.
-        ranges: of angles that each model was trained on.
-
-    Returns:
-        What each did, and the turned images that are shown.
+        sample: of images.
+        ways: the distortions.
+        ranges: angles for the uprightness of each model.
     """
-    courses = [Course() for _ in subjects]
     plain = [_answers(subject, sample.images) for subject in subjects]
-    expected = [_first(answers) for answers in plain]
-    places = _of_each_class(sample.labels, SHOWN)
-    shown = Shown(places, [[] for _ in places])
-    turnings = [_Turnings(subject, sample, places, ends) for subject, ends in zip(subjects, ranges, strict=True)]
+    predictions: list[dict[str, list[npt.NDArray[np.int64]]]] = [{way.name: [] for way in ways} for _ in subjects]
+    seen: list[dict[float, list[list[Observation]]]] = [{} for _ in subjects]
     steps = [(way, strength) for way in ways for strength in way.strengths]
-    found: dict[str, list[list[npt.NDArray[np.int64]]]] = {way.name: [[] for _ in subjects] for way in ways}
     for way, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
         images = way(sample.images, strength)
-        if way.name == ROTATION:
-            for strip, place in zip(shown.strips, places, strict=True):
-                strip.append(pixels_of(images[place, None])[0])
         for number, subject in enumerate(subjects):
             answers = plain[number] if strength == way.none else _answers(subject, images)
-            found[way.name][number].append(_first(answers))
+            predictions[number][way.name].append(_predicted(answers))
             if way.name == ROTATION and subject.model is not None:
-                turnings[number].add(strength, images, answers)
-    for number, course in enumerate(courses):
+                seen[number][strength] = [answer.seen for answer in answers]
+    courses = []
+    for number, expected in enumerate(map(_predicted, plain)):
+        curves = {}
         for way in ways:
-            said = found[way.name][number]
-            accuracy = [wilson(float((each == sample.labels).mean()), len(each)) for each in said]
-            consistency = [wilson(float((each == expected[number]).mean()), len(each)) for each in said]
-            course.curves[way.name] = Curve(way.strengths, accuracy, consistency)
-        course.turning = turnings[number].done()
-    return courses, shown
+            accuracy, consistency = (
+                [wilson(float((each == target).mean()), len(each)) for each in predictions[number][way.name]]
+                for target in (sample.labels, expected)
+            )
+            curves[way.name] = Curve(way.strengths, accuracy, consistency)
+        courses.append(Course(curves, _turning(seen[number], sample, ranges[number]) if seen[number] else None))
+    return courses
 
 
 def _answers(subject: Subject, images: Tensor) -> list[Answer]:
-    return [subject.answer(part) for part in torch.split(images, AT_ONCE)]
+    return [subject.answer(part) for part in torch.split(images, CHUNK)]
 
 
-def _first(answers: list[Answer]) -> npt.NDArray[np.int64]:
-    found: npt.NDArray[np.int64] = np.concatenate([answer.probabilities for answer in answers]).argmax(axis=1)
-    return found
+def _predicted(answers: list[Answer]) -> npt.NDArray[np.int64]:
+    predicted: npt.NDArray[np.int64] = np.concatenate([answer.probabilities for answer in answers]).argmax(axis=1)
+    return predicted
 
 
-def _of_each_class(labels: npt.NDArray[np.int64], count: int) -> list[int]:
-    """The first image of each of so many classes, evenly spread over those that there are."""
-    classes, firsts = np.unique(labels, return_index=True)
-    chosen = np.unique(np.linspace(0, len(classes) - 1, min(count, len(classes))).round().astype(int))
-    return [int(firsts[place]) for place in chosen]
+def _turning(seen: dict[float, list[list[Observation]]], sample: Sample, within: tuple[float, float]) -> Turning:
+    """Measure what is left of each angle, from the observations of every batch by angle."""
+    height, width = sample.images.shape[-2:]
+    aspect, points, measure = width / height, pixel_centres(4, 4), Uprightness()
+    indices = torch.split(torch.arange(len(sample.labels)), CHUNK)
+    residual = []
+    for degrees, batches in seen.items():
+        left = []
+        for groups, observations in zip(indices, batches, strict=True):
+            transforms = sample.transforms[groups] @ turn(degrees, aspect)
+            poses = final_poses(partial(project_points, transforms), observations, points)
+            left.append(torch.stack([rotation_angle(pose, points, aspect) for pose in poses]))  # (branches, B)
+            if within[0] <= degrees <= within[1]:
+                measure.update(groups, transforms, observations, aspect)
+        residual.append(torch.cat(left, dim=1).flatten().double().numpy())
+    angles = tuple(seen)
+    degrees_left = _wrapped(np.degrees(np.stack(residual) - residual[angles.index(0)]))
+    return Turning(angles, degrees_left, float(measure.compute()), within)
 
 
-class _Turnings:
-    """Collects one model's `Turning`, angle by angle."""
-
-    def __init__(self, subject: Subject, sample: Sample, places: list[int], ends: tuple[float, float]) -> None:
-        self.subject, self.sample, self.places, self.ends = subject, sample, places, ends
-        height, width = sample.images.shape[-2:]
-        self.aspect = width / height
-        self.measure = Uprightness()
-        self.angles: list[float] = []
-        self.residual: list[Floats] = []
-        self.strips: list[list[list[Pixels]]] = [[] for _ in places]
-
-    def add(self, degrees: float, images: Tensor, answers: list[Answer]) -> None:
-        """What was answered to all images, turned by so much."""
-        turn = rotation(torch.tensor([math.radians(degrees)]), self.aspect)
-        points = pixel_centres(4, 4)
-        left, start = [], 0
-        for answer in answers:
-            some = slice(start, start + len(answer.probabilities))
-            start = some.stop
-            transforms = self.sample.transforms[some] @ turn
-            poses = final_poses(partial(project_points, transforms), answer.seen, points)
-            left.append(torch.stack([rotation_angle(pose, points, self.aspect) for pose in poses]))  # (branches, B)
-            if self.ends[0] <= degrees <= self.ends[1]:
-                groups = torch.arange(some.start, some.stop)
-                self.measure.update(groups, transforms, answer.seen, self.aspect)
-        self.angles.append(degrees)
-        self.residual.append(torch.cat(left, dim=1).flatten().double().numpy())
-        for strip, place in zip(self.strips, self.places, strict=True):
-            strip.append(list(self._sights(images[place, None])))
-
-    def _sights(self, image: Tensor) -> Iterator[Pixels]:
-        model = self.subject.model
-        assert model is not None
-        normalised = model.normalised(image)
-        for last in last_of(self.subject.answer(image).seen):
-            yield pixels_of(model.shown(last.view(normalised)))[0]
-
-    def done(self) -> Turning | None:
-        """All of it; None if there was nothing to collect."""
-        if not self.angles:
-            return None
-        residual = np.stack(self.residual)
-        degrees = _wrapped(np.degrees(residual - residual[self.angles.index(0)]))
-        return Turning(tuple(self.angles), degrees, float(self.measure.compute()), self.ends, self.strips)
+def sights(subject: Subject, image: Tensor) -> list[Pixels]:
+    """Return what each of the last transformers of a model sees of an image ``(1, C, H, W)``."""
+    model = subject.model
+    assert model is not None
+    normalised = model.normalised(image)
+    return [pixels_of(model.shown(last.view(normalised)))[0] for last in last_of(subject.answer(image).seen)]
 
 
 def _wrapped(degrees: Floats) -> Floats:
-    """From -180 to 180."""
-    found: Floats = np.remainder(degrees + 180, 360) - 180
-    return found
+    """Return angles from -180 to 180."""
+    wrapped: Floats = np.remainder(degrees + 180, 360) - 180
+    return wrapped

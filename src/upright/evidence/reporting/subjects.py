@@ -1,4 +1,4 @@
-"""A model under examination: images to probabilities, whether PyTorch or ONNX Runtime answers."""
+"""Models to compare: images to probabilities, by PyTorch or by ONNX Runtime."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -27,110 +27,101 @@ from upright.training.restoring import check_task, restore
 
 Floats = npt.NDArray[np.float64]
 
-PYTORCH = "PyTorch"
-NONE = "it has no spatial transformer"
+NO_TRANSFORMER = "it has no spatial transformer"
 FULL = ("fp32",)
+BATCH = 64
+"""Images per call of a graph that takes any number."""
 
 
 class Answer(NamedTuple):
-    """What a model says of a batch.
+    """The answer of a model to a batch.
 
     Args:
         probabilities: ``(B, K)``.
-        seen: what its spatial transformers did, in order; none where it has none or does not tell.
+        seen: observations of its spatial transformers, in order; empty if there are none.
     """
 
     probabilities: Floats
     seen: list[Observation]
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A model that can be asked.
+class Origin(NamedTuple):
+    """The record of a model file about itself; parts that the file lacks are None or empty.
 
     Args:
-        name: no other of the report's has it.
-        called: what the run or the bundle's folder is called.
-        kind: ``PyTorch``, or ``ONNX fp32`` and so on.
-        path: as it was given.
-        file: of its weights.
-        network: its class path.
-        run: name and id.
-        folder: of that run; None where it is not in ``checkpoints`` any more, from which a bundle was exported.
-        git_commit: that it was trained at, if that is known.
-        trained_on: recipe of the data, if that is known.
-        unseen: whether it is certain that it was trained on no image that it is judged by.
-        model: resizes and normalises as it does, and shows what its transformers see; None where they do not tell.
-        silent: why they do not.
-        answer: asks it: uint8 ``(B, C, H, W)``.
-    """
-
-    name: str
-    called: str
-    kind: str
-    path: str
-    file: Path
-    network: str
-    run: dict[str, Any]
-    folder: Path | None
-    git_commit: str | None
-    trained_on: Recipe | None
-    unseen: bool
-    model: Model | None
-    silent: str
-    answer: Callable[[Tensor], Answer]
-
-
-class Found(NamedTuple):
-    """What a file says of itself before it is loaded.
-
-    Args:
-        path: as it was given.
+        path: the command-line argument.
         name: of the run, or of the bundle's folder.
-        bundle: if it is one, else a checkpoint.
-        spec: what an image is.
-        network: recipe, None where it is not told.
-        data: recipe, likewise.
-        digest: of the split, likewise.
-        run: name and id, as far as they are told.
-        git_commit: that it was trained at.
+        spec: of the images.
+        network: recipe.
+        data: recipe of the training data.
+        digest: of the split.
+        run: name and id.
+        git_commit: of the training.
+        bundle: None for a checkpoint.
     """
 
     path: str
     name: str
-    bundle: Bundle | None
     spec: ImageSpec
     network: Recipe | None
     data: Recipe | None
     digest: str | None
     run: dict[str, Any]
     git_commit: str | None
+    bundle: Bundle | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model that answers.
+
+    Args:
+        origin: the record of the file.
+        kind: ``PyTorch``, or ``ONNX fp32`` and so on.
+        file: of its weights.
+        folder: of the run; None if the run of a bundle is no longer in ``checkpoints``.
+        unseen: whether the model was certainly not trained on the images of the report.
+        model: prepares images in the same way, and shows what the transformers see; None without observations.
+        silent: why there are no observations.
+        answer: uint8 ``(B, C, H, W)`` to an `Answer`.
+        name: unique in the report.
+    """
+
+    origin: Origin
+    kind: str
+    file: Path
+    folder: Path | None
+    unseen: bool
+    model: Model | None
+    silent: str
+    answer: Callable[[Tensor], Answer]
+    name: str = ""
 
 
 class Group(NamedTuple):
-    """Models, and the data that all of them are asked about."""
+    """Models, and the data for all of them."""
 
     subjects: list[Subject]
     data: ImageDataModule
 
 
 def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = FULL) -> Group:
-    """Load models, and the data that they are judged by: those of the first one.
+    """Load models, and the data of the first one.
 
     Args:
         paths: checkpoints, folders of runs, and bundles.
-        data: a YAML of data to take instead.
+        data: a YAML of other data.
         precisions: of bundles.
 
     Raises:
-        UserError: if one is neither, or cannot be loaded; if their classes or channels differ, or, without ``data``,
-            their splits; if the data of the first are not known, or have changed.
+        UserError: if a path is neither, or cannot be loaded; if classes, channels or, without ``data``, splits differ;
+            if the data of the first model are unknown or have changed.
     """
-    found = [_find(path) for path in paths]
-    first = found[0]
-    if tuple(precisions) != FULL and not any(each.bundle for each in found):
-        raise UserError("--precision says which models of a bundle are judged; none of these is a bundle.")
-    for other in found[1:]:
+    origins = [_origin(path) for path in paths]
+    first = origins[0]
+    if tuple(precisions) != FULL and not any(origin.bundle for origin in origins):
+        raise UserError("--precision chooses among the models of a bundle; none of these is a bundle.")
+    for other in origins[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UserError(
                 f"'{other.path}' knows {other.spec.task}, '{first.path}' {first.spec.task}; only models of the same "
@@ -138,40 +129,40 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
             )
         if not data and other.digest != first.digest:
             raise UserError(
-                f"'{other.path}' and '{first.path}' were made of different data, or of different splits of them; "
-                "--data says by which to judge both."
+                f"'{other.path}' and '{first.path}' were made from different data, or from different splits; choose "
+                "the data for both with --data."
             )
-    shown = read_data(data) if data else None
-    loaded = []
-    for each in found:
-        if each.bundle is None:
-            subject, shown = _checkpoint(each, shown)
-            loaded.append(subject)
+    shared = read_data(data) if data else None
+    subjects = []
+    for origin in origins:
+        if origin.bundle is None:
+            subject, shared = _open_checkpoint(origin, shared)
+            subjects.append(subject)
             continue
-        shown = shown or _data_of(each)
-        check_task(each.spec, shown, each.path)
-        # A bundle does not hold the images that it was made of, but says which split they were.
-        unseen = shown.manifest.digest == each.digest
-        loaded += [_bundled(each, each.bundle, precision, unseen) for precision in dict.fromkeys(precisions)]
-    assert shown is not None
-    return Group(_named(loaded), shown)
+        shared = shared or _data_of(origin)
+        check_task(origin.spec, shared, origin.path)
+        # A bundle does not hold hashes of its training images, only the digest of the split.
+        unseen = shared.manifest.digest == origin.digest
+        subjects += [_open_bundle(origin, origin.bundle, each, unseen) for each in dict.fromkeys(precisions)]
+    assert shared is not None
+    return Group(_named(subjects), shared)
 
 
-def _find(path: str) -> Found:
+def _origin(path: str) -> Origin:
     folder = Path(path)
     if (folder / SUMS).is_file() or (folder / MANIFEST).is_file():
         bundle = Bundle.open(folder)
         provenance = bundle.manifest["provenance"]
-        return Found(
+        return Origin(
             path,
             folder.resolve().name,
-            bundle,
             bundle.spec,
             _recipe(_dict(provenance["model"].get("init_args")).get("network")),
             _recipe(provenance.get("data")),
             _dict(provenance.get("split")).get("digest"),
             _dict(provenance.get("run")),
             provenance.get("git_commit"),
+            bundle,
         )
     if not (folder.is_file() or (folder / "best.ckpt").is_file()) and folder.exists():
         raise UserError(
@@ -179,10 +170,9 @@ def _find(path: str) -> Found:
             "of a run, or a bundle."
         )
     ours = read_checkpoint(path)[KEY]
-    return Found(
+    return Origin(
         path,
         ours["run"]["name"],
-        None,
         ImageSpec.from_dict(ours["spec"]),
         ours["model"]["init_args"]["network"],
         ours["data"],
@@ -192,43 +182,29 @@ def _find(path: str) -> Found:
     )
 
 
-def _dict(told: Any) -> dict[str, Any]:
-    return told if isinstance(told, dict) else {}
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _recipe(data: Any) -> Recipe | None:
-    return data if isinstance(data, dict) and "class_path" in data else None
+def _recipe(value: Any) -> Recipe | None:
+    return value if isinstance(value, dict) and "class_path" in value else None
 
 
-def _data_of(found: Found) -> ImageDataModule:
-    """The data of a bundle, as far as they are the same still."""
-    if found.data is None:
-        raise UserError(f"Bundle '{found.path}' does not say what data it was made of; give some with --data.")
-    data = build_data(found.data, found.path)
-    if data.manifest.digest != found.digest:
+def _data_of(origin: Origin) -> ImageDataModule:
+    """Build the data of a bundle, and refuse them if they have changed."""
+    if origin.data is None:
+        raise UserError(f"Bundle '{origin.path}' does not record its data; give data with --data.")
+    data = build_data(origin.data, origin.path)
+    if data.manifest.digest != origin.digest:
         raise UserError(
-            f"The data of '{found.path}' have changed since it was trained: other images, or other splits. "
-            "Restore them, or say with --data what to use."
+            f"The data of '{origin.path}' have changed since the training: other images, or other splits. Restore "
+            "them, or give data with --data."
         )
     return data
 
 
-def _subject(found: Found, **options: Any) -> Subject:
-    """With what the file says of itself."""
-    return Subject(
-        name=found.name,
-        called=found.name,
-        path=found.path,
-        network=found.network["class_path"] if found.network else "not known",
-        run=found.run,
-        git_commit=found.git_commit,
-        trained_on=found.data,
-        **options,
-    )
-
-
-def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, ImageDataModule]:
-    restored = restore(found.path, data)
+def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subject, ImageDataModule]:
+    restored = restore(origin.path, data)
     model = restored.classifier.cpu().model.eval()
 
     @torch.no_grad()
@@ -236,74 +212,59 @@ def _checkpoint(found: Found, data: ImageDataModule | None) -> tuple[Subject, Im
         with observing() as seen:
             logits = model(images)
         for each in seen:
-            # Many answers are kept, and what was turned is only of use to the network.
+            # Many answers are stored; only the network needs the transformed images.
             each.turned = each.turned.new_empty(0)
         return Answer(logits.softmax(dim=1).double().numpy(), seen)
 
-    turns = _turns(model)
-    silent = "" if turns else NONE
-    file = find_checkpoint(found.path)
-    subject = _subject(
-        found,
-        kind=PYTORCH,
-        file=file,
-        folder=file.parent,
-        # `restore` refuses what is known to have been seen.
-        unseen=found.digest is not None,
-        model=model if turns else None,
-        silent=silent,
-        answer=answer,
-    )
+    file = find_checkpoint(origin.path)
+    rotates = _has_transformer(model)
+    shows, silent = (model, "") if rotates else (None, NO_TRANSFORMER)
+    # `restore` refuses images that the model was trained on, if the checkpoint records them.
+    subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, shows, silent, answer)
     return subject, restored.data
 
 
-def _turns(model: Model) -> bool:
+def _has_transformer(model: Model) -> bool:
     return any(isinstance(module, SpatialTransformer) for module in model.modules())
 
 
-def _bundled(found: Found, bundle: Bundle, precision: str, unseen: bool) -> Subject:
+def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -> Subject:
     session = open_session(bundle.model(precision))
     batch, *size, _ = session.get_inputs()[0].shape
-    takes = (size[0], size[1]) if all(isinstance(side, int) for side in size) else None
-    most = batch if isinstance(batch, int) else 64
+    fixed_size = (size[0], size[1]) if all(isinstance(side, int) for side in size) else None
+    step = batch if isinstance(batch, int) else BATCH
     thetas = [name for name in bundle.manifest["other_outputs"] if name.partition("_")[0] == "theta"]
-    model, shape, silent = None, list[Observation](), ""
+    model, template, silent = None, list[Observation](), ""
     try:
-        model = _untrained(found)
-    except UprightError as error:  # a class of the user's that is not here; all else can be told
-        what = "what theta means" if thetas else "whether it has a spatial transformer"
-        thetas, silent = [], f"{what} is not known: {error}"
+        model = _untrained(origin)
+    except UprightError as error:  # the class of the network may be missing here
+        what = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
+        thetas, silent = [], f"{what}: {error}"
     else:
         if thetas:
-            shape = _passes(model)
+            template = _observations(model)
+        elif _has_transformer(model):
+            model, silent = None, "the bundle has no output theta; `upright export --outputs theta` adds it"
         else:
-            turns, model = _turns(model), None
-            silent = "the bundle does not give theta; exported with --outputs theta it does" if turns else NONE
+            model, silent = None, NO_TRANSFORMER
 
     def answer(images: Tensor) -> Answer:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        pixels = np.stack([fitted(image, takes, bundle.spec) for image in pixels]) if takes else pixels
+        if fixed_size:
+            pixels = np.stack([fitted(image, fixed_size, bundle.spec) for image in pixels])
         outputs = [
-            run_batch(session, pixels[start : start + most], ["probabilities", *thetas])
-            for start in range(0, len(pixels), most)
+            run_batch(session, pixels[start : start + step], ["probabilities", *thetas])
+            for start in range(0, len(pixels), step)
         ]
-        probabilities, *turned = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return Answer(probabilities.astype(float), _observations(shape, [torch.from_numpy(t) for t in turned]))
+        probabilities, *values = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+        return Answer(probabilities.astype(float), _with_thetas(template, [torch.from_numpy(each) for each in values]))
 
-    return _subject(
-        found,
-        kind=f"ONNX {precision}",
-        file=bundle.model(precision),
-        folder=_run_folder(found.run),
-        unseen=unseen,
-        model=model,
-        silent=silent,
-        answer=answer,
-    )
+    folder = _run_folder(origin.run)
+    return Subject(origin, f"ONNX {precision}", bundle.model(precision), folder, unseen, model, silent, answer)
 
 
 def _run_folder(run: dict[str, Any]) -> Path | None:
-    """Where the run is that has this name and id; a bundle says no more."""
+    """Find the folder of the run with this name and id."""
     for folder in (*ROOT.glob("*"), *ROOT.glob("*/*")):
         if folder.name == run.get("name") and (best := folder / "best.ckpt").is_file():
             with contextlib.suppress(UprightError):
@@ -312,48 +273,45 @@ def _run_folder(run: dict[str, Any]) -> Path | None:
     return None
 
 
-def _untrained(found: Found) -> Model:
-    """Knows what theta means; its weights do not matter.
-
-    Raises:
-        UserError: if the manifest does not tell the network, or it cannot be built here.
-    """
-    if found.network is None:
-        raise UserError("the manifest does not tell the network")
+def _untrained(origin: Origin) -> Model:
+    """Build the network of a bundle; its structure gives theta a meaning, its weights do not matter."""
+    if origin.network is None:
+        raise UserError("the manifest does not record the network")
     with torch.random.fork_rng(devices=[]):
         try:
-            network = build(found.network)(found.spec.input_shape, len(found.spec.classes))
-        except (TypeError, ValueError) as error:  # of other arguments than the class here takes
+            network = build(origin.network)(origin.spec.input_shape, len(origin.spec.classes))
+        except (TypeError, ValueError) as error:  # the class here takes other arguments
             raise UserError(str(error)) from None
-    return Model(found.spec, network).eval()
+    return Model(origin.spec, network).eval()
 
 
 @torch.no_grad()
-def _passes(model: Model) -> list[Observation]:
-    """The transformers in the order in which they act, each with the one before it."""
+def _observations(model: Model) -> list[Observation]:
+    """Return the observations of one pass: the transformers in order, each with its predecessor."""
     with observing() as seen:
         model(torch.zeros(1, *model.spec.input_shape))
     return seen
 
 
-def _observations(shape: list[Observation], thetas: list[Tensor]) -> list[Observation]:
-    """The same transformers with the theta that a graph gave."""
-    found: dict[int, Observation] = {}
-    for each, theta in zip(shape, thetas, strict=True):
-        before = found[id(each.before)] if each.before else None
-        found[id(each)] = replace(each, theta=theta, before=before)
-    return list(found.values())
+def _with_thetas(template: list[Observation], thetas: list[Tensor]) -> list[Observation]:
+    """Return the observations of the same transformers with the theta of a graph."""
+    observations: dict[int, Observation] = {}
+    for each, theta in zip(template, thetas, strict=True):
+        before = observations[id(each.before)] if each.before else None
+        observations[id(each)] = replace(each, theta=theta, before=before)
+    return list(observations.values())
 
 
 def _named(subjects: list[Subject]) -> list[Subject]:
-    """Each by its name, with what tells it from others of that name."""
+    """Give each the shortest name that no other has."""
     named = []
     for one in subjects:
-        others = [other for other in subjects if other.called == one.called and other is not one]
-        if any(other.kind == one.kind for other in others):
-            named.append(replace(one, name=f"{one.called} ({one.kind}, {one.path})"))
+        for form in ("{0}", "{0} ({1})", "{0} ({1}, {2})"):
+            names = [form.format(each.origin.name, each.kind, each.origin.path) for each in subjects]
+            name = form.format(one.origin.name, one.kind, one.origin.path)
+            if names.count(name) == 1:
+                named.append(replace(one, name=name))
+                break
         else:
-            named.append(replace(one, name=f"{one.called} ({one.kind})") if others else one)
-        if named[-1].name in [before.name for before in named[:-1]]:
-            raise UserError(f"'{one.path}' is given twice; a model is compared with others.")
+            raise UserError(f"'{one.origin.path}' is given twice; a model is compared with others.")
     return named

@@ -1,9 +1,10 @@
-"""``upright select``: which of several runs is the best on their validation split, and what that says.
+"""``upright select``: rank runs by their validation split, and estimate the true accuracy of the best one.
 
-Whoever chooses by a validation split fits it: the best score is best by merit and by luck.
+The best of many scores is partly luck. The estimate subtracts that part, see `optimism`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,16 +15,9 @@ import numpy as np
 
 from upright.data.configs import read_data
 from upright.errors import UserError
+from upright.evidence.intervals import Share, clustered
 from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs
-from upright.evidence.selecting.optimism import (
-    DELTA,
-    empirical_bernstein,
-    hoeffding,
-    interval,
-    may_be_best,
-    optimism,
-    resampled,
-)
+from upright.evidence.selecting.optimism import optimism, resampled
 from upright.files import check_replaceable, write_text
 from upright.runs.drawing import save_picture
 from upright.runs.folder import is_sweep, locked
@@ -35,15 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECORD = "selection.json"
-MOST_DRAWN = 40
-WIDTH = 110
-STATES = {
-    "complete": "ended",
-    "pruned": "pruned",
-    "failed": "failed",
-    "elsewhere": "not here, and not ranked",
-}
-BOUNDS = {"hoeffding": "Hoeffding, any variance", "empirical_bernstein": "Maurer and Pontil, this variance"}
+DRAWN_RUNS = 40
+LINE_WIDTH = 110
 
 
 def select(runs: Sequence[str], to: str | None = None, data: str | None = None) -> int:
@@ -51,51 +38,48 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
 
     Args:
         runs: folders of runs, or of a sweep.
-        to: the folder to write to; the sweep's by default, if one is given and nothing else.
-        data: a YAML of the data, if they are not where they were.
+        to: the folder to write to; by default the folder of the sweep, if it is the only argument.
+        data: a YAML of the data, if the data have moved.
 
     Raises:
-        UserError: if there is nothing to choose among, or the runs were not validated alike.
+        UserError: if there is nothing to choose from, or the runs were validated on different images.
     """
     leave_a_core()
-    found = find_runs(runs)
+    candidates = find_runs(runs)
     sweeps = [Path(path) for path in runs if is_sweep(Path(path))]
     folder = Path(to) if to else sweeps[0] if len(sweeps) == len(runs) == 1 else None
     if folder and folder not in sweeps:
         check_replaceable(folder, "a selection", RECORD)
-    complete = [run for run in found if run.state == "complete"]
-    answers = answers_of(complete, read_data(data) if data else None)
-    selection = Selection.of(complete, answers, found)
-    notes = _notes(selection, found, sweeps)
+    complete = [run for run in candidates if run.state == "complete"]
+    selection = Selection.of(complete, answers_of(complete, read_data(data) if data else None), candidates)
+    notes = _notes(selection, candidates, sweeps)
     text = _markdown(selection, notes)
     print(f"\n{text}", end="")
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        record = asdict(selection) | {"sentence": selection.sentence, "notes": notes}
-        figure = _draw(selection)
-        with locked(folder / ".selection.lock"):
-            # First what the folder is known by: were this stopped here, the same command would go on.
-            write_text(folder / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
-            write_text(folder / "selection.md", text)
-            save_picture(figure, folder / "selection.png")
-        print(f"\nWritten: {folder}/selection.md, .json, .png")
-    else:
+    if folder is None:
         print("\nNothing is written without --to FOLDER.")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    record = asdict(selection) | {"estimate": selection.estimate._asdict(), "sentence": selection.sentence}
+    with locked(folder / ".selection.lock"):
+        # The record comes first: it marks the folder as a selection, so an interrupted command can run again.
+        write_text(folder / RECORD, json.dumps(record | {"notes": notes}, indent=2, allow_nan=False) + "\n")
+        write_text(folder / "selection.md", text)
+        save_picture(_draw(selection), folder / "selection.png")
+    print(f"\nWritten: {folder}/selection.md, .json, .png")
     return 0
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One of the candidates.
+    """A run in the ranking.
 
     Args:
-        name: of its run.
-        folder: of its run.
+        name: of the run.
+        folder: of the run.
         accuracy: on the validation split.
-        interval: of 95 %, if it had not been chosen.
+        interval: 95 %, for a run that was not chosen by these images.
         loss: mean negative logarithm of the true class's probability.
-        p: of "no other one is truly better", see `may_be_best`.
-        epochs: that it is the best of.
+        epochs: number of validated epochs.
     """
 
     name: str
@@ -103,42 +87,20 @@ class Ranked:
     accuracy: float
     interval: tuple[float, float]
     loss: float
-    p: float
     epochs: int
-
-    @property
-    def may_be_best(self) -> bool:
-        """Whether it cannot be told from the best."""
-        return self.p > DELTA
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far the true accuracy of the first one may be from the measured one, with 95 %.
-
-    Args:
-        models: that it was chosen from.
-        hoeffding: see there.
-        empirical_bernstein: see there.
-    """
-
-    models: int
-    hoeffding: float
-    empirical_bernstein: float
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What came of it.
+    """A ranking, and the estimate for its first run.
 
     Args:
-        images: N, of the validation split; several views of one count once.
-        views: of each.
-        candidates: M, all runs that were looked at.
-        ranking: of those that ended, the best first.
-        optimism: of the first one's accuracy.
-        bounds: from M runs, and from every epoch of theirs.
-        test_openings: how often the test split was opened, by run, where it was.
+        images: N, source images of the validation split; several views of an image count once.
+        views: of each image.
+        candidates: M, all runs that the choice was made from, unfinished ones included.
+        ranking: the complete runs, the best first.
+        optimism: of the first run's accuracy.
+        test_openings: number of accesses to the test split, for each run that has any.
     """
 
     images: int
@@ -146,161 +108,119 @@ class Selection:
     candidates: int
     ranking: list[Ranked]
     optimism: float
-    bounds: tuple[Bounds, Bounds]
     test_openings: dict[str, int]
 
     @classmethod
-    def of(cls, complete: Sequence[Run], answers: Sequence[Answers], looked_at: Sequence[Run]) -> "Selection":
-        """From the candidates that ended, their answers, and all that were looked at.
+    def of(cls, complete: Sequence[Run], answers: Sequence[Answers], candidates: Sequence[Run]) -> "Selection":
+        """Rank the complete runs by their answers.
 
         Raises:
-            UserError: if there is only one image to choose by, or answers are no probabilities.
+            UserError: if the split has one image, or a run answers with NaN.
         """
         scores = np.stack([each.scores for each in answers])
-        if scores.shape[1] < 2:
-            raise UserError("The validation split has one image; to choose by it, it must have at least 2.")
+        images, views = scores.shape[1], answers[0].views
+        if images < 2:
+            raise UserError("The validation split has one image; a choice needs at least 2.")
+        source = np.repeat(np.arange(images), views)
+        rows = []
         for run, each in zip(complete, answers, strict=True):
             if not np.isfinite(each.losses).all():
                 raise UserError(f"'{run.name}' answers with NaN or infinity: leave it out.")
-        means, noise = scores.mean(axis=1), resampled(scores)
-        rows = [
-            Ranked(
-                run.name,
-                str(run.folder),
-                float(mean),
-                interval(score),
-                float(each.losses.mean()),
-                float(p),
-                run.epochs,
+            share = clustered(each.right, source)
+            rows.append(
+                Ranked(run.name, str(run.folder), share.value, share[1:], float(each.losses.mean()), run.epochs)
             )
-            for run, each, score, mean, p in zip(
-                complete, answers, scores, means, may_be_best(scores, noise), strict=True
-            )
-        ]
-        order = sorted(range(len(rows)), key=lambda i: (-rows[i].accuracy, rows[i].loss))
-        images, first = scores.shape[1], scores[order[0]]
-        runs, epochs = (
-            Bounds(models, hoeffding(models, images), empirical_bernstein(first, models))
-            for models in (len(looked_at), sum(run.epochs for run in looked_at))
-        )
+        openings = {run.name: count(run.folder, answers[0].test_split) for run in candidates}
         return cls(
             images,
-            answers[0].views,
-            len(looked_at),
-            [rows[i] for i in order],
-            optimism(means, noise),
-            (runs, epochs),
-            {run.name: times for run in looked_at if (times := count(run.folder, answers[0].test_split))},
+            views,
+            len(candidates),
+            sorted(rows, key=lambda row: (-row.accuracy, row.loss)),
+            optimism(scores.mean(axis=1), resampled(scores)),
+            {name: times for name, times in openings.items() if times},
         )
 
     @property
     def first(self) -> Ranked:
-        """The one of the highest accuracy, by its loss among equals."""
+        """The run with the highest accuracy; the one with the lower loss among equals."""
         return self.ranking[0]
 
     @property
+    def estimate(self) -> Share:
+        """The accuracy of the first run and its interval, both lowered by the optimism."""
+        ends = (self.first.accuracy, *self.first.interval)
+        return Share(*(max(0.0, end - self.optimism) for end in ends))
+
+    @property
     def sentence(self) -> str:
-        """All of it in one."""
-        first, others = self.first, sum(each.may_be_best for each in self.ranking[1:])
-        where = f"{first.accuracy:.4f} on N={self.images:,}"
-        least = max(0.0, first.accuracy - self.bounds[1].empirical_bernstein)
-        bound = f"by the variance-aware bound its true accuracy is at least {least:.4f} with 95 % confidence."
-        if self.candidates == 1:
-            return f"{first.name} is the only candidate given, with {where}, so no choice among runs counts; {bound}"
-        ranked = len(self.ranking)
+        """The result in words."""
+        first, estimate, ranked = self.first, self.estimate, len(self.ranking)
+        accuracy = f"accuracy {first.accuracy:.4f} on {self.images:,} validation images"
+        interval = f"(95 % interval {estimate.low:.4f} to {estimate.high:.4f})"
         if ranked == 1:
-            return (
-                f"{first.name} alone can be ranked, of M={self.candidates} that were looked at, with {where}; {bound}"
-            )
-        of = (
-            f"M={self.candidates}"
-            if ranked == self.candidates
-            else f"{ranked} that are ranked, of M={self.candidates},"
-        )
-        worse = "the other is worse" if ranked == 2 else "all others of these are worse"
-        told = f"{others} other{'s' * (others > 1)} cannot be told from it" if others else worse
+            of = f"the only complete run of {self.candidates}"
+            return f"{first.name} is {of}, so nothing is corrected: {accuracy} {interval}."
+        of = f"{ranked} runs" if ranked == self.candidates else f"{ranked} complete runs ({self.candidates} in all)"
         return (
-            f"{first.name} is first of {of} with {where}; having been chosen it is worth about "
-            f"{first.accuracy - self.optimism:.4f} (optimism {self.optimism:.4f}); {told}; {bound}"
+            f"{first.name} is the best of {of}: {accuracy}. Corrected for the choice of the best, its expected "
+            f"accuracy is {estimate.value:.4f} {interval}. The correction of {self.optimism:.4f} is a bootstrap "
+            "estimate over the validation images."
         )
 
 
-def _notes(selection: Selection, looked_at: Sequence[Run], sweeps: Sequence[Path]) -> list[str]:
-    states = [run.state for run in looked_at]
-    told = ", ".join(f"{states.count(state)} {text}" for state, text in STATES.items() if state in states)
-    # A trial on another machine has left no table of its epochs here.
-    least = "at least " if "elsewhere" in states else ""
+def _notes(selection: Selection, candidates: Sequence[Run], sweeps: Sequence[Path]) -> list[str]:
+    states = ", ".join(f"{number} {state}" for state, number in Counter(run.state for run in candidates).items())
     notes = [
-        f"M counts every run that was looked at: {told}. With each epoch that was validated these are "
-        f"{least}{selection.bounds[1].models:,} models, and by them the bound goes: a run's best.ckpt is the best of "
-        "its epochs on these very images. The optimism is of the choice among those that ended, and of no other."
+        f"Runs: {states}. The correction covers the choice among the complete runs. It does not cover the choice of "
+        "each run's best epoch, which used the same images."
     ]
     if sweeps:
-        notes.append("A search that goes by these scores adapts to them, and no count of models covers that.")
-    for folder in sorted({run.folder.resolve().parent for run in looked_at} - {sweep.resolve() for sweep in sweeps}):
+        notes.append("A search that adapts to these scores adds bias that the correction does not cover.")
+    for folder in sorted({run.folder.resolve().parent for run in candidates} - {sweep.resolve() for sweep in sweeps}):
         if is_sweep(folder):
-            notes.append(f"Some are trials of the sweep '{folder.name}': give its folder, and M counts all of them.")
-    by_loss = min(selection.ranking, key=lambda each: each.loss)
+            notes.append(f"Some runs are trials of the sweep '{folder.name}'. Give its folder to count all trials.")
+    by_loss = min(selection.ranking, key=lambda row: row.loss)
     if by_loss is not selection.first:
         notes.append(f"By loss {by_loss.name} is first ({by_loss.loss:.4f}, accuracy {by_loss.accuracy:.4f}).")
     if selection.views > 1:
-        notes.append(f"N counts source images; each is shown {selection.views} times.")
-    opened = selection.test_openings
-    if opened:
-        told = ", ".join(f"{name} {times}" for name, times in opened.items())
-        notes.append(f"The test split was opened {sum(opened.values())} times ({told}).")
+        notes.append(f"Each image is shown in {selection.views} views and counts once.")
+    openings = selection.test_openings
+    if openings:
+        each = ", ".join(f"{name} {times}" for name, times in openings.items())
+        notes.append(f"The test split was opened {sum(openings.values())} times ({each}).")
     else:
-        notes.append("The test split was not opened for any of them.")
-    if sum(opened.values()) > 1:
-        notes.append(
-            "Whoever chooses by the test split makes a second validation split of it: the best score there is too good "
-            "in the same way, and no image is left to say by how much."
-        )
+        notes.append("The test split was not opened for any of these runs.")
+    if sum(openings.values()) > 1:
+        notes.append("A choice by the test split makes it a second validation split; no unseen images remain then.")
     return notes
 
 
 def _markdown(selection: Selection, notes: Sequence[str]) -> str:
-    table = [["run", "accuracy", "95 %", "loss", "p", "may be the best"]]
-    for each in selection.ranking:
-        low, high = each.interval
-        cells = [each.name, f"{each.accuracy:.4f}", f"{low:.4f} to {high:.4f}", f"{each.loss:.4f}"]
-        cells.append(f"{each.p:.3f}" if each.p >= 0.001 else "<0.001")
-        table.append([*cells, "yes" if each.may_be_best else "no"])
-    runs, epochs = selection.bounds
-    bounds = [["bound", f"runs: {runs.models}", f"models: {epochs.models:,}"]]
-    bounds += [
-        [title, *(f"{getattr(bound, name):.4f}" for bound in selection.bounds)] for name, title in BOUNDS.items()
-    ]
-    legend = [
-        "95 %: of a run that nobody has chosen. loss: mean negative logarithm of the true class's probability. p: of "
-        '"no other one is truly better", from paired differences on the same images; above 0.05 a run may be the best.',
-        "bound: how far accuracy may be from the true one with 95 %, were the runs, or all their epochs, fixed before "
-        "the images were drawn.",
-    ]
-    points = [fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in [*notes, *legend]]
-    return "\n".join([fill(selection.sentence, WIDTH), "", markdown(table), markdown(bounds), *points]) + "\n"
+    table = [["run", "accuracy", "95 %", "loss"]]
+    for row in selection.ranking:
+        low, high = row.interval
+        table.append([row.name, f"{row.accuracy:.4f}", f"{low:.4f} to {high:.4f}", f"{row.loss:.4f}"])
+    legend = "95 %: interval of each run alone, without correction. loss: mean negative log-likelihood."
+    points = [fill(note, LINE_WIDTH, initial_indent="- ", subsequent_indent="  ") for note in [*notes, legend]]
+    return "\n".join([fill(selection.sentence, LINE_WIDTH), "", markdown(table), *points]) + "\n"
 
 
 def _draw(selection: Selection) -> "Figure":
-    """Accuracies with their intervals, the best on top; in colour those that cannot be told from it."""
+    """Draw accuracies with their intervals, the best on top, and the estimate as a line."""
     from matplotlib.figure import Figure
 
-    shown = selection.ranking[:MOST_DRAWN]
-    figure = Figure(figsize=(7, 1.4 + 0.25 * len(shown)), dpi=120, layout="constrained")
+    rows = selection.ranking[:DRAWN_RUNS]
+    figure = Figure(figsize=(7, 1.4 + 0.25 * len(rows)), dpi=120, layout="constrained")
     axis = figure.subplots()
-    for place, each in enumerate(shown):
-        low, high = each.interval
-        colour = "#084081" if each.may_be_best else "#999999"
-        axis.plot([low, high], [place, place], color=colour, linewidth=1.5)
-        axis.plot(each.accuracy, place, "o", color=colour, markersize=5)
-    axis.axvline(selection.first.accuracy - selection.optimism, color="#b3123a", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(shown)), labels=[each.name for each in shown], fontsize=8, parse_math=False)
-    axis.set_ylim(len(shown) - 0.5, -0.5)
-    axis.set_xlabel(f"accuracy on {selection.images:,} validation images, with 95 %", fontsize=8)
+    for place, row in enumerate(rows):
+        axis.plot(row.interval, [place, place], color="#084081", linewidth=1.5)
+        axis.plot(row.accuracy, place, "o", color="#084081", markersize=5)
+    axis.axvline(selection.estimate.value, color="#b3123a", linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(rows)), labels=[row.name for row in rows], fontsize=8, parse_math=False)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel(f"accuracy on {selection.images:,} validation images, with intervals of 95 %", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(axis="x", alpha=0.3)
-    more = f"; the first {len(shown)} of {len(selection.ranking)}" if len(shown) < len(selection.ranking) else ""
-    axis.set_title(
-        f"Blue: cannot be told from the best. Dashed: what it is worth, having been chosen{more}", fontsize=8
-    )
+    more = f"; the first {len(rows)} of {len(selection.ranking)} runs" if len(rows) < len(selection.ranking) else ""
+    axis.set_title(f"Dashed: expected accuracy of the first, corrected for the choice{more}", fontsize=8)
     return figure

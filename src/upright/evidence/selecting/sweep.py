@@ -18,5 +18,5 @@ def sweep(space: str, trials: int | None = None, name: str | None = None, option
             select([str(ROOT / (name or Path(space).stem))])
         except UprightError as error:
             # The trials are complete, only their comparison is not possible.
-            print(f"Note: the expected accuracy of the best trial is unknown: {error}", file=sys.stderr)
+            print(f"Note: the trials cannot be compared: {error}", file=sys.stderr)
     return code

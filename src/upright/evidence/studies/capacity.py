@@ -10,15 +10,14 @@ network is higher, in every run, than that of the width of the lowest validation
 1. (First, rule 1 spoke of 8 units; with 8 no training error is left, and nothing can be lower.)
 """
 
-import statistics
 from functools import partial
 
+import numpy as np
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.finding import Finding, draw_band, means, measured, panels, rows, spreads
 
 WIDTHS = (1, 2, 4, 8, 16, 64, 256, 1024)
 SMALL, WIDEST = 1, 1024
@@ -46,38 +45,29 @@ def run(bench: Bench) -> Finding:
     right = {
         "training": {width: [right for _, right in scores[width]] for width in widths},
         "validation": {width: [run.column("val/accuracy")[-1] for run in runs[width]] for width in widths},
-        "test": {width: values(runs[width], "test/accuracy") for width in widths},
+        "test": measured(runs, "test/accuracy"),
     }
     errors = {
-        split: {width: [100 * (1 - share) for share in found[width]] for width in widths}
-        for split, found in right.items()
+        split: {width: [100 * (1 - share) for share in shares] for width, shares in groups.items()}
+        for split, groups in right.items()
     }
-    test = errors["test"]
-    best = min(widths, key=lambda width: statistics.mean(errors["validation"][width]))
+    training, validation, test = (means(groups) for groups in errors.values())
+    best = min(widths, key=lambda width: validation[width])
     fits = all(w < s for w, s in zip(errors["training"][WIDEST], errors["training"][SMALL], strict=True))
-    worse = [widest > other for widest, other in zip(test[WIDEST], test[best], strict=True)]
+    worse = [widest > other for widest, other in zip(errors["test"][WIDEST], errors["test"][best], strict=True)]
     sentence = (
-        f"From {SMALL} unit to {WIDEST:,} the training error goes from "
-        f"{statistics.mean(errors['training'][SMALL]):.1f} to {statistics.mean(errors['training'][WIDEST]):.1f} %; the "
-        f"test error is {statistics.mean(test[best]):.1f} % at {best:,}, the width of the lowest validation error, and "
-        f"{statistics.mean(test[WIDEST]):.1f} % at the widest, higher in {sum(worse)} of {len(worse)} runs."
+        f"From {SMALL} unit to {WIDEST:,} the training error goes from {training[SMALL]:.1f} to "
+        f"{training[WIDEST]:.1f} %; the test error is {test[best]:.1f} % at {best:,}, the width of the lowest "
+        f"validation error, and {test[WIDEST]:.1f} % at the widest, higher in {sum(worse)} of {len(worse)} runs."
     )
-    table = [
-        {
-            "units": f"{width:,}",
-            **{f"{title} error, %": mean_and_spread(found[width], 1) for title, found in errors.items()},
-            "training loss": mean_and_spread(losses["training"][width], 3),
-            "validation loss": mean_and_spread(losses["validation"][width], 3),
-        }
-        for width in widths
-    ]
+    columns = {f"{title} error, %": spreads(groups, 1) for title, groups in errors.items()}
+    columns |= {f"{title} loss": spreads(groups, 3) for title, groups in losses.items()}
+    table = rows("units", {width: f"{width:,}" for width in widths}, columns)
     figure, axes = panels(2)
-    drawn = ({title: errors[title] for title in ("training", "test")}, losses)
-    for axis, lines, what in zip(axes, drawn, ("error, %", "loss"), strict=True):
-        for title, found in lines.items():
-            each = list(zip(*found.values(), strict=True))
-            draw_band(axis, widths, each, title, marker="o", markersize=3)
-        axis.set(xscale="log", xlabel="hidden units", ylabel=what, ylim=(0, None))
-        axis.legend(fontsize=8)
-    numbers = {"error": errors, "loss": losses}
-    return Finding(fits and all(worse) and best > SMALL, sentence, table, figure, numbers)
+    drawn = {"error, %": {title: errors[title] for title in ("training", "test")}, "loss": losses}
+    for axis, (measure, lines) in zip(axes, drawn.items(), strict=True):
+        for title, groups in lines.items():
+            draw_band(axis, widths, np.transpose([*groups.values()]), title, marker="o", markersize=3)
+        axis.set(xscale="log", xlabel="hidden units", ylabel=measure, ylim=(0, None))
+        axis.legend()
+    return Finding(fits and all(worse) and best > SMALL, sentence, table, figure, {"error": errors, "loss": losses})

@@ -9,17 +9,16 @@ over the last epoch. The seeds change weights and order.
 It holds if in both families every run with 4 layers has a higher test accuracy than every run with 1.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from upright.architectures.mlp import MLP
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.finding import Finding, draw_band, means, measured, panels, rows, spreads
 
 SHAPE = (1, 28, 28)
 DEPTHS = (1, 2, 3, 4)
@@ -52,18 +51,18 @@ class CNN(nn.Module):
 
 
 FAMILIES: dict[str, tuple[Callable[..., nn.Module], int]] = {"MLP": (MLP, 100_000), "CNN": (CNN, 30_000)}
-"""Each with its number of parameters."""
+"""Network and number of parameters."""
 
 
 def parameters(network: Callable[..., nn.Module], widths: tuple[int, ...]) -> int:
-    """How many it has."""
+    """Count the parameters of a network."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in network(SHAPE, 10, widths=widths).parameters())
 
 
 @cache
 def widths(family: str, depth: int) -> tuple[int, ...]:
-    """Of so many layers, for the number of parameters of the family."""
+    """Return the widths of the layers for the number of parameters of the family."""
     network, budget = FAMILIES[family]
     width = 1
     while parameters(network, (width + 1,) * depth) <= budget:
@@ -75,49 +74,39 @@ def widths(family: str, depth: int) -> tuple[int, ...]:
 
 def run(bench: Bench) -> Finding:
     """Train both families at every depth."""
-    depths = bench.choose((SHALLOW, DEEP), DEPTHS)
-    data = bench.data(train_fraction=0.1)
-    names = {(family, depth): f"{family}-{depth}" for family in FAMILIES for depth in depths}
-    epochs = bench.choose(1, 10)
-    variants = {
-        name: Experiment(
-            network=partial(FAMILIES[family][0], widths=widths(family, depth)),
-            data=data,
-            epochs=epochs,
-            init="he_normal",
-            validate_every=epochs,
-        )
-        for (family, depth), name in names.items()
-    }
-    runs = bench.train(variants)
-    accuracy = {name: values(runs[name], "test/accuracy") for name in variants}
-    loss = {name: [each.column("train/loss")[-1] for each in runs[name]] for name in variants}
-    won = {family: min(accuracy[names[family, DEEP]]) > max(accuracy[names[family, SHALLOW]]) for family in FAMILIES}
-    sentence = "; ".join(
-        f"{family}s of {FAMILIES[family][1]:,} parameters are {'' if won[family] else 'not clearly '}better deep: "
-        f"test accuracy {statistics.mean(accuracy[names[family, SHALLOW]]):.4f} with {SHALLOW} layer, "
-        f"{statistics.mean(accuracy[names[family, DEEP]]):.4f} with {DEEP} "
-        f"({'every' if won[family] else 'not every'} deep run is above every shallow one)"
-        for family in FAMILIES
-    )
-    table = [
+    depths, epochs = bench.choose((SHALLOW, DEEP), DEPTHS), bench.choose(1, 10)
+    keys = {f"{family}-{depth}": (family, depth) for family in FAMILIES for depth in depths}
+    plain = Experiment(MLP, bench.data(train_fraction=0.1), epochs, init="he_normal", validate_every=epochs)
+    runs = bench.train(
         {
-            "network": family,
-            "layers": str(depth),
-            "width": " or ".join(str(width) for width in sorted({*widths(family, depth)})),
-            "parameters": f"{parameters(FAMILIES[family][0], widths(family, depth)):,}",
-            "test accuracy": mean_and_spread(accuracy[name]),
-            "training loss": mean_and_spread(loss[name]),
+            name: plain._replace(network=partial(FAMILIES[family][0], widths=widths(family, depth)))
+            for name, (family, depth) in keys.items()
         }
-        for (family, depth), name in names.items()
-    ]
+    )
+    accuracy = measured(runs, "test/accuracy")
+    loss = {name: [each.column("train/loss")[-1] for each in runs[name]] for name in runs}
+    won, parts, mean = {}, [], means(accuracy)
+    for family, (_, budget) in FAMILIES.items():
+        shallow, deep = f"{family}-{SHALLOW}", f"{family}-{DEEP}"
+        won[family] = min(accuracy[deep]) > max(accuracy[shallow])
+        parts.append(
+            f"{family}s of {budget:,} parameters are {'' if won[family] else 'not clearly '}better deep: test accuracy "
+            f"{mean[shallow]:.4f} with {SHALLOW} layer, {mean[deep]:.4f} with {DEEP} "
+            f"({'every' if won[family] else 'not every'} deep run is above every shallow one)"
+        )
+    columns = {
+        "layers": {name: str(depth) for name, (_, depth) in keys.items()},
+        "width": {name: " or ".join(str(width) for width in sorted({*widths(*key)})) for name, key in keys.items()},
+        "parameters": {name: f"{parameters(FAMILIES[key[0]][0], widths(*key)):,}" for name, key in keys.items()},
+        "test accuracy": spreads(accuracy),
+        "training loss": spreads(loss),
+    }
+    table = rows("network", {name: family for name, (family, _) in keys.items()}, columns)
     figure, axes = panels(2, 2)
-    measures = [(found, family) for found in (accuracy, loss) for family in FAMILIES]
-    for axis, (found, family) in zip(axes, measures, strict=True):
-        each = [found[names[family, depth]] for depth in depths]
-        draw_band(axis, depths, list(zip(*each, strict=True)), family)
-        axis.set_title(f"{family}s of {FAMILIES[family][1]:,} parameters", fontsize=9)
-        axis.set_xticks(depths)
-        axis.set_xlabel("hidden layers" if family == "MLP" else "convolutions", fontsize=9)
-        axis.set_ylabel("test accuracy" if found is accuracy else "training loss", fontsize=9)
-    return Finding(all(won.values()), f"{sentence}.", table, figure, {"test/accuracy": accuracy, "train/loss": loss})
+    for row, (title, groups) in enumerate({"test accuracy": accuracy, "training loss": loss}.items()):
+        for axis, family in zip(axes[2 * row :], FAMILIES, strict=False):
+            draw_band(axis, depths, np.transpose([groups[f"{family}-{depth}"] for depth in depths]), family)
+            axis.set_title(f"{family}s of {FAMILIES[family][1]:,} parameters")
+            axis.set(xticks=depths, xlabel="hidden layers" if family == "MLP" else "convolutions", ylabel=title)
+    numbers = {"test/accuracy": accuracy, "train/loss": loss}
+    return Finding(all(won.values()), "; ".join(parts) + ".", table, figure, numbers)

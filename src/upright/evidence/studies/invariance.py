@@ -13,14 +13,10 @@ training; and if these too lose more than 0.1 at 90 degrees and at half the size
 from functools import partial
 from statistics import mean
 
-from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import SpatialTransformer
-from upright.architectures.transformer_network import TransformerNetwork
 from upright.data.augmentation import RandomAffine
-from upright.evidence.bench import Bench, Experiment
+from upright.evidence.bench import LENET, Bench, Experiment, transformed
 from upright.evidence.distortions import Curve, Kinds, curves, turn, zoom
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.finding import Finding, draw_band, measured, panels, rows, spreads
 
 TITLES = {
     "plain": "LeNet",
@@ -36,9 +32,9 @@ TRAINED = {"degrees": (-45, 45), "size": (0.8, 1.25)}
 LABELS = {"degrees": "turned by, degrees", "size": "size, times"}
 
 
-def losses(found: dict[str, Curve]) -> dict[str, float]:
-    """What a run loses of its accuracy on images as they are: the most within the range of training, and beyond it."""
-    angles, factors = (dict(zip(amounts, found[kind].accuracy, strict=True)) for kind, amounts in KINDS.items())
+def losses(run: dict[str, Curve]) -> dict[str, float]:
+    """Return the loss of accuracy against undistorted images: the worst in the range of training, and beyond it."""
+    angles, factors = (dict(zip(strengths, run[kind].accuracy, strict=True)) for kind, strengths in KINDS.items())
     right = {
         "to 45 degrees": min(angles[n] for n in angles if abs(n) <= 45),
         "at 45 degrees": mean([angles[-45], angles[45]]),
@@ -51,25 +47,17 @@ def losses(found: dict[str, Curve]) -> dict[str, float]:
 
 
 def run(bench: Bench) -> Finding:
-    """Train the four, and turn and scale what they are shown."""
+    """Train the four, then rotate and scale the test images."""
     options = {"train_fraction": bench.choose(0.1, 0.3), "val_fraction": 0.02, "batch_size": 128}
     affine = partial(RandomAffine, rotate=45, scale=(0.8, 1.25))
-    augmented = bench.data(augment=[affine], angles=(-45, 45), **options)
-    lenet = partial(LeNet, activation="relu", pooling="max")
-    transformer = partial(SpatialTransformer, transform="similarity", padding="border")
-    plain = Experiment(lenet, bench.data(**options), bench.choose(1, 6))
-    behind = plain._replace(network=partial(TransformerNetwork, transformer=transformer, network=lenet), data=augmented)
-    runs = bench.train(
-        {
-            "plain": plain,
-            "augmented": plain._replace(data=augmented),
-            "transformer": behind,
-            "upright": behind._replace(upright_weight=2.0),
-        }
-    )
-    found = {key: curves(bench, runs[key], KINDS, every=bench.choose(8, 4)) for key in runs}
-    each = {key: [losses(one) for one in found[key]] for key in runs}
-    lost = {key: {name: [one[name] for one in each[key]] for name in each[key][0]} for key in runs}
+    plain = Experiment(LENET, bench.data(**options), bench.choose(1, 6))
+    augmented = plain._replace(data=bench.data(augment=[affine], angles=(-45, 45), **options))
+    transformer = augmented._replace(network=transformed("similarity"))
+    upright = transformer._replace(upright_weight=2.0)
+    runs = bench.train(dict(zip(TITLES, (plain, augmented, transformer, upright), strict=True)))
+    lines = {key: curves(bench, runs[key], KINDS, every=bench.choose(8, 4)) for key in runs}
+    each = {key: [losses(run) for run in lines[key]] for key in runs}
+    lost = {key: {name: [run[name] for run in each[key]] for name in each[key][0]} for key in runs}
     plain_lost, *others = lost.values()
     within = max(max(one["to 45 degrees"] + one["0.8 to 1.25 x"]) for one in others)
     not_invariant = min(plain_lost["at 45 degrees"] + plain_lost["at 0.5 x"]) > 0.1
@@ -82,24 +70,18 @@ def run(bench: Bench) -> Finding:
         f"{'all' if limited else 'do not all'} lose more than 0.1: at 90 degrees {mean_lost['at 90 degrees']}, at half "
         f"the size {mean_lost['at 0.5 x']} (augmented, transformer, upright loss)."
     )
-    table = [
-        {
-            "network": title,
-            "accuracy": mean_and_spread([one["size"].accuracy[5] for one in found[key]], 3),
-            **{f"lost {name}": mean_and_spread(every, 3) for name, every in lost[key].items()},
-            "uprightness": mean_and_spread(values(runs[key], "test/uprightness"), 3),
-        }
-        for key, title in TITLES.items()
-    ]
+    undistorted = list(KINDS["size"]).index(1.0)
+    columns = {"accuracy": spreads({key: [run["size"].accuracy[undistorted] for run in lines[key]] for key in runs}, 3)}
+    columns |= {f"lost {name}": spreads({key: lost[key][name] for key in runs}, 3) for name in plain_lost}
+    columns["uprightness"] = spreads(measured(runs, "test/uprightness"), 3)
     figure, axes = panels(2, width=4.6)
-    for axis, (kind, amounts) in zip(axes, KINDS.items(), strict=True):
+    for axis, (kind, strengths) in zip(axes, KINDS.items(), strict=True):
         axis.axvspan(*TRAINED[kind], color="#dddddd", alpha=0.6, linewidth=0, label="range of training")
         for key, title in TITLES.items():
-            draw_band(axis, list(amounts), [one[kind].accuracy for one in found[key]], title)
-        axis.set_xlabel(LABELS[kind], fontsize=9)
-        axis.set_ylabel("accuracy", fontsize=9)
-        axis.set_ylim(0, 1.02)
-    axes[0].legend(fontsize=8, loc="lower center")
-    numbers = {key: [{kind: one[kind].accuracy for kind in KINDS} for one in found[key]] for key in runs}
+            draw_band(axis, strengths, [run[kind].accuracy for run in lines[key]], title)
+        axis.set(xlabel=LABELS[kind], ylabel="accuracy", ylim=(0, 1.02))
+    axes[0].legend(loc="lower center")
+    numbers = {key: [{kind: run[kind].accuracy for kind in KINDS} for run in lines[key]] for key in runs}
     held = not_invariant and within <= 0.03 and limited
+    table = rows("network", TITLES, columns)
     return Finding(held, sentence, table, figure, {"accuracy": numbers, "lost": lost})

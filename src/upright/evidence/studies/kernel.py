@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cosine_similarity, mse_loss
 
 from upright.evidence.bench import Bench
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread
+from upright.evidence.finding import Finding, draw_band, panels, rows, spreads
 
 KERNELS = {
     "Sobel": ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0)),
     "Laplacian": ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
     "Gaussian": ((1 / 16, 1 / 8, 1 / 16), (1 / 8, 1 / 4, 1 / 8), (1 / 16, 1 / 8, 1 / 16)),
 }
+REACHED = 0.999
 
 
 def learn(images: Tensor, kernel: Tensor, seed: int, steps: int) -> tuple[Tensor, list[float]]:
-    """The kernel that was learnt, ``(3, 3)``, and after each step its cosine with the one that it should be."""
+    """Return the learnt kernel ``(3, 3)``, and after each step its cosine with the true one."""
     torch.manual_seed(seed)
     answers = conv2d(images, kernel[None, None])
     answers += 0.1 * answers.std() * torch.randn_like(answers)
@@ -45,8 +45,8 @@ def learn(images: Tensor, kernel: Tensor, seed: int, steps: int) -> tuple[Tensor
     return learner.weight.detach()[0, 0], cosines
 
 
-def _after(steps: Sequence[int | None]) -> str:
-    """How many runs got there, and when."""
+def summary(steps: Sequence[int | None]) -> str:
+    """Say how many runs reached the cosine, and when."""
     reached = [step for step in steps if step is not None]
     when = f", after {statistics.mean(reached):.0f} steps on average" if reached else ""
     return f"by {len(reached)} of {len(steps)} runs{when}"
@@ -56,54 +56,46 @@ def run(bench: Bench) -> Finding:
     """Learn each kernel from digits and from noise."""
     digits = bench.data()().samples("train")
     steps = bench.choose(50, 500)
-    found: dict[tuple[str, str], list[tuple[Tensor, list[float]]]] = {}
+    runs: dict[str, dict[str, list[tuple[Tensor, list[float]]]]] = {
+        source: {name: [] for name in KERNELS} for source in ("digits", "noise")
+    }
     for seed in range(bench.seeds):
         torch.manual_seed(seed)
-        chosen = digits[torch.randperm(len(digits))[: bench.choose(32, 256)]].images.float() / 255
-        pictures = {"digits": (chosen - chosen.mean()) / chosen.std(), "noise": torch.randn(chosen.shape)}
+        sample = digits[torch.randperm(len(digits))[: bench.choose(32, 256)]].images.float() / 255
+        images = {"digits": (sample - sample.mean()) / sample.std(), "noise": torch.randn(sample.shape)}
         for name, kernel in KERNELS.items():
-            for source, images in pictures.items():
-                found.setdefault((name, source), []).append(learn(images, torch.tensor(kernel), seed, steps))
-    ends = {key: [cosines[-1] for _, cosines in runs] for key, runs in found.items()}
-    from_digits = [value for (_, source), each in ends.items() if source == "digits" for value in each]
-    needed = {
-        source: [
-            next((step for step, value in enumerate(cosines, 1) if value > 0.999), None)
-            for name in KERNELS
-            for _, cosines in found[name, source]
-        ]
-        for source in ("digits", "noise")
+            for source in runs:
+                runs[source][name].append(learn(images[source], torch.tensor(kernel), seed, steps))
+    paths = {source: [cosines for each in kernels.values() for _, cosines in each] for source, kernels in runs.items()}
+    ends = {
+        source: {name: [run[-1] for _, run in kernels[name]] for name in KERNELS} for source, kernels in runs.items()
     }
-    held = min(from_digits) > 0.999
+    needed = {
+        source: [next((step for step, cosine in enumerate(path, 1) if cosine > REACHED), None) for path in each]
+        for source, each in paths.items()
+    }
+    least = min(path[-1] for path in paths["digits"])
     sentence = (
-        f"The least cosine of a kernel that was learnt from digits with the one that made the answers is "
-        f"{min(from_digits):.5f}; a cosine of 0.999 was reached {_after(needed['digits'])}, and "
-        f"{_after(needed['noise'])} where the pixels of a picture are independent."
+        f"The least cosine of a kernel that was learnt from digits with the one that made the answers is {least:.5f}; "
+        f"a cosine of {REACHED} was reached {summary(needed['digits'])}, and {summary(needed['noise'])} where the "
+        "pixels of a picture are independent."
     )
-    table = [
-        {
-            "kernel": name,
-            "from digits, cosine": mean_and_spread(ends[name, "digits"], 5),
-            "from noise, cosine": mean_and_spread(ends[name, "noise"], 5),
-            "learnt from digits": " / ".join(
-                " ".join(f"{value:+.2f}" for value in row) for row in found[name, "digits"][0][0].tolist()
-            ),
-        }
-        for name in KERNELS
-    ]
+    columns = {f"from {source}, cosine": spreads(each, 5) for source, each in ends.items()}
+    learnt = {name: runs["digits"][name][0][0] for name in KERNELS}
+    columns["learnt from digits"] = {
+        name: " / ".join(" ".join(f"{value:+.2f}" for value in row) for row in kernel.tolist())
+        for name, kernel in learnt.items()
+    }
     figure, axes = panels(4, width=2.6, height=2.8)
     for axis, name in zip(axes, KERNELS, strict=False):
-        pair = torch.cat([torch.tensor(KERNELS[name]), torch.full((3, 1), torch.nan), found[name, "digits"][0][0]], 1)
+        pair = torch.cat([torch.tensor(KERNELS[name]), torch.full((3, 1), torch.nan), learnt[name]], 1)
         largest = float(pair.nan_to_num().abs().max())
         axis.imshow(pair.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
-        axis.set_title(f"{name}: given, learnt", fontsize=9)
+        axis.set_title(f"{name}: given, learnt")
         axis.set_axis_off()
     for source, style in (("digits", "-"), ("noise", "--")):
-        runs = [[1 - value for value in cosines] for name in KERNELS for _, cosines in found[name, source]]
-        draw_band(axes[3], range(1, steps + 1), runs, source, linestyle=style)
-    axes[3].set_yscale("log")
-    axes[3].set_xlabel("step", fontsize=9)
-    axes[3].set_ylabel("1 - cosine", fontsize=9)
-    axes[3].legend(fontsize=8)
-    cosines = {f"{name}, {source}": ends[name, source] for name, source in ends}
-    return Finding(held, sentence, table, figure, {"cosine": cosines, "steps to 0.999": needed})
+        draw_band(axes[3], range(1, steps + 1), 1 - torch.tensor(paths[source]).numpy(), source, linestyle=style)
+    axes[3].set(yscale="log", xlabel="step", ylabel="1 - cosine")
+    axes[3].legend()
+    table = rows("kernel", {name: name for name in KERNELS}, columns)
+    return Finding(least > REACHED, sentence, table, figure, {"cosine": ends, f"steps to {REACHED}": needed})

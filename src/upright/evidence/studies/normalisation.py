@@ -18,14 +18,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from upright.architectures.vgg import VGG
 from upright.data.datamodule import ImageDataModule
 from upright.evidence.bench import Bench
-from upright.evidence.plots import draw_band, draw_points, panels
-from upright.evidence.study import Finding, mean_and_spread
+from upright.evidence.finding import Finding, draw_band, draw_points, means, panels, rows, spreads
 from upright.training.model import Model
 
 KINDS = {"without": False, "with batch normalisation": True}
@@ -33,7 +33,7 @@ OVER, TRAINED, REACHED = 10, 1.0, 0.3
 
 
 class Learnt(NamedTuple):
-    """A run: the loss at every step, up to one that is not finite, and the test accuracy."""
+    """The loss at every step, up to one that is not finite, and the test accuracy."""
 
     losses: list[float]
     accuracy: float
@@ -45,7 +45,7 @@ class Learnt(NamedTuple):
 
     @property
     def steps(self) -> float:
-        """Until the loss was reached; infinity if it never was."""
+        """Steps to the loss ``REACHED``; infinity if it was never reached."""
         return next((step for step, loss in enumerate(self.smooth, 1) if loss <= REACHED), math.inf)
 
 
@@ -78,10 +78,8 @@ def run(bench: Bench) -> Finding:
     rates = bench.choose((0.01, 0.1), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
     data = bench.data(train_fraction=bench.choose(0.5, 0.2))
     keys = [(kind, rate, seed) for kind in KINDS for rate in rates for seed in range(bench.seeds)]
-    learnt = bench.map(learn, [(data, rate, KINDS[kind], seed) for kind, rate, seed in keys])
-    runs: dict[str, dict[float, list[Learnt]]] = {kind: {rate: [] for rate in rates} for kind in KINDS}
-    for (kind, rate, _), each in zip(keys, learnt, strict=True):
-        runs[kind][rate].append(each)
+    results = iter(bench.map(learn, [(data, rate, KINDS[kind], seed) for kind, rate, seed in keys]))
+    runs = {kind: {rate: [next(results) for _ in range(bench.seeds)] for rate in rates} for kind in KINDS}
     end = {kind: {rate: [each.smooth[-1] for each in runs[kind][rate]] for rate in rates} for kind in KINDS}
     largest = {kind: max((rate for rate in rates if max(end[kind][rate]) < TRAINED), default=0.0) for kind in KINDS}
     best = {kind: min((statistics.mean(each), rate) for rate, each in end[kind].items())[1] for kind in KINDS}
@@ -91,27 +89,27 @@ def run(bench: Bench) -> Finding:
     larger = largest[normalised] > largest[without]
     fewer = max(steps[normalised]) < min(steps[without])
     better = min(accuracy[normalised]) > max(accuracy[without])
+    mean = means(accuracy)
+    count = {
+        kind: f"{statistics.mean(each):.0f}" if max(each) < math.inf else "too many" for kind, each in steps.items()
+    }
     sentence = (
         f"Batch normalisation trains at rates up to {largest[normalised]:g} ({largest[without]:g} without it), takes "
-        f"{_count(steps[normalised])} steps to a loss of {REACHED} ({_count(steps[without])}; every run fewer: "
-        f"{'yes' if fewer else 'no'}), and reaches a test accuracy of {statistics.mean(accuracy[normalised]):.4f} "
-        f"({statistics.mean(accuracy[without]):.4f}; every run higher: {'yes' if better else 'no'})."
+        f"{count[normalised]} steps to a loss of {REACHED} ({count[without]}; every run fewer: "
+        f"{'yes' if fewer else 'no'}), and reaches a test accuracy of {mean[normalised]:.4f} "
+        f"({mean[without]:.4f}; every run higher: {'yes' if better else 'no'})."
     )
-    table = [
-        {
-            "batch normalisation": "with" if KINDS[kind] else "without",
-            "largest rate that trains": f"{largest[kind]:g}",
-            "best rate": f"{best[kind]:g}",
-            f"steps to a loss of {REACHED}": _count(steps[kind]),
-            "loss at the end": mean_and_spread(end[kind][best[kind]], 3),
-            "test accuracy": mean_and_spread(accuracy[kind]),
-        }
-        for kind in KINDS
-    ]
+    columns = {
+        "largest rate that trains": {kind: f"{largest[kind]:g}" for kind in KINDS},
+        "best rate": {kind: f"{best[kind]:g}" for kind in KINDS},
+        f"steps to a loss of {REACHED}": count,
+        "loss at the end": spreads({kind: end[kind][best[kind]] for kind in KINDS}, 3),
+        "test accuracy": spreads(accuracy),
+    }
     figure, axes = panels(3)
     for kind in KINDS:
         # A diverged run is worse than one that learns nothing, and both are off the scale of interest.
-        ends = [[min(loss, 10.0) for loss in losses] for losses in zip(*end[kind].values(), strict=True)]
+        ends = np.minimum(np.transpose([*end[kind].values()]), 10)
         draw_band(axes[0], rates, ends, kind, marker="o", markersize=3)
         curves = [each.smooth for each in runs[kind][best[kind]]]
         draw_band(axes[1], range(1, len(curves[0]) + 1), curves, f"{kind}, rate {best[kind]:g}")
@@ -124,19 +122,17 @@ def run(bench: Bench) -> Finding:
     numbers = {
         kind: {
             f"{rate:g}": [
-                {"loss": _finite(each.smooth[-1]), "steps": _finite(each.steps), "test/accuracy": each.accuracy}
-                for each in runs[kind][rate]
+                {"loss": finite(run.smooth[-1]), "steps": finite(run.steps), "test/accuracy": run.accuracy}
+                for run in each
             ]
-            for rate in rates
+            for rate, each in runs[kind].items()
         }
         for kind in KINDS
     }
+    table = rows("batch normalisation", {kind: kind.split()[0] for kind in KINDS}, columns)
     return Finding(larger and fewer and better, sentence, table, figure, numbers)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return a number that JSON has."""
     return value if math.isfinite(value) else None
-
-
-def _count(steps: list[float]) -> str:
-    return f"{statistics.mean(steps):.0f}" if max(steps) < math.inf else "too many"

@@ -13,7 +13,6 @@ for the same with either; and if networks that end in a mean over the image give
 """
 
 from functools import partial
-from statistics import mean
 
 import torch
 from torch import nn
@@ -22,10 +21,9 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.nin import NiN
 from upright.architectures.resnet import SmallResNet
 from upright.architectures.spatial_transformer import Network, Shape
-from upright.evidence.bench import Bench, Experiment
+from upright.evidence.bench import LENET, Bench, Experiment
 from upright.evidence.distortions import Curve, Kinds, curves, shift, turn, zoom
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.finding import Finding, draw_band, means, measured, panels, rows, spreads
 
 
 class StridedLeNet(LeNet):
@@ -45,7 +43,7 @@ class StridedLeNet(LeNet):
 
 
 POOLINGS: dict[str, Network] = {
-    "maxima": partial(LeNet, activation="relu", pooling="max"),
+    "maxima": LENET,
     "means": partial(LeNet, activation="relu", pooling="avg"),
     "no pooling": StridedLeNet,
 }
@@ -56,7 +54,7 @@ GLOBAL: dict[str, Network] = {
 SIZES = ((28, 28), (20, 36), (64, 48))
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 KINDS: Kinds = {
-    "pixels": {n: [shift(n * x, n * y, 28) for x, y in DIRECTIONS] for n in range(7)},
+    "pixels": {n: [shift(n * x, n * y, 28, 28) for x, y in DIRECTIONS] for n in range(7)},
     "degrees": {angle: [turn(angle), turn(-angle)] for angle in (0, 5, 10, 15, 20, 30, 45)},
     "size": {factor: [zoom(factor)] for factor in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)},
 }
@@ -66,7 +64,7 @@ COMPARED = {"2 pixels": ("pixels", 2), "15 degrees": ("degrees", 15), "0.8 x": (
 
 @torch.no_grad()
 def outputs(network: Network, height: int, width: int) -> str:
-    """How many numbers a network for 28 x 28 pixels gives for an image of another size."""
+    """Return how many numbers a network for 28 x 28 pixels gives for an image of another size."""
     try:
         return str(network((1, 28, 28), 10).eval()(torch.zeros(1, 1, height, width)).numel())
     except RuntimeError:
@@ -74,51 +72,42 @@ def outputs(network: Network, height: int, width: int) -> str:
 
 
 def run(bench: Bench) -> Finding:
-    """Train LeNet with each kind of pooling, and distort what they are shown."""
+    """Train LeNet with each kind of pooling, and distort the test images."""
     data = bench.data(train_fraction=bench.choose(0.3, 0.4), val_fraction=0.05, batch_size=128)
-    epochs = bench.choose(1, 5)
-    runs = bench.train({key: Experiment(network, data, epochs) for key, network in POOLINGS.items()})
-    found = {key: curves(bench, each, KINDS, every=bench.choose(8, 2)) for key, each in runs.items()}
+    runs = bench.train({key: Experiment(network, data, bench.choose(1, 5)) for key, network in POOLINGS.items()})
+    lines = {key: curves(bench, each, KINDS, every=bench.choose(8, 2)) for key, each in runs.items()}
     same = {
-        key: {
-            name: [each[kind].consistency[list(KINDS[kind]).index(amount)] for each in found[key]]
-            for name, (kind, amount) in COMPARED.items()
-        }
-        for key in runs
+        name: {key: [each[kind].consistency[list(KINDS[kind]).index(strength)] for each in lines[key]] for key in runs}
+        for name, (kind, strength) in COMPARED.items()
     }
-    given = {
+    lengths = {
         key: [outputs(network, height, width) for height, width in SIZES]
         for key, network in (POOLINGS | GLOBAL).items()
     }
+    mean = {name: means(groups) for name, groups in same.items()}
     *small, far = COMPARED
-    pooled = ("maxima", "means")
-    tolerant = {name: all(mean(same[key][name]) > mean(same["no pooling"][name]) for key in pooled) for name in small}
-    limited = all(mean(same[key][far]) < 0.9 for key in pooled)
-    one_length = all(set(given[key]) == {"10"} for key in GLOBAL)
-    held = all(tolerant.values()) and limited and one_length
-    less = ", ".join(name for name in small if not tolerant[name])
-    shares = {name: ", ".join(f"{mean(same[key][name]):.3f} ({key})" for key in runs) for name in ("2 pixels", far)}
+    less = [name for name in small if min(mean[name]["maxima"], mean[name]["means"]) <= mean[name]["no pooling"]]
+    limited = max(mean[far]["maxima"], mean[far]["means"]) < 0.9
+    one_length = all(set(lengths[key]) == {"10"} for key in GLOBAL)
+    shares = {name: ", ".join(f"{mean[name][key]:.3f} ({key})" for key in runs) for name in ("2 pixels", far)}
     sentence = (
         f"Of images moved by 2 pixels {shares['2 pixels']} are taken for the same as before, of those moved by 6 "
         f"{shares[far]}. Both kinds of pooling are more consistent than none in "
-        f"{f'all but {less}' if less else 'all three small distortions'}. Networks that end in a mean over the image "
-        f"{'give' if one_length else 'do not give'} 10 numbers for every size."
+        f"{'all but ' + ', '.join(less) if less else 'all three small distortions'}. Networks that end in a mean over "
+        f"the image {'give' if one_length else 'do not give'} 10 numbers for every size."
     )
-    table = [
-        {
-            "network": f"LeNet, {key}" if key in runs else f"{key}, mean at its end, not trained",
-            "test accuracy": mean_and_spread(values(runs.get(key, []), "test/accuracy")),
-            **{f"same, {name}": mean_and_spread(same.get(key, {}).get(name, []), 3) for name in COMPARED},
-            "outputs for " + ", ".join(f"{height}x{width}" for height, width in SIZES): ", ".join(given[key]),
-        }
-        for key in given
-    ]
+    titles = {key: f"LeNet, {key}" for key in runs} | {key: f"{key}, mean at its end, not trained" for key in GLOBAL}
+    columns = {"test accuracy": spreads(measured(runs, "test/accuracy"))}
+    columns |= {f"same, {name}": spreads(groups, 3) for name, groups in same.items()}
+    heading = "outputs for " + ", ".join(f"{height}x{width}" for height, width in SIZES)
+    columns[heading] = {key: ", ".join(each) for key, each in lengths.items()}
     figure, axes = panels(3, 2, width=3.6, height=2.6)
     for axis, (measure, kind) in zip(axes, [(m, kind) for m in Curve._fields for kind in KINDS], strict=True):
         for key in runs:
-            draw_band(axis, list(KINDS[kind]), [getattr(each[kind], measure) for each in found[key]], key)
-        axis.set_xlabel(LABELS[kind], fontsize=9)
-        axis.set_ylabel(measure, fontsize=9)
-    axes[0].legend(fontsize=8)
-    numbers = {key: [{kind: curve._asdict() for kind, curve in each.items()} for each in found[key]] for key in runs}
-    return Finding(held, sentence, table, figure, {"curves": numbers, "same": same, "outputs": given})
+            draw_band(axis, KINDS[kind], [getattr(each[kind], measure) for each in lines[key]], key)
+        axis.set(xlabel=LABELS[kind], ylabel=measure)
+    axes[0].legend()
+    numbers = {key: [{kind: curve._asdict() for kind, curve in each.items()} for each in lines[key]] for key in runs}
+    held = not less and limited and one_length
+    table = rows("network", titles, columns)
+    return Finding(held, sentence, table, figure, {"curves": numbers, "same": same, "outputs": lengths})

@@ -24,34 +24,25 @@ paper's networks (mean of 3 runs, one decimal).
 
 from collections.abc import Callable
 from functools import partial
-from statistics import mean
 
 from torch.optim import AdamW
 
 from upright.architectures.resnet import SmallResNet
-from upright.architectures.spatial_transformer import ConvLocaliser, SpatialTransformer
-from upright.architectures.transformer_network import TransformerNetwork
+from upright.architectures.spatial_transformer import ConvLocaliser
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import Task
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import panels
-from upright.evidence.studies.transformer import FITTING, PUBLISHED, TURNED, digits, mnist
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.bench import Bench, Experiment, transformed
+from upright.evidence.finding import Finding, errors, means, measured, panels, rows, spreads
+from upright.evidence.studies.transformer import FITTING, PUBLISHED, ROTATED, digits, draw_published, mnist
 from upright.runs.drawing import COLOURS
 from upright.training.losses import CrossEntropy
 
 
 def experiment(task: Task, data: Callable[[], ImageDataModule], epochs: int) -> Experiment:
-    """The small ResNet behind what a task asks for."""
-    transformer = partial(
-        SpatialTransformer,
-        padding="border",
-        output_size=(20, 20),
-        transform=FITTING[task],
-        localiser=partial(ConvLocaliser, width=16),
-    )
+    """Return the small ResNet behind the transform that fits a task."""
+    network, localiser = partial(SmallResNet, depth=8, width=16), partial(ConvLocaliser, width=16)
     return Experiment(
-        partial(TransformerNetwork, transformer=transformer, network=partial(SmallResNet, depth=8, width=16)),
+        transformed(FITTING[task], network, output_size=(20, 20), localiser=localiser),
         data,
         epochs,
         optimizer=partial(AdamW, lr=0.003, weight_decay=0.2),
@@ -66,35 +57,27 @@ def run(bench: Bench) -> Finding:
     tasks: tuple[Task, ...] = bench.choose(("R",), ("R",), ("R", "RTS", "TC", "E", "P"))
     data, epochs = bench.choose(digits, mnist), bench.choose(1, 24)
     runs = bench.train({task: experiment(task, data(task), epochs) for task in tasks})
-    error = {task: [100 * (1 - right) for right in values(runs[task], "test/accuracy")] for task in tasks}
-    uprightness = {task: values(runs[task], "test/uprightness") for task in tasks if task in TURNED}
-    reached = [task for task in tasks if mean(error[task]) <= PUBLISHED[task]]
-    missed = [task for task in tasks if task not in reached]
+    error, uprightness = errors(runs), measured(runs, "test/uprightness")
+    mean = means(error)
+    missed = [task for task in tasks if mean[task] > PUBLISHED[task]]
+    reached = [task for task in tasks if task not in missed]
     sentence = (
-        ", ".join(f"{task} {mean(error[task]):.2f} % (published: {PUBLISHED[task]})" for task in tasks)
+        ", ".join(f"{task} {mean[task]:.2f} % (published: {PUBLISHED[task]})" for task in tasks)
         + f": reached on {', '.join(reached) or 'none'}, missed on {', '.join(missed) or 'none'}."
     )
-    table = [
-        {
-            "task": task,
-            "transform": FITTING[task].replace("_", "-"),
-            "error, %": mean_and_spread(error[task], 2),
-            "published, %": f"{PUBLISHED[task]}",
-            "uprightness": mean_and_spread(uprightness.get(task, []), 3),
-        }
-        for task in tasks
-    ]
+    columns = {
+        "transform": {str(task): FITTING[task].replace("_", "-") for task in tasks},
+        "error, %": spreads(error, 2),
+        "published, %": {str(task): f"{PUBLISHED[task]}" for task in tasks},
+        "uprightness": spreads({task: uprightness[task] for task in ROTATED if task in uprightness}, 3),
+    }
     figure, (axis,) = panels(1, width=3 + len(tasks), height=3.4)
     for place, task in enumerate(tasks):
-        found, label = error[task], "" if place else "upright loss, each seed"
-        axis.scatter([place] * len(found), found, s=20, color=COLOURS[0], label=label, zorder=3)
-        label = "" if place else "published best"
-        axis.hlines(PUBLISHED[task], place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1, label=label)
+        label = "" if place else "upright loss, each seed"
+        axis.scatter([place] * len(error[task]), error[task], s=20, color=COLOURS[0], label=label, zorder=3)
+    draw_published(axis, tasks)
     axis.set_ylim(0, None)
-    axis.set_xlim(-0.6, len(tasks) - 0.4)
-    axis.set_xticks(range(len(tasks)), tasks)
-    axis.set_ylabel("test error, %", fontsize=9)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    table = rows("task", {task: task for task in runs}, columns)
     return Finding(
         not missed, sentence, table, figure, {"error": error, "uprightness": uprightness, "published": PUBLISHED}
     )

@@ -17,20 +17,18 @@ shortcuts, and to no less than 0.1 with them (Xavier).
 import statistics
 from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from torch.optim import SGD
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.resnet import SmallResNet
 from upright.data.batch import Batch
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.bench import Bench, Experiment, signals_and_gradients
+from upright.evidence.finding import Finding, draw_band, means, measured, panels, rows, spreads
 from upright.images import ImageSpec
 from upright.runs.drawing import COLOURS
-from upright.training.model import Model
 
 KINDS = {"plain": False, "with shortcuts": True}
 TITLES: dict[Scheme, str] = {"xavier_normal": "Xavier", "he_normal": "He"}
@@ -38,7 +36,7 @@ STYLES = (":", "--", "-")
 
 
 def gradients(shortcuts: bool, depth: int, scheme: Scheme, seed: int, spec: ImageSpec, batch: Batch) -> list[float]:
-    """Norms of the loss's gradient after the stem and each block, over that after the last."""
+    """Return the norms of the loss's gradient after the stem and each block, over the norm after the last block."""
     torch.manual_seed(seed)
     network = SmallResNet(spec.input_shape, len(spec.classes), depth=depth, width=4, shortcuts=shortcuts)
     for part in list(network.modules()):
@@ -46,39 +44,28 @@ def gradients(shortcuts: bool, depth: int, scheme: Scheme, seed: int, spec: Imag
             if isinstance(child, nn.BatchNorm2d):
                 setattr(part, name, nn.Identity())
     initialise(network, scheme)
-    kept: list[Tensor] = []
-    for block in (network.stem, *network.blocks):
-        block.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    # Squares of what is left of a gradient after 110 layers are too small for float32.
-    loss = cross_entropy(Model(spec, network).double()(batch.images), batch.labels)
-    norms = [float(gradient.norm()) for gradient in torch.autograd.grad(loss, kept)]
+    _, tensors = signals_and_gradients(network, (network.stem, *network.blocks), spec, batch)
+    norms = [float(gradient.norm()) for gradient in tensors]
     return [norm / norms[-1] for norm in norms]
 
 
 def run(bench: Bench) -> Finding:
-    """Train both kinds at every depth, and follow gradients back through networks that have not been trained."""
+    """Train both kinds at every depth, and measure gradients in networks before training."""
     depths = bench.choose((8, 14), (8, 20, 44))
     shallow, deep = depths[0], depths[-1]
-    data = bench.data(train_fraction=bench.choose(0.05, 0.1))
-    epochs = bench.choose(1, 3)
+    data, epochs = bench.data(train_fraction=bench.choose(0.05, 0.1)), bench.choose(1, 3)
+    optimizer = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.0001)
+    plain = Experiment(SmallResNet, data, epochs, optimizer=optimizer, validate_every=epochs)
     names = {(kind, depth): f"{kind.split()[-1]}-{depth}" for kind in KINDS for depth in depths}
-    runs = bench.train(
-        {
-            name: Experiment(
-                network=partial(SmallResNet, depth=depth, width=4, shortcuts=KINDS[kind]),
-                data=data,
-                epochs=epochs,
-                optimizer=partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.0001),
-                validate_every=epochs,
-            )
-            for (kind, depth), name in names.items()
-        }
-    )
-    loss = {name: [each.column("train/loss")[-1] for each in runs[name]] for name in runs}
-    accuracy = {name: values(runs[name], "test/accuracy") for name in runs}
+    networks = {
+        (kind, depth): partial(SmallResNet, depth=depth, width=4, shortcuts=KINDS[kind]) for kind, depth in names
+    }
+    results = bench.train({name: plain._replace(network=networks[key]) for key, name in names.items()})
+    runs = {key: results[name] for key, name in names.items()}
+    loss = {key: [each.column("train/loss")[-1] for each in runs[key]] for key in runs}
     images, further = data(), bench.choose(depths, (8, 20, 32, 44, 80, 110))
     batch = next(iter(images.loader("train")))
-    followed = {
+    norms = {
         (kind, scheme, depth): [
             gradients(shortcuts, depth, scheme, seed, images.spec, batch) for seed in range(bench.seeds)
         ]
@@ -86,11 +73,11 @@ def run(bench: Bench) -> Finding:
         for scheme in TITLES
         for depth in further
     }
-    first = {key: [norms[0] for norms in each] for key, each in followed.items()}
+    first = {key: [each[0] for each in runs_of] for key, runs_of in norms.items()}
 
-    mean = {key: statistics.mean(loss[name]) for key, name in names.items()}
+    mean = means(loss)
     product, total = (first[kind, "xavier_normal", deep] for kind in KINDS)
-    degrades = min(loss[names["plain", deep]]) > max(loss[names["plain", shallow]])
+    degrades = min(loss["plain", deep]) > max(loss["plain", shallow])
     keeps = mean["with shortcuts", deep] <= mean["with shortcuts", shallow]
     passes = max(product) < 0.001 and min(total) >= 0.1
     sentence = (
@@ -100,36 +87,41 @@ def run(bench: Bench) -> Finding:
         f"at the last block of {deep} layers, without normalisation, a share of at most {max(product):.0e} arrives at "
         f"the stem without shortcuts, and of at least {min(total):.2g} with them (Xavier)."
     )
-    table = [
-        {
-            "network": kind,
-            "depth": str(depth),
-            "training loss": mean_and_spread(loss[name], 3),
-            "test accuracy": mean_and_spread(accuracy[name]),
-            **{
-                f"gradient that arrives, {title}": f"{statistics.geometric_mean(first[kind, scheme, depth]):.1e}"
-                for scheme, title in TITLES.items()
-            },
+    accuracy = measured(runs, "test/accuracy")
+    columns = {
+        "depth": {key: str(key[1]) for key in runs},
+        "training loss": spreads(loss, 3),
+        "test accuracy": spreads(accuracy),
+    }
+    for scheme, title in TITLES.items():
+        columns[f"gradient that arrives, {title}"] = {
+            (kind, depth): f"{statistics.geometric_mean(first[kind, scheme, depth]):.1e}" for kind, depth in runs
         }
-        for (kind, depth), name in names.items()
-    ]
     figure, axes = panels(3)
     for colour, kind in zip(COLOURS, KINDS, strict=False):
         for depth, style in zip(depths, STYLES, strict=False):
-            curves = [each.column("train/loss") for each in runs[names[kind, depth]]]
+            curves = [each.column("train/loss") for each in runs[kind, depth]]
             draw_band(axes[0], range(1, epochs + 1), curves, f"{kind}, {depth}", color=colour, linestyle=style)
         for scheme, style in zip(TITLES, ("-", "--"), strict=True):
-            label = f"{kind}, {TITLES[scheme]}"
-            each = followed[kind, scheme, deep]
+            label, each = f"{kind}, {TITLES[scheme]}", norms[kind, scheme, deep]
             draw_band(axes[1], range(len(each[0])), each, label, color=colour, linestyle=style)
-            across = list(zip(*(first[kind, scheme, depth] for depth in further), strict=True))
+            across = np.transpose([first[kind, scheme, depth] for depth in further])
             draw_band(axes[2], further, across, label, color=colour, linestyle=style)
-    axes[0].set_xticks(range(1, epochs + 1))
-    titles = (("training loss", "epoch"), (f"gradient after each block, depth {deep}", "block (0: the stem)"))
-    for axis, (title, below) in zip(axes, (*titles, ("gradient that arrives at the stem", "depth")), strict=True):
-        axis.set(yscale="log", xlabel=below)
-        axis.set_title(title, fontsize=9)
+    axes[0].set(title="training loss", xlabel="epoch", xticks=range(1, epochs + 1))
+    axes[1].set(title=f"gradient after each block, depth {deep}", xlabel="block (0: the stem)")
+    axes[2].set(title="gradient that arrives at the stem", xlabel="depth")
+    for axis in axes:
+        axis.set_yscale("log")
         axis.legend(fontsize=7)
-    numbers = {"train/loss": loss, "test/accuracy": accuracy}
-    numbers["gradient"] = {" ".join(map(str, key)): found for key, found in first.items()}
-    return Finding(degrades and keeps and passes, sentence, table, figure, numbers)
+    numbers = {
+        "train/loss": {names[key]: each for key, each in loss.items()},
+        "test/accuracy": {names[key]: each for key, each in accuracy.items()},
+        "gradient": {" ".join(map(str, key)): each for key, each in first.items()},
+    }
+    return Finding(
+        degrades and keeps and passes,
+        sentence,
+        rows("network", {key: key[0] for key in runs}, columns),
+        figure,
+        numbers,
+    )

@@ -12,20 +12,14 @@ upright loss are reported beside it.
 """
 
 from functools import partial
-from statistics import mean
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import SpatialTransformer
-from upright.architectures.transformer_network import TransformerNetwork
 from upright.data.augmentation import RandomAffine
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import draw_points, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.bench import LENET, Bench, Experiment, transformed
+from upright.evidence.finding import Finding, draw_points, means, measured, panels, rows, spreads
 from upright.training.model import Model
-from upright.warp import Sampling
 
 TITLES = {
     "lenet": "LeNet alone",
@@ -33,13 +27,7 @@ TITLES = {
     "bilinear": "bilinear",
     "upright": "nearest, upright loss",
 }
-LENET = partial(LeNet, activation="relu", pooling="max")
-
-
-def network(sampling: Sampling) -> partial[TransformerNetwork]:
-    """LeNet behind a rotation transformer."""
-    transformer = partial(SpatialTransformer, transform="rotation", sampling=sampling, padding="border")
-    return partial(TransformerNetwork, transformer=transformer, network=LENET)
+NETWORKS = {name: transformed("rotation", sampling=name) for name in ("nearest", "bilinear")}
 
 
 def gradient(experiment: Experiment, seed: int) -> float:
@@ -64,43 +52,32 @@ def run(bench: Bench) -> Finding:
         angles=bench.choose((-60, 60), (-60, -30, 0, 30, 60)),
         augment=[partial(RandomAffine, rotate=60)],
     )
-    nearest = Experiment(network("nearest"), data, bench.choose(1, 6))
-    experiments = {
-        "lenet": nearest._replace(network=LENET),
-        "nearest": nearest,
-        "bilinear": nearest._replace(network=network("bilinear")),
-        "upright": nearest._replace(upright_weight=2.0),
-    }
-    norms = {key: [gradient(experiments[key], seed) for seed in range(bench.seeds)] for key in ("nearest", "bilinear")}
-    runs = bench.train(experiments)
-    accuracy, uprightness = (
-        {key: values(runs[key], f"test/{name}") for key in runs} for name in ("accuracy", "uprightness")
-    )
+    lenet = Experiment(LENET, data, bench.choose(1, 6))
+    variants = {"lenet": lenet} | {name: lenet._replace(network=network) for name, network in NETWORKS.items()}
+    variants["upright"] = variants["nearest"]._replace(upright_weight=2.0)
+    norms = {key: [gradient(variants[key], seed) for seed in range(bench.seeds)] for key in NETWORKS}
+    runs = bench.train(variants)
+    accuracy, uprightness = measured(runs, "test/accuracy"), measured(runs, "test/uprightness")
+    right, left = means(accuracy), means(uprightness)
     none_and_some = not any(norms["nearest"]) and all(norms["bilinear"])
     learns = max(uprightness["bilinear"]) < min(uprightness["nearest"])
     sentence = (
         f"Before training, the gradient's norm over the localiser is {max(norms['nearest']):g} with the nearest pixel "
         f"in every seed, and {min(norms['bilinear']):.2g} to {max(norms['bilinear']):.2g} bilinearly. Trained, the "
-        f"nearest ends at an uprightness of {mean(uprightness['nearest']):.3f} and an accuracy of "
-        f"{mean(accuracy['nearest']):.4f} (LeNet alone: {mean(accuracy['lenet']):.4f}), bilinear at "
-        f"{mean(uprightness['bilinear']):.3f} and {mean(accuracy['bilinear']):.4f}. With the upright loss, whose "
-        f"gradient does not pass the pixels, the nearest gets to {mean(uprightness['upright']):.3f} and "
-        f"{mean(accuracy['upright']):.4f}."
+        f"nearest ends at an uprightness of {left['nearest']:.3f} and an accuracy of {right['nearest']:.4f} (LeNet "
+        f"alone: {right['lenet']:.4f}), bilinear at {left['bilinear']:.3f} and {right['bilinear']:.4f}. With the "
+        f"upright loss, whose gradient does not pass the pixels, the nearest gets to {left['upright']:.3f} and "
+        f"{right['upright']:.4f}."
     )
-    table = [
-        {
-            "network": title,
-            "gradient at the start": mean_and_spread(norms.get(key, []), 3),
-            "uprightness": mean_and_spread(uprightness[key], 3),
-            "test accuracy": mean_and_spread(accuracy[key]),
-        }
-        for key, title in TITLES.items()
-    ]
+    columns = {
+        "gradient at the start": spreads(norms, 3),
+        "uprightness": spreads(uprightness, 3),
+        "test accuracy": spreads(accuracy),
+    }
     figure, axes = panels(3, width=3.6)
-    shown = {key: title.replace(" ", "\n", 1) for key, title in TITLES.items()}
-    draw_points(axes[0], {shown[key]: norms.get(key, []) for key in runs}, "gradient's norm at the start")
-    draw_points(axes[1], {shown[key]: uprightness[key] for key in runs}, "uprightness")
-    draw_points(axes[2], {shown[key]: accuracy[key] for key in runs}, "test accuracy")
+    drawn = {"gradient's norm at the start": norms, "uprightness": uprightness, "test accuracy": accuracy}
+    for axis, (name, groups) in zip(axes, drawn.items(), strict=True):
+        draw_points(axis, {title.replace(" ", "\n", 1): groups.get(key, []) for key, title in TITLES.items()}, name)
     axes[1].set_ylim(bottom=-0.03)
     numbers = {"gradient": norms, "test/uprightness": uprightness, "test/accuracy": accuracy}
-    return Finding(none_and_some and learns, sentence, table, figure, numbers)
+    return Finding(none_and_some and learns, sentence, rows("network", TITLES, columns), figure, numbers)

@@ -12,6 +12,7 @@ than for 100; and if the bootstrap's mean over seeds is within two thirds and th
 
 import statistics
 from functools import partial
+from math import log, sqrt
 
 import numpy as np
 import torch
@@ -19,66 +20,83 @@ from torch.nn.functional import cross_entropy
 
 from upright.architectures.mlp import MLP
 from upright.evidence.bench import Bench
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.selecting.optimism import Floats, empirical_bernstein, hoeffding, optimism, resampled
-from upright.evidence.study import Finding, mean_and_spread
+from upright.evidence.finding import Finding, draw_band, means, panels, rows, spreads
+from upright.evidence.selecting.optimism import Floats, optimism, resampled
 
 MODELS, IMAGES = (4, 24), (100, 400, 1600)
 KINDS = ("optimism", "bootstrap", "Hoeffding", "Maurer and Pontil")
+DELTA = 0.05
+
+
+def hoeffding(models: int, images: int) -> float:
+    """Return the distance between measured and true mean that no model exceeds, with 95 %, whatever the variance.
+
+    The eps of ``DELTA = 2 M exp(-2 N eps^2)``: Hoeffding's inequality (1963) and the union bound (Shalev-Shwartz and
+    Ben-David 2014, section 11.2).
+    """
+    return sqrt(log(2 * models / DELTA) / (2 * images))
+
+
+def empirical_bernstein(scores: Floats, models: int) -> float:
+    """Return the distance for the chosen model with ``scores`` ``(N,)``, which depends on their variance.
+
+    ``sqrt(2 V L / N) + 7 L / (3 (N - 1))`` with ``L = ln(2 M / DELTA)``: Maurer and Pontil (2009), corollary 5.
+    """
+    images, level = len(scores), log(2 * models / DELTA)
+    return sqrt(2 * float(scores.var(ddof=1)) * level / images) + 7 * level / (3 * (images - 1))
 
 
 def answers(bench: Bench, candidate: int, seed: int) -> Floats:
-    """Which test images a candidate is right about, ``(N,)``."""
+    """Train a candidate and return its correct answers to the test images, ``(N,)``."""
     torch.set_num_threads(1)
     torch.manual_seed(1000 * seed + candidate)
     data = bench.data()()
-    learnt, shown = data.samples("train"), data.samples("test")
-    chosen = learnt[torch.randperm(len(learnt))[: bench.choose(500, 5000)]]
+    training, test = data.samples("train"), data.samples("test")[:]
+    sample = training[torch.randperm(len(training))[: bench.choose(500, 5000)]]
     width, rate = int(16 * 16 ** float(torch.rand(()))), 0.0003 * (0.01 / 0.0003) ** float(torch.rand(()))
     network = MLP(data.spec.input_shape, 10, widths=(width,), dropout=0.5 * float(torch.rand(())))
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     for _ in range(3):
-        for some in torch.split(torch.randperm(len(chosen.labels)), 64):
+        for batch in torch.split(torch.randperm(len(sample.labels)), 64):
             optimizer.zero_grad()
-            logits = network(chosen.images[some].float() / 255)
-            cross_entropy(logits, chosen.labels[some]).backward()  # type: ignore[no-untyped-call]
+            logits = network(sample.images[batch].float() / 255)
+            cross_entropy(logits, sample.labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    everything = shown[:]
     with torch.no_grad():
-        guesses = network.eval()(everything.images.float() / 255).argmax(1)
-    right: Floats = (guesses == everything.labels).numpy().astype(np.float64)
+        guesses = network.eval()(test.images.float() / 255).argmax(1)
+    right: Floats = (guesses == test.labels).numpy().astype(np.float64)
     return right
 
 
 def draw(scores: Floats, models: int, images: int, generator: np.random.Generator, estimated: bool) -> list[float]:
-    """The optimism of one choice; the bootstrap's estimate of it, and how far the bounds reach."""
-    some = generator.choice(len(scores), models, replace=False)
+    """Return the optimism of one choice; if ``estimated``, also its bootstrap estimate and the two bounds."""
+    candidates = generator.choice(len(scores), models, replace=False)
     order = generator.permutation(scores.shape[1])
-    seen, rest = scores[some][:, order[:images]], scores[some][:, order[images:]]
-    means = seen.mean(axis=1)
-    best = int(means.argmax())
-    found = [float(means[best] - rest[best].mean())]
+    seen, rest = scores[candidates][:, order[:images]], scores[candidates][:, order[images:]]
+    accuracies = seen.mean(axis=1)
+    best = int(accuracies.argmax())
+    numbers = [float(accuracies[best] - rest[best].mean())]
     if estimated:
         noise = resampled(seen, seed=int(generator.integers(2**31)), resamples=500)
-        found += [optimism(means, noise), hoeffding(models, images), empirical_bernstein(seen[best], models)]
-    return found
+        numbers += [optimism(accuracies, noise), hoeffding(models, images), empirical_bernstein(seen[best], models)]
+    return numbers
 
 
 def run(bench: Bench) -> Finding:
     """Train the candidates, then choose among them again and again."""
     draws, estimates = bench.choose((20, 4), (400, 40))
     images = bench.choose(IMAGES[:1], IMAGES)
-    found: dict[tuple[int, int], dict[str, list[float]]] = {}
+    keys = [(count, size) for count in MODELS for size in images]
+    numbers: dict[str, dict[tuple[int, int], list[float]]] = {kind: {key: [] for key in keys} for kind in KINDS}
     for seed in range(bench.seeds):
         candidates = [(candidate, seed) for candidate in range(MODELS[-1])]
         scores = np.stack(bench.map(partial(answers, bench), candidates))
         generator = np.random.default_rng(seed)
-        for key in ((count, size) for count in MODELS for size in images):
-            drawn = [draw(scores, *key, generator, number < estimates) for number in range(draws)]
-            columns = [[each[place] for each in drawn if len(each) > place] for place in range(len(KINDS))]
-            for kind, column in zip(KINDS, columns, strict=True):
-                found.setdefault(key, {}).setdefault(kind, []).append(statistics.mean(column))
-    true = {key: each["optimism"] for key, each in found.items()}
+        for key in keys:
+            results = [draw(scores, *key, generator, number < estimates) for number in range(draws)]
+            for place, kind in enumerate(KINDS):
+                numbers[kind][key].append(statistics.mean(each[place] for each in results if len(each) > place))
+    true, mean = numbers["optimism"], {kind: means(groups) for kind, groups in numbers.items()}
     few, many = MODELS
     grows = all(more > less for size in images for less, more in zip(true[few, size], true[many, size], strict=True))
     falls = len(images) == 1 or all(
@@ -86,26 +104,23 @@ def run(bench: Bench) -> Finding:
         for count in MODELS
         for small, large in zip(true[count, images[0]], true[count, images[-1]], strict=True)
     )
-    ratios = [statistics.mean(each["bootstrap"]) / statistics.mean(each["optimism"]) for each in found.values()]
-    told = min(ratios) >= 2 / 3 and max(ratios) <= 3 / 2
-    held = min(map(min, true.values())) > 0 and grows and falls and told
-    worst, least = statistics.mean(true[many, images[0]]), statistics.mean(true[few, images[-1]])
-    widths = [statistics.mean(each["Hoeffding"]) / statistics.mean(each["optimism"]) for each in found.values()]
+    ratios, widths = ([mean[kind][key] / mean["optimism"][key] for key in keys] for kind in ("bootstrap", "Hoeffding"))
+    close = min(ratios) >= 2 / 3 and max(ratios) <= 3 / 2
+    worst, least = mean["optimism"][many, images[0]], mean["optimism"][few, images[-1]]
     sentence = (
         f"The winner of {many} on {images[0]} images is worth {100 * worst:.2f} points less than it scored, that of "
         f"{few} on {images[-1]:,} {100 * least:.2f}; the bootstrap says {min(ratios):.2f} to {max(ratios):.2f} times "
         f"as much, Hoeffding's bound is {min(widths):.0f} to {max(widths):.0f} times as wide."
     )
-    table = [
-        {"M": str(count), "N": f"{size:,}"} | {kind: mean_and_spread(each[kind]) for kind in KINDS}
-        for (count, size), each in found.items()
-    ]
+    columns = {"N": {(count, size): f"{size:,}" for count, size in keys}}
+    columns |= {kind: spreads(groups) for kind, groups in numbers.items()}
     figure, axes = panels(2, width=4.6)
     for axis, count in zip(axes, MODELS, strict=True):
         for kind in KINDS:
-            draw_band(axis, images, list(zip(*(found[count, size][kind] for size in images), strict=True)), kind)
+            draw_band(axis, images, np.transpose([numbers[kind][count, size] for size in images]), kind)
         axis.set(xscale="log", yscale="log", title=f"the best of {count}", xlabel="validation images")
         axis.set_ylabel("accuracy lost, or bound")
-    axes[0].legend(fontsize=8)
-    numbers = {f"M={count}, N={size}": each for (count, size), each in found.items()}
-    return Finding(held, sentence, table, figure, numbers)
+    axes[0].legend()
+    record = {"M={}, N={}".format(*key): {kind: numbers[kind][key] for kind in KINDS} for key in keys}
+    held = min(map(min, true.values())) > 0 and grows and falls and close
+    return Finding(held, sentence, rows("M", {key: str(key[0]) for key in keys}, columns), figure, record)

@@ -10,9 +10,8 @@ It holds if at every target size the best way of fine-tuning has the higher mean
 scratch, and its lead is greater at the smallest size than at the largest.
 """
 
-import statistics
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -22,63 +21,47 @@ from upright.data.digits import Digits
 from upright.data.mnist import MNIST
 from upright.data.source import Source
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import draw_band, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.finding import Finding, draw_band, means, measured, panels, spreads, values
 from upright.images import ImageSpec
 from upright.training.finetuning import Freeze
 
 
 class Half(ImageDataModule):
-    """Five of the ten digits of another data set."""
+    """Five of the ten digits of another dataset.
 
-    whole: ClassVar[type[ImageDataModule]]
-    chosen: ClassVar[tuple[int, ...]]
+    Args:
+        first: the first of them.
+        embedded: whether they come from the embedded digits, in place of MNIST.
+        **options: of `ImageDataModule`.
+    """
+
+    def __init__(self, *, first: int, embedded: bool, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
+        self.digits = range(first, first + 5)
+        self.whole: type[ImageDataModule] = Digits if embedded else MNIST
 
     @property
     def spec(self) -> ImageSpec:
-        """With their names alone."""
         spec = self.whole().spec
-        return ImageSpec(spec.channels, spec.height, spec.width, tuple(map(str, self.chosen)), spec.mean, spec.std)
+        return ImageSpec(spec.channels, spec.height, spec.width, tuple(map(str, self.digits)), spec.mean, spec.std)
 
     def read(self) -> Source:
-        """Their images."""
         source = self.whole().read()
-        kept = np.flatnonzero(np.isin(source.labels, self.chosen))
-        labels = np.asarray(source.labels)[kept] - self.chosen[0]
+        indices = np.flatnonzero(np.isin(source.labels, self.digits))
+        labels = np.asarray(source.labels)[indices] - self.digits[0]
         splits = source.splits and {
-            name: np.searchsorted(kept, np.intersect1d(part, kept)).tolist() for name, part in source.splits.items()
+            name: np.searchsorted(indices, np.intersect1d(part, indices)).tolist()
+            for name, part in source.splits.items()
         }
-        images = [source.images[index] for index in kept.tolist()]
-        return Source(images, labels.tolist(), [source.names[index] for index in kept.tolist()], splits)
+        images = [source.images[index] for index in indices.tolist()]
+        names = [source.names[index] for index in indices.tolist()]
+        return Source(images, labels.tolist(), names, splits)
 
 
-class FirstMNIST(Half):
-    """0 to 4."""
-
-    whole, chosen = MNIST, tuple(range(5))
-
-
-class SecondMNIST(Half):
-    """5 to 9."""
-
-    whole, chosen = MNIST, tuple(range(5, 10))
-
-
-class FirstDigits(Half):
-    """0 to 4."""
-
-    whole, chosen = Digits, tuple(range(5))
-
-
-class SecondDigits(Half):
-    """5 to 9."""
-
-    whole, chosen = Digits, tuple(range(5, 10))
-
-
-TIMES = 20
+VALIDATIONS = 20
+SCRATCH = "from scratch"
 WAYS: dict[str, dict[str, Any]] = {
-    "from scratch": {},
+    SCRATCH: {},
     "fine-tuned": {},
     "fine-tuned, body at a tenth": {"callbacks": (partial(Freeze, lr_factor=0.1),)},
     "head alone": {"callbacks": (partial(Freeze, until_epoch=10_000),)},
@@ -89,48 +72,40 @@ def run(bench: Bench) -> Finding:
     """Learn from the first half, then from a little of the second in four ways."""
     ways = bench.choose(tuple(WAYS)[:2], tuple(WAYS))
     sizes = bench.choose((20,), (20, 100, 500, 2500))
-    first, second = bench.choose((FirstDigits, SecondDigits), (FirstMNIST, SecondMNIST))
-    available = bench.choose(610, 26_500)
+    embedded, available = bench.choose((True, 610), (False, 26_500))
+    half = partial(Half, embedded=embedded, val_fraction=0.1)
     body = partial(SmallResNet, depth=bench.choose(8, 14), width=bench.choose(4, 8))
-    common: dict[str, Any] = {"val_fraction": 0.1}
-    larger = bench.train({"source": Experiment(body, partial(first, batch_size=128, **common), bench.choose(1, 3))})
-
-    def epochs(size: int) -> int:
-        return max(round(bench.choose(4, 300) * min(32, size) / size), 1)
-
-    def every(size: int) -> int:
-        return max(epochs(size) // TIMES, 1)
+    source = Experiment(body, partial(half, first=0, batch_size=128), bench.choose(1, 3))
+    sources = bench.train({"source": source})["source"]
+    epochs = {size: max(round(bench.choose(4, 300) * min(32, size) / size), 1) for size in sizes}
+    every = {size: max(epochs[size] // VALIDATIONS, 1) for size in sizes}
 
     def target(size: int, way: str, seed: int) -> Experiment:
-        data = partial(second, batch_size=min(32, size), train_fraction=size / available, **common)
-        start = None if way == "from scratch" else larger["source"][seed].folder / "best.ckpt"
-        return Experiment(body, data, epochs(size), validate_every=every(size), start_from=start, **WAYS[way])
+        data = partial(half, first=5, batch_size=min(32, size), train_fraction=size / available)
+        start = None if way == SCRATCH else sources[seed].folder / "best.ckpt"
+        return Experiment(body, data, epochs[size], validate_every=every[size], start_from=start, **WAYS[way])
 
     names = {(size, way): f"{way.replace(', ', '_').replace(' ', '_')}_{size}" for size in sizes for way in ways}
-    runs = bench.train({name: partial(target, *key) for key, name in names.items()})
-    accuracy = {key: values(runs[name], "test/accuracy") for key, name in names.items()}
-    mean = {key: statistics.mean(found) for key, found in accuracy.items()}
-    lead = {size: max(mean[size, way] for way in ways if way != "from scratch") for size in sizes}
-    lead = {size: best - mean[size, "from scratch"] for size, best in lead.items()}
+    results = bench.train({name: partial(target, *key) for key, name in names.items()})
+    runs = {key: results[name] for key, name in names.items()}
+    accuracy = measured(runs, "test/accuracy")
+    mean = means(accuracy)
+    lead = {size: max(mean[size, way] for way in ways if way != SCRATCH) - mean[size, SCRATCH] for size in sizes}
     held = min(lead.values()) > 0 and lead[sizes[0]] > lead[sizes[-1]]
     sentence = "The best way of fine-tuning, by this measure, is ahead of training from scratch by " + ", ".join(
         f"{100 * lead[size]:.1f} points with {size:,} images" for size in sizes
     )
-    table = [
-        {"way": way} | {f"{size:,} images": mean_and_spread(accuracy[size, way]) for size in sizes} for way in ways
-    ]
+    cells = spreads(accuracy)
+    table = [{"way": way} | {f"{size:,} images": cells[size, way] for size in sizes} for way in ways]
     figure, axes = panels(2, width=4.8)
     shown = sizes[len(sizes) // 3]
     for way in ways:
-        draw_band(axes[0], sizes, list(zip(*(accuracy[size, way] for size in sizes), strict=True)), way)
-        curves = [each.column("val/accuracy") for each in runs[names[shown, way]]]
-        draw_band(axes[1], range(every(shown), epochs(shown) + 1, every(shown)), curves, way)
-    axes[0].set_xscale("log")
-    axes[0].set_xlabel("training images of the target", fontsize=9)
-    axes[0].set_ylabel("test accuracy", fontsize=9)
-    axes[0].legend(fontsize=8)
-    axes[1].set_xlabel(f"epoch, {shown} images", fontsize=9)
-    axes[1].set_ylabel("validation accuracy", fontsize=9)
-    numbers = {f"{way}, {size}": found for (size, way), found in accuracy.items()}
-    source = values(larger["source"], "test/accuracy")
-    return Finding(held, f"{sentence}.", table, figure, {"test/accuracy": numbers, "source": source})
+        draw_band(axes[0], sizes, np.transpose([accuracy[size, way] for size in sizes]), way)
+        curves = [each.column("val/accuracy") for each in runs[shown, way]]
+        draw_band(axes[1], range(every[shown], epochs[shown] + 1, every[shown]), curves, way)
+    axes[0].set(xscale="log", xlabel="training images of the target", ylabel="test accuracy")
+    axes[0].legend()
+    axes[1].set(xlabel=f"epoch, {shown} images", ylabel="validation accuracy")
+    numbers = {f"{way}, {size}": each for (size, way), each in accuracy.items()}
+    record = {"test/accuracy": numbers, "source": values(sources, "test/accuracy")}
+    return Finding(held, f"{sentence}.", table, figure, record)

@@ -15,23 +15,19 @@ published errors (best of the paper's networks, mean of 3 runs) are shown beside
 them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import mean
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import Network, SpatialTransformer
-from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.transforms import TransformName
 from upright.data.augmentation import RandomAffine
 from upright.data.datamodule import ImageDataModule
 from upright.data.digits import Digits
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion, Task
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.bench import LENET, Bench, Experiment, transformed
+from upright.evidence.finding import Finding, errors, mean_and_spread, means, measured, panels
 from upright.runs.drawing import COLOURS
 from upright.training.losses import CrossEntropy
 
@@ -43,90 +39,84 @@ FITTING: dict[Task, TransformName] = {
     "P": "projective",
     "E": "thin_plate",
 }
-TURNED = ("R", "RTS", "P")
-"""Tasks of which the transform has an angle."""
+ROTATED = ("R", "RTS", "P")
+"""Tasks whose transform has an angle."""
 TITLES = {"cnn": "CNN", "affine": "ST-CNN affine", "spline": "ST-CNN thin-plate", "upright": "fitting, upright loss"}
-LENET = partial(LeNet, activation="relu", pooling="max")
 
 
 def digits(task: Task) -> Callable[[], ImageDataModule]:
-    """What stands for a task where it must be quick."""
+    """Return the data of a quick study, for any task."""
     return partial(Digits, train_fraction=0.2, augment=[partial(RandomAffine, rotate=90)], angles=(-45, 45))
 
 
 def mnist(task: Task) -> Callable[[], ImageDataModule]:
-    """The task itself."""
+    """Return the data of a task."""
     return partial(DistortedMNIST, task=task, draws=3, batch_size=128, val_fraction=0.02, cache="memory")
 
 
 def experiments(task: Task, data: Callable[[], ImageDataModule], epochs: int) -> dict[str, Experiment]:
-    """The four networks on one task."""
+    """Return the four networks on one task."""
     half = MNISTDistortion.sizes[task] // 2
-    look = partial(SpatialTransformer, padding="border", output_size=(half, half) if task in ("RTS", "TC") else None)
-
-    def behind(transformer: Callable[..., SpatialTransformer]) -> Network:
-        return partial(TransformerNetwork, transformer=transformer, network=LENET)
-
+    size = (half, half) if task in ("RTS", "TC") else None
     cnn = Experiment(LENET, data, epochs, loss=partial(CrossEntropy, label_smoothing=0.1))
     return {
         "cnn": cnn,
-        "affine": cnn._replace(network=behind(partial(look, transform="affine"))),
-        "spline": cnn._replace(network=behind(partial(look, transform="thin_plate"))),
-        "upright": cnn._replace(network=behind(partial(look, transform=FITTING[task])), upright_weight=2.0),
+        "affine": cnn._replace(network=transformed("affine", output_size=size)),
+        "spline": cnn._replace(network=transformed("thin_plate", output_size=size)),
+        "upright": cnn._replace(network=transformed(FITTING[task], output_size=size), upright_weight=2.0),
     }
+
+
+def draw_published(axis: Axes, tasks: Sequence[Task]) -> None:
+    """Draw the published error of each task as a broken line, and label the axes."""
+    for place, task in enumerate(tasks):
+        label = "" if place else "published best"
+        ends = (place - 0.42, place + 0.42)
+        axis.hlines(PUBLISHED[task], *ends, color="black", linestyle="--", linewidth=1, label=label)
+    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_xlim(-0.6, len(tasks) - 0.4)
+    axis.set_ylabel("test error, %")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def run(bench: Bench) -> Finding:
     """Train the networks on every task."""
     tasks: tuple[Task, ...] = bench.choose(("R",), ("R", "RTS", "TC", "P", "E"))
-    made = bench.choose(digits, mnist)
-    each = {task: experiments(task, made(task), bench.choose(1, 2)) for task in tasks}
-    runs = bench.train({f"{task}-{key}": each[task][key] for key in TITLES for task in tasks})
-    error = {name: [100 * (1 - right) for right in values(found, "test/accuracy")] for name, found in runs.items()}
-    means = {task: {key: mean(error[f"{task}-{key}"]) for key in TITLES} for task in tasks}
-    held_on = [
-        task
-        for task, (cnn, *others) in ((t, [means[t][key] for key in TITLES]) for t in tasks)
-        if others[-1] == min(others) and max(others) < cnn
-    ]
-    sentence = (
-        " ".join(
-            f"{task}: " + ", ".join(f"{title} {means[task][key]:.2f} %" for key, title in TITLES.items()) + "."
-            for task in tasks
-        )
-        + f" The order is as claimed on {', '.join(held_on) or 'none'}."
-    )
-    uprightness = {name: values(found, "test/uprightness") for name, found in runs.items()}
+    data, epochs = bench.choose(digits, mnist), bench.choose(1, 2)
+    variants = {task: experiments(task, data(task), epochs) for task in tasks}
+    runs = bench.train({f"{task}-{key}": variants[task][key] for key in TITLES for task in tasks})
+    error, uprightness = errors(runs), measured(runs, "test/uprightness")
+    mean, held_on, parts = means(error), [], []
+    for task in tasks:
+        cnn, *transformers = (mean[f"{task}-{key}"] for key in TITLES)
+        if transformers[-1] == min(transformers) and max(transformers) < cnn:
+            held_on.append(task)
+        parts.append(f"{task}: " + ", ".join(f"{title} {mean[f'{task}-{key}']:.2f} %" for key, title in TITLES.items()))
+    parts.append(f"The order is as claimed on {', '.join(held_on) or 'none'}.")
     table = [
         {"network": title}
         | {f"{task}, error %": mean_and_spread(error[f"{task}-{key}"], 2) for task in tasks}
-        | {f"{task}, uprightness": mean_and_spread(uprightness[f"{task}-{key}"], 3) for task in tasks if task in TURNED}
+        | {
+            f"{each}, uprightness": mean_and_spread(uprightness[f"{each}-{key}"], 3)
+            for each in tasks
+            if each in ROTATED
+        }
         for key, title in TITLES.items()
     ]
-    table.append(
-        {name: "-" for name in table[0]}
-        | {"network": "published best"}
-        | {f"{task}, error %": f"{PUBLISHED[task]}" for task in tasks}
-    )
+    published = {f"{task}, error %": f"{PUBLISHED[task]}" for task in tasks}
+    table.append({name: "-" for name in table[0]} | {"network": "published best"} | published)
     figure, (axis,) = panels(1, width=3.4 + 1.4 * len(tasks), height=3.6)
     step = 0.76 / len(TITLES)
-    for place, task in enumerate(tasks):
-        for number, (key, title) in enumerate(TITLES.items()):
-            found = error[f"{task}-{key}"]
-            x = place + step * (number - (len(TITLES) - 1) / 2)
-            label = title if place == 0 else ""
-            axis.scatter([x] * len(found), found, s=16, color=COLOURS[number], label=label, zorder=3)
-            axis.hlines(mean(found), x - 0.4 * step, x + 0.4 * step, color=COLOURS[number])
-        label = "" if place else "published best"
-        axis.hlines(
-            PUBLISHED[task], place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1, label=label
-        )
+    for number, (key, title) in enumerate(TITLES.items()):
+        for place, task in enumerate(tasks):
+            points, x = error[f"{task}-{key}"], place + step * (number - (len(TITLES) - 1) / 2)
+            label = "" if place else title
+            axis.scatter([x] * len(points), points, s=16, color=COLOURS[number], label=label, zorder=3)
+            axis.hlines(mean[f"{task}-{key}"], x - 0.4 * step, x + 0.4 * step, color=COLOURS[number])
+    draw_published(axis, tasks)
     axis.set_yscale("log")
     axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_ylim(0.4, None)
-    axis.set_xticks(range(len(tasks)), tasks)
-    axis.set_ylabel("test error, %", fontsize=9)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     numbers = {"error": error, "uprightness": uprightness, "published": PUBLISHED}
-    return Finding(len(held_on) == len(tasks), sentence, table, figure, numbers)
+    return Finding(len(held_on) == len(tasks), ". ".join(parts), table, figure, numbers)

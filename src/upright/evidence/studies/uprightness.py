@@ -9,56 +9,39 @@ It holds if every run with the upright loss has a lower uprightness (0: perfectl
 every run without.
 """
 
-import statistics
 from functools import partial
 
-from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import SpatialTransformer
-from upright.architectures.transformer_network import TransformerNetwork
 from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.plots import draw_points, panels
-from upright.evidence.study import Finding, mean_and_spread, values
+from upright.evidence.bench import LENET, Bench, Experiment, transformed
+from upright.evidence.finding import Finding, draw_points, means, measured, panels, rows, spreads
 from upright.training.losses import CrossEntropy
 
-MEASURED = ("accuracy", "uprightness")
 TITLES = {"lenet": "LeNet", "transformer": "spatial transformer", "upright": "with the upright loss"}
 
 
 def run(bench: Bench) -> Finding:
     """Train LeNet, and two transformers in front of it."""
-    lenet = partial(LeNet, activation="relu", pooling="max")
-    transformer = partial(SpatialTransformer, transform="affine", padding="border")
     fraction, angles = bench.choose((0.1, (-60, 60)), (1.0, (-60, -30, 0, 30, 60)))
-    moved = partial(RandomAffine, rotate=60, scale=(0.9, 1.1), shift=0.05)
-    turned = partial(Digits, train_fraction=fraction, angles=angles, augment=[moved])
-    plain = Experiment(
-        network=partial(TransformerNetwork, transformer=transformer, network=lenet),
-        data=turned,
-        epochs=bench.choose(1, 60),
-        loss=partial(CrossEntropy, label_smoothing=0.1),
-    )
-    upright = plain._replace(upright_weight=2.0)
-    runs = bench.train({"lenet": plain._replace(network=lenet), "transformer": plain, "upright": upright})
-    accuracy, uprightness = ({key: values(runs[key], f"test/{name}") for key in runs} for name in MEASURED)
+    affine = partial(RandomAffine, rotate=60, scale=(0.9, 1.1), shift=0.05)
+    data = partial(Digits, train_fraction=fraction, angles=angles, augment=[affine])
+    lenet = Experiment(LENET, data, bench.choose(1, 60), loss=partial(CrossEntropy, label_smoothing=0.1))
+    transformer = lenet._replace(network=transformed("affine"))
+    upright = transformer._replace(upright_weight=2.0)
+    runs = bench.train({"lenet": lenet, "transformer": transformer, "upright": upright})
+    accuracy, uprightness = measured(runs, "test/accuracy"), measured(runs, "test/uprightness")
     held = max(uprightness["upright"]) < min(uprightness["transformer"])
-    before, after = (statistics.mean(uprightness[key]) for key in ("transformer", "upright"))
+    mean = means(uprightness)
     sentence = (
         f"The upright loss {'makes' if held else 'does not clearly make'} the transformer turn things upright: "
-        f"uprightness {before:.3f} -> {after:.3f} "
+        f"uprightness {mean['transformer']:.3f} -> {mean['upright']:.3f} "
         f"({'every' if held else 'not every'} run with it is below every run without it)."
     )
-    table = [
-        {
-            "network": title,
-            "test accuracy": mean_and_spread(accuracy[key]),
-            "uprightness": mean_and_spread(uprightness[key], 3),
-        }
-        for key, title in TITLES.items()
-    ]
+    columns = {"test accuracy": spreads(accuracy), "uprightness": spreads(uprightness, 3)}
     figure, axes = panels(2)
-    draw_points(axes[0], {TITLES[key].replace(" ", "\n", 1): accuracy[key] for key in runs}, "test accuracy")
-    draw_points(axes[1], {TITLES[key].replace(" ", "\n", 1): uprightness[key] for key in runs}, "uprightness")
+    drawn = {"test accuracy": accuracy, "uprightness": uprightness}
+    for axis, (name, groups) in zip(axes, drawn.items(), strict=True):
+        draw_points(axis, {TITLES[key].replace(" ", "\n", 1): groups[key] for key in groups}, name)
     axes[1].set_ylim(bottom=0)
-    return Finding(held, sentence, table, figure, {"test/accuracy": accuracy, "test/uprightness": uprightness})
+    numbers = {"test/accuracy": accuracy, "test/uprightness": uprightness}
+    return Finding(held, sentence, rows("network", TITLES, columns), figure, numbers)

@@ -17,8 +17,7 @@ from torch.nn.functional import cross_entropy
 from upright.architectures.mlp import MLP
 from upright.architectures.perceptron import Perceptron
 from upright.evidence.bench import Bench
-from upright.evidence.plots import draw_points, panels
-from upright.evidence.study import Finding, mean_and_spread
+from upright.evidence.finding import Finding, draw_points, panels, rows, spreads
 from upright.runs.drawing import COLOURS
 
 CORNERS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -26,7 +25,7 @@ NETWORKS = ("perceptron", "MLP", "MLP without activations")
 
 
 def points(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs ``(N, 1, 1, 2)`` around the four corners, and whether just one of a corner's coordinates is 1."""
+    """Return inputs ``(N, 1, 1, 2)`` around the four corners, and the XOR of each corner's coordinates."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.arange(count) % 4
     inputs = CORNERS[corner] + 0.1 * torch.randn(count, 2, generator=generator)
@@ -34,7 +33,7 @@ def points(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def network(name: str) -> nn.Module:
-    """With two inputs and two classes."""
+    """Build a network with two inputs and two classes."""
     if name == "perceptron":
         return Perceptron((1, 1, 2), 2)
     if name == "MLP":
@@ -43,45 +42,44 @@ def network(name: str) -> nn.Module:
 
 
 def learn(name: str, seed: int) -> tuple[nn.Module, float]:
-    """A network trained on 400 points, and its accuracy on 400 others."""
+    """Train a network on 400 points, and return it with its accuracy on 400 others."""
     torch.manual_seed(seed)
-    trained = network(name)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=0.05)
+    learner = network(name)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.05)
     inputs, labels = points(400, 2 * seed)
     for _ in range(300):
         optimizer.zero_grad()
-        cross_entropy(trained(inputs), labels).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(learner(inputs), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     inputs, labels = points(400, 2 * seed + 1)
-    return trained, float((trained(inputs).argmax(1) == labels).float().mean())
+    return learner, float((learner(inputs).argmax(1) == labels).float().mean())
 
 
 def run(bench: Bench) -> Finding:
-    """Train the three, and draw what each makes of the plane."""
-    learnt = {name: [learn(name, seed) for seed in range(bench.seeds)] for name in NETWORKS}
-    accuracy = {name: [right for _, right in each] for name, each in learnt.items()}
-    held = min(accuracy["MLP"]) > 0.99 and max(max(accuracy[name]) for name in NETWORKS if name != "MLP") <= 0.78
+    """Train the three, and draw their decisions."""
+    runs = {name: [learn(name, seed) for seed in range(bench.seeds)] for name in NETWORKS}
+    accuracy = {name: [right for _, right in each] for name, each in runs.items()}
+    linear, mlp, without = accuracy.values()
     sentence = (
-        f"Of the noisy points around XOR's four the perceptron put at most {max(accuracy['perceptron']):.3f} right, "
-        f"the MLP at least {min(accuracy['MLP']):.3f}, and the MLP without activations at most "
-        f"{max(accuracy['MLP without activations']):.3f}."
+        f"Of the noisy points around XOR's four the perceptron put at most {max(linear):.3f} right, the MLP at least "
+        f"{min(mlp):.3f}, and the MLP without activations at most {max(without):.3f}."
     )
-    table = [{"network": name, "test accuracy": mean_and_spread(accuracy[name], 3)} for name in NETWORKS]
+    table = rows("network", {name: name for name in NETWORKS}, {"test accuracy": spreads(accuracy, 3)})
     figure, axes = panels(4, width=3)
     for axis, name in zip(axes, NETWORKS, strict=False):
-        draw_plane(axis, learnt[name][0][0])
-        axis.set_title(name, fontsize=9)
+        draw_plane(axis, runs[name][0][0])
+        axis.set_title(name)
     draw_points(axes[3], {name.replace(" without", "\nwithout"): accuracy[name] for name in NETWORKS}, "test accuracy")
     axes[3].set_ylim(0, 1.05)
-    return Finding(held, sentence, table, figure, {"accuracy": accuracy})
+    return Finding(min(mlp) > 0.99 and max(linear + without) <= 0.78, sentence, table, figure, {"accuracy": accuracy})
 
 
 @torch.no_grad()
-def draw_plane(axis: Axes, trained: nn.Module) -> None:
-    """Where a network sees which class, and the points that it was tested on."""
+def draw_plane(axis: Axes, learner: nn.Module) -> None:
+    """Draw the probability of a class over the plane, and the test points."""
     ticks = np.linspace(-0.5, 1.5, 81, dtype=np.float32)
     plane = torch.from_numpy(np.stack(np.meshgrid(ticks, ticks), axis=-1)).view(-1, 1, 1, 2)
-    probability = trained(plane).softmax(1)[:, 1].view(81, 81).numpy()
+    probability = learner(plane).softmax(1)[:, 1].view(81, 81).numpy()
     axis.contourf(ticks, ticks, probability, levels=np.linspace(0, 1, 11), cmap="RdBu_r", alpha=0.5)
     inputs, labels = points(400, 1)
     for label in (0, 1):

@@ -1,16 +1,16 @@
-"""How sure a share is."""
+"""Shares with an interval of 95 %."""
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Z = 1.959963984540054
-"""Of the normal distribution, for 95 %."""
+Z = NormalDist().inv_cdf(0.975)
 
 
 class Share(NamedTuple):
-    """A share with its interval of 95 %."""
+    """A share with the ends of its interval."""
 
     value: float
     low: float
@@ -18,30 +18,29 @@ class Share(NamedTuple):
 
 
 def wilson(share: float, count: float) -> Share:
-    """The score interval of Wilson (1927), which stays inside [0, 1] and holds near its ends, too.
+    """Return the score interval of Wilson (1927), which stays inside [0, 1].
 
     Args:
-        share: that was seen, from 0 to 1.
-        count: of independent trials.
+        share: observed, from 0 to 1.
+        count: of independent trials; an effective number need not be whole, which rules out SciPy's function.
     """
     square = Z * Z / count
     centre = (share + square / 2) / (1 + square)
     half = Z / (1 + square) * (share * (1 - share) / count + square / (4 * count)) ** 0.5
-    # At its ends the interval ends there, but for rounding.
+    # Without rounding, an interval of 0 begins at 0 and an interval of 1 ends at 1.
     return Share(share, max(centre - half, 0.0) if share else 0.0, centre + half if share < 1 else 1.0)
 
 
 def clustered(right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Share:
-    """Wilson's interval for answers to several views of each image, which are not independent.
+    """Return Wilson's interval for answers to several views of each image, which are not independent.
 
-    Their number is divided by the design effect (Kish 1965): the variance of the share as a ratio over groups, by that
-    of as many independent answers. It counts for no more than that of answers, and for no less than groups would that
-    each agree, which is their number if they are equally large; for that where all answers are alike, and nothing is
-    seen of how they vary. One view of each: Wilson's own.
+    The number of answers is divided by the design effect (Kish 1965): the variance of the share as a ratio over groups,
+    divided by the variance of as many independent answers. The effective number is at most the number of answers, and
+    at least the number for groups whose views all agree. It is that minimum where all answers are alike.
 
     Args:
-        right: by answer.
-        groups: the image that each one is of.
+        right: ``(n,)``, one per answer.
+        groups: the source image of each answer, ``(n,)``.
     """
     share, count = float(right.mean()), len(right)
     _, places = np.unique(groups, return_inverse=True)

@@ -1,0 +1,122 @@
+"""The result of a study: verdict, sentence, table and figure, and helpers to make them."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from upright.evidence.bench import Run
+from upright.runs.drawing import COLOURS
+
+Key = TypeVar("Key")
+
+STYLE: dict[Any, Any] = {"axes.labelsize": 9, "axes.titlesize": 9, "legend.fontsize": 8}
+"""Settings of matplotlib while a study draws."""
+
+
+class Finding(NamedTuple):
+    """The result of a study.
+
+    Args:
+        held: whether the claim holds, by the rule of the protocol.
+        sentence: the observations, with their numbers.
+        table: rows, each from heading to text.
+        figure: to save as a PNG.
+        numbers: all measurements, for ``results.json``.
+    """
+
+    held: bool
+    sentence: str
+    table: Sequence[Mapping[str, str]]
+    figure: Figure
+    numbers: Any
+
+
+def values(runs: Iterable[Run], name: str) -> list[float]:
+    """Return a metric of the test split, for the runs that have it."""
+    return [run.metrics[name] for run in runs if name in run.metrics]
+
+
+def measured(runs: Mapping[Key, Iterable[Run]], name: str) -> dict[Key, list[float]]:
+    """Return a metric of the test split for groups of runs."""
+    return {key: values(each, name) for key, each in runs.items()}
+
+
+def errors(runs: Mapping[Key, Iterable[Run]]) -> dict[Key, list[float]]:
+    """Return test errors in percent for groups of runs."""
+    return {key: [100 * (1 - right) for right in each] for key, each in measured(runs, "test/accuracy").items()}
+
+
+def means(groups: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
+    """Return the mean of each group that is not empty."""
+    return {key: statistics.mean(each) for key, each in groups.items() if each}
+
+
+def mean_and_spread(numbers: Sequence[float], digits: int = 4) -> str:
+    """Return mean ± standard deviation as text, or a dash for no numbers."""
+    if not numbers:
+        return "-"
+    return f"{statistics.mean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def spreads(groups: Mapping[Key, Sequence[float]], digits: int = 4) -> dict[Key, str]:
+    """Return `mean_and_spread` of each group, a column of `rows`."""
+    return {key: mean_and_spread(each, digits) for key, each in groups.items()}
+
+
+def rows(heading: str, titles: Mapping[Key, str], columns: Mapping[str, Mapping[Key, str]]) -> list[dict[str, str]]:
+    """Return the rows of a table.
+
+    Args:
+        heading: of the first column.
+        titles: the first cell of each row.
+        columns: by heading, the cells of each row; a missing cell becomes a dash.
+    """
+    return [
+        {heading: title} | {name: cells.get(key, "-") for name, cells in columns.items()}
+        for key, title in titles.items()
+    ]
+
+
+def panels(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, row by row; width and height of one in inches."""
+    figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.tick_params(which="both", labelsize=8)
+        axis.set_prop_cycle(color=COLOURS)
+    return figure, axes
+
+
+def draw_band(axis: Axes, x: Iterable[float], runs: npt.ArrayLike, label: str, **style: Any) -> None:
+    """Draw the mean over runs as a line, and the range from minimum to maximum as a band.
+
+    Args:
+        axis: to draw on.
+        x: coordinates, ``n``.
+        runs: values of each run, ``(runs, n)``.
+        label: for the legend.
+        **style: of the line.
+    """
+    x, lines = list(x), np.asarray(runs, dtype=float)
+    (line,) = axis.plot(x, lines.mean(axis=0), label=label, linewidth=1.4, **style)
+    if len(lines) > 1:
+        axis.fill_between(x, lines.min(axis=0), lines.max(axis=0), color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def draw_points(axis: Axes, groups: Mapping[str, Sequence[float]], label: str = "") -> None:
+    """Draw every run as a point, and the mean of each group as a line across it."""
+    for place, (name, numbers) in enumerate(groups.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        if numbers:
+            spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
+            axis.scatter(place + spread, numbers, s=16, color=colour, label=name, zorder=3)
+            axis.hlines(statistics.mean(numbers), place - 0.25, place + 0.25, color=colour, linewidth=1.4)
+    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+    axis.set_xlim(-0.6, len(groups) - 0.4)
+    axis.set_ylabel(label)

@@ -1,0 +1,276 @@
+"""Accuracy, comparison and calibration of models on the same images."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import brentq
+from scipy.special import softmax
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from tqdm import tqdm
+
+from upright.data.datamodule import ImageDataModule
+from upright.errors import UserError
+from upright.evidence.intervals import Share, clustered
+from upright.evidence.reporting.subjects import Floats, Subject
+from upright.exporting.parity import Drop
+from upright.training.uprightness import Uprightness
+
+Labels = npt.NDArray[np.int64]
+
+TOP = (2, 5)
+LISTED_MISTAKES = 24
+BINS = 15
+"""Bins of confidence, of equal width, as in Guo et al. 2017."""
+TEMPERATURES = (0.02, 50.0)
+"""Bounds of the temperature."""
+
+
+@dataclass(eq=False)
+class Result:
+    """The answers of a model to a split.
+
+    Args:
+        probabilities: ``(N, K)``.
+        labels: ``(N,)``.
+        groups: the source image of each answer, ``(N,)``.
+        uprightness: over the views of the split, if they are rotated and the model has observations.
+    """
+
+    probabilities: Floats
+    labels: Labels
+    groups: Labels
+    uprightness: float | None = None
+
+    @cached_property
+    def predicted(self) -> Labels:
+        """Predicted classes, ``(N,)``."""
+        predicted: Labels = self.probabilities.argmax(axis=1)
+        return predicted
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Correct answers, ``(N,)``."""
+        right: npt.NDArray[np.bool_] = self.predicted == self.labels
+        return right
+
+    @cached_property
+    def confusion(self) -> Labels:
+        """Counts of answers by true class (row) and predicted class (column), ``(K, K)``."""
+        counts: Labels = confusion_matrix(self.labels, self.predicted, labels=range(self.probabilities.shape[1]))
+        return counts
+
+    @cached_property
+    def mistakes(self) -> Labels:
+        """Indices of the wrong answers, the most confident first."""
+        wrong = np.flatnonzero(~self.right)
+        order: Labels = wrong[np.argsort(-self.probabilities[wrong].max(axis=1), kind="stable")]
+        return order
+
+    def accuracy(self, classes: tuple[str, ...], names: list[str]) -> dict[str, Any]:
+        """Return accuracy, top k, scores of the classes, confusion and mistakes."""
+        ranked = np.argsort(-self.probabilities, axis=1, kind="stable")
+        hits = ranked == self.labels[:, None]
+        score = partial(precision_recall_fscore_support, self.labels, self.predicted, zero_division=0)
+        scores = score(labels=range(len(classes)))
+        # The mean over classes that occur as label or prediction, as in training.
+        macro = score(average="macro")
+        columns = ("precision", "recall", "f1", "support")
+        return {
+            "accuracy": clustered(self.right, self.groups),
+            "top": {str(k): clustered(hits[:, :k].any(axis=1), self.groups) for k in TOP if k < len(classes)},
+            "macro": dict(zip(columns[:3], map(float, macro[:3]), strict=True)),
+            "classes": [
+                {"class": name} | dict(zip(columns, (*map(float, row[:3]), int(row[3])), strict=True))
+                for name, row in zip(classes, np.transpose(scores), strict=True)
+            ],
+            "confusion": self.confusion.tolist(),
+            "mistakes": len(self.mistakes),
+            "worst_mistakes": [
+                {
+                    "name": names[i],
+                    "label": classes[self.labels[i]],
+                    "predicted": classes[self.predicted[i]],
+                    "confidence": float(self.probabilities[i].max()),
+                    "probability_of_label": float(self.probabilities[i, self.labels[i]]),
+                }
+                for i in self.mistakes[:LISTED_MISTAKES].tolist()
+            ],
+        }
+
+
+@torch.no_grad()
+def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Result]:
+    """Ask all models about a split; every image is decoded once.
+
+    Raises:
+        UserError: if a model answers with NaN or infinity.
+    """
+    measures = [Uprightness() if subject.model else None for subject in subjects]
+    probabilities: list[list[Floats]] = [[] for _ in subjects]
+    labels, groups = [], []
+    aspect = data.spec.width / data.spec.height
+    for batch in tqdm(data.loader(split), desc=f"evaluating {split}", unit="batch", disable=None, leave=False):
+        labels.append(batch.labels)
+        groups.append(batch.group)
+        for subject, answers, measure in zip(subjects, probabilities, measures, strict=True):
+            answer = subject.answer(batch.images)
+            if not np.isfinite(answer.probabilities).all():
+                raise UserError(f"'{subject.origin.path}' answers with NaN or infinity; train or export it again.")
+            answers.append(answer.probabilities)
+            if measure:
+                measure.update(batch.group, batch.transforms, answer.seen, aspect)
+    uprightness = [float(measure.compute()) if measure else float("nan") for measure in measures]
+    common = (torch.cat(labels).numpy(), torch.cat(groups).numpy())
+    return [
+        Result(np.concatenate(answers), *common, None if np.isnan(value) else value)
+        for answers, value in zip(probabilities, uprightness, strict=True)
+    ]
+
+
+def difference(first: Result, other: Result) -> dict[str, Any]:
+    """Return the difference of accuracy in points, from paired answers to the same images, see `Drop`."""
+    drop = Drop.of(first.right, other.right, first.groups)
+    return {
+        "points": 0 - drop.points,
+        "low": 0 - drop.high,
+        "high": 0 - drop.low,
+        "only_first_right": int((first.right & ~other.right).sum()),
+        "only_this_right": int((~first.right & other.right).sum()),
+    }
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Answers with a confidence in ``(above, to]``.
+
+    Args:
+        above: lower bound.
+        to: upper bound.
+        count: number of answers.
+        confidence: mean; None without answers.
+        accuracy: None without answers.
+    """
+
+    above: float
+    to: float
+    count: int
+    confidence: float | None
+    accuracy: Share | None
+
+
+class Calibration(NamedTuple):
+    """Calibration of a model, and after the temperature that was fitted on other images.
+
+    Args:
+        log_loss: mean negative log-likelihood, in nats.
+        error: expected calibration error.
+        bins: see `reliability`.
+        temperature: None if there is none.
+        reason: why there is none.
+        log_loss_after: with the temperature.
+        error_after: with the temperature.
+        bins_after: with the temperature.
+    """
+
+    log_loss: float
+    error: float
+    bins: list[Bin]
+    temperature: float | None = None
+    reason: str = ""
+    log_loss_after: float | None = None
+    error_after: float | None = None
+    bins_after: list[Bin] | None = None
+
+
+def calibrate(result: Result, validation: Result | None) -> Calibration:
+    """Measure calibration, with a temperature fitted on the validation split; None if ``result`` is that split."""
+
+    def measure(probabilities: Floats) -> tuple[float, float, list[Bin]]:
+        bins = reliability(probabilities, result.labels, result.groups)
+        return log_loss(probabilities, result.labels), calibration_error(bins), bins
+
+    before = measure(result.probabilities)
+    if validation is None:
+        return Calibration(*before, reason="it is fitted on the validation split, and this report is about that split")
+    temperature = fitted_temperature(validation.probabilities, validation.labels)
+    if temperature is None:
+        return Calibration(
+            *before,
+            reason="the loss on the validation split has no minimum, because no answer is wrong or none is better than "
+            "a guess",
+        )
+    return Calibration(*before, temperature, "", *measure(tempered(result.probabilities, temperature)))
+
+
+def reliability(probabilities: Floats, labels: Labels, groups: Labels) -> list[Bin]:
+    """Group answers by confidence.
+
+    Args:
+        probabilities: ``(N, K)``.
+        labels: ``(N,)``.
+        groups: the source image of each answer, ``(N,)``.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = []
+    for number in range(BINS):
+        inside = places == number
+        mean = float(confidence[inside].mean()) if inside.any() else None
+        accuracy = clustered(right[inside], groups[inside]) if inside.any() else None
+        bins.append(Bin(number / BINS, (number + 1) / BINS, int(inside.sum()), mean, accuracy))
+    return bins
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Return the expected calibration error: the mean distance of confidence and accuracy over the answers."""
+    distances = [
+        each.count * abs(each.confidence - each.accuracy.value)
+        for each in bins
+        if each.confidence is not None and each.accuracy
+    ]
+    return sum(distances) / sum(each.count for each in bins)
+
+
+def log_loss(probabilities: Floats, labels: Labels) -> float:
+    """Return the mean negative log-likelihood, in nats; a probability of 0 counts as the smallest float32."""
+    return float(-_logits(probabilities)[np.arange(len(labels)), labels].mean())
+
+
+def tempered(probabilities: Floats, temperature: float) -> Floats:
+    """Return the probabilities ``(N, K)`` for the same logits divided by ``temperature``."""
+    scaled: Floats = softmax(_logits(probabilities) / temperature, axis=1)
+    return scaled
+
+
+def fitted_temperature(probabilities: Floats, labels: Labels) -> float | None:
+    """Return the temperature with the lowest `log_loss` (Guo et al. 2017, arXiv:1706.04599, section 4.2).
+
+    Args:
+        probabilities: ``(N, K)``, of images that the model was not trained on.
+        labels: ``(N,)``.
+
+    Returns:
+        None if there is no minimum within `TEMPERATURES`.
+    """
+    logits = _logits(probabilities)
+    true = logits[np.arange(len(labels)), labels]
+
+    def slope(exponent: float) -> float:
+        return float(((softmax(logits / np.exp(exponent), axis=1) * logits).sum(axis=1) - true).mean())
+
+    # The loss is convex in 1 / temperature, so its slope has one zero.
+    low, high = np.log(TEMPERATURES)
+    if slope(low) <= 0 or slope(high) >= 0:
+        return None
+    return float(np.exp(brentq(slope, low, high)))
+
+
+def _logits(probabilities: Floats) -> Floats:
+    """Return the logits up to a constant per row, which softmax ignores."""
+    logits: Floats = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    return logits
