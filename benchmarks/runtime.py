@@ -154,8 +154,8 @@ def int8(folder: Path) -> None:
 
         sessions = {"fp32": open_session(path, threads=1)}
         for kind, full_range in (("int8", False), ("full", True)):
-            lowered = Int8(path, model.network, calibration, folder, full_range)
-            (folder / f"{kind}.onnx").write_bytes(lowered.lower(lowered.layers))
+            converter = Int8(path, model.network, calibration, folder, full_range)
+            (folder / f"{kind}.onnx").write_bytes(converter.convert(converter.layers))
             sessions[kind] = open_session(folder / f"{kind}.onnx", threads=1)
             (folder / "ranges.json").unlink()
         others = {"vino": path, "vino8": folder / "int8.onnx"} if peer else {}
