@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lightning import LightningDataModule
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
@@ -307,6 +308,24 @@ def test_data_may_be_elsewhere(upright: Upright, run_folder: Path, tmp_path: Pat
         (tmp_path / "data.yaml").write_text(content)
         answer = upright("export", run_folder, "--force", "--data", "data.yaml")
         assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "source"),
+    [
+        (LightningDataModule(), "on a LightningDataModule, which is not an ImageDataModule"),
+        (None, "without a datamodule"),
+    ],
+    ids=["another datamodule", "none"],
+)
+def test_parity_needs_originals(
+    upright: Upright, run_folder: Path, monkeypatch: pytest.MonkeyPatch, data: LightningDataModule | None, source: str
+) -> None:
+    monkeypatch.setattr(export_module, "restore", lambda *arguments: restore(*arguments)._replace(data=data))
+    answer = upright("export", run_folder)
+    assert answer.code == 2 and answer.err.count("\n") == 1 and not Path("export").exists()
+    assert f"Parity needs the originals of the validation split, but the checkpoint was trained {source}" in answer.err
+    assert "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml." in answer.err
 
 
 def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: Path, tmp_path: Path) -> None:

@@ -105,10 +105,8 @@ def test_a_bundle_of_one_form(run_folder: Path, upright: Upright, tmp_path: Path
     assert manifest["input"]["shape"] == [3, 32, 30, 1] and manifest["output"]["shape"] == [3, 10]
     assert manifest["opset"] == 20 and manifest["other_outputs"] == ["features", "logits"]
     card = Path("elsewhere/small/README.md").read_text()
-    assert (
-        "uint8 (3, 32, 30, 1), this size only |\n| Preprocessing inside the model | stretch to 28 x 28 and normalisation |"
-        in card
-    )
+    assert "uint8 (3, 32, 30, 1), this size only |" in card
+    assert "| Preprocessing inside the model | stretch to 28 x 28 and normalisation |" in card
     assert str(Path(graph_module.__file__).parent).encode() not in Path("elsewhere/small/model.onnx").read_bytes()
     samples = sorted(Path("elsewhere/small/samples").glob("*.png"))
     with Image.open(samples[0]) as sample:

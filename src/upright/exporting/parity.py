@@ -40,10 +40,10 @@ def check_data(data: L.LightningDataModule | None) -> ImageDataModule:
     """
     if isinstance(data, ImageDataModule):
         return data
-    source = "no data" if data is None else f"a {type(data).__name__}"
+    source = "without a datamodule" if data is None else f"on a {type(data).__name__}, which is not an ImageDataModule"
     raise UserError(
-        f"Parity needs the originals of the validation split, and the checkpoint has {source}, not an "
-        "ImageDataModule; give --data with the YAML of one, such as configs/data/folder.yaml."
+        f"Parity needs the originals of the validation split, but the checkpoint was trained {source}; "
+        "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml."
     )
 
 
