@@ -19,7 +19,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from shared import ROOT, UPRIGHT, command_line, heading, row
 
-MODULES = "upright.runs.cli.run, upright.architectures.transformer_network, upright.architectures.lenet, sklearn.datasets"
+MODULES = (
+    "upright.runs.cli.run, upright.architectures.transformer_network, upright.architectures.lenet, sklearn.datasets"
+)
 
 
 class StopAtFirstStep(Callback):
