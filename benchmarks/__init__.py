@@ -1,1 +1,1 @@
-"""Measurements that figures in README and docs come from: each is a script."""
+"""Scripts that measure the figures in README and docs. Each has ``--quick``, which shows that it runs."""

@@ -1,22 +1,21 @@
-"""Augmentation of whole batches against an image at a time, against kornia, and against the step that it feeds.
+"""Time of augmenting batches, compared with one image at a time, with kornia, and with a training step.
 
-    python benchmarks/augmentation.py [--rounds 30]
+    python benchmarks/augmentation.py [--rounds 30] [--quick]
 
-An image at a time there are two: the usual pipeline, torchvision's transforms on Pillow images (where torchvision is
-installed, which Upright does not need), and the leanest that can be written with Pillow alone.
+Two pipelines take one image at a time: *usual*, torchvision's transforms on Pillow images (if torchvision is installed,
+which Upright does not need), and *lean*, the shortest code with Pillow alone.
 
-All give the same float batch of the same strength: turned by up to 15 degrees, scaled by 0.9 to 1.1, shifted by up to
-10 %, mirrored every other time, cropped out of a margin of 4 pixels; bilinear, black beyond the border. What is
-compared runs in turn, in an order drawn anew every round; medians over all rounds, and the ratio of each to ours taken
-round by round. Two workers come beside the threads that the table says.
+All give the same float batch with the same strength: rotated by up to 15 degrees, scaled by 0.9 to 1.1, shifted by up
+to 10 %, mirrored every other time, cropped out of a margin of 4 pixels; bilinear, black beyond the border. They run in
+turn, in a new random order every round. The table has medians over all rounds, and ratios to ours taken round by round.
+The two workers run beside the threads in the table.
 """
 
-import argparse
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ import kornia
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from shared import command_line, heading, quartiles, row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -44,12 +44,12 @@ BATCH = 128
 
 
 def ours() -> Augmentation:
-    """As a config has it."""
+    """Augment as a config does."""
     return Augmentation([RandomAffine(rotate=ROTATE, scale=SCALE, shift=SHIFT, flip=FLIP), RandomCrop(padding=MARGIN)])
 
 
 def theirs(size: int) -> nn.Module:
-    """The same of kornia's."""
+    """Augment with kornia."""
     return nn.Sequential(
         kornia.augmentation.RandomAffine(ROTATE, (SHIFT, SHIFT), SCALE, p=1.0),
         kornia.augmentation.RandomHorizontalFlip(p=FLIP),
@@ -58,7 +58,7 @@ def theirs(size: int) -> nn.Module:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """An image at a time, as a Pillow image."""
+    """One image at a time, as a Pillow image."""
 
     def __init__(self, images: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -72,7 +72,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
 
 
 def usual(size: int) -> Callable[[Image.Image], Tensor]:
-    """As most people write it."""
+    """Augment with torchvision."""
     bilinear = transforms.InterpolationMode.BILINEAR
     composed: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
@@ -86,10 +86,9 @@ def usual(size: int) -> Callable[[Image.Image], Tensor]:
 
 
 class Lean:
-    """The same with as little as possible around Pillow's own loops."""
+    """Augment with as little code as possible around Pillow's own loops."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Float ``(C, H, W)`` in [0, 1]."""
         size = image.width
         angle, scale = math.radians(random.uniform(-ROTATE, ROTATE)), random.uniform(*SCALE)
         across, down = (random.uniform(-SHIFT, SHIFT) * size for _ in range(2))
@@ -106,13 +105,13 @@ class Lean:
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """Batch after batch, epoch after epoch."""
+    """Yield batch after batch, epoch after epoch."""
     while True:
         yield from loader
 
 
 def step(channels: int, size: int) -> Callable[[], None]:
-    """A training step of LeNet."""
+    """Return a training step of LeNet."""
     network = LeNet((channels, size, size), 10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters())
     images, labels = torch.rand(BATCH, channels, size, size), torch.arange(BATCH) % 10
@@ -126,7 +125,7 @@ def step(channels: int, size: int) -> Callable[[], None]:
 
 
 def side_by_side(blocks: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each block in each round."""
+    """Return the milliseconds of each block in each round."""
     for block in blocks.values():
         for _ in range(3):
             block()
@@ -143,16 +142,10 @@ def side_by_side(blocks: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return times
 
 
-def ratio(of: list[float], to: list[float]) -> str:
-    """The median of round by round, and its quartiles."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(of, to, strict=True)], n=4)
-    return f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
-
-
-def compare(threads: int, rounds: int) -> None:
-    """Rows of the first table."""
+def compare(threads: int, rounds: int, sizes: Sequence[tuple[int, int]]) -> None:
+    """Print rows of the first table."""
     torch.set_num_threads(threads)
-    for channels, size in ((1, 28), (3, 32)):
+    for channels, size in sizes:
         images = torch.randint(0, 256, (20 * BATCH, channels, size, size), dtype=torch.uint8)
         numbers = torch.arange(len(images))
         matrices = torch.eye(3).expand(len(images), 1, 3, 3)
@@ -176,46 +169,46 @@ def compare(threads: int, rounds: int) -> None:
                 },
                 rounds,
             )
-        row = [f"{channels} x {size} x {size}", str(threads), f"{statistics.median(times['ours']):.2f}"]
+        cells = [f"{channels} x {size} x {size}", str(threads), f"{statistics.median(times['ours']):.2f}"]
         for name in ("usual", "lean"):
             if name not in singly:
-                row += ["-", "-"]
+                cells += ["-", "-"]
                 continue
-            # Apart, for workers go on while others are measured, and would be found to have their batches ready.
+            # Measured alone: workers continue while others are measured, and would have their batches ready.
             workers = DataLoader(OneByOne(array, singly[name]), num_workers=2, persistent_workers=True, **common)
             parallel = side_by_side({name: partial(next, endless(workers))}, 2 * rounds)[name][rounds:]
-            row += [ratio(those, times["ours, loaded"]) for those in (times[name], parallel)]
+            cells += [quartiles(each, times["ours, loaded"]) for each in (times[name], parallel)]
         times |= side_by_side({"step": step(channels, size), "beside": partial(augment, batch)}, rounds)
-        row += [ratio(times["kornia"], times["ours"]), ratio(times["beside"], times["step"])]
-        print("|", " | ".join(row), "|", flush=True)
+        row(*cells, quartiles(times["kornia"], times["ours"]), quartiles(times["beside"], times["step"]))
 
 
 def main() -> None:
     """Print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="default: 30")
-    rounds = parser.parse_args().rounds
-    everything = torch.get_num_threads()
+    options = parser.parse_args()
+    rounds, sizes, threads = options.rounds, [(1, 28), (3, 32)], sorted({1, torch.get_num_threads()})
+    batches = [32, 128, 512, 2048]
+    if options.quick:
+        rounds, sizes, threads, batches = 2, sizes[:1], threads[:1], batches[:2]
     torch.manual_seed(0)
     keep_freed_memory()  # as `upright fit` does; for all sides
     print(f"Batches of {BATCH}; torch {torch.__version__}, kornia {kornia.__version__}\n")
-    singly = "usual | usual, 2 workers | lean | lean, 2 workers"
-    print(f"| images | threads | ours, ms | {singly} | kornia | of LeNet's step |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for threads in sorted({1, everything}):
-        compare(threads, rounds)
+    singly = ("usual", "usual, 2 workers", "lean", "lean, 2 workers")
+    heading("images", "threads", "ours, ms", *singly, "kornia", "of LeNet's step")
+    for count in threads:
+        compare(count, rounds, sizes)
     torch.set_num_threads(1)
-    print("\n| batch, one thread | 1 x 28 x 28, us per image | 3 x 32 x 32, us per image |\n|---|---|---|")
-    sizes = (32, 128, 512, 2048)
+    print()
+    heading("batch, one thread", *(f"{channels} x {size} x {size}, us per image" for channels, size in sizes))
     columns = []
-    for channels, size in ((1, 28), (3, 32)):
+    for channels, size in sizes:
         augment = ours()
-        given = [torch.randint(0, 256, (batch, channels, size, size), dtype=torch.uint8) for batch in sizes]
-        blocks = {str(len(images)): partial(augment, images) for images in given}
-        times = side_by_side(blocks, rounds)
-        columns.append([1000 * statistics.median(times[str(batch)]) / batch for batch in sizes])
-    for batch, *values in zip(sizes, *columns, strict=True):
-        print("|", " | ".join([str(batch), *(f"{value:.2f}" for value in values)]), "|", flush=True)
+        tensors = [torch.randint(0, 256, (batch, channels, size, size), dtype=torch.uint8) for batch in batches]
+        times = side_by_side({str(len(images)): partial(augment, images) for images in tensors}, rounds)
+        columns.append([1000 * statistics.median(times[str(batch)]) / batch for batch in batches])
+    for batch, *values in zip(batches, *columns, strict=True):
+        row(batch, *(f"{value:.2f}" for value in values))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""What `upright serve` costs beside the model: its throughput under 32 clients against a bare onnxruntime loop.
+"""Throughput of `upright serve` with 32 clients, compared with a bare onnxruntime loop.
 
-    python benchmarks/serving.py BUNDLE ... [--threads 1] [--rounds 5] [--seconds 3]
+    python benchmarks/serving.py [BUNDLE ...] [--threads 1] [--rounds 5] [--seconds 3] [--quick]
 
-Bare: `session.run` on batches that lie ready, of as many images as 32 clients have under way (64 at most), in a
-process of its own. Served: a process of its own as well, and the clients in a third, on the same machine: 32
-connections that are kept, each sends its next request when it has its answer, bytes that lie ready, answers that are
-only measured for their length; they take processor time from the server, which the table shows. Bare and served take
-turns; the ratio is taken round by round, and its median is shown.
+Bare: `session.run` on prepared batches, of as many images as 32 clients have under way (64 at most), in a process of
+its own. Served: the server in a process of its own, and the clients in a third one on the same machine. They keep 32
+connections open; each sends its next request, of prepared bytes, when it has its answer. The clients take processor
+time from the server; the table has how much. Bare and served take turns; the ratio is the median over rounds.
 
-What a request holds: one picture as PNG; one picture as a binary tensor (Open Inference Protocol); 16 of either.
-Three more figures say where the time goes: requests per second that are only answered (`/v2/health/live`), pictures per
-second that one thread decodes, and the processor time of the server per image.
+A request holds one PNG, one binary tensor (Open Inference Protocol), or 16 of either. Three more figures divide the
+time: requests per second that are only answered (`/v2/health/live`), images per second that one thread decodes, and the
+processor time of the server per image.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from urllib.request import urlopen
 
 import numpy as np
 from PIL import Image
+from shared import ROOT, UPRIGHT, command_line, heading, row
 
 from upright.images import Pixels
 from upright.runtime.predictor import Predictor
@@ -36,7 +36,7 @@ CLIENTS = 32
 
 
 def requests(bundle: Path, name: str) -> dict[str, tuple[int, bytes]]:
-    """Kind -> images per request, and its bytes."""
+    """Return the images and the bytes of each kind of request."""
     predictor = Predictor(bundle)
     samples = [bundle / sample["file"] for sample in predictor.bundle.samples]
     image = predictor.decode(samples[0])
@@ -62,12 +62,12 @@ def requests(bundle: Path, name: str) -> dict[str, tuple[int, bytes]]:
 
 
 def post(path: str, body: bytes, headers: str = "") -> bytes:
-    """A request."""
+    """Return the bytes of a request."""
     return f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def tensor(path: str, images: Pixels) -> bytes:
-    """A request by the binary extension, that wants probabilities in the same way."""
+    """Return a request with binary input and output."""
     asked = {
         "inputs": [
             {
@@ -84,25 +84,22 @@ def tensor(path: str, images: Pixels) -> bytes:
 
 
 class Client(asyncio.Protocol):
-    """Sends the same bytes again and again until the time is over."""
+    """Send the same bytes again and again until the time is over."""
 
     def __init__(self, request: bytes, end: float, statuses: Counter[str], seconds: list[float]) -> None:
         self.request, self.end, self.statuses, self.seconds = request, end, statuses, seconds
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.send()
 
     def send(self) -> None:
-        """Once more."""
         self.got, self.start = b"", time.perf_counter()
         self.length: int | None = None
         self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        """Until the answer is whole."""
         self.got += data
         if self.length is None and (head := self.got.find(b"\r\n\r\n")) >= 0:
             fields = self.got[:head].lower()
@@ -120,7 +117,7 @@ class Client(asyncio.Protocol):
 
 
 async def load(port: int, request: bytes, seconds: float) -> dict[str, object]:
-    """What ``CLIENTS`` saw."""
+    """Return the speed and the answers that ``CLIENTS`` clients measure."""
     statuses: Counter[str] = Counter()
     waited: list[float] = []
     loop, cpu, end = asyncio.get_running_loop(), time.process_time(), time.perf_counter() + seconds
@@ -138,7 +135,7 @@ async def load(port: int, request: bytes, seconds: float) -> dict[str, object]:
 
 
 def bare(bundle: Path, threads: int, batch: int, seconds: float) -> dict[str, float]:
-    """Images per second of the session alone, and microseconds of processor time per image."""
+    """Return images per second of the session alone, and microseconds of processor time per image."""
     predictor = Predictor(bundle, threads=threads)
     image = predictor.decode(bundle / predictor.bundle.samples[0]["file"])
     images, count = np.repeat(image[None], batch, axis=0), 0
@@ -151,22 +148,25 @@ def bare(bundle: Path, threads: int, batch: int, seconds: float) -> dict[str, fl
 
 
 def alone(*arguments: object, stdin: bytes = b"") -> dict[str, Any]:
-    """Run this file in a process of its own."""
+    """Run this file in a process of its own, and return what it prints."""
     done = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)], input=stdin, capture_output=True, check=True
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
 
 
 def main() -> None:
     """Print a table per bundle."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="*", type=Path)
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "bundles", nargs="*", type=Path, default=[ROOT / "export/digits"], help="default: export/digits"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["1 PNG", "1 tensor", "16 PNG", "16 tensor"])
+    kinds = ["1 PNG", "1 tensor", "16 PNG", "16 tensor"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of requests; default: all")
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     known, options = parser.parse_known_args()
@@ -176,21 +176,21 @@ def main() -> None:
     if known.bare:
         print(json.dumps(bare(known.bundles[0], known.threads, known.bare, known.seconds)))
         return
-    if not known.bundles:
-        parser.error("give at least one bundle, such as export/digits")
+    if known.quick:
+        known.rounds, known.seconds, known.kinds = 1, 0.2, known.kinds[:1]
     for bundle in known.bundles:
         compare(bundle, known, options)
 
 
 def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None:
-    """A row per kind of request."""
-    command = [sys.executable, "-m", "upright", "serve", str(bundle), "--port", "0", "--threads", str(known.threads)]
+    """Print a row per kind of request."""
+    command = [*UPRIGHT, "serve", str(bundle), "--port", "0", "--threads", str(known.threads)]
     command += ["--max-queue", "1024"]
     server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
     assert server.stdout
     address = json.loads(server.stdout.readline())["address"]
     port = address.rpartition(":")[2]
-    # It logs as it does for everybody; somebody must read it.
+    # The server writes its log as always, and blocks if nobody reads it.
     reader = subprocess.Popen(["cat"], stdin=server.stdout, stdout=subprocess.DEVNULL)
 
     def spent() -> float:
@@ -215,13 +215,10 @@ def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None
         health = alone("--load", port, "--seconds", known.seconds, stdin=kinds["health"][1])
         print(
             f"\n{bundle.name}, {known.threads} thread(s); only answered: {health['requests_per_s']:,.0f} requests/s, "
-            f"client {health['client_cpu']:.2f} cores; one thread decodes {decoded:,.0f} pictures/s\n"
+            f"client {health['client_cpu']:.2f} cores; one thread decodes {decoded:,.0f} images/s\n"
         )
-        print(
-            "| request | bare images/s | served images/s | ratio | batch | p50 ms | p99 ms | bare CPU us/image | "
-            "server CPU us/image | clients' cores |"
-        )
-        print("|---" * 10 + "|")
+        columns = ("bare images/s", "served images/s", "ratio", "batch", "p50 ms", "p99 ms", "bare CPU us/image")
+        heading("request", *columns, "server CPU us/image", "clients' cores")
         for kind in known.kinds:
             count, request = kinds[kind]
             batch = min(64, CLIENTS * count)
@@ -238,11 +235,17 @@ def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None
             more, again = batches()
             each, alone_each = 1e6 * (spent() - cpu) / (more - images), statistics.median(one["cpu"] for one in bares)
             middle = {key: statistics.median(one[key] for one in seen) for key in ("p50", "p99", "client_cpu")}
-            print(
-                f"| {kind} | {statistics.median(alike):,.0f} | {statistics.median(served):,.0f} | {ratio:.2f} | "
-                f"{(more - images) / (again - runs):.1f} | {middle['p50']:.1f} | {middle['p99']:.1f} | "
-                f"{alone_each:.0f} | {each:.0f} | {middle['client_cpu']:.2f} |",
-                flush=True,
+            row(
+                kind,
+                f"{statistics.median(alike):,.0f}",
+                f"{statistics.median(served):,.0f}",
+                f"{ratio:.2f}",
+                f"{(more - images) / (again - runs):.1f}",
+                f"{middle['p50']:.1f}",
+                f"{middle['p99']:.1f}",
+                f"{alone_each:.0f}",
+                f"{each:.0f}",
+                f"{middle['client_cpu']:.2f}",
             )
     finally:
         server.terminate()

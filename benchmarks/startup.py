@@ -1,13 +1,12 @@
-"""From the command `upright fit` to its first step, against importing what it has imported by then.
+"""Time from the command `upright fit` to its first step, compared with importing the modules that it uses.
 
-    python benchmarks/startup.py [--rounds 7]
+    python benchmarks/startup.py [--rounds 7] [--quick]
 
-Fresh processes in turn: `upright fit --config configs/stn_lenet.yaml`, which ends itself at its first step, with W&B
-off and offline; and a Python that imports what that run uses and does nothing. Medians of seconds; the last columns are
-what `fit` takes beyond the imports, round by round.
+Fresh processes in turn: `upright fit --config configs/stn_lenet.yaml`, which ends at its first step, with W&B off and
+offline; and a Python that only imports the modules of that run. Medians of seconds; the last columns are the time of
+`fit` beyond the imports, round by round.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -18,57 +17,56 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from shared import ROOT, UPRIGHT, command_line, heading, row
 
-ROOT = Path(__file__).resolve().parents[1]
-USES = "upright.runs.cli.run, upright.architectures.transformer_network, upright.architectures.lenet, sklearn.datasets"
+MODULES = (
+    "upright.runs.cli.run, upright.architectures.transformer_network, upright.architectures.lenet, sklearn.datasets"
+)
 
 
 class StopAtFirstStep(Callback):
-    """Says when that is, and ends the process."""
+    """Record the time of the first step, and end the process."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """At the first step."""
         Path(os.environ["FIRST_STEP"]).write_text(str(time.time()))
         os._exit(0)
 
 
 def fit(wandb: str, folder: Path) -> float:
-    """Seconds to the first step."""
-    reached = folder / "first_step"
-    environment = os.environ | {"FIRST_STEP": str(reached), "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-m", "upright", "fit", "--config", str(ROOT / "configs/stn_lenet.yaml")]
+    """Return the seconds to the first step."""
+    first_step = folder / "first_step"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"FIRST_STEP": str(first_step), "PYTHONPATH": path}
+    command = [*UPRIGHT, "fit", "--config", str(ROOT / "configs/stn_lenet.yaml")]
     command += ["--trainer.callbacks+=startup.StopAtFirstStep", "--wandb", wandb, "--force"]
     start = time.time()
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-    return float(reached.read_text()) - start
+    return float(first_step.read_text()) - start
 
 
 def imports(wandb: str) -> float:
-    """Seconds to import what it uses."""
+    """Return the seconds that the imports take."""
     start = time.time()
-    program = f"import {USES}" + (", wandb" if wandb != "off" else "")
+    program = f"import {MODULES}" + (", wandb" if wandb != "off" else "")
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     return time.time() - start
 
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     options = parser.parse_args()
-    print("| W&B | fit to its first step, s | its imports, s | beyond them, s | least | greatest |")
-    print("|---|---|---|---|---|---|")
+    heading("W&B", "fit to its first step, s", "its imports, s", "beyond the imports, s", "least", "greatest")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for wandb in ("off", "offline"):
-            rounds = []
-            for _ in range(options.rounds + 1):
-                rounds.append((fit(wandb, folder), imports(wandb)))
-            fits, imported = zip(*rounds[1:], strict=True)
-            beyond = [one - other for one, other in rounds[1:]]
-            cells = [statistics.median(fits), statistics.median(imported), statistics.median(beyond)]
-            row = [*(f"{cell:.2f}" for cell in cells), f"{min(beyond):.2f}", f"{max(beyond):.2f}"]
-            print(f"| {wandb} |", " | ".join(row), "|", flush=True)
+        for wandb in ("off",) if options.quick else ("off", "offline"):
+            rounds = [(fit(wandb, folder), imports(wandb)) for _ in range(1 if options.quick else options.rounds + 1)]
+            # The first round warms up.
+            fits, imported = zip(*rounds[not options.quick :], strict=True)
+            beyond = [one - other for one, other in zip(fits, imported, strict=True)]
+            medians = [statistics.median(column) for column in (fits, imported, beyond)]
+            row(wandb, *(f"{seconds:.2f}" for seconds in (*medians, min(beyond), max(beyond))))
 
 
 if __name__ == "__main__":

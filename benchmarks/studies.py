@@ -1,47 +1,49 @@
-"""Run studies one after the other, and show in docs/studies.md what came of them.
+"""Run studies one after the other, and write their results to docs/studies.md.
 
-    python benchmarks/studies.py [NAME ...] [--seeds 3] [--gather]
+    python benchmarks/studies.py [NAME ...] [--seeds 3] [--gather] [--quick]
 
-All of them by default. A study that was interrupted goes on; ``--gather`` runs nothing and shows those that are there.
-The page has a part per study, as ``upright study`` wrote it, and the pictures are beside it in docs/studies/.
+All of them by default. A study that was interrupted is resumed. ``--gather`` runs nothing and collects the results of
+earlier runs; ``--quick`` runs `upright study NAME --quick` and leaves the page as it is. The page has a section per
+study, as ``upright study`` wrote it. The plots are beside it in docs/studies/.
 """
 
-import argparse
 import importlib
 import pkgutil
 import re
 import shutil
 from pathlib import Path
 
+from shared import ROOT, command_line
+
 from upright.cli import main as upright
 from upright.evidence import studies
 from upright.evidence.study import claim_and_protocol
 
 NAMES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 NOT_RUN = "**Not run yet.**"
-HEAD = """# Studies: what the textbooks claim, measured
+HEAD = """# Studies: claims of textbooks, measured
 
-`upright study NAME` runs one, `upright study` lists them, `--quick` shows in seconds that one runs. Each is a short
-file in `src/upright/evidence/studies/`: its docstring is the claim and the protocol, written before the runs; a claim
-that does not hold is reported as such. Tables are means ± standard deviations over seeds, bands in pictures go from the
-least to the greatest. Of minutes of processor time two cores take half. This page is made by `python
-benchmarks/studies.py`.
+`upright study NAME` runs a study, `upright study` lists all of them, and `--quick` shows within seconds that one runs.
+Each study is a short file in `src/upright/evidence/studies/`. Its docstring is the claim and the protocol, written
+before the runs. A claim that does not hold is reported as such. Tables give means ± standard deviations over seeds;
+bands in plots go from the smallest to the largest value. On two cores, halve the processor time. `python
+benchmarks/studies.py` writes this page.
 """
 
 
 def gather(root: Path) -> None:
-    """Put the studies' own pages into docs/studies.md; what was not run again stays."""
+    """Collect the studies' own pages in docs/studies.md; sections of studies that were not run again stay."""
     page = DOCS / "studies.md"
     old = page.read_text() if page.exists() else ""
     parts = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in re.split(r"^## ", old, flags=re.M)[1:]}
     (DOCS / "studies").mkdir(exist_ok=True)
     for name in NAMES:
-        # The full one shows all of the other, but for what that costs: the last line.
-        shown = [path for path in (root / f"study-{name}-full", root / f"study-{name}") if (path / "study.md").exists()]
-        if shown:
-            shutil.copyfile(shown[0] / f"{name}.png", DOCS / "studies" / f"{name}.png")
-            first, *others = [(folder / "study.md").read_text() for folder in shown]
+        # The full study includes the standard one, except for its cost, which is the last line.
+        pages = [path for path in (root / f"study-{name}-full", root / f"study-{name}") if (path / "study.md").exists()]
+        if pages:
+            shutil.copyfile(pages[0] / f"{name}.png", DOCS / "studies" / f"{name}.png")
+            first, *others = [(folder / "study.md").read_text() for folder in pages]
             costs = "".join(f"\n{other.splitlines()[-1]}\n" for other in others)
             parts[name] = first.replace(f"]({name}.png)", f"](studies/{name}.png)") + costs
         elif NOT_RUN in parts.get(name, NOT_RUN):
@@ -52,15 +54,17 @@ def gather(root: Path) -> None:
 
 def main() -> None:
     """Run, then gather."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     parser.add_argument("--gather", action="store_true", help="run nothing")
     options = parser.parse_args()
+    limits = ["--quick", "--seeds", "2"] if options.quick else ["--seeds", str(options.seeds)]
     for name in () if options.gather else options.names:
-        if upright(["study", name, "--seeds", str(options.seeds)]):
+        if upright(["study", name, *limits]):
             raise SystemExit(1)
-    gather(Path("checkpoints"))
+    if not options.quick:
+        gather(Path("checkpoints"))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Training with every number of threads, on a quiet machine and beside a process that takes a core.
+"""Speed of training with each number of threads, on a quiet machine and beside a process that takes a core.
 
-    python benchmarks/threads.py [--seconds 3] [--rounds 5]
+    python benchmarks/threads.py [--seconds 3] [--rounds 5] [--quick]
 
 Steps of `ImageClassifier`'s model with AdamW, in batches of 128, 28 x 28. All numbers of threads run in turn, in fresh
-processes, each quiet and beside the busy one; medians, as ratios to as many threads as cores on a quiet machine.
+processes, each quiet and beside the busy one; medians, relative to as many threads as cores on a quiet machine.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import joblib
 import torch
+from shared import command_line, heading, row
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -34,7 +35,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def steps_per_second(network: str, threads: int, seconds: float) -> float:
-    """Of this process."""
+    """Return the training steps per second in this process."""
     keep_freed_memory()
     torch.set_num_threads(threads)
     spec = ImageSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,))
@@ -50,19 +51,19 @@ def steps_per_second(network: str, threads: int, seconds: float) -> float:
     for _ in range(3):
         step()
     start, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < seconds:
+    while (elapsed := time.perf_counter() - start) < seconds:
         step()
         count += 1
-    return count / passed
+    return count / elapsed
 
 
 def measure(network: str, threads: int, seconds: float, *, busy: bool) -> float:
-    """Of a fresh process."""
+    """Return the training steps per second in a fresh process."""
     program = f"import threads; print(threads.steps_per_second({network!r}, {threads}, {seconds}))"
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
-        done = subprocess.run([sys.executable, "-c", program], cwd=sys.path[0], capture_output=True, text=True)
-        return float(done.stdout)
+        command = [sys.executable, "-c", program]
+        return float(subprocess.run(command, cwd=sys.path[0], check=True, stdout=subprocess.PIPE, text=True).stdout)
     finally:
         if other:
             other.kill()
@@ -71,28 +72,27 @@ def measure(network: str, threads: int, seconds: float, *, busy: bool) -> float:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement; default: 3")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     options = parser.parse_args()
     cores = joblib.cpu_count()
-    print(f"{cores} cores\n\n| network | threads | quiet | beside a busy process | least | greatest |")
-    print("|---|---|---|---|---|---|")
-    for network in NETWORKS:
-        counts = sorted({1, max(1, cores - 1), cores})
-        found: dict[tuple[int, bool], list[float]] = {}
+    networks, counts = list(NETWORKS), sorted({1, max(1, cores - 1), cores})
+    if options.quick:
+        networks, counts, options.seconds, options.rounds = networks[:1], [cores], 0.1, 1
+    print(f"{cores} cores\n")
+    heading("network", "threads", "quiet", "beside a busy process", "least", "greatest")
+    for network in networks:
+        rates: dict[tuple[int, bool], list[float]] = defaultdict(list)
         for _ in range(options.rounds):
             for threads in counts:
                 for busy in (False, True):
-                    rate = measure(network, threads, options.seconds, busy=busy)
-                    found.setdefault((threads, busy), []).append(rate)
-        full = statistics.median(found[cores, False])
+                    rates[threads, busy].append(measure(network, threads, options.seconds, busy=busy))
+        full = statistics.median(rates[cores, False])
         for threads in counts:
-            alone, beside = (statistics.median(found[threads, kind]) / full for kind in (False, True))
-            least, greatest = (kind(found[threads, True]) / full for kind in (min, max))
-            print(
-                f"| {network} | {threads} | {alone:.2f} | **{beside:.2f}** | {least:.2f} | {greatest:.2f} |", flush=True
-            )
+            quiet, beside = (statistics.median(rates[threads, busy]) / full for busy in (False, True))
+            least, greatest = (extreme(rates[threads, True]) / full for extreme in (min, max))
+            row(network, threads, f"{quiet:.2f}", f"**{beside:.2f}**", f"{least:.2f}", f"{greatest:.2f}")
 
 
 if __name__ == "__main__":

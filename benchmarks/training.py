@@ -1,20 +1,19 @@
-"""`upright fit` against the loop that an expert would write, and against the usual Lightning pipeline.
+"""`upright fit` compared with the loop that an expert would write, and with the usual Lightning pipeline.
 
-    pip install rich
-    python benchmarks/training.py [--rounds 7] [--images 12800] [--only lenet]
+    python benchmarks/training.py [--rounds 7] [--images 12800] [--only lenet] [--quick]
 
-All train in one process, an epoch each in turn: the rivals' epochs run inside a hook of the very `upright fit` that is
-measured, whose own epoch is all that happens from one such hook to the next: training, validation, checkpoints,
-metrics, schedule, logging. Images are random, kept in memory, 28 x 28; a seventh as many are validated. The ratio is
-taken round by round; the first round is left out.
+All train in one process, an epoch each in turn. The rivals' epochs run inside a hook of the `upright fit` that is
+measured; from one such hook to the next it only runs its own epoch: training, validation, checkpoints, metrics,
+schedule, logging. Images are random, in memory, 28 x 28; a seventh as many are validated. The ratio is taken round by
+round, without the first one.
 
 The bare loop: the same network, uint8 images in one tensor, normalised by two operations, the same augmentation, fused
 AdamW and one-cycle schedule, the loss summed without waiting, accuracy and loss of the validation images without
 gradients. It saves nothing and measures nothing else.
 
-The usual pipeline: a Dataset that gives an image at a time as Pillow has it, normalised, a DataLoader without workers
-(two were slower), torchmetrics for loss and accuracy at every step, a rich progress bar, Adam; as
-lightning-hydra-template does it with its own network, 784-64-128-64-10 with batch normalisation.
+The usual pipeline: a Dataset that gives one image at a time as Pillow has it, normalised, a DataLoader without workers
+(two were slower), torchmetrics for loss and accuracy at every step, a progress bar (of rich, if it is installed), Adam;
+as in lightning-hydra-template with its own network, 784-64-128-64-10 with batch normalisation.
 """
 
 import argparse
@@ -22,8 +21,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,9 @@ import lightning as L
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from PIL import Image
+from shared import command_line, heading, row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -52,7 +55,7 @@ VALIDATED = 7
 
 
 class Noise(ImageDataModule):
-    """Random images in two splits."""
+    """Random images in three splits."""
 
     def __init__(self, *, count: int = 12800, **options: object) -> None:
         super().__init__(**options)
@@ -60,11 +63,9 @@ class Noise(ImageDataModule):
 
     @property
     def spec(self) -> ImageSpec:
-        """Of MNIST."""
         return ImageSpec(1, 28, 28, tuple("0123456789"), mean=(MEAN,), std=(STD,))
 
     def read(self) -> Source:
-        """As many to train on as was asked, and a few to test."""
         counts = (self.count, self.count // VALIDATED, 10)
         ends = np.cumsum(counts)
         generator = np.random.default_rng(0)
@@ -77,7 +78,7 @@ class Noise(ImageDataModule):
 
 
 class Dense(nn.Sequential):
-    """lightning-hydra-template's example."""
+    """The example network of lightning-hydra-template."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         layers: list[nn.Module] = [nn.Flatten()]
@@ -87,7 +88,7 @@ class Dense(nn.Sequential):
 
 
 class Bare:
-    """The loop that an expert would write."""
+    """The training loop that an expert would write."""
 
     def __init__(self, network: nn.Module, batch: int, data: Noise, steps: int, augmentation: Augmentation) -> None:
         self.network = network.to(memory_format=torch.channels_last)
@@ -99,7 +100,6 @@ class Bare:
         )
 
     def epoch(self) -> None:
-        """Train and validate."""
         images, labels = self.train
         self.network.train()
         total = torch.zeros(())
@@ -122,7 +122,7 @@ class Bare:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """An image at a time, as torchvision's MNIST gives it to ``ToTensor`` and ``Normalize``."""
+    """One image at a time, as torchvision's MNIST gives it to ``ToTensor`` and ``Normalize``."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images[:, 0], labels
@@ -157,20 +157,17 @@ class Usual(L.LightningModule):
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One step."""
         return self._step(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One batch."""
         self._step(batch, "val")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
         return torch.optim.Adam(self.parameters(), lr=0.001)
 
 
 class UsualPipeline:
-    """A Trainer of its own; its start-up is not counted."""
+    """A Trainer of its own, whose start-up is not counted."""
 
     def __init__(self, batch: int, data: Noise) -> None:
         self.module = Usual(Dense((1, 28, 28), 10))
@@ -180,7 +177,7 @@ class UsualPipeline:
         ]
 
     def epoch(self) -> float:
-        """Seconds of training and validation alone."""
+        """Return the seconds of training and validation."""
         clock = Clock()
         trainer = L.Trainer(
             max_epochs=1,
@@ -189,48 +186,45 @@ class UsualPipeline:
             enable_model_summary=False,
             num_sanity_val_steps=0,
             accelerator="cpu",
-            callbacks=[RichProgressBar(), clock],
+            callbacks=[RichProgressBar() if find_spec("rich") else TQDMProgressBar(), clock],
         )
         trainer.fit(self.module, *self.loaders)
         return clock.seconds
 
 
 class Clock(Callback):
-    """Seconds of an epoch."""
+    """Seconds of an epoch with its validation."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start."""
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop; validation lies between."""
         self.seconds = time.perf_counter() - self.started
 
 
 RIVALS: dict[str, Callable[[], float | None]] = {}
-SECONDS: dict[str, list[float]] = {}
+SECONDS: dict[str, list[float]] = defaultdict(list)
 
 
 class Interleave(Callback):
-    """Runs an epoch of every rival between two of ours."""
+    """Run an epoch of every rival between two of ours."""
 
     def __init__(self) -> None:
         self.started = 0.0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Our epoch ends where the next one begins."""
         if self.started:
-            SECONDS.setdefault("upright fit", []).append(time.perf_counter() - self.started)
+            SECONDS["upright fit"].append(time.perf_counter() - self.started)
             for name, epoch in RIVALS.items():
                 start = time.perf_counter()
                 with torch.random.fork_rng():
-                    found = epoch()
-                SECONDS.setdefault(name, []).append(found or time.perf_counter() - start)
+                    seconds = epoch()
+                SECONDS[name].append(seconds or time.perf_counter() - start)
         self.started = time.perf_counter()
 
 
 def measure(network: nn.Module, config: dict[str, Any], batch: int, options: argparse.Namespace, what: str) -> None:
-    """A row of the table."""
+    """Print the rows of one network."""
     data = Noise(count=options.images, batch_size=batch)
     augment = [{"class_path": "upright.data.augmentation.RandomAffine", "init_args": {"rotate": 15}}]
     augmented = what == "augmented"
@@ -259,50 +253,49 @@ def measure(network: nn.Module, config: dict[str, Any], batch: int, options: arg
         arguments = ["--config", str(path), "--trainer.default_root_dir", folder, "--wandb", options.wandb]
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             assert upright(["fit", *arguments]) == 0
-    rate = options.images / statistics.median(SECONDS["upright fit"][1:])
+    ours = SECONDS["upright fit"][1:]
+    rate = f"{options.images / statistics.median(ours):,.0f}"
     for name in RIVALS:
-        ratios = [theirs / ours for ours, theirs in zip(SECONDS["upright fit"][1:], SECONDS[name][1:], strict=True)]
-        row = (config["class_path"].rpartition(".")[2], batch, what, f"{rate:,.0f}", name)
-        print(
-            "|",
-            " | ".join(map(str, row)),
-            f"| **{statistics.median(ratios):.2f}** | {min(ratios):.2f} | {max(ratios):.2f} |",
-            flush=True,
-        )
+        ratios = [theirs / mine for mine, theirs in zip(ours, SECONDS[name][1:], strict=True)]
+        cells = (f"**{statistics.median(ratios):.2f}**", f"{min(ratios):.2f}", f"{max(ratios):.2f}")
+        row(config["class_path"].rpartition(".")[2], batch, what, rate, name, *cells)
+
+
+SMALL_RESNET = {"depth": 14, "width": 8}
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "lenet": (LeNet, {"class_path": "upright.architectures.lenet.LeNet"}),
+    "resnet": (
+        partial(SmallResNet, **SMALL_RESNET),
+        {"class_path": "upright.architectures.resnet.SmallResNet", "init_args": SMALL_RESNET},
+    ),
+    "dense": (Dense, {"class_path": "training.Dense"}),
+}
 
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     parser.add_argument("--images", type=int, default=12800, help="of an epoch; default: 12800")
     parser.add_argument("--wandb", default="off", choices=("off", "offline"), help="default: off")
-    parser.add_argument("--only", choices=("lenet", "resnet", "dense"))
+    parser.add_argument("--only", choices=tuple(NETWORKS), help="one network")
     options = parser.parse_args()
-    threads = torch.get_num_threads()
-    print(f"{threads} thread(s), W&B {options.wandb}\n")
-    print("| network | batch | | upright, images/s | rival | upright / rival | least | greatest |")
-    print("|---|---|---|---|---|---|---|---|")
-    shape = (1, 28, 28)
-    for name, batch, whats in (
-        ("lenet", 128, ("plain", "augmented")),
-        ("resnet", 128, ("plain", "augmented")),
-        ("dense", 64, ("usual",)),
-        ("dense", 128, ("usual",)),
-    ):
-        for what in whats if options.only in (None, name) else ():
+    rows = [
+        ("lenet", 128, "plain"),
+        ("lenet", 128, "augmented"),
+        ("resnet", 128, "plain"),
+        ("resnet", 128, "augmented"),
+    ]
+    rows += [("dense", 64, "usual"), ("dense", 128, "usual")]
+    if options.quick:
+        options.rounds, options.images, rows = 1, 256, rows[1::2]
+    print(f"{torch.get_num_threads()} thread(s), W&B {options.wandb}, {'rich' if find_spec('rich') else 'tqdm'} bar\n")
+    heading("network", "batch", "", "upright, images/s", "rival", "upright / rival", "least", "greatest")
+    for name, batch, what in rows:
+        if options.only in (None, name):
             torch.manual_seed(0)
-            network: nn.Module
-            config: dict[str, Any]
-            if name == "lenet":
-                network, config = LeNet(shape, 10), {"class_path": "upright.architectures.lenet.LeNet"}
-            elif name == "resnet":
-                arguments = {"depth": 14, "width": 8}
-                network = SmallResNet(shape, 10, **arguments)
-                config = {"class_path": "upright.architectures.resnet.SmallResNet", "init_args": arguments}
-            else:
-                network, config = Dense(shape, 10), {"class_path": "training.Dense"}
-            measure(network, config, batch, options, what)
+            network, config = NETWORKS[name]
+            measure(network((1, 28, 28), 10), config, batch, options, what)
 
 
 if __name__ == "__main__":

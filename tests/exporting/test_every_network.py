@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.architectures.variants import VARIANTS, Variant
 from upright.exporting.graph import Form, Graph, module_of, write_graph
-from upright.exporting.precision import Half, Int8
+from upright.exporting.precision import Float16, Int8
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.runtime.predictor import open_session, run_batch
@@ -65,13 +65,13 @@ def test_fixed_size_other_outputs_and_less_precision(case: Variant, tmp_path: Pa
     def calibration() -> Iterator[npt.NDArray[np.uint8]]:
         yield pixels
 
-    for lowered in (Half(path, model.network), Int8(path, model.network, calibration, tmp_path)):
-        content = lowered.lower(lowered.layers)
+    for converter in (Float16(path, model.network), Int8(path, model.network, calibration, tmp_path)):
+        content = converter.convert(converter.layers)
         # Layers go by the names of modules, folded normalisations by those of what they follow.
         names = dict(model.network.named_modules())
-        assert not any(isinstance(names[name], nn.BatchNorm2d) for name in lowered.layers if name != ".")
+        assert not any(isinstance(names[name], nn.BatchNorm2d) for name in converter.layers if name != ".")
         kinds = {node.op_type for node in onnx.load_from_string(content).graph.node}
-        assert lowered.name == "fp16" or kinds & {"QuantizeLinear", "DynamicQuantizeLSTM"}
+        assert converter.name == "fp16" or kinds & {"QuantizeLinear", "DynamicQuantizeLSTM"}
         found = run_batch(open_session(content), pixels, named.names)
         assert all(output.dtype == np.float32 for output in found)
         assert np.abs(found[0] - exact[0]).max() < 0.1

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lightning import LightningDataModule
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
@@ -22,7 +23,7 @@ from upright.architectures.transformer_network import TransformerNetwork
 from upright.errors import GateError, UprightError
 from upright.exporting import export as export_module
 from upright.exporting.graph import Form, write_graph
-from upright.exporting.parity import PyTorch, compare
+from upright.exporting.parity import Reference
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import open_session, run_session
@@ -95,7 +96,7 @@ def test_the_gate_compares_the_other_outputs_too(run_folder: Path, upright: Upri
 
     monkeypatch.setattr(export_module, "write_graph", wrong_theta)
     answer = upright("export", run_folder, "--name", "wrong", "--outputs", "theta", "theta")
-    assert answer.code == 1 and "disagree on 0 of" in answer.err and "other outputs {'theta': " in answer.err
+    assert answer.code == 1 and "disagree on 0 of" in answer.err and "other outputs: {'theta': " in answer.err
     assert not Path("export/wrong").exists()
 
 
@@ -225,7 +226,7 @@ def test_the_gate_fails_for_a_graph_with_a_wrong_mean(trained: Path, tmp_path: P
     restored = restore(trained / "checkpoints/small")
     wrong_mean(restored.classifier.model, tmp_path / "wrong.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "wrong.onnx", providers=["CPUExecutionProvider"])
-    comparison = compare(PyTorch(restored.classifier.model, Form()), session, restored.data)
+    comparison = Reference(restored.classifier.model, restored.data, Form()).compare(session)
     assert comparison.differences.max() > 1e-3
     assert comparison.names == [original.name for original in restored.data.originals("val")]
     with pytest.raises(GateError, match=f"disagree on {(comparison.differences > 1e-4).sum()} of 1350 validation"):
@@ -243,7 +244,7 @@ def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
         for parameter, value in zip(model.parameters(), kept, strict=True):
             parameter.copy_(value)
     session = onnxruntime.InferenceSession(tmp_path / "nan.onnx", providers=["CPUExecutionProvider"])
-    comparison = compare(PyTorch(model, Form()), session, restored.data)
+    comparison = Reference(model, restored.data, Form()).compare(session)
     with pytest.raises(GateError, match="disagree on 1350 of 1350"):
         export_module.check_exact(comparison, restored.data.spec.classes)
 
@@ -254,12 +255,12 @@ def test_over_budget_there_is_no_bundle(
     monkeypatch.setattr(export_module, "write_graph", wrong_mean)
     answer = upright("export", run_folder)
     assert answer.code == 1
-    assert "disagree on" in answer.err and "so there is no bundle" in answer.err
+    assert "disagree on" in answer.err and "so no bundle was written" in answer.err
     assert answer.out.count("  digit-") == int(answer.err.split("disagree on ")[1].split(" ")[0])
     assert list((tmp_path / "export").iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["write_graph", "compare", "_write_samples", "card", "checksums"])
+@pytest.mark.parametrize("broken", ["write_graph", "Reference.compare", "_write_samples", "card", "checksums"])
 def test_the_bundle_appears_whole_or_not_at_all(
     upright: Upright, bundle: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -268,7 +269,7 @@ def test_the_bundle_appears_whole_or_not_at_all(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(export_module, broken, fail)
+    monkeypatch.setattr(f"upright.exporting.export.{broken}", fail)
     for arguments in (("--name", "new"), ("--force",)):
         answer = upright("export", run_folder, *arguments)
         assert answer.code == 2 and answer.err == "upright: error: No space left on device: 'somewhere'.\n"
@@ -307,6 +308,24 @@ def test_data_may_be_elsewhere(upright: Upright, run_folder: Path, tmp_path: Pat
         (tmp_path / "data.yaml").write_text(content)
         answer = upright("export", run_folder, "--force", "--data", "data.yaml")
         assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "source"),
+    [
+        (LightningDataModule(), "on a LightningDataModule, which is not an ImageDataModule"),
+        (None, "without a datamodule"),
+    ],
+    ids=["another datamodule", "none"],
+)
+def test_parity_needs_originals(
+    upright: Upright, run_folder: Path, monkeypatch: pytest.MonkeyPatch, data: LightningDataModule | None, source: str
+) -> None:
+    monkeypatch.setattr(export_module, "restore", lambda *arguments: restore(*arguments)._replace(data=data))
+    answer = upright("export", run_folder)
+    assert answer.code == 2 and answer.err.count("\n") == 1 and not Path("export").exists()
+    assert f"Parity needs the originals of the validation split, but the checkpoint was trained {source}" in answer.err
+    assert "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml." in answer.err
 
 
 def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_features_are_what_the_head_takes() -> None:
     probabilities, features, logits = graph(pixels)
     torch.testing.assert_close(model.network.classifier[5](features), logits)
     torch.testing.assert_close(logits.softmax(dim=1), probabilities)
-    with pytest.raises(UprightError, match="LeNet holds its head's weights itself; to give features"):
+    with pytest.raises(UprightError, match="LeNet has no separate module for its head, so it cannot give features"):
         Graph(model, Form(outputs=("features",), head=("",)))
 
 
@@ -90,7 +90,7 @@ def test_a_size_that_the_network_cannot_take(tmp_path: Path) -> None:
 
 def test_more_weights_than_a_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_module, "MAX_BYTES", 200_000)
-    with pytest.raises(UprightError, match=r"weights are 0.00 GB, and one ONNX file holds less than 0.00 GB; export a"):
+    with pytest.raises(UprightError, match=r"weights take 0.00 GB, and one ONNX file holds less than 0.00 GB; "):
         write_graph(lenet(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -105,7 +105,8 @@ def test_a_bundle_of_one_form(run_folder: Path, upright: Upright, tmp_path: Path
     assert manifest["input"]["shape"] == [3, 32, 30, 1] and manifest["output"]["shape"] == [3, 10]
     assert manifest["opset"] == 20 and manifest["other_outputs"] == ["features", "logits"]
     card = Path("elsewhere/small/README.md").read_text()
-    assert "uint8 (3, 32, 30, 1), of this size alone; stretch to 28 x 28 and normalisation inside" in card
+    assert "uint8 (3, 32, 30, 1), this size only |" in card
+    assert "| Preprocessing inside the model | stretch to 28 x 28 and normalisation |" in card
     assert str(Path(graph_module.__file__).parent).encode() not in Path("elsewhere/small/model.onnx").read_bytes()
     samples = sorted(Path("elsewhere/small/samples").glob("*.png"))
     with Image.open(samples[0]) as sample:

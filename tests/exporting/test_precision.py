@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import torch
 from tests.conftest import ROOT, Upright
 from upright.data.digits import Digits
 from upright.errors import GateError
-from upright.exporting import export as export_module
 from upright.exporting import gate
 from upright.exporting.graph import Form, module_of
-from upright.exporting.parity import Comparison, Drop, calibration_batches
+from upright.exporting.parity import Comparison, Drop, Reference, calibration_batches
 from upright.runtime.bundle import SUMS, Bundle, checksums
 from upright.runtime.predictor import Predictor
 
@@ -75,7 +73,7 @@ class Fake:
     name = "int8"
     layers = dict.fromkeys("abcd", ("node",))
 
-    def lower(self, layers) -> frozenset[str]:
+    def convert(self, layers) -> frozenset[str]:
         return frozenset(layers)
 
 
@@ -97,20 +95,20 @@ def harms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_most_harmful_layer_goes_back_first(harms: None, capsys) -> None:
     images = lambda: iter([np.zeros((2, 1, 1, 1), np.uint8)])  # noqa: E731
-    passed = gate.gated(Fake(), lambda layers: comparison(20 * ("b" in layers)), frozenset(), images, 0.5)
-    assert passed.content == {"a", "c", "d"} and passed.floats == {"b": pytest.approx(0.4)}
-    assert "b goes back to float32: alone it changes probabilities by 0.4." in capsys.readouterr().out
-    passed = gate.gated(Fake(), lambda layers: comparison(0), frozenset(), images, 0.5)
-    assert passed.content == set(Fake.layers) and passed.floats == {}
+    passed = gate.convert_within(Fake(), lambda layers: comparison(20 * ("b" in layers)), frozenset(), images, 0.5)
+    assert passed.content == {"a", "c", "d"} and passed.float_layers == {"b": pytest.approx(0.4)}
+    assert "b stays float32: alone it changes probabilities by 0.4." in capsys.readouterr().out
+    passed = gate.convert_within(Fake(), lambda layers: comparison(0), frozenset(), images, 0.5)
+    assert passed.content == set(Fake.layers) and passed.float_layers == {}
     with pytest.raises(
-        GateError, match=r"loses 2.00 points .* even with 2 of 4 layers in float32; .*: b 0.4, a 0.2, c"
+        GateError, match=r"loses 2.00 points .* even with 2 of 4 layers in float32, .*: b 0.4, a 0.2, c"
     ):
-        gate.gated(Fake(), lambda layers: comparison(20), frozenset(), images, 0.5)
+        gate.convert_within(Fake(), lambda layers: comparison(20), frozenset(), images, 0.5)
 
 
 def test_layers_that_there_is_no_time_for_come_last(harms: None, monkeypatch) -> None:
     monkeypatch.setattr(gate, "RANKING_SECONDS", -1.0)
-    found = gate.harm(Fake(), frozenset(), lambda: iter([np.zeros((2, 1, 1, 1), np.uint8)]))
+    found = gate.rank_layers(Fake(), frozenset(), lambda: iter([np.zeros((2, 1, 1, 1), np.uint8)]))
     assert found == dict.fromkeys("abcd", 0.0)
 
 
@@ -212,21 +210,21 @@ def test_infer_by_another_precision(several: Path, upright: Upright, bundle: Pat
 def test_a_precision_that_loses_too_much_leaves_nothing(
     run_folder: Path, upright: Upright, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable = export_module.compare
+    compare = Reference.compare
 
-    def compare(*arguments) -> Comparison:
-        found = real(*arguments)
-        same = found.differences.max() < 1e-5
-        return found if same else replace(found, found=1 - found.found)
+    def compare_wrongly(*arguments) -> Comparison:
+        comparison = compare(*arguments)
+        same = comparison.differences.max() < 1e-5
+        return comparison if same else replace(comparison, actual=1 - comparison.actual)
 
-    monkeypatch.setattr(export_module, "compare", compare)
+    monkeypatch.setattr(Reference, "compare", compare_wrongly)
     answer = upright("export", run_folder, "--precision", "int8")
     assert (
         answer.code == 1
         and "int8 loses" in answer.err
-        and "of 5 layers in float32; so there is no bundle" in answer.err
+        and "of 5 layers in float32, so no bundle was written" in answer.err
     )
-    assert "goes back to float32" in answer.out and list(Path("export").iterdir()) == []
+    assert "stays float32" in answer.out and list(Path("export").iterdir()) == []
 
 
 def test_a_processor_may_be_trusted_with_the_full_range(run_folder: Path, upright: Upright) -> None:
@@ -237,7 +235,7 @@ def test_a_processor_may_be_trusted_with_the_full_range(run_folder: Path, uprigh
         max(np.abs(onnx.numpy_helper.to_array(t).astype(int)).max() for t in graph.initializer if t.data_type == 3) > 64
     )
     manifest = json.loads(Path("export/small/manifest.json").read_text())
-    assert "8 bits (full range: needs VNNI or the like)" in manifest["precisions"]["int8"]["how"]
+    assert "8 bits (full range: needs VNNI or similar)" in manifest["precisions"]["int8"]["how"]
     assert "270 source images are too few" not in answer.out and "does not pay on this machine" in answer.out
 
 
@@ -245,11 +243,11 @@ def test_a_processor_may_be_trusted_with_the_full_range(run_folder: Path, uprigh
     ("options", "text"),
     [
         (("--max-drop", "-1"), "--max-drop is in points of accuracy, from 0 to 100; got -1."),
-        (("--full-range",), "--full-range is of int8's weights; it needs --precision int8."),
+        (("--full-range",), "--full-range changes int8's weights; it needs --precision int8."),
         (("--precision", "int4"), "invalid choice: 'int4'"),
         (("--opset", "17"), "--opset must be from 18 to 25, got 17."),
         (("--opset", "99"), "--opset must be from 18 to 25, got 99."),
-        (("--batch", "0"), "--batch must be at least 1, got 0; without it, any batch will do."),
+        (("--batch", "0"), "--batch must be at least 1, got 0; omit it to allow any batch."),
         (("--size", "28"), "argument --size: must be HEIGHTxWIDTH in pixels, like 28x28; got '28'"),
         (("--size", "0x28"), "--size must be at least 1x1, got 0x28."),
         (("--name", "a/b"), "--name 'a/b' must be a plain folder name."),

@@ -103,7 +103,9 @@ def test_a_run_becomes_a_bundle_and_models(message: Any, run_folder: Path, uprig
             assert all(told in (-1, length) for told, length in zip(one.dims, value.shape[1:], strict=True))
     answer = upright(*command, "--name", "small2", "--to", "models")
     assert (
-        answer.code == 2 and "need folders apart: change --triton" in answer.err and not Path("models/small2").exists()
+        answer.code == 2
+        and "need separate folders: change --triton" in answer.err
+        and not Path("models/small2").exists()
     )
     shutil.rmtree("export")
     answer = upright(*command)
@@ -123,7 +125,7 @@ def test_what_is_there_is_replaced_on_request_alone(tmp_path: Path) -> None:
     (repository / "x_fp16/config.pbtxt").touch()
     assert model_folders(repository, "x", ("fp32", "fp16"), bundle, True) == planned
     for inside in (bundle, bundle.parent, bundle / "models"):
-        with pytest.raises(UprightError, match="need folders apart: change --triton"):
+        with pytest.raises(UprightError, match="need separate folders: change --triton"):
             model_folders(inside, "x", ("fp32",), bundle, True)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoint -> a bundle that proves itself on the real validation split before it appears."""
+"""Checkpoint -> verified ONNX bundle."""

@@ -1,4 +1,4 @@
-"""The model of a checkpoint in PyTorch, ready to answer: what a bundle is measured against."""
+"""The model of a checkpoint in PyTorch, which `upright benchmark` compares a bundle with."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from upright.errors import UserError
+from upright.checkpoint import KEY, read_checkpoint
+from upright.errors import CheckpointError
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.runtime.bundle import Bundle
@@ -15,38 +16,30 @@ from upright.training.model import Model
 
 
 def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) -> Run:
-    """Restore the network alone, without Lightning, which would take longer to import than all the rest.
+    """Load the model without Lightning, whose import would take longer than all the rest.
 
     Args:
-        bundle: that was exported from it.
-        checkpoint: or the folder of a run.
-        threads: that one run may use.
-        compiled: by ``torch.compile``.
+        bundle: the folder of a bundle.
+        checkpoint: the checkpoint, or the folder of the run, that the bundle was exported from.
+        threads: the number of threads of one run.
+        compiled: use ``torch.compile``.
 
     Raises:
-        UserError: if the bundle is of another run, or it is no checkpoint.
+        CheckpointError: if the bundle was exported from another run.
+        UserError: see `read_checkpoint`.
     """
     torch.set_num_threads(threads)
-    path = Path(checkpoint) / "best.ckpt" if Path(checkpoint).is_dir() else Path(checkpoint)
-    try:
-        read = torch.load(path, map_location="cpu", weights_only=True)
-        ours, weights = read["upright"], read["state_dict"]
-    except Exception:  # torch's unpickler raises whatever a broken file leads it to
-        from upright.checkpoint import read_checkpoint
-
-        read_checkpoint(checkpoint)
-        raise
-    made_from = Bundle(Path(bundle)).manifest["provenance"]["run"]
-    if ours["run"]["id"] != made_from["id"]:
-        raise UserError(
-            f"'{checkpoint}' is of run '{ours['run']['name']}' ({ours['run']['id']}), and bundle '{bundle}' was "
-            f"exported from '{made_from['name']}' ({made_from['id']}); give the checkpoint of that one."
+    content = read_checkpoint(checkpoint)
+    ours, source = content[KEY], Bundle(Path(bundle)).manifest["provenance"]["run"]
+    if ours["run"]["id"] != source["id"]:
+        raise CheckpointError(
+            f"'{checkpoint}' is of run '{ours['run']['name']}' ({ours['run']['id']}), but bundle '{bundle}' was "
+            f"exported from '{source['name']}' ({source['id']}); give the checkpoint of that run."
         )
     spec = ImageSpec.from_dict(ours["spec"])
     model = Model(spec, build(ours["model"]["init_args"]["network"])(spec.input_shape, len(spec.classes))).eval()
-    model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    )
+    prefix = "model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)})
     forward = torch.compile(model) if compiled else model
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""A float32 graph must say the same as PyTorch, and one of less precision must not lose accuracy.
+"""Gates: a float32 graph must reproduce PyTorch, and a graph of lower precision must keep the accuracy.
 
-Where it does, the layers that harm most go back to float32 until it does not.
+If a graph of lower precision loses too much, its most harmful layers go back to float32, one after the other.
 """
 
 import time
@@ -13,109 +13,110 @@ import onnxruntime
 from tqdm import tqdm
 
 from upright.errors import GateError
-from upright.exporting.parity import Comparison, other_outputs_agree
-from upright.exporting.precision import TOLERANCES, Lowered
+from upright.exporting.parity import Comparison
+from upright.exporting.precision import TOLERANCES, Converter
 from upright.runtime.predictor import open_session, run_batch
 
 Batches = Callable[[], Iterator[npt.NDArray[np.uint8]]]
 
 RANKING_SECONDS = 300.0
-"""After so long the layers that were not measured yet count as the least harmful."""
+"""Layers that are not measured within this time rank as the least harmful ones."""
 
 
 def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
-    """Refuse a float32 graph that does not say the same as PyTorch.
+    """Refuse a float32 graph that does not reproduce PyTorch.
 
     Args:
         comparison: of the two, on the validation split.
         classes: names, for messages.
 
     Raises:
-        GateError: if it does not; the images are listed.
+        GateError: if they differ; the images are printed.
     """
-    allowed = TOLERANCES["fp32"]
-    # A NaN is over budget, too. A first class that flips had a margin of less than twice this.
-    offending = np.flatnonzero(~(comparison.differences <= allowed))
-    if not len(offending) and other_outputs_agree(comparison):
+    limit = TOLERANCES["fp32"]
+    # NaN counts as a difference. Within the limit, a first class flips only if its margin is less than twice the limit.
+    offending = np.flatnonzero(~(comparison.differences <= limit))
+    if not len(offending) and comparison.others_agree:
         return
-    for sample in comparison.told(offending, classes):
-        print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, off by {difference:.2g}".format(**sample))
+    for image in comparison.describe(offending, classes):
+        print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, difference {difference:.2g}".format(**image))
     raise GateError(
         f"ONNX Runtime and PyTorch disagree on {len(offending)} of {len(comparison.names)} validation images (allowed "
-        f"difference {allowed:.0e}), which are listed above; largest differences of other outputs {comparison.others}; "
-        "so there is no bundle."
+        f"difference {limit:.0e}), which are listed above, so no bundle was written. "
+        f"Largest differences of the other outputs: {comparison.others}."
     )
 
 
-class Passed(NamedTuple):
-    """A graph that holds.
+class GatedGraph(NamedTuple):
+    """A graph of lower precision that passed its gate.
 
     Args:
         content: of its file.
         comparison: with PyTorch.
-        floats: layers that had to stay float32, and what each did alone, see `harm`.
+        float_layers: layers that stay float32, with their harm, see `rank_layers`.
     """
 
     content: bytes
     comparison: Comparison
-    floats: dict[str, float]
+    float_layers: dict[str, float]
 
 
-def gated(
-    lowered: Lowered,
-    compared: Callable[[onnxruntime.InferenceSession], Comparison],
+def convert_within(
+    converter: Converter,
+    compare: Callable[[onnxruntime.InferenceSession], Comparison],
     reference: onnxruntime.InferenceSession,
     images: Batches,
     max_drop: float,
-) -> Passed:
-    """Lower all layers, then all but the most harmful one, and so on, at most half of them.
+) -> GatedGraph:
+    """Convert all layers, then all but the most harmful one, and so on, but at least half of them.
 
     Args:
-        lowered: the graph.
-        compared: compares one with PyTorch on the validation split.
+        converter: of the float32 graph.
+        compare: compares a graph with PyTorch on the validation split.
         reference: the float32 graph.
-        images: what layers are ranked by; training images, so that the validation split decides and chooses nothing.
+        images: rank the layers. They are training images, so that the validation split chooses nothing.
         max_drop: points of accuracy, see `Drop.holds`.
 
     Raises:
-        GateError: if too much is lost even then, with the layers and their harm.
+        GateError: if the graph loses too much even with half of the layers in float32.
     """
-    layers, floats = list(lowered.layers), dict[str, float]()
+    name, layers = converter.name, list(converter.layers)
     harms: dict[str, float] = {}
+    float_layers: dict[str, float] = {}
     while True:
-        content = lowered.lower(layers)
-        comparison = compared(open_session(content))
+        content = converter.convert(layers)
+        comparison = compare(open_session(content))
         drop = comparison.drop
         if drop.holds(max_drop):
-            return Passed(content, comparison, floats)
-        harms = harms or harm(lowered, reference, images)
-        print(f"  {lowered.name} loses {drop.points:.2f} points ({drop.low:.2f} to {drop.high:.2f}) ...", flush=True)
-        if len(layers) <= len(lowered.layers) / 2:
-            told = ", ".join(f"{layer} {value:.2g}" for layer, value in list(harms.items())[:10])
+            return GatedGraph(content, comparison, float_layers)
+        harms = harms or rank_layers(converter, reference, images)
+        print(f"  {name} loses {drop.points:.2f} points (95 %: {drop.low:.2f} to {drop.high:.2f}).", flush=True)
+        if len(layers) <= len(converter.layers) / 2:
+            worst = ", ".join(f"{layer} {harm:.2g}" for layer, harm in list(harms.items())[:10])
             raise GateError(
-                f"{lowered.name} loses {drop.points:.2f} points of accuracy (95 %: {drop.low:.2f} to {drop.high:.2f}; "
-                f"allowed --max-drop {max_drop:g}), even with {len(floats)} of {len(lowered.layers)} layers in "
-                f"float32; so there is no bundle. Leave {lowered.name} out, or allow more. "
-                f"Mean change of a probability by each layer alone: {told}."
+                f"{name} loses {drop.points:.2f} points of accuracy (95 %: {drop.low:.2f} to {drop.high:.2f}; "
+                f"allowed --max-drop {max_drop:g}), even with {len(float_layers)} of {len(converter.layers)} layers in "
+                f"float32, so no bundle was written. Omit {name}, or allow a larger drop. "
+                f"Mean change of a probability by each layer alone: {worst}."
             )
-        worst = next(layer for layer in harms if layer in layers)
-        layers.remove(worst)
-        floats[worst] = harms[worst]
-        print(f"  {worst} goes back to float32: alone it changes probabilities by {harms[worst]:.2g}.", flush=True)
+        layer = next(layer for layer in harms if layer in layers)
+        layers.remove(layer)
+        float_layers[layer] = harms[layer]
+        print(f"  {layer} stays float32: alone it changes probabilities by {harms[layer]:.2g}.", flush=True)
 
 
-def harm(lowered: Lowered, reference: onnxruntime.InferenceSession, images: Batches) -> dict[str, float]:
-    """What lowering each layer alone does: the mean of each image's largest change of a probability, worst first."""
+def rank_layers(converter: Converter, reference: onnxruntime.InferenceSession, images: Batches) -> dict[str, float]:
+    """Return the harm of each layer, the worst first: the mean over images of the largest change of a probability."""
     batches = list(images())
     expected = [run_batch(reference, batch)[0] for batch in batches]
-    start, found = time.monotonic(), dict.fromkeys(lowered.layers, 0.0)
-    for layer in tqdm(lowered.layers, desc="ranking layers", unit="layer", disable=None, leave=False):
+    start, harms = time.monotonic(), dict.fromkeys(converter.layers, 0.0)
+    for layer in tqdm(converter.layers, desc="ranking layers", unit="layer", disable=None, leave=False):
         if time.monotonic() - start > RANKING_SECONDS:
             break
-        session = open_session(lowered.lower([layer]))
+        session = open_session(converter.convert([layer]))
         changes = [
-            np.abs(run_batch(session, batch)[0] - said).max(axis=1)
-            for batch, said in zip(batches, expected, strict=True)
+            np.abs(run_batch(session, batch)[0] - probabilities).max(axis=1)
+            for batch, probabilities in zip(batches, expected, strict=True)
         ]
-        found[layer] = float(np.nan_to_num(np.concatenate(changes), nan=1.0).mean())
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        harms[layer] = float(np.nan_to_num(np.concatenate(changes), nan=1.0).mean())
+    return dict(sorted(harms.items(), key=lambda item: -item[1]))

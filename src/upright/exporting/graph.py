@@ -4,7 +4,6 @@ import ast
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,29 +20,30 @@ from upright.training.model import Model
 Output = Literal["theta", "warped", "logits", "features"]
 
 OPSET = 18
-"""TensorRT gives wrong numbers for GridSample of opset 20, and right ones at 18."""
+"""TensorRT computes GridSample of opset 20 wrongly, and that of opset 18 correctly."""
 OPSETS = range(18, 26)
-"""What torch's exporter writes without a converter that gives up on some node."""
+"""Opsets that torch's exporter writes directly; its converter to other opsets fails on some nodes."""
 MAX_BYTES = 2**31 - 2**20
-"""A protobuf, and so an ONNX file, holds less than 2 GiB; some of it is the graph."""
-
+"""A protobuf, and so an ONNX file, holds less than 2 GiB. The graph itself takes a part of it."""
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Under this key a node says which modules it is in, from the outermost one on."""
+"""Key of a node's metadata that lists the modules around the node, the outermost first."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a graph takes and what it gives.
+    """Inputs and outputs of a graph.
 
     Args:
         opset: of ONNX.
-        batch: how many images it takes, any number by default.
-        size: ``(H, W)`` of the images it takes, any by default. What the network sees at that size anyway is not
-            resized.
-        outputs: what it gives beside probabilities. Of every spatial transformer: ``theta`` ``(B, P)``, and ``warped``,
-            what it sees of the image, float32 ``(B, H', W', C)`` from 0 to 255. Of the network: ``logits`` ``(B, K)``,
-            and ``features``, what goes into its head, as that takes them.
-        head: names of the network's modules that make its head (`finetuning.head`); ``features`` needs them.
+        batch: the number of images in a batch; None for any number.
+        size: ``(H, W)`` of the images; None for any size. At the network's own size the graph does not resize.
+        outputs: additional outputs. Every spatial transformer gives ``theta`` ``(B, P)`` and ``warped``, its view of
+            the image, float32 ``(B, H', W', C)`` from 0 to 255. The network gives ``logits`` ``(B, K)`` and
+            ``features``, the input of its head.
+        head: names of the network's modules that form its head (`finetuning.head`), for ``features``.
+
+    Raises:
+        UserError: for a number out of range.
     """
 
     opset: int = OPSET
@@ -53,11 +53,10 @@ class Form:
     head: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no graph can be."""
         if self.opset not in OPSETS:
             raise UserError(f"--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}.")
         if self.batch is not None and self.batch < 1:
-            raise UserError(f"--batch must be at least 1, got {self.batch}; without it, any batch will do.")
+            raise UserError(f"--batch must be at least 1, got {self.batch}; omit it to allow any batch.")
         if self.size is not None and min(self.size) < 1:
             raise UserError(f"--size must be at least 1x1, got {self.size[0]}x{self.size[1]}.")
 
@@ -66,87 +65,87 @@ class Graph(nn.Module):
     """The model as it is deployed: channels last in, probabilities out.
 
     Args:
-        model: the one module that training used.
-        form: says what it gives.
+        model: the module that training used.
+        form: of the graph.
 
     Raises:
-        UserError: if it is asked for what the network has not.
+        UserError: if the network cannot give one of the outputs.
     """
+
+    names: list[str]
+    """Names of the outputs. Several transformers give ``theta_1``, ``theta_2`` and so on."""
 
     def __init__(self, model: Model, form: Form) -> None:
         super().__init__()
         self.model, self.form = model, form
-        count = sum(isinstance(module, SpatialTransformer) for module in model.modules())
-        if not count and (asked := [name for name in form.outputs if name in ("theta", "warped")]):
-            raise UserError(f"The network has no spatial transformer, so it cannot give {', '.join(asked)}.")
+        transformers = sum(isinstance(module, SpatialTransformer) for module in model.modules())
+        self.names = ["probabilities"]
+        for name in form.outputs:
+            if name in ("logits", "features"):
+                self.names.append(name)
+            elif transformers == 0:
+                raise UserError(f"The network has no spatial transformer, so it cannot give {name}.")
+            else:
+                self.names += [name] if transformers == 1 else [f"{name}_{i + 1}" for i in range(transformers)]
         if "features" in form.outputs and not all(form.head):
             raise UserError(
-                f"{type(model.network).__name__} holds its head's weights itself; to give features, the head must be "
-                "a module of its own."
+                f"{type(model.network).__name__} has no separate module for its head, so it cannot give features; "
+                "move the head's weights into a module of their own."
             )
-        several = {"theta": count, "warped": count}
-        self.names = ["probabilities"] + [
-            f"{name}_{i + 1}" if several.get(name, 1) > 1 else name
-            for name in form.outputs
-            for i in range(several.get(name, 1))
-        ]
-        """Of what it gives; where there are several transformers, ``theta_1``, ``theta_2`` and so on."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 ``(B, H, W, C)`` to ``(B, K)`` and the other outputs, each for all transformers in their order."""
+        """Map uint8 ``(B, H, W, C)`` to probabilities ``(B, K)`` and the additional outputs."""
         normalised = self.model.normalised(images.permute(0, 3, 1, 2))
-        features: list[Tensor] = []
-        handles = [
-            self.model.network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: features.extend(inputs))
+        head_inputs: list[Tensor] = []
+        hooks = [
+            self.model.network.get_submodule(name).register_forward_pre_hook(lambda _, args: head_inputs.extend(args))
             for name in self.form.head
         ]
-        with observing() as seen:
+        with observing() as observations:
             logits = self.model.network(normalised)
-        for handle in handles:
-            handle.remove()
-        others: dict[Output, Callable[[], Sequence[Tensor]]] = {
-            "theta": lambda: [one.theta for one in seen],
-            "warped": lambda: [self.model.shown(one.view(normalised)).permute(0, 2, 3, 1) for one in seen],
-            "logits": lambda: [logits],
-            # Of a head of several modules, what the first one takes.
-            "features": lambda: features[:1],
-        }
-        return logits.softmax(dim=1), *(tensor for name in self.form.outputs for tensor in others[name]())
+        for hook in hooks:
+            hook.remove()
+        outputs = [logits.softmax(dim=1)]
+        for name in self.form.outputs:
+            if name == "theta":
+                outputs += [one.theta for one in observations]
+            elif name == "warped":
+                outputs += [self.model.shown(one.view(normalised)).permute(0, 2, 3, 1) for one in observations]
+            else:
+                # Where several modules form the head, the features are the input of the first one.
+                outputs.append(logits if name == "logits" else head_inputs[0])
+        return tuple(outputs)
 
 
 def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
-    """Export ``model``, which must be in evaluation mode, to one file at ``path``.
-
-    Resizing, normalisation and softmax are inside, and so are the names of the classes, as metadata.
+    """Export a model to one ONNX file that resizes, normalises, classifies, and holds the names of the classes.
 
     Args:
-        model: the one module that training used.
+        model: the module that training used, in evaluation mode.
         path: of the file.
-        form: what the graph takes and gives.
+        form: of the graph.
 
     Raises:
-        UserError: if the network cannot give or take that, or its weights are more than an ONNX file holds.
+        UserError: if the network does not support the form, or its weights do not fit into an ONNX file.
     """
     form = form or Form()
     spec, graph = model.spec, Graph(model, form).eval()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if weights > MAX_BYTES:
         raise UserError(
-            f"The network's weights are {weights / 1e9:.2f} GB, and one ONNX file holds less than "
+            f"The network's weights take {weights / 1e9:.2f} GB, and one ONNX file holds less than "
             f"{MAX_BYTES / 1e9:.2f} GB; export a smaller network."
         )
-    # What is free is traced with two images of another size than the network's: what is traced with 1, or with that
-    # size, becomes a constant.
-    size = form.size or (spec.height + 5, spec.width + 9)
-    example = torch.zeros(form.batch or 2, *size, spec.channels, dtype=torch.uint8)
+    # A free axis must differ from 1 and from the network's own size in the example, or tracing makes it a constant.
+    height, width = form.size or (spec.height + 5, spec.width + 9)
+    example = torch.zeros(form.batch or 2, height, width, spec.channels, dtype=torch.uint8)
     if form.size:
         try:
             with torch.no_grad():
                 graph(example)
         except RuntimeError as error:
-            raise UserError(f"The network cannot take images of {size[0]}x{size[1]}: {error}") from None
-    free = torch.export.Dim.DYNAMIC
-    axes = {axis: free for axis, fixed in enumerate((form.batch, form.size, form.size)) if not fixed}
+            raise UserError(f"The network cannot take images of {height}x{width}: {error}") from None
+    free = {axis: torch.export.Dim.DYNAMIC for axis, n in enumerate((form.batch, form.size, form.size)) if not n}
     with warnings.catch_warnings():
         # torch's exporter calls its own deprecated functions.
         warnings.simplefilter("ignore")
@@ -158,33 +157,33 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
             opset_version=form.opset,
             input_names=["images"],
             output_names=graph.names,
-            dynamic_shapes={"images": axes} if axes else None,
+            dynamic_shapes={"images": free} if free else None,
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:
-        # Beside the module, the exporter notes lines of source, with the paths of this machine.
-        kept = [entry for entry in node.metadata_props if entry.key == SCOPES]
+        # The exporter also records lines of source code, with paths of this machine.
+        scopes = [entry for entry in node.metadata_props if entry.key == SCOPES]
         del node.metadata_props[:]
-        node.metadata_props.extend(kept)
-    told = {"classes": list(spec.classes), "format": FORMAT}
-    onnx.helper.set_model_props(proto, {"upright": json.dumps(told)})
+        node.metadata_props.extend(scopes)
+    onnx.helper.set_model_props(proto, {"upright": json.dumps({"classes": list(spec.classes), "format": FORMAT})})
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
 
 def module_of(node: onnx.NodeProto) -> str:
-    """Name of the innermost module of the network that a node of a graph computes for, as torch's exporter notes it.
+    """Return the name of the innermost module of the network that a node belongs to.
 
-    What a normalisation was folded into is of the layer, whose weights it still names.
+    A normalisation that was folded into a layer belongs to that layer, whose weights the node uses.
 
     Returns:
-        Relative to the network, which is ``.`` itself; empty for what is around it.
+        The name relative to the network; ``.`` for the network itself, and an empty string outside of it.
     """
-    noted = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES, "[]")
-    scopes: list[str] = ["", *ast.literal_eval(noted)[:-1]]  # the last one is the node itself
+    metadata = {entry.key: entry.value for entry in node.metadata_props}
+    scopes: list[str] = ["", *ast.literal_eval(metadata.get(SCOPES, "[]"))[:-1]]  # the last one is the node itself
     weights = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
     module = weights[0] if weights else scopes[-1]
-    network = "model.network"
-    return "." if module == network else module.removeprefix(f"{network}.") if module.startswith(f"{network}.") else ""
+    if module == "model.network":
+        return "."
+    return module.removeprefix("model.network.") if module.startswith("model.network.") else ""

@@ -1,10 +1,11 @@
-"""Does an ONNX graph say what PyTorch says, on every original of a real split? Where it does not, what does it lose?"""
+"""Compare an ONNX graph with PyTorch on every original of the validation split, and measure the loss of accuracy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from upright.data.cache import to_tensor
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
+from upright.errors import UserError
 from upright.exporting.graph import Form, Graph
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
@@ -23,16 +25,30 @@ from upright.warp import resize
 Floats = npt.NDArray[np.float64]
 
 OTHER_TOLERANCES = {"theta": 1e-3, "warped": 0.5, "logits": 1e-2, "features": 1e-2}
-"""Largest differences of the other outputs: half images and radians, grey levels; of the last two, as a share of the
-largest value."""
-
+"""Largest allowed differences of the other outputs: half images and radians; grey levels; for ``logits`` and
+``features`` a share of the largest value."""
 CALIBRATION_IMAGES = 512
-MOST = 64
-"""Images that go through at once, where the graph takes any number."""
+MAX_BATCH = 64
+"""Images in a batch, where the graph takes any number."""
+
+
+def check_data(data: L.LightningDataModule | None) -> ImageDataModule:
+    """Return the data if they can give originals, which parity needs.
+
+    Raises:
+        UserError: for anything but an `ImageDataModule`.
+    """
+    if isinstance(data, ImageDataModule):
+        return data
+    source = "without a datamodule" if data is None else f"on a {type(data).__name__}, which is not an ImageDataModule"
+    raise UserError(
+        f"Parity needs the originals of the validation split, but the checkpoint was trained {source}; "
+        "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml."
+    )
 
 
 def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pixels:
-    """``pixels`` ``(H, W, C)`` as whoever uses a graph of fixed size has to hand them over."""
+    """Resize ``pixels`` ``(H, W, C)`` for a graph of fixed size, as its user has to; None leaves them as they are."""
     if size is None or pixels.shape[:2] == size:
         return pixels
     rule = "stretch" if spec.resize == "none" else spec.resize
@@ -40,26 +56,26 @@ def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pix
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def fitted_originals(data: ImageDataModule, split: str, form: Form) -> Iterator[Original]:
-    """Originals of a split, at the size that a graph of this form takes."""
-    for original in data.originals(split):
+def fitted_originals(data: ImageDataModule, form: Form) -> Iterator[Original]:
+    """Yield the originals of the validation split at the size that a graph takes."""
+    for original in data.originals("val"):
         yield original._replace(pixels=fitted(original.pixels, form.size, data.spec))
 
 
 def calibration_batches(
-    data: ImageDataModule, judges: torch.Tensor, form: Form, count: int = CALIBRATION_IMAGES
+    data: ImageDataModule, excluded: torch.Tensor, form: Form, count: int = CALIBRATION_IMAGES
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """Batches of training images, evenly spread, none of which has the content of a validation or test image.
+    """Yield batches of evenly spread training images, without the content of any validation or test image.
 
     Args:
-        data: gives them.
-        judges: content hashes of validation and test images of the checkpoint; those of ``data`` are left out as well.
-        form: of the graph that they are for.
-        count: at most so many.
+        data: the datamodule.
+        excluded: content hashes of the checkpoint's validation and test images. Those of ``data`` are left out as well.
+        form: of the graph that takes the batches.
+        count: the largest number of images.
     """
-    judged_by = torch.cat([judges, *(data.manifest.hashes[split] for split in ("val", "test"))]).numpy()
+    hashes = torch.cat([excluded, *(data.manifest.hashes[split] for split in ("val", "test"))]).numpy()
     train = data.splits["train"]
-    train = train[~np.isin(data.images.facts["hash"][train], judged_by)]
+    train = train[~np.isin(data.images.facts["hash"][train], hashes)]
     chosen = train[np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)]
     views = data.views("train")
 
@@ -69,35 +85,35 @@ def calibration_batches(
             for pixels in shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
                 yield fitted(pixels, form.size, data.spec)
 
-    for batch in batches_of_one_size(images(), lambda image: image, form.batch or MOST):
-        # A graph of a fixed batch is given copies more.
+    for batch in batches_of_one_size(images(), lambda image: image, form.batch or MAX_BATCH):
+        # Repeat images to fill a batch of fixed size.
         yield np.stack(batch)[np.arange(form.batch or len(batch)) % len(batch)]
 
 
 class Drop(NamedTuple):
-    """By how many points accuracy falls, with its interval of 95 %."""
+    """Loss of accuracy in points, with its 95 % interval."""
 
     points: float
     low: float
     high: float
     resolution: float
-    """The upper end if not one answer were another: what a split of this size cannot tell from nothing."""
+    """Upper end of the interval if no answer changed: the smallest drop that a split of this size can detect."""
 
     @classmethod
     def of(
         cls, was_right: npt.NDArray[np.bool_], is_right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]
     ) -> "Drop":
-        """From the answers to the same images, paired.
+        """Compare paired answers to the same images.
 
         The adjusted Wald interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of
-        binomial proportions based on paired data"; recommended by Fagerland, Lydersen and Laake 2014): to the
-        differences one image lost and one gained are added, then it is the normal interval of their mean. Several
-        views of one source image count as one, with the mean of their differences.
+        binomial proportions based on paired data"; recommended by Fagerland, Lydersen and Laake 2014): add one lost
+        and one gained image to the differences, then take the normal interval of their mean. Several views of one
+        source image count as one, with the mean of their differences.
 
         Args:
-            was_right: by image.
-            is_right: by image.
-            groups: source of each image.
+            was_right: by image, ``(N,)``.
+            is_right: by image, ``(N,)``.
+            groups: the source of each image, ``(N,)``.
         """
         lost = was_right.astype(float) - is_right.astype(float)
         by_group = np.bincount(groups, lost) / np.bincount(groups)
@@ -108,154 +124,147 @@ class Drop(NamedTuple):
         return cls(*points.tolist())
 
     def holds(self, most: float) -> bool:
-        """Whether it is at most so many points: certainly, or, where the split is too small to tell, as far as seen."""
+        """Return whether the drop is at most ``most`` points, by the interval; by the estimate on a small split."""
         return (self.points if self.too_small(most) else self.high) <= most
 
     def too_small(self, most: float) -> bool:
-        """Whether the split could not even show that a graph which says the same loses less."""
+        """Return whether the split is too small to detect a drop of ``most`` points."""
         return self.resolution > most
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What PyTorch and a graph said of every original of a split.
+    """Answers of PyTorch and of a graph to every original of the validation split.
 
     Args:
         names: of the images.
         labels: ``(N,)``.
-        groups: source of each image, ``(N,)``.
+        groups: the source of each image, ``(N,)``.
         expected: PyTorch's probabilities, ``(N, K)``.
-        found: the graph's.
-        others: largest difference of each other output, where they were compared; of ``logits`` and ``features`` as a
-            share of the largest value.
+        actual: the graph's probabilities, ``(N, K)``.
+        others: the largest difference of each other output that was compared, as `OTHER_TOLERANCES` counts it.
     """
 
     names: list[str]
     labels: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
     expected: Floats
-    found: Floats
+    actual: Floats
     others: dict[str, float]
 
     @property
     def differences(self) -> Floats:
-        """Largest of each image's probabilities, ``(N,)``."""
-        differences: Floats = np.abs(self.expected - self.found).max(axis=1)
+        """The largest difference of each image's probabilities, ``(N,)``."""
+        differences: Floats = np.abs(self.expected - self.actual).max(axis=1)
         return differences
 
     @property
-    def flipped(self) -> npt.NDArray[np.int64]:
-        """Images of another first class."""
-        return np.flatnonzero(self.expected.argmax(axis=1) != self.found.argmax(axis=1))
+    def others_agree(self) -> bool:
+        """All other outputs are within `OTHER_TOLERANCES`."""
+        return all(value <= OTHER_TOLERANCES[name.partition("_")[0]] for name, value in self.others.items())
 
     @property
     def drop(self) -> Drop:
-        """Of accuracy."""
-        was_right, is_right = (said.argmax(axis=1) == self.labels for said in (self.expected, self.found))
+        """The loss of accuracy from PyTorch to the graph."""
+        was_right, is_right = (answers.argmax(axis=1) == self.labels for answers in (self.expected, self.actual))
         return Drop.of(was_right, is_right, self.groups)
 
-    @property
-    def accuracy(self) -> float:
-        """Of the graph."""
-        return float((self.found.argmax(axis=1) == self.labels).mean())
+    def accuracy(self, probabilities: Floats) -> float:
+        """Return the accuracy of ``expected`` or of ``actual``."""
+        return float((probabilities.argmax(axis=1) == self.labels).mean())
 
-    def told(self, images: npt.NDArray[np.int64], classes: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Some of the images by name, with what was said of them."""
+    def describe(self, images: npt.NDArray[np.int64], classes: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Return name, label, both answers and difference of each of these images."""
         differences = self.differences
         return [
             {
                 "name": self.names[i],
                 "label": classes[self.labels[i]],
                 "pytorch": classes[self.expected[i].argmax()],
-                "onnxruntime": classes[self.found[i].argmax()],
+                "onnxruntime": classes[self.actual[i].argmax()],
                 "difference": float(differences[i]),
             }
             for i in images.tolist()
         ]
 
     def figures(self, classes: tuple[str, ...]) -> dict[str, Any]:
-        """For ``parity.json``."""
+        """Return the figures of one precision in ``parity.json``."""
         drop, differences = self.drop, self.differences
-        return {
-            "agreement": 1 - len(self.flipped) / len(self.names),
+        flips = np.flatnonzero(self.expected.argmax(axis=1) != self.actual.argmax(axis=1))
+        figures: dict[str, Any] = {
+            "agreement": 1 - len(flips) / len(self.names),
             "largest_difference": float(differences.max()),
             "mean_difference": float(differences.mean()),
-            "accuracy": self.accuracy,
+            "accuracy": self.accuracy(self.actual),
             "drop": drop.points,
             "drop_interval": [drop.low, drop.high],
-            "flipped": self.told(self.flipped, classes),
-        } | ({"other_outputs": self.others} if self.others else {})
+            "flipped": self.describe(flips, classes),
+        }
+        return figures | ({"other_outputs": self.others} if self.others else {})
 
 
-class PyTorch:
-    """What the model says of a split's batches, remembered: many graphs are compared with it.
+class Reference:
+    """PyTorch's answers to every original of the validation split. All graphs of a bundle are compared with them.
 
     Args:
         model: in evaluation mode, on the CPU.
+        data: gives the originals.
         form: of the graphs.
     """
 
-    def __init__(self, model: Model, form: Form) -> None:
-        self.graph, self.form = Graph(model, form).eval(), form
-        self._said: dict[int, npt.NDArray[Any]] = {}
+    def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
+        self.graph, self.data, self.form = Graph(model, form).eval(), data, form
+        self.probabilities: list[npt.NDArray[np.float32]] = []
+        """By batch, from the first comparison on."""
 
-    @torch.no_grad()
-    def __call__(self, position: int, pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
-        """Probabilities of the batch that starts at ``position``, and the other outputs when it is asked first."""
-        if position in self._said:
-            return [self._said[position]]
-        outputs = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
-        self._said[position] = outputs[0]
-        return outputs
+    def compare(self, session: onnxruntime.InferenceSession) -> Comparison:
+        """Run every original, at its own size or that of the graph. The first graph's other outputs are compared too.
 
-
-def compare(
-    pytorch: PyTorch, session: onnxruntime.InferenceSession, data: ImageDataModule, split: str = "val"
-) -> Comparison:
-    """Run every original of ``split``, at its own size or that of the graph, through both.
-
-    Args:
-        pytorch: says what is expected.
-        session: onnxruntime with the graph.
-        data: gives the originals.
-        split: its name.
-    """
-    form, names = pytorch.form, pytorch.graph.names
-    others: dict[str, float] = {}
-    images: list[tuple[str, int]] = []
-    expected, found = [], []
-    originals = fitted_originals(data, split, form)
-    total = len(list(data.names(split)))
-    with tqdm(total=total, desc="comparing", unit="image", disable=None, leave=False) as progress:
-        for batch in batches_of_one_size(originals, lambda original: original.pixels, form.batch or MOST):
-            pixels = np.stack([original.pixels for original in batch])
-            ours, *mine = pytorch(len(images), pixels)
-            theirs, *yours = run_batch(session, pixels, names[: 1 + len(mine)])
-            for name, one, other in zip(names[1:], mine, yours, strict=False):
-                scale = max(1.0, float(np.abs(one).max())) if name in ("logits", "features") else 1.0
-                others[name] = max(others.get(name, 0.0), float(np.abs(one - other).max()) / scale)
-            expected.append(ours)
-            found.append(theirs)
-            images += [(original.name, original.label) for original in batch]
-            progress.update(len(batch))
-    views = len(data.views(split).names)
-    return Comparison(
-        [name for name, _ in images],
-        np.array([label for _, label in images]),
-        np.arange(len(images)) // views,
-        np.concatenate(expected).astype(float),
-        np.concatenate(found).astype(float),
-        others,
-    )
-
-
-def other_outputs_agree(comparison: Comparison) -> bool:
-    """Whether all of them, where there are any, are within `OTHER_TOLERANCES`."""
-    return all(value <= OTHER_TOLERANCES[name.partition("_")[0]] for name, value in comparison.others.items())
+        Args:
+            session: onnxruntime with a graph.
+        """
+        names: list[str] = []
+        labels: list[int] = []
+        expected, actual = [], []
+        others: dict[str, float] = {}
+        batches = batches_of_one_size(
+            fitted_originals(self.data, self.form), lambda original: original.pixels, self.form.batch or MAX_BATCH
+        )
+        total = len(list(self.data.names("val")))
+        with tqdm(total=total, desc="comparing", unit="image", disable=None, leave=False) as progress:
+            for number, batch in enumerate(batches):
+                pixels = np.stack([original.pixels for original in batch])
+                if self.probabilities:
+                    expected.append(self.probabilities[number])
+                    actual += run_batch(session, pixels)
+                else:
+                    with torch.no_grad():
+                        ours = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
+                    theirs = run_batch(session, pixels, self.graph.names)
+                    expected.append(ours[0])
+                    actual.append(theirs[0])
+                    for name, one, other in zip(self.graph.names[1:], ours[1:], theirs[1:], strict=True):
+                        scale = max(1.0, float(np.abs(one).max())) if name in ("logits", "features") else 1.0
+                        others[name] = max(others.get(name, 0.0), float(np.abs(one - other).max()) / scale)
+                names += [original.name for original in batch]
+                labels += [original.label for original in batch]
+                progress.update(len(batch))
+        self.probabilities = expected
+        return Comparison(
+            names,
+            np.array(labels),
+            np.arange(len(names)) // len(self.data.views("val").names),
+            np.concatenate(expected).astype(float),
+            np.concatenate(actual).astype(float),
+            others,
+        )
 
 
 @torch.no_grad()
-def cached_accuracy(model: Model, data: ImageDataModule, split: str = "val") -> float:
-    """Of the uint8 images at the network's size that training used; a gate on it would punish their rounding."""
-    right = [model(batch.images).argmax(dim=1) == batch.labels for batch in data.loader(split)]
+def cached_accuracy(model: Model, data: ImageDataModule) -> float:
+    """Return the accuracy on the cached validation images that training used, rounded to uint8 at the network's size.
+
+    It is reported and not a gate, because a gate would reject a correct graph for that rounding.
+    """
+    right = [model(batch.images).argmax(dim=1) == batch.labels for batch in data.loader("val")]
     return float(torch.cat(right).double().mean())

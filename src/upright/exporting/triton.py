@@ -1,8 +1,7 @@
-"""A bundle's models in a Triton model repository. Several models, versions and hot reload are Triton's business.
+"""Copy the models of a bundle into a Triton model repository.
 
 Source: ``model_config.proto`` of https://github.com/triton-inference-server/common, and Triton's user guide on model
-repositories and configuration. What a model takes and gives is what onnxruntime says of its file: Triton's own backend
-reads the same there.
+repositories and configuration. Inputs and outputs are taken from onnxruntime, as Triton's own backend does.
 """
 
 import json
@@ -18,32 +17,29 @@ from upright.runtime.bundle import MODELS, Bundle
 from upright.runtime.predictor import open_session
 
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "1/model.onnx"
-"""Of a model's folder; the other versions are for others to add."""
 MAX_BATCH = 64
-"""Images that Triton puts together, where a model takes any number of them."""
+"""Images that Triton combines in one batch, where a model takes any number."""
 TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 
 
 def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle: Path, force: bool) -> dict[str, Path]:
-    """Where each precision goes: ``NAME`` for float32, ``NAME_int8``, ``NAME_fp16``.
+    """Return the folder of each precision: ``NAME`` for float32, ``NAME_fp16``, ``NAME_int8``.
 
     Args:
-        repository: Triton's; other models may be in it.
+        repository: of Triton; it may hold other models.
         name: of the bundle.
-        precisions: of it.
-        bundle: where that lies, or will lie.
-        force: whether models that are there are replaced.
+        precisions: of the bundle.
+        bundle: the path of the bundle, which need not exist yet.
+        force: replace existing models.
 
     Raises:
-        UserError: if one is there, or is no model of Triton's, or bundle and repository are in each other's way.
+        UserError: if a model exists, or a folder is not a model of Triton's, or bundle and repository overlap.
     """
-    folders = {
-        precision: repository / (name if precision == "fp32" else f"{name}_{precision}") for precision in precisions
-    }
+    folders = {each: repository / (name if each == "fp32" else f"{name}_{each}") for each in precisions}
     for folder in folders.values():
         ours, theirs = folder.resolve(), bundle.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            raise UserError(f"The bundle '{bundle}' and Triton's model '{folder}' need folders apart: change --triton.")
+            raise UserError(f"Bundle '{bundle}' and Triton's model '{folder}' need separate folders: change --triton.")
         check_replaceable(folder, "a model of Triton's", CONFIG)
         if folder.exists() and not force:
             raise UserError(f"Triton's model '{folder}' exists: --force replaces it with all its versions.")
@@ -51,17 +47,17 @@ def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle
 
 
 def check_labels(classes: Iterable[str]) -> None:
-    """Refuse what cannot be written with one class per line.
+    """Refuse names that cannot be written one per line.
 
     Raises:
-        UserError: for a line break in a class's name.
+        UserError: for a line break in the name of a class.
     """
     if broken := [name for name in classes if "\n" in name]:
         raise UserError(f"Triton reads one class per line, and {broken[0]!r} holds a line break; rename the class.")
 
 
 def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
-    """Copy the models of a bundle, each beside a configuration of its own; every folder appears whole or not at all."""
+    """Copy the models of a bundle, with their configurations. Each folder appears complete or not at all."""
     for precision, target in folders.items():
         with replacing_folder(target) as folder:
             model = folder / MODEL
@@ -72,10 +68,10 @@ def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
 
 
 def configuration(name: str, session: onnxruntime.InferenceSession) -> str:
-    """``config.pbtxt`` of a model, by the inputs and outputs of its graph.
+    """Return the ``config.pbtxt`` of a model.
 
-    A free first axis is the batch, which Triton leaves out of the dimensions. A fixed one stays there, and Triton puts
-    no requests together then.
+    A free first axis is the batch, which Triton omits from the dimensions. A fixed first axis stays there, and Triton
+    then combines no requests.
     """
     free = not isinstance(session.get_inputs()[0].shape[0], int)
 
@@ -95,5 +91,5 @@ input [
 output [
 {outputs}
 ]
-{"dynamic_batching { }" if free else "# The graph takes a fixed number of images, so there is no batching."}
+{"dynamic_batching { }" if free else "# The graph takes a fixed number of images, so Triton does not batch requests."}
 """

@@ -1,0 +1,44 @@
+"""Every benchmark runs with its smallest size, and every benchmark that the docs name exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Arguments beside --quick; the benchmarks in the default suite take a few seconds.
+FAST = {"augmentation": [], "serving": []}
+SLOW = {
+    "loading": [],
+    "recipes": [],
+    "runtime": [],
+    "startup": [],
+    "studies": ["xor"],
+    "threads": [],
+    "training": [],
+    "transformer": [],
+}
+
+
+def test_every_benchmark_is_tested() -> None:
+    scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"__init__", "shared"}
+    assert scripts == FAST.keys() | SLOW.keys()
+
+
+def test_the_docs_name_benchmarks_that_exist() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml")]
+    names = {name for page in pages for name in re.findall(r"benchmarks/(\w+)\.py", page.read_text(encoding="utf-8"))}
+    assert names and names <= FAST.keys() | SLOW.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.timeout(600)]) for name in SLOW)]
+)
+def test_the_smallest_size_runs(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / f"benchmarks/{name}.py", "--quick", *(FAST | SLOW)[name]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^\| .*\d", result.stdout, re.MULTILINE), result.stdout
