@@ -267,7 +267,7 @@ def main() -> None:
     size = Size(sorted(ROOT.glob("configs/*.yaml")), FULL)
     if options.quick:
         size = Size([ROOT / "configs/stn_lenet.yaml"], {"LeNet": LeNet}, (1,))
-        speed.ROUNDS, speed.SECONDS = 1, 0.0
+        speed.ROUNDS, speed.TURN_SECONDS = 1, 0.0
     torch.set_num_threads(1)
     here = machine()
     print(f"{here['processor']} ({', '.join(here['instructions'])}), one thread; torch {torch.__version__}, ", end="")

@@ -35,7 +35,7 @@ def demo(name: str = "demo") -> int:
     for step in steps:
         if code := _print_and_run(step):
             return code
-    labels = _write_test_images(images, restore(run).data)
+    labels = _write_test_images(images, restore(run).image_data("The demo needs originals"))
     examples = [str(path) for path in list(labels)[:: len(labels) // 8][:8]]
     if code := _print_and_run(["infer", str(bundle), *examples]):
         return code

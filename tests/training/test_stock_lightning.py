@@ -164,7 +164,7 @@ def test_other_peoples_data(tmp_path: Path, loaders: bool) -> None:
         with pytest.raises(
             UserError, match=r"export needs an ImageDataModule, and the data of 'x' are a Pairs: give --data"
         ):
-            restored.image_data("x", "export")
+            restored.image_data("Parity needs originals")
     labels, probabilities = (torch.cat(parts) for parts in zip(*stock.predict(module, pairs.loader()), strict=True))
     assert labels.shape == (48,) and probabilities.shape == (48, 2)
     accuracy = (probabilities.argmax(1) == labels).float().mean()

@@ -21,7 +21,7 @@ from upright.errors import UserError
 from upright.exporting.card import card, summary
 from upright.exporting.gate import check_exact, convert_within
 from upright.exporting.graph import Form, Output, write_graph
-from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, check_data, fitted_originals
+from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, fitted_originals
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, check_replaceable, replacing_folder
@@ -87,7 +87,7 @@ def export(
     path = find_checkpoint(checkpoint)
     tracking = bundle_mode(wandb, path)
     restored = restore(path, read_data(data) if data else None)
-    images, contents = check_data(restored.data), restored.contents
+    images, contents = restored.image_data("Parity needs the originals of the validation split"), restored.contents
     if "features" in outputs:
         modules = dict.fromkeys(parameter.rpartition(".")[0] for parameter in sorted(head(restored.classifier)))
         form = replace(form, head=tuple(modules))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from upright.data.cache import to_tensor
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
-from upright.errors import UserError
 from upright.exporting.graph import Form, Graph
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
@@ -30,21 +28,6 @@ OTHER_TOLERANCES = {"theta": 1e-3, "warped": 0.5, "logits": 1e-2, "features": 1e
 CALIBRATION_IMAGES = 512
 MAX_BATCH = 64
 """Images in a batch, where the graph takes any number."""
-
-
-def check_data(data: L.LightningDataModule | None) -> ImageDataModule:
-    """Return the data if they can give originals, which parity needs.
-
-    Raises:
-        UserError: for anything but an `ImageDataModule`.
-    """
-    if isinstance(data, ImageDataModule):
-        return data
-    source = "without a datamodule" if data is None else f"on a {type(data).__name__}, which is not an ImageDataModule"
-    raise UserError(
-        f"Parity needs the originals of the validation split, but the checkpoint was trained {source}; "
-        "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml."
-    )
 
 
 def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pixels:

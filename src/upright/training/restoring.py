@@ -26,24 +26,23 @@ class Restored(NamedTuple):
     epoch: int
     """Epochs of training that the weights have seen."""
 
-    def image_data(self, path: str | Path, purpose: str) -> ImageDataModule:
+    def image_data(self, reason: str) -> ImageDataModule:
         """Return the datamodule if it is an `ImageDataModule`.
 
         Args:
-            path: of the checkpoint, for messages.
-            purpose: what needs it, for messages.
+            reason: why it must be one, for the message.
 
         Raises:
             UserError: if it is another one, or none.
         """
-        if self.data is None:
-            raise UserError(f"'{path}' does not record its data; give them with --data.")
-        if not isinstance(self.data, ImageDataModule):
-            raise UserError(
-                f"{purpose} needs an ImageDataModule, and the data of '{path}' are a {type(self.data).__name__}: "
-                "give --data, for example configs/data/folder.yaml."
-            )
-        return self.data
+        if isinstance(self.data, ImageDataModule):
+            return self.data
+        kind = type(self.data).__name__
+        source = "without a datamodule" if self.data is None else f"on a {kind}, which is not an ImageDataModule"
+        raise UserError(
+            f"{reason}, but the checkpoint was trained {source}; "
+            "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml."
+        )
 
 
 def restore(

@@ -221,7 +221,7 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
     shows, silent = (model, "") if rotates else (None, NO_TRANSFORMER)
     # `restore` refuses images that the model was trained on, if the checkpoint records them.
     subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, shows, silent, answer)
-    return subject, restored.data
+    return subject, restored.image_data("A report distorts original images")
 
 
 def _has_transformer(model: Model) -> bool:

@@ -196,7 +196,8 @@ def _digest(data: ImageDataModule) -> str:
 @torch.inference_mode()
 def _answer(restored: Restored, checkpoint: str, shown: str) -> Answers:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier, data = restored.classifier.to(device), restored.data
+    classifier = restored.classifier.to(device)
+    data = restored.image_data("A selection compares answers to the same images")
     labels, predictions, losses = [], [], []
     for batch in data.loader("val"):
         logits = classifier(batch.images.to(device)).float().cpu()
