@@ -376,7 +376,7 @@ def test_real_trials_leave_the_test_split_sealed(upright: Upright, tmp_path: Pat
         folder = FOLDER / f"trial-{record['trial']:03d}"
         files = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "trial.json", "val_predictions.npz"}
         assert {path.name for path in folder.iterdir() if path.suffix != ".png"} == files
-        model = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
+        model = yaml.safe_load((folder / "config.yaml").read_text())["model"]
         assert model["optimizer"]["init_args"]["lr"] == record["options"]["model.optimizer.init_args.lr"]
         assert model["network"]["init_args"]["widths"] == json.loads(
             record["options"]["model.network.init_args.widths"]

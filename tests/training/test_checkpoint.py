@@ -98,8 +98,8 @@ def test_a_class_that_is_gone(run_folder: Path) -> None:
 
 def test_a_run_without_data(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", data=None)
-    with pytest.raises(UprightError, match=r"does not say what data"):
-        restore(run_folder)
+    with pytest.raises(UprightError, match=r"It needs data, but the checkpoint was trained without a datamodule; give"):
+        restore(run_folder).image_data("It needs data")
     assert restore(run_folder, data=Digits(angles=(0,))).data.angles == (0,)
 
 

@@ -140,7 +140,7 @@ def test_an_upright_loss_without_a_transformer_is_refused() -> None:
 
 def test_an_upright_loss_without_turned_data_is_refused() -> None:
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
-    with pytest.raises(UprightError, match=r"the data are not turned: add"):
+    with pytest.raises(UprightError, match=r"the data are not rotated: add"):
         trainer().fit(classifier, Digits(size=12, margin=0))
 
 
@@ -239,7 +239,7 @@ def test_mixed_images_are_learnt_with_soft_targets(part: type[nn.Module]) -> Non
             {"upright_weight": 1.0},
             "must know where pixels went, and RandomElasticTransform does not say: use",
         ),
-        (STN, [kornia.ColorJitter], {"upright_weight": 1.0}, "the data are not turned: add"),
+        (STN, [kornia.ColorJitter], {"upright_weight": 1.0}, "the data are not rotated: add"),
     ],
 )
 def test_an_augmentation_that_the_losses_cannot_learn_from_is_refused(

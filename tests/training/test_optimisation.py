@@ -255,7 +255,8 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(upright: Upright, tmp
     go_on = ("--trainer.max_epochs", 2, "--data.augment", "[{class_path: broken.Broken}]", "--ckpt_path", "last")
     answer = upright("fit", "--name", "later", "--wandb", "off", *go_on)
     assert answer.code == 1 and "diverged: the loss is nan at step 19 (epoch 2)" in answer.err
-    kept = "From before there is 'checkpoints/later/best.ckpt' and 'checkpoints/later/last.ckpt'."
+    folder = tmp_path / "checkpoints/later"
+    kept = f"From before there is '{folder / 'best.ckpt'}' and '{folder / 'last.ckpt'}'."
     assert kept in answer.err and Path("checkpoints/later/best.ckpt").read_bytes() == before
     assert checkpoint("later")["global_step"] == 18
 
@@ -316,5 +317,5 @@ def test_steps_may_be_counted_in_place_of_epochs(upright: Upright, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 def test_a_run_without_validation_says_so(upright: Upright, tmp_path: Path) -> None:
     answer = upright("fit", "--config", LENET, *QUICK, "--trainer.limit_val_batches", 0)
-    assert answer.code == 0 and "Best: not known, for nothing was validated; there is last.ckpt" in answer.out
+    assert answer.code == 0 and "Best: unknown, since nothing was validated; there is last.ckpt" in answer.out
     assert "upright test --ckpt_path checkpoints/lenet/last.ckpt" in answer.out

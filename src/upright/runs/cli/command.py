@@ -106,7 +106,7 @@ class Command(LightningCLI):
             UserError: if a class refuses its arguments, or a package is missing.
         """
         try:
-            return self.parser.instantiate_classes(self.config)
+            return self.parser.instantiate(self.config)
         except (ValueError, TypeError, ImportError) as error:
             raise user_error(error) or UserError(explain(str(error))) from error
 

@@ -185,7 +185,11 @@ class Fit(Command):
 
     def recorded(self) -> dict[str, Any]:
         """Return the experiment as plain data, with all defaults: what ``config.yaml`` records."""
-        return {key: value for key, value in self.plain().items() if key not in NOT_RECORDED}
+        options = {key: value for key, value in self.plain().items() if key not in NOT_RECORDED}
+        if options["model"]["class_path"] == MODEL:
+            # As people write it.
+            options["model"] = options["model"]["init_args"]
+        return options
 
     def train(self) -> None:
         """Train. A run that writes no checkpoint leaves nothing, and the run that it replaces is put back."""

@@ -44,18 +44,22 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         return f"'{match[1]}' belongs to no option; options begin with --."
     if match := re.search(r"Option '([^']+)' is not accepted", message):
         hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)
-        return f"unknown option '{match[1]}'.{hint} Allowed: {', '.join(names)}."
+        # The whole command has some seventy options; a class has a few.
+        allowed = f"Allowed: {', '.join(names)}." if len(names) < 30 else "`--help` shows all."
+        return f"unknown option '{match[1]}'.{hint} {allowed}"
     if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
         given = match[1] or match[2]
         # `model.netwrk.class_path` is reported whole, and the parser knows no further than `model.network`.
         level = given.count(".") + 1
-        allowed = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, level)}
-        return f"unknown key '{given}'.{nearest(given, allowed)}"
+        keys = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, level)}
+        return f"unknown key '{given}'.{nearest(given, keys)}"
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
         module = importlib.import_module(match[1])
         found = [name for name, value in vars(module).items() if isinstance(value, type)]
         found += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
         return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], found)}"
+    if match := re.search(r"\S+ requires .+[Ii]nstall.*", message):
+        return match[0]
     if match := re.search(r"No module named '([^']+)'", message):
         return f"no module named '{match[1]}'. Is the file in the working directory, or the package installed?"
     if expected := dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", message)):
