@@ -431,7 +431,7 @@ def test_wandb_offline_is_the_default_and_asks_nothing(upright: Upright, tmp_pat
     assert record["run"].run_id == ours["run"]["id"]
     config = record["config"]
     assert config["split_digest"] == ours["split"]["digest"] and "git_commit" in config
-    assert config["model"]["network"]["class_path"] == "upright.architectures.lenet.LeNet"
+    assert config["model"]["network"]["class_path"] == "upright.LeNet"
     logged = {name: value for row in record["history"] for name, value in row.items()}
     assert {"train/loss", *ours["metrics"]} <= set(logged)
     assert all(math.isclose(logged[name], value, rel_tol=1e-6) for name, value in ours["metrics"].items())

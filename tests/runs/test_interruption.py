@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def goes_on(line: str) -> list[str]:
     """The arguments that a stopped run says to go on with."""
-    return shlex.split(line.partition("to go on: upright ")[2])
+    return shlex.split(line.partition("to resume: upright ")[2])
 
 
 def test_stopped_runs_go_on_by_the_line_that_they_say(folder: Path, upright: Upright) -> None:
@@ -35,7 +35,7 @@ def test_stopped_runs_go_on_by_the_line_that_they_say(folder: Path, upright: Upr
     asked, told = done.stderr.strip().splitlines()
     assert "stopping after this step, or this validation; Ctrl-C then ends at once" in asked
     assert told.endswith(
-        "stopped after step 11; to go on: upright fit --ckpt_path checkpoints/stopped/last.ckpt "
+        "stopped after step 11; to resume: upright fit --ckpt_path checkpoints/stopped/last.ckpt "
         "--wandb off --save_every_n_steps 7"
     )
     assert last(folder / "checkpoints/stopped")["global_step"] == 11
@@ -61,7 +61,9 @@ def test_before_the_first_step_nothing_is_left(folder: Path) -> None:
     before = last(folder / "checkpoints/a")["upright"]["run"]["id"]
     for arguments in (("b",), ("a", "--force")):
         done = fit(folder, *arguments, kill_at="fit_start:1", kill_with="SIGTERM")
-        assert done.returncode == 143 and done.stderr == "upright: stopped before the first step; nothing is left.\n"
+        assert (
+            done.returncode == 143 and done.stderr == "upright: stopped before the first step; nothing was written.\n"
+        )
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["a"]
     assert last(folder / "checkpoints/a")["upright"]["run"]["id"] == before
 

@@ -82,7 +82,7 @@ def test_ctrl_c_stops_all_of_them_at_one_step(folder: Path, launcher: str) -> No
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if launcher == "lightning" else 1), err
-    assert err.count("stopped after step") == 1 and err.count("to go on: upright fit") == 1
+    assert err.count("stopped after step") == 1 and err.count("to resume: upright fit") == 1
     assert "Error" not in err or launcher == "torchrun"
     step = last(folder / "checkpoints/a")["global_step"]
     assert f"stopped after step {step};" in err
@@ -144,7 +144,7 @@ def test_slurm_requeues_and_the_same_line_goes_on(folder: Path) -> None:
     finished(folder, "job", *options, **slurm(folder))
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/job") == []
     assert not list((folder / "checkpoints/job").glob("hpc*"))
-    assert "behind it" in finished(folder, "job", *options, **slurm(folder))
+    assert "is complete" in finished(folder, "job", *options, **slurm(folder))
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_auto_begins_and_goes_on_and_has_an_end(folder: Path) -> None:
     finished(folder, "whole", "--trainer.max_epochs", 2)
     assert differences(folder / "checkpoints/whole", run) == []
     before = (run / "last.ckpt").read_bytes()
-    assert "has all of its epochs behind it" in finished(folder, "auto", *options)
+    assert "is complete: all its epochs are done" in finished(folder, "auto", *options)
     assert (run / "last.ckpt").read_bytes() == before
 
 

@@ -47,7 +47,7 @@ REFUSED = {
     "BatchSizeFinder": "does not work with `upright fit`: it changes the batch size after the schedule was made",
     "LearningRateFinder": "does not work with `upright fit`: it replaces the schedule while it searches",
     "ModelPruning": "does not work with `upright fit`: it gives the weights other names",
-    "RichProgressBar": "`RichProgressBar` requires `rich` to be installed",
+    "RichProgressBar": "`RichProgressBar` requires `rich`",
     "StochasticWeightAveraging": "does not work with `upright fit`: it averages after the last checkpoint",
 }
 
@@ -167,7 +167,7 @@ def test_a_fast_dev_run_says_that_nothing_was_written(upright: Upright, tmp_path
         (
             "model.optimizer",
             "torch.optim.SGD",
-            "with model.optimizer torch.optim.AdamW and cannot resume with torch.optim.SGD",
+            "with model.optimizer torch.optim.adamw.AdamW and cannot resume with torch.optim.sgd.SGD",
         ),
         ("data.batch_size", 16, "with data.batch_size 64 and cannot resume with 16"),
     ],

@@ -507,7 +507,7 @@ def test_images_that_the_start_was_trained_on_do_not_judge(upright: Upright, fir
         (("--start_from", "nope.ckpt"), "'nope.ckpt' does not exist"),
         (("--start_from", "own.py"), "is not an Upright checkpoint or a state dict"),
         (("--model.network.width", 8), "'checkpoints/first/best.ckpt' holds the weights of another network: stem.0.0"),
-        (("--ckpt_path", "checkpoints/first/last.ckpt"), "goes on with one that holds its weights: give one of them."),
+        (("--ckpt_path", "checkpoints/first/last.ckpt"), "resumes one that has its weights: give one of them."),
     ],
 )
 def test_a_start_that_is_none_leaves_nothing(
@@ -544,7 +544,7 @@ def test_a_resumed_run_keeps_the_rate_of_its_body(upright: Upright, first: Path)
         go_on = ("--name", "second", "--ckpt_path", "last", "--trainer.max_epochs", 2, "--trainer.callbacks", freeze)
         answer = upright("fit", *go_on, "--wandb", "off")
         assert answer.code == 2 and answer.err.count("\n") == 1
-        assert f"was trained with an lr_factor of 0.1 for the body and cannot go on with {given}" in answer.err
+        assert f"was trained with an lr_factor of 0.1 for the body and cannot resume with {given}" in answer.err
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def test_averaged_weights_are_what_is_measured_tested_and_exported(upright: Upri
     assert upright("export", "checkpoints/ema").code == 0
     go_on = ("fit", "--name", "ema", "--ckpt_path", "last", "--wandb", "off", "--trainer.max_epochs", 3)
     answer = upright(*go_on, "--trainer.callbacks", "null")
-    assert answer.code == 2 and "averages its weights and cannot go on without: add the callback" in answer.err
+    assert answer.code == 2 and "averages its weights and cannot resume without: add the callback" in answer.err
     assert upright(*go_on).code == 0 and "averaging_state" in checkpoint("ema")
 
 

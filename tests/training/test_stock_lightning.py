@@ -162,7 +162,7 @@ def test_other_peoples_data(tmp_path: Path, loaders: bool) -> None:
         restored = restore(tmp_path / "pairs.ckpt")
         assert isinstance(restored.data, Pairs) and restored.data.hparams["count"] == 48
         with pytest.raises(
-            UserError, match=r"export needs an ImageDataModule, and the data of 'x' are a Pairs: give --data"
+            UserError, match=r"Parity needs originals, but the checkpoint was trained on a Pairs, which is not"
         ):
             restored.image_data("Parity needs originals")
     labels, probabilities = (torch.cat(parts) for parts in zip(*stock.predict(module, pairs.loader()), strict=True))

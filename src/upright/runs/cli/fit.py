@@ -31,7 +31,7 @@ from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import start_from
 from upright.training.restoring import check_data
 
-MODEL = f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}"
+MODEL = "upright.ImageClassifier"
 
 NOT_RECORDED = ("config", "name", "force", "wandb", "save_every_n_steps", "compile", "allow_seen_images", "ckpt_path")
 """Options that are not part of the experiment, and so not of ``config.yaml``."""
