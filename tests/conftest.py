@@ -138,6 +138,16 @@ def traced_once(graph_store: WriteGraph, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
+def fewer_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `Digits` have 300 images instead of 1,797: for tests of commands whose figures do not matter."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    digits.images, digits.target = digits.images[:300], digits.target[:300]
+    monkeypatch.setattr("upright.data.digits.load_digits", lambda: digits)
+
+
+@pytest.fixture
 def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Upright]:
     """Run a verb in an empty folder: `upright("fit", "--config", path)`."""
     from upright.cli import main

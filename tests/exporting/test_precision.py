@@ -21,6 +21,8 @@ from upright.exporting.parity import Comparison, Drop, calibration_batches
 from upright.runtime.bundle import SUMS, Bundle, checksums
 from upright.runtime.predictor import Predictor
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 DIGITS = ("--data", str(ROOT / "configs/data/digits.yaml"), "--wandb", "off", "--trainer.max_epochs")
 
 
