@@ -139,11 +139,11 @@ def traced_once(graph_store: WriteGraph, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def fewer_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `Digits` have 300 images instead of 1,797: for tests of commands whose figures do not matter."""
+    """Let `Digits` have 600 images instead of 1,797: for tests of commands whose figures do not matter."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    digits.images, digits.target = digits.images[:300], digits.target[:300]
+    digits.images, digits.target = digits.images[:600], digits.target[:600]
     monkeypatch.setattr("upright.data.digits.load_digits", lambda: digits)
 
 
