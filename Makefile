@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types tests clean
+.PHONY: help install demo test lint types tests slow format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## fit -> test -> export -> verify -> infer on real digits
 	@$(BIN)/upright demo
 
-test: lint types tests  ## what CI runs: lint, types, tests
+test: lint types tests  ## before every commit: lint, types, tests (about 10 minutes on 2 cores)
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
@@ -30,8 +30,15 @@ lint: install  ## ruff
 types: install  ## mypy
 	$(BIN)/mypy
 
-tests: install  ## pytest
-	$(BIN)/pytest -n 2
+tests: install  ## pytest, without the slow tests (about 8 minutes on 2 cores)
+	$(BIN)/pytest -n 2 $(PYTEST_OPTIONS)
+
+slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of them
+	$(BIN)/pytest -n 2 -m slow
+
+format: install  ## let ruff sort imports, fix what it can, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:  ## remove .venv and what tools cached
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -1,23 +1,60 @@
-"""What many tests need: the checkout, a command line, one small trained run and its bundle."""
+"""What many tests share: the checkout, a command line, one small trained run and its bundle, the part of slow tests."""
 
+import hashlib
 import io
 import os
 import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pytest
+from filelock import FileLock
+
+from tests.data.formats import write_all
 
 # As many threads as cores in every one of several processes is many times slower; set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+
+SLOW_PARTS = 16
+"""`.ci/run` runs one part of the slow tests."""
+
+T = TypeVar("T")
+
+
+def slow_part(tests: Sequence[T], commit: str) -> Sequence[T]:
+    """Return the part of the slow tests that a commit's hash chooses: every `SLOW_PARTS`-th, so that long tests of one
+    file go to different parts.
+    """
+    return tests[int(commit, 16) % SLOW_PARTS :: SLOW_PARTS]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-part", metavar="COMMIT", help="of the slow tests, run the part that this hash chooses")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    commit = config.getoption("--slow-part")
+    return commit and f"slow tests: part {int(commit, 16) % SLOW_PARTS} of 0 to {SLOW_PARTS - 1}, by commit {commit}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Move slow tests to the front, so that no worker begins a long one last, and deselect those of other parts."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    commit = config.getoption("--slow-part")
+    part = slow_part(slow, commit) if commit else slow
+    config.hook.pytest_deselected(items=[item for item in slow if item not in part])
+    items[:] = [*part, *quick]
 
 
 class Answer(NamedTuple):
@@ -27,62 +64,87 @@ class Answer(NamedTuple):
 
 
 Upright = Callable[..., Answer]
+WriteGraph = Callable[..., None]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small files where those of every published dataset would be found; MNIST's are 500 digits of scikit-learn's."""
-    from tests.data.formats import write_all
-    from upright.data.digits import Digits
-
+    """Write 500 digits of scikit-learn as every published dataset, and set UPRIGHT_DATA; import none of the heavy."""
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    table = np.loadtxt(
+        Path(package.origin).parent / "datasets/data/digits.csv.gz", np.uint8, delimiter=",", max_rows=500
+    )
+    pixels = (table[:, :64] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+    images = np.pad(pixels.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
     root = tmp_path_factory.mktemp("data")
-    source = Digits().source
-    write_all(root, np.stack(source.images[:500])[..., 0], np.array(source.labels[:500], np.uint8))
+    write_all(root, images, table[:, 64])
     os.environ["UPRIGHT_DATA"] = str(root)
     return root
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where decoded images are kept, instead of the user's own cache."""
+    """Set UPRIGHT_CACHE, where decoded images are stored, to an empty folder."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["UPRIGHT_CACHE"] = str(folder)
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def graphs() -> Iterator[None]:
-    """`export` traces a model in a form once; what a test exports again is mostly the run that all have."""
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def graph_store(session_folder: Path) -> WriteGraph:
+    """Return a `write_graph` that traces equal weights in one form once, and then copies the file."""
     import torch
 
-    from upright.exporting import export
-    from upright.exporting.graph import Form
-    from upright.training.model import Model
+    from upright.exporting.graph import write_graph
 
     class ByContent(pickle.Pickler):
-        def persistent_id(self, given: object) -> object:
-            if isinstance(given, torch.Tensor):
-                return given.dtype, given.shape, given.detach().numpy().tobytes()
+        def persistent_id(self, value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                return value.dtype, value.shape, value.detach().numpy().tobytes()
             return None
 
-    written: dict[bytes, bytes] = {}
-    write_graph = export.write_graph
+    folder = session_folder / "graphs"
+    folder.mkdir(exist_ok=True)
 
-    def write_once(model: Model, path: Path, form: Form) -> None:
+    def write_once(model: object, path: Path, form: object) -> None:
         content = io.BytesIO()
         try:
             ByContent(content).dump((model, form))
-        except (pickle.PicklingError, AttributeError):  # of a class that a test made
+        except (pickle.PicklingError, AttributeError):  # the class is local to a test
             return write_graph(model, path, form)
-        key = content.getvalue()
-        if key not in written:
+        stored = folder / hashlib.sha256(content.getvalue()).hexdigest()
+        if not stored.exists():
             write_graph(model, path, form)
-            written[key] = path.read_bytes()
-        path.write_bytes(written[key])
+            part = stored.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(path, part)
+            part.rename(stored)
+        shutil.copyfile(stored, path)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "write_graph", write_once)
-        yield
+    return write_once
+
+
+@pytest.fixture
+def traced_once(graph_store: WriteGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `upright export` reuse the graph of an equal model: `pytestmark = pytest.mark.usefixtures("traced_once")`."""
+    monkeypatch.setattr("upright.exporting.export.write_graph", graph_store)
+
+
+@pytest.fixture
+def fewer_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `Digits` have 600 images instead of 1,797: for tests of commands whose figures do not matter."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    digits.images, digits.target = digits.images[:600], digits.target[:600]
+    monkeypatch.setattr("upright.data.digits.load_digits", lambda: digits)
 
 
 @pytest.fixture
@@ -107,17 +169,20 @@ def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(session_folder: Path, graph_store: WriteGraph) -> Path:
     """A folder with the run `checkpoints/small` and the bundle `export/small`. Tests do not write into it."""
     from upright.cli import main
 
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        config = str(ROOT / "configs/stn_lenet.yaml")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit = ["fit", "--config", config, "--name", "small", "--trainer.max_epochs", "2", "--wandb", "off"]
+    folder = session_folder / "trained"
+    config = ROOT / "configs/stn_lenet.yaml"
+    fit = ["fit", "--config", str(config), "--name", "small", "--trainer.max_epochs", "2", "--wandb", "off"]
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not (folder / "export/small").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            patch.chdir(folder)
+            patch.setattr("upright.exporting.export.write_graph", graph_store)
             assert main(fit) == 0
             assert main(["export", "checkpoints/small"]) == 0
     return folder

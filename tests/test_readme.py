@@ -36,6 +36,8 @@ SECTIONS_TO_TYPE = (
     "Cache",
     "Augmentation",
 )
+LONG = ("The spatial transformer",)
+"""It exports a residual network with a transformer."""
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--wandb", "off"]
 
 
@@ -54,7 +56,10 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("section", SECTIONS_TO_TYPE)
+@pytest.mark.usefixtures("fewer_digits", "traced_once")
+@pytest.mark.parametrize(
+    "section", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in SECTIONS_TO_TYPE]
+)
 def test_as_documented(section: str, upright: Upright, checkout: Path) -> None:
     for name in ("cat", "dog"):
         (checkout / "my-images" / name).mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Small ones of every network and option: what `test_contracts` runs over beside the configs."""
 
+import re
 from typing import Any, NamedTuple
 
 A = "upright.architectures."
@@ -133,6 +134,12 @@ TRANSFORMERS = [
 ]
 
 VARIANTS = NETWORKS + TRANSFORMERS
+
+SLOW_TO_EXPORT = re.compile(
+    "inception|googlenet$|googlenet-batch|resnet-50|resnet-18-plain|small-resnet-20|vgg-1|nin$|alexnet-i"
+    "|alexnet-paper|mlp-|lenet-|lstm-pixels|transformer-(nearest|inside-resnet|two|before|translation|affine-dense)"
+)
+"""Variants that are exported in slow tests: their graphs are large, or their layers are those of other variants."""
 
 WITHOUT_GRADIENT = {
     # Nearest sampling does not change with small changes of theta.

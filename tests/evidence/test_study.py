@@ -24,10 +24,14 @@ from upright.evidence.study import run
 from upright.tables import read_rows
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
+LONG = ("depth", "pooling", "regularisation", "residual", "transfer", "transformer", "uprightness")
 PERCEPTRON = Experiment(Perceptron, partial(Digits, angles=(0, 30)), epochs=1)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.usefixtures("fewer_digits")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in STUDIES]
+)
 def test_every_study_writes_what_it_found(name: str, upright: Upright, tmp_path: Path) -> None:
     answer = upright("study", name, "--quick", "--seeds", 2)
     assert answer.code == 0, answer.err

@@ -1,6 +1,5 @@
 """Every network in every form: images of one size, other outputs, and less precision."""
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.architectures.variants import VARIANTS, Variant
+from tests.architectures.variants import SLOW_TO_EXPORT, VARIANTS, Variant
 from upright.exporting.graph import Form, Graph, module_of, write_graph
 from upright.exporting.precision import Float16, Int8
 from upright.images import ImageSpec
@@ -21,13 +20,8 @@ from upright.runtime.predictor import open_session, run_batch
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import head
 
-# Their layers are those of others.
-LONG = re.compile(
-    "inception|googlenet$|googlenet-batch|resnet-34|resnet-50|resnet-18-plain|small-resnet-20|vgg-1|nin$|alexnet-i"
-    "|alexnet-paper|mlp-|lenet-|lstm-pixels|transformer-(nearest|inside-resnet|two|before|translation|affine-dense)"
-)
 CASES = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow or LONG.match(case.name) else [])
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow or SLOW_TO_EXPORT.match(case.name) else [])
     for case in VARIANTS
 ]
 AROUND = {"Transpose", "Cast", "Sub", "Div", "Softmax", "Identity"}

@@ -31,6 +31,8 @@ from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
 from upright.training.restoring import restore
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def wrong_mean(model: Model, path: Path, form: Form | None = None) -> None:
     """What a deployment with its own idea of preprocessing does."""

@@ -20,6 +20,8 @@ from upright.runtime.predictor import Predictor, open_session, run_batch
 from upright.training.model import Model
 from upright.training.restoring import restore
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def lenet(size: int = 28, **options: object) -> Model:
     torch.manual_seed(0)

@@ -19,6 +19,8 @@ from upright.exporting.parity import Comparison, Drop, Reference, calibration_ba
 from upright.runtime.bundle import SUMS, Bundle, checksums
 from upright.runtime.predictor import Predictor
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 DIGITS = ("--data", str(ROOT / "configs/data/digits.yaml"), "--wandb", "off", "--trainer.max_epochs")
 
 

@@ -20,6 +20,8 @@ from upright.images import ImageSpec
 from upright.runtime.bundle import MODELS, Bundle
 from upright.runtime.predictor import open_session, run_batch
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SPEC = ImageSpec(3, 28, 28, ("a", "über b", 'c "d"'), (0.4,) * 3, (0.5,) * 3)
 
 

@@ -30,6 +30,7 @@ def shares(path: Path, epoch: int) -> list[int]:
     return [sample for number, *samples in lines if number == epoch for sample in samples]
 
 
+@pytest.mark.slow
 def test_each_sample_once_and_a_death_in_mid_epoch_changes_nothing(folder: Path, upright: Upright) -> None:
     options = (*TWO, "--save_every_n_steps", 20)
     out = finished(folder, "whole", *options, POSITIONS=str(folder / "positions"))

@@ -51,6 +51,11 @@ def records(tracked: Path) -> list[dict[str, Any]]:
     return read_records(tracked / "checkpoints/run")
 
 
+def test_offline_is_the_default_and_asks_nothing(tracked: Path, records: list[dict[str, Any]]) -> None:
+    """`tracked` has no option and no stdin, and every command of it wrote an offline record."""
+    assert [record["path"].parent.name.startswith("offline-run-") for record in records] == [True] * 3
+
+
 def test_a_resumed_run_goes_on_under_its_id(tracked: Path, records: list[dict[str, Any]]) -> None:
     first, second, _ = records
     told = torch.load(tracked / "checkpoints/run/last.ckpt", weights_only=True)["upright"]["run"]["id"]

@@ -34,12 +34,6 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The only one."""
-    (record,) = read_records(folder)
-    return record
-
-
 def _read(path: Path) -> dict[str, Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
