@@ -3,13 +3,23 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Upright
-from upright.cli import COMMANDS, LIGHTNING
+from upright.cli import COMMANDS
+from upright.options import LIGHTNING
 
 
 def test_the_overview_names_every_command(upright: Upright) -> None:
     for arguments in ((), ("--help",)):
         answer = upright(*arguments)
         assert answer.code == 0 and all(f"\n  {command} " in answer.out for command in [*LIGHTNING, *COMMANDS])
+
+
+@pytest.mark.parametrize("command", LIGHTNING)
+def test_the_help_of_lightnings_commands_begins_with_ours(upright: Upright, command: str) -> None:
+    short = upright(command, "--help")
+    assert short.code == 0 and "--ckpt_path" in short.out and len(short.out.splitlines()) < 60
+    with pytest.raises(SystemExit) as end:
+        upright(command, "--help_all")
+    assert end.value.code == 0
 
 
 def test_version(upright: Upright) -> None:

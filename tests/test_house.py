@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from upright.cli import COMMANDS
+from upright.options import LIGHTNING
 
 PACKAGE = ROOT / "src/upright"
 # Each may import itself and what stands before it (CONTRIBUTING.md).
@@ -88,7 +89,7 @@ def test_the_test_above_can_fail() -> None:
     "arguments",
     [
         ["--help"],
-        *([command, "--help"] for command in COMMANDS),
+        *([command, "--help"] for command in [*LIGHTNING, *COMMANDS]),
     ],
 )
 def test_help_loads_nothing(arguments: list[str]) -> None:

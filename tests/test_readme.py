@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import CONFIGS, ROOT, Upright
-from upright.cli import COMMANDS, LIGHTNING
+from upright.cli import COMMANDS
+from upright.options import LIGHTNING
 
 README = (ROOT / "README.md").read_text()
 PAGES = ("data", "training", "deployment", "evidence")

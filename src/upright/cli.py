@@ -25,17 +25,7 @@ class Command(NamedTuple):
     keywords: bool = False
     imports_user_code: bool = False
 
-    @property
-    def help(self) -> str:
-        return (self.options.__doc__ or "").partition("\n")[0].rstrip(".")
 
-
-LIGHTNING = {
-    "fit": "Train; --config names the config",
-    "validate": "Compute metrics on the validation split; --ckpt_path names the checkpoint",
-    "test": "Compute metrics on the test split; --ckpt_path names the checkpoint",
-    "predict": "Write probabilities for the test split; --ckpt_path names the checkpoint",
-}
 COMMANDS = {
     "describe": Command(options.Describe, "upright.describe:run", True, True),
     "preview": Command(options.Preview, "upright.preview:preview", True, True),
@@ -55,8 +45,13 @@ EXTRAS = {"optuna": "sweep", **dict.fromkeys(("msgspec", "prometheus_client", "s
 """Package -> the extra that installs it. All other packages come with ``train``."""
 
 
+def _summary(kind: type[options.Options]) -> str:
+    return (kind.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
 def _overview() -> str:
-    rows = LIGHTNING | {name: command.help for name, command in COMMANDS.items()}
+    rows = {name: _summary(kind) for name, kind in options.LIGHTNING.items()}
+    rows |= {name: _summary(command.options) for name, command in COMMANDS.items()}
     return (
         "usage: upright COMMAND ...\n\nFrom images to a verified ONNX bundle.\n\n"
         + "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
@@ -75,13 +70,16 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     command = COMMANDS.get(name)
-    if command is None and name not in LIGHTNING:
-        allowed = [*LIGHTNING, *COMMANDS]
+    if command is None and name not in options.LIGHTNING:
+        allowed = [*options.LIGHTNING, *COMMANDS]
         raise UserError(f"unknown command '{name}'.{nearest(name, allowed)} Commands: {', '.join(allowed)}.")
     # A console script cannot import from the working directory. The path must be absolute: the parser of Lightning's
     # commands changes into a config's folder while it reads it.
     if (command is None or command.imports_user_code) and (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)
+    if command is None and {"-h", "--help"} & set(rest):
+        print(options.lightning_help(name))
+        return 0
     if command is None:
         return int(_load("upright.runs.cli.run:run")(name, rest) or 0)
     parsed = options.parse(name, command.options, rest)

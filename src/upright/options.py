@@ -77,6 +77,20 @@ def parse(command: str, options: type[Parsed], arguments: list[str]) -> Parsed:
     return options(**vars(parsed), **passed_on)
 
 
+def lightning_help(command: str) -> str:
+    """Return the help of ``fit``, ``validate``, ``test`` or ``predict`` that matters first."""
+    options = LIGHTNING[command]
+    parser = argparse.ArgumentParser(
+        prog=f"upright {command}",
+        description=options.__doc__,
+        epilog=LIGHTNING_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for each in fields(options):
+        parser.add_argument(f"--{each.name}", **_settings(each))
+    return parser.format_help()
+
+
 def _flag(each: "Field[Any]") -> str:
     return f"--{'no-' if each.default is True else ''}{each.name.replace('_', '-')}"
 
@@ -304,3 +318,63 @@ class Demo(Options):
     """Run all commands once, on real digits."""
 
     name: str = option("demo", "name of the run and of the bundle, which are replaced")
+
+
+@dataclass(frozen=True)
+class Fit(Options):
+    """Train a run in its own folder, or resume it."""
+
+    config: str | None = option(None, "the experiment; several are merged, the last one wins", metavar="YAML")
+    name: str | None = option(None, "name of the run; by default that of the config")
+    force: bool = option(False, "replace an existing run of this name")
+    ckpt_path: str | None = option(
+        None,
+        "checkpoint to resume from: a file, `last` or `best` of the run, or `auto`: the last one if it exists, else a "
+        "new run, so that a scheduler can repeat the same command",
+    )
+    start_from: str | None = option(
+        None, "weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG"
+    )
+    allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
+    wandb: Literal["offline", "online", "off"] = option(
+        "offline", "track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not"
+    )
+    save_every_n_steps: int = option(0, "also write last.ckpt within an epoch, after so many steps")
+    log_grad_norm: bool = option(False, "log mean and maximum of the gradients' norm per epoch")
+    compile: bool = option(False, "use torch.compile; the first step then takes a minute or two")
+
+
+@dataclass(frozen=True)
+class Validate(Options):
+    """Compute the metrics of a checkpoint on the validation split."""
+
+    config: str | None = option(None, "further options", metavar="YAML")
+    ckpt_path: str | None = option(None, "a checkpoint, or the folder of a run (its best.ckpt)")
+    allow_seen_images: bool = option(False, "evaluate on images that the model was trained on, too")
+
+
+@dataclass(frozen=True)
+class Test(Validate):
+    """Compute the metrics of a checkpoint on the test split, with tables and plots."""
+
+
+@dataclass(frozen=True)
+class Predict(Validate):
+    """Write the probabilities of every image of the test split."""
+
+    output: str | None = option(None, "CSV to write; by default predictions.csv beside the checkpoint", metavar="CSV")
+
+
+LIGHTNING: dict[str, type[Options]] = {"fit": Fit, "validate": Validate, "test": Test, "predict": Predict}
+"""Options of ours of the commands that LightningCLI parses; it adds those of data, model and trainer."""
+
+LIGHTNING_EPILOG = """\
+every part of the experiment is an option, for example:
+  --data YAML                         other data, for example configs/data/folder.yaml
+  --data.batch_size 32                an argument of the data
+  --model.optimizer.init_args.lr 0.01 an argument of a part of the model (fit)
+  --trainer.max_epochs 5              an argument of Lightning's Trainer
+  --print_config                      print the whole experiment, with all defaults
+
+  --help_all                          print every option, those of Lightning's Trainer included
+  --data.help CLASS                   print the options of a class; so does --model.help (fit)"""

@@ -403,9 +403,10 @@ def test_values_reach_the_parser_as_they_are(upright: Upright, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         upright("fit", "--config", LENET, *as_arguments(values), "--print_config")
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-5 and config["data"]["init_args"]["augment"] == []
+    model = config["model"]["init_args"]
+    assert model["optimizer"]["init_args"]["lr"] == 1e-5 and config["data"]["init_args"]["augment"] == []
     assert config["trainer"]["max_epochs"] == 7 and config["trainer"]["max_time"] is None
-    assert config["model"]["network"]["init_args"]["activation"] == "tanh"
+    assert model["network"]["init_args"]["activation"] == "tanh"
 
 
 @pytest.mark.parametrize(

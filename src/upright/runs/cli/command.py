@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from upright.errors import UserError
+from upright.options import LIGHTNING
 from upright.recipes import Recipe
 from upright.runs.checkpoint_io import AtomicCheckpointIO
 from upright.runs.cli.parser import OneLineParser, explain, user_error
@@ -35,7 +37,7 @@ class EarlyOptions(argparse.Namespace):
     ckpt_path: str | None
     name: str | None
     root: Path
-    help: bool
+    help_all: bool
 
 
 def early_options(arguments: Sequence[str]) -> EarlyOptions:
@@ -45,7 +47,7 @@ def early_options(arguments: Sequence[str]) -> EarlyOptions:
     parser.add_argument("--ckpt_path")
     parser.add_argument("--name")
     parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=ROOT)
-    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--help_all", action="store_true")
     return parser.parse_known_args(arguments, EarlyOptions())[0]
 
 
@@ -58,6 +60,8 @@ class Command(LightningCLI):
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
         super().__init__(
             datamodule_class=L.LightningDataModule,
             parser_class=OneLineParser,
@@ -80,6 +84,13 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True, required=False)
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options; LightningCLI has ``--config`` itself."""
+        for each in fields(LIGHTNING[self.command]):
+            if each.name != "config":
+                kind = {"action": "store_true"} if each.type is bool else {"type": each.type, "default": each.default}
+                parser.add_argument(f"--{each.name}", help=each.metadata["help"], **kind)
 
     def instantiate_trainer(self, callbacks: Sequence[Callback] = (), **kwargs: Any) -> L.Trainer:
         """Build Lightning's trainer, with checkpoints that are written completely or not at all.

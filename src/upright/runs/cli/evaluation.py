@@ -36,27 +36,20 @@ class Evaluation(Command):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         early = early_options(arguments)
-        self.command, self.content, self.recorded = command, {}, None
-        if early.ckpt_path is None and not early.help:
+        self.content, self.recorded = {}, None
+        if early.ckpt_path is None and not early.help_all:
             raise UserError(
                 f"{command} needs --ckpt_path, for example `upright {command} --ckpt_path checkpoints/NAME/best.ckpt`."
             )
-        if not early.help:
+        if not early.help_all:
             self.path = find_checkpoint(str(early.ckpt_path))
             self.content = read_checkpoint(self.path)
             self.recorded = self.content[KEY]["data"]
         super().__init__(command, arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the checkpoint, whose data are the defaults of ``--data``."""
-        parser.add_argument("--ckpt_path", type=str, help="A checkpoint, or the folder of a run (its best.ckpt).")
-        parser.add_argument(
-            "--allow_seen_images", action="store_true", help="Evaluate on images that the model was trained on, too."
-        )
-        if self.command == "predict":
-            parser.add_argument(
-                "--output", type=str | None, help="CSV to write; by default predictions.csv beside the checkpoint."
-            )
+        """Make the checkpoint's data the defaults of ``--data``."""
+        super().add_arguments_to_parser(parser)
         if self.recorded is not None:
             parser.set_defaults(data=self.recorded)
 

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import yaml
@@ -48,7 +48,7 @@ def experiment(model: Callable[[ImageSpec], ImageClassifier]) -> None:
 def fit(arguments: Sequence[str]) -> None:
     """Train, or resume, with the options that follow ``upright fit``."""
     early = early_options(arguments)
-    if not early.config and not early.help:
+    if not early.config and not early.help_all:
         config = config_to_resume(early.ckpt_path, early.root, early.name)
         # The run stays where it is, whatever the working directory.
         root = config.parent.resolve().parent
@@ -74,42 +74,6 @@ class Fit(Command):
         parser.add_function_arguments(experiment, fail_untyped=False, sub_configs=True)
         parser.set_defaults({"model": {"class_path": MODEL}})
         super().add_core_arguments_to_parser(parser)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of a run."""
-        parser.add_argument("--name", type=str | None, help="Name of the run; by default that of the config.")
-        parser.add_argument("--force", action="store_true", help="Replace an existing run of this name.")
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            help="Checkpoint to resume from: a file, `last` or `best` of the run, or `auto`: the last one if it "
-            "exists, else a new run, so that a scheduler can repeat the same command.",
-        )
-        parser.add_argument(
-            "--start_from",
-            type=str | None,
-            help="Weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG.",
-        )
-        parser.add_argument(
-            "--allow_seen_images",
-            action="store_true",
-            help="Accept images to validate on that the weights know.",
-        )
-        parser.add_argument(
-            "--wandb",
-            type=Literal["offline", "online", "off"],
-            default="offline",
-            help="Track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not.",
-        )
-        parser.add_argument(
-            "--save_every_n_steps", type=int, default=0, help="Also write last.ckpt within an epoch; 0: do not."
-        )
-        parser.add_argument(
-            "--log_grad_norm", action="store_true", help="Log mean and maximum of the gradients' norm per epoch."
-        )
-        parser.add_argument(
-            "--compile", action="store_true", help="Use torch.compile; the first step then takes a minute or two."
-        )
 
     def before_instantiate_classes(self) -> None:
         """Decide what the run is, and hold its folder, before anything is built."""
