@@ -59,5 +59,9 @@ def test_a_script(folder: Path, name: str) -> None:
     script(name)
 
 
+def test_readme_has_the_same_script() -> None:
+    assert SCRIPTS["stock.py"] in (ROOT / "README.md").read_text()
+
+
 def test_the_stock_script_is_short() -> None:
     assert len([line for line in SCRIPTS["stock.py"].splitlines()[1:] if line.strip()]) <= 15
