@@ -122,7 +122,7 @@ def test_clutter_comes_from_other_digits_and_covers_nothing() -> None:
 
 def test_clutter_of_the_test_split_is_cut_from_the_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DistortedMNIST(task="TC")
-    images = data.source.images.copy()
+    images = np.zeros_like(data.source.images)
     images[:, 4:24, 4:24] = 50
     images[data.splits["test"], 4:24, 4:24] = 200
     object.__setattr__(data.source, "images", images)

@@ -159,14 +159,17 @@ class Search:
         command = [*self.command, *configs, *values, *self.options, *as_arguments(own)]
         metric, reported = self.space.metric, -1
         with running(command, _log(folder), self.folder.name) as process:
-            while process.poll() is None:
+            ended = False
+            while not ended:
+                # Every epoch is evaluated, also after the trial has ended: a fast machine prunes the same trials.
+                ended = process.poll() is not None
                 for row in read_rows(folder / "metrics.csv"):
                     if row.get(metric) and int(row["epoch"]) > reported:
                         reported = int(row["epoch"])
                         trial.report(float(row[metric]), reported)
-                if trial.should_prune():
-                    raise optuna.TrialPruned
-                time.sleep(POLL_SECONDS)
+                        if trial.should_prune():
+                            raise optuna.TrialPruned
+                time.sleep(0 if ended else POLL_SECONDS)
         if process.returncode:
             reason = failure(process.returncode, _log(folder))
             if process.returncode == UserError.exit_code and not _scored(self.study):
