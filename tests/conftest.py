@@ -76,7 +76,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path(package.origin).parent / "datasets/data/digits.csv.gz", np.uint8, delimiter=",", max_rows=500
     )
     pixels = (table[:, :64] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
-    images = np.pad(pixels.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+    # As in MNIST, 20 of 28 pixels are the digit's.
+    digits = pixels.repeat(5, axis=1).repeat(5, axis=2)[:, ::2, ::2]
+    images = np.pad(digits, ((0, 0), (4, 4), (4, 4)))
     root = tmp_path_factory.mktemp("data")
     write_all(root, images, table[:, 64])
     os.environ["UPRIGHT_DATA"] = str(root)
