@@ -1,1 +1,1 @@
-"""What a run is: its folder, its callbacks, how it is resumed, and the commands of Lightning's command line."""
+"""Training runs: folder, callbacks, resuming, and the commands of Lightning's command line."""

@@ -1,4 +1,4 @@
-"""What a run writes down while it runs: checkpoints with all they need, and metrics.csv; and when it stops itself."""
+"""Callbacks of a run: complete checkpoints, metrics.csv, gradient norms, and a stop when training diverges."""
 
 import csv
 import math
@@ -22,20 +22,19 @@ from upright.training.metrics import BRIEF, Means
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Knows its best score again after the run's folder was moved (Lightning's own forgets it then).
+    """Lightning's `ModelCheckpoint`, which also restores its best score after the run's folder was moved.
 
-    Within an epoch it saves only where a run goes on exactly.
+    Within an epoch it saves only after steps from which a run resumes exactly; see `is_whole_step`.
     """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See `is_whole_step`."""
         if is_whole_step(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the files where the folder is now; a best one that is not there is none."""
+        """Replace the folder of all paths by the present one; without a best checkpoint there, restore nothing."""
 
         def here(path: str) -> str:
             return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
@@ -48,18 +47,23 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
-    """``best.ckpt`` by validation loss and ``last.ckpt`` after every epoch, and every so many steps within one.
+    """Return callbacks that write ``best.ckpt`` by validation loss, and ``last.ckpt`` after every epoch.
 
-    Accuracy on a few thousand images is coarse, and its luckiest epoch often one before the rate has come down.
+    Accuracy on a few thousand images is coarse. The epoch with the best accuracy is often a lucky one, before the
+    learning rate has come down.
+
+    Args:
+        folder: the folder of the run.
+        every_n_steps: number of steps between further writes of ``last.ckpt`` within an epoch; 0 for none.
     """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
-    found: list[Callback] = [
+    callbacks: list[Callback] = [
         RunCheckpoint(**common, filename="best", monitor="val/loss", mode="min"),
         RunCheckpoint(**common, filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
     ]
     if every_n_steps:
-        found.append(RunCheckpoint(**common, filename="last", every_n_train_steps=every_n_steps))
-    return found
+        callbacks.append(RunCheckpoint(**common, filename="last", every_n_train_steps=every_n_steps))
+    return callbacks
 
 
 def _scalars(trainer: L.Trainer) -> dict[str, float]:
@@ -67,14 +71,15 @@ def _scalars(trainer: L.Trainer) -> dict[str, float]:
 
 
 class MetricsFile(Callback):
-    """One row per epoch in ``metrics.csv``; a resumed run goes on where its checkpoint stood.
+    """Write one row per epoch to ``metrics.csv``; a resumed run continues after the rows up to its checkpoint.
 
-    ``lr`` is the learning rate of the first parameter group, ``lr/1`` that of the second. ``seconds`` are of the epoch,
-    validation and checkpoints included, and so are ``images_per_second``, of training. The loggers get them too.
+    ``lr`` is the learning rate of the first parameter group, ``lr/1`` that of the second. ``seconds`` is the duration
+    of the epoch, with validation and checkpoints. ``images_per_second`` is the number of training images over that
+    time. The loggers get these values too.
 
     Args:
-        path: of the file.
-        lines: also print a line now and then, for terminals without a progress bar.
+        path: path of the file.
+        lines: whether to print the metrics of up to about ten epochs, for terminals without a progress bar.
     """
 
     def __init__(self, path: Path, *, lines: bool = False) -> None:
@@ -83,35 +88,31 @@ class MetricsFile(Callback):
         self._validated = -1
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """This epoch's row has metrics of its own."""
         self._validated = trainer.current_epoch
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
         self._started, self._images = time.monotonic(), 0
 
     @rank_zero_only
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count images."""
         self._images += len(batch[1]) * trainer.world_size
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the row."""
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        found = _scalars(trainer)
+        metrics = _scalars(trainer)
         if self._validated != trainer.current_epoch:
-            # Lightning keeps those of an earlier epoch.
-            found = {name: value for name, value in found.items() if not name.startswith("val/")}
-        row |= {name: f"{value:.6g}" for name, value in found.items()}
+            # Lightning keeps the validation metrics of an earlier epoch.
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")}
+        row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         seconds = time.monotonic() - self._started
         own = _rates(trainer) | {"seconds": seconds, "images_per_second": self._images / seconds}
         row |= {name: f"{value:.6g}" for name, value in own.items()}
         for logger in trainer.loggers:
-            # The step of Lightning's own metrics of an epoch.
+            # Lightning logs its own metrics of an epoch at this step.
             logger.log_metrics(own, step=trainer.global_step - 1)
         rows = [old for old in read_rows(self.path) if int(old["epoch"]) < trainer.current_epoch] + [row]
         with replacing_file(self.path) as aside, open(aside, "w", newline="") as file:
@@ -120,11 +121,11 @@ class MetricsFile(Callback):
             writer.writerows(rows)
         epoch, epochs = trainer.current_epoch + 1, epochs_of(trainer)
         if self.lines and (epochs < 10 or epoch % (epochs // 10) == 0 or epoch == epochs):
-            print(f"epoch {epoch}/{epochs}  {brief(found)}", flush=True)
+            print(f"epoch {epoch}/{epochs}  {brief(metrics)}", flush=True)
 
 
 def epochs_of(trainer: L.Trainer) -> int:
-    """How many the run has, at most."""
+    """Return the maximum number of epochs of the run."""
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         return trainer.max_epochs
     return math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
@@ -136,16 +137,16 @@ def _rates(trainer: L.Trainer) -> dict[str, float]:
 
 
 def brief(metrics: Mapping[str, float]) -> str:
-    """Those worth a look after every epoch, on one line."""
-    shown = {name: value for name, value in metrics.items() if name.startswith("train/") or name[4:] in BRIEF}
-    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    """Return the most important metrics on one line: all of training, and `BRIEF` of validation."""
+    selected = {name: value for name, value in metrics.items() if name.startswith("train/") or name[4:] in BRIEF}
+    return "  ".join(f"{name} {value:.4f}" for name, value in selected.items())
 
 
 class Divergence(Callback):
-    """Stops a run whose loss or weights are not finite any more, before a checkpoint of them is written.
+    """Stop a run when its loss or weights are not finite, before a checkpoint of them is written.
 
     Args:
-        folder: of the run, with what it saved before.
+        folder: the folder of the run, with its earlier checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -155,60 +156,55 @@ class Divergence(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss."""
         self._losses.append((trainer.global_step, outputs["loss"].detach()))
-        # Elsewhere a look waits for the device.
+        # On other devices, reading a loss waits for the device.
         if pl_module.device.type == "cpu" or len(self._losses) >= 50:
-            self._look(trainer)
+            self._check_losses(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at what is left."""
-        self._look(trainer)
+        self._check_losses(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look at the weights too: a finite loss may have been their last."""
-        self._look(trainer)
+        """Check the weights too: after a finite loss, the last step may have made them infinite or NaN."""
+        self._check_losses(trainer)
         if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
             self._stop(trainer, trainer.global_step, "weights are not finite")
 
-    def _look(self, trainer: L.Trainer) -> None:
+    def _check_losses(self, trainer: L.Trainer) -> None:
         for step, loss in self._losses:
             if not math.isfinite(loss):
                 self._stop(trainer, step, f"loss is {float(loss)}")
         self._losses.clear()
 
     def _stop(self, trainer: L.Trainer, step: int, what: str) -> None:
-        kept = " and ".join(f"'{path}'" for path in sorted(self.folder.glob("*.ckpt")))
+        paths = " and ".join(f"'{path}'" for path in sorted(self.folder.glob("*.ckpt")))
         raise GateError(
             f"The run diverged: the {what} at step {step} (epoch {trainer.current_epoch + 1}). Lower "
             "--model.optimizer.lr, let the schedule warm up, or clip gradients: --trainer.gradient_clip_val 1. "
-            + (f"From before there is {kept}." if kept else "No checkpoint had been written yet.")
+            + (f"From before there is {paths}." if paths else "No checkpoint had been written yet.")
         )
 
 
 class GradientNorm(Callback):
-    """Logs mean and maximum, over an epoch, of the norm of all gradients, before they are clipped."""
+    """Log the norm of all gradients before clipping: its mean and its maximum over an epoch."""
 
     def __init__(self) -> None:
-        self._mean, self._most = Means(), torch.zeros(())
+        self._mean, self._maximum = Means(), torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the epoch so far."""
-        return {"mean": self._mean.state_dict(), "most": self._most}
+        return {"mean": self._mean.state_dict(), "most": self._maximum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
         self._mean.load_state_dict(state_dict["mean"])
-        self._most = state_dict["most"]
+        self._maximum = state_dict["most"]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Measure."""
         norm = get_total_norm([each.grad for each in pl_module.parameters() if each.grad is not None])
         self._mean.add("grad_norm/mean", norm, 1)
-        self._most = torch.maximum(self._most.to(norm.device), norm)
+        self._maximum = torch.maximum(self._maximum.to(norm.device), norm)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log; several processes step with the same gradients."""
-        if found := self._mean.take():
-            pl_module.log_dict(found | {"grad_norm/max": self._most}, sync_dist=True)
-        self._most = torch.zeros(())
+        """Log mean and maximum. Several processes step with the same gradients."""
+        if means := self._mean.take():
+            pl_module.log_dict(means | {"grad_norm/max": self._maximum}, sync_dist=True)
+        self._maximum = torch.zeros(())

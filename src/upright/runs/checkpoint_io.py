@@ -11,21 +11,20 @@ from upright.files import replacing_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target, sync, rename.
+    """Write a checkpoint beside its target, sync, and rename it.
 
-    Lightning's own goes through the temporary folder, which may be another file system, where a rename is a copy that
-    can be cut off.
+    Lightning's own class writes to the temporary folder first. That may be on another file system, where a rename is a
+    copy, which an interruption truncates.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """See Lightning's `CheckpointIO.save_checkpoint`."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(target) as aside, open(aside, "wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch trips over the end that it could not write, and hides why.
+                # torch fails again when it cannot write the end of the file, and hides the first error.
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None

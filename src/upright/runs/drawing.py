@@ -1,4 +1,7 @@
-"""Sheets of pictures, confusion matrices, curves. All but these are made of pixels: matplotlib is ten times as slow."""
+"""Sheets of images, confusion matrices and curves.
+
+Pillow draws all but the curves, because matplotlib is ten times as slow.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,18 +22,18 @@ if TYPE_CHECKING:
 
 BLACK, GREY, RED, BLUE = "black", "#666666", "#b3123a", (8, 64, 129)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
-"""Of lines, told apart by the colour-blind too (Okabe and Ito 2008; grey for their black)."""
+"""Colours of lines, which the colour-blind can distinguish too (Okabe and Ito 2008; grey in place of their black)."""
 GAP, MARGIN, LINE, TITLE = 6, 10, 15, 26
-"""Pixels between tiles and around them; heights of a line of text and of a title."""
+"""Pixels between tiles, pixels around them, height of a line of text, and height of a title."""
 LARGEST_TILE = 112
 LARGEST_MATRIX = 720
-"""Pixels of a side, as long as a class has at least one."""
+"""Maximum side of a confusion matrix in pixels, as long as each class has at least one pixel."""
 MOST_COLUMNS = 12
-"""Of a transformer's epochs; of more, so many evenly spread."""
+"""Maximum number of a transformer's epochs in a figure; of more epochs, this many are drawn, evenly spread."""
 
 
 def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, completely or not at all."""
     with replacing_file(path) as aside:
         if isinstance(picture, Image.Image):
             picture.save(aside, format="png", compress_level=3)
@@ -39,13 +42,13 @@ def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
 
 
 def pixels_of(images: Tensor) -> list[Pixels]:
-    """Images ``(B, C, H, W)``, values 0 to 255, as arrays ``(H, W, C)``."""
-    found: Pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return list(found)
+    """Return images ``(B, C, H, W)`` with values 0 to 255 as uint8 arrays ``(H, W, C)``."""
+    pixels: Pixels = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return list(pixels)
 
 
 class Line(NamedTuple):
-    """Of text below a picture."""
+    """A line of text below an image."""
 
     text: str
     colour: str = BLACK
@@ -54,13 +57,13 @@ class Line(NamedTuple):
 def draw_tiles(
     title: str, images: Sequence[Pixels], captions: Sequence[Sequence[Line]], columns: int = 8
 ) -> Image.Image:
-    """A sheet of pictures with lines below each.
+    """Draw a sheet of images with lines of text below each.
 
     Args:
-        title: above all.
-        images: at any sizes.
-        captions: lines of each image, equally many.
-        columns: at most.
+        title: the title of the sheet.
+        images: the images, of any sizes.
+        captions: the lines of each image; all images have the same number of lines.
+        columns: maximum number of columns.
     """
     side = _tile_side(images)
     columns = min(columns, max(len(images), 1))
@@ -73,19 +76,19 @@ def draw_tiles(
         _paste(sheet, pixels, left, top, side)
         for number, line in enumerate(caption):
             where = (left + side // 2, top + side + 2 + number * LINE)
-            pen.text(where, _cut(line.text, side), line.colour, _font(), anchor="ma")
+            pen.text(where, _truncate(line.text, side), line.colour, _font(), anchor="ma")
     return sheet
 
 
 def draw_blocks(
     title: str, headings: Sequence[str], blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Line]]]
 ) -> Image.Image:
-    """Blocks of pictures, two beside each other.
+    """Draw blocks of images, two side by side.
 
     Args:
-        title: above all.
-        headings: above each block's columns.
-        blocks: of each the rows of its pictures, in a column for every heading, and a line below each column.
+        title: the title of the sheet.
+        headings: headings of the columns, the same in each block.
+        blocks: for each block its rows of images, one image per heading, and a line of text below each column.
     """
     side = _tile_side([pixels for rows, _ in blocks for row in rows for pixels in row])
     step = side + GAP
@@ -96,16 +99,16 @@ def draw_blocks(
         left, top = MARGIN + number % across * width, TITLE + number // across * height
         for column, (heading, line) in enumerate(zip(headings, lines, strict=True)):
             x = left + column * step
-            pen.text((x + side // 2, top), _cut(heading, side), GREY, _font(), anchor="ma")
-            pictures = draw_column([row[column] for row in rows], side)
-            sheet.paste(pictures, (x, top + LINE + 2))
-            below = top + LINE + 2 + pictures.height + 2
-            pen.text((x + side // 2, below), _cut(line.text, side), line.colour, _font(), anchor="ma")
+            pen.text((x + side // 2, top), _truncate(heading, side), GREY, _font(), anchor="ma")
+            stack = draw_column([row[column] for row in rows], side)
+            sheet.paste(stack, (x, top + LINE + 2))
+            below = top + LINE + 2 + stack.height + 2
+            pen.text((x + side // 2, below), _truncate(line.text, side), line.colour, _font(), anchor="ma")
     return sheet
 
 
 def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
-    """Pictures below each other, as they stand in `draw_columns`; None leaves a gap."""
+    """Draw images below each other, as a column for `draw_columns`; None leaves a gap."""
     column = Image.new("RGB", (side, len(images) * (side + GAP) - GAP), "white")
     for row, pixels in enumerate(images):
         if pixels is not None:
@@ -116,25 +119,25 @@ def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
 def draw_columns(
     title: str, labels: Sequence[str], columns: Mapping[str, Image.Image], *, first_apart: bool = True
 ) -> Image.Image:
-    """What came in and what a transformer made of it, epoch by epoch or angle by angle.
+    """Draw a transformer's inputs and outputs side by side, one column per epoch or per angle.
 
     Args:
-        title: above all.
-        labels: of the rows, names of classes.
-        columns: of `draw_column`, by what stands above them.
-        first_apart: whether the first column is of another kind than the others.
+        title: the title of the sheet.
+        labels: labels of the rows, names of classes.
+        columns: the columns, from `draw_column`, by their headings.
+        first_apart: whether a gap separates the first column from the others.
     """
-    chosen = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS + 1)).round().astype(int))
-    shown = [list(columns.items())[place] for place in chosen]
-    side, height = shown[0][1].size
+    indices = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS + 1)).round().astype(int))
+    selected = [list(columns.items())[place] for place in indices]
+    side, height = selected[0][1].size
     row = (height + GAP) // max(len(labels), 1)
-    names = [_cut(label, LARGEST_TILE) for label in labels]
+    names = [_truncate(label, LARGEST_TILE) for label in labels]
     left = MARGIN + int(max(map(_font().getlength, names), default=0)) + GAP
-    sheet, pen = _sheet(title, left - MARGIN + len(shown) * (side + GAP), height + LINE + 2)
+    sheet, pen = _sheet(title, left - MARGIN + len(selected) * (side + GAP), height + LINE + 2)
     top = TITLE + LINE + 2
     for number, name in enumerate(names):
         pen.text((left - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
-    for number, (name, column) in enumerate(shown):
+    for number, (name, column) in enumerate(selected):
         x = left + number * (side + GAP) + (GAP if number and first_apart else 0)
         pen.text((x + side // 2, TITLE), name, GREY, _font(), anchor="ma")
         sheet.paste(column, (x, top))
@@ -142,24 +145,26 @@ def draw_columns(
 
 
 def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.Image:
-    """Rows are the true classes; colours are shares of the row, numbers are counts.
+    """Draw a confusion matrix: rows are true classes, columns are predictions.
+
+    Colours are shares of the row; numbers are counts.
 
     Args:
-        title: above all, followed by how many were right.
-        counts: images of row's class that were taken for column's, ``(K, K)``.
-        classes: names.
+        title: the title, to which the number of correct predictions is added.
+        counts: images of the row's class that were predicted as the column's class, ``(K, K)``.
+        classes: the names of the classes.
     """
     counts = counts.cpu()
     number = len(classes)
     shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    wide = int(_font().getlength(f"{int(counts.max())}")) + 8
+    number_width = int(_font().getlength(f"{int(counts.max())}")) + 8
     cell = max(1, min(36, LARGEST_MATRIX // number))
-    numbered = max(cell, wide, 18) * number <= LARGEST_MATRIX
+    numbered = max(cell, number_width, 18) * number <= LARGEST_MATRIX
     if numbered:
-        cell = max(cell, wide, 18)
+        cell = max(cell, number_width, 18)
     every = -(-LINE // cell)
-    named = list(range(0, number, every))
-    names = [_cut(classes[place], LARGEST_TILE) for place in named]
+    labelled = list(range(0, number, every))
+    names = [_truncate(classes[place], LARGEST_TILE) for place in labelled]
     room = int(max(map(_font().getlength, names))) + GAP
     side = cell * number
     title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right"
@@ -169,11 +174,11 @@ def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.
     shade = 255 - shares[..., None] * (255 - np.array(BLUE))
     sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (left, top))
     pen.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
-    for place, name in zip(named, names, strict=True):
+    for place, name in zip(labelled, names, strict=True):
         middle = place * cell + cell // 2
         pen.text((left - GAP, top + middle), name, BLACK, _font(), anchor="rm")
-        _upwards(sheet, name, left + middle, top + side + GAP)
-    _upwards(sheet, "true", MARGIN + LINE // 2, top + side // 2 - 12, GREY)
+        _write_upwards(sheet, name, left + middle, top + side + GAP)
+    _write_upwards(sheet, "true", MARGIN + LINE // 2, top + side // 2 - 12, GREY)
     pen.text((left + side // 2, top + side + beside), "predicted", GREY, _font(), anchor="mb")
     if numbered:
         for row, column in np.argwhere(counts.numpy() > 0).tolist():
@@ -184,7 +189,7 @@ def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.
 
 
 def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """White, with room for so much below a title."""
+    """Return a white sheet with a title, and ``width`` x ``height`` pixels of room below it."""
     width = max(width, int(_font(13).getlength(title))) + 2 * MARGIN
     sheet = Image.new("RGB", (width, TITLE + height + MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
@@ -193,13 +198,13 @@ def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.
 
 
 def _tile_side(images: Sequence[Pixels]) -> int:
-    """Of a square that all fit in, small ones enlarged by whole numbers."""
+    """Return the side of a square that all images fit in; small images are enlarged by whole numbers."""
     largest = max((max(pixels.shape[:2]) for pixels in images), default=LARGEST_TILE)
     return largest * (LARGEST_TILE // largest) or LARGEST_TILE
 
 
 def flat(pixels: Pixels) -> Pixels:
-    """``(H, W, C)``, or ``(H, W)`` where C is 1, as libraries that draw take it."""
+    """Return an image ``(H, W, C)`` as drawing libraries take it: ``(H, W)`` if C is 1."""
     return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
 
 
@@ -210,7 +215,7 @@ def _paste(sheet: Image.Image, pixels: Pixels, left: int, top: int, side: int) -
     sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
 
 
-def _upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str = BLACK) -> None:
+def _write_upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str = BLACK) -> None:
     mask = Image.new("L", (int(_font().getlength(text)) + 2, LINE))
     ImageDraw.Draw(mask).text((1, LINE // 2), text, 255, _font(), anchor="lm")
     mask = mask.transpose(Transpose.ROTATE_90)
@@ -221,24 +226,24 @@ def _upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str =
 def _font(size: int = 11) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    # Pillow's own has no accents.
+    # Pillow's own font has no accents.
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-def _cut(text: str, width: int) -> str:
-    """As much of it as fits into so many pixels."""
-    kept = text
-    while kept and _font().getlength(kept if kept == text else f"{kept}…") > width:
-        kept = kept[:-1]
-    return kept if kept == text else f"{kept}…"
+def _truncate(text: str, width: int) -> str:
+    """Return as much of the text as fits into ``width`` pixels."""
+    start = text
+    while start and _font().getlength(start if start == text else f"{start}…") > width:
+        start = start[:-1]
+    return start if start == text else f"{start}…"
 
 
 def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
-    """Loss, accuracy, uprightness, gradient norm and learning rates over the epochs, of those that there are.
+    """Draw loss, accuracy, uprightness, gradient norm and learning rates over the epochs, as far as they are recorded.
 
     Args:
-        title: above all.
-        rows: of ``metrics.csv``.
+        title: the title of the figure.
+        rows: the rows of ``metrics.csv``.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -250,7 +255,7 @@ def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
         "accuracy": ["val/accuracy"],
         "uprightness": ["val/uprightness"],
         "gradient norm": ["grad_norm/mean", "grad_norm/max"],
-        # Groups that always went at one rate are one line.
+        # Groups that always had the same rate share one line.
         "learning rate": sorted(rates.values()),
     }
     panels = {panel: [name for name in lines if name in names] for panel, lines in panels.items()}
@@ -261,7 +266,7 @@ def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
     figure = Figure(figsize=((wide + 0.7) * columns, (high + 0.6) * lines_of_panels + 0.3), dpi=100)
     figure.suptitle(title, fontsize=10)
     axes = list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
-    # Room for labels and titles, in inches: a layout that finds it by itself draws everything twice.
+    # Room for labels and titles, in inches. An automatic layout draws everything twice.
     width, height = figure.get_size_inches()
     figure.subplots_adjust(0.6 / width, 0.3 / height, 1 - 0.15 / width, 1 - 0.6 / height, 0.7 / wide, 0.6 / high)
     for axis, (panel, lines) in zip(axes, panels.items(), strict=False):

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time writes to it, and what a new run replaces comes back if that fails."""
+"""Folder of a run. One process at a time writes to it, and a replaced run is restored if the new one fails."""
 
 import errno
 import os
@@ -13,28 +13,28 @@ from lightning.pytorch.utilities import rank_zero_only
 from upright.errors import UserError
 
 ROOT = Path("checkpoints")
-"""Where runs are, unless the trainer is told otherwise."""
+"""Default folder of all runs."""
 SWEEP = "sweep.yaml"
-"""In a sweep's folder: what is searched."""
+"""File in a sweep's folder that describes the search."""
 
 
 def is_first_process() -> bool:
-    """Whether this is the one of several processes that writes; known before there is a trainer."""
+    """Return True in the one of several processes that writes. It works before there is a trainer."""
     return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether `upright sweep` made it."""
+    """Return True if `upright sweep` created the folder."""
     return (folder / SWEEP).is_file()
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Held by one process at a time; the system gives it free when the process ends, however that comes.
+    """Hold a lock, which one process at a time can hold. The system releases it when the process ends or is killed.
 
     Args:
-        path: of the lock, which goes with it.
-        wait: for another one to end; else that raises `filelock.Timeout`.
+        path: path of the lock file, which is deleted afterwards.
+        wait: whether to wait for another process; else `filelock.Timeout` is raised.
     """
     with FileLock(path, blocking=wait):
         try:
@@ -45,10 +45,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. The system lets go of it when this process ends, however that comes.
+    """Lock a folder against other runs. The system releases the lock when this process ends or is killed.
 
     Raises:
-        UserError: if another run is in it.
+        UserError: if another run holds the lock.
     """
     if folder.parent.is_file():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder.parent))
@@ -63,7 +63,7 @@ def claimed(folder: Path) -> Iterator[None]:
             f"Run '{folder}' is going on in another process: wait for it, stop it, or give this one another --name."
         ) from None
     try:
-        _give_back(folder)
+        _restore_or_delete_old(folder)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -75,28 +75,28 @@ def claimed(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def begun(folder: Path) -> Iterator[None]:
-    """Put aside the run that stands there; one that gets no checkpoint leaves nothing, and it stands there again."""
+    """Move the present run aside. If the new run writes no checkpoint, delete its folder and restore the old one."""
     try:
         if folder.exists():
-            folder.rename(_aside(folder))
+            folder.rename(_backup(folder))
         yield
     finally:
         if not _has_checkpoint(folder):
             shutil.rmtree(folder, ignore_errors=True)
-        _give_back(folder)
+        _restore_or_delete_old(folder)
 
 
-def _give_back(folder: Path) -> None:
-    if not _aside(folder).exists():
+def _restore_or_delete_old(folder: Path) -> None:
+    if not _backup(folder).exists():
         return
     if _has_checkpoint(folder):
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+        shutil.rmtree(_backup(folder), ignore_errors=True)
         return
     shutil.rmtree(folder, ignore_errors=True)
-    _aside(folder).rename(folder)
+    _backup(folder).rename(folder)
 
 
-def _aside(folder: Path) -> Path:
+def _backup(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a scheduler's warning: the run ends where it stands, with a checkpoint to go on from."""
+"""Ctrl-C, SIGTERM and a scheduler's warning: the run stops after its current step, with a checkpoint to resume from."""
 
 import os
 import signal
@@ -18,25 +18,25 @@ from upright.runs.folder import is_first_process
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop. No error, and nothing on its way shall take it for one.
+    """Request to stop the run. It is no `Exception`, so that no handler of errors catches it.
 
     Args:
-        number: of the signal.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        # As a shell has it.
+        # The exit code that shells use.
         self.exit_code = 128 + number
 
 
 def is_whole_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a run that is saved after this batch goes on from there exactly.
+    """Return True if a run that is saved after this batch resumes from there exactly.
 
-    It does not amid an accumulation, for gradients are not saved, nor where validation follows, which Lightning leaves
-    out when it goes on.
+    It does not within a gradient accumulation, because checkpoints do not store gradients. It does not if validation
+    follows, because Lightning skips that validation when it resumes.
     """
-    # Without a number of epochs between validations, Lightning counts the batches of all of them.
+    # Without a number of epochs between validations, Lightning counts the batches of all epochs.
     counts_all = trainer.check_val_every_n_epoch is None
     batches = trainer.fit_loop.epoch_loop.total_batch_idx if counts_all else batch_idx
     validates = trainer.val_check_batch
@@ -49,25 +49,25 @@ def _has_all_steps(trainer: L.Trainer) -> bool:
 
 
 class Interruption(Checkpoint):
-    """Stops training after the step that it is in, or after validation, with ``last.ckpt`` written.
+    """Stop training after the current step or validation, and write ``last.ckpt``.
 
-    Lightning's own ways save in the middle of a step (SLURM), do not save (Ctrl-C), or wait for each other for ever
-    (SIGTERM in one of several processes). As a `Checkpoint` it comes after all other callbacks.
+    Lightning's own handlers save in the middle of a step (SLURM), do not save (Ctrl-C), or wait for each other forever
+    (SIGTERM in one of several processes). This class is a `Checkpoint`, so it runs after all other callbacks.
 
     Args:
-        path: of the checkpoint.
+        path: path of the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._asked: int | None = None
-        self._when, self._training = 0.0, False
+        self._signal: int | None = None
+        self._signal_time, self._training = 0.0, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; before training has begun, each raises `Interrupted` at once."""
+        """Handle the signals; before training starts, each raises `Interrupted` at once."""
         before = {number: signal.getsignal(number) for number in _signals()}
-        # The others wait for the first in C, where no handler of ours would be called, and have nothing to give back.
+        # The other processes wait for the first one in C code, where no Python handler runs. They hold no lock.
         if is_first_process():
             self._listen()
         try:
@@ -78,56 +78,55 @@ class Interruption(Checkpoint):
 
     def _listen(self) -> None:
         for number in _signals():
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if not self._training:
             raise Interrupted(number)
-        if self._asked is None:
-            self._asked, self._when = number, time.monotonic()
+        if self._signal is None:
+            self._signal, self._signal_time = number, time.monotonic()
             if is_first_process():
-                # Not print, which it may have come into the middle of.
+                # Not print: the signal may have interrupted one.
                 os.write(2, b"\nupright: stopping after this step, or this validation; Ctrl-C then ends at once.\n")
-        elif number == signal.SIGINT and time.monotonic() - self._when > 1:
-            # Not sooner: torchrun hands on what its processes have heard already.
+        elif number == signal.SIGINT and time.monotonic() - self._signal_time > 1:
+            # Not within a second: torchrun forwards a signal that its processes have received already.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on there is something to save."""
         self._training = True
-        # Lightning has put its own there.
+        # Lightning has set its own handlers.
         self._listen()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop, if asked."""
-        if is_whole_step(trainer, batch_idx) and not _has_all_steps(trainer) and self._agreed(trainer):
+        """Save and stop after a signal."""
+        if is_whole_step(trainer, batch_idx) and not _has_all_steps(trainer) and self._should_stop(trainer):
             trainer.save_checkpoint(self.path)
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop, if asked: the checkpoint of the epoch has just been written. After the last epoch there is no need."""
+        """Stop after a signal, unless this was the last epoch. The checkpoint of the epoch has just been written."""
         has_all_epochs = 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
         ends = trainer.should_stop or has_all_epochs or _has_all_steps(trainer)
-        if not ends and self._agreed(trainer):
+        if not ends and self._should_stop(trainer):
             self._stop(trainer)
 
-    def _agreed(self, trainer: L.Trainer) -> bool:
-        # Each process hears of it at another moment, or not at all, and all have to stop at the same step.
-        return trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
+    def _should_stop(self, trainer: L.Trainer) -> bool:
+        # Each process gets the signal at another time, or not at all, and all must stop at the same step.
+        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
 
     def _stop(self, trainer: L.Trainer) -> None:
-        if self._asked == signal.SIGUSR1 and trainer.is_global_zero:
+        if self._signal == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
-        raise Interrupted(self._asked or signal.SIGTERM)
+        raise Interrupted(self._signal or signal.SIGTERM)
 
 
 def _signals() -> list[signal.Signals]:
     if threading.current_thread() is not threading.main_thread():
         return []
-    # By the last, SLURM says that time is nearly up (#SBATCH --signal=USR1@120).
+    # SLURM sends SIGUSR1 shortly before the time limit (#SBATCH --signal=USR1@120).
     return [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
 
 

@@ -1,4 +1,4 @@
-"""Which pictures a run leaves, of what and when."""
+"""Plots of a run: a callback that draws the validation split during training, and a figure of the transformer."""
 
 import io
 from collections.abc import Sequence
@@ -36,51 +36,50 @@ from upright.training.classifier import ImageClassifier
 
 
 def picture_epochs(epochs: int) -> set[int]:
-    """The epochs, from 0, after which there are pictures: at most ten, evenly spread, the first and the last too."""
+    """Return the epochs, from 0, after which plots are drawn: at most ten, evenly spread, including first and last."""
     return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
 
 
 class RunPictures(Callback):
-    """Draws the validation split at some epochs, into the run's folder and every logger that takes images.
+    """Draw the validation split at some epochs, into the run's folder and every logger that takes images.
 
-    ``samples.png``, ``mistakes.png``, ``confusion.png``, ``transformer.png``, and ``curves.png`` at the end. All comes
-    from the validation pass that there is anyway: no other is made, no random number drawn. Of several processes the
-    first one draws: its share of the images, and the confusion matrix of all.
+    The files are ``samples.png``, ``mistakes.png``, ``confusion.png``, ``transformer.png``, and at the end
+    ``curves.png``. The callback uses the outputs of the regular validation pass. It runs no pass of its own and draws
+    no random number. With several processes, the first one draws its share of the images, and the confusion matrix of
+    all.
 
-    What the transformer made of some images at earlier epochs is part of the state, as a small PNG for each epoch.
+    The state contains the transformer's outputs at earlier epochs, as a small PNG per epoch.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
 
     SHOWN = 24
-    """Images on a sheet, at most."""
+    """Maximum number of images on a sheet."""
     ROWS, SIDE = 10, 64
-    """Of the transformer's picture: rows, at most, of squares of so many pixels."""
+    """Maximum number of rows in ``transformer.png``, and the side of each image in pixels."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._epoch = self._drawn = -1
         self._answers: list[tuple[Tensor, ...]] = []
-        # Positions of the images that have rows in the transformer's picture, and where in which batch they come.
+        # Positions of the images that have rows in transformer.png, and their places in each batch.
         self._rows: list[int] = []
         self._places: dict[int, list[tuple[int, int]]] = {}
         self._views: dict[int, list[Tensor]] = {}
         self._columns: dict[str, bytes] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What cannot be made again: the columns of earlier epochs."""
+        """Return the columns of earlier epochs, which cannot be drawn again."""
         columns = {name: torch.frombuffer(bytearray(png), dtype=torch.uint8) for name, png in self._columns.items()}
         return {"rows": self._rows, "columns": columns}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same images."""
         self._rows = state_dict["rows"]
         self._columns = {name: png.numpy().tobytes() for name, png in state_dict["columns"].items()}
 
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the pass before."""
         self._answers, self._views = [], {}
 
     @rank_zero_only
@@ -93,7 +92,7 @@ class RunPictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was answered, and what the last transformers made of the images that have rows."""
+        """Store the predictions, and the last transformers' outputs for the images that have rows."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.sanity_checking or not isinstance(data, ImageDataModule):
             return
@@ -104,30 +103,29 @@ class RunPictures(Callback):
         if not self._rows:
             share = torch.arange(0, len(data.samples("val")), trainer.world_size)
             share = share[: int(trainer.num_val_batches[0]) * data.batch_size]
-            self._rows = _of_each_class(data, share, self.ROWS // len(last))
+            self._rows = _one_per_class(data, share, self.ROWS // len(last))
         if batch_idx not in self._places:
             here = batch.position.tolist()
             self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
         for place, row in self._places[batch_idx]:
             image = batch.images[place, None]
             normalised = pl_module.model.normalised(image)
-            views = [pl_module.model.shown(_only(each, place).view(normalised)) for each in last]
+            views = [pl_module.model.shown(_select_image(each, place).view(normalised)) for each in last]
             self._views[row] = [image, *views]
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, if it is time."""
         if trainer.sanity_checking:
             return
         self._epoch = trainer.current_epoch
-        # An epoch without validation is drawn after the next one that has it.
+        # An epoch without validation is drawn after the next validation.
         since = range(self._epoch - (trainer.check_val_every_n_epoch or 1) + 1, self._epoch + 1)
         if not picture_epochs(epochs_of(trainer)).isdisjoint(since):
             self._draw(trainer, pl_module)
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the last epoch of a run that was stopped early, and the curves of all."""
+        """Draw the last epoch of a run that stopped early, and the curves of all epochs."""
         if self._drawn != self._epoch:
             self._draw(trainer, pl_module)
         if rows := read_rows(self.folder / "metrics.csv"):
@@ -142,23 +140,23 @@ class RunPictures(Callback):
         self._drawn = self._epoch
         when = f"Validation, epoch {self._epoch + 1} of {epochs_of(trainer)}"
         position, labels, confidence, predicted = (torch.cat(part).cpu() for part in zip(*self._answers, strict=True))
-        wrong = (predicted != labels).nonzero().flatten()
-        worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][: self.SHOWN]
-        # The same ones at every epoch.
+        mistakes = (predicted != labels).nonzero().flatten()
+        worst = mistakes[confidence[mistakes].argsort(descending=True, stable=True)][: self.SHOWN]
+        # A fixed seed selects the same images at every epoch.
         some = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[: self.SHOWN])
 
-        def sheet(title: str, chosen: Tensor) -> Image.Image:
-            names, found = data.spec.classes, zip(predicted[chosen], confidence[chosen], labels[chosen], strict=True)
+        def sheet(title: str, rows: Tensor) -> Image.Image:
+            names, answers = data.spec.classes, zip(predicted[rows], confidence[rows], labels[rows], strict=True)
             captions = [
                 [Line(f"{sure:.0%} · {names[guess]}"), *([] if guess == label else [Line(f"is {names[label]}", RED)])]
-                for guess, sure, label in found
+                for guess, sure, label in answers
             ]
-            return draw_tiles(title, pixels_of(data.samples("val")[position[chosen]].images), captions)
+            return draw_tiles(title, pixels_of(data.samples("val")[position[rows]].images), captions)
 
         pictures = {
             "samples": sheet(f"{when}: some of {len(labels):,} images, as predicted", some),
-            "mistakes": sheet(f"{when}: the surest of {len(wrong):,} mistakes", worst)
-            if len(wrong)
+            "mistakes": sheet(f"{when}: the surest of {len(mistakes):,} mistakes", worst)
+            if len(mistakes)
             else draw_tiles(f"{when}: no mistakes among {len(labels):,} images", [], []),
         }
         if pl_module.confusion is not None:
@@ -179,53 +177,52 @@ class RunPictures(Callback):
 
     def _add_column(self) -> None:
         branches = len(next(iter(self._views.values()))) - 1
-        came: list[Pixels | None] = []
-        seen: list[Pixels | None] = []
+        inputs: list[Pixels | None] = []
+        outputs: list[Pixels | None] = []
         for row in range(len(self._rows)):
             image, *views = (
                 (pixels_of(each)[0] for each in self._views[row]) if row in self._views else [None] * (1 + branches)
             )
-            came += [image] + [None] * (branches - 1)
-            seen += views
-        self._columns.setdefault("as it came", _png(came, self.SIDE))
-        self._columns[f"epoch {self._epoch + 1}"] = _png(seen, self.SIDE)
+            inputs += [image] + [None] * (branches - 1)
+            outputs += views
+        self._columns.setdefault("as it came", _png(inputs, self.SIDE))
+        self._columns[f"epoch {self._epoch + 1}"] = _png(outputs, self.SIDE)
 
 
-def _of_each_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
-    """Positions in the validation split of an image of each of so many classes, in one view after the other."""
+def _one_per_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
+    """Return positions in the validation split: one image for each of ``count`` classes, cycling through the views."""
     views = len(data.views("val").names)
     labels = data.samples("val").labels[share // views]
-    chosen = []
+    positions = []
     for number, label in enumerate(torch.unique(labels)[: max(count, 1)]):
         of_class = share[labels == label]
-        turned = of_class[of_class % views == number % views]
-        chosen.append(int((turned if len(turned) else of_class)[0]))
-    return chosen
+        of_view = of_class[of_class % views == number % views]
+        positions.append(int((of_view if len(of_view) else of_class)[0]))
+    return positions
 
 
-def _only(observation: Observation, place: int) -> Observation:
-    """What was done to one image of the batch."""
-    before = observation.before and _only(observation.before, place)
+def _select_image(observation: Observation, place: int) -> Observation:
+    before = observation.before and _select_image(observation.before, place)
     return replace(observation, theta=observation.theta[place, None], before=before)
 
 
 def _png(images: Sequence[Pixels | None], side: int) -> bytes:
-    written = io.BytesIO()
-    draw_column(images, side).save(written, format="png")
-    return written.getvalue()
+    buffer = io.BytesIO()
+    draw_column(images, side).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataModule, count: int = 6) -> Image.Image:
-    """For each image the views of the test split, and below what the last transformer sees of them.
+    """Draw the test split's views of some images, and below each view the output of the last transformer.
 
-    Of parallel transformers each has its own row. A transformer inside the network is shown by what its feature maps
-    are of.
+    Each of several parallel transformers has its own row. For a transformer inside the network, the figure shows the
+    part of the image that its feature maps cover.
 
     Args:
-        title: above all, followed by what is seen.
-        classifier: with a spatial transformer.
-        data: its test split is drawn.
-        count: images of as many classes.
+        title: the title, to which an explanation of the rows is added.
+        classifier: a classifier with a spatial transformer.
+        data: the datamodule, whose test split is drawn.
+        count: maximum number of images, one per class.
     """
     samples, views = data.samples("test"), data.views("test")
     columns, classes = len(views.names), data.spec.classes
@@ -233,11 +230,11 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
     for label in torch.unique(samples.labels)[:count].tolist():
         first = int((samples.labels == label).nonzero()[0])
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
-        with torch.no_grad(), observing() as seen:
+        with torch.no_grad(), observing() as observations:
             predicted = classifier(images).argmax(dim=1).tolist()
             normalised = classifier.model.normalised(images)
-            turned = [classifier.model.shown(last.view(normalised)) for last in last_of(seen)]
-        rows = [pixels_of(pictures) for pictures in (images, *turned)]
+            outputs = [classifier.model.shown(last.view(normalised)) for last in last_of(observations)]
+        rows = [pixels_of(batch) for batch in (images, *outputs)]
         blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
     title = f"{title}: above as it came, below as the spatial transformer turned it, with the prediction"
     return draw_blocks(title, [name + views.unit for name in views.names], blocks)

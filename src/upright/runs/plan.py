@@ -1,4 +1,4 @@
-"""What a run is, decided from parsed options: its name, its folder, and the checkpoint that it begins with."""
+"""Plan of a run, from parsed options: its name, its folder, and the checkpoint that it starts with."""
 
 import os
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from upright.files import check_name, check_replaceable
 
 
 class RunPlan(NamedTuple):
-    """How a run begins."""
+    """Folder of a run and the checkpoint that it starts with."""
 
     folder: Path
     checkpoint: Path | None
-    """It resumes from this checkpoint."""
+    """Checkpoint to resume from."""
     start: Path | None
-    """It starts with the weights of this checkpoint."""
+    """Checkpoint whose weights the run starts with."""
 
     @property
     def name(self) -> str:
@@ -25,12 +25,12 @@ class RunPlan(NamedTuple):
 
     @property
     def resumes_in_place(self) -> bool:
-        """Whether the checkpoint is in the run's own folder, which then stays as it is."""
+        """True if the checkpoint is in the run's own folder, which is then not replaced."""
         return self.checkpoint is not None and self.checkpoint.parent.resolve() == self.folder.resolve()
 
 
 def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
-    """Return the name of a run: the given one, or that of its last config.
+    """Return the name of a run: ``name`` if given, else that of its last config.
 
     A run of a W&B sweep has its id added, since all runs of a sweep share a config.
 
@@ -53,24 +53,24 @@ def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
 
 
 def plan_run(folder: Path, *, ckpt_path: str | None, start_from: str | None, force: bool) -> RunPlan:
-    """Decide what a run begins with. The caller holds the folder; see `upright.runs.folder.claimed`.
+    """Decide which checkpoint a run starts with. The caller holds the folder; see `upright.runs.folder.claimed`.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         ckpt_path: a checkpoint to resume from: a file, ``last`` or ``best`` of the run, or ``auto``, which means the
             last one if there is one, else a new run.
-        start_from: weights to start with, if nothing is resumed.
-        force: whether the run replaces one that stands in the folder.
+        start_from: weights to start with, if the run does not resume.
+        force: whether the run replaces a run in the folder.
 
     Raises:
-        UserError: if a file is missing, or the folder holds something else that would be replaced.
+        UserError: if a file is missing, or if the folder is not empty and must not be replaced.
     """
     checkpoint = _checkpoint(folder, ckpt_path)
     start = find_checkpoint(start_from) if start_from is not None and not checkpoint else None
     plan = RunPlan(folder, checkpoint, start)
     if not plan.resumes_in_place and folder.exists():
         check_replaceable(folder, "the folder of a run", "config.yaml")
-        # With `auto`, the run there did not get as far as a checkpoint.
+        # With `auto`, the run in the folder has written no checkpoint.
         if not force and ckpt_path != "auto":
             raise UserError(
                 f"Run '{folder}' exists: --ckpt_path last resumes it, --force replaces it, "
@@ -80,11 +80,11 @@ def plan_run(folder: Path, *, ckpt_path: str | None, start_from: str | None, for
 
 
 def config_to_resume(ckpt_path: str | None, root: Path, name: str | None) -> Path:
-    """Return the config.yaml of the run that is resumed without a ``--config``.
+    """Return the config.yaml of the run to resume, if ``--config`` is not given.
 
     Args:
         ckpt_path: the option: a file, a run's folder, ``last`` or ``best``.
-        root: folder of all runs.
+        root: the folder of all runs.
         name: the option ``--name``, needed with ``last`` and ``best``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whether a trainer can do what it is asked, and whether a checkpoint is one that this run can resume from."""
+"""Checks of the trainer's options, and of the checkpoint that a run resumes from."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,17 +32,17 @@ UNSUPPORTED = {
     ModelPruning: "it gives the weights other names, which `test` and `export` could not load: prune a restored "
     "model in a script",
 }
-"""Callbacks of Lightning's that would not do here what they say, with what to use instead."""
+"""Callbacks of Lightning that do not work here, each with the reason and a replacement."""
 
 
 def check_supported(trainer: Any) -> None:
-    """Refuse options of the trainer that would train something else than the run records.
+    """Refuse options of the trainer with which the run would not train the model that it records.
 
     Args:
         trainer: the parsed options of ``trainer``.
 
     Raises:
-        UserError: with what to use instead.
+        UserError: if there is such an option; the message names a replacement.
     """
     callbacks = trainer.callbacks or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
@@ -55,7 +55,7 @@ def check_supported(trainer: Any) -> None:
 
 
 def is_complete(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> bool:
-    """Return whether a run has done all its epochs, or steps."""
+    """Return True if a run has finished all its epochs, or all its steps."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     return (epochs is not None and 0 <= epochs <= _epochs(checkpoint)) or 0 <= steps <= checkpoint["global_step"]
 
@@ -71,20 +71,20 @@ def check_resumable(
     trainer: Any,
     path: str | Path,
 ) -> None:
-    """Refuse to resume with what a resumed run would not use, or could not use.
+    """Refuse to resume with options that a resumed run would ignore, or could not use.
 
-    Lightning restores the state of optimiser and schedule, and with it their rates and weight decay: a changed one
-    would be recorded, and not used.
+    Lightning restores the state of optimiser and schedule, and with it their rates and weight decay. A changed option
+    would be recorded but not used.
 
     Args:
-        checkpoint: to resume from.
-        model: of this run.
-        data: of this run.
-        trainer: with its callbacks.
-        path: of the checkpoint, for messages.
+        checkpoint: the checkpoint to resume from.
+        model: the model of this run.
+        data: the data of this run.
+        trainer: the trainer with its callbacks.
+        path: path of the checkpoint, for messages.
 
     Raises:
-        UserError: if optimiser, schedule, groups, batch size or averaging differ, or nothing is left to do.
+        UserError: if optimiser, schedule, groups, batch size or averaging differ, or if the run is complete.
     """
     for part in ("optimizer", "scheduler"):
         theirs, ours = (r["init_args"].get(part) or {} for r in (checkpoint[KEY]["model"], model.recipe))
@@ -109,7 +109,7 @@ def check_resumable(
         )
     for callback in trainer.callbacks:
         if isinstance(callback, Freeze):
-            # It decides about groups.
+            # Its setup sets the parameters' rates, which decide the groups.
             callback.setup(trainer, model, "fit")
     theirs, ours = (
         [len(group["params"]) for group in groups]
@@ -125,10 +125,10 @@ def check_resumable(
             "run."
         )
     if is_complete(checkpoint, trainer):
-        limit, done = (
+        limit, count = (
             ("max_epochs", _epochs(checkpoint)) if trainer.max_steps < 0 else ("max_steps", checkpoint["global_step"])
         )
-        raise UserError(f"'{path}' has done {done} {limit[4:]} already; raise --trainer.{limit} above that to resume.")
+        raise UserError(f"'{path}' has done {count} {limit[4:]} already; raise --trainer.{limit} above that to resume.")
     if "averaging_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
         raise UserError(
             f"'{path}' averages its weights and cannot resume without: add the callback of its config.yaml to "
@@ -137,7 +137,7 @@ def check_resumable(
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the options that differ between two recipes; one that either does not name has its default there."""
+    """Yield the options that differ between two configs. An option that one lacks has its default there."""
     if theirs.get("class_path") != ours.get("class_path"):
         yield key, (theirs.get("class_path"), ours.get("class_path"))
         return

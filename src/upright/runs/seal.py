@@ -1,7 +1,7 @@
-"""The test split is opened when somebody looks at a model's answers to it; each time is written down in the run.
+"""Test-set access log: each evaluation on the test split is recorded in the run's folder.
 
-Whoever chooses by these answers has made a validation split of it, and no image is left to say what the chosen model is
-worth. Nothing is forbidden here: it is counted.
+A model that is selected by its test results has used the test split as a validation split. No images then remain for an
+unbiased estimate of its accuracy. This module forbids no access; it counts them.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ from upright.files import file_hash, write_text
 from upright.runs.folder import is_sweep, locked
 
 FILE = "test_openings.jsonl"
-"""In the run's folder: a line per opening, with date (UTC), model and its SHA-256, split, and what opened it."""
+"""File in the run's folder, one line per opening: date (UTC), model and its SHA-256, split, and command."""
 
 
 def open_test_split(model: Path, run: Path, data: ImageDataModule, by: str) -> None:
-    """Write down that a model's answers to the test split are about to be seen, and say how often that was.
+    """Record that a model is about to be evaluated on the test split, and print how often that has happened.
 
-    Of several processes the first one calls it.
+    With several processes, only the first one calls it.
 
     Args:
         model: a checkpoint, or a bundle's ONNX file.
-        run: the folder that it was trained in, for the record.
-        data: whose test split it is.
-        by: what opens it, as it is typed: ``upright test``.
+        run: the folder of the training run, which holds the log.
+        data: the datamodule of the test split.
+        by: the command, such as ``upright test``.
     """
     split = content_digest(data.manifest.hashes["test"])
     opening = {
@@ -43,23 +43,23 @@ def open_test_split(model: Path, run: Path, data: ImageDataModule, by: str) -> N
     }
     with locked(run / f".{FILE}.lock"):
         path = run / FILE
-        # Whole or not at all: half a line would be one opening less.
+        # Written completely or not at all: a truncated line would lose an opening.
         write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
     if (times := count(run, split)) > 1:
         print(f"Note: the test split was opened {times} times for run '{run}' ({FILE}).")
     if len(trials := count_in_sweep(run.parent, split)) > 1:
-        told = ", ".join(f"{name} {times}" for name, times in trials.items())
+        counts = ", ".join(f"{name} {times}" for name, times in trials.items())
         print(
-            f"Note: over the trials of '{run.parent}' it was opened {sum(trials.values())} times ({told}); one "
+            f"Note: over the trials of '{run.parent}' it was opened {sum(trials.values())} times ({counts}); one "
             "that is chosen by it looks better there than it is."
         )
 
 
 def openings(folder: Path) -> list[dict[str, Any]]:
-    """What is written down in a run's folder, the oldest first.
+    """Return the openings recorded in a run's folder, the oldest first.
 
     Raises:
-        UserError: if somebody else wrote there.
+        UserError: if the file was changed by hand and cannot be read.
     """
     path = folder / FILE
     try:
@@ -69,20 +69,20 @@ def openings(folder: Path) -> list[dict[str, Any]]:
 
 
 def count(folder: Path, test_split: str) -> int:
-    """How often that split was opened for the run in ``folder``."""
+    """Return how often a test split was opened for the run in ``folder``."""
     return sum(opening["test_split"] == test_split for opening in openings(folder))
 
 
 def count_in_sweep(folder: Path, test_split: str) -> dict[str, int]:
-    """How often it was opened, by trial, for those for which it was; empty if ``folder`` is no sweep's."""
+    """Return the number of openings for each trial that has any; empty if ``folder`` is not that of a sweep."""
     trials = sorted(folder.iterdir()) if is_sweep(folder) else []
     return {trial.name: times for trial in trials if (times := count(trial, test_split))}
 
 
 def content_digest(hashes: Tensor) -> str:
-    """SHA-256 of a test split's images; what it is told by, whatever became of the other splits.
+    """Return the SHA-256 of a test split's images, which identifies it even if the other splits change.
 
     Args:
-        hashes: of their contents, sorted, int64 ``(n,)``.
+        hashes: content hashes of the images, sorted, int64 ``(n,)``.
     """
     return hashlib.sha256(hashes.numpy().astype("<i8").tobytes()).hexdigest()

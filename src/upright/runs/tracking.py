@@ -1,7 +1,6 @@
-"""Weights & Biases: on this disk by default, never a prompt, never an account.
+"""Weights & Biases: by default on the local disk, without a prompt or an account.
 
-Lineage: a split is what a run used, checkpoints are what it made; a checkpoint is what an export used, a bundle is what
-it made.
+Lineage: a run uses a split and produces checkpoints. An export uses a checkpoint and produces a bundle.
 """
 
 import json
@@ -33,26 +32,30 @@ Mode = Literal["offline", "online", "off"]
 
 
 class StepLogger(WandbLogger):
-    """Lightning's, with one row per step: a resumed run's own count would begin at 0 again where W&B is offline."""
+    """Lightning's logger, with one row per training step.
+
+    Lightning's own logger leaves the row numbers to W&B. Offline, W&B would count a resumed run from 0 again.
+    """
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """See Lightning's `WandbLogger`."""
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
 
 def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | None:
-    """The logger of a run, or None when it is off or wandb is not installed (which is said).
+    """Return the logger of a run, or None if W&B is off or not installed.
+
+    If wandb is not installed, it prints a message.
 
     Args:
-        mode: ``offline`` keeps the record in ``folder/wandb``, for ``wandb sync``; ``online`` sends it.
-        folder: of the run.
-        run: its ``name`` and ``id``; a resumed run keeps both.
+        mode: ``offline`` stores the record in ``folder/wandb``, for ``wandb sync``; ``online`` sends it.
+        folder: the folder of the run.
+        run: the ``name`` and ``id`` of the run; a resumed run has the same ones.
 
     Raises:
-        UserError: if ``online`` cannot be had.
+        UserError: if ``online`` is not possible.
     """
-    if (mode := _possible(mode)) == "off":
+    if (mode := _available_mode(mode)) == "off":
         return None
     import wandb
 
@@ -60,32 +63,32 @@ def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | N
         project=PROJECT,
         name=run["name"],
         id=run["id"],
-        # The process that writes it may have started in another folder.
+        # Absolute, because the writing process may have started in another folder.
         save_dir=folder.resolve(),
         offline=mode == "offline",
         resume="allow" if mode == "online" else None,
-        # Lightning says it in the environment, which wandb has read already if it was used before in this process.
+        # Lightning sets the mode in the environment, which wandb reads only once per process.
         settings=wandb.Settings(console="off", mode=mode),
     )
     return without_anonymous(logger)
 
 
 def bundle_mode(mode: Mode | None, checkpoint: Path) -> Mode:
-    """How `log_bundle` shall note a bundle.
+    """Return the mode for `log_bundle`.
 
     Args:
-        mode: as it was asked for; by default ``offline`` if there is a record of the checkpoint's run, else ``off``.
-        checkpoint: what is exported.
+        mode: the option; by default ``offline`` if there is a record of the checkpoint's run, else ``off``.
+        checkpoint: the checkpoint to export.
 
     Raises:
-        UserError: if ``online`` cannot be had.
+        UserError: if ``online`` is not possible.
     """
     tracked = (checkpoint.parent / "wandb").is_dir() and find_spec("wandb")
-    return _possible(mode or ("offline" if tracked else "off"))
+    return _available_mode(mode or ("offline" if tracked else "off"))
 
 
-def _possible(mode: Mode) -> Mode:
-    """``off`` where wandb is missing, which is said; ``online`` is then refused."""
+def _available_mode(mode: Mode) -> Mode:
+    """Return the mode; if wandb is missing, print a message and return ``off``, or refuse ``online``."""
     if mode == "off":
         return mode
     if find_spec("wandb") is None:
@@ -94,7 +97,7 @@ def _possible(mode: Mode) -> Mode:
         print("wandb is not installed (`pip install wandb`), and keeps no record; a run has its metrics.csv.")
         return "off"
     if mode == "offline":
-        # Nothing to say but where the record lies, and the README says that.
+        # wandb would print only the path of the record, which the README documents.
         os.environ.setdefault("WANDB_SILENT", "true")
         return mode
     import wandb
@@ -105,10 +108,10 @@ def _possible(mode: Mode) -> Mode:
 
 
 class Artifacts(Callback):
-    """Notes in W&B which split a run used, and at its end the checkpoints that it made.
+    """Log to W&B the split that a run uses, and at the end its checkpoints.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,60 +119,61 @@ class Artifacts(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the split."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if (run := _run_of(trainer)) and isinstance(data, ImageDataModule):
             manifest = data.manifest
-            file = _waiting(run) / "split.json"
+            file = _artifact_folder(run) / "split.json"
             hashes = {split: part.tolist() for split, part in manifest.hashes.items()}
             write_text(file, json.dumps(manifest.to_dict() | {"hashes": hashes}))
-            about = {"digest": manifest.digest, "counts": manifest.counts}
-            _use(run, _artifact(f"split-{type(data).__name__}", "split", about, {"split.json": file}))
+            metadata = {"digest": manifest.digest, "counts": manifest.counts}
+            _use(run, _artifact(f"split-{type(data).__name__}", "split", metadata, {"split.json": file}))
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the checkpoints; one of the same step is best and last at once."""
+        """Log the checkpoints. If both are of the same step, log one artifact with both aliases."""
         if not (run := _run_of(trainer)):
             return
-        found = {name: self.folder / f"{name}.ckpt" for name in ("last", "best")}
-        read = {name: read_checkpoint(path) for name, path in found.items() if path.is_file()}
-        if len({checkpoint["global_step"] for checkpoint in read.values()}) < len(read):
-            del read["last"]
+        paths = {name: self.folder / f"{name}.ckpt" for name in ("last", "best")}
+        checkpoints = {name: read_checkpoint(path) for name, path in paths.items() if path.is_file()}
+        if len({checkpoint["global_step"] for checkpoint in checkpoints.values()}) < len(checkpoints):
+            del checkpoints["last"]
             aliases = ["best", "last"]
-        for name, checkpoint in read.items():
-            run.log_artifact(_checkpoint(run, found[name], checkpoint), aliases=aliases if len(read) == 1 else [name])
+        for name, checkpoint in checkpoints.items():
+            run.log_artifact(
+                _checkpoint(run, paths[name], checkpoint), aliases=aliases if len(checkpoints) == 1 else [name]
+            )
 
 
 def log_bundle(mode: Mode, checkpoint: Path, bundle: Path) -> None:
-    """Note in W&B, as a run of its own beside the training's, which checkpoint a bundle was made of.
+    """Log to W&B, as a run in the group of the training run, which checkpoint a bundle was exported from.
 
     Args:
-        mode: of `bundle_mode`.
-        checkpoint: what was exported.
-        bundle: the folder.
+        mode: the mode from `bundle_mode`.
+        checkpoint: the exported checkpoint.
+        bundle: the folder of the bundle.
     """
     if mode == "off":
         return
     import wandb
 
-    read = read_checkpoint(checkpoint)
-    about = read[KEY]["run"]
+    content = read_checkpoint(checkpoint)
+    training_run = content[KEY]["run"]
     run = wandb.init(
         project=PROJECT,
         name=f"{bundle.name}-export",
         job_type="export",
-        group=about["id"],
+        group=training_run["id"],
         dir=checkpoint.parent.resolve(),
         mode=mode,
-        config={"checkpoint": checkpoint.name, "run": about["id"]},
+        config={"checkpoint": checkpoint.name, "run": training_run["id"]},
         settings=wandb.Settings(console="off"),
     )
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     files = {str(file.relative_to(bundle)): file for file in sorted(bundle.rglob("*")) if file.is_file()}
-    kept = {name: _kept(run, file, f"bundle/{name}") for name, file in files.items()}
+    links = {name: _link_or_copy(run, file, f"bundle/{name}") for name, file in files.items()}
     metadata = {name: manifest["provenance"][name] for name in ("run", "split", "metrics")} | {"spec": manifest["spec"]}
-    _use(run, _checkpoint(run, checkpoint, read))
-    run.log_artifact(_artifact(f"bundle-{bundle.name}", "bundle", metadata, kept))
+    _use(run, _checkpoint(run, checkpoint, content))
+    run.log_artifact(_artifact(f"bundle-{bundle.name}", "bundle", metadata, links))
     run.finish()
 
 
@@ -184,17 +188,19 @@ def _artifact(name: str, kind: str, metadata: Mapping[str, Any], files: Mapping[
 
     artifact = Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:128], kind, metadata=dict(metadata))
     for inside, path in files.items():
-        # As they lie: wandb's own copies would go into the user's home, and into a cache.
+        # Without copies: wandb would write them into the user's home and into a cache.
         artifact.add_file(str(path), inside, policy="immutable", skip_cache=True)
     return artifact
 
 
 def _checkpoint(run: "Run", path: Path, checkpoint: Mapping[str, Any]) -> "Artifact":
-    """The same content is the same artifact, whichever run notes it."""
-    ours = checkpoint[KEY]
-    metadata = {"epoch": checkpoint["epoch"] + 1, "step": checkpoint["global_step"], "metrics": ours["metrics"]}
-    metadata |= {"spec": ours["spec"], "split_digest": ours["split"] and ours["split"]["digest"]}
-    return _artifact(f"model-{ours['run']['id']}", "model", metadata, {"model.ckpt": _kept(run, path, path.name)})
+    """Return the artifact of a checkpoint. The same content gives the same artifact in every run."""
+    contents = checkpoint[KEY]
+    metadata = {"epoch": checkpoint["epoch"] + 1, "step": checkpoint["global_step"], "metrics": contents["metrics"]}
+    metadata |= {"spec": contents["spec"], "split_digest": contents["split"] and contents["split"]["digest"]}
+    return _artifact(
+        f"model-{contents['run']['id']}", "model", metadata, {"model.ckpt": _link_or_copy(run, path, path.name)}
+    )
 
 
 def _use(run: "Run", artifact: "Artifact") -> None:
@@ -204,28 +210,28 @@ def _use(run: "Run", artifact: "Artifact") -> None:
         run.use_artifact(artifact)
 
 
-def _waiting(run: "Run") -> Path:
+def _artifact_folder(run: "Run") -> Path:
     folder = Path(run.dir).parent / "artifacts"
     folder.mkdir(exist_ok=True)
     return folder
 
 
-def _kept(run: "Run", path: Path, name: str) -> Path:
-    """Another name of the same file, or a copy where there cannot be one, in the record of ``run``.
+def _link_or_copy(run: "Run", path: Path, name: str) -> Path:
+    """Return a hard link to the file in the record of ``run``, or a copy if the file system has no hard links.
 
-    Until it is uploaded it must stay as it is, and a run that goes on, or an export, puts other files in its place.
+    The file must not change until it is uploaded, but a resumed run or an export replaces the original.
     """
-    kept = _waiting(run) / name
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    target = _artifact_folder(run) / name
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(path, kept)
+        os.link(path, target)
     except OSError:
-        shutil.copyfile(path, kept)
-    return kept
+        shutil.copyfile(path, target)
+    return target
 
 
 def finish_wandb() -> None:
-    """Close the record of a run, or the next one in this process would write into it."""
+    """Close the record of a run, so that the next run in this process does not write to it."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish()

@@ -1,1 +1,1 @@
-"""ImageClassifier around any network, its checkpoints, and the verbs that are Lightning's."""
+"""Training of any network: `ImageClassifier`, losses, schedules, metrics, restoring and fine-tuning."""

@@ -1,4 +1,4 @@
-"""The LightningModule around any network."""
+"""LightningModule for any network."""
 
 import math
 import uuid
@@ -108,7 +108,7 @@ class ImageClassifier(Recorded, L.LightningModule):
 
     @property
     def views(self) -> int:
-        """How many augmented views of each image the datamodule gives."""
+        """Number of augmented views of each image that the datamodule yields."""
         return 2 if self.upright_weight else 1
 
     @property
@@ -203,7 +203,7 @@ class ImageClassifier(Recorded, L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch: classification, and the upright loss between its two views if it has a weight."""
         if not isinstance(batch, Batch):
-            # The datamodule has done so for its own batches: a resumed run draws the same dropout.
+            # An ImageDataModule seeds for its own batches. A resumed run then draws the same dropout.
             seed_generators(
                 hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)),
                 self.device,
@@ -283,7 +283,7 @@ class ImageClassifier(Recorded, L.LightningModule):
 
         Args:
             data: the datamodule, or None.
-            metrics: of the validation of these weights.
+            metrics: metrics of the validation of these weights.
         """
         return {
             "format": FORMAT,
@@ -299,7 +299,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add all that rebuilds model and data, as plain data and tensors, and the sums of the epoch so far."""
+        """Add model, data and run as plain data and tensors, and the sums of the epoch so far."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         # Metrics of an earlier validation would be those of other weights.
         current = self._validated_step == self.trainer.global_step
@@ -367,7 +367,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         """Load the weights of a checkpoint that has been read, and the record of where they started from.
 
         Raises:
-            CheckpointError: if they are of another network.
+            CheckpointError: if the weights are of another network.
         """
         try:
             self.load_state_dict(checkpoint["state_dict"], strict=strict)
@@ -386,7 +386,7 @@ def as_batch(batch: Any) -> Batch:
             torchvision's ``ToTensor`` gives them: the classifier normalises them itself, by its spec.
 
     Raises:
-        UserError: for anything else.
+        UserError: if the batch is of another type.
     """
     if isinstance(batch, Batch):
         return batch

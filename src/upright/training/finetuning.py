@@ -1,8 +1,8 @@
-"""Fine-tuning: weights to start from, whose head may know other classes, and a body that waits or learns more slowly.
+"""Fine-tuning: weights to start from, possibly of other classes, and a body that is frozen or learns more slowly.
 
-The *head* is what depends on the number of classes, in any network: one is built for a class more, and what then has
-another shape is the head; the rest is the *body*. Spatial transformers of a `TransformerNetwork` are parts of their
-own: a network that learnt without one may be given one, and the other way round.
+**Finding the head.** `head` builds the network again with one extra class. The parameters whose shape changes are the
+*head*; the other parameters are the *body*. Spatial transformers of a `TransformerNetwork` are separate parts: weights
+that were trained without a transformer can start a network with one, and the other way round.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,10 +43,10 @@ PUBLISHED_HEADS = {ResNet: "classifier.weight", VGG: "classifier.layers.7.weight
 
 
 class Key(NamedTuple):
-    """A parameter or buffer, whatever transformers were put around and into the network."""
+    """Name of a parameter or buffer that does not depend on which transformers the network has."""
 
     place: str
-    """Of the transformer that it is of, as `TransformerNetwork` names them; empty for the network itself."""
+    """Place of its transformer, as `TransformerNetwork` names it; empty for the network itself."""
     name: str
 
     def __str__(self) -> str:
@@ -60,10 +60,10 @@ class Source(NamedTuple):
     whose: str
     normalisation: Normalisation
     same_classes: bool
-    """In the same order, so that the head can be used."""
+    """True if the classes are the same in the same order, so that the head can be used."""
     run: dict[str, Any] | None = None
     seen: Tensor | None = None
-    """Content hashes of the images that they were learnt from, where known."""
+    """Content hashes of the images that the weights were trained on; None if unknown."""
     remarks: tuple[str, ...] = ()
 
 
@@ -75,7 +75,7 @@ def head(classifier: ImageClassifier) -> set[str]:
         try:
             with torch.device("meta"):
                 wider = network(shape, more).state_dict()
-        except (RuntimeError, NotImplementedError):  # it computes with its weights while it is built
+        except (RuntimeError, NotImplementedError):  # a network that computes with its weights in __init__
             wider = network(shape, more).state_dict()
     own = classifier.model.network.state_dict()
     return {name for name, value in own.items() if name not in wider or wider[name].shape != value.shape}
@@ -84,44 +84,46 @@ def head(classifier: ImageClassifier) -> set[str]:
 def start_from(
     classifier: ImageClassifier, path: str | Path, data: ImageDataModule | None = None, *, allow_seen: bool = False
 ) -> list[str]:
-    """Take weights over, by name and shape, before training; ``classifier.start`` then says from where.
+    """Load weights into a classifier by name and shape, before training, and record their origin in its ``start``.
 
     Args:
-        classifier: as it was built; nothing but its network's weights changes.
+        classifier: a new classifier. Only its network's weights, ``start`` and ``seen`` change.
         path: an Upright checkpoint, a run's folder, or a state dict of torchvision's ResNet or VGG.
-        data: what it will be trained with and judged by.
-        allow_seen: whether it may be judged by images that the weights were learnt from.
+        data: the datamodule of training and evaluation.
+        allow_seen: whether validation and test images may be ones that the weights were trained on.
 
     Returns:
-        What to tell the user, line by line.
+        Messages for the user, one per line.
 
     Raises:
         UserError: for a file that cannot be read, weights of another network, or data whose validation or test
-            images the weights were learnt from; the classifier is then as it was.
+            images the weights were trained on; the classifier is then unchanged.
     """
     path = find_checkpoint(path)
     source = _read(path, classifier, data, allow_seen)
-    network, found = classifier.model.network, source.weights
+    network, weights = classifier.model.network, source.weights
     state, its_head = network.state_dict(), head(classifier)
     names = _keys(state, classifier.recipe["init_args"]["network"])
-    without, left_out = _places(names) - _places(found), _places(found) - _places(names)
-    anew = {name for key, name in names.items() if key.place in without}
-    anew |= set() if source.same_classes else its_head
-    taken = {key: value for key, value in found.items() if key.place not in left_out and names.get(key) not in anew}
-    _check_fit(path, taken, {key: state[name] for key, name in names.items() if name not in anew})
-    network.load_state_dict(state | {names[key]: value for key, value in taken.items()})
-    classifier.start = {"path": str(path), "sha256": file_hash(path), "run": source.run, "anew": sorted(anew)}
+    missing_places, unused_places = _places(names) - _places(weights), _places(weights) - _places(names)
+    new = {name for key, name in names.items() if key.place in missing_places}
+    new |= set() if source.same_classes else its_head
+    loaded = {
+        key: value for key, value in weights.items() if key.place not in unused_places and names.get(key) not in new
+    }
+    _check_fit(path, loaded, {key: state[name] for key, name in names.items() if name not in new})
+    network.load_state_dict(state | {names[key]: value for key, value in loaded.items()})
+    classifier.start = {"path": str(path), "sha256": file_hash(path), "run": source.run, "anew": sorted(new)}
     classifier.seen = source.seen
 
-    lines = [f"Start: '{path}' ({source.whose}), {len(taken)} of {len(state)} tensors."]
+    lines = [f"Start: '{path}' ({source.whose}), {len(loaded)} of {len(state)} tensors."]
     if not source.same_classes:
         modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name in its_head))
-        rows = next((found[key].shape[:1] for key, name in names.items() if name in its_head and key in found), ())
+        rows = next((weights[key].shape[:1] for key, name in names.items() if name in its_head and key in weights), ())
         count = len(classifier.spec.classes)
         what = f"{count} classes in place of {rows[0]}" if rows and rows[0] != count else f"{count} other classes"
         lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} anew: {what}.")
-    lines += [f"The transformer at {place} starts anew." for place in sorted(without)]
-    lines += [f"The transformer at {place} is left out: the network has none there." for place in sorted(left_out)]
+    lines += [f"The transformer at {place} starts anew." for place in sorted(missing_places)]
+    lines += [f"The transformer at {place} is left out: the network has none there." for place in sorted(unused_places)]
     lines += source.remarks
     theirs, ours = source.normalisation, (classifier.spec.mean, classifier.spec.std)
     if theirs != ours:
@@ -138,7 +140,7 @@ def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None,
         check_format(loaded, path)
         if data is not None and not allow_seen:
             check_unseen(loaded[KEY], data, path)
-        return _of_upright(loaded, classifier.spec)
+        return _upright_source(loaded, classifier.spec)
     weights = loaded.items() if isinstance(loaded, dict) else ()
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights):
         raise UserError(f"'{path}' holds neither an Upright checkpoint nor a state dict (names and their tensors).")
@@ -150,10 +152,10 @@ def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None,
             f"'{path}' is no Upright checkpoint, and torchvision's weights fit a ResNet or a VGG only; "
             f"the network is a {type(network).__name__}."
         )
-    return _of_torchvision(loaded, network, classifier)
+    return _torchvision_source(loaded, network, classifier)
 
 
-def _of_upright(checkpoint: dict[str, Any], spec: ImageSpec) -> Source:
+def _upright_source(checkpoint: dict[str, Any], spec: ImageSpec) -> Source:
     ours, prefix = checkpoint[KEY], "model.network."
     theirs = ImageSpec.from_dict(ours["spec"])
     state = {name.removeprefix(prefix): v for name, v in checkpoint["state_dict"].items() if name.startswith(prefix)}
@@ -170,7 +172,7 @@ def _of_upright(checkpoint: dict[str, Any], spec: ImageSpec) -> Source:
 
 
 def _keys(names: Iterable[str], network: Recipe) -> dict[Key, str]:
-    """Every name of a network's state dict by what it is of, told by the network's recipe."""
+    """Return the names of a network's state dict by `Key`, with the places from the network's config."""
     return {_key(name, network): name for name in names}
 
 
@@ -181,7 +183,7 @@ def _key(name: str, network: Recipe) -> Key:
     part, _, rest = name.partition(".")
     if part == "transformer":
         return Key("input", rest)
-    # A place holds Sequential(transformer, what stood there), see transformer_network._insert.
+    # A place holds Sequential(transformer, original module), see transformer_network._insert.
     places = arguments.get("places", signature(TransformerNetwork).parameters["places"].default)
     plain: list[str] = []
     steps = iter(rest.split("."))
@@ -197,32 +199,32 @@ def _places(keys: Iterable[Key]) -> set[str]:
     return {key.place for key in keys} - {""}
 
 
-def _check_fit(path: Path, taken: Mapping[Key, Tensor], wanted: Mapping[Key, Tensor]) -> None:
-    # torchvision's first files do not count batches, and nothing is made of the count.
-    missing = [key for key in wanted if key not in taken and not key.name.endswith("num_batches_tracked")]
-    unexpected = [key for key in taken if key not in wanted]
+def _check_fit(path: Path, weights: Mapping[Key, Tensor], wanted: Mapping[Key, Tensor]) -> None:
+    # torchvision's first files do not count batches, and the count is not used.
+    missing = [key for key in wanted if key not in weights and not key.name.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in wanted]
     others = [
-        f"{key} is {_shape(taken[key])} in place of {_shape(value)}"
+        f"{key} is {_shape(weights[key])} in place of {_shape(value)}"
         for key, value in wanted.items()
-        if key in taken and taken[key].shape != value.shape
+        if key in weights and weights[key].shape != value.shape
     ]
-    told = [f"it lacks {_some(missing)}"] if missing else []
-    told += [f"the network has no {_some(unexpected)}"] if unexpected else []
-    told += [_some(others)] if others else []
-    if told:
-        raise UserError(f"'{path}' holds the weights of another network: {'; '.join(told)}.")
+    problems = [f"it lacks {_list_some(missing)}"] if missing else []
+    problems += [f"the network has no {_list_some(unexpected)}"] if unexpected else []
+    problems += [_list_some(others)] if others else []
+    if problems:
+        raise UserError(f"'{path}' holds the weights of another network: {'; '.join(problems)}.")
 
 
-def _some(of: Sequence[object], shown: int = 3) -> str:
-    more = f" and {len(of) - shown} more" if len(of) > shown else ""
-    return ", ".join(map(str, of[:shown])) + more
+def _list_some(items: Sequence[object], limit: int = 3) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
 
 
 def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "one number"
 
 
-def _of_torchvision(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> Source:
+def _torchvision_source(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> Source:
     weights = resnet_weights(state) if isinstance(network, ResNet) else vgg_weights(state)
     remarks: list[str] = []
     linear = weights.get(VGG_FIRST_LINEAR)
@@ -246,21 +248,21 @@ def _of_torchvision(state: dict[str, Tensor], network: ResNet | VGG, classifier:
 
 @torch.no_grad()
 def _maps(network: VGG, classifier: ImageClassifier) -> tuple[int, ...]:
-    """Shape of what the convolutions give, ``(C, H, W)``, in the network as it stands behind its transformer."""
-    found: list[tuple[int, ...]] = []
-    handle = network.features.register_forward_hook(lambda _module, _inputs, maps: found.append(tuple(maps.shape[1:])))
+    """Return the shape of the convolutions' output, ``(C, H, W)``, with the classifier's transformer in front."""
+    shapes: list[tuple[int, ...]] = []
+    handle = network.features.register_forward_hook(lambda _module, _inputs, maps: shapes.append(tuple(maps.shape[1:])))
     model, training = classifier.model, classifier.training
     model.eval()(torch.zeros(1, *classifier.spec.input_shape))
     model.train(training)
     handle.remove()
-    return found[0]
+    return shapes[0]
 
 
 class Freeze(Callback):
     """Only what starts anew is trained at first; the body waits, and then may learn at a smaller rate.
 
-    What starts anew is the head, with whatever transformers `start_from` found no weights for. While the body waits it
-    has no gradients, and its batch normalisation goes by what it knows and does not learn.
+    The head starts from scratch, and so do transformers for which `start_from` has no weights. A frozen body has no
+    gradients, and its batch normalisation uses its stored statistics and does not update them.
 
     Args:
         until_epoch: the first epoch that trains the body, counted from 0.
@@ -276,12 +278,12 @@ class Freeze(Callback):
         self._body: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Tell the body from the rest, before the optimiser makes its groups."""
+        """Find the body and set its ``lr_factor``, before the optimiser makes its groups."""
         if stage != "fit":
             return
         assert isinstance(pl_module, ImageClassifier)
-        network, anew = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
-        self._body = {name for name, _ in network.named_parameters() if name not in anew}
+        network, new = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
+        self._body = {name for name, _ in network.named_parameters() if name not in new}
         if not self._body:
             raise UserError(
                 f"Freeze has nothing to freeze: all of {type(network).__name__} depends on the number of classes."
@@ -290,15 +292,14 @@ class Freeze(Callback):
             network.get_parameter(name).lr_factor = self.lr_factor
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that is resumed within an epoch does not start that epoch."""
+        """Freeze again in a run that resumes within an epoch, because that epoch does not start again."""
         self._freeze(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Freeze, or unfreeze."""
         self._freeze(trainer, pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Several processes agree at the start on who has gradients: there the body's are thrown away."""
+        """Discard the body's gradients. Several processes fix at the start which parameters have gradients."""
         if trainer.world_size > 1 and trainer.current_epoch < self.until_epoch:
             for parameter in self._parameters(pl_module):
                 parameter.grad = None
@@ -321,5 +322,5 @@ class Freeze(Callback):
                 module.train(not frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must not change: the optimiser's groups are restored with their rates."""
+        """Return ``lr_factor``. A resumed run must not change it, because the optimiser's rates are restored."""
         return {"lr_factor": self.lr_factor}

@@ -1,7 +1,8 @@
 """Classification losses: completed with the number of classes, from logits ``(B, K)`` and labels ``(B,)``.
 
-One that also takes probabilities ``(B, K)`` for labels can learn from mixed images (`upright.data.mixing`). One whose
-``balanced`` is true is told before training, by ``balance(counts)``, how many images of each class there are.
+A loss that also accepts probabilities ``(B, K)`` as labels can train on mixed images (`upright.data.mixing`). If a loss
+has a true attribute ``balanced``, its method ``balance(counts)`` is called before training with the number of images of
+each class.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from upright.errors import UserError
 class CrossEntropy(nn.Module):
     """Softmax cross entropy, with labels or probabilities: the mean over images.
 
-    With weights it is the mean of ``-w[k] p[k] log q[k]``, summed over classes, whether ``p`` is a label or not, so
-    that the losses of batches average to that of all. (torch divides by the weights of the labels, and for
-    probabilities by the number of images.)
+    With weights it is the mean of ``-w[k] p[k] log q[k]``, summed over classes, for labels and for probabilities
+    ``p``. The mean over batches is then the loss over all images. torch instead divides by the weights of the labels,
+    and for probabilities by the number of images.
 
     Args:
         num_classes: ``K``.
@@ -56,16 +57,16 @@ class CrossEntropy(nn.Module):
                 f"class_weights must be {num_classes} numbers, none negative and not all zero, one per class in the "
                 f"order of the data; got {list(class_weights)}."
             )
-        # Part of the weights: a test weighs as training did, on whatever data.
+        # Part of the weights, so that a test on any data uses the class weights of training.
         self.register_buffer("weight", torch.tensor(class_weights, dtype=torch.float32))
 
     def balance(self, counts: Tensor) -> None:
-        """Weigh by training images of each class, ``(K,)``, where that is wanted."""
+        """Set ``balanced`` class weights from the number of training images of each class, ``(K,)``."""
         if self.balanced and self.weight is not None:
             self.weight.copy_(counts.sum() / (self.num_classes * counts.clamp(min=1)))
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits ``(B, K)`` and labels ``(B,)`` or probabilities ``(B, K)`` to a scalar."""
+        """Map logits ``(B, K)`` and labels ``(B,)`` or probabilities ``(B, K)`` to a scalar."""
         total = cross_entropy(
             logits, targets, weight=self.weight, label_smoothing=self.label_smoothing, reduction="sum"
         )
@@ -76,7 +77,7 @@ class PerceptronLoss(nn.Module):
     """The hinge at zero: by how much the best wrong class is ahead of the right one, and nothing where none is.
 
     With batches of one and plain SGD this is the perceptron's rule (Rosenblatt 1958; for several classes Duda, Hart
-    1973, section 5.12): only a mistake changes weights, those of the right class and of the one it was taken for.
+    1973, section 5.12). Only a mistake changes weights: those of the true class and of the predicted class.
 
     Args:
         num_classes: ``K``.
@@ -87,6 +88,6 @@ class PerceptronLoss(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits ``(B, K)`` and labels ``(B,)`` to a scalar."""
+        """Map logits ``(B, K)`` and labels ``(B,)`` to a scalar."""
         right = logits.gather(1, labels[:, None])
         return (logits - right).amax(dim=1).mean()

@@ -1,4 +1,4 @@
-"""What validation and test measure: torchmetrics, updated with every batch, computed once, over all processes."""
+"""Metrics of validation and test: torchmetrics, updated with every batch, computed once over all processes."""
 
 import csv
 import io
@@ -23,29 +23,29 @@ from upright.training.uprightness import Uprightness
 
 TOP = 5
 BRIEF = ("loss", "accuracy", "uprightness")
-"""What is worth a look after every epoch; all the rest is in metrics.csv."""
+"""Metrics to print after every epoch; metrics.csv has all of them."""
 
 
 AT_ONCE = 4096
-"""Images of which the metrics of classification hear at once: for a batch they take a millisecond, however small."""
+"""Number of images per update of the classification metrics: an update takes a millisecond, even for a small batch."""
 
 
 class StageMetrics(nn.Module):
     """The metrics of one stage.
 
-    ``precision``, ``recall`` and ``f1`` are means over the classes that were shown or predicted. ``top5`` is there for
-    more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
-    arXiv:1706.04599). ``confusion`` ``(K, K)`` counts the images of row's class that were taken for column's.
+    ``precision``, ``recall`` and ``f1`` are means over the classes that occur as labels or predictions. ``top5`` exists
+    for more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
+    arXiv:1706.04599). ``confusion`` ``(K, K)`` counts the images of the row's class predicted as the column's class.
 
     Args:
         num_classes: ``K``.
-        upright: whether there is a transformer to measure.
+        upright: whether the network has a transformer to measure.
         extra: further metrics by name, updated with probabilities and labels.
     """
 
     def __init__(self, num_classes: int, *, upright: bool, extra: Mapping[str, Metric] | None = None) -> None:
         super().__init__()
-        # What would be validated at every update are our own probabilities and labels.
+        # No validation at every update: probabilities and labels are our own.
         common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(average="micro", **common),
@@ -58,70 +58,68 @@ class StageMetrics(nn.Module):
         if num_classes > TOP:
             metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
         metrics |= extra or {}
-        # Groups are given: torchmetrics takes states that are equal after the first update for one, and where all that
-        # it saw is right, accuracy and top5 are.
-        together = ["precision", "recall", "f1"]
-        groups = [together, *([name] for name in metrics if name not in together)]
+        # Set explicitly: torchmetrics would merge metrics whose states are equal after the first update. If all
+        # predictions so far are correct, accuracy and top5 have equal states.
+        class_means = ["precision", "recall", "f1"]
+        groups = [class_means, *([name] for name in metrics if name not in class_means)]
         self.classification = MetricCollection(metrics, compute_groups=groups)
         self.loss = MeanMetric()
         self.uprightness = Uprightness() if upright else None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
     def update(self, probabilities: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Add a batch: probabilities ``(B, K)``, labels ``(B,)``, and the mean of the loss over it."""
+        """Add a batch: probabilities ``(B, K)``, labels ``(B,)``, and the mean loss of the batch."""
         self.loss.update(loss, len(labels))
-        self._waiting.append((probabilities, labels))
-        if len(self._waiting) * len(labels) >= AT_ONCE:
+        self._batches.append((probabilities, labels))
+        if len(self._batches) * len(labels) >= AT_ONCE:
             self._classify()
 
     def _classify(self) -> None:
-        if self._waiting:
-            probabilities, labels = zip(*self._waiting, strict=True)
+        if self._batches:
+            probabilities, labels = zip(*self._batches, strict=True)
             self.classification.update(torch.cat(probabilities), torch.cat(labels))
-            self._waiting = []
+            self._batches = []
 
     def compute(self) -> dict[str, Tensor]:
-        """Every metric by its name, over all processes; what cannot be told is NaN."""
+        """Return every metric by its name, over all processes; NaN if it cannot be computed."""
         self._classify()
-        found = {"loss": self.loss.compute(), **self.classification.compute()}
-        return found | ({"uprightness": self.uprightness.compute()} if self.uprightness is not None else {})
+        metrics = {"loss": self.loss.compute(), **self.classification.compute()}
+        return metrics | ({"uprightness": self.uprightness.compute()} if self.uprightness is not None else {})
 
     def reset(self) -> None:
-        """Begin anew."""
-        self._waiting = []
+        self._batches = []
         for metrics in (self.classification, self.loss, self.uprightness):
             if metrics is not None:
                 metrics.reset()
 
 
 class Means:
-    """Means over an epoch, of what a step gives."""
+    """Weighted means over an epoch of values from each step."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, name: str, value: Tensor, weight: int) -> None:
-        """Another step's value, without waiting for the device."""
+        """Add a step's value, without waiting for the device."""
         total, count = self._sums.get(name, (0.0, 0))
         self._sums[name] = total + weight * value.detach(), count + weight
 
     def take(self) -> dict[str, Tensor]:
-        """The means, to begin anew."""
+        """Return the means, and reset the sums."""
         means = {name: total / count for name, (total, count) in self._sums.items()}
         self._sums = {}
         return means
 
     def state_dict(self) -> dict[str, tuple[Tensor, int]]:
-        """Sums and how much they are of, so far."""
+        """Return each sum so far, with its total weight."""
         return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, tuple[Tensor, int]]) -> None:
-        """Go on from there."""
         self._sums = dict(state)
 
 
 class ClassScores(NamedTuple):
-    """How well one class is told; a 0 where it was never shown, or never predicted, as in scikit-learn."""
+    """Scores of one class; 0 if the class never occurs as label or prediction, as in scikit-learn."""
 
     precision: float
     recall: float
@@ -130,10 +128,10 @@ class ClassScores(NamedTuple):
 
 
 def class_scores(confusion: Tensor) -> list[ClassScores]:
-    """Of each class, from the counts of images of row's class that were taken for column's, ``(K, K)``."""
-    right, taken, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
-    precision, recall = right / taken.clamp(min=1), right / support.clamp(min=1)
-    f1 = 2 * right / (taken + support).clamp(min=1)
+    """Return the scores of each class, from a confusion matrix ``(K, K)``: rows are labels, columns predictions."""
+    right, predicted, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
+    precision, recall = right / predicted.clamp(min=1), right / support.clamp(min=1)
+    f1 = 2 * right / (predicted + support).clamp(min=1)
     columns = (precision.tolist(), recall.tolist(), f1.tolist(), support.tolist())
     return [ClassScores(*row) for row in zip(*columns, strict=True)]
 
@@ -142,9 +140,9 @@ def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> lis
     """Write ``test_confusion.csv`` and ``test_classes.csv`` (precision, recall, F1 and support of each class).
 
     Args:
-        folder: where to.
-        confusion: images of row's class that were taken for column's, ``(K, K)``.
-        classes: their names.
+        folder: folder to write to.
+        confusion: images of the row's class predicted as the column's class, ``(K, K)``.
+        classes: names of the classes.
 
     Returns:
         The two paths.

@@ -1,4 +1,4 @@
-"""The one module that training, evaluation and export share: resize -> normalise -> network -> logits."""
+"""Module that training, evaluation and export share: resize -> normalise -> network -> logits."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ class Model(nn.Module):
     """A network with its preprocessing inside.
 
     Args:
-        spec: what an image is.
-        network: from normalised images ``(B, C, H, W)`` to logits ``(B, K)``.
+        spec: shape, classes and normalisation of an image.
+        network: maps normalised images ``(B, C, H, W)`` to logits ``(B, K)``.
     """
 
     mean: Tensor
@@ -22,23 +22,23 @@ class Model(nn.Module):
         super().__init__()
         # Convolutions in this layout took 0.55 to 0.95 of the time (CPU, one thread, LeNet to ResNet-18).
         self.spec, self.network = spec, network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Declared in the spec, which the checkpoint holds: not part of the weights.
+        # Not part of the weights, because the checkpoint holds the spec.
         self.register_buffer("mean", 255 * torch.tensor(spec.mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std)[:, None, None], persistent=False)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, h, w)`` of any size, values 0 to 255, as the network sees them."""
-        size, given = (self.spec.height, self.spec.width), images.shape[-2:]
+        """Resize and normalise images ``(B, C, h, w)`` of any size, values 0 to 255, for the network."""
+        size, input_size = (self.spec.height, self.spec.width), images.shape[-2:]
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
-        if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in given) or given != size):
+        if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
             images = resize(images.float(), *size, self.spec.resize)
         return (images - self.mean) / self.std
 
     def shown(self, normalised: Tensor) -> Tensor:
-        """What the network sees, at values of 0 to 255 again."""
+        """Return normalised images with values of 0 to 255 again."""
         return normalised * self.std + self.mean
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
+        """Map images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
         logits: Tensor = self.network(self.normalised(images))
         return logits

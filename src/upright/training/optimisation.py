@@ -1,4 +1,4 @@
-"""Parameter groups for any optimiser: own learning rates, and no weight decay for norms and biases."""
+"""Parameter groups for any optimiser: learning rates per module, and no weight decay for norms and biases."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

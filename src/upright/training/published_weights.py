@@ -1,12 +1,13 @@
-"""torchvision's published weights of ResNet and VGG, as ours name and lay them out. torchvision itself is not needed.
+"""Conversion of torchvision's published weights of ResNet and VGG to our names and layout. torchvision is not needed.
 
-Source: the names in torchvision/models/resnet.py and vgg.py of github.com/pytorch/vision. What is laid out otherwise:
+Source: the names in torchvision/models/resnet.py and vgg.py of github.com/pytorch/vision. The layouts differ:
 
-- ours count the blocks of all stages in one row; theirs count them in ``layer1`` to ``layer4``;
-- the convolutions of their VGG have a bias before batch normalisation, ours have none: it is taken off the running
-  mean, which is the same to the last bit but rounding;
-- their VGG pools its last maps to 7 x 7, whatever comes; ours has weights for the maps that there are. Pooling is
-  linear, so the first fully connected layer takes it over: both give the same logits, for images of any size.
+- Our ResNet numbers the blocks of all stages in one sequence; theirs numbers them within ``layer1`` to ``layer4``.
+- The convolutions of their VGG have a bias before batch normalisation; ours have none. The bias is subtracted from the
+  running mean, which gives the same result up to rounding.
+- Their VGG pools its last maps to 7 x 7 for every input size; ours has weights for the maps of its own input size.
+  Pooling is linear, so it is merged into the first fully connected layer. Both give the same logits for images of any
+  size.
 """
 
 import re
@@ -18,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 Weights = dict[str, Tensor]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the images that they learnt from (torchvision's preset ``ImageClassification``)."""
+"""Mean and std of the training images (torchvision's preset ``ImageClassification``)."""
 
 STEM_AND_HEAD = {"conv1.": "stem.0.0.", "bn1.": "stem.0.1.", "fc.": "classifier."}
 BLOCK = re.compile(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(.+)")
@@ -27,14 +28,14 @@ VGG_FIRST_LINEAR = "classifier.layers.1.weight"
 
 
 def resnet_weights(theirs: Weights) -> Weights:
-    """A ResNet's by our names; what has none keeps its own."""
-    found = [match for name in theirs if (match := BLOCK.fullmatch(name))]
-    counts = [max((int(match[2]) + 1 for match in found if int(match[1]) == stage), default=0) for stage in range(10)]
+    """Return the weights of a ResNet by our names; names without a counterpart stay as they are."""
+    blocks = [match for name in theirs if (match := BLOCK.fullmatch(name))]
+    counts = [max((int(match[2]) + 1 for match in blocks if int(match[1]) == stage), default=0) for stage in range(10)]
 
     def ours(name: str) -> str:
         if match := BLOCK.fullmatch(name):
             stage, block, kind, number, rest = match.groups()
-            # A body is convolution, ReLU, convolution and so on; a convolution is itself and its normalisation.
+            # A body is convolution, ReLU, convolution and so on; each convolution is a pair with its normalisation.
             body = f"body.{2 * int(number) - 2}.{0 if kind == 'conv' else 1}"
             part = f"shortcut.{number}" if kind == "downsample." else body
             return f"blocks.{sum(counts[: int(stage)]) + int(block)}.{part}.{rest}"
@@ -47,31 +48,31 @@ def resnet_weights(theirs: Weights) -> Weights:
 
 
 def vgg_weights(theirs: Weights) -> Weights:
-    """A VGG's by our names, convolutions before batch normalisation without their biases."""
-    # Our classifier begins with the flattening, which is no layer of theirs.
-    found = {re.sub(r"^classifier\.(\d+)", _one_more, name): value for name, value in theirs.items()}
-    for name in list(found):
+    """Return the weights of a VGG by our names, without biases of convolutions before batch normalisation."""
+    # Our classifier begins with a layer that flattens; theirs has no such layer.
+    weights = {re.sub(r"^classifier\.(\d+)", _next_layer, name): value for name, value in theirs.items()}
+    for name in list(weights):
         match = re.fullmatch(r"features\.(\d+)\.running_mean", name)
         bias = f"features.{int(match[1]) - 1}.bias" if match else ""
-        if bias in found and found[bias].shape == found[name].shape:
-            found[name] = found[name] - found.pop(bias)
-    return found
+        if bias in weights and weights[bias].shape == weights[name].shape:
+            weights[name] = weights[name] - weights.pop(bias)
+    return weights
 
 
-def _one_more(match: re.Match[str]) -> str:
+def _next_layer(match: re.Match[str]) -> str:
     return f"classifier.layers.{int(match[1]) + 1}"
 
 
 def unpooled(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """A linear layer over maps of ``rows x columns`` that gives what ``weight`` gives for their pooled 7 x 7.
+    """Return weights over maps of ``rows x columns`` with the same output as ``weight`` over the pooled 7 x 7 maps.
 
     Args:
-        weight: ``(units, maps * 49)``.
-        rows: of the maps.
-        columns: of the maps.
+        weight: weights of the linear layer, ``(units, maps * 49)``.
+        rows: rows of the maps.
+        columns: columns of the maps.
 
     Returns:
-        ``(units, maps * rows * columns)``.
+        Weights ``(units, maps * rows * columns)``.
     """
     pixels = torch.eye(rows * columns, dtype=weight.dtype).view(-1, 1, rows, columns)
     pooling = adaptive_avg_pool2d(pixels, VGG_POOLED).flatten(1).T  # (49, rows * columns)
@@ -79,7 +80,7 @@ def unpooled(weight: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def are_imagenets(classes: tuple[str, ...]) -> bool:
-    """Whether these are ImageNet's 1000 classes in the order that the weights know: of the names of its folders."""
+    """Return True for ImageNet's 1000 classes in the order of the weights: that of its folders' names."""
     return (
         len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", c) for c in classes)
     )

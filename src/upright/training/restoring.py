@@ -24,16 +24,16 @@ class Restored(NamedTuple):
     contents: dict[str, Any]
     """Upright's part of the checkpoint; see `ImageClassifier.on_save_checkpoint`."""
     epoch: int
-    """Epochs of training that the weights have seen."""
+    """Number of epochs that the weights were trained for."""
 
     def image_data(self, reason: str) -> ImageDataModule:
         """Return the datamodule if it is an `ImageDataModule`.
 
         Args:
-            reason: why it must be one, for the message.
+            reason: the reason why it must be one, for the message.
 
         Raises:
-            UserError: if it is another one, or none.
+            UserError: if it is of another class, or None.
         """
         if isinstance(self.data, ImageDataModule):
             return self.data
@@ -52,13 +52,13 @@ def restore(
     same_split: bool | None = None,
     judged_by: Sequence[str] = ("val", "test"),
 ) -> Restored:
-    """Rebuild the model, in evaluation mode, and the datamodule it was trained with.
+    """Rebuild the model, in evaluation mode, and the datamodule that it was trained with.
 
     Args:
         path: a checkpoint, or a run's folder.
         data: a datamodule in place of the checkpoint's own.
         same_split: whether the data must be the images of training, in the same splits; by default without ``data``.
-        judged_by: splits that must not hold an image of the training set, if the data are others.
+        judged_by: splits that must not hold an image of the model's training set, if the data are others.
 
     Raises:
         UserError: if the data do not fit (see `check_data`), or a class cannot be imported.
@@ -75,7 +75,7 @@ def restore_read(
     same_split: bool | None = None,
     judged_by: Sequence[str] = ("val", "test"),
 ) -> Restored:
-    """Do as `restore` does, with a checkpoint that has been read from ``path``."""
+    """Rebuild model and data like `restore`, from a checkpoint that has been read from ``path``."""
     ours = checkpoint[KEY]
     classifier = ImageClassifier.rebuilt(checkpoint, path)
     same_split = data is None if same_split is None else same_split
@@ -99,13 +99,13 @@ def check_data(
     Args:
         ours: Upright's part of the checkpoint.
         data: the datamodule.
-        path: of the checkpoint, for messages.
-        same_split: whether they must be the very images it was trained and selected on, in the same splits.
-        judged_by: splits in which there must be no image that it was trained on.
+        path: path of the checkpoint, for messages.
+        same_split: whether the data must be the images of training and model selection, in the same splits.
+        judged_by: splits that must not hold an image of the model's training set.
 
     Raises:
-        UserError: if classes or channels differ; if the split does; or, with data of the user's choice, if the
-            images it was trained on are among those it would be judged by.
+        UserError: if classes or channels differ, or the split does. Also, with other data, if ``judged_by`` has
+            images that the model was trained on.
     """
     check_task(ImageSpec.from_dict(ours["spec"]), data, path)
     if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
@@ -117,7 +117,7 @@ def check_data(
 
 
 def check_task(spec: ImageSpec, data: ImageDataModule, path: str | Path) -> None:
-    """Refuse data of other classes or channels than a model of ``spec``, from ``path``, was made for."""
+    """Refuse data whose classes or channels differ from those of a model with ``spec``, from ``path``."""
     if (data.spec.classes, data.spec.channels) != (spec.classes, spec.channels):
         raise UserError(f"'{path}' knows {spec.task}; the data have {data.spec.task}.")
 
@@ -125,23 +125,23 @@ def check_task(spec: ImageSpec, data: ImageDataModule, path: str | Path) -> None
 def check_unseen(
     ours: Mapping[str, Any], data: ImageDataModule, path: str | Path, splits: Sequence[str] = ("val", "test")
 ) -> None:
-    """Refuse data whose validation or test images the checkpoint was trained on; its own splits are as they are.
+    """Refuse data whose validation or test images the checkpoint was trained on. Its own splits are not checked.
 
     Args:
         ours: Upright's part of the checkpoint.
         data: the datamodule.
-        path: of the checkpoint, for messages.
-        splits: that it would be judged by.
+        path: path of the checkpoint, for messages.
+        splits: splits for its evaluation.
 
     Raises:
-        UserError: if there is one.
+        UserError: if there is such an image.
     """
     if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
         return
-    seen = learnt_from(ours)
-    assert seen is not None
+    hashes = learnt_from(ours)
+    assert hashes is not None
     for split in splits:
-        trained_on = torch.isin(data.manifest.hashes[split], seen)
+        trained_on = torch.isin(data.manifest.hashes[split], hashes)
         if trained_on.any():
             raise UserError(
                 f"{int(trained_on.sum())} of {len(trained_on)} images in split '{split}' of these data are images that "

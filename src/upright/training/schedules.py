@@ -1,8 +1,8 @@
 """Learning rate schedules as multipliers, one per step, so that groups of different rates keep their ratio.
 
-Of ``n`` steps, ``w = round(warmup * n)`` warm up. At step ``s < w`` of those the multiplier is ``(s + 1) / (w + 1)``: a
-straight line (Goyal et al. 2017, arXiv:1706.02677) whose first step is not lost. From there on each schedule has its
-own formula. `OneCycle` rises along a cosine instead.
+The first ``w = round(warmup * n)`` of ``n`` steps are the warm-up. At step ``s < w`` the multiplier is
+``(s + 1) / (w + 1)``: linear (Goyal et al. 2017, arXiv:1706.02677), and above 0 at the first step. After the warm-up,
+each schedule has its own formula. `OneCycle` rises along a cosine instead.
 """
 
 import math
@@ -25,13 +25,13 @@ class Constant(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0) -> None:
-        super().__init__(optimizer, _warmed(constant, total_steps, warmup))
+        super().__init__(optimizer, _with_warmup(constant, total_steps, warmup))
 
 
 class Step(LambdaLR):
     """Falls at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10): ``factor ** (milestones m with s >= m n)``.
 
-    Milestones are fractions, so that a run of other length falls at the same places.
+    Milestones are fractions, so that the rate falls at the same relative times in a longer or shorter run.
 
     Args:
         optimizer: its rates are the peak.
@@ -53,7 +53,9 @@ class Step(LambdaLR):
         if not all(0 < milestone < 1 for milestone in milestones):
             raise UserError(f"milestones are fractions of the run, above 0 and below 1; got {list(milestones)}.")
         steps = [round(milestone * total_steps) for milestone in milestones]
-        super().__init__(optimizer, _warmed(partial(falling, milestones=steps, factor=factor), total_steps, warmup))
+        super().__init__(
+            optimizer, _with_warmup(partial(falling, milestones=steps, factor=factor), total_steps, warmup)
+        )
 
 
 class Cosine(LambdaLR):
@@ -69,13 +71,13 @@ class Cosine(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, end: float = 0.0, warmup: float = 0.0) -> None:
-        super().__init__(optimizer, _warmed(partial(cosine, end=end), total_steps, warmup))
+        super().__init__(optimizer, _with_warmup(partial(cosine, end=end), total_steps, warmup))
 
 
 class OneCycle(LambdaLR):
     """Warm up along a cosine to the optimiser's own rate, then down to nothing (Smith, Topin 2017, arXiv:1708.07120).
 
-    torch's ``OneCycleLR`` sets every group to one rate, and so drops the factor of a localiser.
+    torch's ``OneCycleLR`` sets all groups to the same rate, and so loses the ``lr_factor`` of a localiser.
 
     Args:
         optimizer: its rates are the peak.
@@ -90,31 +92,31 @@ class OneCycle(LambdaLR):
 
 
 def constant(step: int, start: int, total_steps: int) -> float:
-    """The multiplier of `Constant`."""
+    """Return the multiplier of `Constant`."""
     return 1.0
 
 
 def falling(step: int, start: int, total_steps: int, *, milestones: Sequence[int], factor: float) -> float:
-    """The multiplier of `Step`, with milestones in steps."""
+    """Return the multiplier of `Step`, with milestones in steps."""
     return float(factor ** sum(step >= milestone for milestone in milestones))
 
 
 def cosine(step: int, start: int, total_steps: int, *, end: float) -> float:
-    """The multiplier of `Cosine`, which begins at step ``start``."""
-    done = min(1.0, (step - start) / max(1, total_steps - start))
-    return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
+    """Return the multiplier of `Cosine`, which begins at step ``start``."""
+    progress = min(1.0, (step - start) / max(1, total_steps - start))
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def one_cycle(step: int, *, total_steps: int, warmup: float, start: float) -> float:
-    """The multiplier at ``step`` of ``total_steps``."""
+    """Return the multiplier of `OneCycle` at ``step`` of ``total_steps``."""
     rise = max(1.0, warmup * total_steps)
     if step < rise:
         return start + (1 - start) * (1 - math.cos(math.pi * step / rise)) / 2
     return (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total_steps - rise)))) / 2
 
 
-def _warmed(after: Callable[[int, int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
-    """``after`` (step, steps of the warm-up, steps of the run), behind a warm-up."""
+def _with_warmup(after: Callable[[int, int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
+    """Return ``after(step, warm-up steps, total steps)`` with a linear warm-up before it, as a function of the step."""
     _check_warmup(warmup)
     return partial(_multiplier, after=after, rise=round(warmup * total_steps), total_steps=total_steps)
 

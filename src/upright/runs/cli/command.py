@@ -1,4 +1,4 @@
-"""What ``fit validate test predict`` share: LightningCLI with Upright's parser, data and trainer."""
+"""Base class of ``fit validate test predict``: LightningCLI with Upright's parser, data and trainer."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ TRAINER_DEFAULTS = {
     "default_root_dir": str(ROOT),
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
-    # Several processes change the batch that the optimiser sees, so they are asked for.
+    # Several processes change the optimiser's effective batch, so the user must ask for them.
     "devices": 1,
     # Metrics are logged per epoch; Lightning warns if an epoch has fewer steps than this.
     "log_every_n_steps": 1,
@@ -55,8 +55,8 @@ class Command(LightningCLI):
     """LightningCLI for one command. It builds trainer, model and data; the command then runs the trainer.
 
     Args:
-        command: its name, for help.
-        arguments: what follows it.
+        command: the name of the command, for help.
+        arguments: the arguments after the command.
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class Command(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ``args`` alone; Lightning's own warns if ``sys.argv`` has any."""
+        """Parse ``args`` alone. Lightning's own method warns if ``sys.argv`` has any."""
         self.config = parser.parse_args(args)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -96,8 +96,8 @@ class Command(LightningCLI):
         """Build Lightning's trainer, with checkpoints that are written completely or not at all.
 
         Args:
-            callbacks: in front of those of the config.
-            kwargs: replace what the config says.
+            callbacks: callbacks to put before those of the config.
+            kwargs: arguments that replace those of the config.
         """
         config = self.config_init.trainer
         kwargs = {"logger": config.logger or False, **kwargs}

@@ -1,4 +1,4 @@
-"""``validate test predict``: metrics and answers of a checkpoint."""
+"""``validate test predict``: metrics and predictions of a checkpoint."""
 
 import csv
 import io
@@ -23,15 +23,15 @@ from upright.training.metrics import write_tables
 from upright.training.restoring import restore_read
 
 READING_OPTIONS = ("batch_size", "cache", "num_workers")
-"""Options of a datamodule that change how images are read, but not which."""
+"""Options of a datamodule that change how images are read, but not which images."""
 
 
 class Evaluation(Command):
-    """A checkpoint's model on data that it was not trained on.
+    """Evaluate a checkpoint's model on data that it was not trained on.
 
     Args:
         command: ``validate``, ``test`` or ``predict``.
-        arguments: what follows it.
+        arguments: the arguments after the command.
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class Evaluation(Command):
             parser.set_defaults(data=self.recorded)
 
     def instantiate_classes(self) -> None:
-        """Restore model and data; the data of the options are built only if they are not the checkpoint's."""
+        """Restore model and data. The options' data are built only if they differ from the checkpoint's."""
         self.config_init = self.built()
         options = self.dumped("data")
         self.config = self.parser.parse_args([])
@@ -73,7 +73,6 @@ class Evaluation(Command):
         self.trainer = self.instantiate_trainer()
 
     def evaluate(self) -> None:
-        """Run the command."""
         trainer: Any = self.trainer
         if self.command != "validate" and isinstance(self.datamodule, ImageDataModule) and trainer.is_global_zero:
             open_test_split(self.path, self.path.parent, self.datamodule, f"upright {self.command}")
@@ -122,7 +121,7 @@ def evaluate(command: str, arguments: Sequence[str]) -> None:
 
 
 def _images(data: Recipe | None) -> Recipe | None:
-    """Return a recipe of data without the options that only change how they are read."""
+    """Return a config of data without the options that only change how images are read."""
     if data is None:
         return None
     arguments = {key: value for key, value in data.get("init_args", {}).items() if key not in READING_OPTIONS}

@@ -50,40 +50,40 @@ def fit(arguments: Sequence[str]) -> None:
     early = early_options(arguments)
     if not early.config and not early.help_all:
         config = config_to_resume(early.ckpt_path, early.root, early.name)
-        # The run stays where it is, whatever the working directory.
+        # The run stays in its folder, whatever the working directory.
         root = config.parent.resolve().parent
         arguments = ["--config", str(config), "--trainer.default_root_dir", str(root), *arguments]
-    with ExitStack() as held:
-        Fit(arguments, held).train()
+    with ExitStack() as resources:
+        Fit(arguments, resources).train()
 
 
 class Fit(Command):
     """Build a run.
 
     Args:
-        arguments: what follows ``upright fit``.
-        held: holds the run's folder until it is closed.
+        arguments: the arguments after ``upright fit``.
+        resources: receives the lock of the run's folder, and releases it when it is closed.
     """
 
-    def __init__(self, arguments: Sequence[str], held: ExitStack) -> None:
-        self.held = held
+    def __init__(self, arguments: Sequence[str], resources: ExitStack) -> None:
+        self.resources = resources
         super().__init__("fit", arguments)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the model: a callable that takes the data's spec, `ImageClassifier` unless ``class_path`` says other."""
+        """Add the model: a callable that takes the data's spec, by default `ImageClassifier`."""
         parser.add_function_arguments(experiment, fail_untyped=False, sub_configs=True)
         parser.set_defaults({"model": {"class_path": MODEL}})
         super().add_core_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
-        """Decide what the run is, and hold its folder, before anything is built."""
+        """Plan the run and lock its folder, before anything is built."""
         if self.config.data is None:
             raise UserError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
         options, root = self.config, Path(self.config.trainer.default_root_dir)
         folder = root / run_name(options.name, [str(path) for path in options.config or ()])
         if is_first_process():
-            self.held.enter_context(claimed(folder))
-        # Other processes follow the first one, which may have made the folder meanwhile.
+            self.resources.enter_context(claimed(folder))
+        # Other processes follow the first one, which may have created the folder meanwhile.
         force = options.force or not is_first_process()
         self.plan = plan_run(folder, ckpt_path=options.ckpt_path, start_from=options.start_from, force=force)
         self.checkpoint = self._read_checkpoint()
@@ -125,7 +125,7 @@ class Fit(Command):
         self.trainer = self.instantiate_trainer(self._callbacks(), **self._trainer_options(run))
 
     def _trainer_options(self, run: dict[str, Any]) -> dict[str, Any]:
-        # Lightning looks for checkpoints of a requeued job in its root folder, those of any run.
+        # Lightning looks in its root folder for checkpoints of a requeued job, and takes those of any run.
         options: dict[str, Any] = {"default_root_dir": str(self.plan.folder)}
         if self.config_init.trainer.logger is None and not self.config.trainer.fast_dev_run:
             options["logger"] = wandb_logger(self.config.wandb, self.plan.folder, run) or False
@@ -148,18 +148,18 @@ class Fit(Command):
         ]
 
     def recorded(self) -> dict[str, Any]:
-        """Return the experiment as plain data, with all defaults: what ``config.yaml`` records."""
+        """Return the experiment as plain data with all defaults, for ``config.yaml``."""
         options = {key: value for key, value in self.plain().items() if key not in NOT_RECORDED}
         if options["model"]["class_path"] == MODEL:
-            # As people write it.
+            # In the short form that people write.
             options["model"] = options["model"]["init_args"]
         return options
 
     def train(self) -> None:
-        """Train. A run that writes no checkpoint leaves nothing, and the run that it replaces is put back."""
+        """Train. If the run writes no checkpoint, delete its folder, and restore the run that it replaced."""
         model, data, plan = self.model, self.datamodule, self.plan
         if self.config.compile:
-            # In place, so that the weights keep their names.
+            # Compile in place, so that the weights keep their names.
             model.model.compile()
         if self.checkpoint is not None:
             assert plan.checkpoint
@@ -183,7 +183,7 @@ class Fit(Command):
                 if isinstance(error, Interrupted) and first:
                     print(self._how_to_resume(), file=sys.stderr)
                 if self.trainer.strategy.launcher is not None:
-                    # Other processes would wait for this one.
+                    # Without this, the other processes wait for this one.
                     self.trainer.strategy.launcher.kill(9)
                 raise
             finally:
@@ -217,8 +217,8 @@ class RunConfig(Callback):
     """Write ``config.yaml``, print notes about the data, and pass the experiment to the loggers.
 
     Args:
-        path: of the file.
-        experiment: as plain data.
+        path: path of the file.
+        experiment: the experiment as plain data.
     """
 
     def __init__(self, path: Path, experiment: dict[str, Any]) -> None:

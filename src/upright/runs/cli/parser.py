@@ -12,10 +12,10 @@ from upright.errors import UprightError, UserError, nearest
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says in one line what is wrong, instead of fifty lines of usage."""
+    """Report an error in one line, instead of fifty lines of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the innermost reason, under the key where it stands."""
+        """Raise a `UserError` with the innermost reason, after the key that it belongs to."""
         key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
         inner = user_error(ex)
         reason = str(inner) if inner else explain(message, self._option_string_actions)
@@ -23,14 +23,14 @@ class OneLineParser(LightningArgumentParser):
 
 
 def user_error(error: BaseException | None) -> UprightError | None:
-    """The `UprightError` that jsonargparse wrapped, one exception around the other."""
+    """Return the `UprightError` inside the exceptions that jsonargparse wrapped around it; None if there is none."""
     while error and not isinstance(error, UprightError):
         error = error.__cause__ or error.__context__
     return error if isinstance(error, UprightError) else None
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line from jsonargparse's report: what was given, what is allowed, the nearest name.
+    """Return jsonargparse's report as one line: the input, the allowed values, and the nearest name.
 
     Args:
         message: the report.
@@ -48,16 +48,16 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         allowed = f"Allowed: {', '.join(names)}." if len(names) < 30 else "`--help` shows all."
         return f"unknown option '{match[1]}'.{hint} {allowed}"
     if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
-        given = match[1] or match[2]
-        # `model.netwrk.class_path` is reported whole, and the parser knows no further than `model.network`.
-        level = given.count(".") + 1
+        key = match[1] or match[2]
+        # The report has `model.netwrk.class_path` in full; the parser's options end at `model.network`.
+        level = key.count(".") + 1
         keys = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2, level)}
-        return f"unknown key '{given}'.{nearest(given, keys)}"
+        return f"unknown key '{key}'.{nearest(key, keys)}"
     if match := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
         module = importlib.import_module(match[1])
-        found = [name for name, value in vars(module).items() if isinstance(value, type)]
-        found += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
-        return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], found)}"
+        names_in_module = [name for name, value in vars(module).items() if isinstance(value, type)]
+        names_in_module += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
+        return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], names_in_module)}"
     if match := re.search(r"\S+ requires .+[Ii]nstall.*", message):
         return match[0]
     if match := re.search(r"No module named '([^']+)'", message):
@@ -67,9 +67,9 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
             re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]|, but got .*", r"\1\2", kind) for kind in expected
         )
         value = re.search(r"(?:Got|Given) value: (.+)", message)
-        given = f", got {value[1][:200]}" if value else ""
-        # As YAML calls them.
+        suffix = f", got {value[1][:200]}" if value else ""
+        # YAML's names of the types.
         for python, yaml in {"NoneType": "null", "collections.abc.Sequence": "list", "tuple": "list"}.items():
             kinds = kinds.replace(python, yaml)
-        return f"expected {kinds}{given}"
+        return f"expected {kinds}{suffix}"
     return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]

@@ -1,4 +1,4 @@
-"""Lightning's verbs, run: their warnings and errors, told to a user."""
+"""Run Lightning's commands, with their warnings and errors rewritten for users."""
 
 import logging
 import time
@@ -20,27 +20,27 @@ def run(command: str, arguments: list[str]) -> int:
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        arguments: what followed it on the command line.
+        arguments: the arguments after the command.
 
     Returns:
-        The exit code: 0, or 128 and the signal by which a run was stopped.
+        The exit code: 0, or 128 plus the number of the signal that stopped the run.
 
     Raises:
-        UserError: for every mistake of the user's.
+        UserError: for every mistake of the user.
     """
     keep_freed_memory()
     leave_a_core()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below it.
+        # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below 5.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
         warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
         # Lightning 2.6 asks for a class that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        # A resumed run goes on in its own folder.
+        # A resumed run continues in its own folder.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        # It may do without the saving within epochs that the run had before.
+        # A resumed run may drop the option that saves within epochs.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         try:
             if command == "fit":
@@ -48,7 +48,7 @@ def run(command: str, arguments: list[str]) -> int:
             else:
                 evaluate(command, arguments)
         except Interrupted as stop:
-            # Whoever started several processes would take the first to end for the one that failed.
+            # A launcher of several processes takes the first that ends with an error for the one that failed.
             return stop.exit_code if is_first_process() else 0
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
@@ -58,7 +58,7 @@ def run(command: str, arguments: list[str]) -> int:
             raise user_error(error) or error from None
         except UprightError:
             if not is_first_process():
-                # The first of them says the same, and whoever started them ends them all.
+                # The first process reports the same error, and the launcher then ends all processes.
                 time.sleep(10)
             raise
     return 0

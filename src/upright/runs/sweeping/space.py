@@ -32,7 +32,7 @@ class Space(NamedTuple):
     metric: str
     direction: Direction
     trials: int | None
-    seed: int  # of the search, not of the trials
+    seed: int  # seed of the search, not of the trials
     prune: bool
     fixed: dict[str, Any]
     searched: dict[str, BaseDistribution]

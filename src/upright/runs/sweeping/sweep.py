@@ -51,11 +51,11 @@ def sweep(
     """Search in ``checkpoints/NAME``, or resume the sweep there.
 
     Args:
-        space: the YAML that `read_space` reads.
+        space: path of the YAML; see `read_space`.
         trials: total number of trials, earlier ones included; that of the YAML by default.
-        name: of the sweep; that of the YAML by default.
-        options: of ``upright fit``, for every trial.
-        command: that a trial runs, before its options.
+        name: name of the sweep; that of the YAML by default.
+        options: options of ``upright fit``, for every trial.
+        command: the command that a trial runs, without its options.
 
     Returns:
         The exit code: 0, or 130 if it was stopped.
@@ -98,11 +98,11 @@ class Search:
     """The trials of a study, one after the other.
 
     Args:
-        study: Optuna's.
+        study: Optuna's study.
         space: the options and their values.
-        folder: of the sweep.
-        command: that a trial runs.
-        options: of ``upright fit``, for every trial.
+        folder: the folder of the sweep.
+        command: the command that a trial runs.
+        options: options of ``upright fit``, for every trial.
     """
 
     def __init__(self, study: Study, space: Space, folder: Path, command: list[str], options: list[str]) -> None:
@@ -117,8 +117,8 @@ class Search:
         for unfinished in self.study.get_trials(states=(TrialState.RUNNING,)):
             self._run(unfinished)
         while (number := len(self.study.trials)) < total:
-            # A sampler's own generator restarts in each process. With a seed per trial, a resumed sweep proposes what
-            # one that was never stopped does.
+            # A sampler's own generator restarts in each process. With a seed per trial, a resumed sweep proposes the
+            # same values as an uninterrupted one.
             seed = np.random.SeedSequence((self.space.seed, number)).generate_state(1)[0]
             self.study.sampler = TPESampler(seed=int(seed))
             self._run(self.study.ask(self.space.searched))
@@ -184,7 +184,7 @@ class Search:
 
 
 def _log(folder: Path) -> Path:
-    """The log lies beside the folder of the trial, which ``upright fit`` creates."""
+    """Return the path of the log, beside the trial's folder, which ``upright fit`` creates."""
     return folder.with_suffix(".log")
 
 
@@ -219,7 +219,7 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
 def _study(folder: Path, space: Space) -> Iterator[Study]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = RDBStorage(f"sqlite:///{folder.resolve() / 'sweep.db'}")
-    # The first epoch says little.
+    # Metrics of the first epoch predict little.
     pruner = MedianPruner(n_startup_trials=5, n_warmup_steps=1) if space.prune else NopPruner()
     try:
         yield optuna.create_study(

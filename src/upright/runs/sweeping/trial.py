@@ -26,7 +26,7 @@ def running(command: Sequence[str], log: Path, group: str) -> Iterator[subproces
     Args:
         command: program and arguments.
         log: file to which its output is appended.
-        group: under which W&B shows the trials of a sweep.
+        group: the W&B group of the trials of a sweep.
     """
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
@@ -55,7 +55,7 @@ def running(command: Sequence[str], log: Path, group: str) -> Iterator[subproces
 
 
 def failure(code: int, log: Path) -> str:
-    """Return in one line why a trial failed."""
+    """Return the reason why a trial failed, in one line."""
     if code < 0:
         hint = " (is there enough memory?)" if code == -signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{hint}"
@@ -77,5 +77,5 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    # By name: this file may not import the commands.
+    # Run by name, because this file must not import the commands.
     runpy.run_module("upright", run_name="__main__")
