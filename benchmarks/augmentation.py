@@ -44,12 +44,12 @@ BATCH = 128
 
 
 def ours() -> Augmentation:
-    """Augment as a config does."""
+    """Return the augmentation that a config would build."""
     return Augmentation([RandomAffine(rotate=ROTATE, scale=SCALE, shift=SHIFT, flip=FLIP), RandomCrop(padding=MARGIN)])
 
 
 def theirs(size: int) -> nn.Module:
-    """Augment with kornia."""
+    """Return the augmentation with kornia."""
     return nn.Sequential(
         kornia.augmentation.RandomAffine(ROTATE, (SHIFT, SHIFT), SCALE, p=1.0),
         kornia.augmentation.RandomHorizontalFlip(p=FLIP),
@@ -58,7 +58,7 @@ def theirs(size: int) -> nn.Module:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """One image at a time, as a Pillow image."""
+    """Dataset that returns one image at a time, from a Pillow image."""
 
     def __init__(self, images: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -72,7 +72,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
 
 
 def usual(size: int) -> Callable[[Image.Image], Tensor]:
-    """Augment with torchvision."""
+    """Return the augmentation with torchvision."""
     bilinear = transforms.InterpolationMode.BILINEAR
     composed: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
@@ -98,8 +98,8 @@ class Lean:
         image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
         if random.random() < FLIP:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left, top = (random.randint(0, 2 * MARGIN) for _ in range(2))
-        image = ImageOps.expand(image, MARGIN).crop((left, top, left + size, top + size))
+        x, y = (random.randint(0, 2 * MARGIN) for _ in range(2))
+        image = ImageOps.expand(image, MARGIN).crop((x, y, x + size, y + size))
         array = np.array(image, copy=True).reshape(size, size, -1)
         return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
 
@@ -132,7 +132,7 @@ def side_by_side(blocks: dict[str, Callable[[], object]], rounds: int) -> dict[s
     times: dict[str, list[float]] = {name: [] for name in blocks}
     for _ in range(rounds):
         for name in random.sample(list(blocks), len(blocks)):
-            # Two calls warm the caches that the other blocks have filled with theirs.
+            # Two calls warm the caches, which hold the data of the other blocks.
             block = blocks[name]
             block(), block()
             start = time.perf_counter()
@@ -174,7 +174,7 @@ def compare(threads: int, rounds: int, sizes: Sequence[tuple[int, int]]) -> None
             if name not in singly:
                 cells += ["-", "-"]
                 continue
-            # Measured alone: workers continue while others are measured, and would have their batches ready.
+            # Measure workers alone: they continue during other measurements, and would have their batches ready.
             workers = DataLoader(OneByOne(array, singly[name]), num_workers=2, persistent_workers=True, **common)
             parallel = side_by_side({name: partial(next, endless(workers))}, 2 * rounds)[name][rounds:]
             cells += [quartiles(each, times["ours, loaded"]) for each in (times[name], parallel)]
@@ -192,7 +192,7 @@ def main() -> None:
     if options.quick:
         rounds, sizes, threads, batches = 2, sizes[:1], threads[:1], batches[:2]
     torch.manual_seed(0)
-    keep_freed_memory()  # as `upright fit` does; for all sides
+    keep_freed_memory()  # as in `upright fit`, for all pipelines
     print(f"Batches of {BATCH}; torch {torch.__version__}, kornia {kornia.__version__}\n")
     singly = ("usual", "usual, 2 workers", "lean", "lean, 2 workers")
     heading("images", "threads", "ours, ms", *singly, "kornia", "of LeNet's step")

@@ -42,11 +42,11 @@ def photographs(folder: Path, count: int) -> None:
         source = sources[label]
         width = int(generator.integers(400, source.width))
         height = min(width * 3 // 4, source.height)
-        left, top = (int(generator.integers(0, most + 1)) for most in (source.width - width, source.height - height))
-        picture = source.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        x, y = (int(generator.integers(0, largest + 1)) for largest in (source.width - width, source.height - height))
+        photograph = source.crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
         path = folder / str(label) / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
+        photograph.save(path, quality=90)
 
 
 def stages(folder: Path, seconds: float) -> None:
@@ -56,14 +56,14 @@ def stages(folder: Path, seconds: float) -> None:
     path = sorted(folder.glob("*/*.jpg"))[0]
     pixels = decode(path, data.spec)
     batch = data.samples("train")[:BATCH].images
-    chosen = torch.arange(BATCH)
+    indices = torch.arange(BATCH)
     image = to_tensor(pixels[None])
     heading("one image, one thread", "ms")
     for name, work, images in (
         ("decode the JPEG", lambda: decode(path, data.spec), 1),
         ("hash its pixels", lambda: content_hash(pixels), 1),
         ("resize it to 224 x 224", lambda: resize(image, SIZE, SIZE, "crop"), 1),
-        ("read it from the disk cache", lambda: data.samples("train")[chosen], BATCH),
+        ("read it from the disk cache", lambda: data.samples("train")[indices], BATCH),
         ("augment it (crop, flip: one sampling)", lambda: data.augmentation(batch), BATCH),
     ):
         row(name, f"{milliseconds(work, seconds) / images:.2f}")

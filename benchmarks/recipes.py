@@ -20,7 +20,7 @@ from upright.tables import read_rows
 
 
 def measure(name: str, seed: int, folder: Path, *options: str) -> dict[str, float]:
-    """Return the metrics of the test split, and the minutes of training and validation."""
+    """Return the metrics of the test split, and the duration of training and validation in minutes."""
     run = folder / f"{name}-{seed}"
     if not (run / "test.json").is_file():
         place = ["--trainer.default_root_dir", str(folder), "--name", run.name, "--force", "--wandb", "off"]

@@ -44,7 +44,7 @@ from upright.training.model import Model
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """Extent of a measurement: configs, networks and batch sizes."""
 
     configs: list[Path]
     networks: dict[str, Callable[..., nn.Module]]
@@ -89,12 +89,12 @@ def write_bare(model: Model, path: Path) -> None:
 
 
 def run_of(session: onnxruntime.InferenceSession, images: np.ndarray) -> Callable[[], object]:
-    """Return one run of a session."""
+    """Return a function that runs a session once."""
     return partial(session.run, None, {"images": images})
 
 
 def eager(module: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Return one run in PyTorch."""
+    """Return a function that runs a module once in PyTorch."""
 
     @torch.inference_mode()
     def run() -> object:
@@ -126,7 +126,7 @@ def pixels(spec: ImageSpec, batch: int) -> np.ndarray:
 
 
 def recipes(folder: Path, size: Size) -> None:
-    """ONNX Runtime fp32 against eager PyTorch, for every recipe of ``configs/``."""
+    """Compare ONNX Runtime fp32 with eager PyTorch, for every recipe of ``configs/``."""
     columns = ("recipe", "batch", "eager, ms", "ONNX Runtime, ms", "times as fast", "with preprocessing")
     head("ONNX Runtime fp32 against eager PyTorch: the bare network, then with preprocessing in both", *columns)
     for path in size.configs:
@@ -140,13 +140,13 @@ def recipes(folder: Path, size: Size) -> None:
             images = pixels(model.spec, batch)
             normal = torch.randn(batch, *model.spec.input_shape).to(memory_format=torch.channels_last)
             speeds = timed({"eager": eager(model.network, normal), "onnx": run_of(bare, normal.contiguous().numpy())})
-            also = timed({"eager": eager(graph, torch.from_numpy(images)), "onnx": run_of(whole, images)})
+            preprocessed = timed({"eager": eager(graph, torch.from_numpy(images)), "onnx": run_of(whole, images)})
             times = [f"{speeds[name].p50:.3f}" for name in ("eager", "onnx")]
-            row(path.stem, batch, *times, ratio(speeds["onnx"]), ratio(also["onnx"]))
+            row(path.stem, batch, *times, ratio(speeds["onnx"]), ratio(preprocessed["onnx"]))
 
 
 def int8(folder: Path, size: Size) -> None:
-    """int8 against fp32, and against OpenVINO with its default settings."""
+    """Compare int8 with fp32, and with OpenVINO at its default settings."""
     peer = find_spec("openvino") is not None
     columns = ("network, 32 px", "batch", "fp32, ms", "int8, ms", "int8 / fp32", "int8, 8 bits of weights / fp32")
     head("int8 against fp32", *columns, *["int8 / OpenVINO, fp32 file", "int8 / OpenVINO, int8 file"] * peer)
@@ -171,7 +171,7 @@ def int8(folder: Path, size: Size) -> None:
             runs: dict[str, Callable[[], object]] = {key: run_of(value, images) for key, value in sessions.items()}
             runs |= {other: partial(run, images) for other, run in loaded.items()}
             speeds = timed(runs)
-            # Measured by each of the others, int8 is second.
+            # The first run is the reference, so int8 is second.
             against = [timed({other: runs[other], "int8": runs["int8"]})["int8"] for other in others]
             ratios = [speeds["int8"], speeds["full"], *against]
             times = [f"{speeds[key].p50:.2f}" for key in ("fp32", "int8")]
@@ -179,7 +179,7 @@ def int8(folder: Path, size: Size) -> None:
 
 
 def preprocessing(folder: Path, size: Size) -> None:
-    """Cost of resizing, normalisation, layout and softmax inside the graph, against the bare network."""
+    """Measure the cost of resizing, normalisation, layout and softmax in the graph, relative to the bare network."""
     head("Cost of preprocessing in the graph", "network", "batch", "bare, ms", "any size", "fixed size")
     grey = ImageSpec(1, 28, 28, tuple("0123456789"), (0.5,), (0.25,))
     networks = {"LeNet, 28 px": (LeNet, grey)} | {
@@ -193,8 +193,8 @@ def preprocessing(folder: Path, size: Size) -> None:
         sessions = {kind: open_session(folder / f"{kind}.onnx", threads=1) for kind in ("bare", "whole", "fixed")}
         for batch in size.batches:
             images, normal = pixels(spec, batch), np.random.default_rng(0).normal(size=(batch, *spec.input_shape))
-            given: dict[str, Any] = {"bare": normal.astype(np.float32), "whole": images, "fixed": images}
-            speeds = timed({kind: run_of(session, given[kind]) for kind, session in sessions.items()})
+            inputs: dict[str, Any] = {"bare": normal.astype(np.float32), "whole": images, "fixed": images}
+            speeds = timed({kind: run_of(session, inputs[kind]) for kind, session in sessions.items()})
             cost = [f"{100 * (1 / speeds[kind].times - 1):+.1f} %" for kind in ("whole", "fixed")]
             spread = [
                 f"{cell} ({100 * (1 / speeds[kind].quartiles[1] - 1):+.1f} to "
@@ -213,7 +213,7 @@ print(peak_memory(), file=sys.stderr)
 
 
 def cold(folder: Path, size: Size) -> None:
-    """A fresh process, one image: `upright infer`, and the same checkpoint restored in PyTorch."""
+    """Measure a fresh process with one image: `upright infer`, and the same checkpoint restored in PyTorch."""
     run, bundle = folder / "checkpoints/cold", folder / "export/cold"
     limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--wandb", "off"]
     where = ["--name", "cold", "--trainer.default_root_dir", str(folder / "checkpoints")]
@@ -238,19 +238,19 @@ def cold(folder: Path, size: Size) -> None:
 
     def start(name: str) -> object:
         command = [sys.executable, "-c", MEASURED.format(program=programs[name])]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        memory[name].append(int(done.stderr.split()[-1]) / 1e6)
-        return done
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        memory[name].append(int(process.stderr.split()[-1]) / 1e6)
+        return process
 
-    # A turn is a single start, which takes longer than a turn.
+    # A start takes longer than `speed.TURN_SECONDS`, so each turn is a single start.
     starts = {name: partial(turn, partial(start, name)) for name in programs}
     speeds = side_by_side(starts)
     head("A fresh process, one image (stn_lenet)", "", "seconds", "MB", "infer: times as fast", "times less memory")
     ours = np.median(memory["upright infer"])
     for name, one in speeds.items():
         against = format_ratio(1 / one.times, *(1 / q for q in one.quartiles[::-1]))
-        taken = np.median(memory[name])
-        row(name, f"{one.p50 / 1000:.2f}", f"{taken:.0f}", against, f"{taken / ours:.1f}")
+        megabytes = np.median(memory[name])
+        row(name, f"{one.p50 / 1000:.2f}", f"{megabytes:.0f}", against, f"{megabytes / ours:.1f}")
 
 
 PARTS = {part.__name__: part for part in (recipes, int8, preprocessing, cold)}

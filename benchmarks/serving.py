@@ -68,7 +68,7 @@ def post(path: str, body: bytes, headers: str = "") -> bytes:
 
 def tensor(path: str, images: Pixels) -> bytes:
     """Return a request with binary input and output."""
-    asked = {
+    content = {
         "inputs": [
             {
                 "name": "images",
@@ -79,12 +79,12 @@ def tensor(path: str, images: Pixels) -> bytes:
         ],
         "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
     }
-    head = json.dumps(asked).encode()
+    head = json.dumps(content).encode()
     return post(path, head + images.tobytes(), f"Inference-Header-Content-Length: {len(head)}\r\n")
 
 
 class Client(asyncio.Protocol):
-    """Send the same bytes again and again until the time is over."""
+    """Client that sends the same request repeatedly until the time is over."""
 
     def __init__(self, request: bytes, end: float, statuses: Counter[str], seconds: list[float]) -> None:
         self.request, self.end, self.statuses, self.seconds = request, end, statuses, seconds
@@ -117,18 +117,18 @@ class Client(asyncio.Protocol):
 
 
 async def load(port: int, request: bytes, seconds: float) -> dict[str, object]:
-    """Return the speed and the answers that ``CLIENTS`` clients measure."""
+    """Return the speed and the statuses that ``CLIENTS`` clients measure."""
     statuses: Counter[str] = Counter()
-    waited: list[float] = []
+    latencies: list[float] = []
     loop, cpu, end = asyncio.get_running_loop(), time.process_time(), time.perf_counter() + seconds
     for _ in range(CLIENTS):
-        await loop.create_connection(lambda: Client(request, end, statuses, waited), "127.0.0.1", port)
+        await loop.create_connection(lambda: Client(request, end, statuses, latencies), "127.0.0.1", port)
     await asyncio.sleep(seconds)
-    done = len(waited)
+    count = len(latencies)
     return {
-        "requests_per_s": done / seconds,
-        "p50": 1000 * statistics.median(waited),
-        "p99": 1000 * float(np.quantile(waited, 0.99)),
+        "requests_per_s": count / seconds,
+        "p50": 1000 * statistics.median(latencies),
+        "p99": 1000 * float(np.quantile(latencies, 0.99)),
         "statuses": statuses,
         "client_cpu": (time.process_time() - cpu) / seconds,
     }
@@ -148,11 +148,11 @@ def bare(bundle: Path, threads: int, batch: int, seconds: float) -> dict[str, fl
 
 
 def alone(*arguments: object, stdin: bytes = b"") -> dict[str, Any]:
-    """Run this file in a process of its own, and return what it prints."""
-    done = subprocess.run(
+    """Run this file in a separate process, and return the JSON that it prints."""
+    process = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)], input=stdin, capture_output=True, check=True
     )
-    figures: dict[str, Any] = json.loads(done.stdout)
+    figures: dict[str, Any] = json.loads(process.stdout)
     return figures
 
 
@@ -169,31 +169,31 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of requests; default: all")
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
-    known, options = parser.parse_known_args()
-    if known.load:
-        print(json.dumps(asyncio.run(load(known.load, sys.stdin.buffer.read(), known.seconds))))
+    options, server_options = parser.parse_known_args()
+    if options.load:
+        print(json.dumps(asyncio.run(load(options.load, sys.stdin.buffer.read(), options.seconds))))
         return
-    if known.bare:
-        print(json.dumps(bare(known.bundles[0], known.threads, known.bare, known.seconds)))
+    if options.bare:
+        print(json.dumps(bare(options.bundles[0], options.threads, options.bare, options.seconds)))
         return
-    if known.quick:
-        known.rounds, known.seconds, known.kinds = 1, 0.2, known.kinds[:1]
-    for bundle in known.bundles:
-        compare(bundle, known, options)
+    if options.quick:
+        options.rounds, options.seconds, options.kinds = 1, 0.2, options.kinds[:1]
+    for bundle in options.bundles:
+        compare(bundle, options, server_options)
 
 
-def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None:
+def compare(bundle: Path, options: argparse.Namespace, server_options: list[str]) -> None:
     """Print a row per kind of request."""
-    command = [*UPRIGHT, "serve", str(bundle), "--port", "0", "--threads", str(known.threads)]
+    command = [*UPRIGHT, "serve", str(bundle), "--port", "0", "--threads", str(options.threads)]
     command += ["--max-queue", "1024"]
-    server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE)
+    server = subprocess.Popen([*command, *server_options], stdout=subprocess.PIPE)
     assert server.stdout
     address = json.loads(server.stdout.readline())["address"]
     port = address.rpartition(":")[2]
-    # The server writes its log as always, and blocks if nobody reads it.
+    # The server writes its log as usual, and blocks if no process reads it.
     reader = subprocess.Popen(["cat"], stdin=server.stdout, stdout=subprocess.DEVNULL)
 
-    def spent() -> float:
+    def cpu_seconds() -> float:
         text = urlopen(f"{address}/metrics").read().decode()
         return float(
             next(line for line in text.splitlines() if line.startswith("process_cpu_seconds_total ")).split()[1]
@@ -212,35 +212,38 @@ def compare(bundle: Path, known: argparse.Namespace, options: list[str]) -> None
         for _ in range(200):
             predictor.decode(png)
         decoded = 200 / (time.process_time() - start)
-        health = alone("--load", port, "--seconds", known.seconds, stdin=kinds["health"][1])
+        health = alone("--load", port, "--seconds", options.seconds, stdin=kinds["health"][1])
         print(
-            f"\n{bundle.name}, {known.threads} thread(s); only answered: {health['requests_per_s']:,.0f} requests/s, "
+            f"\n{bundle.name}, {options.threads} thread(s); only answered: {health['requests_per_s']:,.0f} requests/s, "
             f"client {health['client_cpu']:.2f} cores; one thread decodes {decoded:,.0f} images/s\n"
         )
         columns = ("bare images/s", "served images/s", "ratio", "batch", "p50 ms", "p99 ms", "bare CPU us/image")
         heading("request", *columns, "server CPU us/image", "clients' cores")
-        for kind in known.kinds:
+        for kind in options.kinds:
             count, request = kinds[kind]
             batch = min(64, CLIENTS * count)
-            bares, seen = [], []
-            cpu, (images, runs) = spent(), batches()
-            for _ in range(known.rounds):
-                limits = ("--threads", known.threads, "--seconds", known.seconds)
+            bares, loads = [], []
+            cpu, (images, runs) = cpu_seconds(), batches()
+            for _ in range(options.rounds):
+                limits = ("--threads", options.threads, "--seconds", options.seconds)
                 bares.append(alone(bundle, "--bare", batch, *limits))
-                seen.append(alone("--load", port, "--seconds", known.seconds, stdin=request))
-                assert set(seen[-1]["statuses"]) == {"200"}, seen[-1]
-            alike = [one["images_per_s"] for one in bares]
-            served = [one["requests_per_s"] * count for one in seen]
-            ratio = statistics.median(one / other for one, other in zip(served, alike, strict=True))
-            more, again = batches()
-            each, alone_each = 1e6 * (spent() - cpu) / (more - images), statistics.median(one["cpu"] for one in bares)
-            middle = {key: statistics.median(one[key] for one in seen) for key in ("p50", "p99", "client_cpu")}
+                loads.append(alone("--load", port, "--seconds", options.seconds, stdin=request))
+                assert set(loads[-1]["statuses"]) == {"200"}, loads[-1]
+            bare_rates = [one["images_per_s"] for one in bares]
+            served_rates = [one["requests_per_s"] * count for one in loads]
+            ratio = statistics.median(one / other for one, other in zip(served_rates, bare_rates, strict=True))
+            images_after, runs_after = batches()
+            each, alone_each = (
+                1e6 * (cpu_seconds() - cpu) / (images_after - images),
+                statistics.median(one["cpu"] for one in bares),
+            )
+            middle = {key: statistics.median(one[key] for one in loads) for key in ("p50", "p99", "client_cpu")}
             row(
                 kind,
-                f"{statistics.median(alike):,.0f}",
-                f"{statistics.median(served):,.0f}",
+                f"{statistics.median(bare_rates):,.0f}",
+                f"{statistics.median(served_rates):,.0f}",
                 f"{ratio:.2f}",
-                f"{(more - images) / (again - runs):.1f}",
+                f"{(images_after - images) / (runs_after - runs):.1f}",
                 f"{middle['p50']:.1f}",
                 f"{middle['p99']:.1f}",
                 f"{alone_each:.0f}",

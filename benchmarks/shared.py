@@ -1,4 +1,4 @@
-"""Command line, tables and timing that the benchmarks share."""
+"""Command line, tables and timing for all benchmarks."""
 
 import argparse
 import statistics
@@ -35,13 +35,13 @@ def ratio(middle: float, low: float, high: float) -> str:
 
 
 def quartiles(numerators: Sequence[float], denominators: Sequence[float]) -> str:
-    """Return the median and the quartiles of ratios that were taken round by round."""
+    """Return the median and the quartiles of the ratios in each round."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(numerators, denominators, strict=True)], n=4)
     return ratio(middle, low, high)
 
 
 def milliseconds(work: Callable[[], object], seconds: float) -> float:
-    """Return the median time of one call, from one call or more that take so many seconds together."""
+    """Return the median milliseconds of a call, over at least one call and at least ``seconds`` in total."""
     work()
     times: list[float] = []
     while not times or sum(times) < seconds:

@@ -62,10 +62,10 @@ def main() -> None:
         folder = Path(name)
         for wandb in ("off",) if options.quick else ("off", "offline"):
             rounds = [(fit(wandb, folder), imports(wandb)) for _ in range(1 if options.quick else options.rounds + 1)]
-            # The first round warms up.
-            fits, imported = zip(*rounds[not options.quick :], strict=True)
-            beyond = [one - other for one, other in zip(fits, imported, strict=True)]
-            medians = [statistics.median(column) for column in (fits, imported, beyond)]
+            # The first round is a warm-up.
+            fits, import_times = zip(*rounds[not options.quick :], strict=True)
+            beyond = [one - other for one, other in zip(fits, import_times, strict=True)]
+            medians = [statistics.median(column) for column in (fits, import_times, beyond)]
             row(wandb, *(f"{seconds:.2f}" for seconds in (*medians, min(beyond), max(beyond))))
 
 

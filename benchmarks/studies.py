@@ -33,7 +33,7 @@ benchmarks/studies.py` writes this page.
 
 
 def gather(root: Path) -> None:
-    """Collect the studies' own pages in docs/studies.md; sections of studies that were not run again stay."""
+    """Collect the pages of the studies in docs/studies.md; keep the sections of studies without new results."""
     page = DOCS / "studies.md"
     old = page.read_text() if page.exists() else ""
     parts = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in re.split(r"^## ", old, flags=re.M)[1:]}
@@ -53,7 +53,7 @@ def gather(root: Path) -> None:
 
 
 def main() -> None:
-    """Run, then gather."""
+    """Run the studies, then gather their results."""
     parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")

@@ -103,9 +103,9 @@ class Bare:
         images, labels = self.train
         self.network.train()
         total = torch.zeros(())
-        for chosen in torch.randperm(len(labels)).split(self.batch)[: len(labels) // self.batch]:
-            batch = self.augmentation(images[chosen]).images
-            loss = cross_entropy(self.network(batch.float().sub_(255 * MEAN).div_(255 * STD)), labels[chosen])
+        for indices in torch.randperm(len(labels)).split(self.batch)[: len(labels) // self.batch]:
+            batch = self.augmentation(images[indices]).images
+            loss = cross_entropy(self.network(batch.float().sub_(255 * MEAN).div_(255 * STD)), labels[indices])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -122,7 +122,7 @@ class Bare:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """One image at a time, as torchvision's MNIST gives it to ``ToTensor`` and ``Normalize``."""
+    """Dataset that returns one image at a time, in the steps of torchvision: MNIST, ``ToTensor`` and ``Normalize``."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images[:, 0], labels
@@ -131,15 +131,15 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = Image.fromarray(self.images[index].numpy())
-        tensor = torch.from_numpy(np.array(picture, np.uint8)).view(28, 28, 1).permute(2, 0, 1).contiguous()
+        image = Image.fromarray(self.images[index].numpy())
+        tensor = torch.from_numpy(np.array(image, np.uint8)).view(28, 28, 1).permute(2, 0, 1).contiguous()
         tensor = tensor.float().div(255)
         mean, std = torch.as_tensor([MEAN]).view(-1, 1, 1), torch.as_tensor([STD]).view(-1, 1, 1)
         return tensor.clone().sub_(mean).div_(std), int(self.labels[index])
 
 
 class Usual(L.LightningModule):
-    """Loss and accuracy in torchmetrics, at every step."""
+    """Module that logs loss and accuracy with torchmetrics at every step."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Usual(L.LightningModule):
 
 
 class UsualPipeline:
-    """A Trainer of its own, whose start-up is not counted."""
+    """Usual pipeline in a separate Trainer, whose start-up is not counted."""
 
     def __init__(self, batch: int, data: Noise) -> None:
         self.module = Usual(Dense((1, 28, 28), 10))
@@ -193,7 +193,7 @@ class UsualPipeline:
 
 
 class Clock(Callback):
-    """Seconds of an epoch with its validation."""
+    """Measure the seconds of an epoch with its validation."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.started = time.perf_counter()
@@ -207,7 +207,7 @@ SECONDS: dict[str, list[float]] = defaultdict(list)
 
 
 class Interleave(Callback):
-    """Run an epoch of every rival between two of ours."""
+    """Run an epoch of every rival between two epochs of `upright fit`."""
 
     def __init__(self) -> None:
         self.started = 0.0
@@ -299,7 +299,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Under the name that the experiment's config gives its classes.
+    # The experiment's config refers to the classes of this file under the module's name.
     import training
 
     training.main()

@@ -25,7 +25,7 @@ ROUNDS = 9
 
 
 class Textbook(nn.Module):
-    """The same transformer, written with ``affine_grid``."""
+    """The same transformer, implemented with ``affine_grid``."""
 
     def __init__(self, transformer: SpatialTransformer) -> None:
         super().__init__()

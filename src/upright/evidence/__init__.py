@@ -1,1 +1,1 @@
-"""What a model and a claim are worth, measured."""
+"""Evaluation of models: reports, selection among runs, and studies of textbook claims."""

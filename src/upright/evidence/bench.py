@@ -45,7 +45,7 @@ LENET = partial(LeNet, activation="relu", pooling="max")
 
 
 def transformed(transform: TransformName, network: Network = LENET, **options: Any) -> Network:
-    """Return a network behind a spatial transformer, whose ``options`` are those of `SpatialTransformer`."""
+    """Return a network behind a spatial transformer, with ``options`` of `SpatialTransformer`."""
     transformer = partial(SpatialTransformer, transform=transform, padding="border", **options)
     return partial(TransformerNetwork, transformer=transformer, network=network)
 
@@ -54,17 +54,18 @@ class Experiment(NamedTuple):
     """A training by ``upright fit``; parts are classes, or partials of classes.
 
     Args:
-        network: completed with ``(input_shape, num_classes)``.
+        network: called with ``(input_shape, num_classes)``.
         data: a datamodule.
         epochs: number of epochs.
-        optimizer: completed with parameter groups.
-        loss: completed with ``(num_classes)``.
-        init: initialisation scheme; by default the network's own.
-        upright_weight: of the upright loss.
-        callbacks: of the trainer.
+        optimizer: called with parameter groups.
+        loss: called with ``(num_classes)``.
+        init: initialisation scheme; by default that of the network.
+        upright_weight: weight of the upright loss.
+        callbacks: callbacks of the trainer.
         validate_every: number of epochs between validations.
         start_from: a checkpoint with the initial weights.
-        precision: of the trainer: ``bf16-mixed`` halves the time of a convolution where the processor has bfloat16.
+        precision: precision of the trainer. ``bf16-mixed`` halves the time of a convolution on a processor with
+            bfloat16.
     """
 
     network: Network
@@ -90,7 +91,7 @@ class Experiment(NamedTuple):
         start = str(self.start_from) if self.start_from else None
         data = recipe(self.data)
         config = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
-        # Other initial weights make another experiment, even in a file of the same name.
+        # The hash distinguishes experiments whose initial weights differ in a file of the same name.
         comment = f"# {file_hash(self.start_from)}\n" if self.start_from else ""
         return comment + yaml.safe_dump(config, sort_keys=False)
 
@@ -99,8 +100,8 @@ class Run(NamedTuple):
     """A complete run.
 
     Args:
-        folder: of the run, as ``upright fit`` leaves it.
-        metrics: of ``best.ckpt`` on the test split.
+        folder: folder of the run, as ``upright fit`` wrote it.
+        metrics: metrics of ``best.ckpt`` on the test split.
         seconds: processor time of training and test; wall-clock time for epochs before an interruption.
     """
 
@@ -126,7 +127,7 @@ class Run(NamedTuple):
 
 
 class Job(NamedTuple):
-    """An experiment to run with one seed, in ``folder/name``."""
+    """A run of an experiment with one seed, in ``folder/name``."""
 
     folder: Path
     name: str
@@ -139,7 +140,7 @@ class Job(NamedTuple):
         return self.folder / f"{self.name}.yaml"
 
     def started(self) -> bool:
-        """Return whether the folder belongs to this very experiment."""
+        """Return whether the folder belongs to this experiment."""
         return self.config.exists() and self.config.read_text() == self.experiment.config(self.seed)
 
     def result(self) -> Run | None:
@@ -169,8 +170,8 @@ class Job(NamedTuple):
         start = time.process_time()
         options = ["--trainer.default_root_dir", str(folder.parent), "--name", self.name]
         options += ["--wandb", "off", "--ckpt_path", "auto"]
-        # One line per run is enough; the folder of the run has the rest.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        # Print one line per run; the folder of the run has all other output.
+        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
             try:
                 code = run_verb("fit", ["--config", str(self.config), *options])
                 code = code or run_verb("test", ["--ckpt_path", str(folder / "best.ckpt")])
@@ -186,11 +187,11 @@ class Job(NamedTuple):
 
 
 class Bench:
-    """The argument of a study.
+    """Scale, data and parallel runs of a study.
 
     Args:
-        folder: for its runs.
-        seeds: runs of each variant.
+        folder: folder of the runs.
+        seeds: number of runs of each variant.
         scale: ``quick`` uses the digits and takes seconds; ``standard`` takes at most half an hour on two cores.
     """
 
@@ -213,7 +214,7 @@ class Bench:
         """Train and test every variant with every seed; a complete run of the same experiment is not repeated.
 
         Args:
-            variants: by name; a function returns the experiment for a seed.
+            variants: experiments by name, or functions that return the experiment for a seed.
 
         Raises:
             UserError: for a mistake in an experiment.
@@ -222,8 +223,8 @@ class Bench:
         jobs = []
         for variant, seed in names:
             experiment = variants[variant]
-            own = experiment if isinstance(experiment, Experiment) else experiment(seed)
-            jobs.append(Job(self.folder, f"{variant}-{seed}", own, seed))
+            seeded = experiment if isinstance(experiment, Experiment) else experiment(seed)
+            jobs.append(Job(self.folder, f"{variant}-{seed}", seeded, seed))
         results = [job.result() for job in jobs]
         open_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
         self.seconds += sum(run.seconds for run in results if run)

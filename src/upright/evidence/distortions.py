@@ -15,7 +15,7 @@ from upright.training.restoring import restore
 from upright.warp import identity, rotation, warp
 
 CHUNK = 256
-"""Images that a network classifies together."""
+"""Images per batch."""
 
 Kinds = Mapping[str, Mapping[float, Sequence[Tensor]]]
 """Name of a distortion -> strength -> matrices ``(3, 3)`` to average over, such as left and right."""
@@ -54,8 +54,8 @@ def curves(bench: Bench, runs: Sequence[Run], kinds: Kinds, every: int = 1) -> l
     """Measure each run's network on its distorted test images.
 
     Args:
-        bench: runs this in parallel.
-        runs: with images of the network's size.
+        bench: runs the measurements in parallel.
+        runs: runs whose images have the network's size.
         kinds: the distortions.
         every: use every n-th image of the test split.
     """
@@ -70,11 +70,11 @@ def _curves(folder: Path, kinds: Kinds, every: int) -> dict[str, Curve]:
     for chunk in np.array_split(indices, math.ceil(len(indices) / CHUNK)):
         images = to_tensor(np.stack([data.source.images[index] for index in chunk]))
         labels = torch.tensor([data.source.labels[index] for index in chunk])
-        plain = classifier(images).argmax(1)
+        undistorted = classifier(images).argmax(1)
         for kind, strengths in kinds.items():
-            for place, matrices in enumerate(strengths.values()):
+            for strength_index, matrices in enumerate(strengths.values()):
                 for matrix in matrices:
                     answers = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
-                    equal = torch.stack([(answers == labels).sum(), (answers == plain).sum()])
-                    counts[kind][place] += equal / len(matrices)
+                    matches = torch.stack([(answers == labels).sum(), (answers == undistorted).sum()])
+                    counts[kind][strength_index] += matches / len(matrices)
     return {kind: Curve(*(count / len(indices)).T.tolist()) for kind, count in counts.items()}

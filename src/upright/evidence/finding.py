@@ -1,4 +1,4 @@
-"""The result of a study: verdict, sentence, table and figure, and helpers to make them."""
+"""The result of a study: verdict, sentence, table and figure, and helper functions."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,17 +15,17 @@ from upright.runs.drawing import COLOURS
 Key = TypeVar("Key")
 
 STYLE: dict[Any, Any] = {"axes.labelsize": 9, "axes.titlesize": 9, "legend.fontsize": 8}
-"""Settings of matplotlib while a study draws."""
+"""Matplotlib settings of all studies."""
 
 
 class Finding(NamedTuple):
     """The result of a study.
 
     Args:
-        held: whether the claim holds, by the rule of the protocol.
+        held: True if the claim holds by the rule of the protocol.
         sentence: the observations, with their numbers.
         table: rows, each from heading to text.
-        figure: to save as a PNG.
+        figure: figure to save as a PNG.
         numbers: all measurements, for ``results.json``.
     """
 
@@ -72,9 +72,9 @@ def rows(heading: str, titles: Mapping[Key, str], columns: Mapping[str, Mapping[
     """Return the rows of a table.
 
     Args:
-        heading: of the first column.
+        heading: heading of the first column.
         titles: the first cell of each row.
-        columns: by heading, the cells of each row; a missing cell becomes a dash.
+        columns: cells of each row, by heading; a missing cell becomes a dash.
     """
     return [
         {heading: title} | {name: cells.get(key, "-") for name, cells in columns.items()}
@@ -83,7 +83,7 @@ def rows(heading: str, titles: Mapping[Key, str], columns: Mapping[str, Mapping[
 
 
 def panels(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, row by row; width and height of one in inches."""
+    """Return a figure and its axes, row by row; each has ``width`` and ``height`` in inches."""
     figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -97,11 +97,11 @@ def draw_band(axis: Axes, x: Iterable[float], runs: npt.ArrayLike, label: str, *
     """Draw the mean over runs as a line, and the range from minimum to maximum as a band.
 
     Args:
-        axis: to draw on.
-        x: coordinates, ``n``.
+        axis: axes to draw on.
+        x: coordinates, ``(n,)``.
         runs: values of each run, ``(runs, n)``.
-        label: for the legend.
-        **style: of the line.
+        label: label in the legend.
+        **style: style of the line.
     """
     x, lines = list(x), np.asarray(runs, dtype=float)
     (line,) = axis.plot(x, lines.mean(axis=0), label=label, linewidth=1.4, **style)
@@ -111,12 +111,12 @@ def draw_band(axis: Axes, x: Iterable[float], runs: npt.ArrayLike, label: str, *
 
 def draw_points(axis: Axes, groups: Mapping[str, Sequence[float]], label: str = "") -> None:
     """Draw every run as a point, and the mean of each group as a line across it."""
-    for place, (name, numbers) in enumerate(groups.items()):
-        colour = COLOURS[place % len(COLOURS)]
+    for index, (name, numbers) in enumerate(groups.items()):
+        colour = COLOURS[index % len(COLOURS)]
         if numbers:
             spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
-            axis.scatter(place + spread, numbers, s=16, color=colour, label=name, zorder=3)
-            axis.hlines(statistics.mean(numbers), place - 0.25, place + 0.25, color=colour, linewidth=1.4)
+            axis.scatter(index + spread, numbers, s=16, color=colour, label=name, zorder=3)
+            axis.hlines(statistics.mean(numbers), index - 0.25, index + 0.25, color=colour, linewidth=1.4)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axis.set_xlim(-0.6, len(groups) - 0.4)
     axis.set_ylabel(label)

@@ -1,4 +1,4 @@
-"""Shares with an interval of 95 %."""
+"""Shares with a 95 % interval."""
 
 from statistics import NormalDist
 from typing import NamedTuple
@@ -21,8 +21,8 @@ def wilson(share: float, count: float) -> Share:
     """Return the score interval of Wilson (1927), which stays inside [0, 1].
 
     Args:
-        share: observed, from 0 to 1.
-        count: of independent trials; an effective number need not be whole, which rules out SciPy's function.
+        share: observed share, from 0 to 1.
+        count: number of independent trials. An effective number may be fractional, which SciPy's function refuses.
     """
     square = Z * Z / count
     centre = (share + square / 2) / (1 + square)
@@ -36,22 +36,22 @@ def clustered(right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Sh
 
     The number of answers is divided by the design effect (Kish 1965): the variance of the share as a ratio over groups,
     divided by the variance of as many independent answers. The effective number is at most the number of answers, and
-    at least the number for groups whose views all agree. It is that minimum where all answers are alike.
+    at least the number for groups whose views all agree. If all answers are alike, it equals that minimum.
 
     Args:
-        right: ``(n,)``, one per answer.
+        right: True for each correct answer, ``(n,)``.
         groups: the source image of each answer, ``(n,)``.
     """
     share, count = float(right.mean()), len(right)
-    _, places = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(places)
+    _, group_indices = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(group_indices)
     number = len(sizes)
     if number == count:
         return wilson(share, count)
-    least = count**2 / float(np.square(sizes).sum())
+    minimum = count**2 / float(np.square(sizes).sum())
     if share in (0.0, 1.0) or number == 1:
-        return wilson(share, least)
-    residuals = np.bincount(places, right) - share * sizes
+        return wilson(share, minimum)
+    residuals = np.bincount(group_indices, right) - share * sizes
     variance = number / (number - 1) * float(np.square(residuals).sum()) / count**2
     effective = share * (1 - share) / variance if variance else count
-    return wilson(share, min(max(effective, least), count))
+    return wilson(share, min(max(effective, minimum), count))

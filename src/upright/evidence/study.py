@@ -22,7 +22,7 @@ from upright.runs.process import keep_freed_memory, leave_a_core
 from upright.tables import markdown
 
 FULL = "--full"
-"""Appears in the protocol of a study with a larger scale."""
+"""Option that the protocol of a study with a larger scale mentions."""
 
 
 def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: bool = False) -> int:
@@ -31,10 +31,10 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     An interrupted study resumes in the middle of its runs.
 
     Args:
-        study: the name of a module of `upright.evidence.studies`; without it, all are listed.
-        seeds: runs per variant.
-        quick: use the embedded digits; takes seconds and proves nothing.
-        full: run longer than half an hour; only if the protocol mentions it.
+        study: the name of a module of `upright.evidence.studies`; without a name, all studies are listed.
+        seeds: number of runs per variant.
+        quick: use the embedded digits. The study then takes seconds and does not test the claim.
+        full: run at the larger scale, which takes more than half an hour; only if the protocol mentions it.
 
     Raises:
         UserError: for an unknown or missing name, fewer than 2 seeds, or a scale that the study does not have.
@@ -72,10 +72,10 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     """Run a study: print its protocol, then write ``study.md``, a figure and ``results.json``.
 
     Args:
-        module: with a docstring (claim, then protocol), and ``run(bench)``, which returns a `Finding`.
-        folder: to write into.
-        seeds: runs per variant.
-        scale: of the study.
+        module: module with a docstring (claim, then protocol) and a function ``run(bench)`` that returns a `Finding`.
+        folder: folder to write into.
+        seeds: number of runs per variant.
+        scale: scale of the study.
     """
     name = module.__name__.rpartition(".")[2]
     claim, protocol = claim_and_protocol(module)

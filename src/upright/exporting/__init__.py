@@ -1,1 +1,1 @@
-"""Checkpoint -> verified ONNX bundle."""
+"""Export of a checkpoint to a verified ONNX bundle."""

@@ -1,4 +1,4 @@
-"""A bundle in words: the summary that `upright export` prints, and the ``README.md`` of the bundle."""
+"""Texts about a bundle: the summary that `upright export` prints, and the ``README.md`` of the bundle."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from upright.runtime.bundle import MODELS
 from upright.tables import markdown
 
 WORTHWHILE = 1.1
-"""Smallest speed relative to float32 that is outside the noise of the measurement."""
+"""Smallest speed relative to float32 that exceeds the noise of the measurement."""
 
 
 def summary(parity: dict[str, Any]) -> Iterator[str]:
@@ -110,10 +110,10 @@ def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     notes = ""
     for name, figures in precisions.items():
         low, high = figures["drop_interval"]
-        lost = "-" if name == "fp32" else f"{figures['drop']:.2f} ({low:.2f} to {high:.2f})"
+        points = "-" if name == "fp32" else f"{figures['drop']:.2f} ({low:.2f} to {high:.2f})"
         speeds = [f"{figures['speed'][batch]['times_fp32']:.2f}" for batch in batches]
         size, accuracy = f"{figures['bytes'] / 1000:.0f}", f"{figures['accuracy']:.4f}"
-        rows.append([name, f"`{MODELS[name]}`", size, accuracy, lost, *speeds])
+        rows.append([name, f"`{MODELS[name]}`", size, accuracy, points, *speeds])
         floats = ", ".join(manifest["precisions"][name]["float_layers"])
         notes += (
             f"- {name}: {manifest['precisions'][name]['how']}{f'. Layers in float32: {floats}' if floats else ''}.\n"

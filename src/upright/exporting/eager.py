@@ -1,4 +1,4 @@
-"""The model of a checkpoint in PyTorch, which `upright benchmark` compares a bundle with."""
+"""The PyTorch model of a checkpoint, for comparison with a bundle in `upright benchmark`."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from upright.training.model import Model
 
 
 def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) -> Run:
-    """Load the model without Lightning, whose import would take longer than all the rest.
+    """Load the model without Lightning, whose import would take longer than everything else.
 
     Args:
         bundle: the folder of a bundle.
@@ -30,14 +30,14 @@ def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) 
     """
     torch.set_num_threads(threads)
     content = read_checkpoint(checkpoint)
-    ours, source = content[KEY], Bundle(Path(bundle)).manifest["provenance"]["run"]
-    if ours["run"]["id"] != source["id"]:
+    record, source = content[KEY], Bundle(Path(bundle)).manifest["provenance"]["run"]
+    if record["run"]["id"] != source["id"]:
         raise CheckpointError(
-            f"'{checkpoint}' is of run '{ours['run']['name']}' ({ours['run']['id']}), but bundle '{bundle}' was "
+            f"'{checkpoint}' is of run '{record['run']['name']}' ({record['run']['id']}), but bundle '{bundle}' was "
             f"exported from '{source['name']}' ({source['id']}); give the checkpoint of that run."
         )
-    spec = ImageSpec.from_dict(ours["spec"])
-    model = Model(spec, build(ours["model"]["init_args"]["network"])(spec.input_shape, len(spec.classes))).eval()
+    spec = ImageSpec.from_dict(record["spec"])
+    model = Model(spec, build(record["model"]["init_args"]["network"])(spec.input_shape, len(spec.classes))).eval()
     prefix = "model."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)})
     forward = torch.compile(model) if compiled else model

@@ -53,11 +53,11 @@ def export(
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
-    """Write a bundle if its graphs reproduce PyTorch on the whole validation split, and nothing otherwise.
+    """Write a bundle, or nothing if a graph does not reproduce PyTorch on the complete validation split.
 
     Args:
         checkpoint: a checkpoint, or the folder of a run.
-        name: of the bundle; the run's name by default.
+        name: name of the bundle; the run's name by default.
         force: replace an existing bundle.
         data: a YAML of data to use instead of the checkpoint's.
         outputs: additional outputs, see `Form`.
@@ -65,11 +65,11 @@ def export(
         batch: see `Form`.
         size: see `Form`.
         precision: precisions besides float32, which every bundle has.
-        max_drop: points of accuracy that each of them may lose.
+        max_drop: points of accuracy that each precision may lose.
         full_range: see `Int8`.
-        to: the folder for the bundle.
-        triton: a Triton model repository for copies of the models, see `write_models`.
-        wandb: how to record the bundle there, see `bundle_mode`.
+        to: the folder that contains the bundle.
+        triton: a Triton model repository that gets copies of the models, see `write_models`.
+        wandb: mode in which W&B records the bundle, see `bundle_mode`.
 
     Raises:
         UserError: if the checkpoint or its data cannot be used, or the bundle exists.
@@ -108,9 +108,9 @@ def export(
         reference = Reference(restored.classifier.cpu().model.eval(), images, form)
         split = contents["split"]
         excluded = torch.cat([split["hashes"][part] for part in ("val", "test")]) if split else torch.empty(0).long()
-        parity, described = _write_graphs(folder, reference, precisions, max_drop, full_range, excluded)
-        manifest = _manifest(name, contents, reference, described)
-        _write_samples(folder, reference, list(described))
+        parity, descriptions = _write_graphs(folder, reference, precisions, max_drop, full_range, excluded)
+        manifest = _manifest(name, contents, reference, descriptions)
+        _write_samples(folder, reference, list(descriptions))
         _write_json(folder / "parity.json", parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
@@ -134,7 +134,11 @@ def _write_graphs(
     full_range: bool,
     excluded: torch.Tensor,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write a model for each precision that passes its gate; return ``parity.json`` and the manifest's precisions."""
+    """Write a model for each precision that passes its gate.
+
+    Returns:
+        The content of ``parity.json``, and the precisions of the manifest.
+    """
     model, data, form = reference.graph.model, reference.data, reference.form
     classes, path = data.spec.classes, folder / MODELS["fp32"]
     write_graph(model, path, form)
@@ -143,7 +147,7 @@ def _write_graphs(
     exact = reference.compare(session)
     check_exact(exact, classes)
     comparisons = {"fp32": exact}
-    described: dict[str, Any] = {
+    descriptions: dict[str, Any] = {
         "fp32": {"tolerance": TOLERANCES["fp32"], "how": "float32 throughout", "float_layers": {}}
     }
     calibration = partial(calibration_batches, data, excluded, form)
@@ -158,7 +162,7 @@ def _write_graphs(
             result = convert_within(converter, reference.compare, session, calibration, max_drop)
         (folder / MODELS[name]).write_bytes(result.content)
         comparisons[name] = result.comparison
-        described[name] = {
+        descriptions[name] = {
             "tolerance": TOLERANCES[name],
             "how": converter.description,
             "float_layers": result.float_layers,
@@ -179,7 +183,7 @@ def _write_graphs(
         "accuracy": {"pytorch": exact.accuracy(exact.expected), "cached_pipeline": cached_accuracy(model, data)},
         "machine": machine() | {"threads": 1},
         "precisions": figures,
-    }, described
+    }, descriptions
 
 
 def _speeds(folder: Path, precisions: Sequence[str], reference: Reference) -> dict[str, dict[str, Any]]:
@@ -204,11 +208,11 @@ def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]
     data = reference.data
     sessions = {name: open_session(folder / MODELS[name]) for name in precisions}
     count = len(list(data.names("val")))
-    chosen = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
+    sample_indices = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
     (folder / SAMPLES).mkdir()
     samples: list[dict[str, Any]] = []
     for i, original in enumerate(fitted_originals(data, reference.form)):
-        if i in chosen:
+        if i in sample_indices:
             file = f"{SAMPLES}/{len(samples):02d}.png"
             write_png(folder / file, original)
             sample = {"file": file, "name": original.name, "label": data.spec.classes[original.label]}

@@ -1,6 +1,6 @@
 """Gates: a float32 graph must reproduce PyTorch, and a graph of lower precision must keep the accuracy.
 
-If a graph of lower precision loses too much, its most harmful layers go back to float32, one after the other.
+If a graph of lower precision loses too much, its most harmful layers return to float32, one after the other.
 """
 
 import time
@@ -27,8 +27,8 @@ def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
     """Refuse a float32 graph that does not reproduce PyTorch.
 
     Args:
-        comparison: of the two, on the validation split.
-        classes: names, for messages.
+        comparison: comparison of the two on the validation split.
+        classes: names of the classes, for messages.
 
     Raises:
         GateError: if they differ; the images are printed.
@@ -51,8 +51,8 @@ class GatedGraph(NamedTuple):
     """A graph of lower precision that passed its gate.
 
     Args:
-        content: of its file.
-        comparison: with PyTorch.
+        content: content of its file.
+        comparison: comparison with PyTorch.
         float_layers: layers that stay float32, with their harm, see `rank_layers`.
     """
 
@@ -68,13 +68,14 @@ def convert_within(
     images: Batches,
     max_drop: float,
 ) -> GatedGraph:
-    """Convert all layers, then all but the most harmful one, and so on, but at least half of them.
+    """Convert all layers, then all but the most harmful one, and so on, until the graph passes. Convert at least half.
 
     Args:
-        converter: of the float32 graph.
+        converter: converter of the float32 graph.
         compare: compares a graph with PyTorch on the validation split.
         reference: the float32 graph.
-        images: rank the layers. They are training images, so that the validation split chooses nothing.
+        images: batches that rank the layers. They are training images, so that no layer is chosen on the
+            validation split.
         max_drop: points of accuracy, see `Drop.holds`.
 
     Raises:

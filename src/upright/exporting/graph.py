@@ -34,11 +34,11 @@ class Form:
     """Inputs and outputs of a graph.
 
     Args:
-        opset: of ONNX.
+        opset: ONNX opset.
         batch: the number of images in a batch; None for any number.
         size: ``(H, W)`` of the images; None for any size. At the network's own size the graph does not resize.
-        outputs: additional outputs. Every spatial transformer gives ``theta`` ``(B, P)`` and ``warped``, its view of
-            the image, float32 ``(B, H', W', C)`` from 0 to 255. The network gives ``logits`` ``(B, K)`` and
+        outputs: additional outputs. Every spatial transformer has ``theta`` ``(B, P)`` and ``warped``, its view of
+            the image, float32 ``(B, H', W', C)`` from 0 to 255. The network has ``logits`` ``(B, K)`` and
             ``features``, the input of its head.
         head: names of the network's modules that form its head (`finetuning.head`), for ``features``.
 
@@ -62,18 +62,18 @@ class Form:
 
 
 class Graph(nn.Module):
-    """The model as it is deployed: channels last in, probabilities out.
+    """The deployed form of a model: from channels-last images to probabilities.
 
     Args:
-        model: the module that training used.
-        form: of the graph.
+        model: the module that was trained.
+        form: form of the graph.
 
     Raises:
-        UserError: if the network cannot give one of the outputs.
+        UserError: if the network does not have one of the outputs.
     """
 
     names: list[str]
-    """Names of the outputs. Several transformers give ``theta_1``, ``theta_2`` and so on."""
+    """Names of the outputs. Several transformers have ``theta_1``, ``theta_2`` and so on."""
 
     def __init__(self, model: Model, form: Form) -> None:
         super().__init__()
@@ -108,22 +108,24 @@ class Graph(nn.Module):
         outputs = [logits.softmax(dim=1)]
         for name in self.form.outputs:
             if name == "theta":
-                outputs += [one.theta for one in observations]
+                outputs += [observation.theta for observation in observations]
             elif name == "warped":
-                outputs += [self.model.shown(one.view(normalised)).permute(0, 2, 3, 1) for one in observations]
+                outputs += [
+                    self.model.shown(observation.view(normalised)).permute(0, 2, 3, 1) for observation in observations
+                ]
             else:
-                # Where several modules form the head, the features are the input of the first one.
+                # If several modules form the head, the features are the input of the first one.
                 outputs.append(logits if name == "logits" else head_inputs[0])
         return tuple(outputs)
 
 
 def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
-    """Export a model to one ONNX file that resizes, normalises, classifies, and holds the names of the classes.
+    """Export a model to one ONNX file that resizes, normalises and classifies. It contains the names of the classes.
 
     Args:
-        model: the module that training used, in evaluation mode.
-        path: of the file.
-        form: of the graph.
+        model: the module that was trained, in evaluation mode.
+        path: path of the file.
+        form: form of the graph.
 
     Raises:
         UserError: if the network does not support the form, or its weights do not fit into an ONNX file.

@@ -27,11 +27,11 @@ OTHER_TOLERANCES = {"theta": 1e-3, "warped": 0.5, "logits": 1e-2, "features": 1e
 ``features`` a share of the largest value."""
 CALIBRATION_IMAGES = 512
 MAX_BATCH = 64
-"""Images in a batch, where the graph takes any number."""
+"""Images per batch of a graph with a free batch size."""
 
 
 def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pixels:
-    """Resize ``pixels`` ``(H, W, C)`` for a graph of fixed size, as its user has to; None leaves them as they are."""
+    """Resize ``pixels`` ``(H, W, C)`` for a graph of fixed size, as its user must; do nothing if ``size`` is None."""
     if size is None or pixels.shape[:2] == size:
         return pixels
     rule = "stretch" if spec.resize == "none" else spec.resize
@@ -40,7 +40,7 @@ def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pix
 
 
 def fitted_originals(data: ImageDataModule, form: Form) -> Iterator[Original]:
-    """Yield the originals of the validation split at the size that a graph takes."""
+    """Yield the originals of the validation split at the input size of a graph."""
     for original in data.originals("val"):
         yield original._replace(pixels=fitted(original.pixels, form.size, data.spec))
 
@@ -52,20 +52,21 @@ def calibration_batches(
 
     Args:
         data: the datamodule.
-        excluded: content hashes of the checkpoint's validation and test images. Those of ``data`` are left out as well.
-        form: of the graph that takes the batches.
+        excluded: content hashes of the checkpoint's validation and test images. Images of these splits in
+            ``data`` are excluded as well.
+        form: form of the graph that takes the batches.
         count: the largest number of images.
     """
     hashes = torch.cat([excluded, *(data.manifest.hashes[split] for split in ("val", "test"))]).numpy()
     train = data.splits["train"]
     train = train[~np.isin(data.images.facts["hash"][train], hashes)]
-    chosen = train[np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)]
+    indices = train[np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)]
     views = data.views("train")
 
     def images() -> Iterator[Pixels]:
-        for i in chosen.tolist():
-            (shown,) = views.show(to_tensor(data.source.images[i][None]), torch.tensor([i]))
-            for pixels in shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
+        for i in indices.tolist():
+            (view,) = views.show(to_tensor(data.source.images[i][None]), torch.tensor([i]))
+            for pixels in view.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
                 yield fitted(pixels, form.size, data.spec)
 
     for batch in batches_of_one_size(images(), lambda image: image, form.batch or MAX_BATCH):
@@ -94,8 +95,8 @@ class Drop(NamedTuple):
         source image count as one, with the mean of their differences.
 
         Args:
-            was_right: by image, ``(N,)``.
-            is_right: by image, ``(N,)``.
+            was_right: True for each image that the first answer classifies correctly, ``(N,)``.
+            is_right: the same for the second answer, ``(N,)``.
             groups: the source of each image, ``(N,)``.
         """
         lost = was_right.astype(float) - is_right.astype(float)
@@ -120,12 +121,12 @@ class Comparison:
     """Answers of PyTorch and of a graph to every original of the validation split.
 
     Args:
-        names: of the images.
+        names: names of the images.
         labels: ``(N,)``.
         groups: the source of each image, ``(N,)``.
         expected: PyTorch's probabilities, ``(N, K)``.
         actual: the graph's probabilities, ``(N, K)``.
-        others: the largest difference of each other output that was compared, as `OTHER_TOLERANCES` counts it.
+        others: the largest difference of each other output that was compared, in the unit of `OTHER_TOLERANCES`.
     """
 
     names: list[str]
@@ -143,7 +144,7 @@ class Comparison:
 
     @property
     def others_agree(self) -> bool:
-        """All other outputs are within `OTHER_TOLERANCES`."""
+        """True if all other outputs are within `OTHER_TOLERANCES`."""
         return all(value <= OTHER_TOLERANCES[name.partition("_")[0]] for name, value in self.others.items())
 
     @property
@@ -191,20 +192,20 @@ class Reference:
 
     Args:
         model: in evaluation mode, on the CPU.
-        data: gives the originals.
-        form: of the graphs.
+        data: datamodule with the originals.
+        form: form of the graphs.
     """
 
     def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
         self.graph, self.data, self.form = Graph(model, form).eval(), data, form
         self.probabilities: list[npt.NDArray[np.float32]] = []
-        """By batch, from the first comparison on."""
+        """PyTorch's probabilities by batch; empty before the first comparison."""
 
     def compare(self, session: onnxruntime.InferenceSession) -> Comparison:
-        """Run every original, at its own size or that of the graph. The first graph's other outputs are compared too.
+        """Run every original, at its own size or that of the graph. Compare the other outputs of the first graph too.
 
         Args:
-            session: onnxruntime with a graph.
+            session: onnxruntime session of a graph.
         """
         names: list[str] = []
         labels: list[int] = []
@@ -222,11 +223,13 @@ class Reference:
                     actual += run_batch(session, pixels)
                 else:
                     with torch.no_grad():
-                        ours = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
-                    theirs = run_batch(session, pixels, self.graph.names)
-                    expected.append(ours[0])
-                    actual.append(theirs[0])
-                    for name, one, other in zip(self.graph.names[1:], ours[1:], theirs[1:], strict=True):
+                        expected_outputs = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
+                    actual_outputs = run_batch(session, pixels, self.graph.names)
+                    expected.append(expected_outputs[0])
+                    actual.append(actual_outputs[0])
+                    for name, one, other in zip(
+                        self.graph.names[1:], expected_outputs[1:], actual_outputs[1:], strict=True
+                    ):
                         scale = max(1.0, float(np.abs(one).max())) if name in ("logits", "features") else 1.0
                         others[name] = max(others.get(name, 0.0), float(np.abs(one - other).max()) / scale)
                 names += [original.name for original in batch]
@@ -247,7 +250,7 @@ class Reference:
 def cached_accuracy(model: Model, data: ImageDataModule) -> float:
     """Return the accuracy on the cached validation images that training used, rounded to uint8 at the network's size.
 
-    It is reported and not a gate, because a gate would reject a correct graph for that rounding.
+    The value is reported only. As a gate it would reject a correct graph for that rounding.
     """
     right = [model(batch.images).argmax(dim=1) == batch.labels for batch in data.loader("val")]
     return float(torch.cat(right).double().mean())

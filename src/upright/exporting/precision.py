@@ -46,8 +46,8 @@ class Converter(ABC):
     """Convert chosen layers of a float32 graph to a lower precision.
 
     Args:
-        path: of the float32 graph.
-        network: that the graph was written from.
+        path: path of the float32 graph.
+        network: network that the graph was written from.
 
     Raises:
         UserError: if no layer can be converted.
@@ -55,7 +55,7 @@ class Converter(ABC):
 
     name: PrecisionName
     description: str
-    """How the converter works, for the manifest and the card."""
+    """Description of the method, for the manifest and the card."""
     layers: dict[str, list[str]]
     """Layer -> names of its nodes that can be converted, in the order of the graph."""
 
@@ -81,7 +81,7 @@ class Converter(ABC):
         """Return whether a node of the network can be converted.
 
         Args:
-            node: of the graph.
+            node: node of the graph.
             constants: names of the tensors that do not depend on the images.
         """
 
@@ -103,34 +103,34 @@ class Float16(Converter):
     """Compute the network in float16; its inputs and outputs stay float32.
 
     The converters of onnxruntime and onnxconverter-common would cast between any two neighbours that stay float32, so
-    that sampling points and image sizes would pass through float16.
+    sampling points and image sizes would pass through float16.
     """
 
     name: PrecisionName = "fp16"
     description = "float16 weights and activations in the network, float32 around it and in spatial transformers"
 
     def can_convert(self, node: NodeProto, constants: Collection[str]) -> bool:
-        """All nodes that compute floats from floats."""
+        """Accept nodes that compute floats from floats."""
         return node.op_type not in ("Cast", "Constant", "ConstantOfShape", "Range", "Shape")
 
     def convert_nodes(self, nodes: Collection[str]) -> ModelProto:
-        """Give each float tensor ``x`` of a converted node a float16 twin ``x_fp16``; ``x`` itself stays float32."""
+        """Add a float16 twin ``x_fp16`` of each float tensor ``x`` of a converted node; ``x`` itself stays float32."""
         model = onnx.shape_inference.infer_shapes(self.model)
         graph = model.graph
         infos = (*graph.value_info, *graph.output)
         floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
         weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
         float_readers = [node for node in graph.node if node.name not in nodes]
-        needed = {output.name for output in graph.output} | {name for node in float_readers for name in node.input}
+        float_names = {output.name for output in graph.output} | {name for node in float_readers for name in node.input}
         twins: set[str] = set()
-        converted: list[NodeProto] = []
+        new_nodes: list[NodeProto] = []
 
         def cast(source: str, target: str, dtype: int) -> None:
-            converted.append(onnx.helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=dtype))
+            new_nodes.append(onnx.helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=dtype))
 
         for node in graph.node:
             if node.name not in nodes:
-                converted.append(node)
+                new_nodes.append(node)
                 continue
             for i, name in enumerate(node.input):
                 if name not in floats and name not in weights:
@@ -144,17 +144,17 @@ class Float16(Converter):
                         graph.initializer.append(numpy_helper.from_array(half, twin))
                     else:
                         cast(name, twin, TensorProto.FLOAT16)
-            converted.append(node)
+            new_nodes.append(node)
             for i, name in enumerate(node.output):
                 if name in floats:
                     node.output[i] = twin = f"{name}_fp16"
                     twins.add(twin)
-                    if name in needed:
+                    if name in float_names:
                         cast(twin, name, TensorProto.FLOAT)
-        inputs = {name for node in converted for name in node.input}
+        inputs = {name for node in new_nodes for name in node.input}
         initializers = [tensor for tensor in graph.initializer if tensor.name in inputs]
         del graph.node[:], graph.initializer[:], graph.value_info[:]
-        graph.node.extend(converted)
+        graph.node.extend(new_nodes)
         graph.initializer.extend(initializers)
         return model
 
@@ -166,9 +166,9 @@ class Int8(Converter):
     with an LSTM, the LSTM is quantized dynamically by an operator of onnxruntime, and linear layers stay float32.
 
     Args:
-        path: of the float32 graph.
-        network: that the graph was written from.
-        calibration: returns batches of images, which give the ranges of the activations.
+        path: path of the float32 graph.
+        network: network that the graph was written from.
+        calibration: function that returns batches of images, which set the ranges of the activations.
         workspace: a folder for temporary files.
         full_range: use 8 bits of the weights instead of 7. A processor without instructions for 8-bit products (VNNI)
             adds two of them in 16 bits. That overflows with 8 bits, and not with 7 (255 * 64 * 2 < 2**15).
@@ -194,7 +194,7 @@ class Int8(Converter):
         self.description = f"{method}; uint8 activations, int8 weights per channel of {bits}"
 
     def can_convert(self, node: NodeProto, constants: Collection[str]) -> bool:
-        """All nodes that multiply by constant weights."""
+        """Accept nodes that multiply by constant weights."""
         kinds = ("Conv", "LSTM") if self.recurrent else LINEAR_LAYERS
         return node.op_type in kinds and node.input[1] in constants
 
@@ -230,7 +230,7 @@ class Int8(Converter):
 
 
 class CalibrationBatches(CalibrationDataReader):  # type: ignore[misc]
-    """Batches in the form that onnxruntime asks for."""
+    """Batches in the form that onnxruntime requires."""
 
     def __init__(self, batches: Iterator[npt.NDArray[np.uint8]]) -> None:
         self.batches = batches

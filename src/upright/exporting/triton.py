@@ -1,7 +1,7 @@
 """Copy the models of a bundle into a Triton model repository.
 
 Source: ``model_config.proto`` of https://github.com/triton-inference-server/common, and Triton's user guide on model
-repositories and configuration. Inputs and outputs are taken from onnxruntime, as Triton's own backend does.
+repositories and configuration. onnxruntime reports inputs and outputs, as in Triton's own backend.
 """
 
 import json
@@ -18,7 +18,7 @@ from upright.runtime.predictor import open_session
 
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "1/model.onnx"
 MAX_BATCH = 64
-"""Images that Triton combines in one batch, where a model takes any number."""
+"""Images that Triton combines in one batch, if the model has a free batch size."""
 TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 
 
@@ -26,9 +26,9 @@ def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle
     """Return the folder of each precision: ``NAME`` for float32, ``NAME_fp16``, ``NAME_int8``.
 
     Args:
-        repository: of Triton; it may hold other models.
-        name: of the bundle.
-        precisions: of the bundle.
+        repository: Triton's model repository; it may contain other models.
+        name: name of the bundle.
+        precisions: precisions of the bundle.
         bundle: the path of the bundle, which need not exist yet.
         force: replace existing models.
 
@@ -70,8 +70,8 @@ def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
 def configuration(name: str, session: onnxruntime.InferenceSession) -> str:
     """Return the ``config.pbtxt`` of a model.
 
-    A free first axis is the batch, which Triton omits from the dimensions. A fixed first axis stays there, and Triton
-    then combines no requests.
+    A free first axis is the batch, which Triton omits from the dimensions. A fixed first axis remains a dimension, and
+    Triton then combines no requests.
     """
     free = not isinstance(session.get_inputs()[0].shape[0], int)
 

@@ -1,1 +1,1 @@
-"""Bundle -> answers, on numpy, Pillow and onnxruntime alone: nothing here imports torch."""
+"""Inference with a bundle, on numpy, Pillow and onnxruntime. No module of this package imports torch."""

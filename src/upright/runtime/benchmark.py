@@ -1,4 +1,4 @@
-"""``upright benchmark``: the speed of a bundle on this machine, in all runtimes that can run it, in one table."""
+"""``upright benchmark``: one table with the speed of a bundle on this machine, in all installed runtimes."""
 
 import json
 import os
@@ -42,10 +42,10 @@ class Runtime:
     """A way to run the network of a bundle.
 
     Args:
-        name: for the table.
+        name: name in the table.
         package: the Python package.
         load: see `Worker`.
-        arguments: of ``load``, beside ``threads``.
+        arguments: arguments of ``load``, besides ``threads``.
         file: the model's file.
     """
 
@@ -61,7 +61,7 @@ Row = dict[str, Any]
 
 
 def benchmark(options: Benchmark) -> int:
-    """Print the table as Markdown. With a folder, write it there too, with JSON and a plot.
+    """Print the table as Markdown. If a folder is set, write it there too, with JSON and a plot.
 
     Raises:
         BundleError: if the bundle is damaged.
@@ -126,7 +126,7 @@ def find_runtimes(bundle: Bundle, checkpoint: str | None) -> list[Runtime]:
 def _measure(
     bundle: Bundle, runtimes: Sequence[Runtime], batches: Sequence[int], threads: int, failures: dict[str, str]
 ) -> list[Row]:
-    """Return the rows of one number of threads, and add the runtimes that cannot run to ``failures``."""
+    """Return the rows for one number of threads, and add the runtimes that cannot run to ``failures``."""
     workers: dict[str, Worker] = {}
     cold: dict[str, Row] = {}
     rows = []
@@ -155,7 +155,7 @@ def _measure(
                 if runtime.name not in workers:
                     continue
                 name, speed, answers = runtime.name, speeds[runtime.name], probabilities[runtime.name]
-                same = int((answers.argmax(axis=1) == reference.argmax(axis=1)).sum())
+                agreement = int((answers.argmax(axis=1) == reference.argmax(axis=1)).sum())
                 row = {
                     "runtime": name,
                     "threads": threads,
@@ -166,7 +166,7 @@ def _measure(
                     "times_fp32": speed.times,
                     "quartiles": speed.quartiles,
                     "bytes": runtime.file.stat().st_size,
-                    "agreement": f"{same}/{len(answers)}",
+                    "agreement": f"{agreement}/{len(answers)}",
                     "largest_difference": float(np.abs(answers - reference).max()),
                     "peak_memory": workers[name].memory,
                 }
@@ -175,7 +175,7 @@ def _measure(
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """Return heading -> text."""
+    """Return the text of each cell by heading."""
 
     def megabytes(name: str) -> str:
         return "-" if row[name] is None else f"{row[name] / 1e6:.0f}"

@@ -1,4 +1,4 @@
-"""A bundle: one folder with a model and all that proves it. Hashes are checked before anything is parsed."""
+"""A bundle: one folder with a model and the evidence for it. Hashes are checked before anything is parsed."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from upright.images import ImageSpec
 FORMAT = 2
 SUMS = "SHA256SUMS"
 MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-"""Precision -> file. The manifest lists precisions only, and never names a file."""
+"""Precision -> file. The manifest lists only precisions, never files."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
@@ -52,7 +52,7 @@ class Bundle:
         if not (folder / SUMS).is_file():
             raise BundleError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
         for path in folder.rglob("*"):
-            # Reading a pipe would never end, and a link leads elsewhere.
+            # Reading a pipe would block, and a link may point outside the folder.
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise BundleError(
                     f"Bundle '{folder}' holds '{path.name}', which is no plain file; copy it with contents."
@@ -81,10 +81,10 @@ class Bundle:
         )
 
     def check_content(self) -> None:
-        """Check that manifest, samples and models hold all that is read later, and nothing outside the folder.
+        """Check that manifest, samples and models are complete, and refer to nothing outside the folder.
 
         Raises:
-            ValueError: if something is missing or wrong; so do the other errors that `open` catches.
+            ValueError: if something is missing or wrong. The other errors that `open` catches mean the same.
         """
         spec, samples = self.spec, self.samples
         match self.manifest:
@@ -125,7 +125,7 @@ class Bundle:
 
     @property
     def precisions(self) -> list[str]:
-        """Precisions that the bundle holds, of `MODELS`. The first is ``fp32``."""
+        """Precisions of the bundle, a part of `MODELS`. The first is ``fp32``."""
         return list(self.manifest["precisions"])
 
     @property
@@ -170,8 +170,8 @@ class Bundle:
 def _has_external_data(model: Path) -> bool:
     """Return whether any tensor of an ONNX file is stored in another file, which older onnxruntimes would read.
 
-    Such a tensor holds the key ``location``. Its length, 8, stands before it, in one of the ways that a protobuf
-    allows; before a longer name that ends in this word stands another length.
+    Such a tensor has the key ``location``. The length of the key, 8, precedes it, in one of the encodings that a
+    protobuf allows. A longer name that ends in this word is preceded by another length.
     """
     with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return any(content.find(length + b"location") >= 0 for length in (b"\x08", b"\x00"))

@@ -64,12 +64,12 @@ def infer(options: Infer) -> int:
             else:
                 yield path, pixels
 
-    # A file name may not be text. JSON escapes what is not.
+    # A file name may contain bytes that are not text; they are escaped.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if options.format == "csv":
         print(_csv_header(options.top))
     with warnings.catch_warnings():
-        # An image that Pillow warns of is an error or an answer of ours.
+        # Each image gets an error or a prediction, so warnings of Pillow add nothing.
         warnings.filterwarnings("ignore", module="PIL")
         try:
             for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
@@ -103,7 +103,7 @@ class Progress:
     """A progress bar on standard error, if that is a terminal and standard output is not.
 
     Args:
-        total: number of images, if it is known.
+        total: number of images; None if it is unknown.
     """
 
     def __init__(self, total: int | None) -> None:
@@ -132,7 +132,7 @@ class Progress:
 
 def _table(path: Path, prediction: Prediction, top: int) -> str:
     width = max(map(len, prediction.probabilities))
-    # The path is last, so that its length moves no column.
+    # The path is last, so that its length does not shift a column.
     return "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in prediction.top(top)) + f"  {path}"
 
 

@@ -23,8 +23,8 @@ class Prediction(NamedTuple):
 
     Args:
         label: the most probable class.
-        probability: of that class.
-        probabilities: of all classes, in the order of the spec.
+        probability: probability of that class.
+        probabilities: probabilities of all classes, in the order of the spec.
     """
 
     label: str
@@ -37,14 +37,14 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """Classify images with a bundle. Threads may share one.
+    """Classify images with a bundle. Threads may share a predictor.
 
     Args:
         bundle: the folder of a bundle, or an open one.
         precision: one of `Bundle.precisions`.
         threads: see `open_session`.
         providers: see `open_session`.
-        max_pixels: a larger image is refused before it is decoded.
+        max_pixels: limit on the pixels of an image; a larger image is refused before it is decoded.
 
     Raises:
         BundleError: if the bundle is damaged (see `Bundle.open`), has no model of that precision, or its model does
@@ -107,7 +107,7 @@ class Predictor:
         return Prediction(label, by_class[label], by_class)
 
     def probabilities(self, pixels: Iterable[Pixels], batch_size: int = 64) -> Iterator[Probabilities]:
-        """Yield one row ``(K,)`` per decoded image. Neighbours of one size go through the model together."""
+        """Yield one row ``(K,)`` per decoded image. Neighbours of one size form a batch."""
         for batch in session_batches(self.session, pixels, lambda image: image, batch_size):
             yield from self.run(np.stack(batch))
 
@@ -127,9 +127,9 @@ class Predictor:
             raise
 
     def _runs_on_its_own_size(self, shape: tuple[int, ...]) -> bool:
-        """Tell a wrong size from a failure of the engine: onnxruntime raises the same exception for both.
+        """Distinguish a wrong size from a failure of the engine: onnxruntime raises the same exception for both.
 
-        Only a network that is not resized can refuse a size. It must then run on as many pixels of its training size.
+        Only a network without resizing can refuse a size. It must then run on as many pixels at its training size.
         """
         batch, height, width, channels = shape
         spec = self.spec
@@ -150,9 +150,9 @@ def open_session(
 
     Args:
         model: its path, or its content.
-        threads: number of threads per run; by default as many as there are cores.
-        providers: of execution, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor runs
-            the operators that none of them supports.
+        threads: number of threads per run; by default the number of cores.
+        providers: execution providers, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor
+            runs the operators that none of them supports.
 
     Raises:
         BundleError: if onnxruntime cannot load the file.
@@ -163,7 +163,7 @@ def open_session(
     full_names = find_providers(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # No warnings about constants that the optimiser could not fold; errors are raised as well.
+    # Log no warnings about constants that the optimiser could not fold; errors are also raised as exceptions.
     options.log_severity_level = 4
     try:
         content = model if isinstance(model, bytes) else str(model)
@@ -212,7 +212,7 @@ def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 def session_batches(
     session: onnxruntime.InferenceSession, items: Iterable[Item], pixels: Callable[[Item], Pixels], batch_size: int
 ) -> Iterator[list[Item]]:
-    """Yield batches for a model: neighbours of one size, not more than it takes."""
+    """Yield batches for a model: neighbours of one size, at most its batch size."""
     return batches_of_one_size(items, pixels, min(batch_size, fixed_batch(session) or batch_size))
 
 
@@ -227,20 +227,20 @@ def run_session(
 def run_batch(
     session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], outputs: Sequence[str] = ("probabilities",)
 ) -> list[npt.NDArray[Any]]:
-    """Run a model on ``images`` ``(B, H, W, C)``. A model of fixed batch size is given copies to fill the batch.
+    """Run a model on ``images`` ``(B, H, W, C)``. Copies fill the batch of a model with a fixed batch size.
 
     Raises:
         ImageError: if the model was exported for another size or another number of channels.
         EngineError: if onnxruntime fails.
     """
-    count, given = len(images), _times(images.shape[1:])
+    count, shape = len(images), _times(images.shape[1:])
     allowed = session.get_inputs()[0].shape[1:]
     if any(isinstance(n, int) and n != m for n, m in zip(allowed, images.shape[1:], strict=True)):
-        raise ImageError(f"The model cannot take images of (H, W, C) {given}: it takes {_times(allowed)} alone.")
+        raise ImageError(f"The model cannot take images of (H, W, C) {shape}: it takes {_times(allowed)} alone.")
     if batch := fixed_batch(session):
         images = images[np.arange(batch) % count]
     try:
         return [output[:count] for output in session.run(list(outputs), {"images": images})]
     except Exception as error:  # onnxruntime's exceptions have no other common base
         reason = " ".join(str(error).split())
-        raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {given}: {reason}") from error
+        raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {shape}: {reason}") from error

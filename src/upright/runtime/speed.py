@@ -1,4 +1,4 @@
-"""Speed of several ways to the same result on this machine, measured side by side."""
+"""Speed of several implementations on this machine, measured side by side."""
 
 import platform
 import time
@@ -13,7 +13,7 @@ TURN_SECONDS = 0.1
 INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 Turn = Callable[[], list[float]]
-"""One turn of one contestant: returns the seconds of each of its runs."""
+"""Function that runs one turn of one contestant, and returns the seconds of each run."""
 
 
 class Speed(NamedTuple):
@@ -39,9 +39,9 @@ def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_count
 
     Args:
         run: the call to time.
-        clock: use `time.process_time` if the call has one thread: it stands still while others have the core. On a busy
-            machine long runs are interrupted and short ones are not (12 processes on 2 cores: LeNet in batches of 64
-            seemed 21 times as fast as PyTorch).
+        clock: use `time.process_time` if the call has one thread, because it does not count the time of other
+            processes. On a busy machine long runs are interrupted and short ones are not (12 processes on 2 cores:
+            LeNet in batches of 64 seemed 21 times as fast as PyTorch).
     """
     start = before = clock()
     seconds: list[float] = []
@@ -54,10 +54,10 @@ def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_count
 
 
 def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
-    """Give each contestant one turn per round, so that a disturbance affects all of them.
+    """Run one turn of each contestant per round, so that a disturbance affects all of them.
 
     Args:
-        turns: by name. The others are compared with the first one.
+        turns: turns by name. The first one is the reference.
     """
     # The first round is a warm-up.
     rounds = [[one() for one in turns.values()] for _ in range(1 + ROUNDS)][1:]
@@ -72,7 +72,7 @@ def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor's name and those of its instructions that matter here."""
+    """Return the processor's name, and its instructions that are relevant to speed."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -1,4 +1,4 @@
-"""``upright verify``: check that a bundle is complete and predicts on this machine what it predicted at export."""
+"""``upright verify``: check that a bundle is complete and reproduces its recorded predictions on this machine."""
 
 import json
 
@@ -21,7 +21,7 @@ def verify(options: Verify) -> int:
 
     Raises:
         BundleError: if the bundle is damaged.
-        GateError: if it is complete, but predicts something else on this machine.
+        GateError: if it is complete, but its predictions differ on this machine.
     """
     bundle = Bundle.open(options.bundle)
     lines = [_check(bundle, precision) for precision in bundle.precisions]
@@ -39,7 +39,7 @@ def _check(bundle: Bundle, precision: str) -> str:
         raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {metadata}.")
     pixels = [decode(path, spec) for path in bundle.sample_paths]
     expected, tolerance = bundle.expected(precision), bundle.tolerance(precision)
-    # Alone and together, because a batch must not change a prediction.
+    # Run the samples one by one and in one batch, because the batch size must not change a prediction.
     for batch_size in (1, len(pixels)):
         probabilities = np.stack(list(predictor.probabilities(pixels, batch_size)))
         differences = np.abs(probabilities - expected).max(axis=1)

@@ -1,4 +1,4 @@
-"""A process that holds one runtime: its cold start, its predictions, its speed and its memory.
+"""A process with one runtime: its cold start, its predictions, its speed and its memory.
 
 The process imports only what this runtime needs, so that the time and memory of other runtimes are not counted.
 """
@@ -31,10 +31,10 @@ class Worker:
 
     Args:
         load: ``module:function``; the function returns a `Run`.
-        arguments: of that function, plain data.
+        arguments: arguments of that function, as plain data.
         spec: format of the images.
-        images: files.
-        batch: smallest batch that the model takes.
+        images: paths of image files.
+        batch: smallest batch size of the model.
 
     Raises:
         UserError: if the function raises one.
@@ -104,7 +104,7 @@ class Worker:
 
 
 def onnx_runtime(bundle: str, precision: str, threads: int) -> Run:
-    """Load a bundle as `upright infer` does, with all checks."""
+    """Load a bundle with all checks, as `upright infer` does."""
     from upright.runtime.predictor import Predictor
 
     return Predictor(bundle, precision, threads=threads).run
@@ -139,9 +139,9 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
-    """Run in the process: the order is an argument, questions come on standard input, replies go to standard output."""
+    """Run the worker: read the order from the argument and questions from standard input; print replies."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # messages of libraries are no replies
+    os.dup2(2, 1)  # keep messages of libraries out of the replies
     try:
         _work(json.loads(sys.argv[1]), lambda **reply: print(json.dumps(reply), file=replies, flush=True))
     except UprightError as error:

@@ -1,1 +1,1 @@
-"""``upright report``: one page of evidence about models."""
+"""``upright report``: one page that compares models."""

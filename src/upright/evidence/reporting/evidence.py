@@ -1,4 +1,4 @@
-"""All measurements of a report, and their form as plain data."""
+"""All measurements of a report, and their conversion to plain data."""
 
 import math
 import platform
@@ -30,20 +30,20 @@ from upright.runs.seal import content_digest, count, count_in_sweep
 FORMAT = 1
 PACKAGES = ("upright", "torch", "onnxruntime", "numpy", "kornia")
 FULL_TURN, STEP = 180.0, 15.0
-"""Degrees either way: the range of uprightness if no rotation is known from training, and the least range."""
+"""Degrees in each direction: the range of uprightness if the training rotation is unknown, and the smallest range."""
 
 
 class Evidence(NamedTuple):
-    """All measurements; lists have an entry per model.
+    """All measurements. Lists have one entry per model.
 
     Args:
         group: the models and the data.
-        split: of the data.
-        results: answers to the split.
-        calibrations: of the confidence.
+        split: split of the data.
+        results: answers of each model to the split.
+        calibrations: calibration of the confidence.
         sample: the images that were distorted.
         ways: the distortions.
-        trained: known ranges of training, by distortion.
+        trained: ranges of the distortions in training, by distortion, if the recipe declares them.
         courses: curves, and the response to rotation.
     """
 
@@ -62,7 +62,7 @@ def gather(group: Group, split: str, images: int) -> Evidence:
 
     Args:
         group: models and data.
-        split: to evaluate.
+        split: split to evaluate.
         images: number of images to distort.
     """
     subjects, data = group

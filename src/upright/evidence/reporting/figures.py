@@ -1,4 +1,4 @@
-"""The figures of a report, for print, in colours for the colour-blind."""
+"""Figures of a report, suitable for print, in colours for colour-blind readers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ GREY, LIGHT = "#555555", "#ececec"
 DASHES = (0, (4, 3))
 PAGE_INCHES = 7.2
 LETTERS_PER_INCH = 17
-"""Approximate, in a legend."""
+"""Approximate number of letters per inch of a legend."""
 COLUMNS = 3
 STRIP_IMAGES, STRIP_PIXELS = 4, 56
 STRIP_DEGREES = range(-180, 181, 30)
@@ -29,7 +29,7 @@ STRIP_DEGREES = range(-180, 181, 30)
 
 @contextmanager
 def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
-    """Yield a figure; text drawn inside the ``with`` is not parsed, because a name may have dollars."""
+    """Yield a figure; text drawn inside the ``with`` is not parsed, because a name may contain dollar signs."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
 
 
 def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Add a legend below all panels, and make the figure higher by its height."""
+    """Add a legend below all panels, and increase the height of the figure by its height."""
     # matplotlib hides names that begin with an underscore.
     labels = [f" {name}" if name.startswith("_") else name for name in names]
     width, height = figure.get_size_inches()
@@ -53,10 +53,10 @@ def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> N
 
 def _line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
     """Draw line ``number`` of ``count``; earlier lines are thicker, so they stay visible below later ones."""
-    below = min(count - 1 - number, 4)
+    later_lines = min(count - 1 - number, 4)
     style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
     style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
-    return panel.plot(x, y, linewidth=1.0 + 0.45 * below, markersize=2.4 + 0.9 * below, **style)[0]
+    return panel.plot(x, y, linewidth=1.0 + 0.45 * later_lines, markersize=2.4 + 0.9 * later_lines, **style)[0]
 
 
 def _band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
@@ -64,7 +64,7 @@ def _band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
 
 
 def _mark(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
-    """Mark the range of training: grey if all models share it, else a bar above the panel for each."""
+    """Mark the range of training: grey if all models share it, else one bar per model above the panel."""
     if len(set(ranges)) == 1:
         if ranges[0]:
             panel.axvspan(*ranges[0], color=LIGHT, zorder=0, linewidth=0)
@@ -85,12 +85,12 @@ def draw_invariance(
     ways: Sequence[Distortion],
     trained: Sequence[Mapping[str, tuple[float, float]]],
 ) -> "Figure":
-    """Draw a panel for each distortion, and in it a line with its interval for each model.
+    """Draw a panel for each distortion, with a line and its interval for each model.
 
     Args:
         measure: ``accuracy`` or ``consistency``.
-        names: of the models.
-        curves: of each model, by distortion.
+        names: names of the models.
+        curves: curves of each model, by distortion.
         ways: the distortions.
         trained: the ranges of training of each model, by distortion.
     """
@@ -120,12 +120,12 @@ def draw_invariance(
 def draw_reliability(
     names: Sequence[str], before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin] | None]
 ) -> "Figure":
-    """Draw for each model accuracy by confidence, and below the share of answers in each bin.
+    """Draw accuracy by confidence for each model, and below it the share of answers in each bin.
 
     Args:
-        names: of the models.
-        before: bins of each model.
-        after: with its temperature, if it has one.
+        names: names of the models.
+        before: bins of each model, without a temperature.
+        after: bins of each model with its temperature; None for a model without one.
     """
     columns = min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
@@ -166,12 +166,12 @@ def draw_reliability(
 
 
 def draw_turning(numbers: Sequence[int], names: Sequence[str], turnings: Sequence[Turning]) -> "Figure":
-    """Draw the angle left after the spatial transformer: the median over images, and its quartiles.
+    """Draw the residual angle after the spatial transformer: the median over images, and the quartiles.
 
     Args:
-        numbers: of the models in the report, for their colours.
-        names: of the models.
-        turnings: of each model.
+        numbers: indices of the models in the report, which set their colours.
+        names: names of the models.
+        turnings: response of each model to rotation.
     """
     with _paper(2.7, 4.6) as figure:
         panel = figure.subplots()
@@ -194,22 +194,22 @@ def draw_turning(numbers: Sequence[int], names: Sequence[str], turnings: Sequenc
 
 
 def draw_strips(subjects: Sequence[Subject], sample: Sample, way: Distortion, classes: Sequence[str]) -> Image.Image:
-    """Draw images of some classes at several angles, and below each row what every model's transformers see.
+    """Draw images of some classes at several angles, each row above the views of every model's transformers.
 
     Args:
         subjects: models with observations.
-        sample: of images.
+        sample: images to choose from.
         way: the rotation.
-        classes: names.
+        classes: names of the classes.
     """
     assert way.name == ROTATION
     present, firsts = np.unique(sample.labels, return_index=True)
-    some = np.unique(np.linspace(0, len(present) - 1, min(STRIP_IMAGES, len(present))).round().astype(int))
+    chosen_classes = np.unique(np.linspace(0, len(present) - 1, min(STRIP_IMAGES, len(present))).round().astype(int))
     labels: list[str] = []
     columns = {}
     for degrees in STRIP_DEGREES:
-        images, tiles, labels = way(sample.images[firsts[some]], degrees), [], []
-        for image, label in zip(images, present[some], strict=True):
+        images, tiles, labels = way(sample.images[firsts[chosen_classes]], degrees), [], []
+        for image, label in zip(images, present[chosen_classes], strict=True):
             tiles += pixels_of(image[None])
             labels.append(f"{classes[label]}, input")
             for subject in subjects:

@@ -31,7 +31,7 @@ SEED = 0
 ROTATION = "rotation"
 KORNIA_BORDERS = {"zeros": "constant", "border": "replicate", "reflection": "reflect"}
 CHUNK = 64
-"""Images that a model answers together."""
+"""Images per batch."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Distortion:
     """A family of changes to images.
 
     Args:
-        name: of the family.
-        unit: of the strengths.
-        strengths: in ascending order, ``none`` included.
+        name: name of the family.
+        unit: unit of the strengths.
+        strengths: strengths in ascending order, ``none`` included.
         none: the strength that changes nothing.
-        change: float images ``(B, C, H, W)`` in [0, 255] by a strength.
+        change: function that distorts float images ``(B, C, H, W)`` in [0, 255] by a strength.
     """
 
     name: str
@@ -67,9 +67,9 @@ def distortions(height: int, width: int, padding: Padding) -> list[Distortion]:
     same noise.
 
     Args:
-        height: of the images.
-        width: of the images.
-        padding: beyond the border.
+        height: height of the images.
+        width: width of the images.
+        padding: padding beyond the border.
     """
     aspect, side = width / height, min(height, width)
 
@@ -117,8 +117,8 @@ def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tu
 
     Args:
         data: recipe of the datamodule, if known.
-        height: of the images.
-        width: of the images.
+        height: height of the images.
+        width: width of the images.
     """
     side = min(height, width)
     angle = slant = offset = 0.0
@@ -135,14 +135,14 @@ def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tu
 
 
 def _moves(data: Recipe) -> Iterator[nn.Module]:
-    """Yield our own parts of a recipe, without building the data, which may be gone."""
+    """Yield the affine and cropping parts of a recipe, without building the data, which may be deleted."""
     arguments = data.get("init_args", {})
     if data.get("class_path") == recipe(DistortedMNIST)["class_path"]:
         yield from MNISTDistortion(arguments["task"]).parts
-    for part in arguments.get("augment", []):
+    for augmentation in arguments.get("augment", []):
         for kind in (RandomAffine, RandomCrop):
-            if part["class_path"] == recipe(kind)["class_path"]:
-                yield kind(**part.get("init_args", {}))
+            if augmentation["class_path"] == recipe(kind)["class_path"]:
+                yield kind(**augmentation.get("init_args", {}))
 
 
 class Sample(NamedTuple):
@@ -151,7 +151,7 @@ class Sample(NamedTuple):
     Args:
         images: uint8 ``(N, C, H, W)``, at the size of the network.
         labels: ``(N,)``.
-        transforms: of the view, ``(N, 3, 3)``.
+        transforms: transforms of the views, ``(N, 3, 3)``.
     """
 
     images: Tensor
@@ -160,7 +160,7 @@ class Sample(NamedTuple):
 
     @property
     def distorted(self) -> bool:
-        """Whether some images are distorted already."""
+        """True if some images are distorted already."""
         return not torch.equal(self.transforms, identity(len(self.transforms)))
 
 
@@ -169,8 +169,8 @@ def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
     samples = data.samples(split)
     number, views = samples.transforms.shape[:2]
     indices = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(number)[:count]))
-    least = (samples.transforms[indices] - torch.eye(3)).abs().sum(dim=(2, 3)).argmin(dim=1)
-    batches = [samples[part] for part in torch.split(indices * views + least, CHUNK)]
+    least_distorted = (samples.transforms[indices] - torch.eye(3)).abs().sum(dim=(2, 3)).argmin(dim=1)
+    batches = [samples[part] for part in torch.split(indices * views + least_distorted, CHUNK)]
     images, labels, transforms = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "labels", "transforms")
     )
@@ -192,12 +192,12 @@ class Curve(NamedTuple):
 
 
 class Turning(NamedTuple):
-    """The response of a spatial transformer to rotation. Each of several parallel ones counts as an image of its own.
+    """The response of a spatial transformer to rotation. Each parallel transformer counts as an image of its own.
 
     Args:
         angles: applied, in degrees.
         residual: angles after the transformer minus those without rotation, in degrees from -180 to 180, ``(A, N)``.
-        uprightness: over the angles ``within``.
+        uprightness: uprightness over the angles ``within``.
         within: the range of training, or all angles.
     """
 
@@ -210,11 +210,12 @@ class Turning(NamedTuple):
     def quartiles(self) -> Floats:
         """Lower quartile, median and upper quartile of the residual angle, ``(3, A)``.
 
-        They are taken around the circular mean, and continued from 0 degrees both ways, so nothing jumps by 360.
+        They are measured around the circular mean. Both directions are unwrapped from 0 degrees, so that no curve
+        jumps by 360.
         """
         radians = np.radians(self.residual)
         centre = np.degrees(np.arctan2(np.sin(radians).mean(axis=1), np.cos(radians).mean(axis=1)))
-        spread = np.percentile(_wrapped(self.residual - centre[:, None]), (25, 50, 75), axis=1)
+        spread = np.percentile(_wrap(self.residual - centre[:, None]), (25, 50, 75), axis=1)
         start = self.angles.index(0)
         backwards, forwards = (np.unwrap(part, period=360) for part in (centre[start::-1], centre[start:]))
         quartiles: Floats = np.concatenate([backwards[:0:-1], forwards]) + spread
@@ -231,27 +232,27 @@ class Course(NamedTuple):
 def follow(
     subjects: Sequence[Subject], sample: Sample, ways: Sequence[Distortion], ranges: Sequence[tuple[float, float]]
 ) -> list[Course]:
-    """Ask all models about the same distorted images.
+    """Evaluate all models on the same distorted images.
 
     Args:
         subjects: the models.
-        sample: of images.
+        sample: images to distort.
         ways: the distortions.
-        ranges: angles for the uprightness of each model.
+        ranges: range of angles for the uprightness of each model.
     """
-    plain = [_answers(subject, sample.images) for subject in subjects]
+    undistorted = [_answers(subject, sample.images) for subject in subjects]
     predictions: list[dict[str, list[npt.NDArray[np.int64]]]] = [{way.name: [] for way in ways} for _ in subjects]
-    seen: list[dict[float, list[list[Observation]]]] = [{} for _ in subjects]
+    observations: list[dict[float, list[list[Observation]]]] = [{} for _ in subjects]
     steps = [(way, strength) for way in ways for strength in way.strengths]
     for way, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
         images = way(sample.images, strength)
         for number, subject in enumerate(subjects):
-            answers = plain[number] if strength == way.none else _answers(subject, images)
-            predictions[number][way.name].append(_predicted(answers))
+            answers = undistorted[number] if strength == way.none else _answers(subject, images)
+            predictions[number][way.name].append(_predictions(answers))
             if way.name == ROTATION and subject.model is not None:
-                seen[number][strength] = [answer.seen for answer in answers]
+                observations[number][strength] = [answer.seen for answer in answers]
     courses = []
-    for number, expected in enumerate(map(_predicted, plain)):
+    for number, expected in enumerate(map(_predictions, undistorted)):
         curves = {}
         for way in ways:
             accuracy, consistency = (
@@ -259,7 +260,9 @@ def follow(
                 for target in (sample.labels, expected)
             )
             curves[way.name] = Curve(way.strengths, accuracy, consistency)
-        courses.append(Course(curves, _turning(seen[number], sample, ranges[number]) if seen[number] else None))
+        courses.append(
+            Course(curves, _turning(observations[number], sample, ranges[number]) if observations[number] else None)
+        )
     return courses
 
 
@@ -267,40 +270,49 @@ def _answers(subject: Subject, images: Tensor) -> list[Answer]:
     return [subject.answer(part) for part in torch.split(images, CHUNK)]
 
 
-def _predicted(answers: list[Answer]) -> npt.NDArray[np.int64]:
-    predicted: npt.NDArray[np.int64] = np.concatenate([answer.probabilities for answer in answers]).argmax(axis=1)
-    return predicted
+def _predictions(answers: list[Answer]) -> npt.NDArray[np.int64]:
+    classes: npt.NDArray[np.int64] = np.concatenate([answer.probabilities for answer in answers]).argmax(axis=1)
+    return classes
 
 
-def _turning(seen: dict[float, list[list[Observation]]], sample: Sample, within: tuple[float, float]) -> Turning:
-    """Measure what is left of each angle, from the observations of every batch by angle."""
+def _turning(
+    observations: dict[float, list[list[Observation]]], sample: Sample, within: tuple[float, float]
+) -> Turning:
+    """Measure the residual of each angle.
+
+    Args:
+        observations: observations of every batch, by angle.
+        sample: images before the rotation.
+        within: range of angles for the uprightness.
+    """
     height, width = sample.images.shape[-2:]
     aspect, points, measure = width / height, pixel_centres(4, 4), Uprightness()
     indices = torch.split(torch.arange(len(sample.labels)), CHUNK)
     residual = []
-    for degrees, batches in seen.items():
-        left = []
-        for groups, observations in zip(indices, batches, strict=True):
+    for degrees, batches in observations.items():
+        batch_angles = []
+        for groups, batch in zip(indices, batches, strict=True):
             transforms = sample.transforms[groups] @ turn(degrees, aspect)
-            poses = final_poses(partial(project_points, transforms), observations, points)
-            left.append(torch.stack([rotation_angle(pose, points, aspect) for pose in poses]))  # (branches, B)
+            sampling_points = final_poses(partial(project_points, transforms), batch, points)
+            rotations = [rotation_angle(each, points, aspect) for each in sampling_points]
+            batch_angles.append(torch.stack(rotations))  # (branches, B)
             if within[0] <= degrees <= within[1]:
-                measure.update(groups, transforms, observations, aspect)
-        residual.append(torch.cat(left, dim=1).flatten().double().numpy())
-    angles = tuple(seen)
-    degrees_left = _wrapped(np.degrees(np.stack(residual) - residual[angles.index(0)]))
-    return Turning(angles, degrees_left, float(measure.compute()), within)
+                measure.update(groups, transforms, batch, aspect)
+        residual.append(torch.cat(batch_angles, dim=1).flatten().double().numpy())
+    angles = tuple(observations)
+    residual_degrees = _wrap(np.degrees(np.stack(residual) - residual[angles.index(0)]))
+    return Turning(angles, residual_degrees, float(measure.compute()), within)
 
 
 def sights(subject: Subject, image: Tensor) -> list[Pixels]:
-    """Return what each of the last transformers of a model sees of an image ``(1, C, H, W)``."""
+    """Return the view of an image ``(1, C, H, W)`` from each of the last transformers of a model."""
     model = subject.model
     assert model is not None
     normalised = model.normalised(image)
     return [pixels_of(model.shown(last.view(normalised)))[0] for last in last_of(subject.answer(image).seen)]
 
 
-def _wrapped(degrees: Floats) -> Floats:
-    """Return angles from -180 to 180."""
+def _wrap(degrees: Floats) -> Floats:
+    """Map angles to the range from -180 to 180."""
     wrapped: Floats = np.remainder(degrees + 180, 360) - 180
     return wrapped

@@ -37,7 +37,7 @@ class Result:
         probabilities: ``(N, K)``.
         labels: ``(N,)``.
         groups: the source image of each answer, ``(N,)``.
-        uprightness: over the views of the split, if they are rotated and the model has observations.
+        uprightness: uprightness over the views of the split; None without rotated views or without observations.
     """
 
     probabilities: Floats
@@ -48,14 +48,14 @@ class Result:
     @cached_property
     def predicted(self) -> Labels:
         """Predicted classes, ``(N,)``."""
-        predicted: Labels = self.probabilities.argmax(axis=1)
-        return predicted
+        classes: Labels = self.probabilities.argmax(axis=1)
+        return classes
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
         """Correct answers, ``(N,)``."""
-        right: npt.NDArray[np.bool_] = self.predicted == self.labels
-        return right
+        correct: npt.NDArray[np.bool_] = self.predicted == self.labels
+        return correct
 
     @cached_property
     def confusion(self) -> Labels:
@@ -104,7 +104,7 @@ class Result:
 
 @torch.no_grad()
 def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Result]:
-    """Ask all models about a split; every image is decoded once.
+    """Evaluate all models on a split; every image is decoded once.
 
     Raises:
         UserError: if a model answers with NaN or infinity.
@@ -163,17 +163,17 @@ class Bin:
 
 
 class Calibration(NamedTuple):
-    """Calibration of a model, and after the temperature that was fitted on other images.
+    """Calibration of a model, without and with a temperature that was fitted on other images.
 
     Args:
         log_loss: mean negative log-likelihood, in nats.
         error: expected calibration error.
         bins: see `reliability`.
-        temperature: None if there is none.
-        reason: why there is none.
-        log_loss_after: with the temperature.
-        error_after: with the temperature.
-        bins_after: with the temperature.
+        temperature: None if none was fitted.
+        reason: why no temperature was fitted.
+        log_loss_after: log loss with the temperature.
+        error_after: calibration error with the temperature.
+        bins_after: bins with the temperature.
     """
 
     log_loss: float
@@ -187,7 +187,12 @@ class Calibration(NamedTuple):
 
 
 def calibrate(result: Result, validation: Result | None) -> Calibration:
-    """Measure calibration, with a temperature fitted on the validation split; None if ``result`` is that split."""
+    """Measure calibration, with a temperature fitted on the validation split.
+
+    Args:
+        result: answers to the split that is evaluated.
+        validation: answers to the validation split; None if ``result`` is of that split.
+    """
 
     def measure(probabilities: Floats) -> tuple[float, float, list[Bin]]:
         bins = reliability(probabilities, result.labels, result.groups)
@@ -215,13 +220,13 @@ def reliability(probabilities: Floats, labels: Labels, groups: Labels) -> list[B
         groups: the source image of each answer, ``(N,)``.
     """
     confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    correct = probabilities.argmax(axis=1) == labels
+    bin_indices = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = []
     for number in range(BINS):
-        inside = places == number
+        inside = bin_indices == number
         mean = float(confidence[inside].mean()) if inside.any() else None
-        accuracy = clustered(right[inside], groups[inside]) if inside.any() else None
+        accuracy = clustered(correct[inside], groups[inside]) if inside.any() else None
         bins.append(Bin(number / BINS, (number + 1) / BINS, int(inside.sum()), mean, accuracy))
     return bins
 

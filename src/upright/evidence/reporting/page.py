@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html"
 CLASS_ROWS = 60
-"""Rows of the table of classes, at most; the JSON has all."""
+"""Maximum number of rows in the table of classes; the JSON lists all classes."""
 CSS_DPI = 96
 
 
 class Picture(NamedTuple):
-    """A PNG in the page.
+    """A PNG image in the page.
 
     Args:
-        data: its content, in base 64.
+        data: content of the file in base64.
         width: in CSS pixels.
     """
 
@@ -41,17 +41,17 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, Picture]:
     """Write all figures into ``folder``.
 
     Returns:
-        By name: ``accuracy``, ``consistency``, ``reliability``; ``turning`` and ``sights`` if a model has observations;
-        ``confusion-1``, and ``mistakes-1`` if there are any, for each model.
+        The figures by name. All reports have ``accuracy``, ``consistency`` and ``reliability``, and for each model
+        ``confusion-1``, and ``mistakes-1`` if it made any. With observations they have ``turning`` and ``sights``.
     """
     subjects, data = evidence.group
     names, classes = [subject.name for subject in subjects], data.spec.classes
     pictures: dict[str, Picture] = {}
 
-    def add(name: str, drawn: "Image.Image | Figure") -> None:
+    def add(name: str, figure: "Image.Image | Figure") -> None:
         path = folder / f"{name}.png"
-        save_picture(drawn, path)
-        width = drawn.width if isinstance(drawn, Image.Image) else round(drawn.get_figwidth() * CSS_DPI)
+        save_picture(figure, path)
+        width = figure.width if isinstance(figure, Image.Image) else round(figure.get_figwidth() * CSS_DPI)
         pictures[name] = Picture(base64.b64encode(path.read_bytes()).decode(), width)
 
     curves = [course.curves for course in evidence.courses]
@@ -91,9 +91,9 @@ def write_page(path: Path, figures: Mapping[str, Any], pictures: Mapping[str, Pi
     """Write the HTML, with all figures inside. All text from models and data is escaped.
 
     Args:
-        path: of the file.
+        path: path of the HTML file.
         figures: every number, as plain data.
-        pictures: by name, see `draw_all`.
+        pictures: figures by name, see `draw_all`.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS

@@ -28,11 +28,11 @@ def report(
     """Evaluate models on the same images, and write ``report.html``, its figures, and ``report.json``.
 
     Args:
-        models: checkpoints, folders of runs, bundles; the others are compared with the first.
+        models: checkpoints, folders of runs, bundles; each is compared with the first one.
         data: a YAML of data, in place of the data of the first model.
-        split: of the data, ``test`` or ``val``.
+        split: split of the data, ``test`` or ``val``.
         images: number of images for the curves, drawn with a fixed seed.
-        precision: of bundles.
+        precision: precisions of bundles.
         to: folder of the report; by default ``checkpoints/report-NAME``.
         force: replace an existing report.
 

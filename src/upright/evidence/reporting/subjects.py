@@ -1,4 +1,4 @@
-"""Models to compare: images to probabilities, by PyTorch or by ONNX Runtime."""
+"""Models to compare. PyTorch or ONNX Runtime maps images to probabilities."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 NO_TRANSFORMER = "it has no spatial transformer"
 FULL = ("fp32",)
 BATCH = 64
-"""Images per call of a graph that takes any number."""
+"""Images per call of a graph with a free batch size."""
 
 
 class Answer(NamedTuple):
@@ -46,17 +46,17 @@ class Answer(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The record of a model file about itself; parts that the file lacks are None or empty.
+    """Metadata of a model file. Fields that the file does not record are None or empty.
 
     Args:
         path: the command-line argument.
-        name: of the run, or of the bundle's folder.
-        spec: of the images.
-        network: recipe.
+        name: name of the run, or of the bundle's folder.
+        spec: format of the images.
+        network: recipe of the network.
         data: recipe of the training data.
-        digest: of the split.
-        run: name and id.
-        git_commit: of the training.
+        digest: digest of the split.
+        run: name and id of the run.
+        git_commit: commit of the code that trained the model.
         bundle: None for a checkpoint.
     """
 
@@ -73,17 +73,18 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model that answers.
+    """A model to evaluate.
 
     Args:
-        origin: the record of the file.
+        origin: metadata of the file.
         kind: ``PyTorch``, or ``ONNX fp32`` and so on.
-        file: of its weights.
-        folder: of the run; None if the run of a bundle is no longer in ``checkpoints``.
+        file: file with the weights.
+        folder: folder of the run; None if the run of a bundle is no longer in ``checkpoints``.
         unseen: whether the model was certainly not trained on the images of the report.
-        model: prepares images in the same way, and shows what the transformers see; None without observations.
+        model: the PyTorch model, which normalises images and computes the transformers' views; None without
+            observations.
         silent: why there are no observations.
-        answer: uint8 ``(B, C, H, W)`` to an `Answer`.
+        answer: function from uint8 images ``(B, C, H, W)`` to an `Answer`.
         name: unique in the report.
     """
 
@@ -111,11 +112,11 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
     Args:
         paths: checkpoints, folders of runs, and bundles.
         data: a YAML of other data.
-        precisions: of bundles.
+        precisions: precisions of bundles.
 
     Raises:
-        UserError: if a path is neither, or cannot be loaded; if classes, channels or, without ``data``, splits differ;
-            if the data of the first model are unknown or have changed.
+        UserError: if a path is none of these or cannot be loaded; if classes, channels or, without ``data``, splits
+            differ; if the data of the first model are unknown or have changed.
     """
     origins = [_origin(path) for path in paths]
     first = origins[0]
@@ -145,7 +146,7 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
         unseen = shared.manifest.digest == origin.digest
         subjects += [_open_bundle(origin, origin.bundle, each, unseen) for each in dict.fromkeys(precisions)]
     assert shared is not None
-    return Group(_named(subjects), shared)
+    return Group(_with_names(subjects), shared)
 
 
 def _origin(path: str) -> Origin:
@@ -169,16 +170,16 @@ def _origin(path: str) -> Origin:
             f"'{path}' is neither a run (it has no best.ckpt) nor a bundle (no {SUMS}); give a checkpoint, the folder "
             "of a run, or a bundle."
         )
-    ours = read_checkpoint(path)[KEY]
+    record = read_checkpoint(path)[KEY]
     return Origin(
         path,
-        ours["run"]["name"],
-        ImageSpec.from_dict(ours["spec"]),
-        ours["model"]["init_args"]["network"],
-        ours["data"],
-        ours["split"] and ours["split"]["digest"],
-        ours["run"],
-        ours["git_commit"],
+        record["run"]["name"],
+        ImageSpec.from_dict(record["spec"]),
+        record["model"]["init_args"]["network"],
+        record["data"],
+        record["split"] and record["split"]["digest"],
+        record["run"],
+        record["git_commit"],
     )
 
 
@@ -191,7 +192,7 @@ def _recipe(value: Any) -> Recipe | None:
 
 
 def _data_of(origin: Origin) -> ImageDataModule:
-    """Build the data of a bundle, and refuse them if they have changed."""
+    """Build the data of a bundle. Refuse data that have changed since the training."""
     if origin.data is None:
         raise UserError(f"Bundle '{origin.path}' does not record its data; give data with --data.")
     data = build_data(origin.data, origin.path)
@@ -209,18 +210,18 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
 
     @torch.no_grad()
     def answer(images: Tensor) -> Answer:
-        with observing() as seen:
+        with observing() as observations:
             logits = model(images)
-        for each in seen:
+        for each in observations:
             # Many answers are stored; only the network needs the transformed images.
             each.turned = each.turned.new_empty(0)
-        return Answer(logits.softmax(dim=1).double().numpy(), seen)
+        return Answer(logits.softmax(dim=1).double().numpy(), observations)
 
     file = find_checkpoint(origin.path)
-    rotates = _has_transformer(model)
-    shows, silent = (model, "") if rotates else (None, NO_TRANSFORMER)
+    has_transformer = _has_transformer(model)
+    observable, silent = (model, "") if has_transformer else (None, NO_TRANSFORMER)
     # `restore` refuses images that the model was trained on, if the checkpoint records them.
-    subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, shows, silent, answer)
+    subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, observable, silent, answer)
     return subject, restored.image_data("A report distorts original images")
 
 
@@ -237,7 +238,7 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
     model, template, silent = None, list[Observation](), ""
     try:
         model = _untrained(origin)
-    except UprightError as error:  # the class of the network may be missing here
+    except UprightError as error:  # the class of the network may be missing on this machine
         what = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
         thetas, silent = [], f"{what}: {error}"
     else:
@@ -274,13 +275,13 @@ def _run_folder(run: dict[str, Any]) -> Path | None:
 
 
 def _untrained(origin: Origin) -> Model:
-    """Build the network of a bundle; its structure gives theta a meaning, its weights do not matter."""
+    """Build the network of a bundle. Its structure defines the meaning of theta; its weights are not used."""
     if origin.network is None:
         raise UserError("the manifest does not record the network")
     with torch.random.fork_rng(devices=[]):
         try:
             network = build(origin.network)(origin.spec.input_shape, len(origin.spec.classes))
-        except (TypeError, ValueError) as error:  # the class here takes other arguments
+        except (TypeError, ValueError) as error:  # the installed class takes other arguments
             raise UserError(str(error)) from None
     return Model(origin.spec, network).eval()
 
@@ -288,30 +289,30 @@ def _untrained(origin: Origin) -> Model:
 @torch.no_grad()
 def _observations(model: Model) -> list[Observation]:
     """Return the observations of one pass: the transformers in order, each with its predecessor."""
-    with observing() as seen:
+    with observing() as observations:
         model(torch.zeros(1, *model.spec.input_shape))
-    return seen
+    return observations
 
 
 def _with_thetas(template: list[Observation], thetas: list[Tensor]) -> list[Observation]:
     """Return the observations of the same transformers with the theta of a graph."""
     observations: dict[int, Observation] = {}
     for each, theta in zip(template, thetas, strict=True):
-        before = observations[id(each.before)] if each.before else None
-        observations[id(each)] = replace(each, theta=theta, before=before)
+        previous = observations[id(each.before)] if each.before else None
+        observations[id(each)] = replace(each, theta=theta, before=previous)
     return list(observations.values())
 
 
-def _named(subjects: list[Subject]) -> list[Subject]:
-    """Give each the shortest name that no other has."""
-    named = []
+def _with_names(subjects: list[Subject]) -> list[Subject]:
+    """Return the subjects, each with the shortest name that is unique among them."""
+    results = []
     for one in subjects:
         for form in ("{0}", "{0} ({1})", "{0} ({1}, {2})"):
             names = [form.format(each.origin.name, each.kind, each.origin.path) for each in subjects]
             name = form.format(one.origin.name, one.kind, one.origin.path)
             if names.count(name) == 1:
-                named.append(replace(one, name=name))
+                results.append(replace(one, name=name))
                 break
         else:
             raise UserError(f"'{one.origin.path}' is given twice; a model is compared with others.")
-    return named
+    return results

@@ -1,1 +1,1 @@
-"""``upright select``: what the best of many candidates is worth."""
+"""``upright select``: the expected test accuracy of the best of many candidates."""

@@ -1,4 +1,4 @@
-"""The runs that a choice is made from, and their answers to the validation split."""
+"""Candidate runs, and their answers to the validation split."""
 
 import json
 import zipfile
@@ -24,16 +24,16 @@ from upright.tables import read_rows
 from upright.training.restoring import Restored, check_data, restore
 
 ANSWERS = "val_predictions.npz"
-"""In the folder of a run: the answers of its best checkpoint to the validation split, see `Answers`."""
+"""File in the folder of a run, with the answers of its best checkpoint to the validation split, see `Answers`."""
 ENDED = ("complete", "pruned", "failed")
 
 
 class Run(NamedTuple):
-    """A candidate.
+    """A candidate run.
 
     Args:
-        name: unique among the candidates.
-        folder: of the run.
+        name: name that is unique among the candidates.
+        folder: folder of the run.
         state: ``complete``, ``pruned``, ``failed``, or ``elsewhere`` if its checkpoint is not on this machine. Only
             complete runs are ranked.
         epochs: number of validated epochs.
@@ -97,9 +97,9 @@ class Answers:
 
     Args:
         checkpoint: SHA-256 of the checkpoint.
-        shown: SHA-256 of images and labels, before they are fitted to the network.
+        shown: SHA-256 of images and labels, before the images are resized for the network.
         test_split: digest of the test split, see `seal.content_digest`.
-        views: of each source image, one after the other.
+        views: number of views of each source image, which follow each other.
         labels: ``(n,)``.
         predictions: the most probable classes, ``(n,)``.
         losses: negative logarithm of the true class's probability, ``(n,)``.
@@ -116,8 +116,8 @@ class Answers:
     @property
     def right(self) -> npt.NDArray[np.bool_]:
         """Correct answers, ``(n,)``."""
-        right: npt.NDArray[np.bool_] = self.predictions == self.labels
-        return right
+        correct: npt.NDArray[np.bool_] = self.predictions == self.labels
+        return correct
 
     @property
     def scores(self) -> npt.NDArray[np.float64]:
@@ -127,38 +127,38 @@ class Answers:
 
 
 def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list[Answers]:
-    """Return the answers of each run, from its folder if they are of its current checkpoint.
+    """Return the answers of each run, from the file in its folder if they match its current checkpoint.
 
     Args:
-        runs: with a checkpoint each.
-        data: replaces the data of the checkpoints, if these have moved.
+        runs: runs with a checkpoint each.
+        data: data to use instead of the checkpoints' data, if these have moved.
 
     Raises:
-        UserError: for a checkpoint that cannot be restored, or whose validation split or classes differ from the
-            first one's.
+        UserError: if a checkpoint cannot be restored, or its validation split or classes differ from those of the
+            first one.
     """
     contents = [read_checkpoint(run.checkpoint)[KEY] for run in runs]
     _check_alike(runs, contents)
     # Runs of one sweep mostly share their data, so the last data are reused.
-    shared, shared_recipe, shown = data, contents[0]["data"], _digest(data) if data else ""
+    shared, shared_recipe, images_digest = data, contents[0]["data"], _digest(data) if data else ""
     answers: list[Answers] = []
-    for run, ours in zip(tqdm(runs, "validating", unit="run", disable=None, leave=False), contents, strict=True):
+    for run, record in zip(tqdm(runs, "validating", unit="run", disable=None, leave=False), contents, strict=True):
         if data:
-            check_data(ours, data, run.checkpoint, same_split=True)
+            check_data(record, data, run.checkpoint, same_split=True)
         checkpoint = file_hash(run.checkpoint)
         # Several processes of one sweep may end at the same time.
         with locked(run.folder / f".{ANSWERS}.lock"):
             if cached := _cached(run.folder / ANSWERS, checkpoint):
                 answers.append(cached)
                 continue
-            reuse = data or (shared if ours["data"] == shared_recipe else None)
+            reuse = data or (shared if record["data"] == shared_recipe else None)
             if reuse:
-                check_data(ours, reuse, run.checkpoint, same_split=True)
+                check_data(record, reuse, run.checkpoint, same_split=True)
             restored = restore(run.checkpoint, reuse)
             if restored.data is not shared:
-                shared, shared_recipe, shown = restored.data, ours["data"], _digest(restored.data)
-            answers.append(_answer(restored, checkpoint, shown))
-            with replacing_file(run.folder / ANSWERS) as aside, open(aside, "wb") as file:
+                shared, shared_recipe, images_digest = restored.data, record["data"], _digest(restored.data)
+            answers.append(_answer(restored, checkpoint, images_digest))
+            with replacing_file(run.folder / ANSWERS) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **vars(answers[-1]))
     for run, each in zip(runs, answers, strict=True):
         if each.shown != answers[0].shown:
@@ -171,17 +171,17 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
 
 def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> None:
     first = contents[0]
-    for run, ours in zip(runs, contents, strict=True):
-        if not ours["data"] or not ours["split"]:
+    for run, record in zip(runs, contents, strict=True):
+        if not record["data"] or not record["split"]:
             raise UserError(f"'{run.checkpoint}' does not record the data it was trained with.")
-        if ours["spec"]["classes"] != first["spec"]["classes"]:
-            what = "classes"
-        elif not torch.equal(ours["split"]["hashes"]["val"], first["split"]["hashes"]["val"]):
-            what = "validation images"
+        if record["spec"]["classes"] != first["spec"]["classes"]:
+            difference = "classes"
+        elif not torch.equal(record["split"]["hashes"]["val"], first["split"]["hashes"]["val"]):
+            difference = "validation images"
         else:
             continue
         raise UserError(
-            f"'{run.name}' has other {what} than '{runs[0].name}': choose among runs with one validation split."
+            f"'{run.name}' has other {difference} than '{runs[0].name}': choose among runs with one validation split."
         )
 
 
@@ -194,7 +194,7 @@ def _digest(data: ImageDataModule) -> str:
 
 
 @torch.inference_mode()
-def _answer(restored: Restored, checkpoint: str, shown: str) -> Answers:
+def _answer(restored: Restored, checkpoint: str, images_digest: str) -> Answers:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = restored.classifier.to(device)
     data = restored.image_data("A selection compares answers to the same images")
@@ -206,11 +206,11 @@ def _answer(restored: Restored, checkpoint: str, shown: str) -> Answers:
         losses.append(cross_entropy(logits, batch.labels, reduction="none"))
     columns = [torch.cat(parts).numpy() for parts in (labels, predictions, losses)]
     test_split = content_digest(data.manifest.hashes["test"])
-    return Answers(checkpoint, shown, test_split, len(data.views("val").names), *columns)
+    return Answers(checkpoint, images_digest, test_split, len(data.views("val").names), *columns)
 
 
 def _cached(path: Path, checkpoint: str) -> Answers | None:
-    """Return the answers in a file, if it can be read and they are of this checkpoint."""
+    """Return the answers in a file, or None if it cannot be read or has the answers of another checkpoint."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             answers = Answers(**{name: array if array.ndim else array.item() for name, array in arrays.items()})

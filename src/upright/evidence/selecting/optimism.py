@@ -1,4 +1,4 @@
-"""The share of the best score that is luck: the bias of choosing the best of M models on N images."""
+"""Optimism: the selection bias in the score of the best of M models, chosen on N images."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,7 +7,7 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 CHUNK = 100
-"""Resamples drawn together; more need more memory."""
+"""Resamples per draw; a larger number needs more memory."""
 
 
 def resampled(scores: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
@@ -16,20 +16,20 @@ def resampled(scores: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Floa
     All models share the images of a resample, because they share the images of the split.
 
     Args:
-        scores: of each model on each independent image, in [0, 1], ``(M, N)``. The score of an image with several
+        scores: score of each model on each independent image, in [0, 1], ``(M, N)``. The score of an image with several
             views is the mean over its views.
-        seed: of the draws.
-        resamples: B.
+        seed: seed of the draws.
+        resamples: B, the number of bootstrap samples.
     """
     generator = np.random.default_rng(seed)
     # All models answer most images alike. Drawing how often each pattern of answers occurs is enough.
     patterns, counts = np.unique(scores, axis=1, return_counts=True)
     images = scores.shape[1]
-    drawn = [
+    means = [
         generator.multinomial(images, counts / images, size=min(CHUNK, resamples - start)) @ patterns.T / images
         for start in range(0, resamples, CHUNK)
     ]
-    noise: Floats = np.concatenate(drawn) - scores.mean(axis=1)
+    noise: Floats = np.concatenate(means) - scores.mean(axis=1)
     return noise
 
 
@@ -38,16 +38,16 @@ def optimism(means: Floats, noise: Floats) -> float:
 
     In each resample the best model is chosen, and its mean there is compared with its mean on all images (Efron 1983;
     for a choice among models see Cawley and Talbot 2010, Tibshirani and Tibshirani 2009). The measured means already
-    contain the noise of one draw, so equal models look unequal, and this finds ``1 / sqrt(2)`` of their optimism. A
-    comparison with the images outside the resample finds ``sqrt(2)`` of it. The geometric mean of the two is right for
-    equal models. Where models differ by more than noise it is too large, by ``exp(d^2 / 4 s^2)`` for two models whose
-    difference d has a standard deviation s; the excess is never more than a tenth of s.
+    contain the noise of one draw, so equal models look unequal, and this comparison yields ``1 / sqrt(2)`` of their
+    optimism. A comparison with the images outside the resample yields ``sqrt(2)`` of it. The geometric mean of the two
+    is right for equal models. Where models differ by more than noise it is too large, by ``exp(d^2 / 4 s^2)`` for two
+    models whose difference d has a standard deviation s; the excess is never more than a tenth of s.
 
     Args:
-        means: measured, ``(M,)``.
-        noise: from `resampled`, ``(B, M)``.
+        means: measured means, ``(M,)``.
+        noise: noise of the means, from `resampled`, ``(B, M)``.
     """
-    chosen = (means + noise).argmax(axis=1)
+    winners = (means + noise).argmax(axis=1)
     # The noise of the measured best has a mean of 0. Subtracting it reduces the variance of the estimate.
     luck = noise - noise[:, [means.argmax()]]
-    return float(np.sqrt(2) * luck[np.arange(len(luck)), chosen].mean())
+    return float(np.sqrt(2) * luck[np.arange(len(luck)), winners].mean())

@@ -37,7 +37,7 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
     """Print the ranking, and write it as ``selection.md``, ``.json`` and ``.png``.
 
     Args:
-        runs: folders of runs, or of a sweep.
+        runs: folders of runs, or the folder of a sweep.
         to: the folder to write to; by default the folder of the sweep, if it is the only argument.
         data: a YAML of the data, if the data have moved.
 
@@ -74,10 +74,10 @@ class Ranked:
     """A run in the ranking.
 
     Args:
-        name: of the run.
-        folder: of the run.
-        accuracy: on the validation split.
-        interval: 95 %, for a run that was not chosen by these images.
+        name: name of the run.
+        folder: folder of the run.
+        accuracy: accuracy on the validation split.
+        interval: 95 % interval, valid for a run that was not chosen by these images.
         loss: mean negative logarithm of the true class's probability.
         epochs: number of validated epochs.
     """
@@ -96,10 +96,10 @@ class Selection:
 
     Args:
         images: N, source images of the validation split; several views of an image count once.
-        views: of each image.
+        views: number of views of each image.
         candidates: M, all runs that the choice was made from, unfinished ones included.
         ranking: the complete runs, the best first.
-        optimism: of the first run's accuracy.
+        optimism: optimism of the first run's accuracy, see `optimism.optimism`.
         test_openings: number of accesses to the test split, for each run that has any.
     """
 
@@ -142,12 +142,12 @@ class Selection:
 
     @property
     def first(self) -> Ranked:
-        """The run with the highest accuracy; the one with the lower loss among equals."""
+        """The run with the highest accuracy; among equal runs the one with the lowest loss."""
         return self.ranking[0]
 
     @property
     def estimate(self) -> Share:
-        """The accuracy of the first run and its interval, both lowered by the optimism."""
+        """The accuracy of the first run and its interval, both reduced by the optimism."""
         ends = (self.first.accuracy, *self.first.interval)
         return Share(*(max(0.0, end - self.optimism) for end in ends))
 
@@ -212,9 +212,9 @@ def _draw(selection: Selection) -> "Figure":
     rows = selection.ranking[:DRAWN_RUNS]
     figure = Figure(figsize=(7, 1.4 + 0.25 * len(rows)), dpi=120, layout="constrained")
     axis = figure.subplots()
-    for place, row in enumerate(rows):
-        axis.plot(row.interval, [place, place], color="#084081", linewidth=1.5)
-        axis.plot(row.accuracy, place, "o", color="#084081", markersize=5)
+    for index, row in enumerate(rows):
+        axis.plot(row.interval, [index, index], color="#084081", linewidth=1.5)
+        axis.plot(row.accuracy, index, "o", color="#084081", markersize=5)
     axis.axvline(selection.estimate.value, color="#b3123a", linewidth=1, linestyle="--")
     axis.set_yticks(range(len(rows)), labels=[row.name for row in rows], fontsize=8, parse_math=False)
     axis.set_ylim(len(rows) - 0.5, -0.5)

@@ -1,4 +1,4 @@
-"""``upright sweep``: the search, then `select` among its trials."""
+"""``upright sweep``: run a search, then `select` among its trials."""
 
 import sys
 from collections.abc import Sequence
@@ -17,6 +17,6 @@ def sweep(space: str, trials: int | None = None, name: str | None = None, option
         try:
             select([str(ROOT / (name or Path(space).stem))])
         except UprightError as error:
-            # The trials are complete, only their comparison is not possible.
+            # The trials are complete, so a failed comparison is only a note.
             print(f"Note: the trials cannot be compared: {error}", file=sys.stderr)
     return code

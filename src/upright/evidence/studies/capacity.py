@@ -64,8 +64,8 @@ def run(bench: Bench) -> Finding:
     columns |= {f"{title} loss": spreads(groups, 3) for title, groups in losses.items()}
     table = rows("units", {width: f"{width:,}" for width in widths}, columns)
     figure, axes = panels(2)
-    drawn = {"error, %": {title: errors[title] for title in ("training", "test")}, "loss": losses}
-    for axis, (measure, lines) in zip(axes, drawn.items(), strict=True):
+    plots = {"error, %": {title: errors[title] for title in ("training", "test")}, "loss": losses}
+    for axis, (measure, lines) in zip(axes, plots.items(), strict=True):
         for title, groups in lines.items():
             draw_band(axis, widths, np.transpose([*groups.values()]), title, marker="o", markersize=3)
         axis.set(xscale="log", xlabel="hidden units", ylabel=measure, ylim=(0, None))

@@ -31,7 +31,7 @@ class CNN(nn.Module):
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
-        widths: maps of each convolution.
+        widths: number of maps of each convolution.
     """
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int, *, widths: tuple[int, ...]) -> None:
@@ -45,13 +45,13 @@ class CNN(nn.Module):
         self.layers = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(outputs, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
+        """Map normalised images ``(B, C, H, W)`` to logits ``(B, K)``."""
         logits: Tensor = self.layers(images)
         return logits
 
 
 FAMILIES: dict[str, tuple[Callable[..., nn.Module], int]] = {"MLP": (MLP, 100_000), "CNN": (CNN, 30_000)}
-"""Network and number of parameters."""
+"""Network and number of parameters of each family."""
 
 
 def parameters(network: Callable[..., nn.Module], widths: tuple[int, ...]) -> int:
@@ -67,7 +67,7 @@ def widths(family: str, depth: int) -> tuple[int, ...]:
     width = 1
     while parameters(network, (width + 1,) * depth) <= budget:
         width += 1
-    # Some of the layers one unit wider: finer steps than all of them together.
+    # Widen only some of the layers by one unit, because widening all of them changes the count in coarser steps.
     candidates = [(width + 1,) * wider + (width,) * (depth - wider) for wider in range(depth + 1)]
     return min(candidates, key=lambda candidate: abs(parameters(network, candidate) - budget))
 

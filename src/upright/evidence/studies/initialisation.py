@@ -42,7 +42,7 @@ def sizes(spec: ImageSpec, batch: Batch, activation: Activation, scheme: Scheme,
 
 
 def change(layers: Sequence[float]) -> float:
-    """Return the factor between first and last, at least 1."""
+    """Return the factor between the first and the last layer, at least 1."""
     return max(layers[0], layers[-1]) / max(min(layers[0], layers[-1]), 1e-38)
 
 
@@ -51,19 +51,19 @@ def run(bench: Bench) -> Finding:
     data = bench.data()()
     batch = data.samples("train")[slice(512)]
     keys = [(activation, scheme) for activation in TITLES for scheme in SCHEMES]
-    # (runs, layers) of each
+    # The shape of each value is (runs, layers).
     signal, gradient = {}, {}
     for key in keys:
         runs = [sizes(data.spec, batch, *key, seed) for seed in range(bench.seeds)]
-        signal[key], gradient[key] = ([each[which] for each in runs] for which in (0, 1))
-    kept = max(change(each) for key in FIT for each in (*signal[key], *gradient[key]))
-    lost = min(
+        signal[key], gradient[key] = ([each[index] for each in runs] for index in (0, 1))
+    most = max(change(each) for key in FIT for each in (*signal[key], *gradient[key]))
+    least = min(
         change(each) for key, runs in gradient.items() if key[0] == "sigmoid" or key[1] == "normal" for each in runs
     )
     sentence = (
-        f"Over {LAYERS} layers activations and gradients change by a factor of at most {kept:.1f} with ReLU and He and "
+        f"Over {LAYERS} layers activations and gradients change by a factor of at most {most:.1f} with ReLU and He and "
         f"with tanh and Xavier; with weights of deviation 0.01, and with the sigmoid, gradients change by one of at "
-        f"least {lost:.1e}."
+        f"least {least:.1e}."
     )
     columns = {"weights": {key: SCHEMES[key[1]] for key in keys}}
     for heading, runs_of, layer in (
@@ -75,7 +75,7 @@ def run(bench: Bench) -> Finding:
         columns[heading] = {key: f"{statistics.mean(each[layer] for each in runs_of[key]):.1e}" for key in keys}
     figure, axes = panels(3, 2)
     for row, (title, runs_of) in enumerate({"activations": signal, "gradients": gradient}.items()):
-        # One scale for a row, so that columns compare.
+        # Use one scale per row, so that columns are comparable.
         values = np.array([*runs_of.values()])
         for axis, activation in zip(axes[3 * row :], TITLES, strict=False):
             for colour, (scheme, weights) in zip(COLOURS, SCHEMES.items(), strict=False):
@@ -85,4 +85,4 @@ def run(bench: Bench) -> Finding:
     axes[0].legend(fontsize=7)
     numbers = {" ".join(key): {"activations": signal[key], "gradients": gradient[key]} for key in keys}
     table = rows("activation", {key: TITLES[key[0]] for key in keys}, columns)
-    return Finding(kept < 10 and lost > 1000, sentence, table, figure, numbers)
+    return Finding(most < 10 and least > 1000, sentence, table, figure, numbers)

@@ -33,9 +33,9 @@ LABELS = {"degrees": "turned by, degrees", "size": "size, times"}
 
 
 def losses(run: dict[str, Curve]) -> dict[str, float]:
-    """Return the loss of accuracy against undistorted images: the worst in the range of training, and beyond it."""
+    """Return the loss of accuracy from undistorted images: the largest within the training range, and beyond."""
     angles, factors = (dict(zip(strengths, run[kind].accuracy, strict=True)) for kind, strengths in KINDS.items())
-    right = {
+    accuracies = {
         "to 45 degrees": min(angles[n] for n in angles if abs(n) <= 45),
         "at 45 degrees": mean([angles[-45], angles[45]]),
         "at 90 degrees": mean([angles[-90], angles[90]]),
@@ -43,11 +43,11 @@ def losses(run: dict[str, Curve]) -> dict[str, float]:
         "at 0.5 x": factors[0.5],
         "at 2 x": factors[2.0],
     }
-    return {name: angles[0] - accuracy for name, accuracy in right.items()}
+    return {name: angles[0] - accuracy for name, accuracy in accuracies.items()}
 
 
 def run(bench: Bench) -> Finding:
-    """Train the four, then rotate and scale the test images."""
+    """Train the four networks, then rotate and scale the test images."""
     options = {"train_fraction": bench.choose(0.1, 0.3), "val_fraction": 0.02, "batch_size": 128}
     affine = partial(RandomAffine, rotate=45, scale=(0.8, 1.25))
     plain = Experiment(LENET, bench.data(**options), bench.choose(1, 6))
@@ -57,22 +57,22 @@ def run(bench: Bench) -> Finding:
     runs = bench.train(dict(zip(TITLES, (plain, augmented, transformer, upright), strict=True)))
     lines = {key: curves(bench, runs[key], KINDS, every=bench.choose(8, 4)) for key in runs}
     each = {key: [losses(run) for run in lines[key]] for key in runs}
-    lost = {key: {name: [run[name] for run in each[key]] for name in each[key][0]} for key in runs}
-    plain_lost, *others = lost.values()
+    drops = {key: {name: [run[name] for run in each[key]] for name in each[key][0]} for key in runs}
+    plain_drops, *others = drops.values()
     within = max(max(one["to 45 degrees"] + one["0.8 to 1.25 x"]) for one in others)
-    not_invariant = min(plain_lost["at 45 degrees"] + plain_lost["at 0.5 x"]) > 0.1
+    not_invariant = min(plain_drops["at 45 degrees"] + plain_drops["at 0.5 x"]) > 0.1
     limited = all(min(one["at 90 degrees"] + one["at 0.5 x"]) > 0.1 for one in others)
-    mean_lost = {name: ", ".join(f"{mean(one[name]):.3f}" for one in others) for name in plain_lost}
+    averages = {name: ", ".join(f"{mean(one[name]):.3f}" for one in others) for name in plain_drops}
     sentence = (
         f"{'Every' if not_invariant else 'Not every'} plain LeNet loses more than 0.1 turned by 45 degrees (mean: "
-        f"{mean(plain_lost['at 45 degrees']):.3f}) and at half the size ({mean(plain_lost['at 0.5 x']):.3f}). Within "
+        f"{mean(plain_drops['at 45 degrees']):.3f}) and at half the size ({mean(plain_drops['at 0.5 x']):.3f}). Within "
         f"the range of their training the others lose up to {within:.3f} (allowed: 0.03). Beyond it they "
-        f"{'all' if limited else 'do not all'} lose more than 0.1: at 90 degrees {mean_lost['at 90 degrees']}, at half "
-        f"the size {mean_lost['at 0.5 x']} (augmented, transformer, upright loss)."
+        f"{'all' if limited else 'do not all'} lose more than 0.1: at 90 degrees {averages['at 90 degrees']}, at half "
+        f"the size {averages['at 0.5 x']} (augmented, transformer, upright loss)."
     )
     undistorted = list(KINDS["size"]).index(1.0)
     columns = {"accuracy": spreads({key: [run["size"].accuracy[undistorted] for run in lines[key]] for key in runs}, 3)}
-    columns |= {f"lost {name}": spreads({key: lost[key][name] for key in runs}, 3) for name in plain_lost}
+    columns |= {f"lost {name}": spreads({key: drops[key][name] for key in runs}, 3) for name in plain_drops}
     columns["uprightness"] = spreads(measured(runs, "test/uprightness"), 3)
     figure, axes = panels(2, width=4.6)
     for axis, (kind, strengths) in zip(axes, KINDS.items(), strict=True):
@@ -84,4 +84,4 @@ def run(bench: Bench) -> Finding:
     numbers = {key: [{kind: run[kind].accuracy for kind in KINDS} for run in lines[key]] for key in runs}
     held = not_invariant and within <= 0.03 and limited
     table = rows("network", TITLES, columns)
-    return Finding(held, sentence, table, figure, {"accuracy": numbers, "lost": lost})
+    return Finding(held, sentence, table, figure, {"accuracy": numbers, "lost": drops})

@@ -46,10 +46,10 @@ def learn(images: Tensor, kernel: Tensor, seed: int, steps: int) -> tuple[Tensor
 
 
 def summary(steps: Sequence[int | None]) -> str:
-    """Say how many runs reached the cosine, and when."""
-    reached = [step for step in steps if step is not None]
-    when = f", after {statistics.mean(reached):.0f} steps on average" if reached else ""
-    return f"by {len(reached)} of {len(steps)} runs{when}"
+    """Return the number of runs that reached the cosine, and their mean number of steps, as text."""
+    step_counts = [step for step in steps if step is not None]
+    when = f", after {statistics.mean(step_counts):.0f} steps on average" if step_counts else ""
+    return f"by {len(step_counts)} of {len(steps)} runs{when}"
 
 
 def run(bench: Bench) -> Finding:

@@ -40,17 +40,17 @@ class Learnt(NamedTuple):
 
     @property
     def smooth(self) -> list[float]:
-        """Means over the last steps; a diverged run ends at infinity."""
+        """Moving averages of the loss over the last ``OVER`` steps; a diverged run ends at infinity."""
         return [statistics.mean(self.losses[max(0, i - OVER) : i]) for i in range(1, len(self.losses) + 1)]
 
     @property
     def steps(self) -> float:
-        """Steps to the loss ``REACHED``; infinity if it was never reached."""
+        """Number of steps to the loss ``REACHED``; infinity if the run never reaches it."""
         return next((step for step, loss in enumerate(self.smooth, 1) if loss <= REACHED), math.inf)
 
 
 def learn(datamodule: Callable[[], ImageDataModule], rate: float, normalised: bool, seed: int) -> Learnt:
-    """Train for an epoch, and test."""
+    """Train for one epoch, and test."""
     L.seed_everything(seed, verbose=False)
     data = datamodule()
     widths, units = (8, 16, 32, 32), (64, 64)
@@ -74,7 +74,7 @@ def learn(datamodule: Callable[[], ImageDataModule], rate: float, normalised: bo
 
 
 def run(bench: Bench) -> Finding:
-    """Train both at every rate."""
+    """Train both networks at every rate."""
     rates = bench.choose((0.01, 0.1), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
     data = bench.data(train_fraction=bench.choose(0.5, 0.2))
     keys = [(kind, rate, seed) for kind in KINDS for rate in rates for seed in range(bench.seeds)]
@@ -108,7 +108,7 @@ def run(bench: Bench) -> Finding:
     }
     figure, axes = panels(3)
     for kind in KINDS:
-        # A diverged run is worse than one that learns nothing, and both are off the scale of interest.
+        # A diverged run is worse than a run that learns nothing, and both are outside the range of interest.
         ends = np.minimum(np.transpose([*end[kind].values()]), 10)
         draw_band(axes[0], rates, ends, kind, marker="o", markersize=3)
         curves = [each.smooth for each in runs[kind][best[kind]]]
@@ -134,5 +134,5 @@ def run(bench: Bench) -> Finding:
 
 
 def finite(value: float) -> float | None:
-    """Return a number that JSON has."""
+    """Return the number, or None if it is not finite, because JSON has no infinity."""
     return value if math.isfinite(value) else None

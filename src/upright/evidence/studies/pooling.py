@@ -27,7 +27,7 @@ from upright.evidence.finding import Finding, draw_band, means, measured, panels
 
 
 class StridedLeNet(LeNet):
-    """LeNet whose convolutions take steps of two pixels in place of pooling: the same maps and parameters.
+    """LeNet whose convolutions have a stride of two pixels in place of pooling: the same maps and parameters.
 
     Args:
         input_shape: ``(C, H, W)``.
@@ -64,7 +64,7 @@ COMPARED = {"2 pixels": ("pixels", 2), "15 degrees": ("degrees", 15), "0.8 x": (
 
 @torch.no_grad()
 def outputs(network: Network, height: int, width: int) -> str:
-    """Return how many numbers a network for 28 x 28 pixels gives for an image of another size."""
+    """Return the number of outputs of a network for 28 x 28 pixels on an image of another size."""
     try:
         return str(network((1, 28, 28), 10).eval()(torch.zeros(1, 1, height, width)).numel())
     except RuntimeError:

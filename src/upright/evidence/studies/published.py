@@ -53,7 +53,7 @@ def experiment(task: Task, data: Callable[[], ImageDataModule], epochs: int) -> 
 
 
 def run(bench: Bench) -> Finding:
-    """Train it on the tasks."""
+    """Train the network on the tasks."""
     tasks: tuple[Task, ...] = bench.choose(("R",), ("R",), ("R", "RTS", "TC", "E", "P"))
     data, epochs = bench.choose(digits, mnist), bench.choose(1, 24)
     runs = bench.train({task: experiment(task, data(task), epochs) for task in tasks})
@@ -72,9 +72,9 @@ def run(bench: Bench) -> Finding:
         "uprightness": spreads({task: uprightness[task] for task in ROTATED if task in uprightness}, 3),
     }
     figure, (axis,) = panels(1, width=3 + len(tasks), height=3.4)
-    for place, task in enumerate(tasks):
-        label = "" if place else "upright loss, each seed"
-        axis.scatter([place] * len(error[task]), error[task], s=20, color=COLOURS[0], label=label, zorder=3)
+    for index, task in enumerate(tasks):
+        label = "" if index else "upright loss, each seed"
+        axis.scatter([index] * len(error[task]), error[task], s=20, color=COLOURS[0], label=label, zorder=3)
     draw_published(axis, tasks)
     axis.set_ylim(0, None)
     table = rows("task", {task: task for task in runs}, columns)

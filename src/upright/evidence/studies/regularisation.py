@@ -58,8 +58,8 @@ def run(bench: Bench) -> Finding:
     losses = {"training loss": training, "validation loss": validation, "gap": gap}
     columns = {title: spreads(groups, 3) for title, groups in losses.items()} | {"test accuracy": spreads(accuracy)}
     figure, axes = panels(2, width=5.2)
-    drawn = {"gap: validation loss less training loss": gap, "test error, %": errors(runs)}
-    for axis, (title, groups) in zip(axes, drawn.items(), strict=True):
+    plots = {"gap: validation loss less training loss": gap, "test error, %": errors(runs)}
+    for axis, (title, groups) in zip(axes, plots.items(), strict=True):
         draw_points(axis, {name.replace(" ", "\n"): groups[name] for name in runs}, title)
     axes[0].set_ylim(bottom=0)
     axes[1].set_yscale("log")

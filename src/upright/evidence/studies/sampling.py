@@ -31,7 +31,7 @@ NETWORKS = {name: transformed("rotation", sampling=name) for name in ("nearest",
 
 
 def gradient(experiment: Experiment, seed: int) -> float:
-    """Norm of the localiser's gradient before any training."""
+    """Return the norm of the localiser's gradient before any training."""
     data = experiment.data()
     torch.manual_seed(seed)
     model = Model(data.spec, experiment.network(data.spec.input_shape, 10))
@@ -58,15 +58,15 @@ def run(bench: Bench) -> Finding:
     norms = {key: [gradient(variants[key], seed) for seed in range(bench.seeds)] for key in NETWORKS}
     runs = bench.train(variants)
     accuracy, uprightness = measured(runs, "test/accuracy"), measured(runs, "test/uprightness")
-    right, left = means(accuracy), means(uprightness)
+    right, mean = means(accuracy), means(uprightness)
     none_and_some = not any(norms["nearest"]) and all(norms["bilinear"])
     learns = max(uprightness["bilinear"]) < min(uprightness["nearest"])
     sentence = (
         f"Before training, the gradient's norm over the localiser is {max(norms['nearest']):g} with the nearest pixel "
         f"in every seed, and {min(norms['bilinear']):.2g} to {max(norms['bilinear']):.2g} bilinearly. Trained, the "
-        f"nearest ends at an uprightness of {left['nearest']:.3f} and an accuracy of {right['nearest']:.4f} (LeNet "
-        f"alone: {right['lenet']:.4f}), bilinear at {left['bilinear']:.3f} and {right['bilinear']:.4f}. With the "
-        f"upright loss, whose gradient does not pass the pixels, the nearest gets to {left['upright']:.3f} and "
+        f"nearest ends at an uprightness of {mean['nearest']:.3f} and an accuracy of {right['nearest']:.4f} (LeNet "
+        f"alone: {right['lenet']:.4f}), bilinear at {mean['bilinear']:.3f} and {right['bilinear']:.4f}. With the "
+        f"upright loss, whose gradient does not pass the pixels, the nearest gets to {mean['upright']:.3f} and "
         f"{right['upright']:.4f}."
     )
     columns = {
@@ -75,8 +75,8 @@ def run(bench: Bench) -> Finding:
         "test accuracy": spreads(accuracy),
     }
     figure, axes = panels(3, width=3.6)
-    drawn = {"gradient's norm at the start": norms, "uprightness": uprightness, "test accuracy": accuracy}
-    for axis, (name, groups) in zip(axes, drawn.items(), strict=True):
+    plots = {"gradient's norm at the start": norms, "uprightness": uprightness, "test accuracy": accuracy}
+    for axis, (name, groups) in zip(axes, plots.items(), strict=True):
         draw_points(axis, {title.replace(" ", "\n", 1): groups.get(key, []) for key, title in TITLES.items()}, name)
     axes[1].set_ylim(bottom=-0.03)
     numbers = {"gradient": norms, "test/uprightness": uprightness, "test/accuracy": accuracy}

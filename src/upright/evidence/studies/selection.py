@@ -38,7 +38,7 @@ def hoeffding(models: int, images: int) -> float:
 
 
 def empirical_bernstein(scores: Floats, models: int) -> float:
-    """Return the distance for the chosen model with ``scores`` ``(N,)``, which depends on their variance.
+    """Return the distance for the chosen model with ``scores`` ``(N,)``; it depends on their variance.
 
     ``sqrt(2 V L / N) + 7 L / (3 (N - 1))`` with ``L = ln(2 M / DELTA)``: Maurer and Pontil (2009), corollary 5.
     """
@@ -72,18 +72,18 @@ def draw(scores: Floats, models: int, images: int, generator: np.random.Generato
     """Return the optimism of one choice; if ``estimated``, also its bootstrap estimate and the two bounds."""
     candidates = generator.choice(len(scores), models, replace=False)
     order = generator.permutation(scores.shape[1])
-    seen, rest = scores[candidates][:, order[:images]], scores[candidates][:, order[images:]]
-    accuracies = seen.mean(axis=1)
+    sample, rest = scores[candidates][:, order[:images]], scores[candidates][:, order[images:]]
+    accuracies = sample.mean(axis=1)
     best = int(accuracies.argmax())
     numbers = [float(accuracies[best] - rest[best].mean())]
     if estimated:
-        noise = resampled(seen, seed=int(generator.integers(2**31)), resamples=500)
-        numbers += [optimism(accuracies, noise), hoeffding(models, images), empirical_bernstein(seen[best], models)]
+        noise = resampled(sample, seed=int(generator.integers(2**31)), resamples=500)
+        numbers += [optimism(accuracies, noise), hoeffding(models, images), empirical_bernstein(sample[best], models)]
     return numbers
 
 
 def run(bench: Bench) -> Finding:
-    """Train the candidates, then choose among them again and again."""
+    """Train the candidates, then choose among them in many draws."""
     draws, estimates = bench.choose((20, 4), (400, 40))
     images = bench.choose(IMAGES[:1], IMAGES)
     keys = [(count, size) for count in MODELS for size in images]
@@ -94,8 +94,8 @@ def run(bench: Bench) -> Finding:
         generator = np.random.default_rng(seed)
         for key in keys:
             results = [draw(scores, *key, generator, number < estimates) for number in range(draws)]
-            for place, kind in enumerate(KINDS):
-                numbers[kind][key].append(statistics.mean(each[place] for each in results if len(each) > place))
+            for index, kind in enumerate(KINDS):
+                numbers[kind][key].append(statistics.mean(each[index] for each in results if len(each) > index))
     true, mean = numbers["optimism"], {kind: means(groups) for kind, groups in numbers.items()}
     few, many = MODELS
     grows = all(more > less for size in images for less, more in zip(true[few, size], true[many, size], strict=True))

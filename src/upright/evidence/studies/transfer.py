@@ -30,9 +30,9 @@ class Half(ImageDataModule):
     """Five of the ten digits of another dataset.
 
     Args:
-        first: the first of them.
-        embedded: whether they come from the embedded digits, in place of MNIST.
-        **options: of `ImageDataModule`.
+        first: the first of the five digits.
+        embedded: use the embedded digits in place of MNIST.
+        **options: options of `ImageDataModule`.
     """
 
     def __init__(self, *, first: int, embedded: bool, **options: object) -> None:
@@ -69,7 +69,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def run(bench: Bench) -> Finding:
-    """Learn from the first half, then from a little of the second in four ways."""
+    """Train on the first half, then on a few images of the second half in four ways."""
     ways = bench.choose(tuple(WAYS)[:2], tuple(WAYS))
     sizes = bench.choose((20,), (20, 100, 500, 2500))
     embedded, available = bench.choose((True, 610), (False, 26_500))
@@ -98,14 +98,14 @@ def run(bench: Bench) -> Finding:
     cells = spreads(accuracy)
     table = [{"way": way} | {f"{size:,} images": cells[size, way] for size in sizes} for way in ways]
     figure, axes = panels(2, width=4.8)
-    shown = sizes[len(sizes) // 3]
+    plot_size = sizes[len(sizes) // 3]
     for way in ways:
         draw_band(axes[0], sizes, np.transpose([accuracy[size, way] for size in sizes]), way)
-        curves = [each.column("val/accuracy") for each in runs[shown, way]]
-        draw_band(axes[1], range(every[shown], epochs[shown] + 1, every[shown]), curves, way)
+        curves = [each.column("val/accuracy") for each in runs[plot_size, way]]
+        draw_band(axes[1], range(every[plot_size], epochs[plot_size] + 1, every[plot_size]), curves, way)
     axes[0].set(xscale="log", xlabel="training images of the target", ylabel="test accuracy")
     axes[0].legend()
-    axes[1].set(xlabel=f"epoch, {shown} images", ylabel="validation accuracy")
+    axes[1].set(xlabel=f"epoch, {plot_size} images", ylabel="validation accuracy")
     numbers = {f"{way}, {size}": each for (size, way), each in accuracy.items()}
     record = {"test/accuracy": numbers, "source": values(sources, "test/accuracy")}
     return Finding(held, f"{sentence}.", table, figure, record)

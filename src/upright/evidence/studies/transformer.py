@@ -68,10 +68,10 @@ def experiments(task: Task, data: Callable[[], ImageDataModule], epochs: int) ->
 
 
 def draw_published(axis: Axes, tasks: Sequence[Task]) -> None:
-    """Draw the published error of each task as a broken line, and label the axes."""
-    for place, task in enumerate(tasks):
-        label = "" if place else "published best"
-        ends = (place - 0.42, place + 0.42)
+    """Draw the published error of each task as a dashed line, and label the axes."""
+    for index, task in enumerate(tasks):
+        label = "" if index else "published best"
+        ends = (index - 0.42, index + 0.42)
         axis.hlines(PUBLISHED[task], *ends, color="black", linestyle="--", linewidth=1, label=label)
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_xlim(-0.6, len(tasks) - 0.4)
@@ -108,9 +108,9 @@ def run(bench: Bench) -> Finding:
     figure, (axis,) = panels(1, width=3.4 + 1.4 * len(tasks), height=3.6)
     step = 0.76 / len(TITLES)
     for number, (key, title) in enumerate(TITLES.items()):
-        for place, task in enumerate(tasks):
-            points, x = error[f"{task}-{key}"], place + step * (number - (len(TITLES) - 1) / 2)
-            label = "" if place else title
+        for index, task in enumerate(tasks):
+            points, x = error[f"{task}-{key}"], index + step * (number - (len(TITLES) - 1) / 2)
+            label = "" if index else title
             axis.scatter([x] * len(points), points, s=16, color=COLOURS[number], label=label, zorder=3)
             axis.hlines(mean[f"{task}-{key}"], x - 0.4 * step, x + 0.4 * step, color=COLOURS[number])
     draw_published(axis, tasks)

@@ -21,7 +21,7 @@ TITLES = {"lenet": "LeNet", "transformer": "spatial transformer", "upright": "wi
 
 
 def run(bench: Bench) -> Finding:
-    """Train LeNet, and two transformers in front of it."""
+    """Train LeNet alone, and behind each of two transformers."""
     fraction, angles = bench.choose((0.1, (-60, 60)), (1.0, (-60, -30, 0, 30, 60)))
     affine = partial(RandomAffine, rotate=60, scale=(0.9, 1.1), shift=0.05)
     data = partial(Digits, train_fraction=fraction, angles=angles, augment=[affine])
@@ -39,8 +39,8 @@ def run(bench: Bench) -> Finding:
     )
     columns = {"test accuracy": spreads(accuracy), "uprightness": spreads(uprightness, 3)}
     figure, axes = panels(2)
-    drawn = {"test accuracy": accuracy, "uprightness": uprightness}
-    for axis, (name, groups) in zip(axes, drawn.items(), strict=True):
+    plots = {"test accuracy": accuracy, "uprightness": uprightness}
+    for axis, (name, groups) in zip(axes, plots.items(), strict=True):
         draw_points(axis, {TITLES[key].replace(" ", "\n", 1): groups[key] for key in groups}, name)
     axes[1].set_ylim(bottom=0)
     numbers = {"test/accuracy": accuracy, "test/uprightness": uprightness}

@@ -56,7 +56,7 @@ def learn(name: str, seed: int) -> tuple[nn.Module, float]:
 
 
 def run(bench: Bench) -> Finding:
-    """Train the three, and draw their decisions."""
+    """Train the three networks, and draw their decisions."""
     runs = {name: [learn(name, seed) for seed in range(bench.seeds)] for name in NETWORKS}
     accuracy = {name: [right for _, right in each] for name, each in runs.items()}
     linear, mlp, without = accuracy.values()

@@ -1,1 +1,1 @@
-"""``upright serve``: a bundle over HTTP. `batching` knows no HTTP, `protocol` no server."""
+"""``upright serve``: a bundle over HTTP. `batching` is independent of HTTP, and `protocol` of the server."""

@@ -1,4 +1,4 @@
-"""Dynamic batching: images of one size that wait at the same time go through the model together."""
+"""Dynamic batching: waiting images of one size are classified in one batch."""
 
 import asyncio
 import logging
@@ -61,8 +61,8 @@ class Batcher(threading.Thread):
     Args:
         model: ``(B, H, W, C)`` -> `Rows`.
         max_batch: images per run; batches of large images are also limited by `MAX_BATCH_PIXELS`.
-        max_delay: seconds that a job may wait for announced ones while the model is idle.
-        observe: called with the number of images and the seconds of every run.
+        max_delay: seconds that a job may wait for announced jobs while the model is idle.
+        observe: function that is called with the number of images and the seconds of every run.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Batcher(threading.Thread):
 
     def run(self) -> None:
         while jobs := self._next():
-            # Clients that stopped waiting cost nothing more.
+            # Skip jobs whose clients stopped waiting.
             if jobs := [job for job in jobs if not job.result.cancelled()]:
                 outcome: Rows | Exception
                 start, count = time.perf_counter(), sum(len(job.images) for job in jobs)
@@ -127,7 +127,7 @@ class Batcher(threading.Thread):
                     )
                 except UserError as error:
                     outcome = error
-                except Exception as error:  # the thread must survive any failure, and every client must learn of it
+                except Exception as error:  # the thread must survive any failure and report it to every client
                     log.exception("the model failed", extra={"fields": {"images": count}})
                     outcome = error
                 self.observe(count, time.perf_counter() - start)
@@ -138,7 +138,7 @@ class Batcher(threading.Thread):
         with self._changed:
             while True:
                 now, timeout = time.monotonic(), None
-                # The oldest first, so that no size starves behind another.
+                # Take the oldest queue first, so that no size waits forever behind another.
                 for shape, queue in sorted(self._queues.items(), key=lambda item: item[1].jobs[0].since):
                     delay = queue.jobs[0].since + self.max_delay - now
                     if delay <= 0 or queue.full or not self._announced or self._closed:

@@ -1,4 +1,4 @@
-"""OpenAPI description of the server, and a page that shows it without a network."""
+"""OpenAPI description of the server, and a page that displays it offline."""
 
 from html import escape
 from importlib.metadata import version
@@ -46,7 +46,7 @@ SCHEMAS = "#/components/schemas/"
 
 
 def describe(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of a server of the model ``name`` for up to ``limit`` images at once."""
+    """Return the OpenAPI 3.1 description of a server of the model ``name`` for at most ``limit`` images per request."""
     classes = len(spec.classes)
     binary = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}

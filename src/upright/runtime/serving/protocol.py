@@ -18,14 +18,14 @@ from upright.images import ImageSpec, Pixels
 from upright.runtime.serving.batching import Rows
 
 HEADER = "Inference-Header-Content-Length"
-"""Header with the number of bytes of JSON, after which the binary tensors begin."""
+"""Header with the length of the JSON in bytes. The binary tensors follow the JSON."""
 INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Elements = list[Byte | list[Byte | list[Byte | list[Byte]]]]
-"""Elements of a UINT8 tensor in JSON, flat or nested. They are checked before NumPy sees them: of strings, NumPy would
-allocate the longest one's size for every element."""
+"""Elements of a UINT8 tensor in JSON, flat or nested. They are checked before they reach NumPy: for strings, NumPy
+would allocate the size of the longest one for every element."""
 
 
 class InputTensor(msgspec.Struct):
@@ -74,7 +74,7 @@ class InferenceResponse(msgspec.Struct, omit_defaults=True):
 
 
 def number(text: str) -> int:
-    """Parse digits. Return -1 for anything else, and for more digits than any limit has."""
+    """Parse digits. Return -1 for any other text, and for more digits than any limit has."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
 
 
@@ -82,9 +82,9 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
     """Parse a request. Return it and its images: ``(B, H, W, C)``, or encoded ones.
 
     Args:
-        body: of the request.
+        body: body of the request.
         header: value of `HEADER`, if the request has one.
-        channels: of the model.
+        channels: number of channels of the model's input.
 
     Raises:
         UserError: if the request is wrong, or asks for an unknown output.

@@ -1,8 +1,8 @@
 """``upright serve``: classify images over HTTP.
 
-Starlette routes requests, uvicorn speaks HTTP (httptools, on uvloop), `Batcher` runs the model in one thread, and a
-pool of threads decodes; the event loop does neither. Keys, TLS, routing, and clients that send their headers slowly
-belong to the proxy in front.
+Starlette routes requests, and uvicorn handles HTTP (httptools, on uvloop). `Batcher` runs the model in one thread, and
+a pool of threads decodes images, so the event loop does neither. The proxy in front is responsible for keys, TLS,
+routing, and clients that send their headers slowly.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from upright.runtime.serving.batching import log
 from upright.runtime.serving.service import Service, request_log
 
 GRACE_SECONDS = 1.0
-"""Time from a signal until idle connections are closed. Until then, responses on connections in use announce it."""
+"""Time from a signal until idle connections are closed. Until then, responses announce the end of their connection."""
 
 
 class JsonLines(logging.Formatter):
@@ -45,7 +45,7 @@ class JsonLines(logging.Formatter):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, but after a signal it answers accepted requests, refuses new ones, and exits with 0."""
+    """Uvicorn server that, after a signal, answers accepted requests, refuses new ones, and exits with 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals, but do not raise them again at the end as uvicorn does: the exit code is 0."""
+        """Handle signals without raising them again at the end as uvicorn does, so that the exit code is 0."""
         handlers = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
         try:
             yield
@@ -98,7 +98,7 @@ def serve(options: Serve) -> int:
     config = uvicorn.Config(
         service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False
     )
-    # An image that Pillow warns of is an error or an answer of ours.
+    # Each image gets an error or a prediction, so warnings of Pillow add nothing.
     warnings.filterwarnings("ignore", module="PIL")
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -110,7 +110,7 @@ def serve(options: Serve) -> int:
         handler.setFormatter(JsonLines())
         logging.basicConfig(handlers=[handler], level=logging.INFO)
         request_log.setLevel(logging.WARNING if options.quiet else logging.INFO)
-        # Uvicorn's own messages repeat ours.
+        # Uvicorn's messages repeat those of this module.
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         Server(config, service).run(sockets=[listener])
         log.info("stopped")

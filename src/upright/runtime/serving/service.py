@@ -35,15 +35,15 @@ from upright.runtime.serving.description import Answer, Ranked, Result, describe
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 HELD_BODIES = 16
-"""Requests are refused while more bytes are held than so many bodies of the largest size have."""
+"""Limit on the bytes in memory, as a number of bodies of the largest size; beyond it requests are refused."""
 SMALL_BODY = 64 * 1024
-"""Bytes up to which a request is parsed in the event loop, because handing it to a thread costs more."""
+"""Largest size in bytes of a request that the event loop parses itself, because handing it to a thread costs more."""
 
 request_log = logging.getLogger("upright.serve.requests")
 
 
 class Metrics:
-    """Metrics of ``/metrics``, in a registry of their own."""
+    """Metrics of ``/metrics``, in a separate registry."""
 
     def __init__(self, waiting: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
@@ -66,8 +66,8 @@ class Service:
     """The routes and their shared state.
 
     Args:
-        predictor: with the model.
-        options: with the limits.
+        predictor: predictor with the model.
+        options: options with the limits.
     """
 
     def __init__(self, predictor: Predictor, options: Serve) -> None:
@@ -140,7 +140,7 @@ class Service:
 
     @asynccontextmanager
     async def _accepted(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the body of a request, and refuse a request that is late or finds no room in the queue."""
+        """Yield the body of a request. Refuse a request that is late or does not fit into the queue."""
         request.state.held_bytes, complete = 0, False
         self._check_room(1)
         try:
@@ -168,7 +168,7 @@ class Service:
 
     @contextmanager
     def _places(self, images: int) -> Iterator[None]:
-        """Take places in the queue."""
+        """Reserve places in the queue for images."""
         self._check_room(images)
         self.waiting += images
         try:
@@ -197,7 +197,7 @@ class Service:
         """Return ``(1, K)`` or an error for each encoded image."""
         loop = asyncio.get_running_loop()
         jobs = [(content, loop.create_future()) for content in files]
-        # One part per thread: handing over an image costs as much as decoding a small one.
+        # Give each thread one part, because handing over an image costs as much as decoding a small one.
         size = -(-len(jobs) // CORES)
         for start in range(0, len(jobs), size):
             self.batcher.announce()
@@ -269,7 +269,7 @@ class Service:
             max_files=self.options.max_queue,
             max_fields=0,
         )
-        # The body is in memory already, and within its limit.
+        # The body is already in memory, and within its limit.
         parser.spool_max_size = self.max_body
         try:
             form = await parser.parse()
@@ -283,7 +283,7 @@ class Service:
     def _result(self, name: str | None, outcome: Rows | ImageError, top: int) -> Result:
         if isinstance(outcome, ImageError):
             return Result(name, error=str(outcome))
-        # Plain floats: NumPy would release the lock to the other threads here, and wait to get it back.
+        # Sort plain floats, because NumPy would release the interpreter lock here and wait to get it back.
         (probabilities,) = outcome.tolist()
         pairs = sorted(zip(probabilities, self.spec.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
         ranked = [Ranked(label, probability) for probability, label in pairs]
@@ -302,7 +302,7 @@ class Service:
                     else:
                         rows = await self._classify_pixels(images)
                 except ImageError as error:
-                    # One bad image makes the request bad: the protocol has no errors of single images.
+                    # One bad image fails the whole request, because the protocol has no errors for single images.
                     raise UserError(str(error)) from None
         content, end = protocol.write(parsed, rows, self.spec, self.name, self.version)
         if end is None:
@@ -377,7 +377,7 @@ class Service:
 
 
 def _status(error: BaseException) -> int:
-    """Return the HTTP status of an error. Statuses are decided here and by `_refuse` only."""
+    """Return the HTTP status of an error. Only this function and `_refuse` set statuses."""
     match error:
         case HTTPException():
             return error.status_code
@@ -386,18 +386,18 @@ def _status(error: BaseException) -> int:
         case UserError():
             return 400
         case ClientDisconnect():
-            return 499  # nginx's number for a client that went away
+            return 499  # nginx's status for a client that disconnected
     return 500
 
 
 def _refuse(status: int, text: str) -> NoReturn:
-    # The rest of a late body is not awaited.
+    # Close the connection instead of waiting for the rest of a late body.
     headers = {408: {"Connection": "close"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
     raise HTTPException(status, text, headers.get(status))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Return the response to an error. Whatever is not a `UserError` is logged where it was raised, or by uvicorn."""
+    """Return the response to an error. Other errors than `UserError` are logged where they occur, or by uvicorn."""
     headers = None
     text = str(error) if isinstance(error, UserError) else "The server failed; its log says why."
     if isinstance(error, HTTPException):

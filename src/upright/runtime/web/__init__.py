@@ -21,12 +21,12 @@ from upright.options import Web
 from upright.runtime.bundle import SAMPLES, Bundle
 
 RUNTIME_VERSION = "1.30.0"
-"""Version of onnxruntime-web that is downloaded and tested."""
+"""Version of onnxruntime-web that this module downloads and the tests use."""
 RUNTIME = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""File -> SHA-256: the files that run WebAssembly."""
+"""File -> SHA-256, for the files that run WebAssembly."""
 MIRRORS = tuple(
     f"{host}/onnxruntime-web@{RUNTIME_VERSION}/dist" for host in ("https://cdn.jsdelivr.net/npm", "https://unpkg.com")
 )
@@ -46,7 +46,7 @@ ONE_FILE_POLICY = (
 
 
 def web(options: Web) -> int:
-    """Write a page that needs a browser and no network. An older page is replaced.
+    """Write a page that runs in a browser without a network. Replace an older page.
 
     Raises:
         BundleError: if the bundle is damaged or has no model of that precision.
@@ -75,8 +75,8 @@ def web(options: Web) -> int:
         if options.one_file:
             _into_one_file(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    warped = any(name.startswith("warped") for name in bundle.manifest["other_outputs"])
-    if not warped and "Transformer" in json.dumps(bundle.manifest["provenance"]["model"]):
+    has_views = any(name.startswith("warped") for name in bundle.manifest["other_outputs"])
+    if not has_views and "Transformer" in json.dumps(bundle.manifest["provenance"]["model"]):
         print("Note: to show what the transformer sees, export with --outputs warped.")
     print(f"Page: {target}/index.html ({size / 1e6:.1f} MB, {options.precision})")
     if options.one_file:
@@ -92,7 +92,7 @@ def _is_page(folder: Path) -> bool:
 
 
 def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
-    """Return what the page reads. The manifest is not published: it names folders of the machine that trained."""
+    """Return the data that the page reads. The manifest stays private: it names folders of the training machine."""
     manifest, spec = bundle.manifest, bundle.spec
     runtime = {kind: f"{RUNTIME_FOLDER}/{name}" for kind, name in zip(("script", "wasm"), RUNTIME, strict=True)}
     model = bundle.model(precision).name
@@ -118,7 +118,7 @@ def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
 
 
 def _into_one_file(folder: Path) -> None:
-    """Move all files into ``index.html``. Files that the page would fetch become base64 in elements with their name."""
+    """Move all files into ``index.html``. A file that the page would fetch becomes a named element with base64 text."""
     page = (folder / "index.html").read_text(encoding="utf-8")
     style, app = ((folder / name).read_text(encoding="utf-8") for name in PAGE[1:])
     data = []
@@ -145,8 +145,9 @@ def read_runtime(source: str | None) -> dict[str, bytes]:
     """Return the files of onnxruntime-web by name.
 
     Args:
-        source: its ``dist`` folder, the folder of the package, the package as ``npm pack`` writes it, or the address of
-            a folder with the files of `RUNTIME`; by default the user's cache, which is filled once from `MIRRORS`.
+        source: its ``dist`` folder, the folder of the package, the package file that ``npm pack`` writes, or the
+            address of a folder with the files of `RUNTIME`; by default the user's cache, which is filled once from
+            `MIRRORS`.
 
     Raises:
         UserError: if it does not exist, or is another version.
@@ -189,11 +190,11 @@ def _download(mirrors: tuple[str, ...]) -> Path:
                 if hashlib.sha256(content).hexdigest() == digest:
                     break
                 failures.append(f"{mirror}/{name} is another file than in {RUNTIME_VERSION}")
-            except (OSError, http.client.HTTPException, ValueError) as error:  # no such address is a ValueError
+            except (OSError, http.client.HTTPException, ValueError) as error:  # an invalid address is a ValueError
                 failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
         else:
             raise UserError(f"{'; '.join(failures)}. {ADVICE}")
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing_file(target) as aside:
-            aside.write_bytes(content)
+        with replacing_file(target) as temporary:
+            temporary.write_bytes(content)
     return folder

@@ -1,4 +1,4 @@
-// The page of `upright web`. This file runs twice: as the page, and in a worker, where the model does not hold it up.
+// The page of `upright web`. This file runs twice: as the page, and in a worker, where the model does not block the page.
 "use strict";
 
 if (typeof document === "undefined") answerQuestions();
@@ -10,19 +10,19 @@ function answerQuestions() {
   let ort, session;
   const tasks = {
     async load({ script, wasm, model }) {
-      // From its bytes: a server need not know what .mjs is, and a page that is one file has no address for it.
+      // Import from bytes: a server may not know the type of .mjs, and a page in one file has no address for it.
       ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
       ort.env.wasm.wasmBinary = wasm;
-      // Several threads need headers that few servers send, and gain little for the networks that a page carries.
+      // Several threads need headers that few servers send, and gain little for networks of a page's size.
       ort.env.wasm.numThreads = 1;
       ort.env.logLevel = "error";
       session = await ort.InferenceSession.create(new Uint8Array(model), { executionProviders: ["wasm"] });
       return ort.env.versions.web;
     },
-    // `pixels` uint8 of `shape` (B, H, W, C); gives every output as {data, shape}.
+    // Takes uint8 `pixels` of `shape` (B, H, W, C); returns every output as {data, shape}.
     async run({ pixels, shape }) {
-      const found = await session.run({ images: new ort.Tensor("uint8", pixels, shape) });
-      return Object.fromEntries(Object.entries(found).map(([name, { data, dims }]) => [name, { data, shape: dims }]));
+      const outputs = await session.run({ images: new ort.Tensor("uint8", pixels, shape) });
+      return Object.fromEntries(Object.entries(outputs).map(([name, { data, dims }]) => [name, { data, shape: dims }]));
     },
   };
   onmessage = async ({ data }) => {
@@ -37,8 +37,8 @@ function answerQuestions() {
 // ---- the page ----
 
 async function showPage() {
-  const MOST_PIXELS = 1024; // on the longer side: what turns smoothly
-  const ROWS = 10; // so many classes stand in their order, of more the first five
+  const MOST_PIXELS = 1024; // on the longer side: the largest image that rotates smoothly
+  const ROWS = 10; // more classes than this: only the best five are listed, in order of probability
   const CURVES = 4;
   const STEP = 5; // degrees between the points of a curve
   const SPEED = 40; // degrees per second
@@ -49,12 +49,12 @@ async function showPage() {
   let about, worker;
 
   function element(tag, properties, ...children) {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
+    const node = Object.assign(document.createElement(tag), properties);
+    node.append(...children);
+    return node;
   }
 
-  // A screen reader reads every change: only what is new is one.
+  // A screen reader reads every change, so unchanged text is not written again.
   function say(text, kind = "") {
     if ($("state").textContent !== text) $("state").textContent = text;
     $("status").className = kind;
@@ -85,7 +85,7 @@ async function showPage() {
     }
   }
 
-  // -- the worker: one question at a time
+  // -- the worker: one task at a time
 
   const ask = (question, moved) =>
     new Promise((resolve, reject) => {
@@ -107,7 +107,7 @@ async function showPage() {
     return ask({ task: "load", script, wasm, model }, [script, wasm, model]);
   }
 
-  // -- pictures -> pixels, as `upright.images.decode` does it
+  // -- images -> pixels, with the rules of `upright.images.decode`
 
   const grey = (level) => `rgb(${level}, ${level}, ${level})`;
 
@@ -118,10 +118,10 @@ async function showPage() {
     return context;
   }
 
-  // The bytes of the file: no colour management. The orientation that EXIF tells is applied.
+  // Decode without colour management. The EXIF orientation is applied.
   const decoded = (blob) => createImageBitmap(blob, { colorSpaceConversion: "none" });
 
-  // As large as the model may get it, without transparency, grey if the model is.
+  // Convert to the largest size that the model accepts, without transparency, to grey for a grey model.
   function prepared(bitmap) {
     const [, height, width] = about.shape;
     let [x, y, w, h] = [0, 0, bitmap.width, bitmap.height];
@@ -156,17 +156,17 @@ async function showPage() {
     const pixels = new Uint8Array(count * one);
     for (let i = 0, o = 0; i < data.length; i += 4) for (let c = 0; c < channels; c++) pixels[o++] = data[i + c];
     for (let n = 1; n < count; n++) pixels.copyWithin(n * one, 0, one);
-    const found = await ask({ task: "run", pixels, shape: [count, height, width, channels] }, [pixels.buffer]);
-    return { ...found, probabilities: found.probabilities.data.slice(0, about.classes.length) };
+    const outputs = await ask({ task: "run", pixels, shape: [count, height, width, channels] }, [pixels.buffer]);
+    return { ...outputs, probabilities: outputs.probabilities.data.slice(0, about.classes.length) };
   }
 
-  // -- the picture, and how it lies
+  // -- the image, its angle and its size
 
   let picture; // {context, edge, remark}
   let angle = 0;
   let size = 1;
 
-  // Mean colour of the border: what comes into view when a picture turns.
+  // Mean colour of the border, which fills the corners of a rotated image.
   function edgeOf(context) {
     const { width, height } = context.canvas;
     const sums = [0, 0, 0];
@@ -231,11 +231,11 @@ async function showPage() {
     place(0, 1);
   }
 
-  // `kept`: whether the curve still holds.
-  function changed(kept = false) {
+  // `keepCurve`: true if the curve is still valid.
+  function changed(keepCurve = false) {
     draw(input, angle);
     stale = true;
-    if (!kept) {
+    if (!keepCurve) {
       curve.clear();
       colours.clear();
       unswept = SWEEP.slice();
@@ -244,7 +244,7 @@ async function showPage() {
   }
 
   function place(degrees, factor = size) {
-    const kept = factor === size;
+    const keepCurve = factor === size;
     angle = degrees;
     size = factor;
     $("angle").value = angle;
@@ -253,10 +253,10 @@ async function showPage() {
     $("scale").value = Math.round(100 * size);
     $("percent").textContent = `${Math.round(100 * size)} %`;
     drawCurves();
-    changed(kept);
+    changed(keepCurve);
   }
 
-  // -- what there is to ask: first what is seen, then the samples, then the curve
+  // -- tasks for the model: first the visible image, then the samples, then the curve
 
   const SWEEP = Array.from({ length: 360 / STEP }, (_, i) => (i % 2 ? 1 : -1) * Math.ceil(i / 2) * STEP + 0);
   const curve = new Map(); // angle -> probabilities
@@ -311,9 +311,9 @@ async function showPage() {
     else say(`${of} of ${of} samples as where it was exported (${figures}).`, "good");
   }
 
-  // -- what it says
+  // -- the probabilities
 
-  const colours = new Map(); // class -> number of its colour, of those that the curve shows
+  const colours = new Map(); // class -> number of its colour, for the classes of the curve
   let rows = [];
   let latest;
   let speaking;
@@ -350,8 +350,8 @@ async function showPage() {
     });
   }
 
-  function showAnswer(found) {
-    latest = found.probabilities;
+  function showAnswer(outputs) {
+    latest = outputs.probabilities;
     showRows();
     clearTimeout(speaking);
     if (!spinning) {
@@ -359,10 +359,10 @@ async function showPage() {
       const text = `${about.classes[k]}, ${Math.round(100 * latest[k])} percent`;
       speaking = setTimeout(() => ($("spoken").textContent = text), 500);
     }
-    for (const canvas of $("views").querySelectorAll("canvas")) showView(canvas, found[canvas.id]);
+    for (const canvas of $("views").querySelectorAll("canvas")) showView(canvas, outputs[canvas.id]);
   }
 
-  // What a transformer sees: float32 (B, H, W, C), 0 to 255.
+  // Draw the view of a transformer: float32 (B, H, W, C), 0 to 255.
   function showView(canvas, { data, shape: [, height, width, channels] }) {
     const image = new ImageData(width, height);
     for (let i = 0; i < width * height; i++) {
@@ -400,8 +400,8 @@ async function showPage() {
     for (const k of [...colours.keys()]) if (!top.includes(k)) colours.delete(k);
     for (const k of top) {
       if (colours.has(k)) continue;
-      const taken = [...colours.values()];
-      colours.set(k, [...Array(CURVES).keys()].find((number) => !taken.includes(number)));
+      const numbers = [...colours.values()];
+      colours.set(k, [...Array(CURVES).keys()].find((number) => !numbers.includes(number)));
     }
     return top;
   }
@@ -433,7 +433,7 @@ async function showPage() {
     if (latest) showRows();
   }
 
-  // Over which angles the answer stays what it is at 0.
+  // Return the range of angles with the same answer as at 0, as text.
   function share() {
     const first = best(curve.get(0));
     const reach = (step) => {
@@ -459,7 +459,7 @@ async function showPage() {
     let last = performance.now();
     requestAnimationFrame(function frame(now) {
       if (!spinning) return;
-      // Who asked for less motion gets a still picture, then another.
+      // With reduced motion, show a still image, and after a pause the next one.
       if (!calm.matches || now - last > 750) {
         const next = angle + (calm.matches ? 15 : (SPEED * Math.min(now - last, 100)) / 1000);
         last = now;
@@ -477,9 +477,9 @@ async function showPage() {
     const at = ({ clientX, clientY }) => {
       const box = canvas.getBoundingClientRect();
       const { width, height } = canvas;
-      const shown = Math.min(canvas.clientWidth / width, canvas.clientHeight / height);
-      const x = (clientX - box.left - box.width / 2) / shown + width / 2;
-      const y = (clientY - box.top - box.height / 2) / shown + height / 2;
+      const scale = Math.min(canvas.clientWidth / width, canvas.clientHeight / height);
+      const x = (clientX - box.left - box.width / 2) / scale + width / 2;
+      const y = (clientY - box.top - box.height / 2) / scale + height / 2;
       return lying(canvas, angle).inverse().transformPoint({ x, y });
     };
     const stroke = (to) => {
@@ -578,7 +578,7 @@ async function showPage() {
     $("progress").hidden = true;
     work();
   } catch (error) {
-    // What is still being loaded has no more to say.
+    // Stop the downloads that are in progress, so that they do not change the status.
     stop.abort();
     $("progress").hidden = true;
     say(`The model cannot be loaded: ${error.message}`, "bad");
