@@ -203,3 +203,17 @@ def bundle(trained: Path, tmp_path: Path) -> Path:
     """An own copy of the bundle."""
     shutil.copytree(trained / "export/small", tmp_path / "export/small")
     return tmp_path / "export/small"
+
+
+@pytest.fixture
+def no_process_group_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take down what Lightning's strategies set up in this process: the group of processes, and where they meet."""
+    import torch
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "RANK"):
+        # Noted as it is now, and so restored, whatever sets it in the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

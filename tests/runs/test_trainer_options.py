@@ -137,6 +137,7 @@ def test_every_other_callback(upright: Upright, tmp_path: Path, name: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("no_process_group_after")
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option in OPTIONS for value in OPTIONS[option]])
 def test_every_option(upright: Upright, option: str, value: object) -> None:
     check(upright(*FIT, f"--trainer.{option}={value}"))
