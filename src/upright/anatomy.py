@@ -16,7 +16,7 @@ from upright.internals.torch import ADAPTIVE_POOLS, BATCH_NORM, OperatorObserver
 Shape = tuple[int, ...]
 
 CLIFF = 8
-"""A layer that reduces the positions by more than this factor, to more than one, gets a warning."""
+"""Factor of positions: a layer that reduces them by more, to more than one position, gets a warning."""
 ELSEWHERE = "(elsewhere)"
 """Name of the row for operations and parameters outside of all layers."""
 
@@ -32,20 +32,20 @@ class Window:
 
 @dataclass(frozen=True)
 class Layer:
-    """One run of a module inside which no other runs; or all that ran outside of such modules.
+    """One run of a module without submodules that run; or all operations outside of such modules.
 
     Args:
-        name: its path in the network.
-        kind: its class.
-        window: of a convolution or pooling.
-        output: shape for one image.
+        name: path of the module in the network.
+        kind: class of the module.
+        window: window of a convolution or pooling.
+        output: shape of the output for one image.
         receptive_field: rows and columns of the image that one output position sees; None if unknown.
         jump: rows and columns of the image between neighbouring positions; 0 if all see the whole image.
-        parameters: without those of earlier layers.
-        multiply_adds: of convolutions and matrix products, without biases, for one image.
+        parameters: number of parameters, without those of earlier layers.
+        multiply_adds: multiply-adds of convolutions and matrix products, without biases, for one image.
         activations: number of output values for one image.
-        connections: multiply-adds over those of a dense layer between the same input and output.
-        weights: weights over those of such a dense layer.
+        connections: multiply-adds, divided by those of a dense layer between the same input and output.
+        weights: number of weights, divided by that of such a dense layer.
     """
 
     name: str
@@ -86,7 +86,7 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
     """Run one image of zeros through ``network`` and describe every layer.
 
     Args:
-        network: takes images ``(B, C, H, W)``, on any device; on ``meta`` nothing is computed. It is put into
+        network: a network for images ``(B, C, H, W)``, on any device; on ``meta`` nothing is computed. It is put into
             evaluation mode.
         input_shape: ``(C, H, W)``.
     """
@@ -98,14 +98,14 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
     names = {module: name for name, module in network.named_modules()}
     layers: list[Layer] = []
     warnings: list[str] = []
-    counted: set[nn.Parameter] = set()
-    started: list[tuple[int, int]] = []
+    earlier_parameters: set[nn.Parameter] = set()
+    starts: list[tuple[int, int]] = []
 
     def before(*_: Any) -> None:
-        started.append((len(layers), counter.get_total_flops()))
+        starts.append((len(layers), counter.get_total_flops()))
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        layers_before, flops_before = started.pop()
+        layers_before, flops_before = starts.pop()
         image, output = next(_tensors((args, kwargs)), None), next(_tensors(result), None)
         if len(layers) > layers_before or image is None or output is None:
             return
@@ -123,14 +123,14 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
             output=tuple(output.shape[1:] if len(output) == 1 else output.shape),
             receptive_field=field and field.size,
             jump=field and field.jump,
-            parameters=_size(parameters - counted),
+            parameters=_size(parameters - earlier_parameters),
             multiply_adds=multiply_adds,
             activations=output.numel(),
             connections=connections,
             weights=weights,
         )
         layers.append(layer)
-        counted.update(parameters)
+        earlier_parameters.update(parameters)
         if image.ndim == output.ndim == 4:
             inputs, outputs = prod(image.shape[2:]), prod(output.shape[2:])
             if 1 < outputs < inputs / CLIFF:
@@ -156,8 +156,8 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
         megabytes=4 * _size(every) / 1e6,
     )
     rest = totals.multiply_adds - sum(layer.multiply_adds for layer in layers)
-    if rest or every - counted:
-        layers.append(Layer(ELSEWHERE, "", None, (), None, None, _size(every - counted), rest, 0))
+    if rest or every - earlier_parameters:
+        layers.append(Layer(ELSEWHERE, "", None, (), None, None, _size(every - earlier_parameters), rest, 0))
     return Description(tuple(input_shape), layers, totals, warnings)
 
 
@@ -174,7 +174,7 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _rnn_flops(sequence: Shape, input_weight: Shape, state_weight: Shape, *_: Any, **__: Any) -> int:
-    """Of the one operation that a recurrent layer is on the CPU, which torch does not count."""
+    """Count the flops of a recurrent layer, which is one operation on the CPU that torch does not count."""
     return 2 * prod(sequence[:-1]) * (prod(input_weight) + prod(state_weight))
 
 
@@ -214,8 +214,8 @@ _PADDING = {aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d}
 class _Fields(OperatorObserver):  # type: ignore[no-untyped-call]
     """The receptive field of every tensor that depends on ``images``.
 
-    Of several inputs the largest field counts. After an operator that is not known to be local (a matrix product, a
-    mean, sampling at computed points) a value sees the whole image.
+    With several inputs, the largest field counts. After an operator that is not in the list of local ones (a matrix
+    product, a mean, sampling at computed points), a value sees the whole image.
     """
 
     def __init__(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""``upright describe``: what a network is made of, layer by layer."""
+"""``upright describe``: the layers of a network."""
 
 import json
 from dataclasses import asdict, astuple
@@ -17,16 +17,16 @@ from upright.recipes import build
 from upright.tables import markdown
 
 WIDTH = 120
-"""Of the table."""
+"""Width of the table in characters."""
 
 
 def run(source: str, format: str = "table", data: str | None = None) -> int:
-    """Print what the network of a config or a checkpoint is made of.
+    """Print the layers of the network of a config or a checkpoint.
 
     Args:
         source: a YAML like those in ``configs/``, a checkpoint, or the folder of a run.
         format: ``table``, ``json`` or ``markdown``.
-        data: a YAML of data that it is described for instead of its own.
+        data: a YAML of other data than those of ``source``, for the shape of the input and the number of classes.
 
     Raises:
         UserError: if ``source`` or its data cannot be used, or the network does not take such images.
@@ -52,7 +52,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
 
 
 def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
-    """The recipe of the network, and what an image is."""
+    """Return the recipe of the network, and the spec of its images."""
     check_exists(path, "a YAML like configs/lenet.yaml, a checkpoint, or the folder of a run")
     if path.suffix not in (".yaml", ".yml"):
         ours = read_checkpoint(path)[KEY]
@@ -97,7 +97,7 @@ def _cells(description: Description) -> list[list[str]]:
 
 
 def _short(values: tuple[float, ...]) -> str:
-    """``3`` for 3 x 3, else ``3x1``."""
+    """Return ``3`` for 3 x 3, and ``3x1`` for 3 x 1."""
     return "x".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
@@ -116,7 +116,7 @@ def _summary(description: Description) -> str:
 def _table(description: Description) -> str:
     rows = _cells(description)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Names give way: their end says more than their beginning.
+    # Long names are cut at their beginning, because their end distinguishes them better.
     widths[0] = max(len(ELSEWHERE), min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
     for name, *others in rows:
@@ -125,16 +125,16 @@ def _table(description: Description) -> str:
         lines.append("  ".join(f"{c:{side}{width}}" for c, side, width in zip(cells, sides, widths, strict=True)))
     lines.insert(1, "-" * len(lines[0]))
     lines.insert(-1, lines[1])
-    notes = [*_warned(description), _summary(description), "", *LEGEND]
+    notes = [*_warnings(description), _summary(description), "", *LEGEND]
     return "\n".join(line.rstrip() for line in [*lines, "", *notes])
 
 
 def _markdown(description: Description) -> str:
-    notes = [*_warned(description), _summary(description), *LEGEND]
+    notes = [*_warnings(description), _summary(description), *LEGEND]
     return "\n".join([markdown(_cells(description), numbers=len(NUMBERS)), *(f"- {note}" for note in notes)])
 
 
-def _warned(description: Description) -> list[str]:
+def _warnings(description: Description) -> list[str]:
     return [f"warning: {text}" for text in description.warnings]
 
 

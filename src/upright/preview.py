@@ -28,12 +28,12 @@ def preview(source: str, root: str | None = None, output: str = "preview.png", s
 
     Args:
         source: a YAML of data or of an experiment, a checkpoint, or the folder of a run.
-        root: where the data are, in place of what ``source`` says.
-        output: the PNG.
-        seed: of the augmented copies.
+        root: folder of the data, in place of the one in ``source``.
+        output: path of the PNG.
+        seed: seed of the augmented images.
 
     Raises:
-        UserError: if there are no such data, or they cannot be read.
+        UserError: if the data do not exist or cannot be read.
     """
     data = _data(Path(source), root)
     if not Path(output).absolute().parent.is_dir():
@@ -72,11 +72,11 @@ def _table(data: ImageDataModule) -> str:
     used = facts[np.concatenate([data.splits[split] for split in SPLITS])]
     sizes = np.stack([used["height"], used["width"]])
     low, middle, high = (f"{h:.0f}x{w:.0f}" for h, w in (sizes.min(1), np.median(sizes, axis=1), sizes.max(1)))
-    came = low if low == high else f"from {low} to {high} (median of each {middle})"
-    mean, std, count = _measured(data)
+    size = low if low == high else f"from {low} to {high} (median of each {middle})"
+    mean, std, count = _statistics(data)
     lines += [
         "",
-        f"Images come as {came}; the network sees {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
+        f"Images come as {size}; the network sees {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
         f"Mean and deviation of {count:,} training images, before augmentation:",
         f"  measured  mean {_numbers(mean)}  std {_numbers(std)}",
         f"  declared  mean {_numbers(spec.mean)}  std {_numbers(spec.std)}",
@@ -92,8 +92,11 @@ def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:.4f}" for value in values) + "]"
 
 
-def _measured(data: ImageDataModule) -> tuple[list[float], list[float], int]:
-    """Per channel, on the scale of 0 to 1, of evenly spaced training images, distorted if that is the task."""
+def _statistics(data: ImageDataModule) -> tuple[list[float], list[float], int]:
+    """Return mean, deviation and number of evenly spaced training images, distorted if that is the task.
+
+    Mean and deviation are per channel, on the scale of 0 to 1.
+    """
     samples = data.samples("train")
     task = Augmentation(part for part in data.augmentation.parts if isinstance(part, Distortion))
     chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MOST_MEASURED)).long()
@@ -110,13 +113,13 @@ def _measured(data: ImageDataModule) -> tuple[list[float], list[float], int]:
 def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     """Draw images of as many classes as possible, per split.
 
-    Originals carry the name of the split. Below them are augmented copies of the training images, and the views of
-    the others as the network sees them.
+    Originals carry the name of the split. Below them are augmented versions of the training images, and the views of
+    the other splits as the network sees them.
 
     Args:
-        data: to draw.
-        path: of the PNG.
-        seed: of the augmented copies.
+        data: the datamodule.
+        path: path of the PNG.
+        seed: seed of the augmented images.
     """
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
     images: list[Pixels] = []
@@ -145,7 +148,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
 
 
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:
-    """Places in the split: the first image of every class, then the second, and so on."""
+    """Return positions in the split: the first image of every class, then the second, and so on."""
     labels = np.asarray(data.source.labels)[data.splits[split]]
     by_class = np.argsort(labels, kind="stable")
     rank = np.empty_like(by_class)

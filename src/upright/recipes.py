@@ -1,8 +1,8 @@
 """A class and its arguments as plain data (``class_path``, ``init_args``), and back.
 
 Networks, losses, optimizers, schedules and augmentations are passed as callables: a class, or ``functools.partial`` of
-a class. Both, and the callables that the command line builds from a YAML, can be written into a checkpoint that loads
-with ``weights_only=True``, and rebuilt from it.
+a class. `recipe` converts both, and the callables that the command line builds from a YAML, into plain data. A
+checkpoint stores these data, loads with ``weights_only=True``, and `build` rebuilds the callables.
 """
 
 import importlib
@@ -18,10 +18,10 @@ Recipe = dict[str, Any]
 
 
 def recipe(part: Any) -> Any:
-    """Return ``part`` as plain data: numbers, strings, lists, dicts; a class or a partial of one as its recipe.
+    """Return ``part`` as plain data: numbers, strings, lists, dicts; a class or a partial of a class as its recipe.
 
     Raises:
-        UserError: for a lambda, a function or an object, which a checkpoint could not rebuild.
+        UserError: for a lambda, a function or an object, which cannot be rebuilt from a checkpoint.
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
@@ -87,7 +87,7 @@ class Recorded:
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        # Before ``__init__`` of any subclass.
+        # In __new__, so that `arguments` exists before the __init__ of any subclass.
         instance = super().__new__(cls)
         names = list(inspect.signature(cls).parameters)
         object.__setattr__(instance, "arguments", dict(zip(names, args, strict=False)) | kwargs)

@@ -1,8 +1,8 @@
-"""Sampling points, affine matrices and resizing: augmentation and the spatial transformer share all of it.
+"""Sampling points, affine matrices and resizing, which augmentation and the spatial transformer share.
 
 Coordinates are normalised: (-1, -1) is the outer corner of the top left pixel and (1, 1) that of the bottom right
-(``align_corners=False``), x to the right, y down. A transform maps *output* coordinates to the *input* coordinates they
-are sampled from, as in the spatial transformer paper; so warping by A and then by B samples the image at A(B(x)).
+(``align_corners=False``), x to the right, y down. A transform maps *output* coordinates to the *input* coordinates that
+are sampled, as in the spatial transformer paper. Warping by A and then by B therefore samples the image at A(B(x)).
 
 Letters: ``B C H W`` images, ``N`` points.
 """
@@ -19,13 +19,13 @@ Padding = Literal["zeros", "border", "reflection"]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: eight bits of a coordinate are half a pixel at 128 pixels."""
+    """Return a context without autocast: eight bits resolve a coordinate only to half a pixel at 128 pixels."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def pixel_centres(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Coordinates ``(x, y)`` of all pixel centres, row by row: shape ``(H*W, 2)``."""
+    """Return the coordinates ``(x, y)`` of all pixel centres, row by row: shape ``(H*W, 2)``."""
     y = (2 * torch.arange(height, device=device, dtype=torch.float32) + 1) / height - 1
     x = (2 * torch.arange(width, device=device, dtype=torch.float32) + 1) / width - 1
     return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
@@ -34,18 +34,18 @@ def pixel_centres(height: int, width: int, *, device: torch.device | None = None
 def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
     """Apply affine ``matrices`` ``(B, 2 or 3, 3)`` to ``points`` ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``.
 
-    One matrix product: in ONNX Runtime it replaces the multiply-and-sum that ``affine_grid`` is decomposed into, which
-    takes most of a spatial transformer's time there.
+    It is one matrix product. In ONNX Runtime, ``affine_grid`` would be decomposed into a multiply-and-sum, which takes
+    most of a spatial transformer's time there.
     """
     with full_precision(points.device):
         return _combined(_homogeneous(points), matrices[:, :2])
 
 
 def grid_points(matrices: Tensor, height: int, width: int) -> Tensor:
-    """`transform_points` of `pixel_centres`: ``(B, H*W, 2)``.
+    """Apply `transform_points` to `pixel_centres`: ``(B, H*W, 2)``.
 
-    On a whole grid an affine map is a sum of what rows and what columns give, in a quarter of the time of the product
-    (32 x 32, 128 images, CPU, one thread); in ONNX Runtime it is the other way round.
+    On a complete grid an affine map is the sum of a term per row and a term per column. This takes a quarter of the
+    time of the matrix product (32 x 32, 128 images, CPU, one thread); in ONNX Runtime the product is faster.
     """
     columns = pixel_centres(1, width, device=matrices.device)[:, 0]
     rows = pixel_centres(height, 1, device=matrices.device)[:, 1]
@@ -57,8 +57,8 @@ def grid_points(matrices: Tensor, height: int, width: int) -> Tensor:
 def project_points(matrices: Tensor, points: Tensor) -> Tensor:
     """Apply projective ``matrices`` ``(B, 3, 3)`` to ``points`` ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``.
 
-    What lies on the horizon or behind it has no image; it is divided by a small depth instead of none or a negative
-    one, so that all stays finite.
+    Points on the horizon or behind it have no image. They are divided by a small positive depth, so that all results
+    are finite.
     """
     with full_precision(points.device):
         projected = _combined(_homogeneous(points), matrices)
@@ -70,28 +70,28 @@ def _homogeneous(points: Tensor) -> Tensor:
 
 
 def _combined(terms: Tensor, factors: Tensor) -> Tensor:
-    """``terms @ factors.mT``: ``terms`` ``(N, K)`` or ``(B, N, K)`` by ``factors`` ``(B, D, K)``, to ``(B, N, D)``."""
+    """Return ``terms @ factors.mT``: ``(N, K)`` or ``(B, N, K)`` by ``(B, D, K)`` gives ``(B, N, D)``."""
     if terms.dim() == 3:
         return terms @ factors.mT
-    # One product for the whole batch, x and y apart in memory: 28 x 28 points of 128 images took a twentieth of the
-    # time of 128 small products (CPU, one thread), and sampling reads either layout equally fast.
+    # One product for the whole batch, with x and y apart in memory: 28 x 28 points of 128 images took a twentieth of
+    # the time of 128 small products (CPU, one thread). Sampling reads both layouts equally fast.
     batch, size, count = factors.shape
     return (factors.reshape(-1, count) @ terms.T).reshape(batch, size, -1).mT
 
 
 def spline_solution(controls: Tensor) -> Tensor:
-    """What `spline_weights` needs to know of ``controls`` ``(K, 2)``: ``(K + 3, K)``."""
+    """Return the matrix ``(K + 3, K)`` that `spline_weights` needs for ``controls`` ``(K, 2)``."""
     count = len(controls)
     system = torch.zeros(count + 3, count + 3, dtype=torch.float64, device=controls.device)
     system[:count] = _spline_basis(controls.double(), controls.double())
     system[count:, :count] = system[:count, count:].T
-    # Of the inverse only what multiplies the values is wanted; the side conditions are zeros.
+    # Only the columns that multiply the values are needed: the side conditions are zeros.
     solution: Tensor = torch.linalg.inv(system)[:, :count].float()
     return solution
 
 
 def spline_weights(controls: Tensor, solution: Tensor, points: Tensor) -> Tensor:
-    """What each of ``controls`` ``(K, 2)`` contributes at ``points`` ``(..., N, 2)``: ``(..., N, K)``.
+    """Return the weight of each of ``controls`` ``(K, 2)`` at ``points`` ``(..., N, 2)``: ``(..., N, K)``.
 
     The thin-plate spline (Bookstein 1989, "Principal warps"): ``weights @ values`` ``(K, D)`` is the function of least
     bending that has those values at the controls; it reproduces every affine function.
@@ -100,9 +100,9 @@ def spline_weights(controls: Tensor, solution: Tensor, points: Tensor) -> Tensor
 
 
 def spline_points(controls: Tensor, solution: Tensor, shifts: Tensor, points: Tensor) -> Tensor:
-    """Where the splines that move ``controls`` ``(K, 2)`` by ``shifts`` ``(B, K, 2)`` take ``points``: ``(B, N, 2)``.
+    """Apply the splines that move ``controls`` ``(K, 2)`` by ``shifts`` ``(B, K, 2)`` to ``points``: ``(B, N, 2)``.
 
-    ``points`` are ``(N, 2)``, whose weights are then the same for all images, or ``(B, N, 2)``.
+    ``points`` are ``(N, 2)``, with the same weights for all images, or ``(B, N, 2)``.
     """
     return points + _combined(spline_weights(controls, solution, points), shifts.mT)
 
@@ -122,16 +122,16 @@ def sample(
     sampling: Sampling = "bilinear",
     shrink: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """Values of ``images`` ``(B, C, h, w)`` at ``points`` ``(B, N, 2)``: ``(B, C, height, width)``.
+    """Sample ``images`` ``(B, C, h, w)`` at ``points`` ``(B, N, 2)``: ``(B, C, height, width)``.
 
     Args:
-        images: float.
-        points: row by row, as `pixel_centres` gives them for ``height * shrink[0]`` x ``width * shrink[1]``.
+        images: float images.
+        points: points row by row, like `pixel_centres` of ``height * shrink[0]`` x ``width * shrink[1]``.
         height: rows of the result.
         width: columns of the result.
-        padding: what is seen beyond the border.
-        sampling: how values between pixels are made.
-        shrink: so many points per pixel of the result, down and across, are averaged.
+        padding: values beyond the border.
+        sampling: interpolation between pixels.
+        shrink: numbers of points, down and across, that are averaged for each pixel of the result.
     """
     grid = points.reshape(-1, height * shrink[0], width * shrink[1], 2)
     values = grid_sample(images, grid, mode=sampling, padding_mode=padding, align_corners=False)
@@ -139,23 +139,23 @@ def sample(
 
 
 def warp(images: Tensor, matrices: Tensor, padding: Padding = "zeros") -> Tensor:
-    """Float ``images`` ``(B, C, H, W)`` sampled through affine ``matrices`` ``(B, 2 or 3, 3)``, at their own size."""
+    """Warp float ``images`` ``(B, C, H, W)`` by affine ``matrices`` ``(B, 2 or 3, 3)``; their size does not change."""
     height, width = images.shape[-2:]
     return sample(images, grid_points(matrices, height, width), height, width, padding)
 
 
 def identity(batch: int, *, device: torch.device | None = None) -> Tensor:
-    """``batch`` matrices ``(B, 3, 3)`` that change nothing."""
+    """Return ``batch`` identity matrices ``(B, 3, 3)``."""
     return torch.eye(3, device=device).expand(batch, 3, 3)
 
 
 def rotation(angles: Tensor, aspect: float | Tensor = 1.0) -> Tensor:
-    """Matrices ``(B, 3, 3)`` that turn what is seen anticlockwise by ``angles`` ``(B,)`` in radians.
+    """Return the matrices ``(B, 3, 3)`` that rotate the visible content of an image anticlockwise.
 
     Args:
-        angles: as seen by someone who looks at the picture.
-        aspect: width / height, of all or of each ``(B,)``, without which a rotation in normalised coordinates would
-            shear an oblong image.
+        angles: angles in radians, ``(B,)``, anticlockwise for a viewer of the image.
+        aspect: width / height, one for all images or one for each, ``(B,)``. Without it, a rotation in normalised
+            coordinates would shear an image that is not square.
     """
     cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
     one = torch.ones_like(angles)
@@ -164,9 +164,9 @@ def rotation(angles: Tensor, aspect: float | Tensor = 1.0) -> Tensor:
 
 
 def rotation_angle(points: Tensor, reference: Tensor, aspect: float = 1.0) -> Tensor:
-    """The rotation, in radians ``(B,)``, that fits best how ``reference`` ``(N, 2)`` became ``points`` ``(B, N, 2)``.
+    """Return the rotation, in radians ``(B,)``, that maps ``reference`` ``(N, 2)`` best to ``points`` ``(B, N, 2)``.
 
-    The planar case of the orthogonal Procrustes problem, so that it is defined for every smooth transform.
+    It is the planar case of the orthogonal Procrustes problem, so it is defined for every smooth transform.
     """
     scale = torch.tensor([aspect, 1.0], device=points.device)
     p = (points - points.mean(dim=-2, keepdim=True)) * scale
@@ -176,18 +176,18 @@ def rotation_angle(points: Tensor, reference: Tensor, aspect: float = 1.0) -> Te
 
 
 def resize(images: Tensor, height: int, width: int, rule: Literal["stretch", "crop"] = "stretch") -> Tensor:
-    """Float ``images`` ``(B, C, h, w)`` at ``height`` x ``width``, antialiased: rows x image x columns.
+    """Resize float ``images`` ``(B, C, h, w)`` to ``height`` x ``width`` with antialiasing: rows x image x columns.
 
-    The triangle filter of ``interpolate(mode="bilinear", antialias=True)`` as two matrix products, which every ONNX
-    runtime computes alike (the ``antialias`` of ONNX ``Resize`` is ignored by some). At equal size it changes no bit.
+    It is the triangle filter of ``interpolate(mode="bilinear", antialias=True)`` as two matrix products. Every ONNX
+    runtime computes these alike, while some ignore the ``antialias`` of ONNX ``Resize``. At equal size no bit changes.
 
     Args:
-        images: any float dtype, any size.
-        height: rows wanted.
-        width: columns wanted.
-        rule: ``stretch`` takes the whole image, ``crop`` the largest centred box of the wanted aspect.
+        images: images of any float dtype and any size.
+        height: rows of the result.
+        width: columns of the result.
+        rule: ``stretch`` takes the whole image, ``crop`` the largest centred box of the new aspect.
     """
-    # Sizes come from tensors: torch.export refuses to divide symbolic integers.
+    # Sizes are computed from tensors, because torch.export refuses to divide symbolic integers.
     rows = torch.arange(images.shape[-2], device=images.device, dtype=images.dtype)
     columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
     h, w = rows[-1:] + 1, columns[-1:] + 1
@@ -198,10 +198,10 @@ def resize(images: Tensor, height: int, width: int, rule: Literal["stretch", "cr
     return _filter(rows, h, box_h, height) @ images @ _filter(columns, w, box_w, width).T
 
 
-def _filter(positions: Tensor, size: Tensor, box: Tensor, wanted: int) -> Tensor:
-    """Weights ``(wanted, size)`` that resample the centred ``box`` of a line of ``size`` pixels."""
-    step = box / wanted
-    centres = (torch.arange(wanted, device=positions.device, dtype=positions.dtype) + 0.5) * step + (size - box) / 2
+def _filter(positions: Tensor, size: Tensor, box: Tensor, new_size: int) -> Tensor:
+    """Return the weights ``(new_size, size)`` that resample the centred ``box`` of a line of ``size`` pixels."""
+    step = box / new_size
+    centres = (torch.arange(new_size, device=positions.device, dtype=positions.dtype) + 0.5) * step + (size - box) / 2
     distance = (positions + 0.5 - centres[:, None]).abs() / step.clamp(min=1)
     weights = torch.relu(1 - distance)
     return weights / weights.sum(dim=1, keepdim=True)

@@ -1,11 +1,11 @@
-"""One network per file; none knows anything of the rest of Upright but `upright.warp`.
+"""One network per file. Of the rest of Upright, they import only `upright.warp`.
 
-What several share: `layers` (activations, poolings, blocks, least sizes), `inception` (Inceptions as data),
-`initialisation`, `transforms` (what a spatial transformer may do).
+Shared modules: `layers` (activations, poolings, blocks, smallest image sizes), `inception` (Inceptions as data),
+`initialisation`, `transforms` (the transforms of a spatial transformer).
 
 Every constructor begins ``(self, input_shape: tuple[int, int, int], num_classes: int, *, ...)`` with ``input_shape`` as
-``(C, H, W)``, and every ``forward`` takes normalised images ``(B, C, H, W)`` to logits ``(B, K)``, the same in training
-and in evaluation.
+``(C, H, W)``. Every ``forward`` maps normalised images ``(B, C, H, W)`` to logits ``(B, K)``, in training and in
+evaluation alike.
 
 Letters: ``B C H W`` images, ``K`` classes, ``N`` points, ``P`` parameters of a transform.
 """

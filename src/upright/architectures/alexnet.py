@@ -1,11 +1,15 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton 2012, "ImageNet classification with deep convolutional neural networks").
 
-The idea: LeNet made far deeper and wider, which ReLU, dropout and two GPUs made possible to train.
+The idea: a much deeper and wider LeNet. ReLU, dropout and two GPUs made its training possible.
 
-What differs from the paper: the first convolution pads by 2, without which images of 224 do not give its 55 x 55 maps;
-response normalisation spans both towers, which were on a GPU each; weights start by He et al. 2015, for the paper's
-deviation of 0.01 lets the signal die in a narrow network (``paper_start=True`` brings it back). Images of 224 and
-1000 classes give 60,965,224 parameters, and 62,378,344 as one tower.
+Differences from the paper:
+
+- The first convolution pads by 2, because images of 224 pixels do not give the paper's 55 x 55 maps without it.
+- Response normalisation spans both towers. In the paper each tower was on its own GPU.
+- Weights are initialised after He et al. 2015, because the signal vanishes in a narrow network with the paper's
+  deviation of 0.01. ``paper_start=True`` restores the paper's initialisation.
+
+Images of 224 pixels and 1000 classes give 60,965,224 parameters, and 62,378,344 as one tower.
 """
 
 from typing import Literal, NamedTuple
@@ -18,11 +22,11 @@ from upright.architectures.mlp import MLP
 
 
 class Stage(NamedTuple):
-    """A convolution and what follows it."""
+    """A convolution, and the layers after it."""
 
     window: Window
     towers: bool = False
-    """Whether each tower sees its own maps only."""
+    """True if each tower gets only its own maps."""
     normalised: bool = False
     pooled: bool = False
 
@@ -44,12 +48,12 @@ class AlexNet(nn.Module):
         input_shape: ``(C, H, W)``, at least 63 x 63, or 15 x 15 with the stem ``(3, 1, 1)``.
         num_classes: ``K``.
         widths: maps of the convolutions.
-        units: of the two hidden fully connected layers.
-        groups: 2 for the paper's two towers, which meet in the third convolution; 1 for a single one.
+        units: units of the two hidden fully connected layers.
+        groups: 2 for the paper's two towers, which meet in the third convolution; 1 for a single tower.
         stem: window ``(kernel, stride, padding)`` of the first convolution.
-        local_response_norm: after the first two convolutions.
+        local_response_norm: add local response normalisation after the first two convolutions.
         dropout: share of hidden fully connected units that are dropped.
-        paper_start: weights of deviation 0.01, and biases of one where the paper has them.
+        paper_start: start with weights of deviation 0.01, and with biases of one in the same layers as the paper.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class AlexNet(nn.Module):
         initialise(self, "normal" if paper_start else "he_normal")
         if paper_start:
             biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]
-            # Convolutions 2, 4, 5 and the hidden layers: their ReLUs then pass something on from the first step.
+            # Convolutions 2, 4, 5 and the hidden layers: with these biases their ReLUs are active from the first step.
             for layer in (1, 3, 4, 5, 6):
                 nn.init.constant_(biases[layer], 1)
 

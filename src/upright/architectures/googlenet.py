@@ -1,13 +1,17 @@
 """GoogLeNet (Szegedy et al. 2014, "Going deeper with convolutions", arXiv:1409.4842, table 1).
 
-The idea: look at the same maps through windows of several sizes at once, and pay for the large ones with 1 x 1
-convolutions that first reduce the number of maps; a global average in place of large fully connected layers.
+The idea: windows of several sizes on the same maps. Before the large windows, 1 x 1 convolutions reduce the number of
+maps, so that they stay cheap. A global average replaces large fully connected layers.
 
-What differs from the paper: no auxiliary classifiers, so that there is one output in training and evaluation alike;
-pooling is padded by 1, which gives the paper's sizes at torch's rounding; local response normalisation, which only the
-paper's figure 3 shows, has the constants of Caffe's reference model. 6,998,552 parameters at 1000 classes.
-Weights start by He et al. 2015, without which a narrow one does not learn. ``batch_norm=True`` is after Ioffe and
-Szegedy 2015 (arXiv:1502.03167), who changed widths and windows too.
+Differences from the paper:
+
+- No auxiliary classifiers, so that there is one output in training and in evaluation.
+- Pooling is padded by 1, which gives the paper's sizes with torch's rounding.
+- Local response normalisation, which only the paper's figure 3 shows, has the constants of Caffe's reference model.
+- Weights are initialised after He et al. 2015, because a narrow network does not learn otherwise.
+- ``batch_norm=True`` follows Ioffe and Szegedy 2015 (arXiv:1502.03167), who changed widths and windows too.
+
+The network has 6,998,552 parameters at 1000 classes.
 """
 
 from functools import partial
@@ -43,10 +47,10 @@ class Inception(Concat):
     """Four windows on the same maps (figure 2b).
 
     Args:
-        channels: maps that come in.
+        channels: number of input maps.
         widths: maps of the branches in the paper.
-        width: factor on them.
-        batch_norm: after every convolution.
+        width: factor on these numbers of maps.
+        batch_norm: add batch normalisation after every convolution.
     """
 
     def __init__(self, channels: int, widths: Widths, *, width: float, batch_norm: bool) -> None:
@@ -68,13 +72,14 @@ class GoogLeNet(nn.Module):
     """A stem, nine inception blocks in three stages, a global average, one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)`` of any size.
+        input_shape: ``(C, H, W)``, of any size.
         num_classes: ``K``.
-        stem: window ``(kernel, stride, padding)`` of the first convolution. The paper's brings 224 pixels to 28 before
-            the first block; ``(3, 1, 1)`` brings 28 pixels to 7.
-        batch_norm: after every convolution, in place of its bias and of local response normalisation.
+        stem: window ``(kernel, stride, padding)`` of the first convolution. The paper's reduces 224 pixels to 28
+            before the first block; ``(3, 1, 1)`` reduces 28 pixels to 7.
+        batch_norm: add batch normalisation after every convolution, in place of its bias and of local response
+            normalisation.
         width: factor on every number of maps.
-        dropout: probability, before the linear layer.
+        dropout: probability of dropout before the linear layer.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""An Inception as data: the notation in which v3, v4 and Inception-ResNet-v2 are written, and their common network."""
+"""Inception networks as data: the notation of v3, v4 and Inception-ResNet-v2, and the network that they share."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, chec
 
 @dataclass(frozen=True)
 class Conv:
-    """In a plan: a convolution that keeps the size; ``kernel`` is one number if it is square."""
+    """A convolution in a plan. It does not change the size; ``kernel`` is one number if it is square."""
 
     maps: int
     kernel: int | tuple[int, int] = 1
@@ -17,7 +17,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Valid:
-    """In a plan: a 3 x 3 convolution without padding, marked V in the figures of Inception-v4."""
+    """A 3 x 3 convolution without padding in a plan, marked V in the figures of Inception-v4."""
 
     maps: int
     stride: int = 1
@@ -25,7 +25,7 @@ class Valid:
 
 @dataclass(frozen=True)
 class Add:
-    """In a plan: a `Residual` block."""
+    """A `Residual` block in a plan."""
 
     branches: "Plan"
     scale: float
@@ -33,9 +33,9 @@ class Add:
 
 
 Plan = Conv | Valid | Add | Pooling | tuple["Plan", ...] | list["Plan"]
-"""A tuple is one thing after the other, a list is branches side by side.
+"""A tuple is a sequence of parts, a list is a set of parallel branches.
 
-All pooling is 3 x 3: ``max`` halves the size and has no padding, ``avg`` keeps the size.
+All pooling is 3 x 3: ``max`` halves the size and has no padding, ``avg`` does not change the size.
 """
 
 
@@ -47,7 +47,7 @@ class Inception(nn.Module):
         num_classes: ``K``.
         plan: the features as data.
         width: factor on every number of maps.
-        dropout: probability, before the linear layer.
+        dropout: probability of dropout before the linear layer.
 
     Raises:
         ValueError: if the plan shrinks images of this size to nothing.
@@ -67,7 +67,7 @@ class Inception(nn.Module):
 
 
 class Residual(nn.Module):
-    """Branches that are brought to the number of input maps by 1 x 1, scaled, and added to the input.
+    """Branches whose output is expanded to the number of input maps by a 1 x 1 convolution, scaled, and added.
 
     Args:
         channels: maps of the input and of the output.
@@ -124,7 +124,7 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
 
 
 def shrinking_windows(plan: Plan) -> list[Window]:
-    """Return the windows in ``plan`` that shrink the image. All branches shrink alike, so the first is enough."""
+    """Return the windows in ``plan`` that shrink the image. All branches shrink it equally, so the first is enough."""
     match plan:
         case Valid():
             return [(3, plan.stride, 0)]

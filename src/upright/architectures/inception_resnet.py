@@ -1,12 +1,15 @@
 """Inception-ResNet-v2 (Szegedy, Ioffe, Vanhoucke, Alemi 2016, arXiv:1602.07261, section 3.2).
 
-The idea: the branches of an Inception block say what to add to its input, scaled down, so that wide residual networks
-train stably and fast.
+The idea: the output of the branches of an Inception block is scaled down and added to the block's input. Wide residual
+networks then train stably and fast.
 
-What differs from the paper: it is the network that its authors published (TF-slim), of 55,843,464 parameters at 1000
-classes. Where the paper has the stem of Inception-v4 (384 maps), it has that of Inception-v3 and one block more (320);
-hence 1088 and 2080 maps after the reductions, where 1152 and 2144 would be. There are 10, 20, 10 blocks, not 5, 10, 5;
-a last 1 x 1 convolution to 1536; and the last block is neither scaled nor rectified.
+Differences from the paper: this is the network that its authors published (TF-slim), with 55,843,464 parameters at 1000
+classes.
+
+- The stem is that of Inception-v3 and one block more (320 maps). The paper has the stem of Inception-v4 (384 maps).
+  After the reductions there are therefore 1088 and 2080 maps, not 1152 and 2144.
+- There are 10, 20, 10 blocks, not 5, 10, 5.
+- A 1 x 1 convolution to 1536 maps follows the last block, which is neither scaled nor rectified.
 """
 
 from upright.architectures.inception import Add, Conv, Inception, Plan, Valid, check_blocks
@@ -32,14 +35,14 @@ BRANCHES_C: Plan = [Conv(192), (Conv(192), Conv(224, (1, 3)), Conv(256, (3, 1)))
 
 
 class InceptionResNetV2(Inception):
-    """Three kinds of residual blocks behind a stem and two reductions, a global average, one linear layer.
+    """A stem, three kinds of residual blocks with a reduction between, a global average, one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's are 299 x 299.
+        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
         num_classes: ``K``.
-        blocks: of each kind; at 299 pixels on grids of 35 x 35, 17 x 17 and 8 x 8.
+        blocks: number of blocks of each kind; at 299 pixels on grids of 35 x 35, 17 x 17 and 8 x 8.
         width: factor on every number of maps.
-        dropout: probability, before the linear layer.
+        dropout: probability of dropout before the linear layer.
     """
 
     def __init__(

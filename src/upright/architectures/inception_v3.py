@@ -1,12 +1,16 @@
 """Inception-v3 (Szegedy et al. 2015, "Rethinking the Inception architecture for computer vision", arXiv:1512.00567).
 
-The idea: a large window is several small ones in a row, and n x n is 1 x n then n x 1, for fewer parameters and more
-nonlinearities between; the image shrinks by convolution and pooling side by side, so that no layer is a bottleneck.
+The idea: replace a large window by several small ones in a row, and n x n by 1 x n then n x 1. This takes fewer
+parameters and adds nonlinearities. Convolution and pooling in parallel shrink the image, so that no layer is a
+bottleneck.
 
-What differs from the paper: it is the network that its authors published (TF-slim), which table 1 only outlines. Its
-stem ends in 1 x 1 to 80 maps, 3 x 3 to 192 and pooling, its 35 x 35 blocks keep one 5 x 5 window, and it alone has the
-numbers of maps within the blocks. No auxiliary classifier, so that there is one output in training and evaluation
-alike, and no label smoothing, which is the loss's task. 23,834,568 parameters at 1000 classes.
+Differences from the paper: this is the network that its authors published (TF-slim), with 23,834,568 parameters at 1000
+classes. The paper's table 1 only outlines it.
+
+- The stem ends in 1 x 1 to 80 maps, 3 x 3 to 192 and pooling. The 35 x 35 blocks have one 5 x 5 window. The numbers of
+  maps within the blocks are not in the paper.
+- No auxiliary classifier, so that there is one output in training and in evaluation.
+- No label smoothing, which belongs to the loss.
 """
 
 from upright.architectures.inception import Conv, Inception, Plan, Valid
@@ -16,7 +20,7 @@ STEM: Plan = (Valid(32, stride=2), Valid(32), Conv(64, 3), "max", Conv(80), Vali
 
 
 def block_a(pooled: int, first: int = 64) -> Plan:
-    """Figure 5: 5 x 5 as two 3 x 3, beside a true 5 x 5."""
+    """Return a block of figure 5: a 5 x 5 window as two of 3 x 3, in parallel with a true 5 x 5 window."""
     return [
         Conv(first),
         (Conv(48), Conv(64, 5)),
@@ -26,7 +30,7 @@ def block_a(pooled: int, first: int = 64) -> Plan:
 
 
 def block_b(inner: int) -> Plan:
-    """Figure 6, with n = 7: each 7 x 7 as 1 x 7 and 7 x 1."""
+    """Return a block of figure 6 with n = 7: each 7 x 7 window as 1 x 7 and 7 x 1."""
     return [
         Conv(192),
         (Conv(inner), Conv(inner, (1, 7)), Conv(192, (7, 1))),
@@ -64,10 +68,10 @@ class InceptionV3(Inception):
     """A stem, eleven blocks on three grids, a global average, one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's are 299 x 299.
+        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
         num_classes: ``K``.
         width: factor on every number of maps.
-        dropout: probability, before the linear layer.
+        dropout: probability of dropout before the linear layer.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """Inception-v4 (Szegedy, Ioffe, Vanhoucke, Alemi 2016, arXiv:1602.07261, section 3.1).
 
-The idea: Inception-v3 freed of what the training of its day forced upon it: one block per grid size, repeated as it is,
-and a stem that is made of branches too.
+The idea: Inception-v3 without the constraints of the training software of its time. One block per grid size is repeated
+unchanged, and the stem has branches too.
 
-What differs from the paper: the second of the two 1 x 7 that figure 5 prints in a row is the 7 x 1 of the published
-network (TF-slim), of which the parameters are the same: 42,679,816 at 1000 classes.
+Difference from the paper: figure 5 prints two 1 x 7 windows in a row; here the second is 7 x 1, as in the published
+network (TF-slim). The number of parameters is the same: 42,679,816 at 1000 classes.
 """
 
 from upright.architectures.inception import Conv, Inception, Plan, Valid, check_blocks
@@ -54,11 +54,11 @@ class InceptionV4(Inception):
     """A stem, three kinds of blocks with a reduction between, a global average, one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's are 299 x 299.
+        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
         num_classes: ``K``.
-        blocks: of each kind; at 299 pixels on grids of 35 x 35, 17 x 17 and 8 x 8.
+        blocks: number of blocks of each kind; at 299 pixels on grids of 35 x 35, 17 x 17 and 8 x 8.
         width: factor on every number of maps.
-        dropout: probability, before the linear layer.
+        dropout: probability of dropout before the linear layer.
     """
 
     def __init__(

@@ -1,7 +1,10 @@
-"""Weights to start from, by the schemes of the literature, for any network.
+"""Initial weights for any network, by the schemes of the literature.
 
-``xavier``: Glorot, Bengio 2010; ``he``: He et al. 2015 (arXiv:1502.01852); ``lecun``: LeCun et al. 1998, "Efficient
-BackProp"; ``orthogonal``: Saxe et al. 2014 (arXiv:1312.6120); ``normal``: deviation 0.01, as in AlexNet.
+- ``xavier``: Glorot, Bengio 2010.
+- ``he``: He et al. 2015 (arXiv:1502.01852).
+- ``lecun``: LeCun et al. 1998, "Efficient BackProp".
+- ``orthogonal``: Saxe et al. 2014 (arXiv:1312.6120).
+- ``normal``: deviation 0.01, as in AlexNet.
 """
 
 from collections.abc import Callable
@@ -27,8 +30,8 @@ SCHEMES: dict[Scheme, Callable[[Tensor], Tensor]] = {
 def initialise(network: nn.Module, scheme: Scheme) -> None:
     """Set the weights of every convolution, linear and recurrent layer by ``scheme``, and their biases to zero.
 
-    Left alone: normalisation layers, and whatever says ``starts_fixed = True`` of itself, as the last layer of a
-    spatial transformer does, which starts at the identity.
+    Normalisation layers do not change, nor do modules with the attribute ``starts_fixed = True``, such as the last
+    layer of a spatial transformer, which starts at the identity.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.RNNBase) and not getattr(module, "starts_fixed", False):
@@ -36,7 +39,7 @@ def initialise(network: nn.Module, scheme: Scheme) -> None:
                 if parameter.ndim == 1:
                     init.zeros_(parameter)
                     continue
-                # The gates of a recurrent layer stand one below the other in one matrix.
+                # The matrix of a recurrent layer holds its gates one below the other.
                 gates = len(parameter) // module.hidden_size if isinstance(module, nn.RNNBase) else 1
                 for part in parameter.detach().chunk(gates):
                     SCHEMES[scheme](part)

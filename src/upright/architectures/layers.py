@@ -1,4 +1,4 @@
-"""What many networks are built of: named activations and poolings, and the least image that they take."""
+"""Layers that many networks share: activations and poolings by name, blocks, and checks of the image size."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -20,16 +20,16 @@ def choice(name: str, given: str, allowed: Iterable[str]) -> None:
     """Refuse an option that does not exist.
 
     Raises:
-        ValueError: with those that do.
+        ValueError: if ``given`` is not in ``allowed``, with all allowed options.
     """
     if given not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}.")
 
 
 def least_size(windows: Iterable[Window]) -> int:
-    """The smallest height or width from which ``windows``, one after the other, still leave one pixel.
+    """Return the smallest height or width at which at least one pixel is left after ``windows``, one after the other.
 
-    The inverse of ``floor((n - kernel + 2 * padding) / stride) + 1``.
+    It inverts ``floor((n - kernel + 2 * padding) / stride) + 1``.
     """
     size = 1
     for kernel, stride, padding in reversed(list(windows)):
@@ -38,7 +38,7 @@ def least_size(windows: Iterable[Window]) -> int:
 
 
 def size_after(size: int, windows: Iterable[Window]) -> int:
-    """Height or width after ``windows``, one after the other."""
+    """Return the height or width after ``windows``, one after the other."""
     for kernel, stride, padding in windows:
         size = (size - kernel + 2 * padding) // stride + 1
     return size
@@ -48,7 +48,7 @@ def check_size(network: nn.Module, input_shape: tuple[int, int, int], least: int
     """Refuse images that ``network`` would shrink to nothing.
 
     Raises:
-        ValueError: with the least size that works.
+        ValueError: if height or width is below ``least``.
     """
     _, height, width = input_shape
     if min(height, width) < least:
@@ -58,7 +58,7 @@ def check_size(network: nn.Module, input_shape: tuple[int, int, int], least: int
 
 
 def scaled(maps: int, width: float) -> int:
-    """``maps`` of a paper's table in a network ``width`` times as wide, at least one.
+    """Return the number of maps in a network ``width`` times as wide as the paper's, at least one.
 
     Raises:
         ValueError: if ``width`` is not positive.
@@ -72,12 +72,12 @@ class ConvReLU(nn.Sequential):
     """A convolution and a ReLU, with batch normalisation between them in place of the bias.
 
     Args:
-        channels: maps that come in.
-        maps: maps that go out.
-        kernel: one number if it is square.
-        stride: in pixels.
-        padding: of zeros; ``same`` keeps the size at stride 1.
-        batch_norm: without it the convolution has a bias.
+        channels: number of input maps.
+        maps: number of output maps.
+        kernel: size of the kernel; one number if it is square.
+        stride: stride in pixels.
+        padding: zeros on each side; ``same`` does not change the size at stride 1.
+        batch_norm: add batch normalisation; without it the convolution has a bias.
     """
 
     def __init__(
@@ -92,14 +92,13 @@ class ConvReLU(nn.Sequential):
     ) -> None:
         super().__init__(nn.Conv2d(channels, maps, kernel, stride, padding, bias=not batch_norm))
         if batch_norm:
-            # The epsilon with which Google's Inceptions were trained.
+            # Google's Inceptions were trained with this epsilon.
             self.append(nn.BatchNorm2d(maps, eps=1e-3))
         self.append(nn.ReLU())
 
 
 class Concat(nn.ModuleList):
-    """Branches that see the same maps; what they make of them is stacked along the channels."""
+    """Parallel branches with the same input ``(B, C, H, W)``; their outputs are concatenated along the channels."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps ``(B, C, H, W)`` to as many as all branches give."""
         return torch.cat([branch(maps) for branch in self], dim=1)

@@ -1,11 +1,11 @@
 """LeNet-5 (LeCun, Bottou, Bengio, Haffner 1998, "Gradient-based learning applied to document recognition", II.B).
 
-The idea: local receptive fields, shared weights and subsampling build tolerance to shifts and distortions into the
-network, so that it learns from pixels.
+The idea: local receptive fields, shared weights and subsampling make the network tolerant of shifts and distortions,
+so that it learns from pixels.
 
-What differs from the paper: C3 sees all maps of S2 (the paper's table I connects them in part), pooling has no trained
-scale and bias, and the output is linear (the paper's is radial basis functions). This is the version everyone trains;
-it has 61,706 parameters. ``activation="relu", pooling="max"`` is the modern variant.
+Differences from the paper: C3 sees all maps of S2 (the paper's table I connects only some), pooling has no trained
+scale and bias, and the output is linear (the paper's is radial basis functions). This is the common version; it has
+61,706 parameters. ``activation="relu", pooling="max"`` is the modern variant.
 """
 
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ class LeNet(nn.Module):
     """Two convolutions with pooling, three fully connected layers.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 12 x 12; below 32 the first convolution pads by 2, as MNIST's 28 pixels
-            are laid in the paper's 32.
+        input_shape: ``(C, H, W)``, at least 12 x 12. Below 32 pixels the first convolution pads by 2, because the
+            paper puts MNIST's 28 pixels into 32.
         num_classes: ``K``.
         widths: maps of C1 and C3, units of C5 and F6.
-        activation: after each convolution and hidden layer.
-        pooling: over 2 x 2.
+        activation: activation after each convolution and hidden layer.
+        pooling: kind of the 2 x 2 pooling.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """The multilayer perceptron (Rumelhart, Hinton, Williams 1986, "Learning representations by back-propagating errors").
 
-The idea: hidden units, trained by the chain rule, find the features that a linear unit lacks.
+The idea: hidden units, trained by the chain rule, learn the features that a linear unit lacks.
 
-What differs from the paper: any of three activations (the paper's is the sigmoid; ReLU does not saturate), and dropout
-(Srivastava et al. 2014) after hidden layers. With the default widths it has 235,146 parameters on MNIST.
+Differences from the paper: a choice of three activations (the paper's is the sigmoid; ReLU does not saturate), and
+dropout (Srivastava et al. 2014) after hidden layers. With the default widths it has 235,146 parameters on MNIST.
 """
 
 from math import prod
@@ -20,8 +20,8 @@ class MLP(nn.Module):
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
         widths: units of each hidden layer.
-        activation: after each hidden layer.
-        dropout: share of hidden units that are dropped, for all layers or for each.
+        activation: activation after each hidden layer.
+        dropout: share of hidden units that are dropped; one number for all hidden layers, or one for each.
     """
 
     def __init__(

@@ -1,12 +1,17 @@
 """Network in network (Lin, Chen, Yan 2013, arXiv:1312.4400).
 
-The idea: after each convolution a small network runs at every pixel, as 1 x 1 convolutions; the last gives a map per
-class, whose mean is the logit, so that no fully connected layer is needed.
+The idea: after each convolution a small network of 1 x 1 convolutions runs at every pixel. The last one returns a map
+per class. The mean of this map is the logit, so no fully connected layer is needed.
 
-What differs from the paper: the default is the network for ImageNet that its authors released later (7,595,176
-parameters at 1000 classes), with dropout before the last block only; logits are not rectified, for a class whose map is
-zero everywhere would never learn; weights start by He et al. 2015. The paper's network for CIFAR-10 is nearly
-``widths=(192, 192, 192), stem=(5, 1, 2)``; its 1 x 1 convolutions are narrower in the first block.
+Differences from the paper:
+
+- The default is the network for ImageNet that its authors released later (7,595,176 parameters at 1000 classes), with
+  dropout only before the last block.
+- Logits are not rectified, because a class whose map is zero everywhere would never learn.
+- Weights are initialised after He et al. 2015.
+
+The paper's network for CIFAR-10 is nearly ``widths=(192, 192, 192), stem=(5, 1, 2)``; its 1 x 1 convolutions are
+narrower in the first block.
 """
 
 from torch import Tensor, nn
@@ -20,7 +25,7 @@ POOLING: Window = (3, 2, 0)
 
 
 def mlpconv(inputs: int, widths: tuple[int, int, int], window: Window) -> list[nn.Module]:
-    """A convolution, and two that mix its maps at every pixel."""
+    """Return a convolution, and two 1 x 1 convolutions that mix its maps at every pixel."""
     layers: list[nn.Module] = []
     for outputs, (kernel, stride, padding) in zip(widths, (window, PIXEL, PIXEL), strict=True):
         layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.ReLU()]

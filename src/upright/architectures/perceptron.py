@@ -2,8 +2,8 @@
 
 The idea: every pixel votes for every class with a weight that is learnt from examples.
 
-What differs from the paper: units are linear, not thresholded, and learn by the gradient of whatever loss the task has,
-not from mistakes alone; with cross-entropy this is softmax regression. It has 7,850 parameters on MNIST.
+Differences from the paper: units are linear, not thresholded. They learn by the gradient of any loss, not only from
+mistakes; with cross-entropy this is softmax regression. It has 7,850 parameters on MNIST.
 """
 
 from math import prod

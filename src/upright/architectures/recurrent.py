@@ -1,13 +1,13 @@
 """Recurrent networks (Elman 1990; LSTM: Hochreiter, Schmidhuber 1997; GRU: Cho et al. 2014, arXiv:1406.1078).
 
-The idea: a state carries what was seen so far from row to row; after the last one it knows the image.
+The idea: a state accumulates information from row to row; after the last row it represents the image.
 
-What differs from the papers: an image becomes a sequence (pixel by pixel: Le et al. 2015, arXiv:1504.00941), and only
+Differences from the papers: an image becomes a sequence (pixel by pixel: Le et al. 2015, arXiv:1504.00941), and only
 the last state is classified. The cells are PyTorch's: the LSTM has the forget gate of Gers et al. 2000, the GRU resets
 after its matrix product, and every gate has two biases.
 
-With g gates (rnn 1, gru 3, lstm 4), hidden units h, inputs n (of the image in the first layer, of the layer before in
-the others) and d directions, a layer has d * g * h * (n + h + 2) parameters, and the output K * (d * h + 1).
+With g gates (rnn 1, gru 3, lstm 4), h hidden units, n inputs (the image's in the first layer, the states of the layer
+before in the others) and d directions, a layer has d * g * h * (n + h + 2) parameters, and the output K * (d * h + 1).
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ CELLS: dict[Cell, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, 
 
 
 def sequence(images: Tensor, order: Order) -> Tensor:
-    """``(B, C, H, W)`` to ``(B, T, D)``, from the top left."""
+    """Convert ``(B, C, H, W)`` to a sequence ``(B, T, D)`` that starts at the top left."""
     if order == "rows":
         return images.transpose(1, 2).flatten(2)  # (B, H, C * W)
     if order == "columns":
@@ -39,12 +39,13 @@ class Recurrent(nn.Module):
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
-        cell: the LSTM and the GRU are one node of an ONNX graph; the plain cell is unrolled, some six nodes a step.
-        order: what is read at each step, with all its channels.
+        cell: kind of the cell. The LSTM and the GRU are one node of an ONNX graph; the plain cell is unrolled to about
+            six nodes per step.
+        order: part of the image that is read at each step, with all its channels.
         hidden: units of the state.
-        layers: recurrent layers, each reading the states of the one before.
+        layers: number of recurrent layers; each reads the states of the one before.
         bidirectional: read backwards too; the last states of both directions are classified.
-        dropout: share of the values that are dropped between one layer and the next, the output included.
+        dropout: share of the values that are dropped between two layers, and before the linear layer.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class Recurrent(nn.Module):
             layers,
             batch_first=True,
             bidirectional=bidirectional,
-            # PyTorch's is between layers only, and warns where there is one.
+            # PyTorch's dropout is only between layers, and warns if there is one layer.
             dropout=dropout if layers > 1 else 0.0,
         )
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.directions * hidden, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         _, state = self.recurrent(sequence(images, self.order))
-        # The LSTM's state is a pair: what it shows and what it keeps.
-        shown = state if isinstance(state, Tensor) else state[0]  # (layers * directions, B, hidden)
-        last = torch.cat(shown[-self.directions :].unbind(), dim=1)  # (B, directions * hidden)
+        # The LSTM's state is a pair: hidden state and cell state.
+        hidden = state if isinstance(state, Tensor) else state[0]  # (layers * directions, B, hidden)
+        last = torch.cat(hidden[-self.directions :].unbind(), dim=1)  # (B, directions * hidden)
         logits: Tensor = self.classifier(last)
         return logits

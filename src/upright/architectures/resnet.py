@@ -1,10 +1,13 @@
 """ResNet (He, Zhang, Ren, Sun 2015, "Deep residual learning for image recognition", arXiv:1512.03385).
 
-The idea: layers that learn what to add to their input can do no harm by doing nothing, so depth stops hurting.
+The idea: layers learn a change that is added to their input. A layer that changes nothing does no harm, so additional
+depth no longer reduces accuracy.
 
-What differs from the paper: a bottleneck strides in its 3 x 3 convolution, as everyone does since, for a 1 x 1 with a
-stride skips three quarters of the pixels; the number of parameters is the same. ``ResNet`` is the family of table 1,
-``SmallResNet`` that of section 4.2. ``shortcuts=False`` gives the plain networks that the paper compares with.
+Difference from the paper: a bottleneck has its stride in the 3 x 3 convolution, as in later implementations, because a
+1 x 1 convolution with a stride skips three quarters of the pixels. The number of parameters is the same.
+
+``ResNet`` is the family of table 1, ``SmallResNet`` that of section 4.2. ``shortcuts=False`` gives the plain networks
+that the paper compares with.
 """
 
 from collections.abc import Callable
@@ -17,11 +20,11 @@ from upright.architectures.initialisation import initialise
 from upright.architectures.layers import choice
 
 Part = Callable[[int, int, int], nn.Module]
-"""A module to be, from ``(inputs, width, stride)``."""
+"""A factory of modules: it is called with ``(inputs, width, stride)``."""
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A normalised convolution that keeps height and width, divided by the stride."""
+    """Return a convolution with batch normalisation; it divides height and width only by the stride."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -29,12 +32,12 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.S
 
 
 def basic(inputs: int, width: int, stride: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions."""
+    """Return two 3 x 3 convolutions."""
     return nn.Sequential(convolution(inputs, width, 3, stride), nn.ReLU(), convolution(width, width, 3))
 
 
 def bottleneck(inputs: int, width: int, stride: int) -> nn.Sequential:
-    """A 3 x 3 convolution on few maps, between two of 1 x 1; it ends in ``4 * width`` maps."""
+    """Return a 3 x 3 convolution on few maps between two of 1 x 1, with ``4 * width`` output maps."""
     return nn.Sequential(
         convolution(inputs, width, 1),
         nn.ReLU(),
@@ -45,19 +48,19 @@ def bottleneck(inputs: int, width: int, stride: int) -> nn.Sequential:
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """The paper's shortcut B."""
+    """Return the paper's shortcut B."""
     return convolution(inputs, outputs, 1, stride)
 
 
 class Subsampling(nn.Module):
-    """The paper's shortcut A, without parameters: every ``stride``-th pixel, and zeros for the maps that are new."""
+    """The paper's shortcut A, without parameters: every ``stride``-th pixel, and zeros for the additional maps."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.extra, self.stride = outputs - inputs, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` to ``(B, outputs, H / stride, W / stride)``."""
+        """Map ``(B, inputs, H, W)`` to ``(B, outputs, H / stride, W / stride)``."""
         return nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
 
@@ -76,30 +79,31 @@ class Residual(nn.Module):
 def blocks(
     widths: tuple[int, ...], counts: tuple[int, ...], body: Part, expansion: int, shortcut: Part | None
 ) -> nn.Sequential:
-    """Stages of residual blocks; each stage but the first halves height and width.
+    """Return stages of residual blocks; each stage but the first halves height and width.
 
     Args:
-        widths: of the body, one per stage; the first is also the number of maps that come in.
-        counts: blocks of each stage.
-        body: what a block adds.
-        expansion: how many times its width a body ends in.
-        shortcut: where input and output differ in shape; elsewhere it is the identity. None for no shortcuts at all.
+        widths: width of the body in each stage; the first is also the number of input maps.
+        counts: number of blocks in each stage.
+        body: factory of the layers whose output is added.
+        expansion: output maps of a body, divided by its width.
+        shortcut: factory of the shortcut of blocks whose input and output differ in shape; other blocks have the
+            identity. None removes all shortcuts.
     """
-    made: list[nn.Module] = []
+    residuals: list[nn.Module] = []
     inputs = widths[0]
     for stage, (width, count) in enumerate(zip(widths, counts, strict=True)):
         for block in range(count):
             stride = 2 if stage > 0 and block == 0 else 1
             outputs = expansion * width
-            around: nn.Module | None = None
+            path: nn.Module | None = None
             if shortcut:
-                around = nn.Identity() if (inputs, stride) == (outputs, 1) else shortcut(inputs, outputs, stride)
-            made.append(Residual(body(inputs, width, stride), around))
+                path = nn.Identity() if (inputs, stride) == (outputs, 1) else shortcut(inputs, outputs, stride)
+            residuals.append(Residual(body(inputs, width, stride), path))
             inputs = outputs
-    return nn.Sequential(*made)
+    return nn.Sequential(*residuals)
 
 
-# Table 1: body, how many times its width it ends in, blocks of each stage.
+# Table 1: body, expansion, blocks of each stage.
 DEPTHS: dict[int, tuple[Part, int, tuple[int, ...]]] = {
     18: (basic, 1, (2, 2, 2, 2)),
     34: (basic, 1, (3, 4, 6, 3)),
@@ -110,19 +114,19 @@ DEPTHS: dict[int, tuple[Part, int, tuple[int, ...]]] = {
 
 
 class ResNet(nn.Module):
-    """The networks for ImageNet; images may have any size, also at run time.
+    """The networks for ImageNet. Images may have any size, also at run time.
 
-    With 1000 classes, 11,689,512 parameters at depth 18, then 21,797,672 (34), 25,557,032 (50), 44,549,160 (101), and
-    60,192,808 (152).
+    With 1000 classes they have 11,689,512 parameters at depth 18, then 21,797,672 (34), 25,557,032 (50), 44,549,160
+    (101), and 60,192,808 (152).
 
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
         depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
-        widths: maps of each stage; fewer than four leave the last stages out.
-        shortcuts: whether blocks add to their input.
-        stem: ``imagenet`` begins with a 7 x 7 convolution and pooling, a stride of 4 in all; ``small`` with a 3 x 3
-            convolution of stride 1, for images of some 32 pixels.
+        widths: maps of each stage; fewer than four widths leave out the last stages.
+        shortcuts: add the input of each block to its output.
+        stem: ``imagenet`` is a 7 x 7 convolution and pooling with a total stride of 4; ``small`` is a 3 x 3 convolution
+            of stride 1, for images of about 32 pixels.
     """
 
     def __init__(
@@ -158,17 +162,17 @@ class ResNet(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """The networks for CIFAR-10, with shortcuts that have no parameters; any size, also at run time.
+    """The networks for CIFAR-10, with shortcuts without parameters. Images may have any size, also at run time.
 
-    With 10 classes and RGB, 269,722 parameters at depth 20, then 464,154 (32), 658,586 (44), 853,018 (56), 1,727,962
-    (110), and 19,421,274 at depth 1202.
+    With 10 classes and RGB they have 269,722 parameters at depth 20, then 464,154 (32), 658,586 (44), 853,018 (56),
+    1,727,962 (110), and 19,421,274 at depth 1202.
 
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
-        depth: 6n + 2 makes three stages of n blocks.
+        depth: 6n + 2, for three stages of n blocks.
         width: maps of the first stage, doubled in each of the others.
-        shortcuts: whether blocks add to their input.
+        shortcuts: add the input of each block to its output.
     """
 
     def __init__(

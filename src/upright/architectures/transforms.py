@@ -1,7 +1,7 @@
-"""What a spatial transformer may do: families of transforms of the plane, all with ``theta`` zero at the identity.
+"""The transforms of a spatial transformer: families of transforms of the plane, with ``theta`` zero at the identity.
 
 Each maps output to input coordinates (`upright.warp`), and is called with ``theta`` ``(B, P)`` and points ``(N, 2)`` or
-``(B, N, 2)``. The order of ``theta``, shifts in half images, angles in radians anticlockwise:
+``(B, N, 2)``. The table lists the order of ``theta``. Shifts are in half images, angles in radians anticlockwise.
 
 | name | P | theta |
 |---|---|---|
@@ -9,8 +9,8 @@ Each maps output to input coordinates (`upright.warp`), and is called with ``the
 | rotation | 1 | angle |
 | attention | 3 | log of the scale, x, y |
 | similarity | 4 | angle, log of the scale, x, y |
-| affine | 6 | what is added to the 2 x 3 matrix of the identity, row by row |
-| projective | 8 | likewise to the 3 x 3 matrix, whose last entry stays 1 |
+| affine | 6 | difference from the 2 x 3 matrix of the identity, row by row |
+| projective | 8 | difference from the 3 x 3 matrix of the identity, row by row; the last entry stays 1 |
 | thin_plate | 2 K² | x, y of the shift of each of K x K control points, row by row |
 """
 
@@ -30,7 +30,7 @@ class Transform(nn.Module, ABC):
     """A family of transforms.
 
     Args:
-        aspect: width / height of the input, which rotations need to know.
+        aspect: width / height of the input, which rotations need.
     """
 
     size: int
@@ -41,12 +41,12 @@ class Transform(nn.Module, ABC):
         self.aspect = aspect
 
     def forward(self, theta: Tensor, points: Tensor) -> Tensor:
-        """Where output ``points`` lie in the input: ``(B, N, 2)``."""
+        """Map output ``points`` to the input: ``(B, N, 2)``."""
         return transform_points(self.matrices(theta), points)
 
     @abstractmethod
     def matrices(self, theta: Tensor) -> Tensor:
-        """``(B, 2 or 3, 3)``."""
+        """Return the matrices ``(B, 2 or 3, 3)`` of ``theta`` ``(B, P)``."""
 
 
 class Translation(Transform):
@@ -59,7 +59,7 @@ class Translation(Transform):
 
 
 class Rotation(Transform):
-    """Turn around the centre."""
+    """Rotation around the centre."""
 
     size = 1
 
@@ -78,7 +78,7 @@ class Attention(Transform):
 
 
 class Similarity(Transform):
-    """Turn, zoom and shift."""
+    """Rotation, zoom and shift."""
 
     size = 4
 
@@ -88,7 +88,7 @@ class Similarity(Transform):
 
 
 class Affine(Transform):
-    """Anything that keeps parallels parallel."""
+    """Every transform that maps parallel lines to parallel lines."""
 
     size = 6
 
@@ -97,7 +97,7 @@ class Affine(Transform):
 
 
 class Projective(Transform):
-    """A plane seen from anywhere."""
+    """The view of a plane from any point."""
 
     size = 8
 
@@ -109,10 +109,10 @@ class Projective(Transform):
 
 
 class ThinPlate(nn.Module):
-    """The thin-plate spline through a grid of control points, moved one by one; the paper has 4 x 4.
+    """The thin-plate spline through a grid of control points that move independently; the paper has 4 x 4.
 
     Args:
-        control_points: ``K``, per axis, from border to border.
+        control_points: number ``K`` of control points per axis, from border to border.
     """
 
     controls: Tensor
@@ -125,7 +125,7 @@ class ThinPlate(nn.Module):
         line = torch.linspace(-1, 1, control_points)
         controls = torch.cartesian_prod(line, line).flip(1)
         self.size = controls.numel()
-        # Both follow from the number of points: not part of the weights.
+        # Both are functions of the number of points, so they are not stored with the weights.
         self.register_buffer("controls", controls, persistent=False)
         self.register_buffer("solution", spline_solution(controls), persistent=False)
 

@@ -1,11 +1,14 @@
 """VGG (Simonyan, Zisserman 2014, arXiv:1409.1556).
 
-The idea: two 3 x 3 convolutions see as much as one of 5 x 5, with fewer weights and a nonlinearity more; so stack them.
+The idea: stack 3 x 3 convolutions. Two of them see as much as one of 5 x 5, with fewer weights and one more
+nonlinearity.
 
-What differs from the paper: weights start by He et al. 2015. From the paper's normal ones, the same in every layer, its
-authors could not train the deep networks but from a trained shallow one. Batch normalisation
-(``batch_norm=True``, convolutions then without bias) came a year later. Images of 224 and 1000 classes give 132,863,336
-parameters at depth 11, then 133,047,848, 138,357,544, and 143,667,240 at depth 19.
+Differences from the paper: weights are initialised after He et al. 2015. With the paper's normal weights, of one
+deviation in every layer, its authors had to start the deep networks from a trained shallow one. Batch normalisation
+(``batch_norm=True``, convolutions then without bias) came a year later.
+
+Images of 224 pixels and 1000 classes give 132,863,336 parameters at depth 11, then 133,047,848, 138,357,544, and
+143,667,240 at depth 19.
 """
 
 from torch import Tensor, nn
@@ -24,12 +27,12 @@ class VGG(nn.Module):
     """Stages of convolutions, each with a pooling at its end, then three fully connected layers.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 32 x 32, and half of it for every stage less.
+        input_shape: ``(C, H, W)``, at least 32 x 32 with five stages, and half of that for every stage less.
         num_classes: ``K``.
         depth: 11, 13, 16 or 19, the paper's A, B, D, E.
-        widths: maps of each stage; fewer than five leave the last stages out.
-        units: of the two hidden fully connected layers.
-        batch_norm: after each convolution.
+        widths: maps of each stage; fewer than five widths leave out the last stages.
+        units: units of the two hidden fully connected layers.
+        batch_norm: add batch normalisation after each convolution.
         dropout: share of hidden fully connected units that are dropped.
     """
 

@@ -1,8 +1,8 @@
-"""Augmentation of a whole batch on its device: one transform per image, one sampling, and the transforms handed on.
+"""Augmentation of a whole batch on its device: one transform per image, sampled once and returned with the images.
 
-A list of parts, done in order. `Geometric` ones are drawn here; what changes values (brightness, hue, noise, erasing)
-is kornia's, as it is. A part draws from torch's global generator, on the CPU where it is ours, so that one seed gives
-one batch on every device.
+An augmentation is a list of parts, applied in order. `Geometric` parts are defined here. Parts that change values
+(brightness, hue, noise, erasing) are kornia's, unchanged. Every part draws from torch's global generator; parts of this
+module draw on the CPU, so that one seed gives one batch on every device.
 """
 
 import math
@@ -34,35 +34,35 @@ from upright.warp import (
 )
 
 AT_ONCE = 128
-"""So many images are sampled at a time on a CPU, in memory that it still has in its cache: 2,048 of 3 x 32 x 32 took a
-third of the time of one call."""
+"""Number of images that a CPU samples at a time, so that they stay in its cache. 2,048 images of 3 x 32 x 32 took a
+third of the time of one call for all."""
 
 CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-"""Of an image, clockwise from the top left."""
+"""Corners of an image, clockwise from the top left."""
 
 
 class Geometric(nn.Module, ABC):
-    """A random transform of where pixels are; `Augmentation` composes and samples."""
+    """A random transform of pixel positions; `Augmentation` composes and samples."""
 
     @abstractmethod
     def draw(self, batch: int, height: int, width: int) -> Tensor | Points:
-        """Transforms from output to input coordinates: matrices ``(B, 3, 3)`` on the CPU, or a function of points.
+        """Draw transforms from output to input coordinates: matrices ``(B, 3, 3)`` on the CPU, or a function of points.
 
         Args:
-            batch: how many.
-            height: of the images.
-            width: of the images.
+            batch: number of images.
+            height: height of the images.
+            width: width of the images.
         """
 
 
 class RandomAffine(Geometric):
-    """Rotate, scale, shear, shift and flip at random, uniformly in each range.
+    """Random rotation, scale, shear, shift and flip, uniform in each range.
 
     Args:
-        rotate: up to so many degrees either way.
-        scale: least and greatest factor of size.
-        shear: up to so many degrees either way, along x.
-        shift: up to this fraction of the image either way, along x and along y.
+        rotate: largest rotation in degrees, in both directions.
+        scale: smallest and largest factor of size.
+        shear: largest shear in degrees, in both directions along x.
+        shift: largest shift as a fraction of the image, in both directions along x and along y.
         flip: probability of a mirror image.
     """
 
@@ -85,11 +85,10 @@ class RandomAffine(Geometric):
         self.rotate, self.scale, self.shear, self.shift, self.flip = rotate, scale, shear, shift, flip
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
-        """See `Geometric.draw`."""
         aspect = width / height
-        # Always six draws per image, in this order: switching one option leaves the others' numbers as they were.
-        turn, size, slant, mirror, *shifts = torch.rand(6, batch)
-        matrices = rotation(math.radians(self.rotate) * (2 * turn - 1), aspect)
+        # Always six draws per image, in this order, so that one option does not change the draws of the others.
+        angle, size, slant, mirror, *shifts = torch.rand(6, batch)
+        matrices = rotation(math.radians(self.rotate) * (2 * angle - 1), aspect)
         inner = identity(batch).clone()
         inner[:, 0, 0] = torch.where(mirror < self.flip, -1.0, 1.0)
         inner[:, 0, 1] = torch.tan(math.radians(self.shear) * (2 * slant - 1)) / aspect
@@ -101,10 +100,10 @@ class RandomAffine(Geometric):
 
 
 class RandomCrop(Geometric):
-    """The crop of the image's own size out of the image with a margin around it: a shift by whole pixels.
+    """A random crop of the image's own size from the padded image: a shift by whole pixels.
 
     Args:
-        padding: pixels of the margin on each side.
+        padding: pixels of padding on each side.
     """
 
     def __init__(self, *, padding: int = 4) -> None:
@@ -114,23 +113,22 @@ class RandomCrop(Geometric):
         self.padding = padding
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
-        """See `Geometric.draw`."""
-        # As `RandomAffine`, the same draws whatever the padding.
-        places = (torch.rand(batch, 2) * (2 * self.padding + 1)).floor() - self.padding
+        # The same draws for every padding, as in `RandomAffine`.
+        shifts = (torch.rand(batch, 2) * (2 * self.padding + 1)).floor() - self.padding
         matrices = identity(batch).clone()
-        matrices[:, :2, 2] = 2 * places / torch.tensor([width, height])
+        matrices[:, :2, 2] = 2 * shifts / torch.tensor([width, height])
         return matrices
 
 
 class RandomResizedCrop(Geometric):
-    """A box of random area, aspect and place, at the image's size (Szegedy et al. 2015, section 6).
+    """A crop of random area, aspect and position, resized to the image's size (Szegedy et al. 2015, section 6).
 
-    Where a box would be longer than the image, it is cut to its length.
+    A box that is longer than the image is cut to its length.
 
     Args:
-        scale: least and greatest area of the box, as a fraction of the image's; uniform.
-        ratio: least and greatest width / height of the box, in pixels; uniform in its logarithm, so that what lies is
-            as likely as what stands.
+        scale: smallest and largest area of the box, as a fraction of the image's; uniform.
+        ratio: smallest and largest width / height of the box, in pixels; uniform in its logarithm, so that wide and
+            tall boxes are equally likely.
     """
 
     def __init__(
@@ -144,23 +142,22 @@ class RandomResizedCrop(Geometric):
         self.scale, self.ratio = scale, ratio
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
-        """See `Geometric.draw`."""
-        size, shape, *places = torch.rand(4, batch)
+        size, shape, *shifts = torch.rand(4, batch)
         area = self.scale[0] + (self.scale[1] - self.scale[0]) * size
         low, high = map(math.log, self.ratio)
         ratio = (low + (high - low) * shape).exp() * height / width
         sides = torch.stack([area * ratio, area / ratio], dim=1).sqrt().clamp(max=1)
         matrices = torch.diag_embed(torch.cat([sides, torch.ones(batch, 1)], dim=1))
-        matrices[:, :2, 2] = (1 - sides) * (2 * torch.stack(places, dim=1) - 1)
+        matrices[:, :2, 2] = (1 - sides) * (2 * torch.stack(shifts, dim=1) - 1)
         return matrices
 
 
 class RandomPerspective(Geometric):
-    """The image seen at a slant: what is seen in each corner comes from a random place near it.
+    """A random perspective: each corner of the output is sampled from a random point near that corner.
 
     Args:
-        distortion: how far from the corner, up to this fraction of the image either way, along x and along y; below
-            0.25, where four corners could come to lie in no convex order.
+        distortion: largest distance from the corner as a fraction of the image, in both directions along x and along
+            y. It is below 0.25, because from there on the four corners may be in no convex order.
     """
 
     def __init__(self, *, distortion: float = 0.1) -> None:
@@ -170,15 +167,14 @@ class RandomPerspective(Geometric):
         self.distortion = distortion
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
-        """See `Geometric.draw`."""
         return quadrilateral(CORNERS + 2 * self.distortion * (2 * torch.rand(batch, 4, 2) - 1))
 
 
 def quadrilateral(corners: Tensor) -> Tensor:
-    """The matrices ``(B, 3, 3)`` that take the image's corners, clockwise from the top left, to ``corners``.
+    """Return the matrices ``(B, 3, 3)`` that map the image's corners, clockwise from the top left, to ``corners``.
 
-    The closed form of Heckbert 1989, "Fundamentals of texture mapping and image warping", section 2.2.3, for the
-    square from (0, 0) to (1, 1).
+    This is the closed form of Heckbert 1989, "Fundamentals of texture mapping and image warping", section 2.2.3, for
+    the square from (0, 0) to (1, 1).
 
     Args:
         corners: ``(B, 4, 2)``, in convex order.
@@ -191,22 +187,22 @@ def quadrilateral(corners: Tensor) -> Tensor:
     last = torch.cat([bottom, torch.ones_like(bottom[:, :1])], dim=1)[:, None]
     unit = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
     matrices = torch.cat([rows, last], dim=1) @ unit
-    # Depth 1 in the middle, as those have that change nothing.
+    # Depth 1 in the middle, as in the identity.
     return matrices / matrices[:, 2:, 2:]
 
 
 def cross(first: Tensor, second: Tensor) -> Tensor:
-    """The area that vectors ``(..., 2)`` span, positive where the second is clockwise of the first as seen."""
+    """Return the signed area spanned by vectors ``(..., 2)``: positive if the second is clockwise of the first."""
     return first[..., 0] * second[..., 1] - first[..., 1] * second[..., 0]
 
 
 class RandomElastic(Geometric):
-    """Shift every point of a regular grid at random, and what is between them by a thin-plate spline.
+    """A random elastic distortion: random shifts of a regular grid of points, with a thin-plate spline between them.
 
-    Cheapest as the last of neighbouring geometric parts: it is then asked for the same points of every image.
+    It is cheapest as the last of neighbouring geometric parts, because all images then need the same points.
 
     Args:
-        points: of the grid, along x and along y, from border to border.
+        points: grid points along x and along y, from border to border.
         sigma: standard deviation of the shifts, along x and along y, as a fraction of the image.
     """
 
@@ -222,7 +218,6 @@ class RandomElastic(Geometric):
         self.solution = spline_solution(self.controls)
 
     def draw(self, batch: int, height: int, width: int) -> "Spline":
-        """See `Geometric.draw`."""
         return Spline(self.controls, self.solution, 2 * self.sigma * torch.randn(batch, len(self.controls), 2))
 
 
@@ -235,41 +230,41 @@ class Spline:
     shifts: Tensor
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Where output ``points`` ``(N, 2)`` or ``(B, N, 2)`` lie in the input: ``(B, N, 2)``."""
+        """Map output ``points`` ``(N, 2)`` or ``(B, N, 2)`` to the input: ``(B, N, 2)``."""
         controls, solution, shifts = (part.to(points.device) for part in (self.controls, self.solution, self.shifts))
         return spline_points(controls, solution, shifts, points)
 
     def __getitem__(self, chosen: Tensor) -> "Spline":
-        """Those of some of the images."""
+        """Return the splines of some of the images."""
         return Spline(self.controls, self.solution, self.shifts[chosen])
 
     def double(self) -> "Spline":
-        """In double precision: rounded to single, its points are the same whatever else is in the batch."""
+        """Return the spline in double precision: rounded to single, its points do not depend on the batch."""
         return Spline(self.controls.double(), self.solution.double(), self.shifts.double())
 
 
 class Distortion(nn.Module, ABC):
-    """Makes another image of each, whatever its size, and says where its pixels come from."""
+    """A part that returns a new image of any size for each image, and the origin of its pixels."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Points]:
-        """Float images ``(B, C, H, W)`` in [0, 1] to others, with where output points lie in what came in."""
+        """Distort float images ``(B, C, H, W)`` in [0, 1]; return them and the map from output to input points."""
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Transforms of a batch, one after the other, as one: a `Points`.
+    """A sequence of transforms of a batch as one transform: a `Points`.
 
     Args:
-        batch: of how many images.
-        parts: in the order in which they are done to an image.
+        batch: number of images.
+        parts: transforms in the order in which they are applied to an image.
     """
 
     batch: int
     parts: tuple[Tensor | Points, ...] = ()
 
     def then(self, *parts: Tensor | Points) -> "Composition":
-        """With ``parts`` done afterwards; neighbouring matrices are multiplied."""
+        """Append ``parts``; neighbouring matrices are multiplied."""
         joined = list(self.parts)
         for part in parts:
             if joined and isinstance(joined[-1], Tensor) and isinstance(part, Tensor):
@@ -279,9 +274,9 @@ class Composition:
         return Composition(self.batch, tuple(joined))
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Where output ``points`` ``(N, 2)`` or ``(B, N, 2)`` lie in the input: ``(B, N, 2)``."""
+        """Map output ``points`` ``(N, 2)`` or ``(B, N, 2)`` to the input: ``(B, N, 2)``."""
         with full_precision(points.device):
-            # What was done last is the first that a point of the output meets.
+            # A point of the output goes through the last transform first.
             for part in reversed(self.parts):
                 if not isinstance(part, Tensor):
                     points = part(points)
@@ -292,7 +287,7 @@ class Composition:
         return points.expand(self.batch, -1, -1)
 
     def grid(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Where the pixel centres of the output lie in the input: ``(B, H*W, 2)``."""
+        """Map the pixel centres of the output to the input: ``(B, H*W, 2)``."""
         if len(self.parts) == 1 and isinstance(self.parts[0], Tensor) and _is_affine(self.parts[0]):
             return grid_points(self.parts[0].to(device), height, width)
         return self(pixel_centres(height, width, device=device))
@@ -303,12 +298,12 @@ def _is_affine(matrices: Tensor) -> bool:
 
 
 class Augmentation(nn.Module):
-    """The parts one after the other; neighbouring geometric ones are composed and sampled once.
+    """A sequence of parts; neighbouring geometric ones are composed and sampled once.
 
     Args:
-        parts: `Geometric`, `Distortion` and `Mixing` ones, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in
-            [0, 1] to another, kornia's among them. What kornia's own move is handed on with the rest.
-        padding: what the geometric ones see beyond the border.
+        parts: `Geometric`, `Distortion` and `Mixing` parts, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in
+            [0, 1] to another, for example kornia's. Transforms of kornia's parts are returned with the others.
+        padding: values beyond the border, for the geometric parts.
     """
 
     def __init__(self, parts: Iterable[nn.Module] = (), *, padding: Padding = "zeros") -> None:
@@ -325,7 +320,7 @@ class Augmentation(nn.Module):
 
     @property
     def moves(self) -> bool:
-        """Whether any part moves pixels."""
+        """True if any part moves pixels."""
         return any(isinstance(part, Geometric | Distortion) or has_part(part, "geometric") for part in self.parts)
 
     @property
@@ -335,9 +330,9 @@ class Augmentation(nn.Module):
 
     @property
     def untold(self) -> str | None:
-        """The name of the first part that moves pixels and does not say where, if there is one."""
+        """The name of the first part that moves pixels without reporting its transform, if there is one."""
         for part in self.parts:
-            # Whatever moves, and whatever it is inside of.
+            # Modules that move pixels, and the containers around them.
             moving = [module for module in part.modules() if has_part(module, "geometric")]
             if not all(hasattr(module, "transform_matrix") for module in moving):
                 return type(part).__name__
@@ -349,28 +344,29 @@ class Augmentation(nn.Module):
 
         Args:
             images: uint8 or float ``(B, C, H, W)`` in [0, 255].
-            targets: labels ``(B,)``, or probabilities ``(B, K)``, which parts that mix need.
+            targets: labels ``(B,)``, or probabilities ``(B, K)``, which mixing parts need.
         """
         # Matrices are composed on the CPU.
         with full_precision(images.device), full_precision(torch.device("cpu")):
             return self._view(images, targets)
 
     def _view(self, images: Tensor, targets: Tensor | None) -> View:
-        done = pending = nothing = Composition(len(images))
+        applied = pending = nothing = Composition(len(images))
         scale = 1.0
         for part in self.parts:
             if isinstance(part, Geometric):
                 pending = pending.then(part.draw(len(images), *images.shape[-2:]))
                 continue
-            images, done, pending = self._sampled(images, pending).float(), done.then(*pending.parts), nothing
+            images, applied = self._sampled(images, pending).float(), applied.then(*pending.parts)
+            pending = nothing
             if isinstance(part, Mixing):
                 images, targets = part(images, targets)
                 continue
             if scale == 1:
                 images, scale = images / 255, 255.0
             if isinstance(part, Distortion):
-                images, moved = part(images)
-                done = done.then(moved)
+                images, transform = part(images)
+                applied = applied.then(transform)
                 continue
             size = images.shape[-2:]
             try:
@@ -382,31 +378,31 @@ class Augmentation(nn.Module):
                 ) from error
             matrices = getattr(part, "transform_matrix", None) if has_part(part, "geometric") else None
             if isinstance(matrices, Tensor):
-                done = done.then(_normalised(matrices, size, images.shape[-2:]))
-        images, done = self._sampled(images, pending).float(), done.then(*pending.parts)
-        return View(images if scale == 1 else images * scale, done, targets)
+                applied = applied.then(_normalised(matrices, size, images.shape[-2:]))
+        images, applied = self._sampled(images, pending).float(), applied.then(*pending.parts)
+        return View(images if scale == 1 else images * scale, applied, targets)
 
     def _sampled(self, images: Tensor, transforms: Composition) -> Tensor:
         if not transforms.parts:
             return images
         height, width = images.shape[-2:]
         points = transforms.grid(height, width, images.device)
-        at_once = AT_ONCE if images.device.type == "cpu" else len(images)
-        if len(images) <= at_once:
+        chunk = AT_ONCE if images.device.type == "cpu" else len(images)
+        if len(images) <= chunk:
             return sample(images.float(), points, height, width, self.padding)
         sampled = torch.empty(images.shape, device=images.device)
-        for start in range(0, len(images), at_once):
-            some = slice(start, start + at_once)
-            sampled[some] = sample(images[some].float(), points[some], height, width, self.padding)
+        for start in range(0, len(images), chunk):
+            part = slice(start, start + chunk)
+            sampled[part] = sample(images[part].float(), points[part], height, width, self.padding)
         return sampled
 
 
 def _normalised(matrices: Tensor, size: torch.Size, new_size: torch.Size) -> Points:
-    """A transform of ``matrices`` ``(B, 3, 3)`` as kornia's: from input to output, in pixels between their centres."""
+    """Convert ``matrices`` ``(B, 3, 3)`` of kornia, from input to output in pixels between their centres."""
 
     def pixels(height: int, width: int) -> Tensor:
         rows = [[width / 2, 0.0, (width - 1) / 2], [0.0, height / 2, (height - 1) / 2], [0.0, 0.0, 1.0]]
         return torch.tensor(rows, device=matrices.device)
 
-    # Stays on its device: to ask whether it is affine would wait for it.
+    # The result stays on its device: a check for affine matrices would wait for the device.
     return partial(project_points, pixels(*size).inverse() @ matrices.inverse() @ pixels(*new_size))

@@ -29,9 +29,9 @@ class CIFAR(Published):
 
     Args:
         root: folder of an archive or of its files. Either of the binary version (``cifar-*-binary.tar.gz``) or of the
-            Python version, of which only arrays and lists are read. By default the binary version is downloaded once
-            (170 MB) to the dataset's folder in ``$UPRIGHT_DATA``, or in the user's cache if that variable is not set,
-            and its MD5 is checked.
+            Python version, whose pickles are not run: only arrays and lists are read. By default the binary version is
+            downloaded once (170 MB) to the dataset's folder in ``$UPRIGHT_DATA``, or in the user's cache if that
+            variable is not set, and its MD5 is checked.
         **options: options of `Published`.
     """
 

@@ -1,4 +1,4 @@
-"""The base of every dataset: read a source, split it, yield uint8 batches, augment them; and the originals."""
+"""The base of every dataset: it reads a source, splits it, yields uint8 batches and originals, and augments."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -36,22 +36,25 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     """Splits, views, cache and loaders for any `Source`. A dataset implements `spec` and `read`.
 
     Args:
-        batch_size: per process.
-        val_fraction: of all images, for validation; of the training images where only the test split is given.
-        test_fraction: of all images, for test; of the training images where only validation is given.
-        split_seed: of the split; does not change with the seed of a run.
-        folds: cross-validation: ``val`` is one of so many equal parts of all but the test images, instead of
-            ``val_fraction`` of them; 0 does without.
-        fold: which part, from 0.
-        train_fraction: of the training images, for learning curves; what a smaller fraction takes, a larger one does.
-        angles: validation and test show every image turned anticlockwise by each of these degrees, as uint8.
-        augment: what training does to a batch, in order: each `Geometric`, `Mixing`, or any ``nn.Module`` on a float
-            batch in [0, 1], kornia's among them.
-        padding: what `Geometric` ones see beyond the border: ``zeros``, ``border`` or ``reflection``.
-        cache: where decoded pictures are kept: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files
-            whenever they are wanted; ``auto`` is disk for what takes more than 64 MiB.
-        num_workers: processes that decode files; by default one per core, at most 8.
-        max_unreadable: so many pictures that cannot be read are left out, and reported.
+        batch_size: images per process and batch.
+        val_fraction: fraction of all images for validation, or of the training images if the source defines only the
+            test split.
+        test_fraction: fraction of all images for test, or of the training images if the source defines only the
+            validation split.
+        split_seed: seed of the split; it does not change with the seed of a run.
+        folds: number of folds of a cross-validation: ``val`` is one of this many equal parts of all images but the test
+            images, and ``val_fraction`` is not used; 0 turns it off.
+        fold: number of that part, from 0.
+        train_fraction: fraction of the training images to use, for learning curves. A larger fraction contains a
+            smaller one.
+        angles: rotations of every validation and test image, in degrees anticlockwise, as uint8.
+        augment: augmentation of a training batch, in order: each part is `Geometric`, `Mixing`, or any ``nn.Module`` on
+            a float batch in [0, 1], for example kornia's.
+        padding: values beyond the border, for `Geometric` parts: ``zeros``, ``border`` or ``reflection``.
+        cache: place of the decoded images: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files on
+            access; ``auto`` is disk for images from files that take more than 64 MiB.
+        num_workers: processes that decode files; by default one per core, at most 8, for more than 1,000 images.
+        max_unreadable: number of images that may be unreadable; they are left out, and reported.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         self.folds, self.fold = folds, fold
         self.cache, self.num_workers, self.max_unreadable = cache, num_workers, max_unreadable
         self.augmentation = Augmentation((part() for part in augment), padding=padding)
-        self._arguments: dict[str, Any] = recipe(self.arguments)  # refused here, not when a checkpoint is written
+        self._arguments: dict[str, Any] = recipe(self.arguments)  # raises here, not when a checkpoint is written
         self._samples: dict[str, Samples] = {}
         self._resume_from: dict[str, Any] = {}
         self._train_loader: BatchLoader | None = None
@@ -100,15 +103,15 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     @property
     @abstractmethod
     def spec(self) -> ImageSpec:
-        """Declared without reading the images, so that a network can be built on any machine."""
+        """Size, channels and classes, declared without reading the images, so that any machine can build a network."""
 
     @abstractmethod
     def read(self) -> Source:
-        """The whole dataset; called once, when it is first needed."""
+        """Return the whole dataset. It is called once, on first use."""
 
     @property
     def recipe(self) -> Recipe:
-        """The class and its arguments as plain data. ``batch_size`` is the current one, which a tuner may change."""
+        """The class and its arguments as plain data, with the current ``batch_size``, which a tuner may change."""
         current = {"batch_size": self.batch_size} if self.batch_size != self._initial_batch_size else {}
         own: Recipe = recipe(type(self))
         return own | {"init_args": self._arguments | current}
@@ -118,27 +121,27 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         _ = self.images
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the images. It costs nothing the second time, and loaders do it on demand."""
+        """Split the images. A second call costs nothing, and loaders split on demand."""
         _ = self.splits
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is computed on demand: another process computes it again, or maps the cache on disk."""
+        """Leave out computed properties: another process computes them again, or maps the cache on disk."""
         computed = {name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)}
         return {name: value for name, value in vars(self).items() if name not in computed} | {"_samples": {}}
 
     @cached_property
     def source(self) -> Source:
-        """What `read` gave."""
+        """The result of `read`."""
         return self.read()
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """Height and width at which training images are kept, before augmentation: what the network sees."""
+        """Height and width of stored training images, before augmentation; by default those of the network's input."""
         return self.spec.height, self.spec.width
 
     @cached_property
     def images(self) -> Cache:
-        """Every image of the source, as training gets it."""
+        """The cache of all images of the source, as training uses them."""
         source = self.source
         every = np.arange(len(source.labels))
         return self._cache(Decoder(source.images, every, self.spec, self.stored_size), self.max_unreadable)
@@ -152,74 +155,74 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     @cached_property
     def splits(self) -> dict[str, Indices]:
-        """Indices into the source, by split: those that it defines, the others split off its training images.
+        """Indices into the source, by split. Splits that the source does not define are taken from its training images.
 
-        Of several copies of one image, what we split puts all into the same split.
+        All duplicates of an image are put into the same split, except in splits that the source defines.
         """
         readable = np.flatnonzero(self.images.readable)
-        given = {
+        parts = {
             name: np.intersect1d(np.asarray(part, dtype=np.int64), readable)
             for name, part in (self.source.splits or {}).items()
         }
-        taken = np.concatenate([np.empty(0, np.int64), *given.values()])
-        if len(np.unique(taken)) < len(taken):
+        used = np.concatenate([np.empty(0, np.int64), *parts.values()])
+        if len(np.unique(used)) < len(used):
             raise UserError("The source has an image in more than one split.")
-        if self.folds and "val" in given:
+        if self.folds and "val" in parts:
             raise UserError(f"folds {self.folds}: these data define their own validation split; use folds 0.")
-        for name, part in given.items():
+        for name, part in parts.items():
             if not len(part):
                 raise UserError(f"No picture of split '{name}' can be read.")
-        pool = given.pop("train", np.setdiff1d(readable, taken))
+        pool = parts.pop("train", np.setdiff1d(readable, used))
         fractions = {"val": self.val_fraction, "test": self.test_fraction}
-        for name in [*given, *(["val"] if self.folds else [])]:
+        for name in [*parts, *(["val"] if self.folds else [])]:
             del fractions[name]
         if fractions or self.folds:
             first, place = first_copies(self.images.facts["hash"][pool])
             labels = self._labels[pool][first]
             try:
-                parts = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
+                split = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
             except UprightError as error:
                 more = len(pool) - len(first)
                 raise UserError(f"{error}{f' {more} copies of them count for nothing.' if more else ''}") from None
-            given |= {name: pool[np.isin(place, part)] for name, part in parts.items()}
+            parts |= {name: pool[np.isin(place, part)] for name, part in split.items()}
         else:
-            given["train"] = pool
+            parts["train"] = pool
         if self.train_fraction < 1:
-            train = given["train"]
-            given["train"] = train[stratified_part(self._labels[train], self.train_fraction, self.split_seed)]
-        return {split: given[split] for split in SPLITS}
+            train = parts["train"]
+            parts["train"] = train[stratified_part(self._labels[train], self.train_fraction, self.split_seed)]
+        return {name: parts[name] for name in SPLITS}
 
     @cached_property
     def manifest(self) -> SplitManifest:
-        """What is in each split, by content."""
+        """The content of each split: counts per class, and hashes."""
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         return SplitManifest.of(name, self.splits, self._labels, self.images.facts["hash"], self.spec.classes)
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What a user should know of these data, in sentences: copies, and pictures that were left out."""
-        found = copies(self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names)
-        if len(left_out := np.flatnonzero(~self.images.readable)):
-            found.append(
-                f"{len(left_out)} of {len(self._labels)} pictures cannot be read and are left out, for example "
-                f"'{self.source.names[left_out[0]]}'."
+        """Sentences for the user about these data: duplicates, and unreadable images that are left out."""
+        remarks = copies(self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names)
+        if len(unreadable := np.flatnonzero(~self.images.readable)):
+            remarks.append(
+                f"{len(unreadable)} of {len(self._labels)} pictures cannot be read and are left out, for example "
+                f"'{self.source.names[unreadable[0]]}'."
             )
-        return found
+        return remarks
 
     def views(self, split: str) -> Views:
-        """What every image of ``split`` is shown as."""
+        """Return the views of every image of ``split``."""
         return Angles((0.0,) if split == "train" else self.angles)
 
     def originals(self, split: str) -> Iterator[Original]:
-        """Decoded images at their own sizes, in the order of the loader; never the cache."""
+        """Yield decoded images at their own sizes, in the order of the loader, never from the cache."""
         names, views = self.names(split), self.views(split)
         for i in self.splits[split].tolist():
-            (shown,) = views.show(to_tensor(self.source.images[i][None]), torch.tensor([i]))
-            for pixels in shown.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
+            (versions,) = views.show(to_tensor(self.source.images[i][None]), torch.tensor([i]))
+            for pixels in versions.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
                 yield Original(next(names), pixels, int(self._labels[i]))
 
     def names(self, split: str) -> Iterator[str]:
-        """The names of the originals, without decoding them."""
+        """Yield the names of the originals, without decoding them."""
         views = self.views(split)
         for i in self.splits[split].tolist():
             for view in views.names:
@@ -241,14 +244,14 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             pixels, positions = decoder if streamed else self._cache(decoder).pixels, np.arange(len(indices))
         aspects = torch.full((len(indices),), spec.width / spec.height)
         if spec.resize == "stretch":
-            # Stretching keeps normalised coordinates, in which a turn depends on the original's own aspect.
+            # Stretching keeps normalised coordinates, in which a rotation depends on the original's own aspect.
             facts = self.images.facts[indices]
             aspects = torch.from_numpy(facts["width"] / facts["height"]).float()
         transforms = views.transforms(torch.from_numpy(indices), aspects)
         return Samples(pixels, positions, torch.from_numpy(self._labels[indices]), transforms)
 
     def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
-        """Batches of one split, this process's share."""
+        """Return the loader of this process's share of a split."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         samples = self.samples(split)
         return BatchLoader(
@@ -262,21 +265,21 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment a training batch, whatever LightningModule it is for; see `augment`.
+        """Augment a training batch of any LightningModule; see `augment`.
 
-        A module with an attribute ``views = 2`` gets two augmented views of each image, with their transforms.
+        A LightningModule with an attribute ``views = 2`` gets two augmented views of each image, with their transforms.
         """
         if not (self.trainer and self.trainer.training and isinstance(batch, Batch)):
             return batch
         return self.augment(batch, getattr(self.trainer.lightning_module, "views", 1))
 
     def augment(self, batch: Batch, views: int = 1) -> Batch:
-        """Augment a batch on its device. Trainer or not, the result is a function of the batch and its seed.
+        """Augment a batch on its device. With or without a Trainer, the result depends only on the batch and its seed.
 
         Args:
-            batch: of the training loader. Its ``seed`` seeds torch's global generators, so that what the module draws
-                afterwards, such as dropout, is a function of it too.
-            views: how many augmented views to draw; ``images`` and ``labels`` are those of the first.
+            batch: a batch of the training loader. Its ``seed`` seeds torch's global generators, so that later draws of
+                the LightningModule, such as dropout, depend on it too.
+            views: number of augmented views; ``images`` and ``labels`` are those of the first.
         """
         seed_generators(batch.seed, batch.images.device)
         labels = batch.labels
@@ -288,7 +291,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         return batch._replace(images=first.images, labels=first.targets, views=(first, *others))
 
     def train_dataloader(self) -> BatchLoader:
-        """Return the training split, in a new order every epoch; always the same one with ``overfit_batches``."""
+        """Return the training loader, with a new order in every epoch; with ``overfit_batches``, always the same."""
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._train_loader = loader = self.loader("train", shuffle=not overfits)
         if self._resume_from:
@@ -297,25 +300,22 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the epoch training stands."""
-        # Lightning restores a loader's state only if nobody asked for the number of batches before, and every schedule
-        # over all steps does.
+        """Return the epoch, and the position of training in it."""
+        # Lightning restores a loader's state only if its length was not read before, and every schedule over all steps
+        # reads it.
         return self._train_loader.state_dict() if self._train_loader else self._resume_from
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next training loader goes on from there."""
+        """Resume at this position: the next training loader starts there."""
         self._resume_from = state_dict
 
     def val_dataloader(self) -> BatchLoader:
-        """The validation split."""
         return self.loader("val")
 
     def test_dataloader(self) -> BatchLoader:
-        """The test split."""
         return self.loader("test")
 
     def predict_dataloader(self) -> BatchLoader:
-        """The test split."""
         return self.loader("test")
 
 

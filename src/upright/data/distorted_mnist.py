@@ -55,10 +55,10 @@ class RandomCorners(Geometric):
         while again.any():
             corners[again] = CORNERS + 2 * self.sigma * torch.randn(int(again.sum()), 4, 2)
             sides = corners.roll(-1, 1) - corners
-            turns = cross(sides, sides.roll(-1, 1))
-            # The turn at a corner is twice the area of its triangle; two opposite triangles are the quadrilateral.
-            area = (turns[:, 0] + turns[:, 2]) / 2
-            again = (turns <= 0).any(dim=1) | (area < 4 / 3)
+            crosses = cross(sides, sides.roll(-1, 1))
+            # The cross product at a corner is twice the area of its triangle; two opposite triangles fill the shape.
+            area = (crosses[:, 0] + crosses[:, 2]) / 2
+            again = (crosses <= 0).any(dim=1) | (area < 4 / 3)
         # From output to input: back to the original corners.
         return quadrilateral(corners).inverse()
 
@@ -175,7 +175,7 @@ class FixedDraws(Views):
 
     @cached_property
     def draws(self) -> list[tuple[Tensor | Spline, Clutter]]:
-        """For each view, the transform and the clutter of every image of the split."""
+        """The transforms and the clutter of all images of the split, one pair per view."""
         draws, count = [], len(self.indices)
         with torch.random.fork_rng(devices=[]):
             for view in range(len(self.names)):

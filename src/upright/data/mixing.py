@@ -1,6 +1,6 @@
-"""Two images in one, and a target that says how much of each: mixed with the neighbour in the batch.
+"""MixUp and CutMix: mix each image with its neighbour in the batch, and the targets by the share of each image.
 
-Training draws its batches at random, so a neighbour is any other image.
+The order of the training images is random, so a neighbour is any other image.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ from upright.errors import UserError
 
 
 class Mixing(nn.Module, ABC):
-    """Mix images and their targets.
+    """A mixture of images and of their targets.
 
     Args:
-        alpha: of the Beta distribution, both parameters, from which each image's share is drawn; 1 is uniform, less
-            leaves most images nearly alone.
-        probability: that an image is mixed at all.
+        alpha: both parameters of the Beta distribution from which each image's share is drawn. At 1 it is uniform; a
+            smaller value changes most images very little.
+        probability: probability that an image is mixed.
     """
 
     def __init__(self, *, alpha: float, probability: float = 1.0) -> None:
@@ -29,7 +29,7 @@ class Mixing(nn.Module, ABC):
         self.alpha, self.probability = alpha, probability
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Float images ``(B, C, H, W)`` and, where they are wanted, probabilities ``(B, K)``, both mixed."""
+        """Mix float images ``(B, C, H, W)`` and, if they are given, probabilities ``(B, K)``."""
         if targets is not None and targets.dim() == 1:
             raise UserError(
                 f"{type(self).__name__} needs targets as probabilities (B, K), got labels {tuple(targets.shape)}: "
@@ -46,58 +46,56 @@ class Mixing(nn.Module, ABC):
 
     @abstractmethod
     def mix(self, images: Tensor, others: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """``images`` with ``others`` ``(B, C, H, W)`` in them, and the shares ``(B,)`` that the former really keep.
+        """Return ``images`` mixed with ``others``, and the actual shares ``(B,)`` of the former.
 
         Args:
-            images: that are mixed.
-            others: with these.
-            shares: wanted of the former, ``(B,)``, on the CPU; 1 leaves an image as it is.
+            images: the images, ``(B, C, H, W)``.
+            others: the images to mix in, ``(B, C, H, W)``.
+            shares: requested shares of ``images``, ``(B,)``, on the CPU; 1 does not change an image.
         """
 
 
 class MixUp(Mixing):
-    """Both images on top of each other (Zhang et al. 2018, arXiv:1710.09412), a share drawn for every pair.
+    """Weighted mean of both images (Zhang et al. 2018, arXiv:1710.09412), with one share for every pair.
 
     Args:
         alpha: see `Mixing`; the paper has 0.1 to 0.4 on ImageNet and 1 on CIFAR.
-        probability: that an image is mixed at all.
+        probability: probability that an image is mixed.
     """
 
     def __init__(self, *, alpha: float = 0.2, probability: float = 1.0) -> None:
         super().__init__(alpha=alpha, probability=probability)
 
     def mix(self, images: Tensor, others: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Mixing.mix`."""
         return others.lerp(images, shares.to(images)[:, None, None, None]), shares
 
 
 class CutMix(Mixing):
-    """A box of the other image pasted in (Yun et al. 2019, arXiv:1905.04899), one drawn for every pair.
+    """A box of the other image in place of its own pixels (Yun et al. 2019, arXiv:1905.04899), one box per pair.
 
-    The box has the image's aspect and its middle anywhere in it; what hangs over the border is cut off, and the target
-    counts the pixels that are pasted.
+    The box has the aspect of the image, and its centre is anywhere in the image. It is clipped at the border; the
+    target counts the pixels that are replaced.
 
     Args:
         alpha: see `Mixing`; the paper has 1.
-        probability: that an image is mixed at all.
+        probability: probability that an image is mixed.
     """
 
     def __init__(self, *, alpha: float = 1.0, probability: float = 1.0) -> None:
         super().__init__(alpha=alpha, probability=probability)
 
     def mix(self, images: Tensor, others: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Mixing.mix`."""
         half = (1 - shares).sqrt() / 2
         rows, columns = (
             _between(middle - half, middle + half, length)
             for middle, length in zip(torch.rand(2, len(images)), images.shape[-2:], strict=True)
         )  # (B, H), (B, W)
-        pasted = rows.float().mean(dim=1) * columns.float().mean(dim=1)
+        area = rows.float().mean(dim=1) * columns.float().mean(dim=1)
         box = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)
-        return torch.where(box, others, images), 1 - pasted
+        return torch.where(box, others, images), 1 - area
 
 
 def _between(start: Tensor, end: Tensor, length: int) -> Tensor:
-    """Which of ``length`` pixels in a line have their centre from ``start`` to ``end``, fractions of it: ``(B, N)``."""
+    """Mask the pixels of a line whose centres lie from ``start`` to ``end``, fractions of the line: ``(B, length)``."""
     centres = (torch.arange(length) + 0.5) / length
     return (start[:, None] <= centres) & (centres < end[:, None])
