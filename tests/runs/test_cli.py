@@ -468,3 +468,45 @@ def test_a_compiled_model_leaves_the_same_checkpoint(upright: Upright, tmp_path:
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-2), name
     assert upright("test", "--ckpt_path", tmp_path / "checkpoints/compiled/best.ckpt").code == 0
+
+
+PAIRS = """
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import upright
+
+
+class Pairs(L.LightningDataModule):
+    def __init__(self, count: int = 64):
+        super().__init__()
+        self.save_hyperparameters()
+        self.spec = upright.ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
+
+    def loader(self):
+        images = torch.rand(self.hparams.count, 1, 28, 28)
+        return DataLoader(TensorDataset(images, (images.mean((1, 2, 3)) > 0.5).long()), batch_size=16)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+class WithoutSpec(L.LightningDataModule):
+    pass
+"""
+
+
+# Their loaders decode in this process, as many loaders of small sets do.
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_other_peoples_data_go_as_far_as_batches_do(upright: Upright, tmp_path: Path) -> None:
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    (tmp_path / "pairs.yaml").write_text("class_path: pairs.Pairs\ninit_args: {count: 48}\n")
+    fit = ("fit", "--config", LENET, "--wandb", "off", "--trainer.max_epochs", 1, "--name", "p")
+    answer = upright(*fit, "--data", "pairs.WithoutSpec")
+    assert answer.code == 2 and "WithoutSpec needs an attribute `spec`, an upright.images.ImageSpec" in answer.err
+    assert upright(*fit, "--data", "pairs.yaml").code == 0
+    assert upright("test", "--ckpt_path", "checkpoints/p").code == 0
+    assert "(20 images)" in upright("predict", "--ckpt_path", "checkpoints/p", "--data.count", 20).out
+    for command, reason in (("export", "Parity needs the originals"), ("report", "A report distorts original images")):
+        answer = upright(command, "checkpoints/p")
+        assert answer.code == 2 and reason in answer.err and "give --data with the YAML" in answer.err
