@@ -1,11 +1,15 @@
 """Spatial transformer networks (Jaderberg, Simonyan, Zisserman, Kavukcuoglu 2015, arXiv:1506.02025).
 
-The idea: a small network looks at the image and says how to turn it, and a differentiable sampler turns it before it is
-classified; both are trained by the classification alone.
+The idea: a small network computes the parameters of a transform from the image, and a differentiable sampler applies
+the transform before the image is classified. The classification loss alone trains both.
 
-What differs from the paper: the regression layer is our own, behind any localisation network, and starts at zero, so
-that every transformer starts exactly at the identity; sampling points are one matrix product; border pixels follow
-``align_corners=False``. ``rotation`` and ``similarity`` are not in the paper's list: a rotated digit needs no more.
+Differences from the paper:
+
+- The regression layer is our own and follows any localisation network. It starts at zero, so that every transformer
+  starts exactly at the identity.
+- Sampling points are one matrix product.
+- Border pixels follow ``align_corners=False``.
+- ``rotation`` and ``similarity`` are not in the paper's list; they are sufficient for a rotated digit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +28,17 @@ from upright.warp import Padding, Sampling, full_precision, pixel_centres, sampl
 
 Shape = tuple[int, int, int]
 Network = Callable[[Shape, int], nn.Module]
-"""A network to be: completed with ``(input_shape, num_classes)``."""
+"""A factory of networks: it is called with ``(input_shape, num_classes)``."""
 
 
 class ConvLocaliser(nn.Module):
-    """The paper's for images (appendix A): half the size, two 5 x 5 convolutions with pooling, one linear layer.
+    """The paper's localiser for images (appendix A): half the size, two 5 x 5 convolutions, one linear layer.
+
+    Max pooling follows each convolution.
 
     Args:
         input_shape: ``(C, H, W)``, at least 8 x 8.
-        num_outputs: features it ends in.
+        num_outputs: number of output features.
         width: maps of each convolution.
     """
 
@@ -58,11 +64,11 @@ class ConvLocaliser(nn.Module):
 
 
 class DenseLocaliser(nn.Module):
-    """The paper's for fully connected networks (appendix A), and for feature maps too small to convolve.
+    """The paper's localiser for fully connected networks (appendix A). It also suits very small feature maps.
 
     Args:
         input_shape: ``(C, H, W)``.
-        num_outputs: features it ends in.
+        num_outputs: number of output features.
         widths: units of the hidden layers.
     """
 
@@ -82,23 +88,23 @@ class DenseLocaliser(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Localise, make sampling points, sample.
+    """A localiser, a grid of sampling points, and a sampler.
 
-    ``theta`` ``(B, P)`` is zero at the identity; `upright.architectures.transforms` says what it means.
+    ``theta`` ``(B, P)`` is zero at the identity; `upright.architectures.transforms` defines its entries.
 
     Args:
-        input_shape: ``(C, H, W)`` of the images or feature maps that it turns.
-        transform: what it may do.
-        control_points: of the thin-plate spline, per axis.
-        localiser: any module from ``(input_shape, num_outputs)``.
+        input_shape: ``(C, H, W)`` of the images or feature maps that are transformed.
+        transform: family of the transforms.
+        control_points: control points of the thin-plate spline, per axis.
+        localiser: factory of the localiser; it is called with ``(input_shape, num_outputs)``.
         features: number of features between the localiser and the regression of ``theta``.
-        sampling: how values between pixels are made; ``nearest`` gives the localiser no gradient.
-        padding: what is seen beyond the border.
-        output_size: ``(H, W)`` of what it gives, the input's by default. Where that is smaller, several points per
-            pixel are averaged, as the paper does behind its transformer, so that nothing aliases.
-        start: ``theta`` before any training, where that is not the identity, as for parallel transformers that are
-            laid out over the image.
-        lr_factor: its learning rate, as a multiple of the network's.
+        sampling: interpolation between pixels; ``nearest`` gives the localiser no gradient.
+        padding: values beyond the border.
+        output_size: ``(H, W)`` of the output, by default that of the input. If it is smaller, several points per pixel
+            are averaged to avoid aliasing, as the paper does after its transformer.
+        start: ``theta`` before training, by default the identity. Parallel transformers can start at different places
+            of the image.
+        lr_factor: learning rate of the transformer, as a multiple of the network's.
     """
 
     def __init__(
@@ -138,15 +144,19 @@ class SpatialTransformer(nn.Module):
         )
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
-        """Where ``theta`` ``(B, P)`` samples the input for output points ``(N, 2)`` or ``(B, N, 2)``: ``(B, N, 2)``."""
+        """Map output points ``(N, 2)`` or ``(B, N, 2)`` to the input by ``theta`` ``(B, P)``: ``(B, N, 2)``."""
         with full_precision(theta.device):
             points: Tensor = self.transform(theta.float(), reference)
         return points
 
     def look(self, images: Tensor, where: Callable[[Tensor], Tensor]) -> Tensor:
-        """``images`` ``(B, C, H, W)`` sampled ``where`` the points ``(N, 2)`` of the output lie: ``(B, C, H', W')``.
+        """Sample ``images`` ``(B, C, H, W)`` to the output size: ``(B, C, H', W')``.
 
-        Where the output has fewer pixels, several points of each are averaged.
+        If the output has fewer pixels than ``images``, several points of each pixel are averaged.
+
+        Args:
+            images: images or feature maps.
+            where: function from output points ``(N, 2)`` to points of ``images``, ``(B, N, 2)``.
         """
         _, rows, columns = self.output_shape
         shrink = (-(-images.shape[-2] // rows), -(-images.shape[-1] // columns))
@@ -154,13 +164,13 @@ class SpatialTransformer(nn.Module):
         return sample(images.float(), where(grid), rows, columns, self.padding, self.sampling, shrink)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` turned: ``(B, C, H', W')``."""
+        """Transform images ``(B, C, H, W)``: ``(B, C, H', W')``."""
         theta = self.localisation(images)
         return observed(self, theta, lambda: self.look(images, partial(self.points, theta)))
 
 
 class Regression(nn.Linear):
-    """From features to ``theta``; says ``start`` whatever it sees, until it is trained."""
+    """A linear layer from features to ``theta``; before training it returns ``start`` for every input."""
 
     starts_fixed = True
 
@@ -173,13 +183,13 @@ class Regression(nn.Linear):
 
 @dataclass(eq=False)
 class Observation:
-    """What one transformer did in one forward pass.
+    """The action of one transformer in one forward pass.
 
     Args:
-        transformer: which one.
-        theta: what it said, ``(B, P)``.
-        turned: what it gave, ``(B, C, H', W')``; nothing where the pass was stopped before.
-        before: what was done before to what it looked at.
+        transformer: the transformer.
+        theta: parameters of the transform, ``(B, P)``.
+        turned: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
+        before: observation of the transformer before it, if there is one.
     """
 
     transformer: SpatialTransformer
@@ -188,32 +198,33 @@ class Observation:
     before: "Observation | None"
 
     def points(self, reference: Tensor) -> Tensor:
-        """Where, in the first transformer's input, ``reference`` points ``(N, 2)`` of this one's output lie."""
+        """Map ``reference`` points ``(N, 2)`` of this output to the input of the first transformer: ``(B, N, 2)``."""
         points = self.transformer.points(self.theta, reference)
         return self.before.points(points) if self.before else points
 
     def view(self, images: Tensor) -> Tensor:
-        """What it sees of the ``images`` ``(B, C, H, W)`` that came in, at the size of what it gives.
+        """Sample the input ``images`` ``(B, C, H, W)`` of the first transformer at this output's points and size.
 
-        For a transformer on images that is `turned`; for one inside a network, what its feature maps are of.
+        For a transformer of images, the result is `turned`. For a transformer inside a network, it is the part of the
+        images that its feature maps represent.
         """
         return self.transformer.look(images, self.points)
 
 
 def last_of(seen: list[Observation]) -> list[Observation]:
-    """Those after which nothing more was done: one, or one for each of parallel transformers."""
+    """Return the last observations: one, or one for each of parallel transformers."""
     followed = {id(observation.before) for observation in seen}
     return [observation for observation in seen if id(observation) not in followed]
 
 
 @dataclass
 class _Observer:
-    seen: list[Observation]
+    observations: list[Observation]
     stop_after: int | None
     before: Observation | None = None
 
 
-class _SeenEnough(Exception):
+class _StopForward(Exception):
     pass
 
 
@@ -222,41 +233,47 @@ _observer: ContextVar[_Observer | None] = ContextVar("observer", default=None)
 
 @contextmanager
 def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
-    """Collect what every spatial transformer does in the forward passes inside the ``with``, in order.
+    """Collect an `Observation` of every spatial transformer in the forward passes inside the ``with``, in order.
 
     Args:
-        stop_after: leave the ``with`` block as soon as that many have said their ``theta``, without sampling for the
-            last of them or running what comes after it.
+        stop_after: leave the ``with`` block as soon as this many transformers have computed their ``theta``. The last
+            of them does not sample, and nothing after it runs.
     """
     observer = _Observer([], stop_after)
     token = _observer.set(observer)
     try:
-        yield observer.seen
-    except _SeenEnough:
+        yield observer.observations
+    except _StopForward:
         pass
     finally:
         _observer.reset(token)
 
 
 def observed(transformer: SpatialTransformer, theta: Tensor, turn: Callable[[], Tensor]) -> Tensor:
-    """What ``turn`` gives, with a note of it for whoever observes."""
+    """Return ``turn()``, and record it as an `Observation` inside `observing`.
+
+    Args:
+        transformer: the transformer.
+        theta: its parameters, ``(B, P)``.
+        turn: function that samples its output.
+    """
     observer = _observer.get()
     if observer is None:
         return turn()
-    last = len(observer.seen) + 1 == observer.stop_after
+    last = len(observer.observations) + 1 == observer.stop_after
     turned = theta.new_empty(0) if last else turn()
     observer.before = Observation(transformer, theta, turned, observer.before)
-    observer.seen.append(observer.before)
+    observer.observations.append(observer.before)
     if last:
-        raise _SeenEnough
+        raise _StopForward
     return turned
 
 
 def branch(module: nn.Module, images: Tensor) -> Tensor:
-    """``module(images)``, as one of several on the same images: none follows what another one did."""
+    """Return ``module(images)`` for one of several parallel modules: its observation precedes none of the others."""
     observer = _observer.get()
     before = observer.before if observer else None
-    found: Tensor = module(images)
+    output: Tensor = module(images)
     if observer:
         observer.before = before
-    return found
+    return output

@@ -1,7 +1,7 @@
-"""Where spatial transformers go: in front of a network, inside it, in series, and side by side.
+"""Arrangements of spatial transformers: in front of a network, inside it, in series, and in parallel.
 
-Source: Jaderberg et al. 2015 (arXiv:1506.02025), sections 3.4, 4.1 and 4.3; in series, inverse compositional networks
-(Lin, Lucey 2017, arXiv:1612.03897), which compose what the transformers say instead of resampling what they gave.
+Sources: Jaderberg et al. 2015 (arXiv:1506.02025), sections 3.4, 4.1 and 4.3. The series follows inverse compositional
+networks (Lin, Lucey 2017, arXiv:1612.03897), which compose the transforms instead of resampling the outputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from upright.architectures.spatial_transformer import Network, Shape, SpatialTransformer, branch, observed
 
 Part = Callable[[Shape], nn.Module]
-"""A transformer to be: completed with ``(input_shape)``; what it becomes has an ``output_shape``."""
+"""A factory of transformers: it is called with ``(input_shape)``; its result has an ``output_shape``."""
 
 
 class SeriesTransformer(nn.Module):
-    """Transformers one after the other, each of which looks at what those before it gave.
+    """Transformers in series: the input of each is the output of the one before.
 
-    What they say is composed, and the original sampled: nothing is resampled twice.
+    The transforms are composed and the original images are sampled, so nothing is resampled twice.
 
     Args:
         input_shape: ``(C, H, W)``.
-        transformers: each completed with the shape that the one before it gives.
+        transformers: factories; each is called with the output shape of the transformer before.
     """
 
     def __init__(self, input_shape: Shape, *, transformers: Sequence[Callable[[Shape], SpatialTransformer]]) -> None:
         super().__init__()
-        _some(transformers)
+        _check_not_empty(transformers)
         self.transformers = nn.ModuleList()
         self.output_shape = input_shape
         for part in transformers:
@@ -39,37 +39,37 @@ class SeriesTransformer(nn.Module):
             self.output_shape = transformer.output_shape
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` turned: ``(B, C, H', W')``."""
-        turned, said = images, []
+        """Transform images ``(B, C, H, W)``: ``(B, C, H', W')``."""
+        turned, steps = images, []
         for transformer in self.transformers:
             assert isinstance(transformer, SpatialTransformer)
-            said.append((transformer, transformer.localisation(turned)))
-            turned = observed(*said[-1], partial(self._sample, images, said))
+            steps.append((transformer, transformer.localisation(turned)))
+            turned = observed(*steps[-1], partial(self._sample, images, steps))
         return turned
 
     @staticmethod
-    def _sample(images: Tensor, said: list[tuple[SpatialTransformer, Tensor]]) -> Tensor:
+    def _sample(images: Tensor, steps: list[tuple[SpatialTransformer, Tensor]]) -> Tensor:
         def where(points: Tensor) -> Tensor:
-            for transformer, theta in reversed(said):
+            for transformer, theta in reversed(steps):
                 points = transformer.points(theta, points)
             return points
 
-        return said[-1][0].look(images, where)
+        return steps[-1][0].look(images, where)
 
 
 class ParallelTransformer(nn.Module):
-    """Transformers side by side, each of which looks at the same image; what they give is stacked as channels.
+    """Transformers in parallel on the same image; their outputs are concatenated along the channels.
 
-    The paper's arrangement for adding two digits (section 4.1, appendix A.1).
+    It is the paper's arrangement for the addition of two digits (section 4.1, appendix A.1).
 
     Args:
         input_shape: ``(C, H, W)``.
-        transformers: each completed with that; all give one size.
+        transformers: factories; each is called with ``(input_shape)``. All outputs must have one size.
     """
 
     def __init__(self, input_shape: Shape, *, transformers: Sequence[Part]) -> None:
         super().__init__()
-        _some(transformers)
+        _check_not_empty(transformers)
         self.transformers = nn.ModuleList(part(input_shape) for part in transformers)
         shapes = [_output_shape(transformer) for transformer in self.transformers]
         if len({shape[1:] for shape in shapes}) != 1:
@@ -77,21 +77,21 @@ class ParallelTransformer(nn.Module):
         self.output_shape: Shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` to ``(B, C * transformers, H', W')``."""
+        """Transform images ``(B, C, H, W)``: ``(B, C * transformers, H', W')``."""
         return torch.cat([branch(part, images) for part in self.transformers], dim=1)
 
 
 class ParallelNetwork(nn.Module):
-    """Transformers side by side, each with a network of its own, and one linear layer over what those say.
+    """Transformers in parallel, each with its own network, and one linear layer on the outputs of these networks.
 
-    The paper's 2x and 4x arrangement for birds (section 4.3): each learns to look at another part.
+    It is the paper's 2x and 4x arrangement for birds (section 4.3): each transformer learns to look at another part.
 
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
-        network: completed with ``(shape, features)`` for every transformer.
-        transformers: each completed with ``(input_shape)``.
-        features: number of features that each network ends in.
+        network: factory of networks; it is called with ``(shape, features)`` for every transformer.
+        transformers: factories; each is called with ``(input_shape)``.
+        features: number of output features of each network.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ParallelNetwork(nn.Module):
         features: int = 64,
     ) -> None:
         super().__init__()
-        _some(transformers)
+        _check_not_empty(transformers)
         self.branches = nn.ModuleList()
         for part in transformers:
             transformer = part(input_shape)
@@ -119,14 +119,16 @@ class ParallelNetwork(nn.Module):
 class TransformerNetwork(nn.Module):
     """A spatial transformer in front of any network, and at any place inside it.
 
+    Places in parallel branches of the network are not supported: each transformer is treated as the successor of the
+    one that ran before it.
+
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
-        network: the network that sees what was turned.
-        transformer: completed with the shape of what it turns; one for every place.
-        places: ``input``, and names of modules of the network (as ``named_modules`` gives them), before each of which
-            a transformer turns the feature maps. Each is taken to follow the one that ran before it, so that no two
-            should be in branches side by side.
+        network: factory of the network; it gets the transformed images.
+        transformer: factory of transformers; for every place it is called with the shape of the input there.
+        places: ``input``, and names of modules of the network, as in ``named_modules``. A transformer is put before
+            each of these modules.
     """
 
     def __init__(
@@ -158,7 +160,7 @@ class TransformerNetwork(nn.Module):
         return logits
 
 
-def _some(transformers: Sequence[Part]) -> None:
+def _check_not_empty(transformers: Sequence[Part]) -> None:
     if not transformers:
         raise ValueError("transformers must name at least one.")
 
@@ -167,32 +169,32 @@ def _output_shape(transformer: nn.Module) -> Shape:
     shape = getattr(transformer, "output_shape", None)
     if shape is None:
         raise ValueError(f"{type(transformer).__name__} has no output_shape (C, H, W), so it is no transformer.")
-    found: Shape = shape
-    return found
+    output_shape: Shape = shape
+    return output_shape
 
 
 def _insert(network: nn.Module, place: str, module: nn.Module, input_shape: Shape, transformer: Part) -> None:
-    """Put a transformer before ``module``, whose input is found by a forward pass."""
-    found: list[Shape] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: found.extend(tuple(x.shape[1:]) for x in inputs))
-    _try(network, input_shape)
+    """Put a transformer before ``module``. A forward pass determines the shape of its input."""
+    shapes: list[Shape] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: shapes.extend(tuple(x.shape[1:]) for x in inputs))
+    _run_once(network, input_shape)
     handle.remove()
-    if len(found) != 1 or len(found[0]) != 3:
+    if len(shapes) != 1 or len(shapes[0]) != 3:
         raise ValueError(
             f"'{place}' must be called once, with feature maps (C, H, W) as its one positional argument, for a "
-            f"transformer before it; it is called with {found or 'none'}."
+            f"transformer before it; it is called with {shapes or 'none'}."
         )
-    # Its name is another one if a transformer was put before a module that holds it.
+    # The name has changed if a transformer was put before a module that contains this one.
     (name,) = (name for name, other in network.named_modules() if other is module)
-    network.set_submodule(name, nn.Sequential(transformer(found[0]), module))
+    network.set_submodule(name, nn.Sequential(transformer(shapes[0]), module))
     try:
-        _try(network, input_shape)
+        _run_once(network, input_shape)
     except RuntimeError as error:
         raise ValueError(f"What follows the transformer at '{place}' cannot take its output: {error}") from None
 
 
 @torch.no_grad()
-def _try(network: nn.Module, input_shape: Shape) -> None:
+def _run_once(network: nn.Module, input_shape: Shape) -> None:
     training = network.training
     device = next((parameter.device for parameter in network.parameters()), None)
     network.eval()(torch.zeros(1, *input_shape, device=device))
