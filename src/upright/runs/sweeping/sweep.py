@@ -78,10 +78,11 @@ def sweep(
     folder = ROOT / name
     identity = read_yaml(space) | {"config": [read_yaml(path) for path in plan.configs], "options": [*options]}
     with _claimed(folder, identity), _study(folder, plan) as study:
+        search = Search(study, plan, folder, [*command], [*options])
         # SIGTERM, which schedulers send, stops a sweep as Ctrl-C does.
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        handlers = {number: signal.signal(number, search.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            Search(study, plan, folder, [*command], [*options]).run(total)
+            search.run(total)
         except KeyboardInterrupt:
             print("\nStopped; the same command resumes the sweep.", file=sys.stderr)
             return 130
@@ -90,7 +91,8 @@ def sweep(
                 shutil.rmtree(folder)
             raise
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return 0
 
 
@@ -107,6 +109,12 @@ class Search:
 
     def __init__(self, study: Study, space: Space, folder: Path, command: list[str], options: list[str]) -> None:
         self.study, self.space, self.folder, self.command, self.options = study, space, folder, command, options
+        self.stopped = False
+
+    def stop(self, number: int, frame: object) -> None:
+        """Handle a signal. An exception may get lost, for example in a finaliser, so that a trial asks again."""
+        self.stopped = True
+        raise KeyboardInterrupt
 
     def run(self, total: int) -> None:
         """Resume unfinished trials, start new ones until there are ``total``, and print the best.
@@ -161,6 +169,8 @@ class Search:
         with running(command, _log(folder), self.folder.name) as process:
             ended = False
             while not ended:
+                if self.stopped:
+                    raise KeyboardInterrupt
                 # Every epoch is evaluated, also after the trial has ended: a fast machine prunes the same trials.
                 ended = process.poll() is not None
                 for row in read_rows(folder / "metrics.csv"):
