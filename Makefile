@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types tests slow format clean
+.PHONY: help install demo docs test lint types tests slow format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,10 @@ tests: install  ## pytest, without the slow tests (about 8 minutes on 2 cores)
 
 slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of them
 	$(BIN)/pytest -n 2 -m slow
+
+docs: install  ## build the documentation in site/; a warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 format: install  ## let ruff sort imports, fix what it can, and format
 	$(BIN)/ruff check --fix .
