@@ -79,8 +79,8 @@ def keys_of(bundle: Path) -> dict[str, set[str]]:
 
 def test_the_bundle_format_has_every_key_of_a_bundle(bundle: Path) -> None:
     for folder in (bundle, ROOT / "export/digits"):
-        for name, found in keys_of(folder).items():
-            assert found - {"precisions.PRECISION.float_layers"} <= keys_on_page(name)
+        for name, paths in keys_of(folder).items():
+            assert paths - {"precisions.PRECISION.float_layers"} <= keys_on_page(name)
 
 
 @pytest.mark.slow
@@ -94,8 +94,8 @@ def test_the_bundle_format_has_exactly_the_keys_of_a_bundle(upright: Upright, ru
     fresh["manifest.json"] |= {"provenance.run.start", "precisions.PRECISION.float_layers.LAYER"}
     # Perhaps no image has another class than in PyTorch; in this bundle one has.
     fresh["parity.json"] |= keys_of(ROOT / "export/digits")["parity.json"]
-    for name, found in fresh.items():
-        assert found == keys_on_page(name)
+    for name, paths in fresh.items():
+        assert paths == keys_on_page(name)
 
 
 def change(bundle: Path, path: str, value: Any) -> None:
