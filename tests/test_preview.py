@@ -62,7 +62,7 @@ def test_what_is_odd_is_said(pictures: Path, upright: Upright, tmp_path: Path) -
         "Note: 1 images have a duplicate in another class, for example 'dark/01.png' (dark) and 'grey/copy.png'"
         in answer.out
     )
-    assert "Note: 1 of 37 pictures cannot be read and are left out, for example 'dark/00.png'." in answer.out
+    assert "Note: 1 of 37 images cannot be read and are left out, for example 'dark/00.png'." in answer.out
     assert upright("preview", ROOT / "configs/data/folder.yaml", "--root", pictures).code == 2
 
 

@@ -186,9 +186,9 @@ class ImageClassifier(Recorded, L.LightningModule):
                 f"The upright loss needs images of one pose, and {mixing} puts two into one: leave it out of "
                 "data.init_args.augment, or set upright_weight 0."
             )
-        if augmentation.untold:
+        if augmentation.unreported:
             raise UserError(
-                f"The upright loss must know where pixels went, and {augmentation.untold} does not say: use "
+                f"The upright loss must know where pixels went, and {augmentation.unreported} does not say: use "
                 "upright.data.augmentation.RandomElastic or what has a transform_matrix, or set upright_weight 0."
             )
 
