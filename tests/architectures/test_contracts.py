@@ -1,4 +1,4 @@
-"""What every architecture promises, over every YAML in configs/: a new one is tested the moment its YAML exists."""
+"""Contracts of every architecture, tested over every YAML in configs/: a new YAML needs no new test."""
 
 import copy
 import re
@@ -106,10 +106,10 @@ def test_one_batch_can_be_learnt_by_heart(case: Case, images: torch.Tensor) -> N
     for _ in range(8):
         learn(case.network, images, 50)
         with torch.no_grad():
-            found = case.network.eval()(images).argmax(dim=1)
-        if found.tolist() == list(range(5)):
+            predicted = case.network.eval()(images).argmax(dim=1)
+        if predicted.tolist() == list(range(5)):
             return
-    pytest.fail(f"after 400 steps: {found.tolist()}")
+    pytest.fail(f"after 400 steps: {predicted.tolist()}")
 
 
 def test_state_dict_round_trip(case: Case, images: torch.Tensor) -> None:
@@ -152,7 +152,7 @@ def test_onnx_equals_pytorch_at_any_batch_and_size(
         pixels = generator.integers(0, 256, (batch, *size, spec.channels), dtype=np.uint8)
         with torch.no_grad():
             expected = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
-        (found,) = session.run(["probabilities"], {"images": pixels})
-        assert found.shape == (batch, CLASSES) and found.dtype == np.float32
-        assert np.abs(found - expected).max() < 1e-4, (batch, size)
+        (probabilities,) = session.run(["probabilities"], {"images": pixels})
+        assert probabilities.shape == (batch, CLASSES) and probabilities.dtype == np.float32
+        assert np.abs(probabilities - expected).max() < 1e-4, (batch, size)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

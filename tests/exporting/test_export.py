@@ -77,7 +77,7 @@ def test_the_graph_gives_theta_and_what_it_sees_on_request(run_folder: Path, upr
         expected = model(images).softmax(dim=1)
     assert np.abs(probabilities - expected.numpy()).max() < 1e-5
     assert np.abs(theta - seen[0].theta.numpy()).max() < 1e-5 and np.abs(theta).max() > 0.01
-    turned = (seen[0].turned * model.std + model.mean).permute(0, 2, 3, 1).numpy()
+    turned = (seen[0].output * model.std + model.mean).permute(0, 2, 3, 1).numpy()
     assert warped.shape == (3, 28, 28, 1) and np.abs(warped - turned).max() < 0.05
     assert np.abs(warped - pixels).max() > 20
     told = json.loads((bundle.folder / "parity.json").read_text())["precisions"]["fp32"]["other_outputs"]

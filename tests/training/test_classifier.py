@@ -15,7 +15,7 @@ from upright.architectures.spatial_transformer import (
     DenseLocaliser,
     Regression,
     SpatialTransformer,
-    observed,
+    observe,
     observing,
 )
 from upright.architectures.transformer_network import TransformerNetwork
@@ -165,7 +165,7 @@ class TurnsBack(SpatialTransformer):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         theta = 0 * self.localisation(images) - self.localisation[0](images)[:, :1]
-        return observed(self, theta, lambda: self.look(images, partial(self.points, theta)))
+        return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)))
 
 
 @pytest.mark.parametrize(

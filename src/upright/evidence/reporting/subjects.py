@@ -214,7 +214,7 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
             logits = model(images)
         for each in observations:
             # Many answers are stored; only the network needs the transformed images.
-            each.turned = each.turned.new_empty(0)
+            each.output = each.output.new_empty(0)
         return Answer(logits.softmax(dim=1).double().numpy(), observations)
 
     file = find_checkpoint(origin.path)
