@@ -296,11 +296,14 @@ def test_what_cannot_be_compared_or_read_is_refused(
         ([run, other], "knows 1 channel(s) and the classes ['a', 'b'], "),
         ([run, other], "only models of the same task can be compared"),
         # The option is of other verbs.
-        ([run, "--data", "seen.yaml"], "would mean nothing; give others (fit, validate, test and predict go on with"),
+        ([run, "--data", "seen.yaml"], "was trained on, so the accuracy would be too high: give other data. fit, "),
         ([run, many], "'10', '11'] and 88 more, "),
         ([run, blank], "were made from different data, or from different splits; choose the data for both with --data"),
         ([blank], "does not record its data; give data with --data"),
-        ([other, "--data", ROOT / "configs/data/digits.yaml"], "knows 1 channel(s) and the classes ['a', 'b']; the da"),
+        (
+            [other, "--data", ROOT / "configs/data/digits.yaml"],
+            "was trained on 1 channel(s) and the classes ['a', 'b']; the da",
+        ),
         (
             [tmp_path / "empty"],
             "is neither a run (it has no best.ckpt) nor a bundle (no SHA256SUMS); give a checkpoint",

@@ -44,7 +44,7 @@ def test_transformers_are_followed_by_their_theta_alone(name: str) -> None:
         trained(images)
     rebuilt = _with_thetas(_observations(other), [each.theta for each in seen])
     assert len(rebuilt) == len(seen) and len(last_of(rebuilt)) == len(last_of(seen))
-    points, normalised = pixel_centres(4, 4), trained.normalised(images)
+    points, normalised = pixel_centres(4, 4), trained.normalise(images)
     for ours, theirs in zip(last_of(rebuilt), last_of(seen), strict=True):
         assert ours.transformer is not theirs.transformer
         torch.testing.assert_close(ours.points(points), theirs.points(points))

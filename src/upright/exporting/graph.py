@@ -95,7 +95,7 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map uint8 ``(B, H, W, C)`` to probabilities ``(B, K)`` and the additional outputs."""
-        normalised = self.model.normalised(images.permute(0, 3, 1, 2))
+        normalised = self.model.normalise(images.permute(0, 3, 1, 2))
         head_inputs: list[Tensor] = []
         hooks = [
             self.model.network.get_submodule(name).register_forward_pre_hook(lambda _, args: head_inputs.extend(args))
@@ -111,7 +111,8 @@ class Graph(nn.Module):
                 outputs += [observation.theta for observation in observations]
             elif name == "warped":
                 outputs += [
-                    self.model.shown(observation.view(normalised)).permute(0, 2, 3, 1) for observation in observations
+                    self.model.denormalise(observation.view(normalised)).permute(0, 2, 3, 1)
+                    for observation in observations
                 ]
             else:
                 # If several modules form the head, the features are the input of the first one.

@@ -181,7 +181,7 @@ class Divergence(Callback):
         raise GateError(
             f"The run diverged: the {what} at step {step} (epoch {trainer.current_epoch + 1}). Lower "
             "--model.optimizer.lr, let the schedule warm up, or clip gradients: --trainer.gradient_clip_val 1. "
-            + (f"From before there is {paths}." if paths else "No checkpoint had been written yet.")
+            + (f"Earlier checkpoints: {paths}." if paths else "No checkpoint had been written yet.")
         )
 
 

@@ -109,8 +109,8 @@ class RunPictures(Callback):
             self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
         for place, row in self._places[batch_idx]:
             image = batch.images[place, None]
-            normalised = pl_module.model.normalised(image)
-            views = [pl_module.model.shown(_select_image(each, place).view(normalised)) for each in last]
+            normalised = pl_module.model.normalise(image)
+            views = [pl_module.model.denormalise(_select_image(each, place).view(normalised)) for each in last]
             self._views[row] = [image, *views]
 
     @rank_zero_only
@@ -232,8 +232,8 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as observations:
             predicted = classifier(images).argmax(dim=1).tolist()
-            normalised = classifier.model.normalised(images)
-            outputs = [classifier.model.shown(last.view(normalised)) for last in last_of(observations)]
+            normalised = classifier.model.normalise(images)
+            outputs = [classifier.model.denormalise(last.view(normalised)) for last in last_of(observations)]
         rows = [pixels_of(batch) for batch in (images, *outputs)]
         blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
     title = f"{title}: above as it came, below as the spatial transformer turned it, with the prediction"

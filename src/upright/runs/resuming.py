@@ -120,9 +120,8 @@ def check_resumable(
     )
     if theirs != ours:
         raise UserError(
-            f"'{path}' trained {theirs} parameters in groups, and here they would be {ours}: weight decay, lr_factor "
-            "or what is frozen differ. Resume with what it was trained with, or leave --ckpt_path out to start a new "
-            "run."
+            f"'{path}' has parameter groups of {theirs}, and this run has {ours}: weight decay, lr_factor or Freeze "
+            "differ. Resume with the options that it was trained with, or leave --ckpt_path out to start a new run."
         )
     if is_complete(checkpoint, trainer):
         limit, count = (

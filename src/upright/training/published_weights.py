@@ -79,7 +79,7 @@ def unpooled(weight: Tensor, rows: int, columns: int) -> Tensor:
     return (weight.reshape(len(weight), -1, VGG_POOLED**2) @ pooling).flatten(1)
 
 
-def are_imagenets(classes: tuple[str, ...]) -> bool:
+def are_imagenet_classes(classes: tuple[str, ...]) -> bool:
     """Return True for ImageNet's 1000 classes in the order of the weights: that of its folders' names."""
     return (
         len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", c) for c in classes)

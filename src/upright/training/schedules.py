@@ -16,12 +16,12 @@ from upright.errors import UserError
 
 
 class Constant(LambdaLR):
-    """The optimiser's own rate: the multiplier is 1.
+    """Keep the optimiser's own rate: the multiplier is 1.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run, ``n``.
-        warmup: fraction of the steps that rise.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run, ``n``.
+        warmup: fraction of the steps for the warm-up.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0) -> None:
@@ -29,16 +29,17 @@ class Constant(LambdaLR):
 
 
 class Step(LambdaLR):
-    """Falls at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10): ``factor ** (milestones m with s >= m n)``.
+    """Lower the rate at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10).
 
-    Milestones are fractions, so that the rate falls at the same relative times in a longer or shorter run.
+    The multiplier is ``factor ** (number of milestones m with s >= m n)``. Milestones are fractions, so that the rate
+    falls at the same relative times in a longer or shorter run.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run, ``n``.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run, ``n``.
         milestones: fractions of the run.
-        factor: multiplies the rate at each of them.
-        warmup: fraction of the steps that rise.
+        factor: factor on the rate at each milestone.
+        warmup: fraction of the steps for the warm-up.
     """
 
     def __init__(
@@ -59,15 +60,15 @@ class Step(LambdaLR):
 
 
 class Cosine(LambdaLR):
-    """Down along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983), without restarts.
+    """Decay along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983), without restarts.
 
     The multiplier is ``end + (1 - end) (1 + cos(pi (s - w) / (n - w))) / 2``.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run, ``n``.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run, ``n``.
         end: multiplier after the last step.
-        warmup: fraction of the steps that rise.
+        warmup: fraction of the steps for the warm-up.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, end: float = 0.0, warmup: float = 0.0) -> None:
@@ -75,14 +76,14 @@ class Cosine(LambdaLR):
 
 
 class OneCycle(LambdaLR):
-    """Warm up along a cosine to the optimiser's own rate, then down to nothing (Smith, Topin 2017, arXiv:1708.07120).
+    """Warm up along a cosine to the optimiser's own rate, then decay to zero (Smith, Topin 2017, arXiv:1708.07120).
 
-    torch's ``OneCycleLR`` sets all groups to the same rate, and so loses the ``lr_factor`` of a localiser.
+    torch's ``OneCycleLR`` sets all groups to the same rate, and so ignores the ``lr_factor`` of a localiser.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run.
-        warmup: fraction of the steps that rise.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run.
+        warmup: fraction of the steps for the warm-up.
         start: multiplier of the first step.
     """
 

@@ -23,7 +23,7 @@ from upright.evidence.reporting.subjects import Answer, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe
 from upright.runs.drawing import pixels_of
-from upright.training.uprightness import Uprightness, final_poses
+from upright.training.uprightness import Uprightness, final_points
 from upright.warp import Padding, identity, pixel_centres, project_points, rotation_angle, warp
 
 SEED = 0
@@ -293,7 +293,7 @@ def _turning(
         batch_angles = []
         for groups, batch in zip(indices, batches, strict=True):
             transforms = sample.transforms[groups] @ turn(degrees, aspect)
-            sampling_points = final_poses(partial(project_points, transforms), batch, points)
+            sampling_points = final_points(partial(project_points, transforms), batch, points)
             rotations = [rotation_angle(each, points, aspect) for each in sampling_points]
             batch_angles.append(torch.stack(rotations))  # (branches, B)
             if within[0] <= degrees <= within[1]:
@@ -308,8 +308,8 @@ def sights(subject: Subject, image: Tensor) -> list[Pixels]:
     """Return the view of an image ``(1, C, H, W)`` from each of the last transformers of a model."""
     model = subject.model
     assert model is not None
-    normalised = model.normalised(image)
-    return [pixels_of(model.shown(last.view(normalised)))[0] for last in last_of(subject.answer(image).seen)]
+    normalised = model.normalise(image)
+    return [pixels_of(model.denormalise(last.view(normalised)))[0] for last in last_of(subject.answer(image).seen)]
 
 
 def _wrap(degrees: Floats) -> Floats:

@@ -20,7 +20,7 @@ from upright.runs.drawing import draw_confusion, save_picture
 from upright.runs.pictures import draw_transformer
 from upright.runs.seal import open_test_split
 from upright.training.metrics import write_tables
-from upright.training.restoring import restore_read
+from upright.training.restoring import restore
 
 READING_OPTIONS = ("batch_size", "cache", "num_workers")
 """Options of a datamodule that change how images are read, but not which images."""
@@ -59,13 +59,13 @@ class Evaluation(Command):
         options = self.dumped("data")
         self.config = self.parser.parse_args([])
         unchanged = self.dumped("data")
-        judged_by = () if self.config_init.allow_seen_images else ("val" if self.command == "validate" else "test",)
-        restored = restore_read(
-            self.content,
+        evaluated_on = () if self.config_init.allow_seen_images else ("val" if self.command == "validate" else "test",)
+        restored = restore(
             self.path,
             None if options == unchanged else self.config_init.data,
             same_split=_images(options) == _images(unchanged),
-            judged_by=judged_by,
+            evaluated_on=evaluated_on,
+            content=self.content,
         )
         self.model, self.datamodule, self.epoch = restored.classifier, restored.data, restored.epoch
         if self.datamodule is None:

@@ -252,7 +252,7 @@ def _summary(folder: Path) -> str:
         epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
         first = f"Best: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}"
     else:
-        best, first = folder / "last.ckpt", "Best: unknown, since nothing was validated; there is last.ckpt"
+        best, first = folder / "last.ckpt", "Best: unknown, because nothing was validated; there is last.ckpt"
     return (
         f"\n{first}\n"
         f"Time: {f'{total:.0f} seconds' if total < 60 else f'{total / 60:.1f} minutes'}, "
