@@ -14,7 +14,7 @@ from upright.data.split import SPLITS
 from upright.errors import UserError
 from upright.files import check_exists
 from upright.images import Pixels
-from upright.runs.drawing import Line, draw_tiles, pixels_of, save_picture
+from upright.runs.drawing import Line, draw_tiles, pixels_of, save_png
 
 COLUMNS = 12
 COPIES = 3
@@ -144,7 +144,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
             for number, view in enumerate(views.names[:MOST_VIEWS]):
                 batch = samples[torch.tensor(places) * len(views.names) + number]
                 add(f"input, {view}{views.unit}" if view else "input", pixels_of(batch.images), labels)
-    save_picture(draw_tiles(type(data).__name__, images, captions, columns), path)
+    save_png(draw_tiles(type(data).__name__, images, captions, columns), path)
 
 
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.architectures.variants import VARIANTS, Variant
 from tests.conftest import CONFIGS, ROOT, Upright
-from tests.runs.killing import differences, finished, last
+from tests.runs.killing import differences, last, run_to_end
 from tests.runs.killing import fit as fit_process
 from tests.training.test_checkpoint import Exploit
 from tests.training.test_published_weights import random_weights, resnet_forward, resnet_layout, vgg_forward, vgg_layout
@@ -528,7 +528,7 @@ def test_a_killed_frozen_run_ends_like_an_uninterrupted_one(first: Path, tmp_pat
     freeze = FREEZE % "{until_epoch: 2, lr_factor: 0.1}"
     options = (*FROM, "--data.classes", "789", "--data.batch_size", "32", "--trainer.max_epochs", "3")
     options += ("--trainer.callbacks", freeze, "--save_every_n_steps", "4")
-    finished(tmp_path, "complete", *options)
+    run_to_end(tmp_path, "complete", *options)
     runs = tmp_path / "checkpoints"
     steps = last(runs / "complete")["global_step"] // 3
     # The run is killed in the middle of a frozen epoch, and again in the middle of another one.
@@ -536,7 +536,7 @@ def test_a_killed_frozen_run_ends_like_an_uninterrupted_one(first: Path, tmp_pat
     assert steps > 6 and fit_process(tmp_path, "killed", *options, DIE_AT=str(steps + 5)).returncode < 0
     resume = (*resumed, "--ckpt_path", "last")
     assert fit_process(tmp_path, "killed", *resume, DIE_AT=str(2 * steps + 6)).returncode < 0
-    finished(tmp_path, "killed", *resume)
+    run_to_end(tmp_path, "killed", *resume)
     assert differences(runs / "complete", runs / "killed") == []
 
 

@@ -16,7 +16,7 @@ from upright.evidence import studies
 from upright.evidence.bench import Bench, Scale
 from upright.evidence.finding import STYLE, Finding
 from upright.files import write_text
-from upright.runs.drawing import save_picture
+from upright.runs.drawing import save_png
 from upright.runs.folder import ROOT
 from upright.runs.process import keep_freed_memory, leave_a_core
 from upright.tables import markdown
@@ -84,7 +84,7 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         finding: Finding = module.run(bench)
-        save_picture(finding.figure, folder / f"{name}.png")
+        save_png(finding.figure, folder / f"{name}.png")
     minutes = (time.process_time() - start + bench.seconds) / 60
     command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
     verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"

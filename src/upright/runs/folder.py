@@ -44,7 +44,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked_run(folder: Path) -> Iterator[None]:
     """Lock a folder against other runs. The system releases the lock when this process ends or is killed.
 
     Raises:
@@ -60,7 +60,7 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"Run '{folder}' is going on in another process: wait for it, stop it, or give this one another --name."
+            f"Run '{folder}' is running in another process: wait for it, stop it, or give this one another --name."
         ) from None
     try:
         _restore_or_delete_old(folder)
@@ -74,8 +74,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def begun(folder: Path) -> Iterator[None]:
-    """Move the present run aside. If the new run writes no checkpoint, delete its folder and restore the old one."""
+def replacing_run(folder: Path) -> Iterator[None]:
+    """Move the existing run aside. If the new run writes no checkpoint, delete its folder and restore the old one."""
     try:
         if folder.exists():
             folder.rename(_backup(folder))

@@ -14,7 +14,7 @@ from upright.evidence.reporting.evidence import Evidence
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_strips, draw_turning
 from upright.evidence.reporting.invariance import ROTATION
 from upright.evidence.reporting.measures import LISTED_MISTAKES, Result
-from upright.runs.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_picture
+from upright.runs.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, Picture]:
 
     def add(name: str, figure: "Image.Image | Figure") -> None:
         path = folder / f"{name}.png"
-        save_picture(figure, path)
+        save_png(figure, path)
         width = figure.width if isinstance(figure, Image.Image) else round(figure.get_figwidth() * CSS_DPI)
         pictures[name] = Picture(base64.b64encode(path.read_bytes()).decode(), width)
 

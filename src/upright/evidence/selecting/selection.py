@@ -19,7 +19,7 @@ from upright.evidence.intervals import Share, clustered
 from upright.evidence.selecting.candidates import Answers, Run, answers_of, find_runs
 from upright.evidence.selecting.optimism import optimism, resampled
 from upright.files import check_replaceable, write_text
-from upright.runs.drawing import save_picture
+from upright.runs.drawing import save_png
 from upright.runs.folder import is_sweep, locked
 from upright.runs.process import leave_a_core
 from upright.runs.seal import count
@@ -64,7 +64,7 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
         # The record comes first: it marks the folder as a selection, so an interrupted command can run again.
         write_text(folder / RECORD, json.dumps(record | {"notes": notes}, indent=2, allow_nan=False) + "\n")
         write_text(folder / "selection.md", text)
-        save_picture(_draw(selection), folder / "selection.png")
+        save_png(_draw(selection), folder / "selection.png")
     print(f"\nWritten: {folder}/selection.md, .json, .png")
     return 0
 

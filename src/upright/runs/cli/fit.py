@@ -20,10 +20,10 @@ from upright.files import write_text
 from upright.images import ImageSpec
 from upright.runs.callbacks import Divergence, GradientNorm, MetricsFile, brief, checkpoints
 from upright.runs.cli.command import Command, early_options
-from upright.runs.folder import begun, claimed, is_first_process
+from upright.runs.folder import is_first_process, locked_run, replacing_run
 from upright.runs.interruption import Interrupted, Interruption
-from upright.runs.pictures import RunPictures
 from upright.runs.plan import agent_run, config_to_resume, plan_run, run_name
+from upright.runs.plots import RunPlots
 from upright.runs.resuming import check_resumable, check_supported, is_complete
 from upright.runs.tracking import Artifacts, finish_wandb, wandb_logger
 from upright.tables import read_rows
@@ -82,7 +82,7 @@ class Fit(Command):
         options, root = self.config, Path(self.config.trainer.default_root_dir)
         folder = root / run_name(options.name, [str(path) for path in options.config or ()])
         if is_first_process():
-            self.resources.enter_context(claimed(folder))
+            self.resources.enter_context(locked_run(folder))
         # Other processes follow the first one, which may have created the folder meanwhile.
         force = options.force or not is_first_process()
         self.plan = plan_run(folder, ckpt_path=options.ckpt_path, start_from=options.start_from, force=force)
@@ -107,7 +107,7 @@ class Fit(Command):
 
     def instantiate_classes(self) -> None:
         """Build the data, the model for them, and the trainer."""
-        self.config_init = self.built()
+        self.config_init = self.instantiate()
         self.datamodule = self.config_init.data
         spec = getattr(self.datamodule, "spec", None)
         if not isinstance(spec, ImageSpec):
@@ -143,13 +143,13 @@ class Fit(Command):
             # Before the callbacks that write its metrics.
             *([GradientNorm()] if self.config.log_grad_norm else []),
             MetricsFile(folder / "metrics.csv", lines=not self.config.trainer.enable_progress_bar),
-            RunPictures(folder),
+            RunPlots(folder),
             Artifacts(folder),
         ]
 
     def recorded(self) -> dict[str, Any]:
         """Return the experiment as plain data with all defaults, for ``config.yaml``."""
-        options = {key: value for key, value in self.plain().items() if key not in NOT_RECORDED}
+        options = {key: value for key, value in self.as_data().items() if key not in NOT_RECORDED}
         if options["model"]["class_path"] == MODEL:
             # In the short form that people write.
             options["model"] = options["model"]["init_args"]
@@ -176,7 +176,7 @@ class Fit(Command):
             self._print(*lines, sep="\n")
         first = self.trainer.is_global_zero
         new = first and not plan.resumes_in_place
-        with begun(plan.folder) if new else nullcontext(), self.interruption.listening():
+        with replacing_run(plan.folder) if new else nullcontext(), self.interruption.listening():
             try:
                 self.trainer.fit(model, data, ckpt_path=plan.checkpoint and str(plan.checkpoint), weights_only=True)
             except BaseException as error:

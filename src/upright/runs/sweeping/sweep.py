@@ -61,7 +61,7 @@ def sweep(
         The exit code: 0, or 130 if it was stopped.
 
     Raises:
-        UserError: for a mistake in the YAML or one that every trial makes, if another space was searched under this
+        UserError: for a mistake in the YAML or one that every trial makes, if another space was searched with this
             name, or if no trial has a score.
     """
     plan = read_space(space)
@@ -74,10 +74,12 @@ def sweep(
     check_name(name)
     total = plan.trials if trials is None else trials
     if total is None or total < 1:
-        raise UserError(f"How many trials? --trials 20, or `trials: 20` in '{space}', got {total}.")
+        raise UserError(
+            f"The number of trials must be at least 1, got {total}: --trials 20, or `trials: 20` in '{space}'."
+        )
     folder = ROOT / name
     identity = read_yaml(space) | {"config": [read_yaml(path) for path in plan.configs], "options": [*options]}
-    with _claimed(folder, identity), _study(folder, plan) as study:
+    with _locked_sweep(folder, identity), _study(folder, plan) as study:
         search = Search(study, plan, folder, [*command], [*options])
         # SIGTERM, which schedulers send, stops a sweep as Ctrl-C does.
         handlers = {number: signal.signal(number, search.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -112,7 +114,7 @@ class Search:
         self.stopped = False
 
     def stop(self, number: int, frame: object) -> None:
-        """Handle a signal. An exception may get lost, for example in a finaliser, so that a trial asks again."""
+        """Handle a signal. Python may discard the exception, as in a finaliser, so trials check ``stopped`` too."""
         self.stopped = True
         raise KeyboardInterrupt
 
@@ -131,7 +133,7 @@ class Search:
             self.study.sampler = TPESampler(seed=int(seed))
             self._run(self.study.ask(self.space.searched))
         if not self.study.get_trials(states=(TrialState.COMPLETE,)):
-            raise UserError(f"No trial of '{self.folder}' has a score; its logs are beside the trials.")
+            raise UserError(f"No trial of '{self.folder}' has a score; the logs are '{self.folder}/trial-*.log'.")
         best = self.study.best_trial
         folder = self._folder(best.number)
         print(f"\nBest: {self.space.metric} {best.value:.6g}\nRun:  {folder}")
@@ -183,7 +185,7 @@ class Search:
         if process.returncode:
             reason = failure(process.returncode, _log(folder))
             if process.returncode == UserError.exit_code and not _scored(self.study):
-                raise UserError(f"The first trial made a mistake: {reason}")
+                raise UserError(f"The first trial failed: {reason}")
             raise TrialFailed(reason)
         metrics = read_checkpoint(folder / "best.ckpt")[KEY]["metrics"]
         if metric not in metrics:
@@ -203,7 +205,7 @@ def _scored(study: Study) -> bool:
 
 
 @contextmanager
-def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+def _locked_sweep(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Hold the folder of a sweep, in which ``sweep.yaml`` stores its identity.
 
     Raises:
