@@ -2,9 +2,9 @@
 
     python benchmarks/recipes.py [NAME ...] [--seeds 3] [--quick]
 
-Trains ``configs/NAME.yaml`` (all of them by default) with the seeds 0, 1, ... into ``checkpoints/recipes/NAME-SEED``,
-tests the best checkpoint, and prints a table. Runs that are complete already are not trained again. ``--quick`` trains
-two steps into a temporary folder, of ``stn_lenet`` by default.
+It trains ``configs/NAME.yaml`` (by default all) with the seeds 0, 1, ... in ``checkpoints/recipes/NAME-SEED``, tests
+the best checkpoint, and prints a table. Complete runs are not trained again. ``--quick`` trains two steps in a
+temporary folder, by default of ``stn_lenet``.
 """
 
 import json
@@ -36,8 +36,8 @@ def measure(name: str, seed: int, folder: Path, *options: str) -> dict[str, floa
 def main() -> None:
     """Print a table."""
     parser = command_line(__doc__)
-    parser.add_argument("names", nargs="*", help="of configs; all by default")
-    parser.add_argument("--seeds", type=int, default=3, help="at least 2; default: 3")
+    parser.add_argument("names", nargs="*", help="names of configs; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, at least 2; default: 3")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f"--seeds must be at least 2 to show a spread, got {options.seeds}")

@@ -2,10 +2,9 @@
 
     python benchmarks/runtime.py [recipes] [int8] [preprocessing] [cold] [--quick]
 
-All parts by default. The rivals take turns in one process, on one thread, timed by processor time (except for
-``cold``); a ratio is the median of nine rounds, with the quartiles. Networks have random weights. PyTorch runs its
-convolutions in the layout of Upright's models (channels last), without gradients. ``int8`` compares with OpenVINO if it
-is installed.
+By default all parts run. The engines take turns in one process, on one thread, measured in processor time (except for
+``cold``). A ratio is the median of nine rounds, with the quartiles. Networks have random weights. PyTorch runs without
+gradients, in the layout of Upright's models (channels last). ``int8`` compares with OpenVINO if it is installed.
 """
 
 import logging
@@ -259,7 +258,7 @@ PARTS = {part.__name__: part for part in (recipes, int8, preprocessing, cold)}
 def main() -> None:
     """Print tables."""
     parser = command_line(__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one or several of {', '.join(PARTS)}; default: all")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
