@@ -62,6 +62,11 @@ def everything(data: Folder) -> list[torch.Tensor]:
     return [part for split in ("train", "val", "test") for part in data.samples(split)[:][:5]]
 
 
+def check_disk_equals_memory(photos: Path) -> None:
+    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("angles", [(0,), (-30, 0, 30)])
 @pytest.mark.parametrize(
     "options", [{"cache": "disk"}, {"cache": "none"}, {"cache": "disk", "num_workers": 2}], ids=str
@@ -107,8 +112,7 @@ def test_new_images_are_added_and_changed_ones_are_decoded_again(photos: Path, d
     changed = folder(photos, cache="disk")
     assert changed.images.readable.all() and sorted(decoded) == ["001.png", "new.png"]
     assert changed.manifest.digest == folder(photos, cache="memory").manifest.digest
-    pairs = zip(everything(changed), everything(folder(photos, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
 
 
 def test_each_size_and_resize_rule_has_its_own_cache(photos: Path) -> None:
@@ -141,8 +145,7 @@ def test_an_interrupted_run_continues_where_it_stopped(
         _ = folder(photos, cache="disk").images
     monkeypatch.setattr(image_files, "decode", counting)
     decoded.clear()
-    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
     # 30 were written, in chunks of 10.
     assert len(decoded) == 30 + COUNT
 
@@ -201,8 +204,7 @@ def test_a_full_disk_is_an_error_and_leaves_a_valid_cache(photos: Path, monkeypa
         patch.setattr(Path, "open", lambda path, mode: Full(path, mode))
         with pytest.raises(UprightError, match=r"No space left on device. Set UPRIGHT_CACHE to a folder with room"):
             _ = folder(photos, cache="disk").images
-    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
 
 
 def test_the_large_file_may_be_deleted(photos: Path, own_cache: Path, decoded: list[str]) -> None:
@@ -288,8 +290,7 @@ def test_facts_without_their_pixels_are_never_used(photos: Path, own_cache: Path
         patch.setattr(Path, "open", lambda path, mode: Full(path, mode))
         with pytest.raises(UprightError, match="No space left"):
             _ = folder(photos, cache="disk").images
-    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
 
 
 @pytest.mark.parametrize(("file", "tail"), [("pixels", 1000), ("facts", 11)])
@@ -301,8 +302,7 @@ def test_an_incomplete_row_of_a_killed_process_is_truncated(
     path.write_bytes(path.read_bytes() + b"x" * tail)
     Image.new("RGB", (20, 20), (9, 9, 9)).save(photos / "even/00.png")
     decoded.clear()
-    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
     assert decoded[0] == "00.png" and len(decoded) == 1 + COUNT + 1
 
 
@@ -319,8 +319,7 @@ def test_two_exchanged_files_have_exchanged_pixels(photos: Path) -> None:
     _ = folder(photos, cache="disk").images
     aside = photos / "aside"
     one.rename(aside), other.rename(one), aside.rename(other)
-    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
 
 
 @pytest.mark.parametrize("change", ["size", "time"])

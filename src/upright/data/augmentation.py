@@ -235,7 +235,6 @@ class Spline:
         return spline_points(controls, solution, shifts, points)
 
     def __getitem__(self, chosen: Tensor) -> "Spline":
-        """Return the splines of some of the images."""
         return Spline(self.controls, self.solution, self.shifts[chosen])
 
     def double(self) -> "Spline":

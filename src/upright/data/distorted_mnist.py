@@ -79,7 +79,6 @@ class Clutter(NamedTuple):
     target: Tensor
 
     def select(self, images: Tensor) -> "Clutter":
-        """Return the clutter of some of the images."""
         return Clutter(*(part[images] for part in self))
 
 

@@ -126,5 +126,4 @@ def read_file(path: Path | zipfile.Path) -> bytes:
 
 
 def unreadable(path: Path | zipfile.Path, error: Exception) -> UserError:
-    """Return the error for a file that cannot be read."""
     return UserError(f"'{path}' cannot be read: {error}. It may be truncated; download it again.")

@@ -266,12 +266,10 @@ class ImageClassifier(Recorded, L.LightningModule):
         return self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
         self._report("val")
         self._validated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
         self._report("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:

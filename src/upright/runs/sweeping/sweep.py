@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import optuna
 import yaml
-from filelock import Timeout
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
@@ -214,17 +213,14 @@ def _locked_sweep(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
     if folder.exists() and any(folder.iterdir()) and not is_sweep(folder):
         raise UserError(f"'{folder}' exists and is not a sweep; give the sweep another --name.")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder.with_name(f".{folder.name}.sweep"), wait=False):
-            if not is_sweep(folder):
-                write_text(folder / SWEEP, yaml.safe_dump(identity, sort_keys=False))
-            before = read_yaml(folder / SWEEP)
-            for key in ("config", "metric", "seed", "space", "options"):
-                if before.get(key) != identity.get(key):
-                    raise UserError(f"Sweep '{folder.name}' has another {key}; give this one another --name.")
-            yield
-    except Timeout:
-        raise UserError(f"Sweep '{folder}' is running in another process.") from None
+    with locked(folder.with_name(f".{folder.name}.sweep"), f"Sweep '{folder}' is running in another process."):
+        if not is_sweep(folder):
+            write_text(folder / SWEEP, yaml.safe_dump(identity, sort_keys=False))
+        before = read_yaml(folder / SWEEP)
+        for key in ("config", "metric", "seed", "space", "options"):
+            if before.get(key) != identity.get(key):
+                raise UserError(f"Sweep '{folder.name}' has another {key}; give this one another --name.")
+        yield
 
 
 @contextmanager
