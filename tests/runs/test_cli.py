@@ -181,7 +181,7 @@ def save_images(root: Path, count: int = 30) -> Path:
 
 
 def test_storage_and_workers_do_not_change_a_run(upright: Upright, tmp_path: Path) -> None:
-    root = save_images(tmp_path / "plots")
+    root = save_images(tmp_path / "images")
     data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", root, "--data.batch_size", 8)
     weights = []
     for name, storage in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ("--data.cache", "none"))):
@@ -213,8 +213,8 @@ def test_folds_and_train_fraction_are_options(upright: Upright) -> None:
 
 def test_duplicates_in_declared_splits_are_reported(upright: Upright, tmp_path: Path) -> None:
     for split in ("train", "test"):
-        save_images(tmp_path / "plots" / split, 12)
-    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", tmp_path / "plots")
+        save_images(tmp_path / "images" / split, 12)
+    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", tmp_path / "images")
     answer = upright("fit", "--config", LENET, *data, *QUICK)
     assert answer.code == 0
     assert re.search(r"Note: \d+ of the \d+ images in 'train' are in 'test' too, for example 'train/\w+/", answer.err)
@@ -277,7 +277,7 @@ def test_a_forced_run_that_fails_restores_the_old_one(upright: Upright, tmp_path
 
 def test_a_complete_run_and_another_optimiser_cannot_resume(upright: Upright, run_folder: Path) -> None:
     answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off")
-    assert answer.code == 2 and "has process 2 epochs already; raise --trainer.max_epochs" in answer.err
+    assert answer.code == 2 and "has done 2 epochs already; raise --trainer.max_epochs" in answer.err
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1, "--trainer.max_epochs", 3)
     answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off", *sgd)
     assert answer.code == 2 and "was trained with model.optimizer torch.optim" in answer.err

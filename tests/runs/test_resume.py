@@ -95,7 +95,7 @@ def test_auto_starts_resumes_and_completes_a_run(folder: Path) -> None:
     run_to_end(folder, "whole", "--trainer.max_epochs", 2)
     assert differences(folder / "checkpoints/whole", run) == []
     before = (run / "last.ckpt").read_bytes()
-    assert "is complete: all its epochs are process" in run_to_end(folder, "auto", *options)
+    assert "is complete: all its epochs are done" in run_to_end(folder, "auto", *options)
     assert (run / "last.ckpt").read_bytes() == before
 
 
