@@ -1,10 +1,10 @@
-"""Run studies one after the other, and write their results to docs/studies.md.
+"""Run studies one after the other, and write their results to docs/explanation/studies.md.
 
     python benchmarks/studies.py [NAME ...] [--seeds 3] [--gather] [--quick]
 
 By default all studies run. An interrupted study is resumed. ``--gather`` runs nothing and collects the results of
 earlier runs. ``--quick`` runs `upright study NAME --quick` and does not change the page. The page has the output of
-``upright study`` for each study, and the plots are in docs/studies/.
+``upright study`` for each study, and the plots are in docs/explanation/studies/.
 """
 
 import importlib
@@ -20,20 +20,25 @@ from upright.evidence import studies
 from upright.evidence.study import claim_and_protocol
 
 NAMES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs/explanation"
 NOT_RUN = "**Not run yet.**"
-HEAD = """# Studies: claims of textbooks, measured
+HEAD = """# Studies: textbook claims, measured
 
-`upright study NAME` runs a study, `upright study` lists all of them, and `--quick` shows within seconds that one runs.
-Each study is a short file in `src/upright/evidence/studies/`. Its docstring is the claim and the protocol, written
-before the runs. A claim that does not hold is reported as such. Tables give means ± standard deviations over seeds;
-bands in plots go from the smallest to the largest value. On two cores, halve the processor time. `python
-benchmarks/studies.py` writes this page.
+Run a study with `upright study NAME`. `upright study` lists all of them, and `--quick` shows within seconds that one
+runs.
+
+- Each study is a short file in `src/upright/evidence/studies/`. Its docstring is the claim and the protocol, written
+  before the runs.
+- A claim that does not hold is reported as such.
+- Tables give means ± standard deviations over seeds. Bands in plots go from the smallest to the largest value.
+- The cost is processor time. On two cores, halve it.
+
+`python benchmarks/studies.py` runs all studies and writes this page.
 """
 
 
 def gather(root: Path) -> None:
-    """Collect the pages of the studies in docs/studies.md; keep the sections of studies without new results."""
+    """Write docs/explanation/studies.md; keep the sections of studies without new results."""
     page = DOCS / "studies.md"
     old = page.read_text() if page.exists() else ""
     parts = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in re.split(r"^## ", old, flags=re.M)[1:]}

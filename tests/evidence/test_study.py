@@ -3,7 +3,9 @@ import json
 import pkgutil
 import signal
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import lightning as L
 import pytest
@@ -20,7 +22,7 @@ from upright.evidence import studies
 from upright.evidence.bench import Bench, Experiment, Run
 from upright.evidence.finding import Finding, mean_and_spread, panels
 from upright.evidence.studies import depth, kernel, published, transformer, uprightness
-from upright.evidence.study import run
+from upright.evidence.study import claim_and_protocol, run
 from upright.tables import read_rows
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
@@ -41,7 +43,7 @@ def test_every_study_writes_what_it_found(name: str, upright: Upright, tmp_path:
     page = (folder / "study.md").read_text()
     verdict = "Held" if results["held"] else "Did not hold"
     assert page.startswith(f"## {name}\n\n{results['claim']}\n\nProtocol: ")
-    assert "It holds if" in page and f"**{verdict}.** {results['sentence']}" in page
+    assert "The claim holds if" in page and f"**{verdict}.** {results['sentence']}" in page
     assert f"`upright study {name} --seeds 2 --quick`" in page
     assert "A quick study does less than its protocol" in page and (folder / f"{name}.png").stat().st_size > 5000
     # What the protocol says comes before what was found.
@@ -54,10 +56,16 @@ def test_the_list_says_every_claim(upright: Upright) -> None:
     assert "A perceptron cannot learn XOR" in out
 
 
-def test_a_study_is_shown_in_the_docs_with_its_command() -> None:
-    shown = (ROOT / "docs/studies.md").read_text()
-    for name in STUDIES:
-        assert f"## {name}\n" in shown and f"upright study {name}" in shown
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_page_of_the_studies_has_the_claim_and_the_protocol_of_each(name: str) -> None:
+    page = (ROOT / "docs/explanation/studies.md").read_text()
+    claim, protocol = claim_and_protocol(import_module(f"{studies.__name__}.{name}"))
+    assert f"## {name}\n\n{claim}\n\n{protocol}\n\n|" in page and f"`upright study {name} --seeds 3" in page
+
+
+def test_a_protocol_keeps_its_list() -> None:
+    module = ModuleType("study", "The claim.\n\nProtocol: one\ntwo.\n\n- three\n  four\n- five\n")
+    assert claim_and_protocol(module) == ("The claim.", "Protocol: one two.\n\n- three four\n- five")
 
 
 class Fake(Bench):
@@ -81,11 +89,11 @@ class Fake(Bench):
 def test_the_sentence_says_what_the_numbers_say(tmp_path: Path) -> None:
     lenet = {"lenet": [1.0, 1.0]}
     held = uprightness.run(Fake(tmp_path, lenet | {"transformer": [0.2, 0.3], "upright": [0.1, 0.19]}))
-    assert held.held and "The upright loss makes the transformer turn" in held.sentence
-    assert "0.250 -> 0.145 (every run" in held.sentence
+    assert held.held and "The upright loss lowers the uprightness" in held.sentence
+    assert "from 0.250 to 0.145 (every run" in held.sentence
     assert held.table[2]["uprightness"] == "0.145 ± 0.064" and held.table[2]["test accuracy"] == "0.9850 ± 0.0071"
     not_held = uprightness.run(Fake(tmp_path, lenet | {"transformer": [0.2, 0.3], "upright": [0.1, 0.21]}))
-    assert not not_held.held and "does not clearly make" in not_held.sentence and "(not every run" in not_held.sentence
+    assert not not_held.held and "does not clearly lower" in not_held.sentence and "(not every run" in not_held.sentence
 
 
 def test_published_errors_are_reached_or_missed_by_the_mean(tmp_path: Path) -> None:
@@ -99,11 +107,11 @@ def test_published_errors_are_reached_or_missed_by_the_mean(tmp_path: Path) -> N
             }
 
     full = published.run(Known(tmp_path, 2, "full"))
-    assert not full.held and full.sentence.endswith("reached on R, TC, E, P, missed on RTS.")
+    assert not full.held and full.sentence.endswith("Reached on R, TC, E, P; missed on RTS.")
     assert [row["error, %"] for row in full.table][:2] == ["0.70 ± 0.01", "0.50 ± 0.01"]
     assert [row["uprightness"] == "-" for row in full.table] == [False, False, True, True, False]
     standard = published.run(Known(tmp_path, 2, "standard"))
-    assert standard.held and standard.sentence.endswith("reached on R, missed on none.")
+    assert standard.held and standard.sentence.endswith("Reached on R; missed on none.")
 
 
 class Accuracies(Bench):
@@ -124,22 +132,25 @@ def test_deep_is_better_if_every_deep_run_is_above_every_shallow_one(tmp_path: P
     held = depth.run(Accuracies(tmp_path, shallow | {"MLP-4": (0.92, 0.93), "CNN-4": (0.97, 0.98)}))
     assert held.held and "not" not in held.sentence
     one_below = depth.run(Accuracies(tmp_path, shallow | {"MLP-4": (0.905, 0.93), "CNN-4": (0.97, 0.98)}))
-    assert not one_below.held and "MLPs of 100,000 parameters are not clearly better deep" in one_below.sentence
-    assert "CNNs of 30,000 parameters are better deep" in one_below.sentence
+    assert (
+        not one_below.held
+        and "MLPs with 100,000 parameters are not clearly better if they are deep" in one_below.sentence
+    )
+    assert "CNNs with 30,000 parameters are better if they are deep" in one_below.sentence
 
 
 def test_transformers_are_in_order_by_their_means(tmp_path: Path) -> None:
     found = {"R-cnn": (0.90, 0.92), "R-affine": (0.95, 0.95), "R-spline": (0.96, 0.96), "R-upright": (0.97, 0.97)}
     held = transformer.run(Accuracies(tmp_path, found))
-    assert held.held and "CNN 9.00 %" in held.sentence and held.sentence.endswith("as claimed on R.")
+    assert held.held and "CNN 9.00 %" in held.sentence and held.sentence.endswith("The claimed order holds on R.")
     for wrong in ({"R-spline": (0.971, 0.971)}, {"R-affine": (0.90, 0.91)}):
         not_held = transformer.run(Accuracies(tmp_path, found | wrong))
-        assert not not_held.held and not_held.sentence.endswith("as claimed on none.")
+        assert not not_held.held and not_held.sentence.endswith("The claimed order holds on none.")
 
 
 def test_a_cosine_that_is_never_reached_is_none_of_the_steps() -> None:
-    assert kernel.summary([100, None, 200]) == "by 2 of 3 runs, after 150 steps on average"
-    assert kernel.summary([None, None]) == "by 0 of 2 runs"
+    assert kernel.summary([100, None, 200]) == "2 of 3 runs reached 0.999, after 150 steps on average"
+    assert kernel.summary([None, None]) == "0 of 2 runs reached 0.999"
 
 
 def test_runs_are_what_fit_and_test_make_and_are_not_made_twice(tmp_path: Path) -> None:

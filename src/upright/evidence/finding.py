@@ -41,14 +41,14 @@ def values(runs: Iterable[Run], name: str) -> list[float]:
     return [run.metrics[name] for run in runs if name in run.metrics]
 
 
-def measured(runs: Mapping[Key, Iterable[Run]], name: str) -> dict[Key, list[float]]:
+def metric_by_group(runs: Mapping[Key, Iterable[Run]], name: str) -> dict[Key, list[float]]:
     """Return a metric of the test split for groups of runs."""
     return {key: values(each, name) for key, each in runs.items()}
 
 
 def errors(runs: Mapping[Key, Iterable[Run]]) -> dict[Key, list[float]]:
     """Return test errors in percent for groups of runs."""
-    return {key: [100 * (1 - right) for right in each] for key, each in measured(runs, "test/accuracy").items()}
+    return {key: [100 * (1 - right) for right in each] for key, each in metric_by_group(runs, "test/accuracy").items()}
 
 
 def means(groups: Mapping[Key, Sequence[float]]) -> dict[Key, float]:

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 import sys
 import time
 from pathlib import Path
@@ -105,4 +106,5 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
 def claim_and_protocol(module: ModuleType) -> tuple[str, str]:
     """Return the claim of a study and its protocol: the first paragraph of its docstring, and the others."""
     claim, *protocol = inspect.cleandoc(module.__doc__ or "").split("\n\n")
-    return " ".join(claim.split()), "\n\n".join(" ".join(paragraph.split()) for paragraph in protocol)
+    # Join the lines of a paragraph and of a list's item.
+    return " ".join(claim.split()), "\n\n".join(re.sub(r"\s*\n(?!- )\s*", " ", paragraph) for paragraph in protocol)

@@ -60,16 +60,19 @@ def export(
         name: name of the bundle; the run's name by default.
         force: replace an existing bundle.
         data: a YAML of data to use instead of the checkpoint's.
-        outputs: additional outputs, see `Form`.
-        opset: see `Form`.
-        batch: see `Form`.
-        size: see `Form`.
-        precision: precisions besides float32, which every bundle has.
-        max_drop: points of accuracy that each precision may lose.
-        full_range: see `Int8`.
+        outputs: outputs beside the probabilities: ``theta``, ``warped``, ``logits``, ``features``.
+        opset: ONNX opset, from 18 to 25.
+        batch: the only batch size that the graph takes; None for any.
+        size: the only ``(H, W)`` that the graph takes; None for any.
+        precision: precisions besides float32, which every bundle has: ``fp16``, ``int8``.
+        max_drop: points of accuracy, from 0 to 100, that each precision may lose.
+        full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
-        triton: a Triton model repository that gets copies of the models, see `write_models`.
-        wandb: mode in which W&B records the bundle, see `bundle_mode`.
+        triton: a Triton model repository that gets copies of the models.
+        wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
         UserError: if the checkpoint or its data cannot be used, or the bundle exists.

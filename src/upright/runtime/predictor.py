@@ -41,14 +41,13 @@ class Predictor:
 
     Args:
         bundle: the folder of a bundle, or an open one.
-        precision: one of `Bundle.precisions`.
-        threads: see `open_session`.
-        providers: see `open_session`.
+        precision: ``fp32``, or ``fp16`` or ``int8`` if the bundle has it.
+        threads: threads per run; by default the number of cores.
+        providers: execution providers of onnxruntime, best first: ``cpu``, ``cuda``, ``tensorrt``, ``openvino``, ...
         max_pixels: limit on the pixels of an image; a larger image is refused before it is decoded.
 
     Raises:
-        BundleError: if the bundle is damaged (see `Bundle.open`), has no model of that precision, or its model does
-            not fit its manifest.
+        BundleError: if the bundle is damaged, has no model of that precision, or its model does not fit its manifest.
         UserError: if a provider is not installed, or a number is out of range.
     """
 
@@ -85,7 +84,7 @@ class Predictor:
         return [self.answer(row) for row in self.probabilities(pixels, batch_size)]
 
     def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Pixels:
-        """Decode an image, see `images.decode`.
+        """Decode an image to uint8 ``(H, W, C)`` at its own size.
 
         Raises:
             ImageError: if it cannot be decoded, or if the model takes images of another size only.
