@@ -8,6 +8,7 @@ import sys
 import tomllib
 import venv
 from email.message import Message
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, Upright
-from upright.new import NAME, TEMPLATE
+from upright.new import NAME, TEMPLATE, render
 
 PAGE = (ROOT / "docs/tutorials/your-project.md").read_text()
 
@@ -131,8 +132,11 @@ def test_the_working_directory_can_be_an_empty_clone(
 def test_the_template_is_complete(project: Path) -> None:
     written = {path.relative_to(project).as_posix() for path in project.rglob("*") if path.is_file()}
     assert {".copier-answers.yml", ".gitignore", ".github/workflows/ci.yml", "my_project/network.py"} <= written
-    # Only these files are in the wheel.
-    assert all(path.suffix == ".jinja" for path in TEMPLATE.rglob("*") if path.is_file())
+    # The wheel has the files that these patterns match; there, * matches no dot at the beginning of a name.
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["upright"]
+    packaged = {path for pattern in patterns for path in glob(pattern, root_dir=TEMPLATE.parent, recursive=True)}
+    sources = {path.relative_to(TEMPLATE.parent).as_posix() for path in TEMPLATE.rglob("*") if path.is_file()}
+    assert sources <= packaged and len(sources) == len(written)
     assert NAME in yaml.safe_load((ROOT / "copier.yml").read_text())["project"]["validator"]
     # `upright.testing` and the template are of one version.
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"].rpartition(".")[0]
@@ -216,6 +220,7 @@ def test_the_page_runs_on_the_wheel_alone(tmp_path: Path) -> None:
     assert "Verified 'export/digits'" in out and "3 passed" in out and "checkpoints/wide/best.ckpt" in out
     where = run(python, "-c", "import upright; print(upright.__file__)", cwd=empty, **environment)
     assert where.startswith(str(packages))
+    assert all((empty / "my-project" / path).is_file() for path in render("my-project", "my_project"))
 
 
 def script(page: str) -> str:
