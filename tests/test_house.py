@@ -26,7 +26,8 @@ ORDER = (
     ("runs",),
     ("describe", "preview", "exporting"),
     ("evidence",),
-    ("cli", "demo", "__main__"),
+    ("new", "cli"),
+    ("demo", "testing", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse", "optuna")

@@ -27,6 +27,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "new": Command(options.New, "upright.new:new"),
     "describe": Command(options.Describe, "upright.describe:run", True, True),
     "preview": Command(options.Preview, "upright.preview:preview", True, True),
     "export": Command(options.Export, "upright.exporting.export:export", True, True),
@@ -55,7 +56,7 @@ def _overview() -> str:
     return (
         "usage: upright COMMAND ...\n\nFrom images to a verified ONNX bundle.\n\n"
         + "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
-        + "\n\n`upright COMMAND --help` lists its options. A first run: upright fit --config configs/stn_lenet.yaml"
+        + "\n\n`upright COMMAND --help` lists its options. To start: upright new my-project"
     )
 
 

@@ -31,7 +31,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
     Raises:
         UserError: if ``source`` or its data cannot be used, or the network does not take such images.
     """
-    recipe, spec = _network_and_spec(Path(source), data)
+    recipe, spec = network_and_spec(Path(source), data)
     network = build(recipe)
     try:
         try:
@@ -51,7 +51,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
     return 0
 
 
-def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
+def network_and_spec(path: Path, data: str | None = None) -> tuple[Any, ImageSpec]:
     """Return the recipe of the network, and the spec of its images."""
     check_exists(path, "a YAML like configs/lenet.yaml, a checkpoint, or the folder of a run")
     if path.suffix not in (".yaml", ".yml"):
@@ -60,7 +60,8 @@ def _network_and_spec(path: Path, data: str | None) -> tuple[Any, ImageSpec]:
         return ours["model"]["init_args"]["network"], read_data(data).spec if data else own_spec
     config = read_yaml(path)
     model = config.get("model") if isinstance(config, dict) else None
-    recipe = model.get("network") if isinstance(model, dict) else None
+    # A subclass of ImageClassifier is a class_path and init_args.
+    recipe = model.get("init_args", model).get("network") if isinstance(model, dict) else None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
         raise UserError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
     if not data and config.get("data") is None:

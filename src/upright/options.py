@@ -128,6 +128,17 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class New(Options):
+    """Write a project of your own.
+
+    The project has a network, data, a config, tests, and all that CI needs. Its Python package has the project's name,
+    with underscores for dashes.
+    """
+
+    project: str = argument("the folder to write, for example my-project; its last part names the project", "PROJECT")
+
+
+@dataclass(frozen=True)
 class Describe(Options):
     """Print the layers of a network."""
 
