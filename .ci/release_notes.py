@@ -21,9 +21,7 @@ def release_notes(tag: str) -> str:
     """
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     if tag != f"v{version}":
-        raise SystemExit(
-            f"The tag is '{tag}', and the version of pyproject.toml is {version}: the tag must be 'v{version}'."
-        )
+        raise SystemExit(f"The tag is '{tag}', and pyproject.toml has version {version}: the tag must be 'v{version}'.")
     heading = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n"
     section = re.search(rf"{heading}(.*?)(?=^## |\Z)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M | re.S)
     if section is None or not section[1].strip():
