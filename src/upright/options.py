@@ -325,7 +325,7 @@ class Fit(Options):
     """Train a run in its own folder, or resume it."""
 
     config: str | None = option(None, "the experiment; several are merged, the last one wins", metavar="YAML")
-    name: str | None = option(None, "name of the run; by default that of the config")
+    name: str | None = option(None, "name of the run; by default the names of the configs, joined by hyphens")
     force: bool = option(False, "replace an existing run of this name")
     ckpt_path: str | None = option(
         None,

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
+from upright.runs.loggers import tensorboard_logger
 
 STN = ROOT / "configs/stn_lenet.yaml"
 resuming = pytest.mark.slow
@@ -137,6 +138,18 @@ def test_mlflow_has_the_plots(rows: list[dict[str, str]], client: Any, mlflow_ru
     for name in PLOTS:
         for step, _ in scalars(rows, "val/loss"):
             assert sum(file.startswith(f"val~{name}+step+{step}+") and file.endswith(".png") for file in files) == 1
+
+
+def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, steps in ((None, range(4)), (2, range(2, 3))):
+        logger = tensorboard_logger(tmp_path, resumed_at)
+        for step in steps:
+            logger.log_metrics({"loss": float(resumed_at is None)}, step)
+        logger.finalize("failed")
+    losses = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in losses] == [(0, 1.0), (1, 1.0), (2, 0.0)]
 
 
 @pytest.mark.parametrize(
