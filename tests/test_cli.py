@@ -1,8 +1,9 @@
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Upright
+from tests.conftest import ROOT, Upright
 from upright.cli import COMMANDS
 from upright.options import LIGHTNING
 
@@ -23,7 +24,8 @@ def test_the_help_of_lightnings_commands_begins_with_ours(upright: Upright, comm
 
 
 def test_version(upright: Upright) -> None:
-    assert upright("--version").out == "upright 0.1.0\n"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert upright("--version").out == f"upright {version}\n"
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ class Fit(Options):
     """Train a run in its own folder, or resume it."""
 
     config: str | None = option(None, "the experiment; several are merged, the last one wins", metavar="YAML")
-    name: str | None = option(None, "name of the run; by default that of the config")
+    name: str | None = option(None, "name of the run; by default the names of the configs, joined by hyphens")
     force: bool = option(False, "replace an existing run of this name")
     ckpt_path: str | None = option(
         None,
@@ -350,6 +350,8 @@ class Fit(Options):
     wandb: Literal["offline", "online", "off"] = option(
         "offline", "track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not"
     )
+    tensorboard: bool = option(False, "log to TensorBoard too, in the folder of the run")
+    mlflow: bool = option(False, "log to MLflow too, at $MLFLOW_TRACKING_URI or in ./mlflow.db")
     save_every_n_steps: int = option(0, "also write last.ckpt within an epoch, after so many steps")
     log_grad_norm: bool = option(False, "log mean and maximum of the gradients' norm per epoch")
     compile: bool = option(False, "use torch.compile; the first step then takes a minute or two")

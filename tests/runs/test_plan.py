@@ -13,8 +13,9 @@ from upright.runs.plan import RunPlan, config_to_resume, plan_run, run_name
     [
         ("mine", ["configs/lenet.yaml"], "mine"),
         (None, ["configs/lenet.yaml"], "lenet"),
-        (None, ["configs/lenet.yaml", "trainer.yaml"], "trainer"),
+        (None, ["configs/lenet.yaml", "trainer.yaml"], "lenet-trainer"),
         (None, ["checkpoints/first/config.yaml"], "first"),
+        (None, ["checkpoints/first/config.yaml", "configs/presets/profile.yaml"], "first-profile"),
     ],
 )
 def test_the_name_of_a_run(name: str | None, configs: list[str], expected: str) -> None:

@@ -30,7 +30,7 @@ class RunPlan(NamedTuple):
 
 
 def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
-    """Return the name of a run: ``name`` if given, else that of its last config.
+    """Return the name of a run: ``name`` if given, else the names of its configs, joined by hyphens.
 
     A run of a W&B sweep has its id added, since all runs of a sweep share a config.
 
@@ -44,9 +44,9 @@ def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
     if name is None:
         if not configs:
             raise UserError("The run has no name: give --config or --name.")
-        path = Path(configs[-1])
+        paths = [Path(path) for path in configs]
         # The config of an existing run stands for that run.
-        name = path.resolve().parent.name if path.name == "config.yaml" else path.stem
+        name = "-".join(path.resolve().parent.name if path.name == "config.yaml" else path.stem for path in paths)
         name = f"{name}-{agent_run()}" if agent_run() else name
     check_name(name)
     return name

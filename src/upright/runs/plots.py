@@ -31,6 +31,7 @@ from upright.runs.drawing import (
     pixels_of,
     save_png,
 )
+from upright.runs.loggers import log_picture
 from upright.tables import read_rows
 from upright.training.classifier import ImageClassifier
 
@@ -176,8 +177,7 @@ class RunPlots(Callback):
             path = self.folder / f"{name}.png"
             save_png(plot, path)
             for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
-                    logger.log_image(f"val/{name}", [str(path)], step=trainer.global_step - 1)
+                log_picture(logger, f"val/{name}", path, trainer.global_step - 1)
 
     def _add_column(self) -> None:
         branches = len(next(iter(self._views.values()))) - 1

@@ -102,8 +102,8 @@ class Command(LightningCLI):
         kwargs = {"logger": config.logger or False, **kwargs}
         try:
             return super().instantiate_trainer(
-                callbacks=[*callbacks, *_listed(config.callbacks)],
-                plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
+                callbacks=[*callbacks, *listed(config.callbacks)],
+                plugins=[*listed(config.plugins), AtomicCheckpointIO()],
                 **kwargs,
             )
         except (ValueError, TypeError, ImportError) as error:
@@ -144,5 +144,6 @@ def replacing_data(arguments: Sequence[str]) -> list[str]:
     return replaced
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """Return an option that is one object, several or none as a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -12,6 +12,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 from upright.checkpoint import KEY, git_commit, read_checkpoint
 from upright.data.datamodule import ImageDataModule
@@ -19,9 +20,10 @@ from upright.errors import UserError
 from upright.files import write_text
 from upright.images import ImageSpec
 from upright.runs.callbacks import Divergence, GradientNorm, MetricsFile, brief, checkpoints
-from upright.runs.cli.command import Command, early_options
+from upright.runs.cli.command import Command, early_options, listed
 from upright.runs.folder import is_first_process, locked_run, replacing_run
 from upright.runs.interruption import Interrupted, Interruption
+from upright.runs.loggers import HyperparameterTable, mlflow_logger, tensorboard_logger
 from upright.runs.plan import agent_run, config_to_resume, plan_run, run_name
 from upright.runs.plots import RunPlots
 from upright.runs.resuming import check_resumable, check_supported, is_complete
@@ -33,7 +35,10 @@ from upright.training.restoring import check_data
 
 MODEL = "upright.ImageClassifier"
 
-NOT_RECORDED = ("config", "name", "force", "wandb", "save_every_n_steps", "compile", "allow_seen_images", "ckpt_path")
+NOT_RECORDED = (
+    *("config", "name", "force", "ckpt_path", "allow_seen_images"),
+    *("wandb", "tensorboard", "mlflow", "save_every_n_steps", "compile"),
+)
 """Options that are not part of the experiment, and so not of ``config.yaml``."""
 
 
@@ -127,9 +132,26 @@ class Fit(Command):
     def _trainer_options(self, run: dict[str, Any]) -> dict[str, Any]:
         # Lightning looks in its root folder for checkpoints of a requeued job, and takes those of any run.
         options: dict[str, Any] = {"default_root_dir": str(self.plan.folder)}
-        if self.config_init.trainer.logger is None and not self.config.trainer.fast_dev_run:
-            options["logger"] = wandb_logger(self.config.wandb, self.plan.folder, run) or False
+        if not self.config.trainer.fast_dev_run and (loggers := self._loggers(run)):
+            options["logger"] = loggers
         return options
+
+    def _loggers(self, run: dict[str, Any]) -> list[Logger]:
+        """Return the loggers of the config, by default W&B, and those that are asked for by name."""
+        configured, folder = self.config_init.trainer.logger, self.plan.folder
+        if isinstance(configured, bool):
+            # Lightning replaces True by a default logger of its own.
+            loggers = []
+        elif configured is None:
+            loggers = [wandb_logger(self.config.wandb, folder, run)]
+        else:
+            loggers = listed(configured)
+        resumed_at = self.checkpoint["global_step"] if self.checkpoint and self.plan.resumes_in_place else None
+        if self.config.tensorboard:
+            loggers.append(tensorboard_logger(folder, resumed_at))
+        if self.config.mlflow:
+            loggers.append(mlflow_logger(folder, run))
+        return [logger for logger in loggers if logger is not None]
 
     def _callbacks(self) -> list[Callback]:
         folder = self.plan.folder
@@ -145,6 +167,7 @@ class Fit(Command):
             MetricsFile(folder / "metrics.csv", lines=not self.config.trainer.enable_progress_bar),
             RunPlots(folder),
             Artifacts(folder),
+            HyperparameterTable(folder),
         ]
 
     def recorded(self) -> dict[str, Any]:
@@ -206,7 +229,7 @@ class Fit(Command):
             for name in ("wandb", "save_every_n_steps")
             if self.config[name] != self.parser.get_default(name)
         )
-        options += " --compile" if self.config.compile else ""
+        options += "".join(f" --{name}" for name in ("tensorboard", "mlflow", "compile") if self.config[name])
         return (
             f"upright: stopped after step {self.trainer.global_step}; to resume: "
             f"upright fit --ckpt_path {shlex.quote(str(last))}{options}"

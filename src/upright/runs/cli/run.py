@@ -38,6 +38,10 @@ def run(command: str, arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
         # Lightning 2.6 uses a class that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # Lightning does not see that our loader does not shuffle with overfit_batches.
+        warnings.filterwarnings("ignore", message="You requested to overfit")
+        # MLflow 3 asks for what SQLAlchemy 2.1 deprecates.
+        warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
         # A resumed run continues in its own folder.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         # A resumed run may drop the option that saves within epochs.
