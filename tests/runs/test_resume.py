@@ -80,7 +80,7 @@ def test_a_cut_off_checkpoint_is_not_the_last(folder: Path) -> None:
     (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:5000])
     done = fit(folder, "killed", "--ckpt_path", "last")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "killed/last.ckpt' is not a whole checkpoint" in done.stderr and "--ckpt_path best" in done.stderr
+    assert "killed/last.ckpt' is not a complete checkpoint" in done.stderr and "--ckpt_path best" in done.stderr
 
 
 def test_auto_begins_and_goes_on_and_has_an_end(folder: Path) -> None:
