@@ -1,4 +1,4 @@
-"""Every network in every form: images of one size, other outputs, and less precision."""
+"""Every network with a fixed size, with other outputs, and in lower precision."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -24,19 +24,19 @@ CASES = [
     pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow or SLOW_TO_EXPORT.match(case.name) else [])
     for case in VARIANTS
 ]
-AROUND = {"Transpose", "Cast", "Sub", "Div", "Softmax", "Identity"}
-"""What is left around a network of images that have its size: no resizing."""
+OUTSIDE_OPERATORS = {"Transpose", "Cast", "Sub", "Div", "Softmax", "Identity"}
+"""Operators outside of the network if the images have its size: none of them resizes."""
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fixed_size_other_outputs_and_less_precision(case: Variant, tmp_path: Path) -> None:
+def test_fixed_size_other_outputs_and_lower_precision(case: Variant, tmp_path: Path) -> None:
     torch.manual_seed(0)
     channels, height, width = case.input_shape
     spec = ImageSpec(channels, height, width, ("a", "b", "c"), (0.3,) * channels, (0.2,) * channels)
     classifier = ImageClassifier(spec, build(case.recipe), partial(torch.optim.SGD, lr=0.1)).eval()
     model = classifier.model
     if case.recipe["init_args"].get("depth", 0) > 100:
-        # Untrained, the sums of so many blocks are more than float16 holds; a batch tells the normalisations how much.
+        # Without training, the sums of so many blocks overflow in float16. One batch sets the normalisations.
         with torch.no_grad():
             model.train()(torch.randint(256, (8, *case.input_shape), dtype=torch.uint8))
         model.eval()
@@ -47,13 +47,13 @@ def test_fixed_size_other_outputs_and_less_precision(case: Variant, tmp_path: Pa
     write_graph(model, path, form)
 
     graph = onnx.load(path).graph
-    assert {node.op_type for node in graph.node if not module_of(node)} <= AROUND
+    assert {node.op_type for node in graph.node if not module_of(node)} <= OUTSIDE_OPERATORS
     pixels = np.random.default_rng(0).integers(0, 256, (3, height, width, channels), dtype=np.uint8)
-    named = Graph(model, form).eval()
+    deployed = Graph(model, form).eval()
     with torch.no_grad():
-        expected = [output.numpy() for output in named(torch.from_numpy(pixels))]
-    exact = run_batch(open_session(path), pixels, named.names)
-    for name, one, other in zip(named.names, expected, exact, strict=True):
+        expected = [output.numpy() for output in deployed(torch.from_numpy(pixels))]
+    exact = run_batch(open_session(path), pixels, deployed.names)
+    for name, one, other in zip(deployed.names, expected, exact, strict=True):
         assert np.allclose(one, other, rtol=1e-4, atol=1e-4 * max(1, np.abs(one).max())), name
 
     def calibration() -> Iterator[npt.NDArray[np.uint8]]:
@@ -61,15 +61,15 @@ def test_fixed_size_other_outputs_and_less_precision(case: Variant, tmp_path: Pa
 
     for converter in (Float16(path, model.network), Int8(path, model.network, calibration, tmp_path)):
         content = converter.convert(converter.layers)
-        # Layers go by the names of modules, folded normalisations by those of what they follow.
+        # Layers have the names of modules. A folded normalisation belongs to the layer before it.
         names = dict(model.network.named_modules())
         assert not any(isinstance(names[name], nn.BatchNorm2d) for name in converter.layers if name != ".")
         kinds = {node.op_type for node in onnx.load_from_string(content).graph.node}
         assert converter.name == "fp16" or kinds & {"QuantizeLinear", "DynamicQuantizeLSTM"}
-        found = run_batch(open_session(content), pixels, named.names)
-        assert all(output.dtype == np.float32 for output in found)
-        assert np.abs(found[0] - exact[0]).max() < 0.1
-        for name, one, other in zip(named.names, exact, found, strict=True):
-            # What a transformer says does not depend on what comes after it.
+        actual = run_batch(open_session(content), pixels, deployed.names)
+        assert all(output.dtype == np.float32 for output in actual)
+        assert np.abs(actual[0] - exact[0]).max() < 0.1
+        for name, one, other in zip(deployed.names, exact, actual, strict=True):
+            # The parameters of a transformer do not depend on later layers.
             if name == "theta" and "inside" not in case.name:
                 assert np.allclose(one, other, atol=1e-6)
