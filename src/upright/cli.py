@@ -35,7 +35,7 @@ COMMANDS = {
     "benchmark": Command(options.Benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Command(options.Serve, "upright.runtime.serving.server:serve"),
     "web": Command(options.Web, "upright.runtime.web:web"),
-    "sweep": Command(options.Sweep, "upright.evidence.selecting.sweep:sweep", True, True),
+    "sweep": Command(options.Sweep, "upright.evidence.selecting.sweep:sweep_and_select", True, True),
     "select": Command(options.Select, "upright.evidence.selecting.selection:select", True, True),
     "report": Command(options.Report, "upright.evidence.reporting.report:report", True, True),
     "study": Command(options.Study, "upright.evidence.study:study", True),
