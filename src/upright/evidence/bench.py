@@ -126,7 +126,7 @@ class Run(NamedTuple):
         return float(classifier.loss(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 
-class Job(NamedTuple):
+class TrainingJob(NamedTuple):
     """One run of an experiment, with one seed, in ``folder/name``."""
 
     folder: Path
@@ -224,14 +224,14 @@ class Bench:
         for variant, seed in names:
             experiment = variants[variant]
             seeded = experiment if isinstance(experiment, Experiment) else experiment(seed)
-            jobs.append(Job(self.folder, f"{variant}-{seed}", seeded, seed))
+            jobs.append(TrainingJob(self.folder, f"{variant}-{seed}", seeded, seed))
         results = [job.result() for job in jobs]
         open_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
         self.seconds += sum(run.seconds for run in results if run)
         self.seconds += sum(job.seconds_before() or 0.0 for job in open_jobs)
         print(f"  {len(open_jobs)} of {len(jobs)} runs to train, {self.workers} at a time.", flush=True)
         try:
-            new = iter(self.map(Job.run, [(job,) for job in open_jobs]))
+            new = iter(self.map(TrainingJob.run, [(job,) for job in open_jobs]))
         except KeyboardInterrupt:
             # joblib has killed the workers during their runs, so this process removes their locks.
             for path in self.folder.glob(".*.running"):

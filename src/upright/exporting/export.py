@@ -172,12 +172,12 @@ def _write_graphs(
             "float_layers": result.float_layers,
         }
     metrics = {name: comparison.metrics(classes) for name, comparison in comparisons.items()}
-    for name, values in metrics.items():
-        values["bytes"] = (folder / MODELS[name]).stat().st_size
+    for each, values in metrics.items():
+        values["bytes"] = (folder / MODELS[each]).stat().st_size
     if precisions:
         print("Measuring the speed of all precisions ...", flush=True)
-        for name, speeds in _speeds(folder, list(metrics), reference).items():
-            metrics[name]["speed"] = speeds
+        for each, speeds in _speeds(folder, list(metrics), reference).items():
+            metrics[each]["speed"] = speeds
     return {
         "split": "val",
         "images": len(exact.names),

@@ -60,8 +60,8 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, EmbeddedFigure]:
         add(measure, draw_invariance(measure, names, curves, evidence.families, evidence.trained))
     before, after = ([each.bins for each in evidence.calibrations], [each.bins_after for each in evidence.calibrations])
     add("reliability", draw_reliability(names, before, after))
-    responses = {number: each.rotation_response for number, each in enumerate(evidence.invariances)}
-    responses = {number: response for number, response in responses.items() if response}
+    numbered = enumerate(each.rotation_response for each in evidence.invariances)
+    responses = {number: response for number, response in numbered if response}
     if responses:
         observed = [subjects[number] for number in responses]
         names_observed = [subject.name for subject in observed]
