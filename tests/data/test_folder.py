@@ -61,8 +61,8 @@ def test_every_format_in_one_folder(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "is not an image, or none of BMP, GIF, JPEG"),
-        (b"GIF89a", "cannot be decoded|is not an image"),
+        (b"", "is in none of the formats that can be read: BMP, GIF, JPEG"),
+        (b"GIF89a", "cannot be decoded|is in none of the formats"),
         ("cut", "cannot be decoded: .*truncated"),
         ("link", "does not exist"),
         ("float", "cannot be decoded: floating-point images have no agreed range"),

@@ -24,8 +24,8 @@ class Exploit:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "not a whole checkpoint"),
-        (b"hello", "not an Upright checkpoint|not a whole checkpoint"),
+        (b"", "not a complete checkpoint"),
+        (b"hello", "not an Upright checkpoint|not a complete checkpoint"),
         (pickle.dumps(Exploit()), "not an Upright checkpoint.*would run code"),
     ],
     ids=["empty", "text", "pickle"],
@@ -83,7 +83,7 @@ def edit(path: Path, **changes: object) -> None:
 
 def test_a_newer_format_is_refused(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", format=99)
-    with pytest.raises(UprightError, match=r"format 99, made by Upright .* reads up to 1"):
+    with pytest.raises(UprightError, match=r"format 99, written by Upright .* reads up to 1"):
         restore(run_folder)
 
 

@@ -200,7 +200,7 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
 @pytest.mark.parametrize(
     ("write", "text"),
     [
-        (lambda path: path.write_bytes(b""), "is not a whole checkpoint; it is damaged or cut off"),
+        (lambda path: path.write_bytes(b""), "is not a complete checkpoint; it is damaged or truncated"),
         (
             lambda path: path.write_bytes(pickle.dumps(Exploit())),
             "not an Upright checkpoint or a state dict: .* would run",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upright.architectures.resnet import ResNet
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
-from upright.checkpoint import KEY, check_format, find_checkpoint, learnt_from, load_file
+from upright.checkpoint import KEY, check_format, find_checkpoint, load_file, training_hashes
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.files import file_hash
@@ -170,7 +170,7 @@ def _upright_weights(checkpoint: dict[str, Any], spec: ImageSpec) -> StartWeight
         (theirs.mean, theirs.std),
         theirs.classes == spec.classes,
         run,
-        learnt_from(ours),
+        training_hashes(ours),
     )
 
 

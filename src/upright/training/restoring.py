@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from upright.checkpoint import KEY, learnt_from, read_checkpoint
+from upright.checkpoint import KEY, read_checkpoint, training_hashes
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.images import ImageSpec
@@ -129,7 +129,7 @@ def check_unseen(
     """
     if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
         return
-    hashes = learnt_from(ours)
+    hashes = training_hashes(ours)
     assert hashes is not None
     for split in splits:
         trained_on = torch.isin(data.manifest.hashes[split], hashes)
