@@ -18,7 +18,7 @@ from upright.runs.loggers import tensorboard_logger
 
 STN = ROOT / "configs/stn_lenet.yaml"
 resuming = pytest.mark.slow
-"""A test of the fixture `logged`."""
+"""Marks the tests that use the fixture `logged`, which trains for some time."""
 mlflow_warns = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 QUICK = ("--wandb", "off", "--trainer.limit_train_batches", 2)
 PLOTS = {"samples", "mistakes", "confusion", "transformer"}

@@ -20,7 +20,7 @@ from upright.runs.folder import is_first_process
 from upright.runs.tracking import PROJECT
 
 RUN_TAG = "upright.run"
-"""MLflow gives ids of its own; this tag of a run has ours."""
+"""The MLflow tag that holds the id of a run. MLflow chooses its own run ids."""
 
 
 def tensorboard_logger(folder: Path, resumed_at: int | None) -> Logger:
@@ -51,11 +51,11 @@ def mlflow_logger(folder: Path, run: Mapping[str, str]) -> Logger:
     """
     for package in ("mlflow", "sqlalchemy", "alembic"):
         _check_installed("mlflow", package)
-    # MLflow 3 reports its use to its makers, unless this is set before it starts.
+    # MLflow 3 sends usage statistics to its developers, unless this is set before the import.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
-    # Lines about the tables of a new mlflow.db.
+    # MLflow logs every table that it creates in a new mlflow.db.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     resumed: list[Any] = []
@@ -85,7 +85,7 @@ class RunMLFlowLogger(MLFlowLogger):
 
     @property
     def save_dir(self) -> str:
-        """The folder of the run. Profilers write there."""
+        """Return the folder of the run. Profilers write there."""
         return str(self._folder)
 
     @rank_zero_only
