@@ -1,4 +1,4 @@
-"""What is published: the lock, the sdist, the notes of a release, and the files that the repository's host reads."""
+"""Tests of the lock, the sdist, the release notes, and the files that GitHub reads."""
 
 import re
 import shutil
@@ -119,13 +119,13 @@ def test_the_notes_of_a_release(version: str, tag: str, changelog: str, answer: 
     shutil.copy(ROOT / ".ci/release_notes.py", tmp_path / ".ci")
     (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "{version}"\n')
     (tmp_path / "CHANGELOG.md").write_text(changelog)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, tmp_path / ".ci/release_notes.py", tag], capture_output=True, text=True, check=False
     )
-    if done.returncode == 0:
-        assert done.stdout == answer
+    if process.returncode == 0:
+        assert process.stdout == answer
     else:
-        assert answer in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+        assert answer in process.stderr and process.stderr.count("\n") == 1 and process.stdout == ""
 
 
 def test_the_release_checks_before_it_publishes() -> None:

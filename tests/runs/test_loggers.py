@@ -18,7 +18,7 @@ from upright.runs.loggers import tensorboard_logger
 
 STN = ROOT / "configs/stn_lenet.yaml"
 resuming = pytest.mark.slow
-"""A test of the fixture `logged`."""
+"""Marks the tests that use the fixture `logged`, which trains for some time."""
 mlflow_warns = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 QUICK = ("--wandb", "off", "--trainer.limit_train_batches", 2)
 PLOTS = {"samples", "mistakes", "confusion", "transformer"}
@@ -37,7 +37,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a run was trained, and resumed for a third epoch, with both loggers."""
     folder = tmp_path_factory.mktemp("logged")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM, STN],
         cwd=folder,
         env=environment,
@@ -45,8 +45,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
     return folder
 
 

@@ -20,7 +20,7 @@ from upright.runs.folder import is_first_process
 from upright.runs.tracking import PROJECT
 
 RUN_TAG = "upright.run"
-"""MLflow gives ids of its own; this tag of a run has ours."""
+"""The MLflow tag that holds the id of a run. MLflow chooses its own run ids."""
 
 
 def tensorboard_logger(folder: Path, resumed_at: int | None) -> Logger:
@@ -51,26 +51,26 @@ def mlflow_logger(folder: Path, run: Mapping[str, str]) -> Logger:
     """
     for package in ("mlflow", "sqlalchemy", "alembic"):
         _check_installed("mlflow", package)
-    # MLflow 3 reports its use to its makers, unless this is set before it starts.
+    # MLflow 3 sends usage statistics to its developers, unless this is set before the import.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
-    # Lines about the tables of a new mlflow.db.
+    # MLflow logs every table that it creates in a new mlflow.db.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    resumed: list[Any] = []
+    runs: list[Any] = []
     if is_first_process():
         try:
             client = mlflow.MlflowClient()
-            known = client.get_experiment_by_name(PROJECT)
-            experiment = known.experiment_id if known else client.create_experiment(PROJECT)
-            resumed = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run['id']}'", max_results=1)
+            experiment = client.get_experiment_by_name(PROJECT)
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(PROJECT)
+            runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run['id']}'", max_results=1)
         except mlflow.MlflowException as error:
             raise UserError(f"--mlflow: {' '.join(str(error).split())}") from error
     return RunMLFlowLogger(
         folder,
         run_name=run["name"],
-        run_id=resumed[0].info.run_id if resumed else None,
+        run_id=runs[0].info.run_id if runs else None,
         tags={RUN_TAG: run["id"]},
         tracking_uri=mlflow.get_tracking_uri(),
     )
@@ -85,7 +85,7 @@ class RunMLFlowLogger(MLFlowLogger):
 
     @property
     def save_dir(self) -> str:
-        """The folder of the run. Profilers write there."""
+        """Return the folder of the run. Profilers write there."""
         return str(self._folder)
 
     @rank_zero_only
@@ -118,7 +118,7 @@ def log_picture(logger: Logger, name: str, path: Path, step: int) -> None:
 
 
 class HyperparameterTable(Callback):
-    """At the end of a run, log its hyperparameters and the metrics of ``best.ckpt`` to TensorBoard's table of runs.
+    """Log the hyperparameters and the metrics of ``best.ckpt`` to TensorBoard's table when a run ends.
 
     Args:
         folder: the folder of the run.

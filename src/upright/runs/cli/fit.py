@@ -137,7 +137,7 @@ class Fit(Command):
         return options
 
     def _loggers(self, run: dict[str, Any]) -> list[Logger]:
-        """Return the loggers of the config, by default W&B, and those that are asked for by name."""
+        """Return the loggers of the config, by default W&B, and those of the options."""
         configured, folder = self.config_init.trainer.logger, self.plan.folder
         if isinstance(configured, bool):
             # Lightning replaces True by a default logger of its own.
