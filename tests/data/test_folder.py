@@ -36,7 +36,7 @@ def mixed(tmp_path: Path) -> Path:
     save(a / "日本 🙂.png", Image.new("1", (12, 8), 1))
     exif = Image.Exif()
     exif[0x0112] = 6
-    save(a / "turned.jpg", orange, exif=exif, quality=100)
+    save(a / "rotated.jpg", orange, exif=exif, quality=100)
     for number in range(10):
         save(tmp_path / "b" / f"{number}.png", Image.new("L", (30 + number, 20), number))
     return tmp_path
@@ -47,7 +47,7 @@ def test_every_format_in_one_folder(mixed: Path) -> None:
     images = dict(zip(source.names, source.images, strict=True))
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in images.values())
     sizes = {name: image.shape[:2] for name, image in images.items() if name.startswith("a/")}
-    assert sizes.pop("a/turned.jpg") == (12, 8) and set(sizes.values()) == {(8, 12)} and len(sizes) == 10
+    assert sizes.pop("a/rotated.jpg") == (12, 8) and set(sizes.values()) == {(8, 12)} and len(sizes) == 10
     expected = {
         "alpha.png": 0, "cmyk.jpg": GREY, "deep.png": GREY, "deep.tif": GREY, "grey.PNG": GREY, "日本 🙂.png": 255
     }  # fmt: skip

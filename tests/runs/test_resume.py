@@ -168,7 +168,7 @@ def test_campaign_of_kills(tmp_path: Path, series: str) -> None:
     options += ("--trainer.max_epochs", 8)
     folder, draw = prepare(tmp_path, config), random.Random(series)
     if series == "workers":
-        options += ("--data", "upright.data.folder.Folder", "--data.root", save_images(tmp_path / "pictures", 60))
+        options += ("--data", "upright.data.folder.Folder", "--data.root", save_images(tmp_path / "images", 60))
         options += ("--data.size", 12, "--data.batch_size", 8, "--data.cache", "none", "--data.num_workers", 2)
     runs = folder / "checkpoints"
     if series == "another file system":

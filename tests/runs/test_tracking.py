@@ -92,8 +92,8 @@ def test_plots_are_in_the_record(records: list[dict[str, Any]]) -> None:
         for row in record["history"]:
             for name in ("samples", "mistakes", "confusion", "transformer"):
                 (file,) = row[f"val/{name}/filenames"]
-                with Image.open(record["path"].parent / "files" / file) as picture:
-                    assert picture.size == (row[f"val/{name}/width"], row[f"val/{name}/height"])
+                with Image.open(record["path"].parent / "files" / file) as plot:
+                    assert plot.size == (row[f"val/{name}/width"], row[f"val/{name}/height"])
 
 
 def test_lineage(tracked: Path, records: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device: one transform per image, sampled once and returned with the images.
+"""Augmentation of a batch on its device: one transform per image, sampled once and returned with the images.
 
 An augmentation is a list of parts, applied in order. `Geometric` parts are defined here. Parts that change values
 (brightness, hue, noise, erasing) are kornia's, unchanged. Every part draws from torch's global generator; parts of this
