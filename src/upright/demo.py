@@ -24,8 +24,8 @@ def demo(name: str = "demo") -> int:
     config = Path("configs/stn_lenet.yaml")
     if not config.is_file():
         raise UserError(
-            f"There is no '{config}' here; start the demo in the checkout's own folder, "
-            "or a project of your own by `upright new my-project`."
+            f"There is no '{config}' here; run `upright demo` in the root folder of the checkout, "
+            "or make a project of your own: `upright new my-project`."
         )
     run, bundle = Path("checkpoints", name), Path("export", name)
     images = run / "test-images"

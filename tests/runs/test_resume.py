@@ -78,9 +78,9 @@ def test_a_truncated_checkpoint_is_not_used(folder: Path) -> None:
     run_to_end(folder, "killed", *options, "--ckpt_path", "last")
     assert differences(folder / "checkpoints/whole", run) == [] and not (run / ".last.ckpt.new").exists()
     (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:5000])
-    done = fit(folder, "killed", "--ckpt_path", "last")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "killed/last.ckpt' is not a complete checkpoint" in done.stderr and "--ckpt_path best" in done.stderr
+    process = fit(folder, "killed", "--ckpt_path", "last")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "killed/last.ckpt' is not a complete checkpoint" in process.stderr and "--ckpt_path best" in process.stderr
 
 
 def test_auto_starts_resumes_and_completes_a_run(folder: Path) -> None:
