@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo clean duration test lint types tests slow format lock
+.PHONY: help install demo clean duration test lint types tests slow docs format lock
 
 ##@ To use Upright
 
@@ -46,6 +46,10 @@ tests: install  ## pytest, without the slow tests (about 8 minutes on 2 cores)
 
 slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of them
 	$(BIN)/pytest -n 2 -m slow
+
+docs: install  ## build the documentation in site/; a warning is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 format: install  ## let ruff sort imports, fix what it can, and format
 	$(BIN)/ruff check --fix .
