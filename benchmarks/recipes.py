@@ -2,10 +2,10 @@
 
     python benchmarks/recipes.py [NAME ...] [--seeds 3] [--quick]
 
-Trains ``configs/NAME.yaml`` (all of them by default) with the seeds 0, 1, ... into ``checkpoints/recipes/NAME-SEED``,
-tests the best checkpoint, prints a table, and updates its rows in docs/reference/recipes.md. README and the comments
-at the top of the configs repeat these figures, and a test compares them. Runs that are complete already are not trained
-again. ``--quick`` trains two steps of ``stn_lenet`` (or of NAME) into a temporary folder and does not change the page.
+It trains ``configs/NAME.yaml`` (by default all) with the seeds 0, 1, ... in ``checkpoints/recipes/NAME-SEED``, tests
+the best checkpoint, prints a table, and updates its rows in docs/reference/recipes.md. README and the comments at the
+top of the configs repeat these figures, and a test compares them. Complete runs are not trained again. ``--quick``
+trains two steps in a temporary folder, by default of ``stn_lenet``, and does not change the page.
 """
 
 import json
@@ -49,8 +49,8 @@ def update(results: dict[str, str]) -> None:
 def main() -> None:
     """Print a table and update the page."""
     parser = command_line(__doc__)
-    parser.add_argument("names", nargs="*", help="of configs; all by default")
-    parser.add_argument("--seeds", type=int, default=3, help="at least 2; default: 3")
+    parser.add_argument("names", nargs="*", help="names of configs; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, at least 2; default: 3")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error(f"--seeds must be at least 2 to show a spread, got {options.seeds}")

@@ -2,9 +2,9 @@
 
     python benchmarks/studies.py [NAME ...] [--seeds 3] [--gather] [--quick]
 
-All of them by default. A study that was interrupted is resumed. ``--gather`` runs nothing and collects the results of
-earlier runs; ``--quick`` runs `upright study NAME --quick` and leaves the page as it is. The page has a section per
-study, as ``upright study`` wrote it. The plots are beside it in docs/explanation/studies/.
+By default all studies run. An interrupted study is resumed. ``--gather`` runs nothing and collects the results of
+earlier runs. ``--quick`` runs `upright study NAME --quick` and does not change the page. The page has the output of
+``upright study`` for each study, and the plots are in docs/explanation/studies/.
 """
 
 import importlib
@@ -61,8 +61,8 @@ def main() -> None:
     """Run the studies, then gather their results."""
     parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    parser.add_argument("--gather", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default: 3")
+    parser.add_argument("--gather", action="store_true", help="only collect the results of earlier runs")
     options = parser.parse_args()
     limits = ["--quick", "--seeds", "2"] if options.quick else ["--seeds", str(options.seeds)]
     for name in () if options.gather else options.names:

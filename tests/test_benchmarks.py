@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Arguments beside --quick; the benchmarks in the default suite take a few seconds.
+# Arguments in addition to --quick. The default suite runs FAST, which takes a few seconds.
 FAST = {"augmentation": [], "serving": []}
 SLOW = {
     "loading": [],

@@ -19,7 +19,7 @@ from statistics import mean
 
 from upright.data.augmentation import RandomAffine
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.distortions import Curve, Kinds, curves, turn, zoom
+from upright.evidence.distortions import Curve, Kinds, curves, rotate, zoom
 from upright.evidence.finding import Finding, draw_band, metric_by_group, panels, rows, spreads
 
 TITLES = {
@@ -29,7 +29,7 @@ TITLES = {
     "upright": "with the upright loss",
 }
 KINDS: Kinds = {
-    "degrees": {angle: [turn(angle)] for angle in range(-90, 91, 15)},
+    "degrees": {angle: [rotate(angle)] for angle in range(-90, 91, 15)},
     "size": {factor: [zoom(factor)] for factor in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0)},
 }
 TRAINED = {"degrees": (-45, 45), "size": (0.8, 1.25)}

@@ -26,7 +26,7 @@ from upright.architectures.nin import NiN
 from upright.architectures.resnet import SmallResNet
 from upright.architectures.spatial_transformer import Network, Shape
 from upright.evidence.bench import LENET, Bench, Experiment
-from upright.evidence.distortions import Curve, Kinds, curves, shift, turn, zoom
+from upright.evidence.distortions import Curve, Kinds, curves, rotate, shift, zoom
 from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
 
 
@@ -60,7 +60,7 @@ SIZES = ((28, 28), (20, 36), (64, 48))
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 KINDS: Kinds = {
     "pixels": {n: [shift(n * x, n * y, 28, 28) for x, y in DIRECTIONS] for n in range(7)},
-    "degrees": {angle: [turn(angle), turn(-angle)] for angle in (0, 5, 10, 15, 20, 30, 45)},
+    "degrees": {angle: [rotate(angle), rotate(-angle)] for angle in (0, 5, 10, 15, 20, 30, 45)},
     "size": {factor: [zoom(factor)] for factor in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)},
 }
 LABELS = {"pixels": "shift, pixels", "degrees": "rotation, degrees", "size": "scale"}
