@@ -82,7 +82,7 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def lines(block: Block) -> list[str]:
-    """The commands of a shell block; a line that ends in a backslash goes on in the next."""
+    """The commands of a shell block; a backslash at the end of a line joins it with the next."""
     text = block.content.replace("\\\n", " ")
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
