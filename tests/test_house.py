@@ -1,6 +1,7 @@
 """Rules of the package: the direction of imports, light modules, and pinned dependencies."""
 
 import ast
+import re
 import subprocess
 import sys
 import venv
@@ -153,3 +154,11 @@ def test_the_base_install_verifies_and_infers_without_torch(bundle: Path, tmp_pa
     subprocess.run([upright, "verify", bundle], check=True)
     subprocess.run([upright, "infer", bundle, bundle / "samples"], check=True)
     subprocess.run([upright, "benchmark", bundle, "--batches", "1", "--to", tmp_path / "report"], check=True)
+
+
+def test_the_tree_of_contributing_has_every_file() -> None:
+    """One line per file; the studies, one claim per file, share a line."""
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("src/upright/\n")[2]
+    listed = re.findall(r"^ +(\w+\.py) ", tree, flags=re.M)
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "studies" and path.name[:2] != "__"]
+    assert sorted(listed) == sorted(path.name for path in files)
