@@ -4,10 +4,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types tests slow format clean
+.PHONY: help install demo clean duration test lint types tests slow docs format lock
+
+##@ To use Upright
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^##@ / {printf "%s%s\n", gap, substr($$0, 5); gap = "\n"} \
+		/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED)  ## make the environment in .venv (once)
 
@@ -21,7 +24,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## fit -> test -> export -> verify -> infer on real digits
 	@$(BIN)/upright demo
 
-test: lint types tests  ## before every commit: lint, types, tests (about 10 minutes on 2 cores)
+clean:  ## remove .venv and the caches of the tools
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+
+##@ To contribute
+
+test: duration lint types tests  ## before every commit: lint, types, tests (about 10 minutes on 2 cores)
+
+duration:
+	@echo "Lint, types and the default tests take about 10 minutes on 2 cores."
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
@@ -36,9 +47,12 @@ tests: install  ## pytest, without the slow tests (about 8 minutes on 2 cores)
 slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of them
 	$(BIN)/pytest -n 2 -m slow
 
+docs: install  ## build the documentation in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: install  ## let ruff sort imports, fix what it can, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv and what tools cached
-	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+lock:  ## write uv.lock from pyproject.toml, with the versions of constraints.txt (needs uv)
+	uv lock $$(sed -n 's/^\([^#].*==.*\)/--upgrade-package \1/p' constraints.txt)

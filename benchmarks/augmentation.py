@@ -6,9 +6,9 @@ Two pipelines take one image at a time: *usual*, torchvision's transforms on Pil
 which Upright does not need), and *lean*, the shortest code with Pillow alone.
 
 All give the same float batch with the same strength: rotated by up to 15 degrees, scaled by 0.9 to 1.1, shifted by up
-to 10 %, mirrored every other time, cropped out of a margin of 4 pixels; bilinear, black beyond the border. They run in
-turn, in a new random order every round. The table has medians over all rounds, and ratios to ours taken round by round.
-The two workers run beside the threads in the table.
+to 10 %, mirrored with probability 0.5, cropped after padding by 4 pixels; bilinear, black beyond the border. They take
+turns, in a new random order every round. The table has medians over all rounds, and ratios to ours of each round. The
+two workers are additional to the threads in the table.
 """
 
 import math
@@ -48,7 +48,7 @@ def ours() -> Augmentation:
     return Augmentation([RandomAffine(rotate=ROTATE, scale=SCALE, shift=SHIFT, flip=FLIP), RandomCrop(padding=MARGIN)])
 
 
-def theirs(size: int) -> nn.Module:
+def with_kornia(size: int) -> nn.Module:
     """Return the augmentation with kornia."""
     return nn.Sequential(
         kornia.augmentation.RandomAffine(ROTATE, (SHIFT, SHIFT), SCALE, p=1.0),
@@ -132,7 +132,7 @@ def side_by_side(blocks: dict[str, Callable[[], object]], rounds: int) -> dict[s
     times: dict[str, list[float]] = {name: [] for name in blocks}
     for _ in range(rounds):
         for name in random.sample(list(blocks), len(blocks)):
-            # Two calls warm the caches, which hold the data of the other blocks.
+            # Two calls warm the caches, which contain the data of the other blocks.
             block = blocks[name]
             block(), block()
             start = time.perf_counter()
@@ -151,7 +151,7 @@ def compare(threads: int, rounds: int, sizes: Sequence[tuple[int, int]]) -> None
         matrices = torch.eye(3).expand(len(images), 1, 3, 3)
         samples = Samples(PixelArray(images[:, None].numpy()), numbers.numpy(), numbers % 10, matrices)
         batches = endless(BatchLoader(samples, BATCH, shuffle=True))
-        batch, augment, other = images[:BATCH], ours(), theirs(size)
+        batch, augment, other = images[:BATCH], ours(), with_kornia(size)
         array = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
         common: dict[str, Any] = {"batch_size": BATCH, "shuffle": True, "drop_last": True}
         singly = {"usual": usual(size)} if transforms else {}
@@ -178,8 +178,8 @@ def compare(threads: int, rounds: int, sizes: Sequence[tuple[int, int]]) -> None
             workers = DataLoader(OneByOne(array, singly[name]), num_workers=2, persistent_workers=True, **common)
             parallel = side_by_side({name: partial(next, endless(workers))}, 2 * rounds)[name][rounds:]
             cells += [quartiles(each, times["ours, loaded"]) for each in (times[name], parallel)]
-        times |= side_by_side({"step": step(channels, size), "beside": partial(augment, batch)}, rounds)
-        row(*cells, quartiles(times["kornia"], times["ours"]), quartiles(times["beside"], times["step"]))
+        times |= side_by_side({"step": step(channels, size), "ours again": partial(augment, batch)}, rounds)
+        row(*cells, quartiles(times["kornia"], times["ours"]), quartiles(times["ours again"], times["step"]))
 
 
 def main() -> None:

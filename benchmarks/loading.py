@@ -2,9 +2,9 @@
 
     python benchmarks/loading.py [--count 600] [--quick]
 
-Writes JPEG files of 500 x 375 to a temporary folder: random crops, no two equal, of the two photographs that come with
-scikit-learn. The first table has the milliseconds per image on one thread, stage by stage. The second one has complete
-epochs through loader and augmentation, and a training step of ResNet-18, with as many threads as torch has.
+It writes JPEG files of 500 x 375 to a temporary folder: different random crops of scikit-learn's two photographs. The
+first table has the milliseconds per image of each stage, on one thread. The second table has the speed of complete
+epochs through loader and augmentation, and of a training step of ResNet-18, with torch's default number of threads.
 """
 
 import os
@@ -100,7 +100,7 @@ def epochs(folder: Path, threads: int, seconds: float) -> None:
 def main() -> None:
     """Print two tables."""
     parser = command_line(__doc__)
-    parser.add_argument("--count", type=int, default=600, help="photographs; default: 600")
+    parser.add_argument("--count", type=int, default=600, help="number of photographs; default: 600")
     options, threads = parser.parse_args(), torch.get_num_threads()
     count, seconds = (60, 0.0) if options.quick else (options.count, 2.0)
     keep_freed_memory()

@@ -2,10 +2,9 @@
 
     python benchmarks/runtime.py [recipes] [int8] [preprocessing] [cold] [--quick]
 
-All parts by default. The rivals take turns in one process, on one thread, timed by processor time (except for
-``cold``); a ratio is the median of nine rounds, with the quartiles. Networks have random weights. PyTorch runs its
-convolutions in the layout of Upright's models (channels last), without gradients. ``int8`` compares with OpenVINO if it
-is installed.
+By default all parts run. The engines take turns in one process, on one thread, measured in processor time (except for
+``cold``). A ratio is the median of nine rounds, with the quartiles. Networks have random weights. PyTorch runs without
+gradients, in the layout of Upright's models (channels last). ``int8`` compares with OpenVINO if it is installed.
 """
 
 import logging
@@ -133,14 +132,14 @@ def recipes(folder: Path, size: Size) -> None:
         config = read_yaml(path)
         model = random_model(build(config["model"]["network"]), read_data(path).spec)
         write_bare(model, folder / "bare.onnx")
-        write_graph(model, folder / "whole.onnx")
-        bare, whole = (open_session(folder / f"{name}.onnx", threads=1) for name in ("bare", "whole"))
+        write_graph(model, folder / "complete.onnx")
+        bare, complete = (open_session(folder / f"{name}.onnx", threads=1) for name in ("bare", "complete"))
         graph = Graph(model, Form())
         for batch in size.batches:
             images = pixels(model.spec, batch)
             normal = torch.randn(batch, *model.spec.input_shape).to(memory_format=torch.channels_last)
             speeds = timed({"eager": eager(model.network, normal), "onnx": run_of(bare, normal.contiguous().numpy())})
-            preprocessed = timed({"eager": eager(graph, torch.from_numpy(images)), "onnx": run_of(whole, images)})
+            preprocessed = timed({"eager": eager(graph, torch.from_numpy(images)), "onnx": run_of(complete, images)})
             times = [f"{speeds[name].p50:.3f}" for name in ("eager", "onnx")]
             row(path.stem, batch, *times, ratio(speeds["onnx"]), ratio(preprocessed["onnx"]))
 
@@ -188,18 +187,18 @@ def preprocessing(folder: Path, size: Size) -> None:
     for name, (network, spec) in networks.items():
         model = random_model(network, spec)
         write_bare(model, folder / "bare.onnx")
-        write_graph(model, folder / "whole.onnx")
+        write_graph(model, folder / "complete.onnx")
         write_graph(model, folder / "fixed.onnx", Form(size=(spec.height, spec.width)))
-        sessions = {kind: open_session(folder / f"{kind}.onnx", threads=1) for kind in ("bare", "whole", "fixed")}
+        sessions = {kind: open_session(folder / f"{kind}.onnx", threads=1) for kind in ("bare", "complete", "fixed")}
         for batch in size.batches:
             images, normal = pixels(spec, batch), np.random.default_rng(0).normal(size=(batch, *spec.input_shape))
-            inputs: dict[str, Any] = {"bare": normal.astype(np.float32), "whole": images, "fixed": images}
+            inputs: dict[str, Any] = {"bare": normal.astype(np.float32), "complete": images, "fixed": images}
             speeds = timed({kind: run_of(session, inputs[kind]) for kind, session in sessions.items()})
-            cost = [f"{100 * (1 / speeds[kind].times - 1):+.1f} %" for kind in ("whole", "fixed")]
+            cost = [f"{100 * (1 / speeds[kind].times - 1):+.1f} %" for kind in ("complete", "fixed")]
             spread = [
                 f"{cell} ({100 * (1 / speeds[kind].quartiles[1] - 1):+.1f} to "
                 f"{100 * (1 / speeds[kind].quartiles[0] - 1):+.1f})"
-                for cell, kind in zip(cost, ("whole", "fixed"), strict=True)
+                for cell, kind in zip(cost, ("complete", "fixed"), strict=True)
             ]
             row(name, batch, f"{speeds['bare'].p50:.3f}", *spread)
 
@@ -259,7 +258,7 @@ PARTS = {part.__name__: part for part in (recipes, int8, preprocessing, cold)}
 def main() -> None:
     """Print tables."""
     parser = command_line(__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one or several of {', '.join(PARTS)}; default: all")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):

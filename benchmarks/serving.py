@@ -2,13 +2,13 @@
 
     python benchmarks/serving.py [BUNDLE ...] [--threads 1] [--rounds 5] [--seconds 3] [--quick]
 
-Bare: `session.run` on prepared batches, of as many images as 32 clients have under way (64 at most), in a process of
-its own. Served: the server in a process of its own, and the clients in a third one on the same machine. They keep 32
-connections open; each sends its next request, of prepared bytes, when it has its answer. The clients take processor
-time from the server; the table has how much. Bare and served take turns; the ratio is the median over rounds.
+Bare: `session.run` in a separate process, on prepared batches of as many images as 32 clients have in flight (at most
+64). Served: the server and the clients in two separate processes on the same machine. The clients use 32 connections;
+each sends its next request, of prepared bytes, when it has received its answer. The clients take processor time from
+the server, which the table lists. Bare and served take turns; the ratio is the median over rounds.
 
-A request holds one PNG, one binary tensor (Open Inference Protocol), or 16 of either. Three more figures divide the
-time: requests per second that are only answered (`/v2/health/live`), images per second that one thread decodes, and the
+A request holds one PNG, one binary tensor (Open Inference Protocol), or 16 of either. Three more figures split the
+time: requests per second without inference (`/v2/health/live`), images per second that one thread decodes, and the
 processor time of the server per image.
 """
 
@@ -95,20 +95,20 @@ class Client(asyncio.Protocol):
         self.send()
 
     def send(self) -> None:
-        self.got, self.start = b"", time.perf_counter()
+        self.received, self.start = b"", time.perf_counter()
         self.length: int | None = None
         self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        self.got += data
-        if self.length is None and (head := self.got.find(b"\r\n\r\n")) >= 0:
-            fields = self.got[:head].lower()
+        self.received += data
+        if self.length is None and (head := self.received.find(b"\r\n\r\n")) >= 0:
+            fields = self.received[:head].lower()
             start = fields.index(b"content-length: ") + 16
             self.length = (
                 head + 4 + int(fields[start : fields.find(b"\r\n", start) if b"\r\n" in fields[start:] else None])
             )
-        if self.length is not None and len(self.got) >= self.length:
-            self.statuses[self.got[9:12].decode()] += 1
+        if self.length is not None and len(self.received) >= self.length:
+            self.statuses[self.received[9:12].decode()] += 1
             self.seconds.append(time.perf_counter() - self.start)
             if time.perf_counter() < self.end:
                 self.send()
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
     kinds = ["1 PNG", "1 tensor", "16 PNG", "16 tensor"]
-    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of requests; default: all")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="kinds of requests; default: all")
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     options, server_options = parser.parse_known_args()
@@ -214,8 +214,9 @@ def compare(bundle: Path, options: argparse.Namespace, server_options: list[str]
         decoded = 200 / (time.process_time() - start)
         health = alone("--load", port, "--seconds", options.seconds, stdin=kinds["health"][1])
         print(
-            f"\n{bundle.name}, {options.threads} thread(s); only answered: {health['requests_per_s']:,.0f} requests/s, "
-            f"client {health['client_cpu']:.2f} cores; one thread decodes {decoded:,.0f} images/s\n"
+            f"\n{bundle.name}, {options.threads} thread(s); without inference: "
+            f"{health['requests_per_s']:,.0f} requests/s, client {health['client_cpu']:.2f} cores; "
+            f"one thread decodes {decoded:,.0f} images/s\n"
         )
         columns = ("bare images/s", "served images/s", "ratio", "batch", "p50 ms", "p99 ms", "bare CPU us/image")
         heading("request", *columns, "server CPU us/image", "clients' cores")

@@ -18,9 +18,11 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def row(*cells: object) -> None:
-    """Print a row of a table in Markdown."""
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
+def row(*cells: object) -> str:
+    """Print a row of a table in Markdown, and return it."""
+    line = f"| {' | '.join(map(str, cells))} |"
+    print(line, flush=True)
+    return line
 
 
 def heading(*columns: object) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py [--rounds 7] [--quick]
 
-Fresh processes in turn: `upright fit --config configs/stn_lenet.yaml`, which ends at its first step, with W&B off and
-offline; and a Python that only imports the modules of that run. Medians of seconds; the last columns are the time of
-`fit` beyond the imports, round by round.
+Two fresh processes take turns: `upright fit --config configs/stn_lenet.yaml`, which ends at its first step, and a
+Python that only imports the modules of that run. Both run with W&B off and offline. The table has medians in seconds.
+Its last columns are the time of `fit` beyond the imports of the same round.
 """
 
 import os
@@ -55,7 +55,7 @@ def imports(wandb: str) -> float:
 def main() -> None:
     """Print a table."""
     parser = command_line(__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds; default: 7")
     options = parser.parse_args()
     heading("W&B", "fit to its first step, s", "its imports, s", "beyond the imports, s", "least", "greatest")
     with tempfile.TemporaryDirectory() as name:

@@ -1,10 +1,10 @@
-"""Run studies one after the other, and write their results to docs/studies.md.
+"""Run studies one after the other, and write their results to docs/explanation/studies.md.
 
     python benchmarks/studies.py [NAME ...] [--seeds 3] [--gather] [--quick]
 
-All of them by default. A study that was interrupted is resumed. ``--gather`` runs nothing and collects the results of
-earlier runs; ``--quick`` runs `upright study NAME --quick` and leaves the page as it is. The page has a section per
-study, as ``upright study`` wrote it. The plots are beside it in docs/studies/.
+By default all studies run. An interrupted study is resumed. ``--gather`` runs nothing and collects the results of
+earlier runs. ``--quick`` runs `upright study NAME --quick` and does not change the page. The page has the output of
+``upright study`` for each study, and the plots are in docs/explanation/studies/.
 """
 
 import importlib
@@ -20,20 +20,25 @@ from upright.evidence import studies
 from upright.evidence.study import claim_and_protocol
 
 NAMES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs/explanation"
 NOT_RUN = "**Not run yet.**"
-HEAD = """# Studies: claims of textbooks, measured
+HEAD = """# Studies: textbook claims, measured
 
-`upright study NAME` runs a study, `upright study` lists all of them, and `--quick` shows within seconds that one runs.
-Each study is a short file in `src/upright/evidence/studies/`. Its docstring is the claim and the protocol, written
-before the runs. A claim that does not hold is reported as such. Tables give means ± standard deviations over seeds;
-bands in plots go from the smallest to the largest value. On two cores, halve the processor time. `python
-benchmarks/studies.py` writes this page.
+Run a study with `upright study NAME`. `upright study` lists all of them, and `--quick` shows within seconds that one
+runs.
+
+- Each study is a short file in `src/upright/evidence/studies/`. Its docstring is the claim and the protocol, written
+  before the runs.
+- A claim that does not hold is reported as such.
+- Tables give means ± standard deviations over seeds. Bands in plots go from the smallest to the largest value.
+- The cost is processor time. On two cores, halve it.
+
+`python benchmarks/studies.py` runs all studies and writes this page.
 """
 
 
 def gather(root: Path) -> None:
-    """Collect the pages of the studies in docs/studies.md; keep the sections of studies without new results."""
+    """Write docs/explanation/studies.md; keep the sections of studies without new results."""
     page = DOCS / "studies.md"
     old = page.read_text() if page.exists() else ""
     parts = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in re.split(r"^## ", old, flags=re.M)[1:]}
@@ -56,8 +61,8 @@ def main() -> None:
     """Run the studies, then gather their results."""
     parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    parser.add_argument("--gather", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default: 3")
+    parser.add_argument("--gather", action="store_true", help="only collect the results of earlier runs")
     options = parser.parse_args()
     limits = ["--quick", "--seeds", "2"] if options.quick else ["--seeds", str(options.seeds)]
     for name in () if options.gather else options.names:

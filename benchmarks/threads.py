@@ -2,8 +2,9 @@
 
     python benchmarks/threads.py [--seconds 3] [--rounds 5] [--quick]
 
-Steps of `ImageClassifier`'s model with AdamW, in batches of 128, 28 x 28. All numbers of threads run in turn, in fresh
-processes, each quiet and beside the busy one; medians, relative to as many threads as cores on a quiet machine.
+It measures steps of `ImageClassifier`'s model with AdamW, in batches of 128 images of 28 x 28. All numbers of threads
+take turns in fresh processes, each on a quiet machine and beside a busy process. The table has medians, relative to one
+thread per core on a quiet machine.
 """
 
 import statistics
@@ -73,8 +74,8 @@ def measure(network: str, threads: int, seconds: float, *, busy: bool) -> float:
 def main() -> None:
     """Print a table."""
     parser = command_line(__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement; default: 3")
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement; default: 3")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; default: 5")
     options = parser.parse_args()
     cores = joblib.cpu_count()
     networks, counts = list(NETWORKS), sorted({1, max(1, cores - 1), cores})

@@ -2,18 +2,18 @@
 
     python benchmarks/training.py [--rounds 7] [--images 12800] [--only lenet] [--quick]
 
-All train in one process, an epoch each in turn. The rivals' epochs run inside a hook of the `upright fit` that is
-measured; from one such hook to the next it only runs its own epoch: training, validation, checkpoints, metrics,
-schedule, logging. Images are random, in memory, 28 x 28; a seventh as many are validated. The ratio is taken round by
+All train in one process and take turns after every epoch. The rivals' epochs run inside a hook of the measured `upright
+fit`. From one such hook to the next, `fit` runs only its own epoch: training, validation, checkpoints, metrics,
+schedule, logging. Images are random, in memory, 28 x 28; a seventh as many are validated. The ratio is that of each
 round, without the first one.
 
-The bare loop: the same network, uint8 images in one tensor, normalised by two operations, the same augmentation, fused
-AdamW and one-cycle schedule, the loss summed without waiting, accuracy and loss of the validation images without
-gradients. It saves nothing and measures nothing else.
+The bare loop has the same network, augmentation, fused AdamW and one-cycle schedule. Its uint8 images are in one
+tensor, normalised by two operations. It sums the loss without waiting for the device, and computes accuracy and loss of
+the validation images without gradients. It saves nothing and has no other metrics.
 
-The usual pipeline: a Dataset that gives one image at a time as Pillow has it, normalised, a DataLoader without workers
-(two were slower), torchmetrics for loss and accuracy at every step, a progress bar (of rich, if it is installed), Adam;
-as in lightning-hydra-template with its own network, 784-64-128-64-10 with batch normalisation.
+The usual pipeline is that of lightning-hydra-template: a Dataset that returns one normalised image at a time from
+Pillow, a DataLoader without workers (two were slower), torchmetrics for loss and accuracy at every step, a progress bar
+(of rich, if it is installed), and Adam. It has its own network, 784-64-128-64-10 with batch normalisation.
 """
 
 import argparse
@@ -275,10 +275,10 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 def main() -> None:
     """Print a table."""
     parser = command_line(__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
-    parser.add_argument("--images", type=int, default=12800, help="of an epoch; default: 12800")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds; default: 7")
+    parser.add_argument("--images", type=int, default=12800, help="images per epoch; default: 12800")
     parser.add_argument("--wandb", default="off", choices=("off", "offline"), help="default: off")
-    parser.add_argument("--only", choices=tuple(NETWORKS), help="one network")
+    parser.add_argument("--only", choices=tuple(NETWORKS), help="measure only this network")
     options = parser.parse_args()
     rows = [
         ("lenet", 128, "plain"),

@@ -3,7 +3,7 @@
     python benchmarks/transformer.py [--size 28] [--quick]
 
 Both are the same block (localiser, affine grid, bilinear sampler; 28 x 28 grey, opset 18) with the same weights. They
-run in turn, and the ratio is taken round by round: the median, and the least and greatest of nine rounds.
+take turns. The ratio is the median of nine rounds, with the least and the greatest.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What many tests share: the checkout, a command line, one small trained run and its bundle, the part of slow tests."""
+"""Fixtures of many tests: a command line, a small trained run and its bundle; and the choice of slow tests."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from tests.data.formats import write_all
 
-# As many threads as cores in every one of several processes is many times slower; set before torch is imported.
+# Several processes with a thread per core would be many times slower. Set this before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +31,15 @@ T = TypeVar("T")
 
 
 def slow_part(tests: Sequence[T], commit: str) -> Sequence[T]:
-    """Return the part of the slow tests that a commit's hash chooses: every `SLOW_PARTS`-th, so that long tests of one
-    file go to different parts.
+    """Return the part of the slow tests that the hash of a commit chooses.
+
+    A part has every `SLOW_PARTS`-th test, so that long tests of one file are in different parts.
     """
     return tests[int(commit, 16) % SLOW_PARTS :: SLOW_PARTS]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow-part", metavar="COMMIT", help="of the slow tests, run the part that this hash chooses")
+    parser.addoption("--slow-part", metavar="COMMIT", help="run only the part of the slow tests that this hash chooses")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -48,7 +49,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Move slow tests to the front, so that no worker begins a long one last, and deselect those of other parts."""
+    """Move slow tests to the front, so that no worker starts a long test last. Deselect tests of other parts."""
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = [item for item in items if not item.get_closest_marker("slow")]
     commit = config.getoption("--slow-part")
@@ -69,14 +70,17 @@ WriteGraph = Callable[..., None]
 
 @pytest.fixture(scope="session", autouse=True)
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 500 digits of scikit-learn as every published dataset, and set UPRIGHT_DATA; import none of the heavy."""
+    """Write 500 digits of scikit-learn in the format of every published dataset, and set UPRIGHT_DATA.
+
+    This fixture imports no heavy package.
+    """
     package = find_spec("sklearn")
     assert package is not None and package.origin is not None
     table = np.loadtxt(
         Path(package.origin).parent / "datasets/data/digits.csv.gz", np.uint8, delimiter=",", max_rows=500
     )
     pixels = (table[:, :64] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
-    # As in MNIST, 20 of 28 pixels are the digit's.
+    # As in MNIST, a digit covers 20 of 28 pixels.
     digits = pixels.repeat(5, axis=1).repeat(5, axis=2)[:, ::2, ::2]
     images = np.pad(digits, ((0, 0), (4, 4), (4, 4)))
     root = tmp_path_factory.mktemp("data")
@@ -102,7 +106,7 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def graph_store(session_folder: Path) -> WriteGraph:
-    """Return a `write_graph` that traces equal weights in one form once, and then copies the file."""
+    """Return a `write_graph` that traces a model once for each form. For equal weights, it copies the file."""
     import torch
 
     from upright.exporting.graph import write_graph
@@ -135,13 +139,13 @@ def graph_store(session_folder: Path) -> WriteGraph:
 
 @pytest.fixture
 def traced_once(graph_store: WriteGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `upright export` reuse the graph of an equal model: `pytestmark = pytest.mark.usefixtures("traced_once")`."""
+    """Make `upright export` reuse graphs of equal models: `pytestmark = pytest.mark.usefixtures("traced_once")`."""
     monkeypatch.setattr("upright.exporting.export.write_graph", graph_store)
 
 
 @pytest.fixture
 def fewer_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `Digits` have 600 images instead of 1,797: for tests of commands whose figures do not matter."""
+    """Reduce `Digits` from 1,797 to 600 images, for tests that do not check numbers."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -151,11 +155,11 @@ def fewer_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Upright]:
-    """Run a verb in an empty folder: `upright("fit", "--config", path)`."""
+    """Return a function that runs a command in an empty folder: `upright("fit", "--config", path)`."""
     from upright.cli import main
 
     monkeypatch.chdir(tmp_path)
-    # What a verb adds to it is this test's alone.
+    # Restore the path after the test, because commands append to it.
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments: object) -> Answer:
@@ -164,7 +168,7 @@ def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return Answer(code, *capsys.readouterr())
 
     yield run
-    # Tests write modules of the same name into folders of their own.
+    # Unload modules of this test, because other tests write modules with the same names.
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
@@ -192,26 +196,26 @@ def trained(session_folder: Path, graph_store: WriteGraph) -> Path:
 
 @pytest.fixture
 def run_folder(trained: Path, tmp_path: Path) -> Path:
-    """An own copy of the trained run, of which nobody has opened the test split."""
-    opened = shutil.ignore_patterns("test_openings.jsonl")
-    shutil.copytree(trained / "checkpoints/small", tmp_path / "checkpoints/small", ignore=opened)
+    """A copy of the trained run, which the test may change. It was not evaluated on the test split."""
+    log = shutil.ignore_patterns("test_openings.jsonl")
+    shutil.copytree(trained / "checkpoints/small", tmp_path / "checkpoints/small", ignore=log)
     return tmp_path / "checkpoints/small"
 
 
 @pytest.fixture
 def bundle(trained: Path, tmp_path: Path) -> Path:
-    """An own copy of the bundle."""
+    """A copy of the bundle, which the test may change."""
     shutil.copytree(trained / "export/small", tmp_path / "export/small")
     return tmp_path / "export/small"
 
 
 @pytest.fixture
 def no_process_group_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take down what Lightning's strategies set up in this process: the group of processes, and where they meet."""
+    """Undo the settings of Lightning's strategies in this process: the process group and its environment variables."""
     import torch
 
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "RANK"):
-        # Noted as it is now, and so restored, whatever sets it in the test.
+        # monkeypatch records the current value, and so restores it after the test.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield

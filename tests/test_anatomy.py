@@ -11,31 +11,32 @@ def layers(network: nn.Module, *input_shape: int) -> list[Layer]:
     return describe(network, input_shape).layers
 
 
-def test_lenet_as_by_hand() -> None:
-    found = describe(LeNet((1, 28, 28), 10), (1, 28, 28))
+def test_lenet_matches_a_computation_by_hand() -> None:
+    description = describe(LeNet((1, 28, 28), 10), (1, 28, 28))
     columns = [
         (row.kind, row.output, row.receptive_field, row.jump, row.parameters, row.multiply_adds)
-        for row in found.layers
+        for row in description.layers
         if row.kind not in ("Tanh", "Flatten")
     ]
-    whole, no_jump = (28, 28), (0, 0)
+    image, no_jump = (28, 28), (0, 0)
     assert columns == [
         ("Conv2d", (6, 28, 28), (5, 5), (1, 1), 6 * 25 + 6, 6 * 25 * 28 * 28),
         ("AvgPool2d", (6, 14, 14), (6, 6), (2, 2), 0, 0),
         ("Conv2d", (16, 10, 10), (14, 14), (2, 2), 16 * 6 * 25 + 16, 16 * 6 * 25 * 10 * 10),
         ("AvgPool2d", (16, 5, 5), (16, 16), (4, 4), 0, 0),
-        ("Linear", (120,), whole, no_jump, 400 * 120 + 120, 400 * 120),
-        ("Linear", (84,), whole, no_jump, 120 * 84 + 84, 120 * 84),
-        ("Linear", (10,), whole, no_jump, 84 * 10 + 10, 84 * 10),
+        ("Linear", (120,), image, no_jump, 400 * 120 + 120, 400 * 120),
+        ("Linear", (84,), image, no_jump, 120 * 84 + 84, 120 * 84),
+        ("Linear", (10,), image, no_jump, 84 * 10 + 10, 84 * 10),
     ]
-    assert [row.name for row in found.layers[:2]] == ["features.0", "features.1"]
-    assert found.layers[0].window == Window((5, 5), (1, 1), (2, 2))
-    assert found.layers[2].window == Window((2, 2), (2, 2), (0, 0)) and found.layers[1].window is None
-    totals = found.totals
+    rows = description.layers
+    assert [row.name for row in rows[:2]] == ["features.0", "features.1"]
+    assert rows[0].window == Window((5, 5), (1, 1), (2, 2))
+    assert rows[2].window == Window((2, 2), (2, 2), (0, 0)) and rows[1].window is None
+    totals = description.totals
     assert totals.parameters == totals.trainable == 61_706 and totals.megabytes == pytest.approx(0.246824)
     assert totals.multiply_adds == 416_520
     assert totals.activations == 2 * 4704 + 1176 + 2 * 1600 + 400 + 400 + 2 * (120 + 84) + 10
-    assert found.warnings == []
+    assert description.warnings == []
 
 
 def test_shares_of_a_dense_layer() -> None:
@@ -46,7 +47,7 @@ def test_shares_of_a_dense_layer() -> None:
     assert (rows[-1].connections, rows[-1].weights) == (1, 1)
 
 
-def test_every_output_is_as_the_formula_says() -> None:
+def test_output_shapes_match_the_formula() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 8, (7, 3), stride=(2, 1), padding=(3, 0)),
         nn.MaxPool2d(3, 2, padding=1),
@@ -64,14 +65,14 @@ def test_every_output_is_as_the_formula_says() -> None:
     assert row.receptive_field == (37, 23) and row.jump == (8, 4)
 
 
-def test_what_the_formula_does_not_say_is_marked() -> None:
+def test_layers_outside_the_formula_are_marked() -> None:
     rows = layers(nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.ConvTranspose2d(1, 1, 2, 2)), 1, 8, 8)
     assert rows[0].kind == "MaxPool2d (ceil)" and rows[0].output == (1, 4, 4)
     assert rows[1].window is None and rows[1].receptive_field == (8, 8)
 
 
 class Branches(nn.Module):
-    """Two branches side by side, one around, one that takes every second pixel."""
+    """Two parallel branches, and a residual connection that takes every second pixel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ def test_the_largest_field_of_branches_counts() -> None:
     assert [row.jump for row in rows] == [(1, 1), (1, 1), (1, 1), (2, 2), (2, 2)]
 
 
-def test_every_second_pixel_widens_the_steps() -> None:
+def test_slicing_with_a_step_increases_the_jump() -> None:
     class Every(nn.Module):
         def forward(self, maps: Tensor) -> Tensor:
             return maps[:, :, ::2, ::3]
@@ -99,7 +100,7 @@ def test_every_second_pixel_widens_the_steps() -> None:
     assert row.receptive_field == (1, 1) and conv.receptive_field == (5, 7) and conv.jump == (2, 3)
 
 
-def test_what_averages_over_the_image_sees_all_of_it() -> None:
+def test_a_mean_over_the_image_depends_on_all_of_it() -> None:
     class Gate(nn.Module):
         def forward(self, maps: Tensor) -> Tensor:
             return maps * maps.mean(dim=(2, 3), keepdim=True).sigmoid()
@@ -112,13 +113,13 @@ def test_what_averages_over_the_image_sees_all_of_it() -> None:
     ]
 
 
-def test_local_response_normalisation_stays_in_its_place() -> None:
+def test_local_response_normalisation_does_not_enlarge_the_field() -> None:
     rows = layers(nn.Sequential(nn.Conv2d(1, 8, 3), nn.LocalResponseNorm(5), nn.Dropout()), 1, 9, 9)
     assert [row.receptive_field for row in rows] == [(3, 3)] * 3
 
 
 class Rows(nn.Module):
-    """The image as a sequence of rows."""
+    """An LSTM and attention over the rows of the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,19 +137,19 @@ def test_recurrent_layers_and_attention(device: str) -> None:
         lstm, attention = layers(Rows(), 1, 8, 8)
     assert lstm.output == (8, 5) and lstm.receptive_field == (8, 8)
     assert lstm.parameters == 4 * 5 * (8 + 5 + 2) and lstm.multiply_adds == 8 * 4 * 5 * (8 + 5)
-    # Its output projection is a module inside it that never runs as one.
+    # The output projection of the attention is a submodule that is never called.
     assert attention.kind == "MultiheadAttention" and attention.parameters == 4 * (5 * 5 + 5)
 
 
-def test_a_layer_that_runs_twice_computes_twice_and_weighs_once() -> None:
+def test_parameters_of_a_layer_that_runs_twice_count_once() -> None:
     layer = nn.Linear(6, 6)
-    found = describe(nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer), (1, 2, 3))
-    first, second = (row for row in found.layers if row.kind == "Linear")
-    assert first.parameters == found.totals.parameters == 42 and second.parameters == 0
-    assert first.multiply_adds == second.multiply_adds == 36 and found.totals.multiply_adds == 72
+    description = describe(nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer), (1, 2, 3))
+    first, second = (row for row in description.layers if row.kind == "Linear")
+    assert first.parameters == description.totals.parameters == 42 and second.parameters == 0
+    assert first.multiply_adds == second.multiply_adds == 36 and description.totals.multiply_adds == 72
 
 
-def test_what_is_outside_of_layers_is_counted() -> None:
+def test_operations_outside_of_layers_are_counted() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,19 +159,19 @@ def test_what_is_outside_of_layers_is_counted() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.used(images) @ self.matrix
 
-    found = describe(Odd(), (1, 2, 2))
-    assert found.layers[-1] == Layer("(elsewhere)", "", None, (), None, None, 12 + 8, 8, 0)
-    assert found.totals.parameters == 20 and found.totals.trainable == 12
+    description = describe(Odd(), (1, 2, 2))
+    assert description.layers[-1] == Layer("(elsewhere)", "", None, (), None, None, 12 + 8, 8, 0)
+    assert description.totals.parameters == 20 and description.totals.trainable == 12
 
 
-def test_behind_a_spatial_transformer_everything_sees_the_whole_image() -> None:
+def test_after_a_spatial_transformer_the_field_is_the_complete_image() -> None:
     rows = layers(nn.Sequential(SpatialTransformer((1, 28, 28)), LeNet((1, 28, 28), 10)), 1, 28, 28)
-    inside, *_, behind = (row for row in rows if row.kind == "Conv2d" and row.name.endswith(("layers.1", "features.0")))
+    inside, *_, after = (row for row in rows if row.kind == "Conv2d" and row.name.endswith(("layers.1", "features.0")))
     assert inside.receptive_field == (10, 10)
-    assert behind.receptive_field == (28, 28) and behind.jump == (0, 0)
+    assert after.receptive_field == (28, 28) and after.jump == (0, 0)
 
 
-def test_nothing_stays_on_the_network() -> None:
+def test_hooks_are_removed_after_an_error() -> None:
     class Broken(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             raise RuntimeError("broken")
@@ -181,13 +182,13 @@ def test_nothing_stays_on_the_network() -> None:
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in network.modules())
 
 
-def warned(*modules: nn.Module) -> Description:
+def described(*modules: nn.Module) -> Description:
     return describe(nn.Sequential(*modules), (3, 64, 64))
 
 
-def test_a_cliff_is_warned_of() -> None:
-    (text,) = warned(nn.Conv2d(3, 96, 11, 4, 2), nn.MaxPool2d(2)).warnings
-    assert text.startswith("0 (Conv2d) leaves 225 of 4,096 positions, 1 in 18; smaller strides")
+def test_a_large_reduction_gets_a_warning() -> None:
+    (text,) = described(nn.Conv2d(3, 96, 11, 4, 2), nn.MaxPool2d(2)).warnings
+    assert text.startswith("0 (Conv2d) keeps 225 of 4,096 positions, 1 in 18; smaller strides")
 
 
 @pytest.mark.parametrize(
@@ -199,5 +200,5 @@ def test_a_cliff_is_warned_of() -> None:
     ],
     ids=["steps", "global pooling", "classifier"],
 )
-def test_steps_and_heads_are_not_warned_of(modules: tuple[nn.Module, ...]) -> None:
-    assert warned(*modules).warnings == []
+def test_small_reductions_and_heads_get_no_warning(modules: tuple[nn.Module, ...]) -> None:
+    assert described(*modules).warnings == []

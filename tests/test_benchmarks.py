@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Arguments beside --quick; the benchmarks in the default suite take a few seconds.
+# Arguments in addition to --quick. The default suite runs FAST, which takes a few seconds.
 FAST = {"augmentation": [], "serving": []}
 SLOW = {
     "loading": [],
@@ -29,7 +29,7 @@ def test_every_benchmark_is_tested() -> None:
 
 
 def test_the_docs_name_benchmarks_that_exist() -> None:
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml")]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.yaml")]
     names = {name for page in pages for name in re.findall(r"benchmarks/(\w+)\.py", page.read_text(encoding="utf-8"))}
     assert names and names <= FAST.keys() | SLOW.keys()
 

@@ -1,8 +1,9 @@
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Upright
+from tests.conftest import ROOT, Upright
 from upright.cli import COMMANDS
 from upright.options import LIGHTNING
 
@@ -14,20 +15,21 @@ def test_the_overview_names_every_command(upright: Upright) -> None:
 
 
 @pytest.mark.parametrize("command", LIGHTNING)
-def test_the_help_of_lightnings_commands_begins_with_ours(upright: Upright, command: str) -> None:
+def test_the_help_of_lightning_commands_is_short(upright: Upright, command: str) -> None:
     short = upright(command, "--help")
     assert short.code == 0 and "--ckpt_path" in short.out and len(short.out.splitlines()) < 60
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_:
         upright(command, "--help_all")
-    assert end.value.code == 0
+    assert exit_.value.code == 0
 
 
 def test_version(upright: Upright) -> None:
-    assert upright("--version").out == "upright 0.1.0\n"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert upright("--version").out == f"upright {version}\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "message"),
     [
         (("exprot",), "unknown command 'exprot'. Did you mean 'export'? Commands: fit, validate"),
         (("export",), "export: the following arguments are required: checkpoint"),
@@ -38,13 +40,13 @@ def test_version(upright: Upright) -> None:
         (("infer", "b", "x.png", "--format", "xml"), "invalid choice: 'xml'"),
         (("study", "uprightnes"), "There is no study 'uprightnes'. Did you mean 'uprightness'?"),
         (("study", "uprightness", "--seeds", "1"), "--seeds must be at least 2 to show a spread, got 1"),
-        (("demo",), "start the demo in the checkout's own folder"),
+        (("demo",), "run `upright demo` in the root folder of the checkout"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    upright: Upright, tmp_path: Path, arguments: tuple[str, ...], text: str
+def test_a_mistake_prints_one_line_and_writes_no_files(
+    upright: Upright, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     answer = upright(*arguments)
-    assert answer.code == 2 and text in answer.err
+    assert answer.code == 2 and message in answer.err
     assert answer.err.startswith("upright: error: ") and answer.err.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import yaml
 from tests.conftest import ROOT, Upright
 
 
-def test_the_demo_runs_the_whole_line(upright: Upright, tmp_path: Path) -> None:
+def test_the_demo_runs_all_commands(upright: Upright, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     config = yaml.safe_load((tmp_path / "configs/stn_lenet.yaml").read_text())
     config["trainer"]["max_epochs"] = 2
@@ -19,7 +19,7 @@ def test_the_demo_runs_the_whole_line(upright: Upright, tmp_path: Path) -> None:
         assert f"\n$ upright {command} " in answer.out
     metrics = json.loads((tmp_path / "checkpoints/demo/test.json").read_text())["metrics"]
     assert f"PyTorch, from the datamodule    {metrics['test/accuracy']:.4f}" in answer.out
-    # The very pixels, through PNG files and the graph: the same answers.
+    # PNG files and the graph preserve the pixels, so the predictions are the same.
     assert f"ONNX Runtime, from PNG files    {metrics['test/accuracy']:.4f}" in answer.out
     assert f"Uprightness                       {metrics['test/uprightness']:.3f}" in answer.out
     assert len(list((tmp_path / "checkpoints/demo/test-images").rglob("*.png"))) == 1795

@@ -19,22 +19,22 @@ def test_every_config(config: Path, upright: Upright) -> None:
     answer = upright("describe", config)
     assert answer.code == 0 and answer.err == ""
     assert all(len(line) <= 120 for line in answer.out.splitlines()), answer.out
-    found = json.loads(upright("describe", config, "--format", "json").out)
+    description = json.loads(upright("describe", config, "--format", "json").out)
     for column in ("parameters", "multiply_adds", "activations"):
-        assert sum(layer[column] for layer in found["layers"]) == found["totals"][column]
+        assert sum(layer[column] for layer in description["layers"]) == description["totals"][column]
 
 
 def test_the_table(upright: Upright) -> None:
     lines = upright("describe", LENET).out.splitlines()
-    shown = {number: " ".join(lines[number].split()) for number in (0, 2, 8, 15)}
-    assert shown == {
+    rows = {number: " ".join(lines[number].split()) for number in (0, 2, 8, 15)}
+    assert rows == {
         0: "layer type f s p output field jump parameters multiply-adds activations dense %",
         2: "features.0 Conv2d 5 1 2 6 x 28 x 28 5 1 156 117,600 4,704 3.19",
         8: "classifier.0 Flatten 400 all 400",
         15: "total 61,706 416,520 15,002",
     }
     assert lines[17] == "input 1 x 28 x 28; 61,706 of 61,706 parameters are trained; 0.25 MB as float32"
-    # Numbers stand under each other.
+    # The numbers of a column end at the same position.
     end = lines[0].index("parameters") + len("parameters")
     assert [line[:end].split()[-1] for line in (lines[2], lines[5], lines[15])] == ["156", "2,416", "61,706"]
 
@@ -53,10 +53,10 @@ def test_markdown(upright: Upright) -> None:
 
 
 def test_json(upright: Upright) -> None:
-    found = json.loads(upright("describe", LENET, "--format", "json").out)
-    assert found["input"] == [1, 28, 28] and found["warnings"] == []
-    assert found["totals"]["parameters"] == 61_706
-    assert found["layers"][0] == {
+    description = json.loads(upright("describe", LENET, "--format", "json").out)
+    assert description["input"] == [1, 28, 28] and description["warnings"] == []
+    assert description["totals"]["parameters"] == 61_706
+    assert description["layers"][0] == {
         "name": "features.0",
         "kind": "Conv2d",
         "window": {"kernel": [5, 5], "stride": [1, 1], "padding": [2, 2]},
@@ -71,7 +71,7 @@ def test_json(upright: Upright) -> None:
     }
 
 
-def test_a_checkpoint_is_what_its_config_was(upright: Upright, run_folder: Path) -> None:
+def test_a_checkpoint_is_described_like_its_config(upright: Upright, run_folder: Path) -> None:
     from_config = upright("describe", ROOT / "configs/stn_lenet.yaml").out
     for source in (run_folder, run_folder / "last.ckpt", run_folder / "config.yaml"):
         assert upright("describe", source).out == from_config
@@ -98,13 +98,13 @@ class Careful(nn.Sequential):
 """
 
 
-def test_a_network_that_looks_at_its_values_and_a_warning(upright: Upright, tmp_path: Path) -> None:
+def test_a_network_that_depends_on_its_values_and_a_warning(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "careful.py").write_text(OWN)
     config = {"model": {"network": {"class_path": "careful.Careful"}}, "data": str(ROOT / "configs/data/digits.yaml")}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     texts = {format: upright("describe", "own.yaml", "--format", format).out for format in ("table", "markdown")}
-    assert "\nwarning: 0 (MaxPool2d) leaves 49 of 784 positions, 1 in 16; smaller strides" in texts["table"]
-    assert "\n- warning: 0 (MaxPool2d) leaves" in texts["markdown"]
+    assert "\nwarning: 0 (MaxPool2d) keeps 49 of 784 positions, 1 in 16; smaller strides" in texts["table"]
+    assert "\n- warning: 0 (MaxPool2d) keeps" in texts["markdown"]
     assert json.loads(upright("describe", "own.yaml", "--format", "json").out)["warnings"]
 
 
@@ -119,7 +119,7 @@ DIGITS = "data: {class_path: upright.data.digits.Digits, init_args: {size: %d, m
         ("- 1", "'own.yaml' needs a model.network with class_path and init_args, like configs/lenet.yaml."),
         (DIGITS % 28, "'own.yaml' needs a model.network"),
         ("model: {network: LeNet}", "'own.yaml' needs a model.network"),
-        (NETWORK % "", "'own.yaml' does not say what data it is for; give them with --data."),
+        (NETWORK % "", "'own.yaml' does not name its data; give a YAML of data with --data."),
         (NETWORK % "" + "data: 3", "'own.yaml' needs a class_path and init_args, like configs/data/digits.yaml."),
         (NETWORK % "" + "data: nope.yaml", "'nope.yaml' cannot be read: No such file or directory. Give a YAML file."),
         (
@@ -172,7 +172,7 @@ def test_every_network_is_described_without_being_run(case: Path | Variant) -> N
         ("{class_path: upright.architectures.mlp.MLP, init_args: {widths: [-3]}}", "cannot be built for images of"),
     ],
 )
-def test_a_network_that_cannot_be_is_one_line(recipe: str, text: str, upright: Upright, tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_built_is_one_line(recipe: str, text: str, upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"model:\n  network: {recipe}\ndata: {ROOT}/configs/data/digits.yaml\n")
     answer = upright("describe", "x.yaml")
     assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1

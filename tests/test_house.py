@@ -1,4 +1,4 @@
-"""How the house stands: who imports whom, what is light, what is installed."""
+"""Rules of the package: the direction of imports, light modules, and pinned dependencies."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ from upright.cli import COMMANDS
 from upright.options import LIGHTNING
 
 PACKAGE = ROOT / "src/upright"
-# Each may import itself and what stands before it (CONTRIBUTING.md).
+# A module may import modules of its own group and of earlier groups (CONTRIBUTING.md).
 ORDER = (
     ("errors", "files", "options", "recipes", "tables"),
     ("images",),
@@ -38,14 +38,14 @@ def part(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The parts of upright that a file imports, anywhere in it."""
-    found = set()
+    """Return the parts of upright that a file imports, anywhere in it."""
+    parts = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("upright.")}
-    return found
+        parts |= {name.split(".")[1] for name in names if name.startswith("upright.")}
+    return parts
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -54,14 +54,14 @@ def test_imports_run_one_way(path: Path) -> None:
         assert imported(path) == set()
         return
     above = {other for other in imported(path) if RANK[other] > RANK[part(path)]}
-    assert not above, f"{path.relative_to(ROOT)} imports {above}, which stand above it"
+    assert not above, f"{path.relative_to(ROOT)} imports {above}, which come after it in ORDER"
 
 
 def loaded_by(code: str) -> set[str]:
-    """What of the heavy packages a fresh interpreter has loaded after ``code``."""
+    """Return the heavy packages that a new interpreter has loaded after ``code``."""
     program = f"import sys\n{code}\nprint(*sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    return set(done.stdout.splitlines()[-1].split())
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(process.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def loaded_by(code: str) -> set[str]:
         "cli",
     ],
 )
-def test_the_runtime_is_light(module: str) -> None:
+def test_the_runtime_loads_no_heavy_package(module: str) -> None:
     assert loaded_by(f"import upright.{module}") == set()
 
 
@@ -93,22 +93,22 @@ def test_the_test_above_can_fail() -> None:
         *([command, "--help"] for command in [*LIGHTNING, *COMMANDS]),
     ],
 )
-def test_help_loads_nothing(arguments: list[str]) -> None:
+def test_help_loads_no_heavy_package(arguments: list[str]) -> None:
     code = f"from upright.cli import main\ntry:\n  main({arguments!r})\nexcept SystemExit:\n  pass"
     assert loaded_by(code) == set()
 
 
-def test_verify_and_infer_load_nothing_heavy(bundle: Path) -> None:
+def test_verify_and_infer_load_no_heavy_package(bundle: Path) -> None:
     for arguments in (["verify", str(bundle)], ["infer", str(bundle), str(bundle / "samples")]):
         assert loaded_by(f"from upright.cli import main\nassert main({arguments!r}) == 0") == set()
 
 
-def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_extra(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['lightning'] = None; from upright.cli import main; sys.exit(main(['fit', '-c', 'x']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "needs the package 'lightning': pip install 'upright[train]'" in done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 2 and "needs the package 'lightning': pip install 'upright[train]'" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,14 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
         *(("serve", package, "serve") for package in ("msgspec", "prometheus_client", "starlette", "uvicorn")),
     ],
 )
-def test_the_extra_of_a_command_is_named(command: str, package: str, extra: str) -> None:
+def test_the_error_names_the_extra_of_a_command(command: str, package: str, extra: str) -> None:
     code = (
         f"import sys; sys.modules['{package}'] = None; from upright.cli import main; sys.exit(main(['{command}', 'x']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"needs the package '{package}': pip install 'upright[{extra}]'" in done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        process.returncode == 2 and f"needs the package '{package}': pip install 'upright[{extra}]'" in process.stderr
+    )
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
@@ -131,11 +133,11 @@ def test_constraints_pin_every_direct_dependency() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
+    requirements = [
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
-    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in wanted} - {"upright"}
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements} - {"upright"}
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert set(pins) == names and pins["torch"] == "2.13.0"
 
@@ -145,8 +147,8 @@ def test_the_base_install_verifies_and_infers_without_torch(bundle: Path, tmp_pa
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", ROOT], check=True)
-    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout.lower()
-    assert "onnxruntime" in listed and not any(name in listed for name in ("torch", "lightning", "scikit"))
+    packages = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout.lower()
+    assert "onnxruntime" in packages and not any(name in packages for name in ("torch", "lightning", "scikit"))
     upright = tmp_path / "venv/bin/upright"
     subprocess.run([upright, "verify", bundle], check=True)
     subprocess.run([upright, "infer", bundle, bundle / "samples"], check=True)

@@ -24,19 +24,19 @@ def test_spec_survives_plain_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "message"),
     [
         ({"channels": 2}, "channels must be 1 .grey. or 3 .RGB., got 2"),
         ({"height": 0}, "at least 1x1 pixels, got 0x8"),
         ({"mean": (0.1, 0.2)}, "one number per channel"),
         ({"std": (0.0,)}, "std above 0"),
-        ({"classes": ("a", "a")}, "two classes of different names"),
+        ({"classes": ("a", "a")}, "at least two different names"),
         ({"resize": "fit"}, "resize must be one of stretch, crop, none; got 'fit'"),
         ({"background": 256}, "from 0 to 255, got 256"),
     ],
 )
-def test_spec_refuses(change: dict[str, object], text: str) -> None:
-    with pytest.raises(UprightError, match=text):
+def test_spec_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UprightError, match=message):
         ImageSpec(**{**vars(GREY), **change})
 
 
@@ -59,7 +59,7 @@ def test_sixteen_bits_keep_their_range() -> None:
     assert decode(png(Image.fromarray(values)), GREY)[..., 0].tolist() == [[0, 1, 0x7F, 0xFF]]
 
 
-def test_a_32_bit_picture_keeps_8_bits_and_refuses_more_than_16() -> None:
+def test_a_32_bit_image_keeps_8_bits_and_is_refused_above_16() -> None:
     def tiff(values: list[int]) -> bytes:
         file = io.BytesIO()
         Image.fromarray(np.array([values], dtype=np.int32)).save(file, "TIFF")
@@ -71,7 +71,7 @@ def test_a_32_bit_picture_keeps_8_bits_and_refuses_more_than_16() -> None:
         decode(tiff([0, 70000]), GREY)
 
 
-def test_a_changed_byte_is_never_more_than_an_error() -> None:
+def test_a_changed_byte_raises_no_other_error_than_ours() -> None:
     choose = random.Random(0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -79,9 +79,9 @@ def test_a_changed_byte_is_never_more_than_an_error() -> None:
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
         file = io.BytesIO()
         image.save(file, kind, exif=exif) if kind != "BMP" else image.save(file, kind)
-        whole = file.getvalue()
+        original = file.getvalue()
         for _ in range(200):
-            content = bytearray(whole)
+            content = bytearray(original)
             content[choose.randrange(min(len(content), 200))] = choose.randrange(256)
             try:
                 assert decode(bytes(content), RGB).shape[2] == 3
@@ -115,7 +115,7 @@ def test_exif_orientation_is_applied() -> None:
     image = Image.new("L", (4, 2))
     image.putpixel((0, 0), 255)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    exif[0x0112] = 6  # the camera was rotated: rotate the image by 90 degrees clockwise
     assert decode(png(image, exif=exif), GREY).shape == (4, 2, 1)
     assert decode(png(image, exif=exif), GREY)[0, 1, 0] == 255
 
@@ -127,15 +127,15 @@ def test_first_frame_of_an_animation() -> None:
     assert decode(file.getvalue(), GREY)[0, 0, 0] == 10
 
 
-def test_what_is_no_picture(tmp_path: Path) -> None:
-    whole = png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)))
-    for name, content, text in (
-        ("text.png", b"hello", "text.png' is not an image"),
-        ("empty.png", b"", "empty.png' is not an image"),
-        ("cut.png", whole[: len(whole) // 2], "cut.png' cannot be decoded"),
+def test_files_that_are_not_images(tmp_path: Path) -> None:
+    complete = png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)))
+    for name, content, message in (
+        ("text.png", b"hello", "text.png' is in none of the formats that can be read: BMP, GIF"),
+        ("empty.png", b"", "empty.png' is in none of the formats"),
+        ("truncated.png", complete[: len(complete) // 2], "truncated.png' cannot be decoded"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UprightError, match=text):
+        with pytest.raises(UprightError, match=message):
             decode(tmp_path / name, GREY)
     with pytest.raises(UprightError, match=r"nope.png' does not exist"):
         decode(tmp_path / "nope.png", GREY)
@@ -143,21 +143,21 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         decode(tmp_path, GREY)
 
 
-def test_a_picture_over_the_limit_is_not_decoded() -> None:
+def test_an_image_over_the_limit_is_not_decoded() -> None:
     with pytest.raises(UprightError, match=r"20x10 pixels are more than the limit of 199"):
         decode(png(Image.new("L", (20, 10))), GREY, max_pixels=199)
 
 
 @pytest.mark.parametrize(
-    ("array", "text"),
+    ("array", "message"),
     [
         (np.zeros((4, 4)), "must be uint8"),
         (np.zeros((4, 4, 2), np.uint8), r"shape .H, W.*got \(4, 4, 2\)"),
         (np.zeros((0, 4), np.uint8), r"got \(0, 4\)"),
     ],
 )
-def test_arrays_that_are_no_picture(array: np.ndarray, text: str) -> None:
-    with pytest.raises(UprightError, match=text):
+def test_arrays_that_are_not_images(array: np.ndarray, message: str) -> None:
+    with pytest.raises(UprightError, match=message):
         decode(array, GREY)
 
 

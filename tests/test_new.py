@@ -31,7 +31,7 @@ def project(upright: Upright, tmp_path: Path) -> Path:
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env={**os.environ, **environment},
@@ -40,8 +40,8 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    assert process.returncode == 0, process.stdout
+    return process.stdout
 
 
 def test_a_project_passes_ruff_and_its_config_goes_down_the_line(project: Path) -> None:

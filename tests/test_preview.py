@@ -15,7 +15,7 @@ DATA = sorted(path for path in ROOT.glob("configs/data/*.yaml") if path.stem not
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three classes: greys of 10, 20 and 30 levels a step, of two sizes, one of them twice and one unreadable."""
+    """A folder of three classes with 12 grey images each, in two sizes."""
     for label, name in enumerate(("dark", "grey", "a class with a very long name indeed")):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for number in range(12):
@@ -25,23 +25,23 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
-def test_every_data_yaml_can_be_looked_at(path: Path, upright: Upright) -> None:
+def test_every_data_yaml_has_a_preview(path: Path, upright: Upright) -> None:
     answer = upright("preview", path)
     assert answer.code == 0, answer.err
-    with Image.open("preview.png") as picture:
-        assert picture.width > 800 and picture.height > 500
+    with Image.open("preview.png") as image:
+        assert image.width > 800 and image.height > 500
     lines = answer.out.splitlines()
-    assert lines[0].split() == ["class", "train", "val", "test"] and lines[-1] == "Picture: preview.png"
+    assert lines[0].split() == ["class", "train", "val", "test"] and lines[-1] == "Plot: preview.png"
 
 
-def test_figures_are_those_of_the_data(pictures: Path, upright: Upright) -> None:
+def test_the_table_matches_the_data(pictures: Path, upright: Upright) -> None:
     answer = upright("preview", ROOT / "configs/data/folder.yaml", "--root", pictures, "--output", "own.png")
     assert answer.code == 0, answer.err
     table = {line[:24].strip(): line[24:].split() for line in answer.out.splitlines()}
     assert table["dark"] == ["8", "2", "2"] and table["all"] == ["24", "5", "7"]
     assert "a class with a very lo…" in table
     assert (
-        "Images come as from 10x20 to 40x30 (median of each 25x25); the network sees 3 x 32 x 32 (crop)." in answer.out
+        "Image size: 10x20 to 40x30 (median height and width: 25x25). Network input: 3 x 32 x 32 (crop)." in answer.out
     )
     pixels = [np.array(Image.open(path)).mean() for path in pictures.glob("*/*.png")]
     measured = float(answer.out.split("measured  mean [")[1].split(",")[0])
@@ -50,7 +50,7 @@ def test_figures_are_those_of_the_data(pictures: Path, upright: Upright) -> None
     assert Path("own.png").is_file() and not Path("preview.png").exists()
 
 
-def test_what_is_odd_is_said(pictures: Path, upright: Upright, tmp_path: Path) -> None:
+def test_duplicates_and_unreadable_images_are_reported(pictures: Path, upright: Upright, tmp_path: Path) -> None:
     (pictures / "dark/00.png").write_bytes(b"")
     (pictures / "grey/copy.png").write_bytes((pictures / "dark/01.png").read_bytes())
     recipe = yaml.safe_load((ROOT / "configs/data/folder.yaml").read_text())
@@ -62,25 +62,25 @@ def test_what_is_odd_is_said(pictures: Path, upright: Upright, tmp_path: Path) -
         "Note: 1 images have a duplicate in another class, for example 'dark/01.png' (dark) and 'grey/copy.png'"
         in answer.out
     )
-    assert "Note: 1 of 37 pictures cannot be read and are left out, for example 'dark/00.png'." in answer.out
+    assert "Note: 1 of 37 images cannot be read and are left out, for example 'dark/00.png'." in answer.out
     assert upright("preview", ROOT / "configs/data/folder.yaml", "--root", pictures).code == 2
 
 
-def test_an_experiment_a_run_and_a_checkpoint_show_their_data(run_folder: Path, upright: Upright) -> None:
-    of_config = upright("preview", ROOT / "configs/stn_lenet.yaml").out
-    assert of_config == upright("preview", run_folder).out == upright("preview", run_folder / "last.ckpt").out
-    assert "views of each" in of_config
+def test_a_config_a_run_and_a_checkpoint_give_the_same_preview(run_folder: Path, upright: Upright) -> None:
+    from_config = upright("preview", ROOT / "configs/stn_lenet.yaml").out
+    assert from_config == upright("preview", run_folder).out == upright("preview", run_folder / "last.ckpt").out
+    assert "views per image" in from_config
 
 
-def test_the_seed_is_that_of_the_augmented_copies(upright: Upright) -> None:
-    def picture(*options: object) -> bytes:
+def test_the_seed_changes_the_augmented_images(upright: Upright) -> None:
+    def png(*options: object) -> bytes:
         assert upright("preview", ROOT / "configs/data/digits.yaml", *options).code == 0
         return Path("preview.png").read_bytes()
 
-    assert picture() == picture("--seed", 0) != picture("--seed", 1)
+    assert png() == png("--seed", 0) != png("--seed", 1)
 
 
-def test_columns_are_of_different_classes_as_far_as_there_are() -> None:
+def test_columns_show_as_many_classes_as_possible() -> None:
     data = Digits()
     labels = torch.tensor(data.source.labels)[data.splits["val"]]
     chosen = _of_many_classes(data, "val", 13)
@@ -88,7 +88,7 @@ def test_columns_are_of_different_classes_as_far_as_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "message"),
     [
         (["nope.yaml"], "'nope.yaml' does not exist. Give a YAML like configs/data/digits.yaml"),
         ([ROOT / "pyproject.toml"], "is not a"),
@@ -97,7 +97,7 @@ def test_columns_are_of_different_classes_as_far_as_there_are() -> None:
         ([ROOT / "configs/data/digits.yaml", "--output", "no/folder.png"], "there is no folder 'no'"),
     ],
 )
-def test_bad_input(arguments: list[object], text: str, upright: Upright) -> None:
+def test_bad_input(arguments: list[object], message: str, upright: Upright) -> None:
     answer = upright("preview", *arguments)
-    assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+    assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
     assert not Path("preview.png").exists()

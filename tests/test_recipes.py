@@ -13,7 +13,7 @@ class Pair:
         self.first, self.second = first, second
 
 
-def test_there_and_back() -> None:
+def test_a_recipe_can_be_built_again() -> None:
     inner = partial(Pair, second=[1, 2.5, "x", None, True])
     data = recipe(partial(Pair, first=inner, second={"a": (1, 2), "b": Pair}))
     name = f"{__name__}.Pair"
@@ -46,13 +46,13 @@ class Outer:
     [lambda: 1, Pair(), partial(print, 1), open, Outer.Inner, partial(Pair, Outer)],
     ids=["lambda", "object", "call", "function", "nested", "positional"],
 )
-def test_what_cannot_be_rebuilt(part: object) -> None:
+def test_callables_that_cannot_be_rebuilt_are_refused(part: object) -> None:
     with pytest.raises(UprightError, match=r"cannot be written into a checkpoint.*functools\.partial"):
         recipe(part)
 
 
 @pytest.mark.parametrize(
-    ("path", "text"),
+    ("path", "message"),
     [
         ("collections.OrderdDict", "module 'collections' has no class 'OrderdDict'. Did you mean 'OrderedDict'?"),
         ("no.such.Thing", "cannot import module 'no.such'"),
@@ -60,13 +60,13 @@ def test_what_cannot_be_rebuilt(part: object) -> None:
         ("os.path.join", "has no class 'join'"),
     ],
 )
-def test_classes_that_do_not_exist(path: str, text: str) -> None:
-    with pytest.raises(UprightError, match=text):
+def test_classes_that_do_not_exist(path: str, message: str) -> None:
+    with pytest.raises(UprightError, match=message):
         load_class(path)
     assert load_class("collections.OrderedDict") is OrderedDict
 
 
-def test_arguments_are_noted_by_name_however_they_come() -> None:
+def test_positional_and_keyword_arguments_are_recorded_by_name() -> None:
     class Base(Recorded):
         def __init__(self, *, low: int = 1) -> None:
             self.low = low

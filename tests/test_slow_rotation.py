@@ -1,4 +1,4 @@
-"""The part of the slow tests that `.ci/run` adds to the default tests."""
+"""Rotation through the slow tests: `.ci/run` adds one part of them to the default tests."""
 
 import os
 import re
@@ -26,11 +26,11 @@ def test_a_commit_chooses_one_part() -> None:
 
 
 def collected(folder: Path, *options: str) -> tuple[list[str], str]:
-    """Return the names of the tests that pytest collects from ``folder``, and its whole output."""
+    """Return the names of the tests that pytest collects from ``folder``, and its output."""
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-p", "tests.conftest"]
     command += ["-p", "no:cacheprovider", "--collect-only", *options, folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return re.findall(r"<Function (\w+(?:\[\w+\])?)>", done.stdout), done.stdout
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"<Function (\w+(?:\[\w+\])?)>", output), output
 
 
 def test_the_option_adds_one_part_in_front_of_the_default_tests(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_the_option_adds_one_part_in_front_of_the_default_tests(tmp_path: Path) 
     assert f"{2 * SLOW_PARTS - 2} deselected" in output
 
 
-def test_ci_passes_its_commit_and_its_failure_on(tmp_path: Path) -> None:
-    """In a shallow clone, with a `make` that records its arguments and fails."""
+def test_ci_passes_the_commit_to_make_and_returns_its_exit_code(tmp_path: Path) -> None:
+    # Run it in a shallow clone, with a `make` that prints its arguments and fails.
     subprocess.run(["git", "init", "-q", tmp_path / "origin"], check=True)
     git = ["git", "-C", tmp_path / "origin", "-c", "user.name=a", "-c", "user.email=a@b"]
     for message in ("one", "two"):
@@ -61,9 +61,9 @@ def test_ci_passes_its_commit_and_its_failure_on(tmp_path: Path) -> None:
     make.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
     make.chmod(0o755)
     environment = {**os.environ, "PATH": f"{make.parent}:{os.environ['PATH']}"}
-    done = subprocess.run([run], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run([run], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    assert done.returncode == 3 and done.stdout == f"test\nPYTEST_OPTIONS=-m '' --slow-part {commit}\n"
+    assert process.returncode == 3 and process.stdout == f"test\nPYTEST_OPTIONS=-m '' --slow-part {commit}\n"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob(".github/workflows/*.yml")), ids=lambda path: path.stem)

@@ -25,11 +25,11 @@ def test_identity_changes_nothing(images: torch.Tensor) -> None:
     torch.testing.assert_close(warp(images, identity(2)), images)
 
 
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_right_angles_equal_rot90(turns: int) -> None:
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_right_angles_equal_rot90(quarters: int) -> None:
     square = torch.rand(2, 1, 8, 8)
-    turned = warp(square, rotation(torch.full((2,), turns * math.pi / 2)))
-    torch.testing.assert_close(turned, torch.rot90(square, turns, (2, 3)), atol=1e-5, rtol=0)
+    rotated = warp(square, rotation(torch.full((2,), quarters * math.pi / 2)))
+    torch.testing.assert_close(rotated, torch.rot90(square, quarters, (2, 3)), atol=1e-5, rtol=0)
 
 
 def test_points_equal_torchs_affine_grid(images: torch.Tensor) -> None:
@@ -40,16 +40,16 @@ def test_points_equal_torchs_affine_grid(images: torch.Tensor) -> None:
     torch.testing.assert_close(sample(images, points, 9, 13), grid_sample(images, grid, align_corners=False))
 
 
-def test_an_oblong_image_is_rotated_without_shear() -> None:
-    # A bar along x in a 20 x 40 image is, after a quarter turn, a bar along y of the same length and width.
+def test_a_wide_image_is_rotated_without_shear() -> None:
+    # Rotation by 90 degrees maps a bar along x in a 20 x 40 image to a bar along y of the same length and width.
     image = torch.zeros(1, 1, 20, 40)
     image[..., 9:11, 14:26] = 1
-    turned = warp(image, rotation(torch.tensor([math.pi / 2]), aspect=2.0))
-    rows, columns = (turned[0, 0] > 0.5).nonzero().T
+    rotated = warp(image, rotation(torch.tensor([math.pi / 2]), aspect=2.0))
+    rows, columns = (rotated[0, 0] > 0.5).nonzero().T
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 15, 19, 20)
 
 
-def test_warping_twice_is_composing() -> None:
+def test_warping_twice_equals_warping_by_the_product() -> None:
     smooth = interpolate(torch.rand(1, 1, 5, 5), (64, 64), mode="bicubic")
     first, second = rotation(torch.tensor([0.2])), rotation(torch.tensor([0.3]))
     twice, once = warp(warp(smooth, first), second), warp(smooth, first @ second)
@@ -77,6 +77,6 @@ def test_resize_to_the_same_size_changes_no_bit(images: torch.Tensor, rule: str)
 
 def test_crop_takes_the_largest_centred_box(images: torch.Tensor) -> None:
     torch.testing.assert_close(resize(images, 9, 9, "crop"), images[..., 2:11])
-    inside = (..., slice(None), slice(2, -2))  # a crop still sees what is beyond its left and right border
+    inside = (..., slice(None), slice(2, -2))  # the filter of a crop also reads pixels beyond its left and right border
     enlarged = resize(images[..., 2:11], 18, 18)
     torch.testing.assert_close(resize(images, 18, 18, "crop")[inside], enlarged[inside])

@@ -1,4 +1,4 @@
-"""The layers of a network: output shapes, receptive fields, parameters, multiply-adds."""
+"""Describe the layers of a network: output shapes, receptive fields, parameters, multiply-adds."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from upright.internals.torch import ADAPTIVE_POOLS, BATCH_NORM, OperatorObserver
 
 Shape = tuple[int, ...]
 
-CLIFF = 8
-"""Factor of positions: a layer that reduces them by more, to more than one position, gets a warning."""
+MAX_REDUCTION = 8
+"""A layer gets a warning if it divides the number of positions by more than this and keeps more than one position."""
 ELSEWHERE = "(elsewhere)"
 """Name of the row for operations and parameters outside of all layers."""
 
@@ -32,15 +32,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Layer:
-    """One run of a module without submodules that run; or all operations outside of such modules.
+    """One call of a module whose submodules are not called; or all operations outside of such modules.
 
     Args:
         name: path of the module in the network.
         kind: class of the module.
         window: window of a convolution or pooling.
         output: shape of the output for one image.
-        receptive_field: rows and columns of the image that one output position sees; None if unknown.
-        jump: rows and columns of the image between neighbouring positions; 0 if all see the whole image.
+        receptive_field: rows and columns of the image that influence one output position; None if unknown.
+        jump: rows and columns of the image between neighbouring positions; 0 if all depend on the complete image.
         parameters: number of parameters, without those of earlier layers.
         multiply_adds: multiply-adds of convolutions and matrix products, without biases, for one image.
         activations: number of output values for one image.
@@ -133,10 +133,10 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
         earlier_parameters.update(parameters)
         if image.ndim == output.ndim == 4:
             inputs, outputs = prod(image.shape[2:]), prod(output.shape[2:])
-            if 1 < outputs < inputs / CLIFF:
+            if 1 < outputs < inputs / MAX_REDUCTION:
                 warnings.append(
-                    f"{layer.name} ({layer.kind}) leaves {outputs:,} of {inputs:,} positions, "
-                    f"1 in {inputs / outputs:.0f}; smaller strides in more than one layer lose less."
+                    f"{layer.name} ({layer.kind}) keeps {outputs:,} of {inputs:,} positions, "
+                    f"1 in {inputs / outputs:.0f}; smaller strides in several layers lose less detail."
                 )
 
     hooks = [module.register_forward_pre_hook(before) for module in names]
@@ -174,7 +174,7 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _rnn_flops(sequence: Shape, input_weight: Shape, state_weight: Shape, *_: Any, **__: Any) -> int:
-    """Count the flops of a recurrent layer, which is one operation on the CPU that torch does not count."""
+    """Return the flops of a recurrent layer. On the CPU it is one operation, whose flops torch does not count."""
     return 2 * prod(sequence[:-1]) * (prod(input_weight) + prod(state_weight))
 
 
@@ -195,7 +195,7 @@ def _pair(value: Any) -> tuple[Any, ...]:
 
 
 class _Field(NamedTuple):
-    """Receptive field and jump, rows and columns."""
+    """Receptive field and jump, each as rows and columns."""
 
     size: Shape
     jump: Shape
@@ -204,7 +204,7 @@ class _Field(NamedTuple):
 _LOCAL = {
     *(aten.view, aten.expand, aten.unsqueeze, aten.squeeze, aten.select, aten.unbind),
     *(aten.split, aten.split_with_sizes, aten.cat, aten.stack),
-    # By convention the statistics of a normalisation do not count.
+    # By convention the statistics of a normalisation do not enlarge the receptive field.
     *(BATCH_NORM, aten.native_group_norm, aten.native_layer_norm),
 }
 """Operators that keep values in their rows and columns, provided that the last two dimensions stay the same."""
@@ -212,10 +212,10 @@ _PADDING = {aten.constant_pad_nd, aten.reflection_pad2d, aten.replication_pad2d}
 
 
 class _Fields(OperatorObserver):  # type: ignore[no-untyped-call]
-    """The receptive field of every tensor that depends on ``images``.
+    """Track the receptive field of every tensor that depends on ``images``.
 
-    With several inputs, the largest field counts. After an operator that is not in the list of local ones (a matrix
-    product, a mean, sampling at computed points), a value sees the whole image.
+    With several inputs, the largest field counts. After any other operator than the local ones (such as a matrix
+    product, a mean, or sampling at computed points), a value depends on the complete image.
     """
 
     def __init__(self, images: Tensor) -> None:

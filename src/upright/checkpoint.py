@@ -1,4 +1,4 @@
-"""Reading a checkpoint without running code in it, and without Lightning."""
+"""Read a checkpoint without running code in it, and without Lightning."""
 
 import pickle
 import subprocess
@@ -15,7 +15,7 @@ from upright.errors import CheckpointError, UserError, nearest
 
 FORMAT = 1
 KEY = "upright"
-"""A checkpoint holds Upright's own part under this key."""
+"""Key of Upright's own part of a checkpoint."""
 
 
 @cache
@@ -23,17 +23,17 @@ def git_commit() -> str | None:
     """Return the commit of the working directory, with ``+`` if tracked files differ; None outside a repository."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint file: ``path`` itself, or the ``best.ckpt`` of a run's folder.
+    """Return ``path`` if it is a file, or its ``best.ckpt`` if it is the folder of a run.
 
     Raises:
-        UserError: if there is none, with the nearest name beside it.
+        UserError: if there is no checkpoint, with the most similar name in the folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,7 +73,7 @@ def check_format(checkpoint: Any, path: str | Path) -> None:
         raise CheckpointError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
     if ours["format"] > FORMAT:
         raise CheckpointError(
-            f"'{path}' has format {ours['format']}, made by Upright {ours['versions'].get('upright')}; "
+            f"'{path}' has format {ours['format']}, written by Upright {ours['versions'].get('upright')}; "
             f"this version reads up to {FORMAT}. Install a newer Upright."
         )
 
@@ -82,8 +82,8 @@ def load_file(path: Path, kind: str) -> Any:
     """Load a file of tensors and plain data to the CPU, without running any code in it.
 
     Args:
-        path: of the file.
-        kind: the expected kind of file, for messages.
+        path: path of the file.
+        kind: expected kind of file, with an article, for messages.
 
     Raises:
         CheckpointError: if the file is damaged or contains code.
@@ -91,11 +91,11 @@ def load_file(path: Path, kind: str) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                # torch compresses nothing.
+                # torch does not compress its files.
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("it would unpack to more than it is")
+                    raise ValueError("its content is larger than the file")
         with warnings.catch_warnings():
-            # torch warns of a pickle's protocol before it refuses the content.
+            # torch warns about the protocol of a pickle before it refuses the content.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -105,7 +105,7 @@ def load_file(path: Path, kind: str) -> Any:
         ) from None
     except Exception as error:  # a broken file can lead torch's unpickler to any exception
         raise CheckpointError(
-            f"'{path}' is not a whole checkpoint; it is damaged or cut off ({_first_line(error)})."
+            f"'{path}' is not a complete checkpoint; it is damaged or truncated ({_first_line(error)})."
         ) from None
 
 
@@ -113,12 +113,15 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
-def learnt_from(ours: Mapping[str, Any]) -> torch.Tensor | None:
-    """Return content hashes of all images that a checkpoint and its start were trained on; None if it had no data.
+def training_hashes(ours: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return content hashes of all images that the weights were trained on, by this run and by those it started from.
 
     Args:
         ours: Upright's part of the checkpoint.
+
+    Returns:
+        None if the checkpoint records no images.
     """
     parts = (ours["split"] and ours["split"]["hashes"]["train"], ours.get("seen"))
-    known = [part for part in parts if part is not None]
-    return torch.unique(torch.cat(known)) if known else None
+    hashes = [part for part in parts if part is not None]
+    return torch.unique(torch.cat(hashes)) if hashes else None

@@ -1,4 +1,4 @@
-"""The command line. A command's module is imported only when the command runs, so that help is fast."""
+"""The command line. It imports a command's module only when the command runs, so `--help` is fast."""
 
 import importlib
 import os
@@ -11,13 +11,13 @@ from upright.errors import UprightError, UserError, nearest
 
 
 class Command(NamedTuple):
-    """A command of ours.
+    """A command that LightningCLI does not parse.
 
     Args:
-        options: its options; their docstring is the help.
-        function: ``module:function``, which returns the exit code.
-        keywords: call the function with a keyword per option, not with the options.
-        imports_user_code: import classes that a config or a checkpoint names from the working directory.
+        options: class of its options; the docstring of this class is the help.
+        function: ``module:function``; the function returns the exit code.
+        keywords: True to call the function with one keyword per option, False to pass the options object.
+        imports_user_code: True if a config or a checkpoint may name classes in the working directory.
     """
 
     options: type[options.Options]
@@ -36,14 +36,14 @@ COMMANDS = {
     "benchmark": Command(options.Benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Command(options.Serve, "upright.runtime.serving.server:serve"),
     "web": Command(options.Web, "upright.runtime.web:web"),
-    "sweep": Command(options.Sweep, "upright.evidence.selecting.sweep:sweep", True, True),
+    "sweep": Command(options.Sweep, "upright.evidence.selecting.sweep:sweep_and_select", True, True),
     "select": Command(options.Select, "upright.evidence.selecting.selection:select", True, True),
     "report": Command(options.Report, "upright.evidence.reporting.report:report", True, True),
     "study": Command(options.Study, "upright.evidence.study:study", True),
     "demo": Command(options.Demo, "upright.demo:demo", True),
 }
 EXTRAS = {"optuna": "sweep", **dict.fromkeys(("msgspec", "prometheus_client", "starlette", "uvicorn"), "serve")}
-"""Package -> the extra that installs it. All other packages come with ``train``."""
+"""The extra that installs a package. The extra ``train`` installs all other packages."""
 
 
 def _summary(kind: type[options.Options]) -> str:
@@ -74,8 +74,8 @@ def _run(arguments: list[str]) -> int:
     if command is None and name not in options.LIGHTNING:
         allowed = [*options.LIGHTNING, *COMMANDS]
         raise UserError(f"unknown command '{name}'.{nearest(name, allowed)} Commands: {', '.join(allowed)}.")
-    # A console script cannot import from the working directory. The path must be absolute: the parser of Lightning's
-    # commands changes into a config's folder while it reads it.
+    # A console script cannot import from the working directory. The path must be absolute, because the parser of
+    # Lightning's commands changes the working directory while it reads a config.
     if (command is None or command.imports_user_code) and (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)
     if command is None and {"-h", "--help"} & set(rest):
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"upright: error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output has closed it. Nothing more can be written there, not even at exit.
+        # The reader has closed the pipe. Python would fail again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

@@ -1,4 +1,4 @@
-"""``upright demo``: all steps once, by the commands that a user would type."""
+"""``upright demo``: run all steps once, by the commands that a user would type."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ def demo(name: str = "demo") -> int:
     """Train, test, export, verify and infer on real digits rotated at random, and print the results.
 
     Args:
-        name: of the run and of the bundle; both are replaced.
+        name: name of the run and of the bundle; both are replaced.
 
     Raises:
         UserError: if the working directory has no configs.
@@ -24,8 +24,8 @@ def demo(name: str = "demo") -> int:
     config = Path("configs/stn_lenet.yaml")
     if not config.is_file():
         raise UserError(
-            f"There is no '{config}' here; start the demo in the checkout's own folder, "
-            "or a project of your own by `upright new my-project`."
+            f"There is no '{config}' here; run `upright demo` in the root folder of the checkout, "
+            "or make a project of your own: `upright new my-project`."
         )
     run, bundle = Path("checkpoints", name), Path("export", name)
     images = run / "test-images"
@@ -64,7 +64,7 @@ def _print_and_run(arguments: list[str]) -> int:
 
 
 def _write_test_images(folder: Path, data: ImageDataModule) -> dict[Path, str]:
-    """Write the test split as ``folder/<class>/<name>.png``. Return path -> class."""
+    """Write the test split as ``folder/<class>/<name>.png``. Return the class of each path."""
     labels = {}
     for original in data.originals("test"):
         label = data.spec.classes[original.label]

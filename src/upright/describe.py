@@ -1,4 +1,4 @@
-"""``upright describe``: the layers of a network."""
+"""``upright describe``: print the layers of a network."""
 
 import json
 from dataclasses import asdict, astuple
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from upright.anatomy import CLIFF, ELSEWHERE, Description, describe
+from upright.anatomy import ELSEWHERE, MAX_REDUCTION, Description, describe
 from upright.checkpoint import KEY, read_checkpoint
 from upright.data.configs import read_data, read_yaml
 from upright.errors import UserError
@@ -16,7 +16,7 @@ from upright.images import ImageSpec
 from upright.recipes import build
 from upright.tables import markdown
 
-WIDTH = 120
+TABLE_WIDTH = 120
 """Width of the table in characters."""
 
 
@@ -26,10 +26,11 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
     Args:
         source: a YAML like those in ``configs/``, a checkpoint, or the folder of a run.
         format: ``table``, ``json`` or ``markdown``.
-        data: a YAML of other data than those of ``source``, for the shape of the input and the number of classes.
+        data: a YAML of data that replaces the data of ``source``. The data set the input shape and the number of
+            classes.
 
     Raises:
-        UserError: if ``source`` or its data cannot be used, or the network does not take such images.
+        UserError: if ``source`` or its data cannot be used, or the network does not accept images of this shape.
     """
     recipe, spec = network_and_spec(Path(source), data)
     network = build(recipe)
@@ -37,7 +38,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
         try:
             with torch.device("meta"):
                 description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
-        except Exception:  # a network that looks at its values cannot run without them
+        except Exception:  # a network that depends on its values cannot run on meta tensors
             description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -65,7 +66,7 @@ def network_and_spec(path: Path, data: str | None = None) -> tuple[Any, ImageSpe
     if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
         raise UserError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
     if not data and config.get("data") is None:
-        raise UserError(f"'{path}' does not say what data it is for; give them with --data.")
+        raise UserError(f"'{path}' does not name its data; give a YAML of data with --data.")
     return recipe, read_data(data or path).spec
 
 
@@ -73,12 +74,13 @@ TEXT = ("layer", "type")
 NUMBERS = ("f", "s", "p", "output", "field", "jump", "parameters", "multiply-adds", "activations", "dense %")
 LEGEND = (
     "output: floor((n - f + 2p) / s) + 1 by kernel f (with its dilation), stride s, padding p; (ceil) rounds up",
-    "field, jump: pixels of the image that one position sees, and from one position to the next; all: the whole image",
-    "parameters: of a layer that runs again, or shares them, counted once",
-    "multiply-adds: of convolutions and matrix products, without biases, for one image",
-    "activations: output values for one image",
-    "dense %: multiply-adds in percent of those of a dense layer between the same input and output",
-    f"warned of: a layer that leaves fewer than 1 in {CLIFF} positions (height x width), but more than one",
+    "field: receptive field of one output position, in pixels of the image; all: the complete image",
+    "jump: distance between neighbouring output positions, in pixels of the image",
+    "parameters: shared parameters, and parameters of a layer that runs twice, are counted once",
+    "multiply-adds: convolutions and matrix products, without biases, for one image",
+    "activations: number of output values for one image",
+    "dense %: multiply-adds in percent of a dense layer between the same input and output",
+    f"warning: a layer keeps more than one position, but fewer than 1 in {MAX_REDUCTION} positions (height x width)",
 )
 
 
@@ -117,8 +119,8 @@ def _summary(description: Description) -> str:
 def _table(description: Description) -> str:
     rows = _cells(description)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Long names are cut at their beginning, because their end distinguishes them better.
-    widths[0] = max(len(ELSEWHERE), min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    # Long names are shortened at their beginning, because their end distinguishes them better.
+    widths[0] = max(len(ELSEWHERE), min(widths[0], TABLE_WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
     for name, *others in rows:
         cells = [name if len(name) <= widths[0] else "…" + name[1 - widths[0] :], *others]

@@ -1,12 +1,7 @@
-"""Errors by kind. Each is one line: what was given, what is allowed, what to do.
+"""Errors by kind. Each message is one line: what was given, what is allowed, what to do.
 
-UprightError            any of them
-UserError           a mistake of the user
-ImageError      an image that cannot be decoded
-BundleError     a bundle that is damaged or does not fit
-CheckpointError a checkpoint that is damaged or does not fit
-GateError           a result that does not hold: parity, a bundle's samples, a run that diverged
-EngineError         a failure of the inference engine, such as a lack of memory
+`UprightError` is the base. `UserError` is a mistake of the user; `ImageError`, `BundleError` and `CheckpointError` are
+kinds of it. `GateError` is a failed check, and `EngineError` a failure of the inference engine.
 """
 
 from collections.abc import Iterable
@@ -38,11 +33,14 @@ class CheckpointError(UserError):
 
 
 class GateError(UprightError):
-    """A result that does not hold: parity, a bundle's samples, a run that diverged."""
+    """A failed check: parity, a bundle's samples, or a run that diverged."""
 
 
 class EngineError(UprightError):
-    """A failure of the inference engine. The server answers with status 500 and logs the traceback."""
+    """A failure of the inference engine, such as a lack of memory.
+
+    The server answers with status 500 and logs the traceback.
+    """
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

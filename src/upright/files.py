@@ -1,4 +1,4 @@
-"""Files and folders: checked before the work begins, and replaced completely or not at all.
+"""Check and replace files and folders. A replacement is complete, or it does not happen.
 
 New content is written beside its target, synced, then renamed.
 """
@@ -20,15 +20,15 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_exists(path: Path, give: str) -> None:
-    """Raise a `UserError` if ``path`` does not exist, with the nearest name and the advice to give ``give``."""
+def check_exists(path: Path, expected: str) -> None:
+    """Raise a `UserError` if ``path`` does not exist, with the nearest name and what is ``expected`` instead."""
     if not path.exists():
         siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UserError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {give}.")
+        raise UserError(f"'{path}' does not exist.{nearest(str(path), map(str, siblings))} Give {expected}.")
 
 
 def check_name(name: str) -> None:
-    """Raise a `UserError` if a run or a bundle cannot have this name."""
+    """Raise a `UserError` if ``name`` cannot be the name of a run or a bundle."""
     if not name or Path(name).name != name or name.startswith("."):
         raise UserError(f"--name '{name}' must be a plain folder name.")
 
@@ -43,15 +43,15 @@ def check_replaceable(target: Path, kind: str, mark: str) -> None:
     """
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
-            raise UserError(f"'{parent}' is a file, so that '{target}' cannot be made; give another place.")
+            raise UserError(f"'{parent}' is a file, so '{target}' cannot be created; give another path.")
     if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
-        raise UserError(f"'{target}' is not {kind} (it has no {mark}) and is not replaced; give another place.")
+        raise UserError(f"'{target}' is not {kind} (it has no {mark}), so it is not replaced; give another path.")
 
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to, and rename it to ``target`` at the end. After an error ``target`` is unchanged."""
-    # The name is always the same, so that files of killed processes are overwritten.
+    # The name is always the same, so the next process overwrites the file of a killed one.
     new = target.with_name(f".{target.name}.new")
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "Not a regular file", str(target))
@@ -80,11 +80,11 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
 
-    def put_back() -> None:
+    def restore_old() -> None:
         if old.exists() and not target.exists():
             os.replace(old, target)
 
-    put_back()  # a process was killed between the two renames
+    restore_old()  # a process was killed between the two renames
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
@@ -95,5 +95,5 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         os.replace(new, target)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        put_back()
+        restore_old()
         shutil.rmtree(new, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`ImageSpec`, and decoding any image to uint8. Imports no torch."""
+"""`ImageSpec`, and a decoder from any image to uint8. This module does not import torch."""
 
 import glob
 import io
@@ -22,30 +22,30 @@ Resize = Literal["stretch", "crop", "none"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Formats that Pillow may read. Few people have attacked its other plugins, and one of them runs Ghostscript."""
+"""Formats that Pillow may read. Its other plugins are less tested against attacks, and one of them runs Ghostscript."""
 MAX_PIXELS = 64_000_000
 """Default limit for one image, in pixels."""
 MAX_BATCH_PIXELS = 4_000_000
 """Limit for one batch, in pixels, so that a folder of photographs fits into memory."""
 LISTED_CLASSES = 12
-"""Number of classes that a message lists at most."""
+"""Largest number of classes in a message."""
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Format of the images, the same from decoding to deployment. The datamodule declares it.
+    """Format of the images, the same in training and deployment. The datamodule declares it.
 
-    Decoding always applies the EXIF orientation and reads only the first frame of an animation.
+    `decode` always applies the EXIF orientation and reads only the first frame of an animation.
 
     Args:
         channels: 1 (grey, ITU-R 601) or 3 (RGB).
         height: rows of the network's input; with ``resize`` none, rows of the training images.
         width: columns, likewise.
-        classes: names, in the order of the labels.
-        mean: per channel, on the scale of 0 to 1, subtracted before the network.
-        std: per channel, divided by.
-        resize: ``stretch`` to ``height`` x ``width``, ``crop`` the largest centred box of that aspect first, or
-            ``none`` for a network that takes any size.
+        classes: names of the classes, in the order of the labels.
+        mean: mean of each channel, on the scale of 0 to 1. The model subtracts it.
+        std: standard deviation of each channel. The model divides by it.
+        resize: ``stretch`` resizes to ``height`` x ``width``; ``crop`` first takes the largest centred box with that
+            aspect ratio; ``none`` is for a network that takes any size.
         background: grey level (0 to 255) behind transparent pixels.
 
     Raises:
@@ -72,7 +72,7 @@ class ImageSpec:
                 f"got mean {list(self.mean)}, std {list(self.std)}."
             )
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
-            raise UserError(f"At least two classes of different names are needed, got {list(self.classes)}.")
+            raise UserError(f"classes must be at least two different names, got {list(self.classes)}.")
         if self.resize not in get_args(Resize):
             raise UserError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
         if not 0 <= self.background <= 255:
@@ -111,8 +111,8 @@ def decode(
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or
             4 (RGBA) channels.
-        spec: with the channels and the background.
-        max_pixels: a larger image is refused before it is decoded.
+        spec: format that sets the channels and the background.
+        max_pixels: largest number of pixels; a larger image is refused before it is decoded.
 
     Raises:
         ImageError: if the source cannot be read as an image.
@@ -127,7 +127,7 @@ def decode(
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist.") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image, or none of {', '.join(FORMATS)}.") from None
+        raise ImageError(f"{name} is in none of the formats that can be read: {', '.join(FORMATS)}.") from None
     except Exception as error:  # a broken file can lead Pillow's plugins to any exception
         raise ImageError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
 
@@ -151,7 +151,7 @@ def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
         values = np.asarray(image).astype(np.int64)
         if values.size and not 0 <= values.min() <= values.max() <= 0xFFFF:
             raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits first")
-        # Pillow's own conversion clips 16 bits at 255; of 16-bit colour it takes the high byte, and so does this line.
+        # Pillow's own conversion of grey clips 16 bits at 255. Take the high byte, as Pillow does for 16-bit colour.
         # Mode I can also hold 8 bits.
         shift = 0 if image.mode == "I" and values.max() <= 0xFF else 8
         image = Image.fromarray((values >> shift).astype(np.uint8))
@@ -165,9 +165,10 @@ def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Yield files as they are, folders as the images below them (sorted, by suffix), patterns as their matches.
+    """Yield the image files for a list of files, folders and patterns.
 
-    A pattern is a path that does not exist and contains ``*``, ``?`` or ``[``; ``**`` matches all folders.
+    A folder stands for all files below it with the suffix of an image, sorted. A pattern is a path that does not exist
+    and contains ``*``, ``?`` or ``[``; ``**`` matches all folders.
 
     Raises:
         UserError: for a path that does not exist, a folder without images, and a pattern that matches no file.
@@ -182,14 +183,17 @@ def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
         elif glob.has_magic(str(path)):
             files = [match for match in map(Path, sorted(glob.iglob(str(path), recursive=True))) if match.is_file()]
             if not files:
-                raise UserError(f"'{path}' does not exist, and as a pattern it matches no file.")
+                raise UserError(f"'{path}' does not exist, and no file matches it as a pattern.")
         else:
             raise UserError(f"'{path}' does not exist.")
         yield from files
 
 
 def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int) -> Iterator[list[Item]]:
-    """Yield neighbours whose ``pixels`` have one shape: up to ``limit`` items and up to `MAX_BATCH_PIXELS`, or one."""
+    """Yield batches of neighbours whose ``pixels`` have the same size.
+
+    A batch holds at most ``limit`` items and `MAX_BATCH_PIXELS` pixels, but at least one item.
+    """
     for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
         while batch := list(islice(group, max(1, min(limit, MAX_BATCH_PIXELS // (height * width))))):
             yield batch

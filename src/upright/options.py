@@ -1,4 +1,4 @@
-"""Options of each command, in one place: names, types, defaults, limits and help texts. Imports nothing heavy."""
+"""The options of each command: names, types, defaults, limits and help texts. This module imports nothing heavy."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     """Return a field for an option of the command line.
 
     Args:
-        default: printed in the help, unless it is None, empty, or a flag.
-        help: a noun phrase.
-        **settings: ``minimum`` or ``above`` (excluded) as a limit, ``positional``, ``metavar``, ``type``; ``after``
-            if the values are all arguments after ``--``, with the command that takes them.
+        default: default value; the help prints it, unless it is None, empty, or a flag.
+        help: help text, a noun phrase.
+        **settings: ``minimum`` (inclusive) or ``above`` (exclusive) as a limit; ``positional``, ``metavar``, ``type``;
+            ``after`` if the option takes all arguments after ``--``, with the command that receives them.
     """
     return field(default=default, metadata={"help": help, **settings})
 
@@ -48,7 +48,7 @@ Parsed = TypeVar("Parsed", bound=Options)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that raises a `UserError` of one line."""
 
     def error(self, message: str, hint: str = "") -> NoReturn:
         raise UserError(f"{self.prog.partition(' ')[2]}: {message}.{hint} `{self.prog} --help` shows all.")
@@ -78,7 +78,7 @@ def parse(command: str, options: type[Parsed], arguments: list[str]) -> Parsed:
 
 
 def lightning_help(command: str) -> str:
-    """Return the help of ``fit``, ``validate``, ``test`` or ``predict`` that matters first."""
+    """Return the short help of ``fit``, ``validate``, ``test`` or ``predict``: Upright's own options and examples."""
     options = LIGHTNING[command]
     parser = argparse.ArgumentParser(
         prog=f"upright {command}",
@@ -149,7 +149,7 @@ class Describe(Options):
 
 @dataclass(frozen=True)
 class Preview(Options):
-    """Draw samples of a dataset, as the network will see them."""
+    """Draw images of a dataset before and after augmentation."""
 
     source: str = argument("a YAML of data or of an experiment, a checkpoint, or the folder of a run", "DATA")
     root: str | None = option(None, "the folder of the data, instead of the one in the YAML", metavar="PATH")
@@ -162,7 +162,7 @@ class Export(Options):
     """Write a verified ONNX bundle of a checkpoint."""
 
     checkpoint: str = argument("a checkpoint, or the folder of a run (its best.ckpt)")
-    name: str | None = option(None, "name of the bundle, the folder FOLDER/NAME; by default the run's name")
+    name: str | None = option(None, "name of the bundle, which is written to FOLDER/NAME; by default the run's name")
     force: bool = option(False, "replace an existing bundle")
     data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
     outputs: Sequence[Literal["theta", "warped", "logits", "features"]] = option(
@@ -183,10 +183,10 @@ class Export(Options):
         False, "use 8 instead of 7 bits for int8 weights, for processors with instructions for it (VNNI, AMX, ARM)"
     )
     opset: int = option(18, "version of ONNX's operators, from 18 (read by most engines) to 25")
-    batch: int | None = option(None, "fix the batch size: the graph takes N images and no other number", metavar="N")
+    batch: int | None = option(None, "fix the batch size to N images", metavar="N")
     size: tuple[int, int] | None = option(
         None,
-        "fix the size of the images; images of the network's own size are then not resized",
+        "fix the size of the images; at the network's own size the graph then does not resize",
         type=image_size,
         metavar="HxW",
     )
@@ -256,11 +256,11 @@ class Serve(Options):
     threads: int = option(0, "threads per run; 0 for as many as there are cores", metavar="N", minimum=0)
     max_batch: int = option(64, "images per run of the model", metavar="N", minimum=1)
     max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", metavar="MS", minimum=0)
-    max_queue: int = option(256, "images that may wait; further requests get a 429", metavar="N", minimum=1)
+    max_queue: int = option(256, "images in the queue; when it is full, requests get a 429", metavar="N", minimum=1)
     max_body_mb: float = option(16, "limit for one request, in megabytes", metavar="MB", above=0)
     max_pixels: int = option(16_000_000, "limit for one image, in pixels", metavar="N", minimum=1)
     timeout_s: float = option(30, "limit from a request to its response, in seconds", metavar="S", above=0)
-    quiet: bool = option(False, "log no requests")
+    quiet: bool = option(False, "do not log requests")
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Web(Options):
         metavar="PATH_OR_URL",
     )
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
-    one_file: bool = option(False, "write a single HTML file, a third larger, that also opens from a disk")
+    one_file: bool = option(False, "write a single HTML file that needs no web server; it is a third larger")
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class Report(Options):
     )
     data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", metavar="YAML")
     split: Literal["test", "val"] = option("test", "split to evaluate on")
-    images: int = option(500, "number of images that are distorted for the curves", metavar="N")
+    images: int = option(500, "number of images to distort for the invariance curves", metavar="N")
     precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(("fp32",), "models of a bundle, one row each")
     to: str | None = option(None, "folder of the report; by default checkpoints/report-NAME", metavar="FOLDER")
     force: bool = option(False, "replace an existing report")
@@ -318,30 +318,30 @@ class Report(Options):
 class Study(Options):
     """Measure a textbook claim."""
 
-    study: str | None = option(None, "name of the study; without it, all are listed", positional=True)
+    study: str | None = option(None, "name of the study; without a name, all studies are listed", positional=True)
     seeds: int = option(3, "runs per variant")
-    quick: bool = option(False, "use the embedded digits, for seconds: shows that the study runs")
-    full: bool = option(False, "run for more than half an hour, if the protocol provides for it")
+    quick: bool = option(False, "use scikit-learn's digits; this takes seconds and only checks that the study runs")
+    full: bool = option(False, "run the larger scale, if the study has one; it takes more than half an hour")
 
 
 @dataclass(frozen=True)
 class Demo(Options):
     """Run all commands once, on real digits."""
 
-    name: str = option("demo", "name of the run and of the bundle, which are replaced")
+    name: str = option("demo", "name of the run and of the bundle; existing ones are replaced")
 
 
 @dataclass(frozen=True)
 class Fit(Options):
     """Train a run in its own folder, or resume it."""
 
-    config: str | None = option(None, "the experiment; several are merged, the last one wins", metavar="YAML")
-    name: str | None = option(None, "name of the run; by default that of the config")
+    config: str | None = option(None, "the experiment; several files are merged, the last one wins", metavar="YAML")
+    name: str | None = option(None, "name of the run; by default the names of the configs, joined by hyphens")
     force: bool = option(False, "replace an existing run of this name")
     ckpt_path: str | None = option(
         None,
-        "checkpoint to resume from: a file, `last` or `best` of the run, or `auto`: the last one if it exists, else a "
-        "new run, so that a scheduler can repeat the same command",
+        "checkpoint to resume from: a file, `last` or `best` of the run, or `auto`, which resumes from `last` if it "
+        "exists and otherwise starts a new run",
     )
     start_from: str | None = option(
         None, "weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG"
@@ -350,8 +350,10 @@ class Fit(Options):
     wandb: Literal["offline", "online", "off"] = option(
         "offline", "track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not"
     )
-    save_every_n_steps: int = option(0, "also write last.ckpt within an epoch, after so many steps")
-    log_grad_norm: bool = option(False, "log mean and maximum of the gradients' norm per epoch")
+    tensorboard: bool = option(False, "log to TensorBoard too, in the folder of the run")
+    mlflow: bool = option(False, "log to MLflow too, at $MLFLOW_TRACKING_URI or in ./mlflow.db")
+    save_every_n_steps: int = option(0, "also write last.ckpt after every so many steps of an epoch; 0 for never")
+    log_grad_norm: bool = option(False, "log the mean and the maximum of the gradient norm per epoch")
     compile: bool = option(False, "use torch.compile; the first step then takes a minute or two")
 
 
@@ -377,15 +379,15 @@ class Predict(Validate):
 
 
 LIGHTNING: dict[str, type[Options]] = {"fit": Fit, "validate": Validate, "test": Test, "predict": Predict}
-"""Options of ours of the commands that LightningCLI parses; it adds those of data, model and trainer."""
+"""Upright's own options of the commands that LightningCLI parses. LightningCLI adds options of data, model, trainer."""
 
 LIGHTNING_EPILOG = """\
-every part of the experiment is an option, for example:
+every key of the YAML is an option, for example:
   --data YAML                         other data, for example configs/data/folder.yaml
   --data.batch_size 32                an argument of the data
   --model.optimizer.init_args.lr 0.01 an argument of a part of the model (fit)
   --trainer.max_epochs 5              an argument of Lightning's Trainer
   --print_config                      print the whole experiment, with all defaults
 
-  --help_all                          print every option, those of Lightning's Trainer included
-  --data.help CLASS                   print the options of a class; so does --model.help (fit)"""
+  --help_all                          print every option, with all options of Lightning's Trainer
+  --data.help CLASS                   print the options of a class; also --model.help (fit)"""

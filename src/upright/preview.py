@@ -1,4 +1,4 @@
-"""``upright preview``: statistics of the data, and a sheet of its images as the network sees them."""
+"""``upright preview``: print statistics of a dataset, and draw its images before and after augmentation."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,35 +14,36 @@ from upright.data.split import SPLITS
 from upright.errors import UserError
 from upright.files import check_exists
 from upright.images import Pixels
-from upright.runs.drawing import Line, draw_tiles, pixels_of, save_picture
+from upright.runs.drawing import Line, draw_tiles, pixels_of, save_png
 
 COLUMNS = 12
-COPIES = 3
-MOST_VIEWS = 6
-MOST_CLASSES = 40  # rows of the table
-MOST_MEASURED = 10_000  # images for mean and deviation
+AUGMENTED_ROWS = 3
+MAX_VIEW_ROWS = 6
+MAX_CLASS_ROWS = 40
+MAX_STATISTICS_IMAGES = 10_000
+STATISTICS_CHUNK = 64
 
 
 def preview(source: str, root: str | None = None, output: str = "preview.png", seed: int = 0) -> int:
-    """Print counts, sizes, mean and deviation, and draw images of every split before and after preparation.
+    """Print counts, sizes, mean and standard deviation, and draw images of every split.
 
     Args:
         source: a YAML of data or of an experiment, a checkpoint, or the folder of a run.
-        root: folder of the data, in place of the one in ``source``.
+        root: folder of the data; it replaces the one in ``source``.
         output: path of the PNG.
-        seed: seed of the augmented images.
+        seed: seed of the augmentation.
 
     Raises:
         UserError: if the data do not exist or cannot be read.
     """
     data = _data(Path(source), root)
     if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output '{output}': there is no folder '{Path(output).parent}'.")
+        raise UserError(f"--output '{output}': there is no folder '{Path(output).parent}'; create it first.")
     print(_table(data), flush=True)
     for remark in data.remarks:
         print(f"Note: {remark}")
     draw(data, Path(output), seed)
-    print(f"Picture: {output}")
+    print(f"Plot: {output}")
     return 0
 
 
@@ -55,29 +56,29 @@ def _data(path: Path, root: str | None) -> ImageDataModule:
         return read_data(path, **options)
     recipe = read_checkpoint(path)[KEY]["data"]
     if recipe is None:
-        raise UserError(f"'{path}' does not say what data it was trained with.")
+        raise UserError(f"'{path}' does not record its training data; give a YAML of data.")
     return build_data(recipe, path, **options)
 
 
 def _table(data: ImageDataModule) -> str:
     spec, facts, manifest = data.spec, data.images.facts, data.manifest
     lines = [f"{'class':<24}{''.join(f'{split:>10}' for split in SPLITS)}"]
-    for name in spec.classes[:MOST_CLASSES]:
+    for name in spec.classes[:MAX_CLASS_ROWS]:
         counts = (manifest.counts[split].get(name, 0) for split in SPLITS)
         lines.append(f"{_short(name, 23):<24}{''.join(f'{count:>10,}' for count in counts)}")
-    if (more := len(spec.classes) - MOST_CLASSES) > 0:
+    if (more := len(spec.classes) - MAX_CLASS_ROWS) > 0:
         lines.append(f"... and {more} more")
     lines.append(f"{'all':<24}{''.join(f'{len(data.splits[split]):>10,}' for split in SPLITS)}")
-    lines.append(f"{'views of each':<24}{''.join(f'{len(data.views(split).names):>10}' for split in SPLITS)}")
+    lines.append(f"{'views per image':<24}{''.join(f'{len(data.views(split).names):>10}' for split in SPLITS)}")
     used = facts[np.concatenate([data.splits[split] for split in SPLITS])]
     sizes = np.stack([used["height"], used["width"]])
     low, middle, high = (f"{h:.0f}x{w:.0f}" for h, w in (sizes.min(1), np.median(sizes, axis=1), sizes.max(1)))
-    size = low if low == high else f"from {low} to {high} (median of each {middle})"
+    size = low if low == high else f"{low} to {high} (median height and width: {middle})"
     mean, std, count = _statistics(data)
     lines += [
         "",
-        f"Images come as {size}; the network sees {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
-        f"Mean and deviation of {count:,} training images, before augmentation:",
+        f"Image size: {size}. Network input: {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
+        f"Mean and standard deviation of {count:,} training images, before augmentation:",
         f"  measured  mean {_numbers(mean)}  std {_numbers(std)}",
         f"  declared  mean {_numbers(spec.mean)}  std {_numbers(spec.std)}",
     ]
@@ -93,16 +94,16 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _statistics(data: ImageDataModule) -> tuple[list[float], list[float], int]:
-    """Return mean, deviation and number of evenly spaced training images, distorted if that is the task.
+    """Return mean and standard deviation of evenly spaced training images, and the number of these images.
 
-    Mean and deviation are per channel, on the scale of 0 to 1.
+    Both are per channel, on the scale of 0 to 1. A dataset with a distortion as its task distorts the images first.
     """
     samples = data.samples("train")
     task = Augmentation(part for part in data.augmentation.parts if isinstance(part, Distortion))
-    chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MOST_MEASURED)).long()
+    chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MAX_STATISTICS_IMAGES)).long()
     total = squares = torch.zeros(data.spec.channels, dtype=torch.float64)
     pixels = 0
-    for part in torch.split(chosen, 64):
+    for part in torch.split(chosen, STATISTICS_CHUNK):
         images = task(samples[part].images).images.double() / 255
         total, squares = total + images.sum(dim=(0, 2, 3)), squares + images.square().sum(dim=(0, 2, 3))
         pixels += images[:, 0].numel()
@@ -111,15 +112,15 @@ def _statistics(data: ImageDataModule) -> tuple[list[float], list[float], int]:
 
 
 def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
-    """Draw images of as many classes as possible, per split.
+    """Draw images of as many classes as possible for each split.
 
-    Originals carry the name of the split. Below them are augmented versions of the training images, and the views of
-    the other splits as the network sees them.
+    The caption of an original is the name of its split. Augmented versions follow below the training images; the other
+    splits are followed by their views at the size of the network.
 
     Args:
         data: the datamodule.
         path: path of the PNG.
-        seed: seed of the augmented images.
+        seed: seed of the augmentation.
     """
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
     images: list[Pixels] = []
@@ -138,13 +139,13 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
         if split == "train":
             batch = samples[torch.tensor(places)]
             torch.manual_seed(seed)
-            for copy in range(1, COPIES + 1):
-                add(f"copy {copy}", pixels_of(data.augmentation(batch.images).images), labels)
+            for number in range(1, AUGMENTED_ROWS + 1):
+                add(f"augmented {number}", pixels_of(data.augmentation(batch.images).images), labels)
         else:
-            for number, view in enumerate(views.names[:MOST_VIEWS]):
+            for number, view in enumerate(views.names[:MAX_VIEW_ROWS]):
                 batch = samples[torch.tensor(places) * len(views.names) + number]
                 add(f"input, {view}{views.unit}" if view else "input", pixels_of(batch.images), labels)
-    save_picture(draw_tiles(type(data).__name__, images, captions, columns), path)
+    save_png(draw_tiles(type(data).__name__, images, captions, columns), path)
 
 
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:

@@ -1,8 +1,8 @@
-"""A class and its arguments as plain data (``class_path``, ``init_args``), and back.
+"""Convert a class with its arguments to plain data (``class_path``, ``init_args``), and back.
 
 Networks, losses, optimizers, schedules and augmentations are passed as callables: a class, or ``functools.partial`` of
-a class. `recipe` converts both, and the callables that the command line builds from a YAML, into plain data. A
-checkpoint stores these data, loads with ``weights_only=True``, and `build` rebuilds the callables.
+a class. `recipe` converts both to plain data, and also the callables that the command line builds from a YAML. A
+checkpoint stores these data, so it loads with ``weights_only=True``. `build` rebuilds the callables.
 """
 
 import importlib
@@ -18,17 +18,17 @@ Recipe = dict[str, Any]
 
 
 def recipe(part: Any) -> Any:
-    """Return ``part`` as plain data: numbers, strings, lists, dicts; a class or a partial of a class as its recipe.
+    """Convert ``part`` to plain data. A class, or a partial of a class, becomes ``class_path`` and ``init_args``.
 
     Raises:
-        UserError: for a lambda, a function or an object, which cannot be rebuilt from a checkpoint.
+        UserError: for a lambda, a function or another object, which cannot be rebuilt from a checkpoint.
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
     if isinstance(part, Path):
         return str(part)
     if isinstance(part, list | tuple):
-        # Some callers distinguish the two (kornia does).
+        # Some classes distinguish the two, for example kornia's.
         return (tuple if isinstance(part, tuple) else list)(recipe(item) for item in part)
     if isinstance(part, dict):
         return {str(key): recipe(value) for key, value in part.items()}

@@ -1,4 +1,4 @@
-"""Tables: read from CSV, written as Markdown."""
+"""Read tables from CSV, and write them as Markdown."""
 
 import csv
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
     """Return a Markdown table whose columns are also aligned in a terminal.
 
     Args:
-        rows: headings, then cells.
-        numbers: number of columns, from the right, that are aligned to the right.
+        rows: the headings, then the cells of each row.
+        numbers: how many columns, counted from the right, hold numbers; they are aligned to the right.
     """
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]

@@ -6,7 +6,7 @@
         check_network("configs/mine.yaml")
         check_line("configs/mine.yaml", tmp_path)
 
-A function returns if the contract holds, and raises an `AssertionError` that says what is wrong. pytest is not needed.
+A function returns if the contract holds, and raises an `AssertionError` with the reason if not. pytest is not needed.
 """
 
 import copy

@@ -16,7 +16,7 @@ def test_parameters_of_the_paper(size: int, groups, count: int) -> None:
 
 
 @pytest.mark.parametrize(("stem", "least"), [((11, 4, 2), 63), ((3, 1, 1), 15), ((5, 2, 0), 33)])
-def test_any_size_from_the_least(stem: tuple[int, int, int], least: int) -> None:
+def test_any_size_from_the_smallest(stem: tuple[int, int, int], least: int) -> None:
     network = AlexNet((1, least, least + 9), 3, stem=stem, **NARROW)
     assert network(torch.zeros(2, 1, least, least + 9)).shape == (2, 3)
     with pytest.raises(ValueError, match=rf"at least {least}x{least} pixels, got {least}x{least - 1}\."):
@@ -39,7 +39,7 @@ def test_response_normalisation_is_the_formula_of_the_paper() -> None:
     assert not any(isinstance(module, nn.LocalResponseNorm) for module in without.modules())
 
 
-def test_the_start_of_the_paper() -> None:
+def test_the_initialisation_of_the_paper() -> None:
     network = AlexNet((1, 63, 63), 3, paper_start=True, **NARROW)
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert [layer.bias.unique().tolist() for layer in layers] == [[0], [1], [0], [1], [1], [1], [1], [0]]
@@ -47,6 +47,6 @@ def test_the_start_of_the_paper() -> None:
     assert weights.std().item() == pytest.approx(0.01, rel=0.1)
 
 
-def test_three_groups() -> None:
+def test_three_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"1 or 2 groups, got 3\."):
         AlexNet((1, 63, 63), 3, groups=3)

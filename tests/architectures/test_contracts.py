@@ -71,7 +71,7 @@ def test_every_parameter_learns(case: Case) -> None:
     check_gradients(case.network, case.spec, WITHOUT_GRADIENT.get(case.name, "nothing"))
 
 
-def test_one_batch_can_be_learnt_by_heart(case: Case) -> None:
+def test_one_batch_can_be_memorised(case: Case) -> None:
     if case.name in CANNOT_LEARN:
         pytest.skip(CANNOT_LEARN[case.name])
     check_memory(case.network, case.spec)

@@ -16,7 +16,7 @@ def test_parameters_of_the_paper() -> None:
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize(("stem", "size"), [((7, 2, 3), 224), ((3, 1, 1), 112)])
-def test_both_stems_bring_the_blocks_the_sizes_of_table_1(stem, size, batch_norm) -> None:
+def test_the_blocks_have_the_sizes_of_table_1_with_both_stems(stem, size, batch_norm) -> None:
     with torch.device("meta"):
         network = GoogLeNet((3, size, size), 10, stem=stem, batch_norm=batch_norm)
         maps, shapes = torch.empty(1, 3, size, size), []

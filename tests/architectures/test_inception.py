@@ -11,12 +11,12 @@ NETWORKS = [InceptionV3, InceptionV4, InceptionResNetV2]
 
 
 def shapes(network: nn.Module, size: int) -> list[tuple[int, ...]]:
-    """After every stage, as the papers write them: height, width, maps."""
-    maps, found = torch.empty(1, 3, size, size), []
+    """Return height, width and maps after every stage, as the papers write them."""
+    maps, sizes = torch.empty(1, 3, size, size), []
     for stage in network.features:
         maps = stage(maps)
-        found.append((*maps.shape[2:], maps.shape[1]))
-    return found
+        sizes.append((*maps.shape[2:], maps.shape[1]))
+    return sizes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ def test_parameters_of_the_paper(size: int) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == 61_706
 
 
-def test_activation_and_pooling_are_those_asked_for() -> None:
+def test_activation_and_pooling_of_the_options_are_used() -> None:
     classic = [type(module) for module in LeNet((1, 28, 28), 10).modules()]
     modern = [type(module) for module in LeNet((1, 28, 28), 10, activation="relu", pooling="max").modules()]
     assert classic.count(nn.Tanh) == modern.count(nn.ReLU) == 4
@@ -20,10 +20,10 @@ def test_activation_and_pooling_are_those_asked_for() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 12), (1, 12, 40), (3, 33, 64)])
-def test_any_size_from_the_least(shape: tuple[int, int, int]) -> None:
+def test_any_size_from_the_smallest(shape: tuple[int, int, int]) -> None:
     assert LeNet(shape, 3)(torch.zeros(2, *shape)).shape == (2, 3)
 
 
-def test_too_small() -> None:
+def test_too_small_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 12x12 pixels, got 11x28"):
         LeNet((1, 11, 28), 10)

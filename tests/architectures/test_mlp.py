@@ -11,7 +11,7 @@ def test_parameters(widths: tuple[int, ...], count: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "layer"), [("relu", nn.ReLU), ("tanh", nn.Tanh), ("sigmoid", nn.Sigmoid)])
-def test_activation_is_that_asked_for(name, layer) -> None:
+def test_the_activation_of_the_option_is_used(name, layer) -> None:
     network = MLP((3, 1, 1), 2, widths=(4, 4, 4), activation=name)
     assert [type(module) for module in network.modules()].count(layer) == 3
     assert network(torch.zeros(5, 3, 1, 1)).shape == (5, 2)
@@ -23,6 +23,6 @@ def test_dropout_for_all_layers_or_for_each(dropout: float | tuple[float, ...], 
     assert [module.p for module in network.modules() if isinstance(module, nn.Dropout)] == rates
 
 
-def test_a_dropout_too_few() -> None:
+def test_a_wrong_number_of_dropouts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one dropout or one per hidden layer \(2\), got 1\."):
         MLP((1, 8, 8), 2, widths=(4, 4), dropout=(0.5,))

@@ -14,7 +14,7 @@ def test_parameters_of_the_authors() -> None:
     ("widths", "stem", "least"),
     [((4, 4, 4, 4), (11, 4, 0), 67), ((4, 4, 4), (5, 1, 2), 7), ((4,), (5, 1, 0), 5)],
 )
-def test_any_size_from_the_least(widths: tuple[int, ...], stem: tuple[int, int, int], least: int) -> None:
+def test_any_size_from_the_smallest(widths: tuple[int, ...], stem: tuple[int, int, int], least: int) -> None:
     network = NiN((3, least, least), 5, widths=widths, stem=stem)
     for size in (least, 2 * least + 1):
         assert network(torch.zeros(2, 3, size, least)).shape == (2, 5)
@@ -29,6 +29,6 @@ def test_logits_may_be_negative() -> None:
 
 
 @pytest.mark.parametrize("widths", [(), (4,) * 5])
-def test_number_of_blocks(widths: tuple[int, ...]) -> None:
+def test_other_numbers_of_blocks_are_refused(widths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"1 to 4 blocks, got {len(widths)} widths\."):
         NiN((3, 224, 224), 10, widths=widths)

@@ -47,7 +47,7 @@ def test_the_state_is_that_of_the_last_layer_after_the_last_step_of_each_directi
 def test_dropout_is_between_layers_and_before_the_output() -> None:
     network = Recurrent((1, 4, 3), 2, layers=2, dropout=0.5)
     assert network.recurrent.dropout == 0.5
-    # One layer: without a warning, which would be an error here.
+    # One layer gives no warning, which would be an error in tests.
     network = Recurrent((1, 4, 3), 2, dropout=0.5)
     assert [module.p for module in network.modules() if isinstance(module, nn.Dropout)] == [0.5]
 
@@ -71,11 +71,11 @@ def test_onnx_equals_pytorch_at_any_batch(cell, order, layers: int, bidirectiona
         pixels = np.random.default_rng(batch).integers(0, 256, (batch, 6, 5, 1), dtype=np.uint8)
         with torch.no_grad():
             expected = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
-        (found,) = session.run(["probabilities"], {"images": pixels})
-        assert np.abs(found - expected).max() < 1e-5
+        (probabilities,) = session.run(["probabilities"], {"images": pixels})
+        assert np.abs(probabilities - expected).max() < 1e-5
 
 
-def test_cells_and_orders_that_it_has_not() -> None:
+def test_unknown_cells_and_orders_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cell must be one of lstm, gru, rnn; got 'tanh'\."):
         Recurrent((1, 4, 3), 2, cell="tanh")
     with pytest.raises(ValueError, match=r"order must be one of rows, columns, pixels; got 'spiral'\."):

@@ -31,7 +31,7 @@ def test_parameters_of_section_4_2(depth: int) -> None:
     assert depth_of(network) == depth
 
 
-def test_plain_networks_lack_the_projections_only() -> None:
+def test_plain_networks_lack_only_the_projections() -> None:
     with torch.device("meta"):
         plain = ResNet((3, 224, 224), 1000, shortcuts=False)
     projections = sum(outputs * outputs // 2 + 2 * outputs for outputs in (128, 256, 512))
@@ -39,19 +39,19 @@ def test_plain_networks_lack_the_projections_only() -> None:
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_blocks_that_add_nothing_change_nothing(small: bool) -> None:
+def test_blocks_with_a_zero_body_are_their_shortcut(small: bool) -> None:
     network = SmallResNet((3, 8, 8), 5) if small else ResNet((3, 8, 8), 5, widths=(8,), stem="small")
     for name, parameter in network.blocks.named_parameters():
         if ".body." in name:
             nn.init.zeros_(parameter)
     maps = network.stem.eval()(torch.randn(2, 3, 8, 8))
-    found = network.blocks.eval()(maps)
+    output = network.blocks.eval()(maps)
     if small:
-        assert found.shape == (2, 64, 2, 2)
-        torch.testing.assert_close(found[:, :16], maps[:, :, ::4, ::4])
-        assert not found[:, 16:].any()
+        assert output.shape == (2, 64, 2, 2)
+        torch.testing.assert_close(output[:, :16], maps[:, :, ::4, ::4])
+        assert not output[:, 16:].any()
     else:
-        torch.testing.assert_close(found, maps)
+        torch.testing.assert_close(output, maps)
 
 
 def test_subsampling() -> None:
@@ -78,7 +78,7 @@ def test_stem(stem, stride: int) -> None:
     assert ResNet((1, 32, 32), 5, widths=(4,), stem=stem).stem(torch.zeros(2, 1, 32, 32)).shape[2] == 32 // stride
 
 
-def test_depths_that_the_paper_has_not() -> None:
+def test_other_depths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a depth of 18, 34, 50, 101, 152, got 20\."):
         ResNet((3, 32, 32), 10, depth=20)
     for depth in (2, 18):
@@ -86,7 +86,7 @@ def test_depths_that_the_paper_has_not() -> None:
             SmallResNet((3, 32, 32), 10, depth=depth)
 
 
-def test_stems_and_stages_that_it_has_not() -> None:
+def test_unknown_stems_and_too_many_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"stem must be one of imagenet, small; got 'cifar'\."):
         ResNet((3, 32, 32), 10, stem="cifar")
     for widths in ((), (4,) * 5):

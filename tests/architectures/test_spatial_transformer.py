@@ -19,14 +19,14 @@ from upright.architectures.spatial_transformer import (
 from upright.architectures.transforms import TransformName
 from upright.warp import pixel_centres, rotation, sample
 
-KINDS = get_args(TransformName)
+TRANSFORMS = get_args(TransformName)
 SHAPE = (2, 16, 16)
 QUARTER, HALF = math.pi / 2, math.log(0.5)
 PIXEL = 2 / 16
 
 
-class Always(nn.Module):
-    """A localisation that always says the same theta."""
+class FixedTheta(nn.Module):
+    """A localisation with the same theta for every image."""
 
     def __init__(self, theta: Sequence[float]) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class Always(nn.Module):
         return self.theta.expand(len(images), -1)
 
 
-def saying(theta: Sequence[float], shape: tuple[int, int, int] = SHAPE, **options: object) -> SpatialTransformer:
+def fixed(theta: Sequence[float], shape: tuple[int, int, int] = SHAPE, **options: object) -> SpatialTransformer:
     transformer = SpatialTransformer(shape, **options)
-    transformer.localisation = Always(theta)
+    transformer.localisation = FixedTheta(theta)
     return transformer
 
 
@@ -48,12 +48,12 @@ def images() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sampling", ["bilinear", "bicubic", "nearest"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMS)
 def test_starts_exactly_at_the_identity(kind: str, sampling: str, images: torch.Tensor) -> None:
     transformer = SpatialTransformer(SHAPE, transform=kind, sampling=sampling)
     assert (transformer.localisation(images) == 0).all()
     torch.testing.assert_close(transformer(images), images, atol=3e-6, rtol=0)
-    # Whatever scheme the other weights start by.
+    # The scheme of the other weights does not matter.
     initialise(transformer, "he_normal")
     assert (transformer.localisation(images) == 0).all()
     assert transformer.localisation[0].layers[1].weight.std() > 0.1
@@ -61,8 +61,8 @@ def test_starts_exactly_at_the_identity(kind: str, sampling: str, images: torch.
 
 def test_rotation_by_a_quarter_equals_rot90(images: torch.Tensor) -> None:
     for kind, theta in (("rotation", [QUARTER]), ("similarity", [QUARTER, 0.0, 0.0, 0.0])):
-        turned = saying(theta, transform=kind)(images)
-        torch.testing.assert_close(turned, torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+        rotated = fixed(theta, transform=kind)(images)
+        torch.testing.assert_close(rotated, torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_rotation_by_a_quarter_equals_rot90(images: torch.Tensor) -> None:
     ],
 )
 def test_a_shift_moves_known_pixels_to_known_places(kind: str, theta: list[float], images: torch.Tensor) -> None:
-    # Output x samples input x + 2 pixels: the image moves two pixels to the left, zeros come in.
-    moved = saying(theta, transform=kind)(images)
+    # Output x samples input x + 2 pixels: the image moves two pixels to the left, and zeros follow.
+    moved = fixed(theta, transform=kind)(images)
     torch.testing.assert_close(moved[..., :14], images[..., 2:], atol=1e-4, rtol=0)
     assert moved[..., 14:].abs().max() < 1e-4
 
@@ -91,24 +91,24 @@ def test_a_shift_moves_known_pixels_to_known_places(kind: str, theta: list[float
         ("affine", [-0.5, 0.0, 0.0, 0.0, -0.5, 0.0]),
     ],
 )
-def test_zooming_shows_the_middle_twice_as_large(kind: str, theta: list[float], images: torch.Tensor) -> None:
-    zoomed = saying(theta, transform=kind, sampling="nearest")(images)
+def test_zooming_enlarges_the_centre(kind: str, theta: list[float], images: torch.Tensor) -> None:
+    zoomed = fixed(theta, transform=kind, sampling="nearest")(images)
     expected = images[..., 4:12, 4:12].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(zoomed, expected)
 
 
-def test_projective_follows_the_formula_and_has_no_image_behind_the_horizon() -> None:
+def test_projective_follows_the_formula_and_is_finite_behind_the_horizon() -> None:
     theta = [0.1, 0.2, 0.3, -0.1, 0.0, 0.05, 0.3, -0.4]
     points = torch.tensor([[0.0, 0.0], [0.5, -0.5], [-1.0, 0.8]])
-    found = SpatialTransformer(SHAPE, transform="projective").points(torch.tensor([theta]), points)[0]
-    for (x, y), place in zip(points.tolist(), found.tolist(), strict=True):
+    projected = SpatialTransformer(SHAPE, transform="projective").points(torch.tensor([theta]), points)[0]
+    for (x, y), point in zip(points.tolist(), projected.tolist(), strict=True):
         depth = 0.3 * x - 0.4 * y + 1
-        assert place == pytest.approx([(1.1 * x + 0.2 * y + 0.3) / depth, (-0.1 * x + y + 0.05) / depth], abs=1e-5)
+        assert point == pytest.approx([(1.1 * x + 0.2 * y + 0.3) / depth, (-0.1 * x + y + 0.05) / depth], abs=1e-5)
     wild = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]])
-    # On the horizon, where one would divide by zero, and behind it.
+    # A point on the horizon, which divides by zero, and a point behind it.
     behind = torch.tensor([[-0.5, 0.2], [-1.0, 0.2]])
-    found = SpatialTransformer(SHAPE, transform="projective").points(wild, behind)[0]
-    assert found.isfinite().all() and (found[:, 0] < -1).all()
+    projected = SpatialTransformer(SHAPE, transform="projective").points(wild, behind)[0]
+    assert projected.isfinite().all() and (projected[:, 0] < -1).all()
 
 
 @pytest.mark.parametrize("control_points", [2, 3, 5])
@@ -123,28 +123,28 @@ def test_a_thin_plate_passes_through_its_control_points(control_points: int) -> 
 
 def test_projective_and_thin_plate_reduce_to_affine(images: torch.Tensor) -> None:
     affine = torch.tensor([0.1, -0.3, 0.2, 0.25, -0.2, -0.1])
-    expected = saying(affine.tolist())(images)
-    projective = saying([*affine.tolist(), 0.0, 0.0], transform="projective")
+    expected = fixed(affine.tolist())(images)
+    projective = fixed([*affine.tolist(), 0.0, 0.0], transform="projective")
     torch.testing.assert_close(projective(images), expected, atol=1e-5, rtol=0)
     thin_plate = SpatialTransformer(SHAPE, transform="thin_plate")
     controls = thin_plate.transform.controls
     shifts = controls @ affine.reshape(2, 3)[:, :2].T + affine.reshape(2, 3)[:, 2]
-    thin_plate.localisation = Always(shifts.flatten().tolist())
+    thin_plate.localisation = FixedTheta(shifts.flatten().tolist())
     torch.testing.assert_close(thin_plate(images), expected, atol=1e-4, rtol=0)
 
 
-def test_affine_and_rotation_agree_where_both_can(images: torch.Tensor) -> None:
+def test_affine_and_rotation_agree_for_rotations(images: torch.Tensor) -> None:
     matrix = rotation(torch.tensor([0.4]))[0, :2] - torch.eye(2, 3)
     torch.testing.assert_close(
-        saying([0.4], transform="rotation")(images), saying(matrix.flatten().tolist(), transform="affine")(images)
+        fixed([0.4], transform="rotation")(images), fixed(matrix.flatten().tolist(), transform="affine")(images)
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_theta_gets_a_gradient_and_none_from_nearest(kind: str, images: torch.Tensor) -> None:
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_theta_has_a_gradient_except_with_nearest(kind: str, images: torch.Tensor) -> None:
     for sampling in ("bilinear", "bicubic", "nearest"):
         transformer = SpatialTransformer(SHAPE, transform=kind, sampling=sampling)
-        # Where all points are pixel centres even the gradient of a bilinear value is one-sided.
+        # At pixel centres, even the gradient of a bilinear value is one-sided.
         nn.init.constant_(transformer.localisation[-1].bias, 0.03)
         (transformer(images) * torch.linspace(0, 1, 16)).sum().backward()
         gradient = transformer.localisation[-1].bias.grad.abs()
@@ -158,22 +158,22 @@ def test_a_smaller_output_is_averaged_and_a_larger_one_interpolated(images: torc
     larger = SpatialTransformer(SHAPE, output_size=(32, 24), padding="border")
     expected = interpolate(images, (32, 24), mode="bilinear", align_corners=False)
     torch.testing.assert_close(larger(images), expected, atol=1e-5, rtol=0)
-    # Stripes of one pixel are grey from afar, and do not alias.
+    # Stripes of one pixel become grey and do not alias.
     stripes = torch.ones(1, *SHAPE) * (torch.arange(16) % 2)
     odd = SpatialTransformer(SHAPE, output_size=(16, 6), padding="border")(stripes)
     assert (odd - 0.5).abs().max() < 0.25
 
 
-@pytest.mark.parametrize(("padding", "seen"), [("zeros", 0.0), ("border", 1.0), ("reflection", 1.0)])
-def test_padding_is_what_is_seen_beyond_the_border(padding: str, seen: float) -> None:
+@pytest.mark.parametrize(("padding", "expected"), [("zeros", 0.0), ("border", 1.0), ("reflection", 1.0)])
+def test_padding_sets_the_values_beyond_the_border(padding: str, expected: float) -> None:
     with torch.no_grad():
-        moved = saying([2 * PIXEL, 0.0], transform="translation", padding=padding)(torch.ones(1, *SHAPE))
-    assert moved[..., -1].mean() == pytest.approx(seen, abs=1e-4)
+        moved = fixed([2 * PIXEL, 0.0], transform="translation", padding=padding)(torch.ones(1, *SHAPE))
+    assert moved[..., -1].mean() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRANSFORMS)
 def test_sampling_is_exact_in_half_precision(kind: str) -> None:
-    # Sixteenths have no rounding in eight bits.
+    # Sixteenths are exact in bfloat16.
     transformer, points = SpatialTransformer(SHAPE, transform=kind), pixel_centres(128, 128)
     theta = torch.arange(2 * transformer.transform.size).reshape(2, -1) % 5 / 16
     expected = transformer.points(theta, points)
@@ -183,12 +183,12 @@ def test_sampling_is_exact_in_half_precision(kind: str) -> None:
 
 
 @pytest.mark.parametrize("localiser", [LeNet, ConvLocaliser, DenseLocaliser])
-def test_any_network_localises(localiser: type[nn.Module]) -> None:
+def test_any_network_can_be_the_localiser(localiser: type[nn.Module]) -> None:
     transformer = SpatialTransformer((1, 28, 28), localiser=localiser, features=12)
     assert transformer(torch.zeros(2, 1, 28, 28)).shape == (2, 1, 28, 28)
 
 
-def test_start_is_what_it_says_before_training(images: torch.Tensor) -> None:
+def test_start_is_theta_before_training(images: torch.Tensor) -> None:
     transformer = SpatialTransformer(SHAPE, transform="attention", start=[HALF, -0.5, 0.5])
     assert transformer.localisation(images).tolist() == [pytest.approx([HALF, -0.5, 0.5])] * 3
 
@@ -209,18 +209,18 @@ def test_refuses(options: dict[str, object], text: str) -> None:
         SpatialTransformer(SHAPE, **options)
 
 
-def test_too_small() -> None:
+def test_too_small_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"ConvLocaliser needs images of at least 8x8 pixels, got 7x16"):
         ConvLocaliser((1, 7, 16), 32)
 
 
-def test_transformers_one_after_the_other_compose_in_their_order() -> None:
-    # A quarter turn, then two of sixteen pixels to the left: both exact on the grid, and they do not commute.
-    first, second = saying([QUARTER], transform="rotation"), saying([0.0, 0.0, 2 * PIXEL, 0.0, 0.0, 0.0])
+def test_transformers_in_series_compose_in_order() -> None:
+    # A rotation by 90 degrees, then a shift by two pixels: both are exact on the grid, and they do not commute.
+    first, second = fixed([QUARTER], transform="rotation"), fixed([0.0, 0.0, 2 * PIXEL, 0.0, 0.0, 0.0])
     images = torch.rand(1, *SHAPE)
-    with observing() as seen:
-        turned = nn.Sequential(first, second)(images)
-    (last,) = last_of(seen)
+    with observing() as observations:
+        rotated = nn.Sequential(first, second)(images)
+    (last,) = last_of(observations)
     points = last.points(pixel_centres(16, 16))
-    torch.testing.assert_close(sample(images, points, 16, 16), turned, atol=1e-4, rtol=0)
-    torch.testing.assert_close(turned[..., :14], torch.rot90(images, 1, (2, 3))[..., 2:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sample(images, points, 16, 16), rotated, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rotated[..., :14], torch.rot90(images, 1, (2, 3))[..., 2:], atol=1e-4, rtol=0)

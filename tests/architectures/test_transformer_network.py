@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from tests.architectures.test_spatial_transformer import Always
+from tests.architectures.test_spatial_transformer import FixedTheta
 from upright.architectures.lenet import LeNet
 from upright.architectures.mlp import MLP
 from upright.architectures.recurrent import Recurrent
@@ -29,41 +29,41 @@ def network(**options: object) -> TransformerNetwork:
     return TransformerNetwork(SHAPE, 4, **({"network": LeNet, "transformer": TURN} | options))
 
 
-def test_observing_changes_nothing_and_sees_everything() -> None:
+def test_observing_records_every_transformer_and_changes_nothing() -> None:
     model, images = network(), torch.rand(3, *SHAPE)
     expected = model(images)
-    with observing() as seen:
+    with observing() as observations:
         logits = model(images)
     assert torch.equal(logits, expected)
-    (one,) = seen
+    (one,) = observations
     assert one.transformer is model.transformer and one.theta.shape == (3, 1)
-    assert torch.equal(model.network(one.turned), expected)
+    assert torch.equal(model.network(one.output), expected)
     model(images)
-    assert len(seen) == 1
+    assert len(observations) == 1
 
 
 def test_observing_can_stop_before_the_network_runs() -> None:
     model = network()
     model.network = None  # would fail if it were called
-    with observing(stop_after=1) as seen:
+    with observing(stop_after=1) as observations:
         model(torch.rand(3, *SHAPE))
-    assert seen[0].theta.shape == (3, 1)
+    assert observations[0].theta.shape == (3, 1)
 
 
-def test_a_transformer_at_a_named_place_turns_what_comes_there() -> None:
+def test_a_transformer_at_a_named_place_transforms_its_input() -> None:
     plain = LeNet(SHAPE, 4)
     model = network(network=lambda *_: copy.deepcopy(plain), places=["features.3"])
     images = torch.rand(3, *SHAPE)
-    # At the identity the network says what it said.
+    # At the identity, the transformer does not change the logits.
     torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-4)
     inside = model.network.features[3][0]
     assert isinstance(inside, SpatialTransformer) and inside.output_shape == (6, 8, 8)
-    inside.localisation = Always([math.pi / 2])
+    inside.localisation = FixedTheta([math.pi / 2])
     expected = plain.classifier(plain.features[3:](torch.rot90(plain.features[:3](images), 1, (2, 3))))
     torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_places_take_their_own_shapes_and_survive_copying() -> None:
+def test_each_place_has_its_own_shape_and_survives_copying() -> None:
     model = network(
         network=partial(SmallResNet, depth=8, width=4),
         transformer=partial(TURN, localiser=DenseLocaliser),
@@ -76,38 +76,43 @@ def test_places_take_their_own_shapes_and_survive_copying() -> None:
         other.network.blocks[1][0].localisation[-1].bias += 1
     images = torch.rand(2, *SHAPE)
     assert not torch.allclose(model.eval()(images), other.eval()(images))
-    with observing() as seen:
+    with observing() as observations:
         model(images)
-    (last,) = last_of(seen)
-    assert len(seen) == 3 and last.before is seen[1] and seen[1].before is seen[0] and seen[0].before is None
+    (last,) = last_of(observations)
+    assert (
+        len(observations) == 3
+        and last.before is observations[1]
+        and observations[1].before is observations[0]
+        and observations[0].before is None
+    )
     assert model.training is False and network(places=["features.3"]).network.training
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"places": ["features.9"]}, r"no module .features.9. to put a transformer before; it has: features, "),
+        ({"places": ["features.9"]}, r"no module .features.9. for a transformer; it has: features, "),
         ({"places": ["features.3", "features.3"]}, "places must be a list of different names, got .'features.3'"),
         ({"places": "input"}, "places must be a list of different names, got 'input'"),
         (
             {"places": ["classifier.1"]},
-            r"'classifier.1' must be called once, with feature maps .C, H, W.*it is called with .\(64,\)",
+            r"before 'classifier.1' needs a module that is called once, with feature maps .*it is called with .\(64,\)",
         ),
         (
             {"places": ["features.3"], "transformer": partial(TURN, output_size=(3, 3))},
-            "What follows the transformer at 'features.3' cannot take its output",
+            "The layers after the transformer at 'features.3' do not take its output",
         ),
         ({"transformer": lambda shape: nn.Identity()}, "Identity has no output_shape"),
-        ({"network": MLP, "places": ["layers.0", "layers.1"]}, "'layers.1' must be called once, with feature maps"),
-        ({"network": Recurrent, "places": ["recurrent"]}, "'recurrent' must be called once, with feature maps"),
+        ({"network": MLP, "places": ["layers.0", "layers.1"]}, "before 'layers.1' needs a module that is called once"),
+        ({"network": Recurrent, "places": ["recurrent"]}, "before 'recurrent' needs a module that is called once"),
     ],
 )
-def test_places_that_cannot_be_are_refused(options: dict[str, object], text: str) -> None:
+def test_invalid_places_are_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         network(**options)
 
 
-def test_names_are_those_of_the_network_as_it_was() -> None:
+def test_places_are_names_of_the_original_network() -> None:
     for places in (["blocks", "blocks.1"], ["blocks.1", "blocks"]):
         model = network(
             network=partial(SmallResNet, depth=8, width=4),
@@ -119,8 +124,8 @@ def test_names_are_those_of_the_network_as_it_was() -> None:
         assert len(blocks) == 3 and around.output_shape == (4, 16, 16) == blocks[1][0].output_shape
 
 
-class Named(nn.Module):
-    """Calls its part by keyword."""
+class ByKeyword(nn.Module):
+    """A network that calls a module by keyword."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -131,34 +136,36 @@ class Named(nn.Module):
 
 
 def test_a_part_that_is_called_by_keyword_is_refused() -> None:
-    assert network(network=Named)(torch.rand(2, *SHAPE)).shape == (2, 4)
-    with pytest.raises(ValueError, match=r"'part' must be called once, with .* it is called with none"):
-        network(network=Named, places=["part"])
+    assert network(network=ByKeyword)(torch.rand(2, *SHAPE)).shape == (2, 4)
+    with pytest.raises(
+        ValueError, match=r"before 'part' needs a module that is called once, .* it is called with none"
+    ):
+        network(network=ByKeyword, places=["part"])
 
 
 @pytest.mark.parametrize(
-    "made",
+    "factory",
     [
         partial(SeriesTransformer, SHAPE),
         partial(ParallelTransformer, SHAPE),
         partial(ParallelNetwork, SHAPE, 4, network=LeNet),
     ],
 )
-def test_none_at_all_is_refused(made: partial) -> None:
-    with pytest.raises(ValueError, match="transformers must name at least one"):
-        made(transformers=[])
+def test_no_transformer_is_refused(factory: partial) -> None:
+    with pytest.raises(ValueError, match="transformers needs at least one transformer"):
+        factory(transformers=[])
 
 
-def test_a_series_is_of_single_transformers() -> None:
-    with pytest.raises(ValueError, match="A series is of SpatialTransformers, got a ParallelTransformer"):
+def test_a_series_consists_of_single_transformers() -> None:
+    with pytest.raises(ValueError, match="A series consists of SpatialTransformers, got a ParallelTransformer"):
         SeriesTransformer(SHAPE, transformers=[partial(ParallelTransformer, transformers=[TURN])])
 
 
 def series() -> SeriesTransformer:
-    made = SeriesTransformer(SHAPE, transformers=[TURN, partial(SpatialTransformer, output_size=(8, 12))])
-    for transformer, theta in zip(made.transformers, ([0.5], [0.1, 0.2, -0.1, 0.0, -0.2, 0.3]), strict=True):
-        transformer.localisation = Always(theta)
-    return made
+    combined = SeriesTransformer(SHAPE, transformers=[TURN, partial(SpatialTransformer, output_size=(8, 12))])
+    for transformer, theta in zip(combined.transformers, ([0.5], [0.1, 0.2, -0.1, 0.0, -0.2, 0.3]), strict=True):
+        transformer.localisation = FixedTheta(theta)
+    return combined
 
 
 def smooth(*shape: int) -> torch.Tensor:
@@ -166,57 +173,61 @@ def smooth(*shape: int) -> torch.Tensor:
 
 
 def test_a_series_samples_the_original_once() -> None:
-    made, images = series(), smooth(3, 1, 16, 16)
-    first, second = made.transformers
+    transformer, images = series(), smooth(3, 1, 16, 16)
+    first, second = transformer.transformers
     turn = torch.tensor([[0.5]]).expand(3, 1)
-    expected = second.look(
+    expected = second.sample(
         images, lambda points: first.points(turn, second.points(second.localisation(images), points))
     )
-    turned = made(images)
-    assert turned.shape == (3, *made.output_shape) == (3, 1, 8, 12)
-    torch.testing.assert_close(turned, expected)
-    # Sampling twice gives the same but for what interpolation loses, and for corners that were out of sight between.
+    output = transformer(images)
+    assert output.shape == (3, *transformer.output_shape) == (3, 1, 8, 12)
+    torch.testing.assert_close(output, expected)
+    # Sampling twice differs only by interpolation, and in corners outside of the intermediate image.
     with torch.no_grad():
-        difference = (second(first(images)) - turned).abs()[..., 2:-2, 3:-3]
+        difference = (second(first(images)) - output).abs()[..., 2:-2, 3:-3]
     assert 0 < difference.mean() < 0.02
 
 
 def test_a_series_that_shrinks_does_not_alias() -> None:
     small = partial(SpatialTransformer, output_size=(6, 6), padding="border", localiser=DenseLocaliser)
-    made = SeriesTransformer(SHAPE, transformers=[small, partial(TURN, padding="border", localiser=DenseLocaliser)])
+    transformer = SeriesTransformer(
+        SHAPE, transformers=[small, partial(TURN, padding="border", localiser=DenseLocaliser)]
+    )
     stripes = torch.ones(1, *SHAPE) * (torch.arange(16) % 2)
-    torch.testing.assert_close(made(stripes), small(SHAPE)(stripes), atol=1e-5, rtol=0)
-    assert (made(stripes) - 0.5).abs().max() < 0.25
+    torch.testing.assert_close(transformer(stripes), small(SHAPE)(stripes), atol=1e-5, rtol=0)
+    assert (transformer(stripes) - 0.5).abs().max() < 0.25
 
 
-def test_each_of_a_series_looks_at_what_the_one_before_it_gave() -> None:
-    made, images = SeriesTransformer(SHAPE, transformers=[TURN, TURN]), torch.rand(2, *SHAPE)
-    made.transformers[0].localisation = Always([math.pi / 2])
-    found: list[torch.Tensor] = []
-    made.transformers[1].localisation.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    with observing() as seen:
-        turned = made(images)
-    torch.testing.assert_close(found[0], torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(turned, found[0], atol=1e-5, rtol=0)
-    (last,) = last_of(seen)
-    assert len(seen) == 2
-    torch.testing.assert_close(last.points(pixel_centres(4, 4)), seen[0].points(pixel_centres(4, 4)), atol=1e-6, rtol=0)
+def test_each_of_a_series_localises_in_the_output_of_the_one_before() -> None:
+    transformer, images = SeriesTransformer(SHAPE, transformers=[TURN, TURN]), torch.rand(2, *SHAPE)
+    transformer.transformers[0].localisation = FixedTheta([math.pi / 2])
+    inputs: list[torch.Tensor] = []
+    transformer.transformers[1].localisation.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    with observing() as observations:
+        output = transformer(images)
+    torch.testing.assert_close(inputs[0], torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output, inputs[0], atol=1e-5, rtol=0)
+    (last,) = last_of(observations)
+    assert len(observations) == 2
+    torch.testing.assert_close(
+        last.points(pixel_centres(4, 4)), observations[0].points(pixel_centres(4, 4)), atol=1e-6, rtol=0
+    )
     with observing(stop_after=2) as stopped:
-        made(images)
-    torch.testing.assert_close(stopped[1].theta, seen[1].theta)
+        transformer(images)
+    torch.testing.assert_close(stopped[1].theta, observations[1].theta)
 
 
-def test_parallel_transformers_see_the_same_and_none_follows_another() -> None:
-    made = ParallelTransformer((2, 16, 16), transformers=[TURN, SpatialTransformer])
-    made.transformers[0].localisation = Always([math.pi / 2])
+def test_parallel_transformers_have_the_same_input_and_do_not_follow_each_other() -> None:
+    transformer = ParallelTransformer((2, 16, 16), transformers=[TURN, SpatialTransformer])
+    transformer.transformers[0].localisation = FixedTheta([math.pi / 2])
     images = torch.rand(3, 2, 16, 16)
-    with observing() as seen:
-        stacked = made(images)
-    assert stacked.shape == (3, *made.output_shape) == (3, 4, 16, 16)
+    with observing() as observations:
+        stacked = transformer(images)
+    assert stacked.shape == (3, *transformer.output_shape) == (3, 4, 16, 16)
     torch.testing.assert_close(stacked[:, :2], torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
     torch.testing.assert_close(stacked[:, 2:], images, atol=1e-5, rtol=0)
-    assert last_of(seen) == seen and all(one.before is None for one in seen)
-    with pytest.raises(ValueError, match=r"must give one size to be stacked, got \[\(1, 16, 16\), \(1, 8, 8\)\]"):
+    assert last_of(observations) == observations and all(one.before is None for one in observations)
+    with pytest.raises(ValueError, match=r"need outputs of one size, got \[\(1, 16, 16\), \(1, 8, 8\)\]"):
         ParallelTransformer(SHAPE, transformers=[TURN, partial(TURN, output_size=(8, 8))])
 
 
@@ -227,10 +238,10 @@ def test_parallel_networks_behind_a_first_transformer() -> None:
     ]
     parallel = partial(ParallelNetwork, network=LeNet, transformers=branches, features=5)
     model, images = TransformerNetwork(SHAPE, 4, network=parallel, transformer=TURN), torch.rand(3, *SHAPE)
-    with observing() as seen:
+    with observing() as observations:
         assert model(images).shape == (3, 4)
-    assert len(seen) == 3 and last_of(seen) == seen[1:]
-    assert seen[1].before is seen[0] and seen[2].before is seen[0]
-    # They are laid out over the image: each sees its own half.
-    left, right = (one.points(pixel_centres(1, 1))[0, 0] for one in last_of(seen))
-    assert left.tolist() == pytest.approx([-0.5, 0]) and right.tolist() == pytest.approx([0.5, 0])
+    assert len(observations) == 3 and last_of(observations) == observations[1:]
+    assert observations[1].before is observations[0] and observations[2].before is observations[0]
+    # Each starts at its own half of the image.
+    first, second = (one.points(pixel_centres(1, 1))[0, 0] for one in last_of(observations))
+    assert first.tolist() == pytest.approx([-0.5, 0]) and second.tolist() == pytest.approx([0.5, 0])

@@ -16,7 +16,7 @@ def test_parameters_of_the_paper(depth: int) -> None:
     assert len(weighted) == depth
 
 
-def test_batch_normalisation_takes_the_place_of_biases() -> None:
+def test_batch_normalisation_replaces_the_biases() -> None:
     with torch.device("meta"):
         network = VGG((3, 224, 224), 1000, depth=11, batch_norm=True)
     maps = 64 + 128 + 2 * 256 + 4 * 512
@@ -24,19 +24,19 @@ def test_batch_normalisation_takes_the_place_of_biases() -> None:
 
 
 @pytest.mark.parametrize(("widths", "least"), [((4, 4, 4, 4, 4), 32), ((4, 6, 8, 8), 16), ((4,), 2)])
-def test_a_stage_less_takes_half_the_size(widths: tuple[int, ...], least: int) -> None:
+def test_the_smallest_size_halves_with_every_stage_less(widths: tuple[int, ...], least: int) -> None:
     network = VGG((1, least, least + 5), 3, widths=widths, units=(8, 8))
     assert network(torch.zeros(2, 1, least, least + 5)).shape == (2, 3)
     with pytest.raises(ValueError, match=rf"at least {least}x{least} pixels, got {least - 1}x{least}\."):
         VGG((1, least - 1, least), 3, widths=widths, units=(8, 8))
 
 
-def test_a_depth_that_the_paper_has_not() -> None:
+def test_other_depths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a depth of 11, 13, 16, 19, got 12\."):
         VGG((3, 32, 32), 10, depth=12)
 
 
 @pytest.mark.parametrize("widths", [(), (4,) * 6])
-def test_number_of_stages(widths: tuple[int, ...]) -> None:
+def test_other_numbers_of_stages_are_refused(widths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"1 to 5 stages, got {len(widths)} widths\."):
         VGG((3, 64, 64), 10, widths=widths)

@@ -1,4 +1,4 @@
-"""Small ones of every network and option: what `test_contracts` runs over beside the configs."""
+"""Small variants of every network and option, for `test_contracts`."""
 
 import re
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ GREY, RGB = (1, 28, 28), (3, 32, 32)
 
 
 class Variant(NamedTuple):
-    """One network, as a recipe."""
+    """A network as a recipe."""
 
     name: str
     class_path: str
@@ -144,10 +144,10 @@ SLOW_TO_EXPORT = re.compile(
 WITHOUT_GRADIENT = {
     # Nearest sampling does not change with small changes of theta.
     "transformer-nearest": r"transformer\.localisation",
-    # The normalisation that follows takes away what this bias adds; the published network has it all the same.
+    # The next normalisation removes this bias, which the published network has nevertheless.
     "inception-resnet-v2": r"features\.2\.\d+\.expand\.bias",
 }
 CANNOT_LEARN = {
-    "resnet-101": "a hundred layers, and batches of five: evaluation is far from training",
-    "alexnet-paper-start": "a deviation of 0.01 lets the signal die in a network this narrow",
+    "resnet-101": "with a hundred layers and batches of five, evaluation differs too much from training",
+    "alexnet-paper-start": "with a deviation of 0.01, the signal vanishes in a network this narrow",
 }

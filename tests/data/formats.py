@@ -21,7 +21,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 def write_emnist(path: Path, split: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """``gzip.zip``, of images as people see them: on disk rows are columns, and letters count from 1."""
+    """Write ``gzip.zip``. In the published files, images are transposed and letters count from 1."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("gzip/", b"")
@@ -32,13 +32,13 @@ def write_emnist(path: Path, split: str, parts: Mapping[str, tuple[np.ndarray, n
 
 
 def cifar_records(images: np.ndarray, *labels: np.ndarray) -> bytes:
-    """The binary version: labels, then the planes, image by image."""
+    """Return the binary version: for each image its labels, then its colour planes."""
     planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
     return np.concatenate([*(label[:, None] for label in labels), planes], axis=1).astype(np.uint8).tobytes()
 
 
 def cifar_batch(images: np.ndarray, **labels: np.ndarray) -> bytes:
-    """The Python version, opcode by opcode: what Python 2 and NumPy 1 wrote for a dictionary with an array of bytes."""
+    """Return the Python version: the opcodes of Python 2 and NumPy 1 for a dictionary with an array of bytes."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<I", len(value)) + value
@@ -68,14 +68,14 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 def colours(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` pictures ``(32, 32, 3)`` of different colours, with labels 0, 1, ... in turn."""
+    """Return ``count`` images ``(32, 32, 3)`` of different colours, and labels 0, 1, ... in turn."""
     numbers = np.arange(count)
     colour = np.stack([numbers % 256, numbers // 256, 255 - numbers % 256], axis=1).astype(np.uint8)
     return np.broadcast_to(colour[:, None, None], (count, 32, 32, 3)).copy(), (numbers % classes).astype(np.uint8)
 
 
 def write_all(root: Path, digits: np.ndarray, labels: np.ndarray) -> None:
-    """Every dataset that is downloaded, small, where it would be found: of 500 pictures ``(28, 28)`` of ten classes."""
+    """Write a small version of every downloaded dataset to its place, from 500 images ``(28, 28)`` of ten classes."""
     for name in ("mnist", "fashion-mnist", "kmnist"):
         for part, chosen in (("train", slice(400)), ("t10k", slice(400, 500))):
             write_idx(root / name / f"{part}-images-idx3-ubyte.gz", digits[chosen])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from upright.data.augmentation import (
-    AT_ONCE,
+    CHUNK_IMAGES,
     Augmentation,
     Geometric,
     RandomAffine,
@@ -31,7 +31,7 @@ GEOMETRIC = {
     "perspective": partial(RandomPerspective, distortion=0.2),
     "elastic": partial(RandomElastic, sigma=0.05),
 }
-AT_REST = {
+NO_EFFECT = {
     "affine": RandomAffine,
     "crop": partial(RandomCrop, padding=0),
     "resized crop": partial(RandomResizedCrop, scale=(1, 1), ratio=(WIDTH / HEIGHT, WIDTH / HEIGHT)),
@@ -65,17 +65,17 @@ def draw(part: Geometric, batch: int, height: int = HEIGHT, width: int = WIDTH) 
     return matrices
 
 
-def check_handed_on(augmentation: Augmentation, images: torch.Tensor) -> None:
-    """What is handed on is what was done, at shared points and at each image's own."""
+def check_transforms(augmentation: Augmentation, images: torch.Tensor) -> None:
+    """Check that sampling at the returned points reproduces the images, for shared points and for points per image."""
     view = augmentation(images)
     height, width = view.images.shape[-2:]
     points = pixel_centres(height, width)
-    found = view.transforms(points)
-    torch.testing.assert_close(sample(images.float(), found, height, width), view.images, atol=0.01, rtol=1e-4)
-    torch.testing.assert_close(view.transforms(points.expand(len(images), -1, -1)), found, atol=1e-5, rtol=1e-4)
+    sources = view.transforms(points)
+    torch.testing.assert_close(sample(images.float(), sources, height, width), view.images, atol=0.01, rtol=1e-4)
+    torch.testing.assert_close(view.transforms(points.expand(len(images), -1, -1)), sources, atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_to_do_changes_nothing(images: torch.Tensor) -> None:
+def test_an_empty_augmentation_changes_nothing(images: torch.Tensor) -> None:
     images_out, transforms, targets = Augmentation()(images, torch.arange(200))
     assert images_out.dtype == torch.float32 and torch.equal(images_out, images.float())
     points = pixel_centres(4, 4)
@@ -83,22 +83,22 @@ def test_nothing_to_do_changes_nothing(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("part", GEOMETRIC.values(), ids=GEOMETRIC)
-def test_the_transforms_handed_on_are_those_done(part: Callable[[], Geometric]) -> None:
+def test_the_returned_transforms_reproduce_the_images(part: Callable[[], Geometric]) -> None:
     images = smooth()
     augmentation = Augmentation([part()])
     assert augmentation(images).images.shape == images.shape and augmentation.moves
     assert not torch.allclose(augmentation(images).images, images, atol=1)
-    check_handed_on(augmentation, images)
+    check_transforms(augmentation, images)
 
 
-@pytest.mark.parametrize("part", AT_REST.values(), ids=AT_REST)
-def test_no_strength_is_the_identity(part: Callable[[], Geometric]) -> None:
+@pytest.mark.parametrize("part", NO_EFFECT.values(), ids=NO_EFFECT)
+def test_zero_strength_is_the_identity(part: Callable[[], Geometric]) -> None:
     images = smooth()
     torch.testing.assert_close(Augmentation([part()])(images).images, images, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("part", GEOMETRIC.values(), ids=GEOMETRIC)
-def test_a_part_goes_into_a_checkpoint_and_draws_from_the_seed(part: Callable[[], Geometric]) -> None:
+def test_a_part_is_rebuilt_from_its_recipe_and_draws_from_the_seed(part: Callable[[], Geometric]) -> None:
     images, views = smooth(), []
     for each in (part, build(recipe(part)), part):
         torch.manual_seed(len(views) // 2)
@@ -106,28 +106,28 @@ def test_a_part_goes_into_a_checkpoint_and_draws_from_the_seed(part: Callable[[]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 
-def test_all_of_them_are_sampled_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbouring_geometric_parts_are_sampled_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr("upright.data.augmentation.sample", lambda *a: calls.append(a) or sample(*a))
     parts = [part() for part in GEOMETRIC.values()]
-    check_handed_on(Augmentation(parts), smooth())
-    check_handed_on(Augmentation(parts[::-1]), smooth())
+    check_transforms(Augmentation(parts), smooth())
+    check_transforms(Augmentation(parts[::-1]), smooth())
     assert len(calls) == 2
     Augmentation([RandomAffine(rotate=30), RandomCrop(), nn.Identity(), RandomAffine(flip=1.0)])(images[:100])
     assert len(calls) == 4
 
 
-def test_a_large_batch_is_sampled_piece_by_piece(images: torch.Tensor) -> None:
-    check_handed_on(Augmentation([RandomAffine(rotate=30), RandomElastic()]), images)
+def test_a_large_batch_is_sampled_in_chunks(images: torch.Tensor) -> None:
+    check_transforms(Augmentation([RandomAffine(rotate=30), RandomElastic()]), images)
 
 
-def test_what_is_done_before_and_after_another_module_is_handed_on_as_one() -> None:
+def test_transforms_before_and_after_another_module_are_composed() -> None:
     image = smooth()
     quarter = Always(rotation(torch.tensor(math.pi / 2), WIDTH / HEIGHT))
     view = Augmentation([quarter, nn.Identity(), RandomElastic(), quarter])(image)
     points = pixel_centres(4, 4)
     again = Augmentation([quarter, Always(torch.eye(3)), quarter])(image)
-    # An elastic shift of 3 % in between is all that keeps it from half a turn.
+    # Without the elastic shift of 3 % in between, this is a rotation by 180 degrees.
     torch.testing.assert_close(again.transforms(points), -points.expand(16, -1, -1))
     assert 0 < (view.transforms(points) + points).abs().mean() < 0.15
 
@@ -140,9 +140,9 @@ def test_rotation_is_uniform_in_its_range() -> None:
     assert abs(degrees.mean()) < 2 and abs(degrees.std() - 120 / 12**0.5) < 1
 
 
-def test_scale_shift_flip_and_shear_do_what_they_say() -> None:
+def test_scale_shift_flip_and_shear_have_their_documented_ranges() -> None:
     scaled = draw(RandomAffine(scale=(2, 2)), 3)
-    # Output to input: what is twice as large samples half as far out.
+    # From output to input: an image twice as large samples half as far from the centre.
     torch.testing.assert_close(scaled, torch.diag(torch.tensor([0.5, 0.5, 1])).expand(3, 3, 3))
     shifts = draw(RandomAffine(shift=0.25), 2000)[:, :2, 2]
     assert 0.48 < shifts.abs().max() <= 0.5
@@ -160,12 +160,12 @@ def test_a_crop_is_exact_to_the_pixel(images: torch.Tensor) -> None:
         for down in range(5)
         for across in range(5)
     }
-    found = torch.stack([(view.images - crop).abs().amax(dim=(1, 2, 3)) < 0.01 for crop in crops.values()])
-    # Each is one of the 25, and every one of the 25 comes.
-    assert (found.sum(dim=0) == 1).all() and found.any(dim=1).all()
+    matches = torch.stack([(view.images - crop).abs().amax(dim=(1, 2, 3)) < 0.01 for crop in crops.values()])
+    # Each image is one of the 25 crops, and all 25 occur.
+    assert (matches.sum(dim=0) == 1).all() and matches.any(dim=1).all()
 
 
-def test_a_resized_crop_has_the_area_and_the_aspect_asked_for() -> None:
+def test_a_resized_crop_has_area_and_aspect_in_its_ranges() -> None:
     matrices = draw(RandomResizedCrop(scale=(0.1, 0.4), ratio=(0.5, 2)), 4000)
     across, down = matrices[:, 0, 0], matrices[:, 1, 1]
     ratio = across * WIDTH / (down * HEIGHT)
@@ -173,12 +173,12 @@ def test_a_resized_crop_has_the_area_and_the_aspect_asked_for() -> None:
     assert 0.0999 < area.min() < 0.105 and 0.395 < area.max() < 0.4001 and abs(area.mean() - 0.25) < 0.01
     assert 0.4999 < ratio.min() < 0.51 and 1.95 < ratio.max() < 2.001
     assert abs((ratio < 1).float().mean() - 0.5) < 0.03
-    # It lies inside, and touches no border more than the opposite one.
+    # The crop is inside the image, and on average in its centre.
     assert ((matrices[:, :2, 2].abs() + torch.stack([across, down], 1)) < 1.0001).all()
     assert matrices[:, :2, 2].mean(dim=0).abs().max() < 0.03
 
 
-def test_perspective_takes_the_corners_where_they_shall_go() -> None:
+def test_perspective_moves_the_corners_to_their_targets() -> None:
     corners = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
     wanted = corners + 0.49 * (2 * torch.rand(500, 4, 2) - 1)
     composed = Augmentation([Always(quadrilateral(wanted))])(torch.zeros(500, 1, 4, 4)).transforms
@@ -194,16 +194,16 @@ def test_elastic_moves_the_points_of_its_grid_by_sigma() -> None:
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
-def test_padding_is_what_is_seen_beyond_the_border(padding: str) -> None:
+def test_padding_sets_the_values_beyond_the_border(padding: str) -> None:
     half = Always(torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 1]]))
     row = torch.tensor([10.0, 20, 30, 40]).expand(1, 1, 2, 4)
     expected = {"zeros": [30, 40, 0, 0], "border": [30, 40, 40, 40], "reflection": [30, 40, 40, 30]}[padding]
-    found = Augmentation([half], padding=padding)(row).images
-    torch.testing.assert_close(found, torch.tensor(expected).float().expand(1, 1, 2, 4))
+    images = Augmentation([half], padding=padding)(row).images
+    torch.testing.assert_close(images, torch.tensor(expected).float().expand(1, 1, 2, 4))
 
 
 class Always(Geometric):
-    """The same transform for every image, or one given for each."""
+    """A fixed transform: one for all images, or one per image."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
@@ -213,18 +213,18 @@ class Always(Geometric):
         return self.matrix.expand(batch, 3, 3)
 
 
-def test_parts_are_done_in_their_order() -> None:
+def test_parts_are_applied_in_order() -> None:
     image = torch.zeros(1, 1, 8, 8)
     image[..., 5, 4] = 255
     quarter = Always(rotation(torch.tensor(math.pi / 2)))
-    left = Always(torch.tensor([[1.0, 0, 0.5], [0, 1, 0], [0, 0, 1]]))  # two of eight pixels
-    turned_then_moved = Augmentation([quarter, left])(image)
-    moved_then_turned = Augmentation([left, quarter])(image)
+    leftwards = Always(torch.tensor([[1.0, 0, 0.5], [0, 1, 0], [0, 0, 1]]))  # two of eight pixels
+    rotated_then_shifted = Augmentation([quarter, leftwards])(image)
+    shifted_then_rotated = Augmentation([leftwards, quarter])(image)
     one = torch.rot90(image, 1, (2, 3)).roll(-2, 3)
     other = torch.rot90(image.roll(-2, 3), 1, (2, 3))
     assert one.argmax() != other.argmax()
-    assert turned_then_moved.images.argmax() == one.argmax()
-    assert moved_then_turned.images.argmax() == other.argmax()
+    assert rotated_then_shifted.images.argmax() == one.argmax()
+    assert shifted_then_rotated.images.argmax() == other.argmax()
 
 
 class Invert(nn.Module):
@@ -233,7 +233,7 @@ class Invert(nn.Module):
         return 1 - batch
 
 
-def test_any_module_on_a_batch_from_0_to_1_plugs_in(images: torch.Tensor) -> None:
+def test_any_module_on_a_batch_from_0_to_1_is_a_part(images: torch.Tensor) -> None:
     before = images.clone()
     torch.testing.assert_close(Augmentation([Invert()])(images).images, 255 - images.float())
     twice = Augmentation([Invert(), RandomAffine(flip=1), Invert()])(images)
@@ -243,11 +243,11 @@ def test_any_module_on_a_batch_from_0_to_1_plugs_in(images: torch.Tensor) -> Non
 
 
 @pytest.mark.parametrize("part", KORNIA.values(), ids=KORNIA)
-def test_what_kornia_moves_is_handed_on(part: Callable[[], nn.Module]) -> None:
+def test_transforms_of_kornia_are_returned(part: Callable[[], nn.Module]) -> None:
     augmentation = Augmentation([part()])
-    assert augmentation.moves and augmentation.untold is None
-    check_handed_on(augmentation, smooth())
-    # Between two of ours, which sample on their own: the same points, if not the same pixels.
+    assert augmentation.moves and augmentation.unreported is None
+    check_transforms(augmentation, smooth())
+    # Between two of our parts the batch is sampled several times: the points agree, the pixels only nearly.
     around = Augmentation([RandomAffine(rotate=30), part(), RandomElastic(sigma=0.01)])
     image = smooth()
     view = around(image)
@@ -265,7 +265,7 @@ def test_what_kornia_moves_is_handed_on(part: Callable[[], nn.Module]) -> None:
     ],
     ids=lambda part: part.func.__name__,
 )
-def test_what_kornia_recolours_stays_where_it_is_and_comes_from_torchs_seed(part: Callable[[], nn.Module]) -> None:
+def test_colour_transforms_of_kornia_move_no_pixel_and_follow_torchs_seed(part: Callable[[], nn.Module]) -> None:
     augmentation, views = Augmentation([part()]), []
     assert not augmentation.moves
     image = smooth()
@@ -278,25 +278,25 @@ def test_what_kornia_recolours_stays_where_it_is_and_comes_from_torchs_seed(part
     assert 1 < (views[0].images - image).abs().mean() < 100
 
 
-def test_who_moves_pixels_and_does_not_say_where_is_named() -> None:
-    assert Augmentation([RandomElastic(), kornia.RandomElasticTransform()]).untold == "RandomElasticTransform"
+def test_a_part_that_does_not_report_its_transform_is_named() -> None:
+    assert Augmentation([RandomElastic(), kornia.RandomElasticTransform()]).unreported == "RandomElasticTransform"
     hidden = nn.Sequential(kornia.RandomRotation(30.0))
-    assert Augmentation([hidden]).untold == "Sequential" and Augmentation([hidden]).moves
+    assert Augmentation([hidden]).unreported == "Sequential" and Augmentation([hidden]).moves
     several = kornia.AugmentationSequential(kornia.RandomRotation(30.0), kornia.RandomThinPlateSpline())
-    assert Augmentation([several]).untold == "AugmentationSequential"
-    assert Augmentation([nn.Identity(), kornia.ColorJitter()]).untold is None
+    assert Augmentation([several]).unreported == "AugmentationSequential"
+    assert Augmentation([nn.Identity(), kornia.ColorJitter()]).unreported is None
 
 
-def test_one_option_does_not_change_the_numbers_of_another() -> None:
-    def drawn(part: Geometric) -> torch.Tensor:
+def test_an_option_does_not_change_the_random_numbers_of_another() -> None:
+    def numbers(part: Geometric) -> torch.Tensor:
         torch.manual_seed(3)
         return torch.cat([draw(part, 5)[:, :2, :2].flatten(), torch.rand(3)])
 
-    assert torch.equal(drawn(RandomAffine(rotate=45)), drawn(RandomAffine(rotate=45, shift=0.2)))
-    # Nor what is drawn after it.
-    assert torch.equal(drawn(RandomCrop(padding=0)), drawn(RandomCrop(padding=5)))
+    assert torch.equal(numbers(RandomAffine(rotate=45)), numbers(RandomAffine(rotate=45, shift=0.2)))
+    # Nor does it change later draws.
+    assert torch.equal(numbers(RandomCrop(padding=0)), numbers(RandomCrop(padding=5)))
     ours = (RandomResizedCrop(scale=(1, 1)), RandomResizedCrop(ratio=(1, 1)))
-    assert torch.equal(*(drawn(part)[-3:] for part in ours))
+    assert torch.equal(*(numbers(part)[-3:] for part in ours))
 
 
 @pytest.mark.parametrize(
@@ -323,29 +323,29 @@ def test_refuses(part: Callable[[], nn.Module], text: str) -> None:
         part()
 
 
-def test_half_precision_elsewhere_changes_nothing_here() -> None:
+def test_autocast_does_not_change_augmentation() -> None:
     augmentation = Augmentation([part() for part in GEOMETRIC.values()])
     images, points = 255 * torch.rand(4, 1, 28, 28), pixel_centres(4, 4)
     torch.manual_seed(0)
     expected = augmentation(images)
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = augmentation(images)
-        assert torch.equal(found.transforms(points), expected.transforms(points))
-    assert torch.equal(found.images, expected.images)
+        view = augmentation(images)
+        assert torch.equal(view.transforms(points), expected.transforms(points))
+    assert torch.equal(view.images, expected.images)
 
 
-def test_a_shear_is_an_angle_in_pixels_whatever_the_shape() -> None:
+def test_a_shear_is_an_angle_in_pixels_for_every_aspect() -> None:
     height, width = 20, 50
     torch.manual_seed(0)
     matrices = RandomAffine(shear=30).draw(2000, height, width)
-    # Down one pixel in the new image is so many pixels across in the old one.
+    # The shift along x in the input, in pixels, for one pixel along y in the output.
     slants = torch.atan(matrices[:, 0, 1] * width / height).rad2deg()
     assert 29.5 < slants.abs().max() <= 30.01 and abs(slants.std() - 60 / 12**0.5) < 0.6
 
 
-def test_what_is_beyond_the_border_is_the_same_in_large_batches() -> None:
-    images = torch.full((AT_ONCE + 50, 1, 8, 8), 200, dtype=torch.uint8)
+def test_padding_is_the_same_in_large_batches() -> None:
+    images = torch.full((CHUNK_IMAGES + 50, 1, 8, 8), 200, dtype=torch.uint8)
     for padding, expected in (("border", 200), ("reflection", 200), ("zeros", 0)):
         images_out = Augmentation([RandomAffine(shift=0.9)], padding=padding)(images).images
         assert abs(float(images_out.amin(dim=(1, 2, 3)).median()) - expected) < 1e-3

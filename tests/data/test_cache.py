@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upright.data import cache as module
-from upright.data import pictures as pictures_module
+from upright.data import cache, image_files
 from upright.data.folder import Folder
 from upright.errors import UprightError, UserError
 from upright.images import decode
@@ -23,36 +22,36 @@ COUNT = 60
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Photographs of two classes and of many sizes, none twice."""
+def photos(tmp_path: Path) -> Path:
+    """Photographs of two classes and of many sizes, all different."""
     generator = np.random.default_rng(0)
     for number in range(COUNT):
-        file = tmp_path / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        file = tmp_path / "photos" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         size = generator.integers(10, 40, 2)
         Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
-    return tmp_path / "pictures"
+    return tmp_path / "photos"
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UPRIGHT_CACHE", str(tmp_path / "cache"))
     # Several chunks, so that something can happen between them.
-    monkeypatch.setattr(module, "CHUNK_BYTES", 10 * 12 * 12 * 3)
+    monkeypatch.setattr(cache, "CHUNK_BYTES", 10 * 12 * 12 * 3)
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of all files that are decoded."""
-    found: list[str] = []
+    """Record the names of all decoded files."""
+    names: list[str] = []
 
     def counting(path: Path, spec: object) -> object:
-        found.append(Path(path).name)
+        names.append(Path(path).name)
         return decode(path, spec)
 
-    monkeypatch.setattr("upright.data.pictures.decode", counting)
-    return found
+    monkeypatch.setattr(image_files, "decode", counting)
+    return names
 
 
 def folder(root: Path, **options: object) -> Folder:
@@ -63,23 +62,28 @@ def everything(data: Folder) -> list[torch.Tensor]:
     return [part for split in ("train", "val", "test") for part in data.samples(split)[:][:5]]
 
 
+def check_disk_equals_memory(photos: Path) -> None:
+    pairs = zip(everything(folder(photos, cache="disk")), everything(folder(photos, cache="memory")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("angles", [(0,), (-30, 0, 30)])
 @pytest.mark.parametrize(
     "options", [{"cache": "disk"}, {"cache": "none"}, {"cache": "disk", "num_workers": 2}], ids=str
 )
-def test_where_images_are_kept_does_not_change_them(
-    pictures: Path, options: dict[str, object], angles: tuple[int, ...]
+def test_every_storage_returns_the_same_images(
+    photos: Path, options: dict[str, object], angles: tuple[int, ...]
 ) -> None:
-    kept = folder(pictures, angles=angles, cache="memory")
-    other = folder(pictures, angles=angles, **options)
-    assert other.manifest.digest == kept.manifest.digest
-    assert all(torch.equal(a, b) for a, b in zip(everything(other), everything(kept), strict=True))
+    expected = folder(photos, angles=angles, cache="memory")
+    other = folder(photos, angles=angles, **options)
+    assert other.manifest.digest == expected.manifest.digest
+    assert all(torch.equal(a, b) for a, b in zip(everything(other), everything(expected), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_streamed_batches_are_the_same_whatever_the_number_of_workers(pictures: Path, workers: int) -> None:
+def test_streamed_batches_are_the_same_for_any_number_of_workers(photos: Path, workers: int) -> None:
     def batches(**options: object) -> list[torch.Tensor]:
-        data = folder(pictures, batch_size=7, **options)
+        data = folder(photos, batch_size=7, **options)
         loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
         return [part for loader in loaders for batch in loader for part in batch[:5]]
 
@@ -89,61 +93,59 @@ def test_streamed_batches_are_the_same_whatever_the_number_of_workers(pictures: 
     assert all(torch.equal(a, b) for a, b in zip(streamed, batches(cache="memory"), strict=True))
 
 
-def test_a_second_run_decodes_nothing(pictures: Path, decoded: list[str]) -> None:
-    first = everything(folder(pictures, cache="disk"))
+def test_a_second_run_decodes_nothing(photos: Path, decoded: list[str]) -> None:
+    first = everything(folder(photos, cache="disk"))
     assert len(decoded) == COUNT
-    second = everything(folder(pictures, cache="disk"))
-    # Other splits of the same pictures are the same pictures.
-    folder(pictures, cache="disk", folds=3, fold=1, train_fraction=0.5).samples("train")
+    second = everything(folder(photos, cache="disk"))
+    # Other splits of the same photos share the cache.
+    folder(photos, cache="disk", folds=3, fold=1, train_fraction=0.5).samples("train")
     assert len(decoded) == COUNT
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_what_is_new_is_added_and_what_changes_is_decoded_again(pictures: Path, decoded: list[str]) -> None:
-    _ = folder(pictures, cache="disk").images
+def test_new_images_are_added_and_changed_ones_are_decoded_again(photos: Path, decoded: list[str]) -> None:
+    _ = folder(photos, cache="disk").images
     decoded.clear()
-    Image.new("RGB", (20, 20), (1, 2, 3)).save(pictures / "even/new.png")
-    Image.new("RGB", (20, 20), (4, 5, 6)).save(pictures / "odd/001.png")
-    (pictures / "odd/003.png").unlink()
-    changed = folder(pictures, cache="disk")
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(photos / "even/new.png")
+    Image.new("RGB", (20, 20), (4, 5, 6)).save(photos / "odd/001.png")
+    (photos / "odd/003.png").unlink()
+    changed = folder(photos, cache="disk")
     assert changed.images.readable.all() and sorted(decoded) == ["001.png", "new.png"]
-    assert changed.manifest.digest == folder(pictures, cache="memory").manifest.digest
-    pairs = zip(everything(changed), everything(folder(pictures, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert changed.manifest.digest == folder(photos, cache="memory").manifest.digest
+    check_disk_equals_memory(photos)
 
 
-def test_another_size_or_rule_is_another_cache(pictures: Path) -> None:
+def test_each_size_and_resize_rule_has_its_own_cache(photos: Path) -> None:
     for options in ({"size": 12}, {"size": 14}, {"size": 12, "resize": "crop"}, {"size": 12, "channels": 1}):
-        found, kept = (Folder(root=str(pictures), cache=where, **options) for where in ("disk", "memory"))
-        assert torch.equal(found.samples("train")[:].images, kept.samples("train")[:].images)
+        disk, memory = (Folder(root=str(photos), cache=storage, **options) for storage in ("disk", "memory"))
+        assert torch.equal(disk.samples("train")[:].images, memory.samples("train")[:].images)
 
 
 def test_small_sets_stay_in_memory_and_large_ones_do_not(
-    pictures: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _ = folder(pictures).images
+    _ = folder(photos).images
     assert not own_cache.exists()
-    monkeypatch.setattr(module, "MAX_MEMORY_BYTES", COUNT * 12 * 12 * 3 - 1)
-    data = folder(pictures)
-    assert isinstance(data.images.pixels, module.PixelFile)
+    monkeypatch.setattr(cache, "MAX_MEMORY_BYTES", COUNT * 12 * 12 * 3 - 1)
+    data = folder(photos)
+    assert isinstance(data.images.pixels, cache.PixelFile)
 
 
-def test_a_run_that_is_interrupted_is_taken_up_where_it_was(
-    pictures: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_continues_where_it_stopped(
+    photos: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopping(path: Path, spec: object) -> object:
         if len(decoded) == 35:
             raise KeyboardInterrupt
         return counting(path, spec)
 
-    counting = pictures_module.decode
-    monkeypatch.setattr(pictures_module, "decode", stopping)
+    counting = image_files.decode
+    monkeypatch.setattr(image_files, "decode", stopping)
     with pytest.raises(KeyboardInterrupt):
-        _ = folder(pictures, cache="disk").images
-    monkeypatch.setattr(pictures_module, "decode", counting)
+        _ = folder(photos, cache="disk").images
+    monkeypatch.setattr(image_files, "decode", counting)
     decoded.clear()
-    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
     # 30 were written, in chunks of 10.
     assert len(decoded) == 30 + COUNT
 
@@ -161,9 +163,9 @@ print(data.manifest.digest, int(data.samples("train")[:].images.sum()), flush=Tr
 """
 
 
-def test_two_processes_at_once_and_one_that_is_killed(pictures: Path) -> None:
+def test_two_processes_wait_for_each_other_and_survive_a_killed_third(photos: Path) -> None:
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", FILL, str(pictures)]
+        command = [sys.executable, "-c", FILL, str(photos)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     killed = start()
@@ -177,18 +179,18 @@ def test_two_processes_at_once_and_one_that_is_killed(pictures: Path) -> None:
     killed.communicate()
     answers = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
-    data = folder(pictures, cache="memory")
+    data = folder(photos, cache="memory")
     expected = f"{data.manifest.digest} {int(data.samples('train')[:].images.sum())}\n"
     assert [out for out, _ in answers] == [expected, expected]
 
 
-def test_a_full_disk_is_an_error_and_no_broken_cache(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_and_leaves_a_valid_cache(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(0, 0, 1000))
+        patch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(0, 0, 1000))
         with pytest.raises(
             UprightError, match=r"cannot be used: 0.0 GB are needed and 0.0 GB are free.*--data.cache none"
         ):
-            _ = folder(pictures, cache="disk").images
+            _ = folder(photos, cache="disk").images
     written = []
 
     class Full(io.FileIO):
@@ -201,47 +203,46 @@ def test_a_full_disk_is_an_error_and_no_broken_cache(pictures: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: Full(path, mode))
         with pytest.raises(UprightError, match=r"No space left on device. Set UPRIGHT_CACHE to a folder with room"):
-            _ = folder(pictures, cache="disk").images
-    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+            _ = folder(photos, cache="disk").images
+    check_disk_equals_memory(photos)
 
 
-def test_the_large_file_may_be_deleted(pictures: Path, own_cache: Path, decoded: list[str]) -> None:
-    _ = folder(pictures, cache="disk").images
+def test_the_large_file_may_be_deleted(photos: Path, own_cache: Path, decoded: list[str]) -> None:
+    _ = folder(photos, cache="disk").images
     (file,) = own_cache.glob("*/pixels")
     file.unlink()
-    assert int(folder(pictures, cache="disk").samples("train")[:].images.sum()) > 0
+    assert int(folder(photos, cache="disk").samples("train")[:].images.sum()) > 0
     assert len(decoded) == 2 * COUNT
 
 
-def test_a_cache_that_cannot_be_written_is_named(pictures: Path, own_cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(photos: Path, own_cache: Path) -> None:
     own_cache.write_text("a file")
     with pytest.raises(UprightError, match=r"The cache '.*/cache/.*' cannot be used: Not a directory"):
-        _ = folder(pictures, cache="disk").images
+        _ = folder(photos, cache="disk").images
 
 
-@pytest.mark.parametrize("where", ["memory", "disk", "none"])
+@pytest.mark.parametrize("storage", ["memory", "disk", "none"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_pictures(pictures: Path, where: str, workers: int) -> None:
-    (pictures / "even/000.png").write_bytes(b"")
-    (pictures / "odd/001.png").write_bytes((pictures / "odd/001.png").read_bytes()[:200])
-    options = {"cache": where, "num_workers": workers}
-    for _ in range(2):  # the second time the disk knows it already
+def test_unreadable_images(photos: Path, storage: str, workers: int) -> None:
+    (photos / "even/000.png").write_bytes(b"")
+    (photos / "odd/001.png").write_bytes((photos / "odd/001.png").read_bytes()[:200])
+    options = {"cache": storage, "num_workers": workers}
+    for _ in range(2):  # the second time, the cache on disk has the result
         with pytest.raises(UprightError, match=r"^'.*/(even/000|odd/001).png' [^\n]*--data.max_unreadable raises it.$"):
-            _ = folder(pictures, **options).images
+            _ = folder(photos, **options).images
     with pytest.raises(UprightError, match=r"The limit for unreadable images is 1;"):
-        _ = folder(pictures, max_unreadable=1, **options).images
-    data = folder(pictures, max_unreadable=2, **options)
+        _ = folder(photos, max_unreadable=1, **options).images
+    data = folder(photos, max_unreadable=2, **options)
     assert sum(map(len, data.splits.values())) == COUNT - 2
-    assert data.remarks == [f"2 of {COUNT} pictures cannot be read and are left out, for example 'even/000.png'."]
+    assert data.remarks == [f"2 of {COUNT} images cannot be read and are left out, for example 'even/000.png'."]
     assert len(list(data.originals("val"))) == len(data.splits["val"]) == len(data.samples("val")[:].labels)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_vanishes_while_it_is_streamed_is_named_in_one_line(pictures: Path, workers: int) -> None:
-    data = folder(pictures, cache="none", num_workers=workers)
+def test_a_file_that_vanishes_while_it_is_streamed_is_named_in_one_line(photos: Path, workers: int) -> None:
+    data = folder(photos, cache="none", num_workers=workers)
     loader = data.train_dataloader()
-    for file in pictures.glob("even/*"):
+    for file in photos.glob("even/*"):
         file.unlink()
     with pytest.raises(UprightError, match=r"^'.*\.png' does not exist\.$"):
         list(loader)
@@ -267,48 +268,46 @@ def test_a_set_larger_than_memory(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes() + number.to_bytes(2, "big"))
     limit = 1_000_000_000
     command = [sys.executable, "-c", LARGE, str(tmp_path / "large"), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    size, total = map(int, done.stdout.split())
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, total = map(int, process.stdout.split())
     assert size > 2 * limit and total > 0
 
 
-def test_facts_of_rows_that_are_gone_are_never_taken_for_true(pictures: Path, own_cache: Path) -> None:
-    _ = folder(pictures, cache="disk").images
+def test_facts_without_their_pixels_are_never_used(photos: Path, own_cache: Path) -> None:
+    _ = folder(photos, cache="disk").images
     (file,) = own_cache.glob("*/pixels")
     file.unlink()
-    # Sorts first, so that every row comes to be another picture's.
-    Image.new("RGB", (20, 20), (9, 9, 9)).save(pictures / "even/00.png")
+    # It sorts first, so that every row belongs to another image now.
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(photos / "even/00.png")
 
-    class Cut(io.FileIO):
+    class Full(io.FileIO):
         def write(self, content: bytes) -> int:
             if "facts" in str(self.name):
                 raise OSError(28, "No space left on device")
             return super().write(content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode: Cut(path, mode))
+        patch.setattr(Path, "open", lambda path, mode: Full(path, mode))
         with pytest.raises(UprightError, match="No space left"):
-            _ = folder(pictures, cache="disk").images
-    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+            _ = folder(photos, cache="disk").images
+    check_disk_equals_memory(photos)
 
 
 @pytest.mark.parametrize(("file", "tail"), [("pixels", 1000), ("facts", 11)])
-def test_what_a_killed_process_left_half_written_is_cut_off(
-    pictures: Path, own_cache: Path, decoded: list[str], file: str, tail: int
+def test_an_incomplete_row_of_a_killed_process_is_truncated(
+    photos: Path, own_cache: Path, decoded: list[str], file: str, tail: int
 ) -> None:
-    _ = folder(pictures, cache="disk").images
+    _ = folder(photos, cache="disk").images
     (path,) = own_cache.glob(f"*/{file}")
     path.write_bytes(path.read_bytes() + b"x" * tail)
-    Image.new("RGB", (20, 20), (9, 9, 9)).save(pictures / "even/00.png")
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(photos / "even/00.png")
     decoded.clear()
-    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
     assert decoded[0] == "00.png" and len(decoded) == 1 + COUNT + 1
 
 
-def test_pictures_that_change_places_take_their_pixels_along(pictures: Path) -> None:
-    one, other = pictures / "even/000.png", pictures / "odd/001.png"
+def test_two_exchanged_files_have_exchanged_pixels(photos: Path) -> None:
+    one, other = photos / "even/000.png", photos / "odd/001.png"
     other.write_bytes(one.read_bytes()[:-3] + b"abc")
     for file in (one, other):
         os.utime(file, ns=(10**18, 10**18))
@@ -317,25 +316,24 @@ def test_pictures_that_change_places_take_their_pixels_along(pictures: Path) -> 
     one, other = one.with_suffix(".bmp"), other.with_suffix(".bmp")
     for file in (one, other):
         os.utime(file, ns=(10**18, 10**18))
-    _ = folder(pictures, cache="disk").images
-    aside = pictures / "aside"
+    _ = folder(photos, cache="disk").images
+    aside = photos / "aside"
     one.rename(aside), other.rename(one), aside.rename(other)
-    pairs = zip(everything(folder(pictures, cache="disk")), everything(folder(pictures, cache="memory")), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    check_disk_equals_memory(photos)
 
 
 @pytest.mark.parametrize("change", ["size", "time"])
-def test_a_files_size_and_its_times_are_looked_at(pictures: Path, decoded: list[str], change: str) -> None:
-    _ = folder(pictures, cache="disk").images
+def test_a_file_with_another_size_or_time_is_decoded_again(photos: Path, decoded: list[str], change: str) -> None:
+    _ = folder(photos, cache="disk").images
     decoded.clear()
-    file = pictures / "even/000.png"
+    file = photos / "even/000.png"
     status = file.stat()
     if change == "size":
         file.write_bytes(file.read_bytes() + b"more")
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     else:
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    _ = folder(pictures, cache="disk").images
+    _ = folder(photos, cache="disk").images
     assert decoded == ["000.png"]
 
 
@@ -358,8 +356,8 @@ class Inverted(Folder):
         return replace(source, images=Negative(source.images))
 
 
-def test_other_angles_backgrounds_and_decoders_are_other_caches(pictures: Path) -> None:
-    Image.new("RGBA", (16, 16), (50, 50, 50, 0)).save(pictures / "even/clear.png")
+def test_each_background_set_of_angles_and_decoder_has_its_own_cache(photos: Path) -> None:
+    Image.new("RGBA", (16, 16), (50, 50, 50, 0)).save(photos / "even/clear.png")
 
     for cls, options in (
         (Folder, {"angles": (-30, 30)}),
@@ -368,32 +366,32 @@ def test_other_angles_backgrounds_and_decoders_are_other_caches(pictures: Path) 
         (Inverted, {}),
         (Folder, {}),
     ):
-        kept, found = (cls(root=str(pictures), size=12, cache=where, **options) for where in ("memory", "disk"))
-        assert all(torch.equal(a, b) for a, b in zip(everything(found), everything(kept), strict=True)), options
+        memory, disk = (cls(root=str(photos), size=12, cache=storage, **options) for storage in ("memory", "disk"))
+        assert all(torch.equal(a, b) for a, b in zip(everything(disk), everything(memory), strict=True)), options
 
 
-def test_what_could_not_be_read_once_is_tried_again(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_images_are_tried_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(path: Path, spec: object) -> object:
         if Path(path).name == "007.png":
             raise UserError(f"'{path}' cannot be decoded: too many open files")
         return decode(path, spec)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures_module, "decode", failing)
+        patch.setattr(image_files, "decode", failing)
         with pytest.raises(UprightError, match="too many open files"):
-            _ = folder(pictures, cache="disk").images
-    assert folder(pictures, cache="disk").images.readable.all()
+            _ = folder(photos, cache="disk").images
+    assert folder(photos, cache="disk").images.readable.all()
 
 
-def test_a_kept_picture_is_rounded_not_cut(pictures: Path) -> None:
-    data = folder(pictures, cache="disk")
+def test_cached_pixels_are_rounded_not_truncated(photos: Path) -> None:
+    data = folder(photos, cache="disk")
     originals = list(data.originals("test"))
-    for original, kept in zip(originals, data.samples("test")[:].images, strict=True):
+    for original, cached in zip(originals, data.samples("test")[:].images, strict=True):
         exact = resize(torch.from_numpy(original.pixels).permute(2, 0, 1)[None].float(), 12, 12)
-        assert (exact[0] - kept).abs().max() <= 0.501
+        assert (exact[0] - cached).abs().max() <= 0.501
 
 
-def test_large_originals_are_decoded_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_large_originals_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = peak = 0
 
     class Large(np.ndarray):
@@ -410,28 +408,28 @@ def test_large_originals_are_decoded_one_after_the_other(tmp_path: Path, monkeyp
         file = tmp_path / f"{number % 2}" / f"{number}.png"
         file.parent.mkdir(exist_ok=True)
         Image.new("L", (2100, 2000), number).save(file)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 2**20)
-    monkeypatch.setattr(module, "content_hash", lambda pixels: int(pixels[0, 0, 0]))
-    monkeypatch.setattr(pictures_module, "decode", large)
+    monkeypatch.setattr(cache, "CHUNK_BYTES", 4 * 2**20)
+    monkeypatch.setattr(cache, "content_hash", lambda pixels: int(pixels[0, 0, 0]))
+    monkeypatch.setattr(image_files, "decode", large)
     _ = folder(tmp_path).images
     assert peak <= 3
 
 
-def test_no_cache_needs_no_folder_to_write_to(pictures: Path, own_cache: Path) -> None:
+def test_storage_none_needs_no_writable_folder(photos: Path, own_cache: Path) -> None:
     own_cache.write_text("a file")
-    data = folder(pictures, cache="none", num_workers=0)
-    assert torch.equal(data.samples("val")[:].images, folder(pictures, cache="memory").samples("val")[:].images)
+    data = folder(photos, cache="none", num_workers=0)
+    assert torch.equal(data.samples("val")[:].images, folder(photos, cache="memory").samples("val")[:].images)
 
 
-def test_streamed_views_are_decoded_when_they_are_asked_for(pictures: Path, decoded: list[str]) -> None:
-    data = folder(pictures, cache="none", angles=(0, 30), num_workers=0)
+def test_streamed_views_are_decoded_on_access(photos: Path, decoded: list[str]) -> None:
+    data = folder(photos, cache="none", angles=(0, 30), num_workers=0)
     samples = data.samples("test")
     assert len(decoded) == COUNT
     _ = samples[:2]
     assert len(decoded) == COUNT + 1
 
 
-def test_unreadable_pictures_leave_given_splits_too(tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_of_declared_splits_too(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         for label in ("a", "b"):
             for number in range(4):
@@ -443,18 +441,18 @@ def test_unreadable_pictures_leave_given_splits_too(tmp_path: Path) -> None:
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 8, "val": 8, "test": 7}
     for file in (tmp_path / "val").glob("*/*.png"):
         file.write_bytes(b"")
-    with pytest.raises(UprightError, match="No picture of split 'val' can be read"):
+    with pytest.raises(UprightError, match="No image of split 'val' can be read"):
         _ = folder(tmp_path, max_unreadable=9).splits
 
 
-def test_copies_stay_together_and_count(pictures: Path) -> None:
+def test_duplicates_stay_in_one_split_and_are_not_dropped(photos: Path) -> None:
     for number in range(0, 20, 2):
-        (pictures / f"even/copy {number}.png").write_bytes((pictures / f"even/{number:03d}.png").read_bytes())
-    data = folder(pictures)
+        (photos / f"even/copy {number}.png").write_bytes((photos / f"even/{number:03d}.png").read_bytes())
+    data = folder(photos)
     assert sum(map(len, data.splits.values())) == COUNT + 10 and data.remarks == []
 
 
-def test_a_worker_that_dies_is_one_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures_module, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_dead_worker_is_an_error_of_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UprightError, match=r"A process that decodes images died .* processes with --data.num_workers"):
-        _ = folder(pictures, cache="memory", num_workers=1).images
+        _ = folder(photos, cache="memory", num_workers=1).images

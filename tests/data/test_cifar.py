@@ -11,7 +11,7 @@ from upright.errors import UprightError
 
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 IMAGES, TENS = colours(60, 10)
-# One picture whose every pixel is another: rows, columns and colours cannot be confused.
+# All pixels of one image differ, so that rows, columns and colours cannot be confused.
 IMAGES[0] = np.arange(3072).reshape(32, 32, 3) % 251
 HUNDREDS, FINE = colours(300, 100)
 COARSE = FINE // 5
@@ -39,23 +39,23 @@ def cifar100(kind: str) -> dict[str, bytes]:
     }
 
 
-def put(root: Path, members: dict[str, bytes], how: str) -> None:
-    """As an archive (with what else is in the published ones), as its folder, or as its files."""
-    if how == "archive":
+def put(root: Path, members: dict[str, bytes], layout: str) -> None:
+    """Write the members as an archive, with another file as in the published one, as its folder, or as its files."""
+    if layout == "archive":
         folder = next(iter(members)).split("/")[0]
         name = {"cifar-10-batches-bin": "cifar-10-binary", "cifar-10-batches-py": "cifar-10-python"}.get(folder, folder)
         write_tar(root / f"{name}.tar.gz", {f"{folder}/readme.html": b"<html>"} | members)
         return
     for name, content in members.items():
-        path = root / (name if how == "folder" else Path(name).name)
+        path = root / (name if layout == "folder" else Path(name).name)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["archive", "folder", "files"])
+@pytest.mark.parametrize("layout", ["archive", "folder", "files"])
 @pytest.mark.parametrize("kind", ["bin", "py"])
-def test_both_versions_are_read_as_published(kind: str, how: str, tmp_path: Path) -> None:
-    put(tmp_path, cifar10(kind), how)
+def test_both_versions_are_read_as_published(kind: str, layout: str, tmp_path: Path) -> None:
+    put(tmp_path, cifar10(kind), layout)
     before = sorted(tmp_path.rglob("*"))
     source = CIFAR10(root=str(tmp_path)).source
     assert (source.images == IMAGES).all() and source.labels == TENS.tolist()
@@ -64,11 +64,11 @@ def test_both_versions_are_read_as_published(kind: str, how: str, tmp_path: Path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("how", ["archive", "folder"])
+@pytest.mark.parametrize("layout", ["archive", "folder"])
 @pytest.mark.parametrize("kind", ["bin", "py"])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_a_hundred_classes_or_twenty(kind: str, how: str, coarse: bool, tmp_path: Path) -> None:
-    put(tmp_path, cifar100(kind), how)
+def test_cifar100_has_a_hundred_classes_or_twenty(kind: str, layout: str, coarse: bool, tmp_path: Path) -> None:
+    put(tmp_path, cifar100(kind), layout)
     data = CIFAR100(root=str(tmp_path), coarse=coarse)
     assert (data.source.images == HUNDREDS).all()
     assert data.source.labels == (COARSE if coarse else FINE).tolist()
@@ -91,7 +91,7 @@ def test_the_classes_are_the_published_ones() -> None:
         (cifar_records(IMAGES[50:], TENS[50:], TENS[50:]), "30740 bytes are not a number of records of 3073"),
     ],
 )
-def test_binary_files_that_are_not_cifars(content: bytes, text: str, tmp_path: Path) -> None:
+def test_invalid_binary_files_are_refused(content: bytes, text: str, tmp_path: Path) -> None:
     put(tmp_path, cifar10("bin") | {"cifar-10-batches-bin/test_batch.bin": content}, "folder")
     with pytest.raises(UprightError, match=text):
         _ = CIFAR10(root=str(tmp_path)).source
@@ -111,7 +111,9 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     for attack in (Attack(victim), {"data": Attack(victim), "labels": [1]}):
         put(tmp_path, cifar10("py") | {"cifar-10-batches-py/test_batch": pickle.dumps(attack, protocol=2)}, "folder")
-        with pytest.raises(UprightError, match=r"test_batch' is not a file of CIFAR's Python version: it asks for "):
+        with pytest.raises(
+            UprightError, match=r"test_batch' is not a file of CIFAR's Python version: it contains the class "
+        ):
             _ = CIFAR10(root=str(tmp_path)).source
         assert not victim.exists()
 
@@ -133,13 +135,13 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
         (pickle.dumps({"data": [1], "labels": [1]}, 2), "is not a file of CIFAR's Python version"),
     ],
 )
-def test_python_files_that_are_not_cifars(content: bytes, text: str, tmp_path: Path) -> None:
+def test_invalid_python_files_are_refused(content: bytes, text: str, tmp_path: Path) -> None:
     put(tmp_path, cifar10("py") | {"cifar-10-batches-py/test_batch": content}, "folder")
     with pytest.raises(UprightError, match=text):
         _ = CIFAR10(root=str(tmp_path)).source
 
 
-def test_archives_that_are_not_whole(tmp_path: Path) -> None:
+def test_incomplete_archives_are_refused(tmp_path: Path) -> None:
     put(tmp_path, cifar10("bin"), "archive")
     path = tmp_path / "cifar-10-binary.tar.gz"
     content = path.read_bytes()
@@ -158,7 +160,7 @@ def test_archives_that_are_not_whole(tmp_path: Path) -> None:
         _ = CIFAR10(root=str(tmp_path)).source
 
 
-def test_an_archives_other_members_touch_nothing(tmp_path: Path) -> None:
+def test_other_members_of_an_archive_are_not_unpacked(tmp_path: Path) -> None:
     """Links and paths that lead out of the archive are not followed: nothing is unpacked."""
     path = tmp_path / "mine/cifar-10-binary.tar.gz"
     put(tmp_path / "mine", cifar10("bin"), "archive")
@@ -178,7 +180,7 @@ def test_a_folder_without_all_files_is_refused(tmp_path: Path) -> None:
         _ = CIFAR10(root=str(tmp_path)).source
 
 
-def test_a_batch_that_was_cut_between_two_pictures_is_noticed(tmp_path: Path) -> None:
+def test_a_batch_truncated_between_two_images_is_refused(tmp_path: Path) -> None:
     members = cifar10("bin")
     name = "cifar-10-batches-bin/data_batch_3.bin"
     members[name] = members[name][: 7 * 3073]

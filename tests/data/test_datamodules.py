@@ -1,4 +1,4 @@
-"""What every dataset promises, and what each one is."""
+"""Contracts of every dataset, and the content of each one."""
 
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,9 @@ DATA = sorted(ROOT.glob("configs/data/*.yaml"))
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of small photographs of different sizes."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for name, base in (("dark", 40), ("light", 180)):
         (root / name).mkdir()
@@ -41,9 +41,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=DATA, ids=lambda path: path.stem)
-def data(request: pytest.FixtureRequest, pictures: Path) -> ImageDataModule:
+def data(request: pytest.FixtureRequest, photos: Path) -> ImageDataModule:
     recipe = yaml.safe_load(request.param.read_text())
-    ours = {"root": ("my-images", pictures), "file": ("my-images.csv", pictures / "table.csv")}
+    ours = {"root": ("my-images", photos), "file": ("my-images.csv", photos / "table.csv")}
     for name, (theirs, here) in ours.items():
         if recipe["init_args"].get(name) == theirs:
             recipe["init_args"][name] = str(here)
@@ -52,7 +52,7 @@ def data(request: pytest.FixtureRequest, pictures: Path) -> ImageDataModule:
     return module
 
 
-def test_loaders_give_what_a_model_takes(data: ImageDataModule) -> None:
+def test_batches_have_the_shape_of_the_spec(data: ImageDataModule) -> None:
     channels, *size = data.spec.input_shape
     for split, wanted in (("train", data.stored_size), ("val", size), ("test", size)):
         batch = next(iter(data.loader(split)))
@@ -86,8 +86,9 @@ def test_views_show_known_angles_of_the_same_image() -> None:
     data = Digits(size=20, angles=(-90, 0, 90))
     samples = data.samples("val")[:]
     assert (samples.group[:6].tolist(), samples.position[:6].tolist()) == ([0, 0, 0, 1, 1, 1], list(range(6)))
-    left, upright, right = samples.images[:3]
-    assert torch.equal(left, torch.rot90(upright, -1, (1, 2))) and torch.equal(right, torch.rot90(upright, 1, (1, 2)))
+    clockwise, upright, anticlockwise = samples.images[:3]
+    assert torch.equal(clockwise, torch.rot90(upright, -1, (1, 2)))
+    assert torch.equal(anticlockwise, torch.rot90(upright, 1, (1, 2)))
     points = torch.rand(5, 2)
     degrees = rotation_angle(transform_points(samples.transforms[:3], points), points).rad2deg()
     torch.testing.assert_close(degrees, torch.tensor([-90.0, 0.0, 90.0]), atol=1e-3, rtol=0)
@@ -101,19 +102,19 @@ def test_views_of_an_image_are_never_in_two_splits() -> None:
 
 
 @pytest.mark.parametrize(("size", "margin"), [(28, 4), (16, 0), (8, 0), (60, 10)])
-def test_digits_are_all_there(size: int, margin: int) -> None:
+def test_all_digits_are_read(size: int, margin: int) -> None:
     data = Digits(size=size, margin=margin)
     assert sum(len(part) for part in data.splits.values()) == 1797
     pixels = data.samples("train")[:].images.float() / 255
     assert abs(pixels.mean() - data.spec.mean[0]) < 0.01
-    # Enlarging smooths: the deviation is declared for 28 pixels.
+    # Enlarging smooths the image, and the deviation is declared for 28 pixels.
     assert abs(pixels.std() - data.spec.std[0]) < 0.06
     frame = torch.cat([pixels[..., :margin].flatten(), pixels[..., size - margin :].flatten()])
     assert frame.sum() == 0
 
 
-def test_folder_takes_any_sizes_and_names(pictures: Path) -> None:
-    data = Folder(root=str(pictures), size=16)
+def test_folder_reads_any_sizes_and_names(photos: Path) -> None:
+    data = Folder(root=str(photos), size=16)
     assert data.spec.classes == ("dark", "light")
     samples = data.samples("val")[:]
     assert samples.images.shape[1:] == (3, 16, 16)
@@ -122,15 +123,15 @@ def test_folder_takes_any_sizes_and_names(pictures: Path) -> None:
     assert len({original.pixels.shape for original in data.originals("val")}) > 1
 
 
-def test_without_resizing_a_batch_has_one_size(pictures: Path) -> None:
+def test_without_resizing_a_batch_has_one_size(photos: Path) -> None:
     with pytest.raises(UprightError, match=r"must have one size, 16x16; one has \d+x\d+. Use stretch or crop"):
-        Folder(root=str(pictures), size=16, resize="none").samples("val")
-    data = Folder(root=str(pictures), size=16, resize="none")
+        Folder(root=str(photos), size=16, resize="none").samples("val")
+    data = Folder(root=str(photos), size=16, resize="none")
     assert data.spec.resize == "none" and ImageSpec.from_dict(data.spec.to_dict()) == data.spec
 
 
-def test_folder_with_splits_keeps_them(pictures: Path, tmp_path: Path) -> None:
-    for split, source in (("train", pictures), ("test", pictures)):
+def test_the_split_folders_are_used(photos: Path, tmp_path: Path) -> None:
+    for split, source in (("train", photos), ("test", photos)):
         for name in ("dark", "light"):
             target = tmp_path / split / name
             target.mkdir(parents=True)
@@ -143,12 +144,12 @@ def test_folder_with_splits_keeps_them(pictures: Path, tmp_path: Path) -> None:
     assert all(original.name.startswith("train/") for original in data.originals("val"))
 
 
-def test_a_folders_root_is_absolute_wherever_it_is_used(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(pictures.parent)
-    assert Folder(root=pictures.name).recipe["init_args"]["root"] == str(pictures)
+def test_a_folders_root_is_recorded_absolute(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos.parent)
+    assert Folder(root=photos.name).recipe["init_args"]["root"] == str(photos)
 
 
-def test_folder_refuses(pictures: Path, tmp_path: Path) -> None:
+def test_folder_refuses(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UprightError, match=r"nope' does not exist; `root` .--data.root. is the folder"):
         _ = Folder(root=str(tmp_path / "nope")).spec
     (tmp_path / "only").mkdir()
@@ -162,7 +163,7 @@ def test_folder_refuses(pictures: Path, tmp_path: Path) -> None:
         _ = Folder(root=str(tmp_path)).spec
 
 
-def test_a_class_in_test_that_training_lacks(pictures: Path, tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_refused(photos: Path, tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "test/a", "test/c"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
@@ -170,12 +171,12 @@ def test_a_class_in_test_that_training_lacks(pictures: Path, tmp_path: Path) -> 
         _ = Folder(root=str(tmp_path)).source
 
 
-def test_an_unreadable_picture_is_named(pictures: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named(photos: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(10):
             Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
-    (tmp_path / "a" / "3.png").write_text("not a picture")
+    (tmp_path / "a" / "3.png").write_text("not an image")
     with pytest.raises(UprightError, match=r"a/3.png' is not an image"):
         _ = Folder(root=str(tmp_path)).manifest
 
@@ -198,7 +199,7 @@ class Stripes(ImageDataModule):
         return Source(images, [0, 1] * 20, [f"stripes-{i}" for i in range(40)])
 
 
-def test_an_own_dataset_in_one_class() -> None:
+def test_a_dataset_of_the_users_own() -> None:
     data = Stripes(width=20, batch_size=4, augment=[partial(RandomAffine, rotate=5), nn.Identity])
     assert next(iter(data.train_dataloader())).images.shape == (4, 1, 16, 20)
     assert len(data.augmentation.parts) == 2
@@ -220,36 +221,36 @@ def test_refuses(options: dict[str, object], text: str) -> None:
         Digits(**options)
 
 
-class Given(Stripes):
+class Declared(Stripes):
     """Defines some of its splits."""
 
-    given: dict[str, list[int]]
+    declared: dict[str, list[int]]
 
     def read(self) -> Source:
         source = super().read()
-        return Source(source.images, source.labels, source.names, self.given)
+        return Source(source.images, source.labels, source.names, self.declared)
 
 
 @pytest.mark.parametrize(
-    "given", [{"test": range(20, 40)}, {"val": range(10)}, {"test": range(8), "val": range(30, 40)}]
+    "declared", [{"test": range(20, 40)}, {"val": range(10)}, {"test": range(8), "val": range(30, 40)}]
 )
-def test_a_split_that_is_given_is_kept_and_kept_apart(given: dict[str, range]) -> None:
-    data = Given()
-    data.given = {name: list(part) for name, part in given.items()}
+def test_declared_splits_are_used_and_the_rest_is_split(declared: dict[str, range]) -> None:
+    data = Declared()
+    data.declared = {name: list(part) for name, part in declared.items()}
     assert sorted(np.concatenate(list(data.splits.values()))) == list(range(40))
-    for name, part in given.items():
+    for name, part in declared.items():
         assert data.splits[name].tolist() == list(part)
 
 
-def test_an_image_in_two_given_splits_is_refused() -> None:
-    data = Given()
-    data.given = {"val": [1, 2], "test": [2, 3]}
+def test_an_image_in_two_declared_splits_is_refused() -> None:
+    data = Declared()
+    data.declared = {"val": [1, 2], "test": [2, 3]}
     with pytest.raises(UprightError, match="more than one split"):
         _ = data.splits
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
-def test_the_transform_of_an_oblong_original_is_the_one_done(tmp_path: Path, resize: str) -> None:
+def test_the_transform_of_an_oblong_original_reproduces_its_view(tmp_path: Path, resize: str) -> None:
     from upright.warp import warp
 
     blob = np.zeros((64, 128), np.uint8)
@@ -260,13 +261,13 @@ def test_the_transform_of_an_oblong_original_is_the_one_done(tmp_path: Path, res
             Image.fromarray(np.roll(blob, number, axis=1)).save(tmp_path / name / f"{number}.png")
     data = Folder(root=str(tmp_path), size=64, channels=1, resize=resize, angles=(0, 60))
     samples = data.samples("test")[:]
-    plain, turned = samples.images[0::2].float(), samples.images[1::2].float()
-    assert (warp(plain, samples.transforms[1::2]) - turned).abs().mean() < 2
-    assert (warp(plain, samples.transforms[0::2]) - turned).abs().mean() > 8
+    plain, rotated = samples.images[0::2].float(), samples.images[1::2].float()
+    assert (warp(plain, samples.transforms[1::2]) - rotated).abs().mean() < 2
+    assert (warp(plain, samples.transforms[0::2]) - rotated).abs().mean() > 8
 
 
 @pytest.mark.parametrize(("split", "missing"), [("val", "a"), ("test", "b"), ("train", "b")])
-def test_a_class_without_pictures_in_a_split(tmp_path: Path, split: str, missing: str) -> None:
+def test_a_class_without_images_in_a_split_is_refused(tmp_path: Path, split: str, missing: str) -> None:
     for folder in ("train", "val", "test"):
         for name in ("a", "b"):
             (tmp_path / folder / name).mkdir(parents=True)
@@ -276,7 +277,7 @@ def test_a_class_without_pictures_in_a_split(tmp_path: Path, split: str, missing
         _ = Folder(root=str(tmp_path)).source
 
 
-def test_hidden_files_and_folders_do_not_count(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     for name in ("a", "b", ".ipynb_checkpoints"):
         (tmp_path / name).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / name / "x.png")

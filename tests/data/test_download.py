@@ -1,4 +1,4 @@
-"""How published files come, over a server of our own; every dataset that downloads is checked alike."""
+"""Downloads of every published dataset, from a local server."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PUBLISHED = [MNIST, FashionMNIST, KMNIST, EMNIST, CIFAR10, CIFAR100]
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; of a file called broken it sends less than it says."""
+    """Serve a folder; for a file called broken, send fewer bytes than declared."""
 
     def do_GET(self) -> None:
         if "broken" not in self.path:
@@ -33,7 +33,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder, and the address that serves it."""
+    """Serve a folder; yield it and its address."""
     folder = tmp_path / "served"
     folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
@@ -50,7 +50,7 @@ def published(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> type[Published]:
-    """A dataset whose small files are what is published, and an empty cache."""
+    """Return a dataset class whose published files are small, with an empty cache."""
     folder, address = served
     checksums = {}
     for name in request.param.checksums:
@@ -63,7 +63,7 @@ def published(
     return request.param
 
 
-def test_what_is_not_there_is_downloaded_once(published: type[Published], served: tuple[Path, str]) -> None:
+def test_missing_files_are_downloaded_once(published: type[Published], served: tuple[Path, str]) -> None:
     published().prepare_data()
     data = published()
     assert {path.name for path in data.folder.iterdir()} == set(published.checksums)
@@ -73,7 +73,7 @@ def test_what_is_not_there_is_downloaded_once(published: type[Published], served
     assert {len(data.source.images), len(data.source.names)} == {len(data.source.labels)}
 
 
-def test_a_wrong_download_is_refused_and_not_kept(published: type[Published], served: tuple[Path, str]) -> None:
+def test_a_wrong_download_is_refused_and_deleted(published: type[Published], served: tuple[Path, str]) -> None:
     *_, name = published.checksums
     with (served[0] / name).open("ab") as file:
         file.write(b"x")
@@ -82,11 +82,11 @@ def test_a_wrong_download_is_refused_and_not_kept(published: type[Published], se
         data.prepare_data()
     text = str(error.value)
     assert text.startswith(f"{served[1]}/{name} cannot be downloaded (MD5 hash of downloaded file ({name}) does not ")
-    assert text.endswith(f"Put {published.what} into '{data.folder}', or name their folder with --data.root.")
+    assert text.endswith(f"Put {published.wanted_files} into '{data.folder}', or name their folder with --data.root.")
     assert {path.name for path in data.folder.iterdir()} == set(published.checksums) - {name}
 
 
-def test_a_folder_of_the_users_is_never_downloaded_into(published: type[Published], tmp_path: Path) -> None:
+def test_nothing_is_downloaded_into_a_folder_of_the_user(published: type[Published], tmp_path: Path) -> None:
     empty = tmp_path / "mine"
     empty.mkdir()
     with pytest.raises(UprightError, match=rf"'{empty}' does not hold .* \(no .*gz.*\); `root` \(--data.root\) is"):
@@ -102,7 +102,7 @@ def test_published_arguments_are_absolute_and_arrays_stay_arrays(published: type
     assert source.images.flags.c_contiguous and source.files is None
 
 
-def test_no_network_says_where_to_put_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPRIGHT_DATA", str(tmp_path))
     monkeypatch.setattr(MNIST, "mirrors", ("http://127.0.0.1:9",))
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_an_interrupted_download_leaves_nothing(served: tuple[Path, str], tmp_pa
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_user_who_interrupts_leaves_nothing(
+def test_a_keyboard_interrupt_leaves_nothing(
     served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
@@ -141,7 +141,7 @@ def test_the_next_mirror_is_tried(served: tuple[Path, str], tmp_path: Path) -> N
         download("y", "0" * 32, ["http://127.0.0.1:9", served[1]], tmp_path / "cache", "it")
 
 
-def test_a_folder_that_cannot_be_written(served: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(served: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     (served[0] / "x").write_bytes(b"x")
     with pytest.raises(UprightError, match=r"/x cannot be downloaded \(.*cache.*Put it into"):

@@ -1,4 +1,4 @@
-"""What people's folders hold: every kind of picture, links, loops, odd names."""
+"""Folders of images: every format, links, loops, odd names."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ def save(path: Path, image: Image.Image, **options: object) -> None:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Class a: one picture of every kind; class b: greys."""
+    """Write class a, with one image of every format, and class b, of grey images."""
     a, orange = tmp_path / "a", Image.new("RGB", (12, 8), COLOUR)
     save(a / "alpha.png", Image.new("RGBA", (12, 8), (*COLOUR, 0)))
     save(a / "animated.gif", orange, save_all=True, append_images=[Image.new("RGB", (12, 8))])
@@ -36,22 +36,22 @@ def mixed(tmp_path: Path) -> Path:
     save(a / "日本 🙂.png", Image.new("1", (12, 8), 1))
     exif = Image.Exif()
     exif[0x0112] = 6
-    save(a / "turned.jpg", orange, exif=exif, quality=100)
+    save(a / "rotated.jpg", orange, exif=exif, quality=100)
     for number in range(10):
         save(tmp_path / "b" / f"{number}.png", Image.new("L", (30 + number, 20), number))
     return tmp_path
 
 
-def test_every_kind_of_picture_in_one_folder(mixed: Path) -> None:
+def test_every_format_in_one_folder(mixed: Path) -> None:
     source = Folder(root=str(mixed)).source
-    found = dict(zip(source.names, source.images, strict=True))
-    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in found.values())
-    sizes = {name: image.shape[:2] for name, image in found.items() if name.startswith("a/")}
-    assert sizes.pop("a/turned.jpg") == (12, 8) and set(sizes.values()) == {(8, 12)} and len(sizes) == 10
+    images = dict(zip(source.names, source.images, strict=True))
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in images.values())
+    sizes = {name: image.shape[:2] for name, image in images.items() if name.startswith("a/")}
+    assert sizes.pop("a/rotated.jpg") == (12, 8) and set(sizes.values()) == {(8, 12)} and len(sizes) == 10
     expected = {
         "alpha.png": 0, "cmyk.jpg": GREY, "deep.png": GREY, "deep.tif": GREY, "grey.PNG": GREY, "日本 🙂.png": 255
     }  # fmt: skip
-    for name, image in found.items():
+    for name, image in images.items():
         if name.startswith("a/"):
             wanted = expected.get(name.removeprefix("a/"), COLOUR)
             assert abs(image.astype(int) - np.array(wanted)).max() <= 3, name
@@ -61,24 +61,24 @@ def test_every_kind_of_picture_in_one_folder(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "is not an image, or none of BMP, GIF, JPEG"),
-        (b"GIF89a", "cannot be decoded|is not an image"),
+        (b"", "is in none of the formats that can be read: BMP, GIF, JPEG"),
+        (b"GIF89a", "cannot be decoded|is in none of the formats"),
         ("cut", "cannot be decoded: .*truncated"),
         ("link", "does not exist"),
         ("float", "cannot be decoded: floating-point images have no agreed range"),
     ],
 )
-def test_a_bad_picture_among_good_ones_is_named(mixed: Path, content: bytes | str, text: str) -> None:
+def test_an_invalid_image_among_valid_ones_is_named(mixed: Path, content: bytes | str, text: str) -> None:
     bad = mixed / "a/bad ü.tif"
     if content == "link":
         bad.symlink_to(mixed / "nothing.png")
     elif content == "float":
         Image.fromarray(np.zeros((8, 8), np.float32)).save(bad)
     elif isinstance(content, str):
-        whole = mixed / "whole.png"
-        Image.effect_noise((64, 64), 50).save(whole)
-        bad.write_bytes(whole.read_bytes()[:2000])
-        whole.unlink()
+        complete = mixed / "complete.png"
+        Image.effect_noise((64, 64), 50).save(complete)
+        bad.write_bytes(complete.read_bytes()[:2000])
+        complete.unlink()
     else:
         bad.write_bytes(content)
     source = Folder(root=str(mixed)).source
@@ -99,7 +99,7 @@ def test_links_are_followed(mixed: Path, tmp_path_factory: pytest.TempPathFactor
     assert [name for name in source.names if name.startswith("c")] == ["c/1.png", "c/3.png", "c/more/deeper/2.png"]
 
 
-def test_loops_end_and_a_picture_counts_once_in_a_class(mixed: Path) -> None:
+def test_loops_end_and_an_image_counts_once_in_a_class(mixed: Path) -> None:
     before = Folder(root=str(mixed)).source
     (mixed / "a/self").symlink_to(mixed / "a")
     (mixed / "a/up").symlink_to(mixed)
@@ -110,13 +110,13 @@ def test_loops_end_and_a_picture_counts_once_in_a_class(mixed: Path) -> None:
     assert list(source.names) == list(before.names) and source.labels == before.labels
 
 
-def test_a_class_that_is_a_link_to_the_whole_holds_nothing(mixed: Path) -> None:
+def test_a_class_that_links_to_the_root_is_empty(mixed: Path) -> None:
     (mixed / "c").symlink_to(mixed)
     with pytest.raises(UprightError, match=r"No image in class \['c'\]"):
         _ = Folder(root=str(mixed)).source
 
 
-def test_a_folder_that_may_not_be_read_is_named(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_read_permission_is_named(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
     def refuse(path: str) -> object:
@@ -129,14 +129,14 @@ def test_a_folder_that_may_not_be_read_is_named(mixed: Path, monkeypatch: pytest
         _ = Folder(root=str(mixed)).source
 
 
-def test_an_empty_folder_in_test_is_no_class(tmp_path: Path) -> None:
+def test_an_empty_folder_in_test_is_ignored(tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "test/a", "test/b"):
         save(tmp_path / name / "x.png", Image.new("L", (8, 8)))
     (tmp_path / "test/thumbs").mkdir()
     assert len(Folder(root=str(tmp_path)).source.labels) == 4
 
 
-def test_its_images_can_be_sent_to_workers(mixed: Path) -> None:
+def test_the_images_can_be_pickled(mixed: Path) -> None:
     images = Folder(root=str(mixed)).source.images
     again = pickle.loads(pickle.dumps(images))
     assert len(again) == len(images) and (again[4] == images[4]).all()

@@ -17,20 +17,20 @@ PARTS = pytest.mark.parametrize("part", [MixUp, CutMix])
 
 
 def plain() -> torch.Tensor:
-    """Images whose every pixel is their number, so that a mixture says what is in it."""
+    """Return images whose pixels all equal their number, so that a mixture shows its components."""
     return torch.arange(COUNT, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 7, 11).contiguous()
 
 
 @PARTS
-def test_targets_say_how_much_of_each_image_is_there(part: type[Mixing]) -> None:
+def test_targets_are_the_shares_of_each_image(part: type[Mixing]) -> None:
     images, targets = part(alpha=1.0)(plain(), TARGETS)
     assert images.shape == (COUNT, 2, 7, 11) and targets.shape == (COUNT, 10)
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(COUNT))
-    # Of neighbours i - 1 and i the mean pixel is i less the share of the other.
+    # The mean pixel of a mixture of neighbours i - 1 and i is i minus the share of i - 1.
     numbers = torch.arange(1, COUNT)
-    kept = 1 - (numbers - images[1:].mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(targets[numbers, LABELS[1:]], kept, atol=1e-4, rtol=0)
-    torch.testing.assert_close(targets[numbers, LABELS[:-1]], 1 - kept, atol=1e-4, rtol=0)
+    own_shares = 1 - (numbers - images[1:].mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(targets[numbers, LABELS[1:]], own_shares, atol=1e-4, rtol=0)
+    torch.testing.assert_close(targets[numbers, LABELS[:-1]], 1 - own_shares, atol=1e-4, rtol=0)
 
 
 @PARTS
@@ -38,7 +38,7 @@ def test_the_mean_share_is_a_half_and_alpha_its_spread(part: type[Mixing]) -> No
     def shares(alpha: float) -> torch.Tensor:
         return part(alpha=alpha)(plain(), TARGETS)[1][torch.arange(COUNT), LABELS]
 
-    # Boxes are cut off at the border, so that CutMix keeps more.
+    # Boxes are clipped at the border, so CutMix replaces less.
     assert 0.45 < shares(1.0).mean() < (0.55 if part is MixUp else 0.75)
     assert shares(0.1).std() > shares(1.0).std() > shares(20.0).std()
 
@@ -50,12 +50,12 @@ def test_cutmix_pastes_one_box() -> None:
     assert torch.equal(other, rows[:, :, None] & columns[:, None, :])
     for line in (rows, columns):
         assert (line.int().diff(dim=1).abs().sum(dim=1) <= 2).all()
-    # Pixels are one image's or the other's.
+    # Each pixel comes from one of the two images.
     assert torch.equal(images, torch.where(other[:, None], plain().roll(1, 0), plain()))
 
 
 @PARTS
-def test_probability_leaves_the_others_as_they_are(part: type[Mixing]) -> None:
+def test_probability_is_the_share_of_mixed_images(part: type[Mixing]) -> None:
     images, targets = part(probability=0.0)(plain(), TARGETS)
     assert torch.equal(images, plain()) and torch.equal(targets, TARGETS)
     _, targets = part(probability=0.3, alpha=20.0)(plain(), TARGETS)
@@ -63,9 +63,9 @@ def test_probability_leaves_the_others_as_they_are(part: type[Mixing]) -> None:
 
 
 @PARTS
-def test_a_part_goes_into_a_checkpoint_and_draws_from_the_seed(part: type[Mixing]) -> None:
-    given, views = partial(part, alpha=0.5, probability=0.9), []
-    for each in (given, build(recipe(given)), given):
+def test_a_part_is_rebuilt_from_its_recipe_and_draws_from_the_seed(part: type[Mixing]) -> None:
+    factory, views = partial(part, alpha=0.5, probability=0.9), []
+    for each in (factory, build(recipe(factory)), factory):
         torch.manual_seed(len(views) // 2)
         views.append(each()(plain(), TARGETS))
     for first, again, other in zip(*views, strict=True):
@@ -73,7 +73,7 @@ def test_a_part_goes_into_a_checkpoint_and_draws_from_the_seed(part: type[Mixing
 
 
 @PARTS
-def test_it_is_one_of_augmentations_parts(part: type[Mixing]) -> None:
+def test_a_mixture_is_a_part_of_an_augmentation(part: type[Mixing]) -> None:
     augmentation = Augmentation([RandomAffine(rotate=20), part(), RandomAffine(flip=1)])
     assert augmentation.mixes == part.__name__ and Augmentation([RandomAffine()]).mixes is None
     images = torch.randint(0, 256, (COUNT, 1, 8, 8), dtype=torch.uint8)
@@ -86,13 +86,13 @@ def test_it_is_one_of_augmentations_parts(part: type[Mixing]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "text"),
+    ("call", "text"),
     [
         (lambda: MixUp(alpha=0), "alpha must be above 0, got 0"),
         (lambda: CutMix(probability=1.5), "probability must be from 0 to 1, got 1.5"),
         (lambda: MixUp()(plain(), LABELS), r"MixUp needs targets as probabilities \(B, K\), got labels \(300,\): give"),
     ],
 )
-def test_refuses(made: Callable[[], object], text: str) -> None:
+def test_refuses(call: Callable[[], object], text: str) -> None:
     with pytest.raises(UprightError, match=text):
-        made()
+        call()

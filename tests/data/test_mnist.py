@@ -16,7 +16,7 @@ FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("imag
 
 @pytest.fixture
 def root(small_data: Path, tmp_path: Path) -> Path:
-    """An own copy of the small MNIST, two files packed and two not."""
+    """Copy the small MNIST, with two compressed files and two others."""
     for name in FILES:
         array = read_idx(small_data / f"mnist/{name}.gz")
         write_idx(tmp_path / (name if "labels" in name else f"{name}.gz"), array)
@@ -33,7 +33,7 @@ def test_the_four_files_are_read_as_published(family: type[MNIST], root: Path) -
     assert next(data.names("test")) == "test-00000" and set(data.names("val")) <= {f"train-{i:05d}" for i in range(400)}
 
 
-def test_without_a_root_they_come_from_the_users_cache() -> None:
+def test_without_a_root_the_files_come_from_the_users_cache() -> None:
     data = MNIST()
     assert len(data.source.labels) == 500 and data.recipe["init_args"] == {}
 
@@ -50,13 +50,13 @@ def test_without_a_root_they_come_from_the_users_cache() -> None:
         (gzip.compress(b"x" * 100, mtime=0)[:-4], "cannot be read"),
     ],
 )
-def test_foreign_and_cut_off_files_are_refused(content: bytes, text: str, tmp_path: Path) -> None:
+def test_foreign_and_truncated_files_are_refused(content: bytes, text: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UprightError, match=text):
         read_idx(tmp_path / "x")
 
 
-def test_a_cut_off_archive_is_refused(root: Path) -> None:
+def test_a_truncated_file_is_refused(root: Path) -> None:
     path = root / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UprightError, match=r"t10k-images-idx3-ubyte.gz' cannot be read: .* download it again"):
@@ -75,19 +75,19 @@ def test_labels_that_do_not_fit_are_refused(root: Path, labels: np.ndarray) -> N
 
 
 @pytest.mark.parametrize("shape", [(100, 20, 20), (100,), (0, 28, 28), (100, 28, 28, 3)])
-def test_images_that_are_none_of_mnists_are_refused(root: Path, shape: tuple[int, ...]) -> None:
+def test_images_of_another_shape_are_refused(root: Path, shape: tuple[int, ...]) -> None:
     write_idx(root / "t10k-images-idx3-ubyte", np.zeros(shape))
     with pytest.raises(UprightError, match=r"images of \(28, 28, 1\) and \(N,\) labels below 10 are needed, got"):
         _ = MNIST(root=str(root)).source
 
 
-def test_a_folder_without_them_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UprightError, match=r"does not hold the four IDX files \(no train-images-idx3-ubyte.gz\)"):
         _ = MNIST(root=str(tmp_path)).source
 
 
 def letter_l(count: int) -> np.ndarray:
-    """L: a stroke down the left, and one along the bottom; no two images are equal."""
+    """Return images of the letter L, all different."""
     images = np.zeros((count, 28, 28), np.uint8)
     images[:, 4:24, 8:10] = 255
     images[:, 22:24, 8:16] = 255
@@ -97,7 +97,7 @@ def letter_l(count: int) -> np.ndarray:
 
 @pytest.fixture(params=sorted(CLASSES))
 def emnist(request: pytest.FixtureRequest, tmp_path: Path) -> EMNIST:
-    """Every arrangement, twenty of each class to train on and two to test, all of them an L."""
+    """Write an arrangement of EMNIST, with 20 images of each class for training and 2 for test, all of them an L."""
     count = len(CLASSES[request.param])
     images, labels = letter_l(count * 22), np.arange(count * 22, dtype=np.uint8) % count
     parts = {
@@ -108,7 +108,7 @@ def emnist(request: pytest.FixtureRequest, tmp_path: Path) -> EMNIST:
     return EMNIST(split=request.param, root=str(tmp_path))
 
 
-def test_emnist_is_upright_and_its_labels_begin_at_0(emnist: EMNIST) -> None:
+def test_emnist_is_transposed_and_its_labels_start_at_0(emnist: EMNIST) -> None:
     classes = emnist.spec.classes
     assert len(classes) == {"letters": 26, "balanced": 47, "byclass": 62, "bymerge": 47}.get(
         emnist.arguments["split"], 10
@@ -122,22 +122,22 @@ def test_emnist_is_upright_and_its_labels_begin_at_0(emnist: EMNIST) -> None:
     assert len(emnist.splits["val"]) == len(classes) * 2
 
 
-def test_emnist_knows_its_letters() -> None:
+def test_the_classes_of_emnist() -> None:
     assert "".join(CLASSES["letters"]) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert "".join(CLASSES["balanced"]) == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
     assert CLASSES["byclass"][10] == "A" and CLASSES["byclass"][61] == "z"
 
 
 @pytest.mark.parametrize("folder", ["", "gzip"])
-@pytest.mark.parametrize("packed", [True, False])
-def test_emnist_may_be_unpacked(folder: str, packed: bool, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compressed", [True, False])
+def test_emnist_may_be_unpacked(folder: str, compressed: bool, small_data: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(small_data / "emnist/gzip.zip") as archive:
         for name in archive.namelist():
             if name.endswith(".gz"):
                 content = archive.read(name)
-                path = tmp_path / folder / name.removeprefix("gzip/").removesuffix("" if packed else ".gz")
+                path = tmp_path / folder / name.removeprefix("gzip/").removesuffix("" if compressed else ".gz")
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(content if packed else gzip.decompress(content))
+                path.write_bytes(content if compressed else gzip.decompress(content))
     ours, theirs = EMNIST(root=str(tmp_path)), EMNIST()
     assert (ours.source.images == theirs.source.images).all() and ours.source.labels == theirs.source.labels
 
@@ -153,13 +153,13 @@ def test_emnist_refuses(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "gzip.zip").write_bytes(content[:1000])
     with pytest.raises(UprightError, match=r"gzip.zip' cannot be read: File is not a zip file"):
         _ = EMNIST(root=str(tmp_path)).source
-    place = content.index(b"train-images-idx3-ubyte.gz") + 2000
-    (tmp_path / "gzip.zip").write_bytes(content[:place] + b"other" + content[place + 5 :])
+    offset = content.index(b"train-images-idx3-ubyte.gz") + 2000
+    (tmp_path / "gzip.zip").write_bytes(content[:offset] + b"other" + content[offset + 5 :])
     with pytest.raises(UprightError, match=r"train-images-idx3-ubyte.gz' cannot be read: Bad CRC-32"):
         _ = EMNIST(root=str(tmp_path)).source
 
 
-def test_a_letter_before_the_first_is_refused(small_data: Path, tmp_path: Path) -> None:
+def test_a_letter_label_of_0_is_refused(small_data: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(small_data / "emnist/gzip.zip") as archive:
         archive.extractall(tmp_path)
     (tmp_path / "emnist-letters-test-labels-idx1-ubyte").write_bytes(idx(np.zeros(100)))

@@ -1,4 +1,4 @@
-"""What a datamodule holds can be sent to processes that are spawned."""
+"""The parts of a datamodule can be pickled for spawned processes."""
 
 import pickle
 from collections.abc import Callable
@@ -23,7 +23,7 @@ SIDE = 64
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Forty images of noise in two classes, and a table of them."""
+    """Write forty images of noise in two classes, and a table of them."""
     monkeypatch.setenv("UPRIGHT_CACHE", str(tmp_path / "cache"))
     generator = np.random.default_rng(0)
     lines = ["path,label"]
@@ -49,7 +49,7 @@ MODULES: dict[str, Callable[[Path], ImageDataModule]] = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_source_cache_views_and_loaders_come_back_as_they_were(name: str, images: Path) -> None:
+def test_source_cache_views_and_loaders_survive_pickling(name: str, images: Path) -> None:
     data = MODULES[name](images)
     loaders = [data.loader("train", shuffle=True), data.loader("test")]
     parts = (data.source, data.images, data.views("test"), data.manifest, loaders)
@@ -63,7 +63,7 @@ def test_source_cache_views_and_loaders_come_back_as_they_were(name: str, images
             assert a.seed == b.seed
 
 
-def test_a_loader_keeps_its_place() -> None:
+def test_a_pickled_loader_has_its_position() -> None:
     loader = Digits().loader("train", shuffle=True)
     iterator = iter(loader)
     next(iterator)
@@ -79,5 +79,5 @@ def test_a_mapped_file_pickles_as_its_path(images: Path) -> None:
     assert len(content) < 20_000 and b"cache" in content
     again = pickle.loads(content).pixels
     assert isinstance(again.pixels, np.memmap)
-    every = np.arange(40)
-    assert torch.equal(again.take(every, 0 * every), cache.pixels.take(every, 0 * every))
+    positions = np.arange(40)
+    assert torch.equal(again.take(positions, 0 * positions), cache.pixels.take(positions, 0 * positions))

@@ -4,14 +4,21 @@ import numpy as np
 import pytest
 
 from upright.data.digits import Digits
-from upright.data.split import SplitManifest, content_hash, copies, first_copies, stratified_part, stratified_split
+from upright.data.split import (
+    SplitManifest,
+    content_hash,
+    describe_duplicates,
+    first_occurrences,
+    stratified_part,
+    stratified_split,
+)
 from upright.errors import UprightError
 
 LABELS = np.repeat([0, 1, 2], [100, 50, 20])
 FRACTIONS = {"val": 0.1, "test": 0.2}
 
 
-def test_every_image_once_and_every_class_in_its_share() -> None:
+def test_every_image_is_in_one_split_and_every_class_has_its_share() -> None:
     splits = stratified_split(LABELS, FRACTIONS, seed=0)
     assert sorted(np.concatenate(list(splits.values()))) == list(range(170))
     for name, share in {"train": 0.7, **FRACTIONS}.items():
@@ -19,7 +26,7 @@ def test_every_image_once_and_every_class_in_its_share() -> None:
         assert np.abs(counts - share * np.array([100, 50, 20])).max() <= 1, name
 
 
-def test_the_seed_decides() -> None:
+def test_the_split_depends_on_the_seed() -> None:
     first, again, other = (stratified_split(LABELS, FRACTIONS, seed) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["test"], other["test"])
@@ -43,12 +50,12 @@ def image(value: int) -> np.ndarray:
     return np.full((4, 6, 1), value, np.uint8)
 
 
-def test_the_hash_knows_pixels_and_shape() -> None:
+def test_the_hash_depends_on_pixels_and_shape() -> None:
     assert content_hash(image(1)) == content_hash(image(1))
     assert len({content_hash(i) for i in (image(1), image(2), image(1).reshape(6, 4, 1))}) == 3
 
 
-def test_the_digest_knows_which_image_is_in_which_split() -> None:
+def test_the_digest_depends_on_the_images_of_each_split() -> None:
     def manifest(train: list[int], test: list[int]) -> SplitManifest:
         splits = {"train": np.array(train), "test": np.array(test)}
         return SplitManifest.of("x.X", splits, np.array([0, 0, 0, 1, 0]), np.arange(5) * 7, ["a", "b"])
@@ -64,7 +71,7 @@ def test_the_digest_knows_which_image_is_in_which_split() -> None:
     assert one.digest != manifest([1, 2], [4]).digest
 
 
-def test_folds_are_equal_parts_that_do_not_overlap_and_leave_the_test_images_alone() -> None:
+def test_folds_are_equal_disjoint_parts_without_the_test_images() -> None:
     splits = [stratified_split(LABELS, {"test": 0.2}, seed=0, folds=4, fold=fold) for fold in range(4)]
     parts = [part["val"] for part in splits]
     assert len({part["test"].tobytes() for part in splits}) == 1
@@ -75,33 +82,33 @@ def test_folds_are_equal_parts_that_do_not_overlap_and_leave_the_test_images_alo
         assert (np.bincount(LABELS[part["val"]]) >= [19, 9, 4]).all()
 
 
-def test_more_folds_than_images_of_a_class() -> None:
+def test_more_folds_than_images_of_a_class_are_refused() -> None:
     with pytest.raises(
         UprightError, match=r"folds': 30.*30 folds need as many images of every class, and one class has 16"
     ):
         stratified_split(LABELS, {"test": 0.2}, seed=0, folds=30)
 
 
-def test_a_smaller_part_is_in_every_larger_one_and_has_every_class() -> None:
+def test_a_larger_part_contains_a_smaller_one_and_all_have_every_class() -> None:
     parts = [set(stratified_part(LABELS, fraction, seed=0).tolist()) for fraction in (0.001, 0.1, 0.5, 1.0)]
     assert [len(part) for part in parts] == [3, 17, 85, 170]
     assert all(small <= large for small, large in itertools.pairwise(parts))
     assert {LABELS[i] for i in parts[0]} == {0, 1, 2}
 
 
-def test_copies_are_found_and_reported() -> None:
+def test_duplicates_are_reported() -> None:
     splits = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4, 5])}
     hashes, labels = np.array([10, 11, 12, 13, 12, 11]), np.array([0, 0, 1, 1, 0, 0])
     names = list("uvwxyz")
-    assert copies(splits, labels, np.arange(6), ["a", "b"], names) == []
-    assert copies(splits, labels, hashes, ["a", "b"], names) == [
+    assert describe_duplicates(splits, labels, np.arange(6), ["a", "b"], names) == []
+    assert describe_duplicates(splits, labels, hashes, ["a", "b"], names) == [
         "2 of the 3 images in 'train' are in 'test' too, for example 'v' and 'z'.",
         "1 images have a duplicate in another class, for example 'w' (b) and 'y' (a).",
     ]
 
 
-def test_first_copies() -> None:
-    first, place = first_copies(np.array([5, 3, 5, 9, 3]))
+def test_first_occurrences() -> None:
+    first, place = first_occurrences(np.array([5, 3, 5, 9, 3]))
     assert first.tolist() == [0, 1, 3] and place.tolist() == [0, 1, 0, 2, 1]
 
 
@@ -122,5 +129,5 @@ def test_folds_and_parts_depend_on_the_seed() -> None:
     ],
     ids=str,
 )
-def test_digests_stay_as_they_are_in_checkpoints(options: dict[str, object], digest: str) -> None:
+def test_digests_equal_those_in_old_checkpoints(options: dict[str, object], digest: str) -> None:
     assert Digits(**options).manifest.digest == digest

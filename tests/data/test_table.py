@@ -15,7 +15,7 @@ pyarrow = pytest.importorskip("pyarrow")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Six pictures of each of three greys, named by it."""
+    """Write six images of each of three grey levels."""
     (tmp_path / "größe").mkdir()
     for label in (2, 10, 30):
         for number in range(6):
@@ -45,14 +45,14 @@ def check(data: Table) -> None:
     assert data.source.names[0] == "größe/2-0.png"
 
 
-def test_a_table_of_text(root: Path) -> None:
+def test_a_csv_table(root: Path) -> None:
     data = Table(file=write(root, *rows(root)), size=8, channels=1, val_fraction=0.2)
     check(data)
     assert data.source.splits is None and {n: len(p) for n, p in data.splits.items()}["val"] == 4
     assert data.source.images[5].shape == (8, 13, 1)
 
 
-def test_a_table_says_the_splits(root: Path) -> None:
+def test_a_table_with_splits(root: Path) -> None:
     data = Table(file=write(root, *rows(root, split=True), header="path,label,split"))
     check(data)
     assert data.source.splits == {
@@ -60,7 +60,7 @@ def test_a_table_says_the_splits(root: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_split_that_is_not_there_is_split_off_training(root: Path) -> None:
+def test_a_missing_split_is_taken_from_training(root: Path) -> None:
     lines = [[path, label, split.replace("val", "train")] for path, label, split in rows(root, split=True)]
     data = Table(file=write(root, *lines, header="path,label,split"), val_fraction=0.2)
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 12, "val": 3, "test": 3}
@@ -74,14 +74,14 @@ def parquet(root: Path, **columns: object) -> str:
 
 
 @pytest.mark.parametrize("kind", [str, int])
-def test_a_table_of_parquet(root: Path, kind: type) -> None:
+def test_a_parquet_table(root: Path, kind: type) -> None:
     paths, labels, splits = zip(*rows(root, split=True), strict=True)
     data = Table(file=parquet(root, other=[0.5] * 18, split=splits, label=[kind(v) for v in labels], path=paths))
     check(data)
     assert len(data.splits["test"]) == 3
 
 
-def test_absolute_paths_quotes_spaces_other_columns_and_a_mark(root: Path) -> None:
+def test_absolute_paths_quotes_spaces_other_columns_and_a_byte_order_mark(root: Path) -> None:
     Image.new("L", (8, 8), 200).save(root / 'a, "b".png')
     lines = [*rows(root), [f'"{root}/a, ""b"".png"', " 30 "], "", [f"{root}/größe/../größe/2-9.png", "2"]]
     Image.new("L", (8, 8), 2).save(root / "größe/2-9.png")
@@ -92,14 +92,14 @@ def test_absolute_paths_quotes_spaces_other_columns_and_a_mark(root: Path) -> No
     assert data.source.names[-2] == f'{root}/a, "b".png' and data.source.images[18].max() == 200
 
 
-def test_words_are_sorted_as_words(root: Path) -> None:
+def test_text_labels_are_sorted_as_text(root: Path) -> None:
     lines = [[path, {"2": "b", "10": "-", "30": "10"}[label]] for path, label in rows(root)]
     assert Table(file=write(root, *lines)).spec.classes == ("-", "10", "b")
     lines = [[path, {"2": "b", "10": "-5", "30": "10"}[label]] for path, label in rows(root) if label != "2"]
     assert Table(file=write(root, *lines)).spec.classes == ("-5", "10")
 
 
-def test_a_table_is_recorded_absolute_and_can_be_sent_to_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_recorded_absolute_and_can_be_pickled(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     write(root, *rows(root))
     data = Table(file="table.csv")
@@ -148,12 +148,12 @@ A, B = "größe/2-0.png,a", "größe/2-1.png,b"
         ([A, B, "größe/../größe/2-0.png,b"], "path,label", "line 4: 'größe/../größe/2-0.png' is already in line 2"),
     ],
 )
-def test_tables_that_are_refused(lines: list[str], header: str, text: str, root: Path) -> None:
+def test_invalid_tables_are_refused(lines: list[str], header: str, text: str, root: Path) -> None:
     with pytest.raises(UprightError, match=text):
         _ = Table(file=write(root, *lines, header=header)).source
 
 
-def test_classes_that_training_lacks_or_a_split_lacks(root: Path) -> None:
+def test_every_split_has_the_training_classes(root: Path) -> None:
     lines = rows(root, split=True)
     lines[0][1] = "20"
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_classes_that_training_lacks_or_a_split_lacks(root: Path) -> None:
         _ = Table(file=write(root, *lines, header="path,label,split")).source
 
 
-def test_files_that_are_no_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_files_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UprightError, match=r"no.csv' does not exist; `file` \(--data.file\) is a .csv or .parquet file"
     ):
@@ -198,7 +198,7 @@ def test_files_that_are_no_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -
         _ = Table(file=str(root / "table.parquet")).spec
 
 
-def test_a_picture_that_is_none_is_named(root: Path) -> None:
+def test_an_invalid_image_is_named(root: Path) -> None:
     (root / "größe/2-0.png").write_bytes(b"")
     data = Table(file=write(root, *rows(root)))
     with pytest.raises(UprightError, match=r"größe/2-0.png' is not an image"):

@@ -8,13 +8,13 @@ from torch import Tensor
 from upright.architectures.perceptron import Perceptron
 from upright.data.digits import Digits
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.distortions import curves, shift, turn, zoom
+from upright.evidence.distortions import curves, rotate, shift, zoom
 from upright.evidence.studies import pooling, sampling
 from upright.warp import warp
 
 
 def dot(row: int, column: int) -> Tensor:
-    """An image of 8 x 8 with one bright pixel."""
+    """Return an image of 8 x 8 with one bright pixel."""
     image = torch.zeros(1, 1, 8, 8)
     image[..., row, column] = 1
     return image
@@ -22,13 +22,13 @@ def dot(row: int, column: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("matrix", "row", "column"),
-    [(shift(2, -1, 8, 8), 2, 8 - 1), (turn(90), 2, 3), (turn(-90), 5, 4), (zoom(1), 3, 5)],
+    [(shift(2, -1, 8, 8), 2, 8 - 1), (rotate(90), 2, 3), (rotate(-90), 5, 4), (zoom(1), 3, 5)],
 )
-def test_what_is_seen_goes_right_and_down_and_anticlockwise(matrix: Tensor, row: int, column: int) -> None:
+def test_the_content_moves_right_and_down_and_anticlockwise(matrix: Tensor, row: int, column: int) -> None:
     assert torch.allclose(warp(dot(3, 5), matrix[None]), dot(row, column), atol=1e-5)
 
 
-def test_what_is_twice_as_large_covers_four_times_as_much() -> None:
+def test_zoom_by_two_covers_four_times_the_area() -> None:
     square = dot(3, 3) + dot(3, 4) + dot(4, 3) + dot(4, 4)
     assert warp(square, zoom(2)[None]).sum() == pytest.approx(16)
 
@@ -37,8 +37,8 @@ def test_a_curve_begins_with_the_test_accuracy(tmp_path: Path) -> None:
     bench = Bench(tmp_path, 2, "quick")
     runs = bench.train({"p": Experiment(Perceptron, partial(Digits, batch_size=16), epochs=2)})["p"]
     kinds = {"pixels": {0: [zoom(1)], 9: [shift(9, 0, 28, 28), shift(-9, 0, 28, 28)]}}
-    for run, found in zip(runs, curves(bench, runs, kinds), strict=True):
-        accuracy, consistency = found["pixels"]
+    for run, by_kind in zip(runs, curves(bench, runs, kinds), strict=True):
+        accuracy, consistency = by_kind["pixels"]
         assert accuracy[0] == pytest.approx(run.metrics["test/accuracy"]) and consistency[0] == 1
         assert accuracy[1] < accuracy[0] and consistency[1] < 0.9
     assert curves(bench, runs[:1], kinds, every=3)[0]["pixels"].consistency[0] == 1
@@ -50,7 +50,7 @@ def test_without_pooling_maps_and_parameters_are_the_same() -> None:
     assert {each.features(images).shape for each in networks} == {(2, 16, 5, 5)}
 
 
-def test_only_bilinear_sampling_tells_the_localiser_anything() -> None:
+def test_only_bilinear_sampling_has_a_gradient_for_the_localiser() -> None:
     data = partial(Digits, angles=(-30, 30))
     norms = [sampling.gradient(Experiment(network, data, 1), 0) for network in sampling.NETWORKS.values()]
     assert norms[0] == 0 < norms[1]

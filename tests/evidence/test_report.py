@@ -1,4 +1,4 @@
-"""The verb and its page: figures against independent ones, one report for checkpoints and bundles, what it refuses."""
+"""`upright report`: its numbers compared with other libraries, checkpoints and bundles together, and its errors."""
 
 import html.parser
 import json
@@ -23,12 +23,12 @@ from upright.evidence.reporting.subjects import open_subjects
 from upright.images import ImageSpec
 from upright.runs.seal import openings
 
-PICTURES = {"accuracy", "consistency", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
+FIGURES = {"accuracy", "consistency", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
 HOSTILE = ("<script>alert(1)</script>", "a\"b' onload=x", "$\\frac{1}{$ & <b>", "ünï")
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would make of it: tags, their attributes, and text."""
+    """A parsed page: tags with their attributes, and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def pair(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run and of its own bundle with theta."""
+    """A folder with the report of a run and of its bundle with theta."""
     from upright.cli import main
 
     folder = tmp_path_factory.mktemp("pair")
@@ -70,16 +70,16 @@ def record(pair: Path) -> Any:
     return json.loads((pair / "report/report.json").read_text())
 
 
-def numbers(found: Any) -> list[float]:
-    """All of them, in order."""
-    if isinstance(found, dict):
-        return [number for key in found for number in numbers(found[key])]
-    if isinstance(found, list):
-        return [number for each in found for number in numbers(each)]
-    return [float(found)] if isinstance(found, int | float) else []
+def numbers(tree: Any) -> list[float]:
+    """Return all numbers in JSON data, in their order."""
+    if isinstance(tree, dict):
+        return [number for key in tree for number in numbers(tree[key])]
+    if isinstance(tree, list):
+        return [number for each in tree for number in numbers(each)]
+    return [float(tree)] if isinstance(tree, int | float) else []
 
 
-def test_a_checkpoint_and_its_bundle_are_worth_the_same(record: Any) -> None:
+def test_a_checkpoint_and_its_bundle_have_the_same_numbers(record: Any) -> None:
     run, bundle = record["models"]
     assert (run["name"], bundle["name"]) == ("small (PyTorch)", "small (ONNX fp32)")
     assert run["network"] == bundle["network"] and run["run"] == bundle["run"]
@@ -92,21 +92,21 @@ def test_a_checkpoint_and_its_bundle_are_worth_the_same(record: Any) -> None:
         assert ours["left"][quartile] == pytest.approx(theirs["left"][quartile], abs=0.1)
 
 
-def test_figures_are_those_of_scikit_learn_and_of_test(record: Any, run_folder: Path, upright: Upright) -> None:
+def test_numbers_match_scikit_learn_and_upright_test(record: Any, run_folder: Path, upright: Upright) -> None:
     assert upright("test", "--ckpt_path", run_folder / "best.ckpt").code == 0
-    measured = json.loads((run_folder / "test.json").read_text())["metrics"]
+    metrics = json.loads((run_folder / "test.json").read_text())["metrics"]
     subjects, data = open_subjects([str(run_folder)])
-    (judged,) = evaluate(subjects, data, "test")
+    (predictions,) = evaluate(subjects, data, "test")
     ours = record["models"][0]
-    labels, said, guesses = judged.labels, judged.probabilities, judged.predicted
-    assert ours["accuracy"]["value"] == accuracy_score(labels, guesses)
-    assert ours["confusion"] == confusion_matrix(labels, guesses, labels=range(10)).tolist()
-    expected = precision_recall_fscore_support(labels, guesses, labels=range(10), zero_division=0)
+    labels, probabilities, classes = predictions.labels, predictions.probabilities, predictions.classes
+    assert ours["accuracy"]["value"] == accuracy_score(labels, classes)
+    assert ours["confusion"] == confusion_matrix(labels, classes, labels=range(10)).tolist()
+    expected = precision_recall_fscore_support(labels, classes, labels=range(10), zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [row[name] for row in ours["classes"]] == pytest.approx(values.tolist(), abs=1e-6)
-    loss = log_loss(labels, said / said.sum(axis=1, keepdims=True), labels=range(10))
+    loss = log_loss(labels, probabilities / probabilities.sum(axis=1, keepdims=True), labels=range(10))
     assert ours["calibration"]["log_loss"] == pytest.approx(loss, abs=1e-6)
-    error = multiclass_calibration_error(torch.from_numpy(said), torch.from_numpy(labels), 10, n_bins=15)
+    error = multiclass_calibration_error(torch.from_numpy(probabilities), torch.from_numpy(labels), 10, n_bins=15)
     assert ours["calibration"]["error"] == pytest.approx(float(error), abs=1e-6)
     for name, value in (
         ("accuracy", ours["accuracy"]["value"]),
@@ -115,20 +115,20 @@ def test_figures_are_those_of_scikit_learn_and_of_test(record: Any, run_folder: 
         ("calibration_error", ours["calibration"]["error"]),
         ("uprightness", ours["uprightness"]["on_split"]),
     ):
-        assert value == pytest.approx(measured[f"test/{name}"], abs=1e-5), name
-    wrong = np.flatnonzero(labels != guesses)
-    surest = wrong[said[wrong].max(axis=1).argmax()]
+        assert value == pytest.approx(metrics[f"test/{name}"], abs=1e-5), name
+    wrong = np.flatnonzero(labels != classes)
+    worst = wrong[probabilities[wrong].max(axis=1).argmax()]
     assert ours["mistakes"] == len(wrong)
-    assert ours["worst_mistakes"][0]["name"] == list(data.names("test"))[surest]
-    assert ours["worst_mistakes"][0]["confidence"] == pytest.approx(said[surest].max(), abs=1e-6)
+    assert ours["worst_mistakes"][0]["name"] == list(data.names("test"))[worst]
+    assert ours["worst_mistakes"][0]["confidence"] == pytest.approx(probabilities[worst].max(), abs=1e-6)
 
 
-def test_the_page_needs_nothing_else_and_every_picture_is_told(pair: Path) -> None:
+def test_the_page_is_self_contained_and_accessible(pair: Path) -> None:
     folder = pair / "report"
     text = (folder / "report.html").read_text()
     page = Page(text)
     assert not page.open
-    expected = {f"{name}.png" for name in PICTURES | {"confusion-2", "mistakes-2"}}
+    expected = {f"{name}.png" for name in FIGURES | {"confusion-2", "mistakes-2"}}
     assert {path.name for path in folder.iterdir()} == expected | {"report.html", "report.json"}
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == len(expected)
@@ -139,56 +139,56 @@ def test_the_page_needs_nothing_else_and_every_picture_is_told(pair: Path) -> No
         assert not {"href", "srcset", "onload", "onerror"} & set(attributes)
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style
-    # Every table says what it is, every column and row what it is of.
+    # Every table has a caption, and every column and row has a heading.
     tables = text.split("<table>")[1:]
     assert len(tables) == len(re.findall("<caption>", text)) == 7
     assert all('scope="col"' in table and 'scope="row"' in table for table in tables)
     for path in folder.glob("*.png"):
-        with Image.open(path) as picture:
-            picture.verify()
+        with Image.open(path) as image:
+            image.verify()
 
 
-def test_the_page_says_what_is_in_the_json(pair: Path, record: Any) -> None:
+def test_the_page_shows_the_numbers_of_the_json(pair: Path, record: Any) -> None:
     text = Page((pair / "report/report.html").read_text()).text
     run = record["models"][0]
     assert f"{100 * run['accuracy']['value']:.2f}" in text and f"{run['calibration']['temperature']:.3f}" in text
-    assert "359 images of 10 classes, each in 5 views (-60°, -30°, 0°, +30°, +60°), so 1,795 answers" in text
-    assert "There are too few images to show which one is better." in text
-    # "Error" alone would be that of the answers.
+    assert "359 images of 10 classes, each in 5 views (-60°, -30°, 0°, +30°, +60°), so 1,795 predictions" in text
+    assert "There are too few images to decide which one is better." in text
+    # The page does not write only "error", which could also be the error rate.
     assert "ECE, %" in text and "expected calibration error (ECE) in 15 bins" in text
     for row in run["classes"]:
         assert f"{row['precision']:.4f}" in text and f"{row['f1']:.4f}" in text
 
 
-def test_the_range_that_was_trained_on_is_told(record: Any) -> None:
+def test_the_range_of_training_is_recorded(record: Any) -> None:
     invariance = record["models"][0]["invariance"]
     assert list(invariance) == ["rotation", "scale", "shift", "shear", "blur", "noise"]
     assert invariance["rotation"]["trained"] == [-60, 60] and invariance["scale"]["trained"] == [0.9, 1.1]
     assert invariance["shift"]["trained"] == pytest.approx([0, 0.05 * 28]) and invariance["shear"]["trained"] is None
-    for way in invariance.values():
-        at = way["strengths"].index(way["none"])
-        assert way["consistency"][at]["value"] == 1
-        assert {share["value"] for share in [way["accuracy"][at]]} == {invariance["rotation"]["accuracy"][12]["value"]}
+    for family in invariance.values():
+        at = family["strengths"].index(family["none"])
+        assert family["consistency"][at]["value"] == 1
+        assert family["accuracy"][at]["value"] == invariance["rotation"]["accuracy"][12]["value"]
 
 
-def test_a_bundle_without_theta_says_so_and_needs_no_checkpoint(bundle: Path, upright: Upright) -> None:
+def test_a_bundle_without_theta_and_without_a_checkpoint(bundle: Path, upright: Upright) -> None:
     answer = upright("report", bundle, "--images", 5, "--split", "val")
     assert answer.code == 0, answer.err
     folder = Path("checkpoints/report-small")
-    found = json.loads((folder / "report.json").read_text())
-    assert found["models"][0]["uprightness"] == {
+    (model,) = json.loads((folder / "report.json").read_text())["models"]
+    assert model["uprightness"] == {
         "silent": "the bundle has no output theta; `upright export --outputs theta` adds it"
     }
     text = Page((folder / "report.html").read_text()).text
     assert "small: the bundle has no output theta" in text and "Evaluated on the validation split" in text
-    assert found["models"][0]["calibration"]["temperature"] is None
+    assert model["calibration"]["temperature"] is None
     assert "No temperature for small: it is fitted on the validation split" in text and "log loss after" not in text
-    # Validation chose the model.
-    assert "These images chose the best epoch of every checkpoint" in text and "too good" in text
+    # The validation split chose the model.
+    assert "These images chose the best epoch of every checkpoint" in text and "too optimistic" in text
     assert not (folder / "turning.png").exists()
 
 
-def test_names_of_classes_and_models_are_only_text(tmp_path: Path, upright: Upright) -> None:
+def test_names_of_classes_and_models_are_escaped(tmp_path: Path, upright: Upright) -> None:
     generator = np.random.default_rng(0)
     rows = ["path,label"]
     for label, name in enumerate(HOSTILE):
@@ -207,16 +207,16 @@ def test_names_of_classes_and_models_are_only_text(tmp_path: Path, upright: Upri
     page = Page(Path("report/report.html").read_text())
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
     assert all(" ".join(name.split()) in page.text for name in (*HOSTILE, "_<i>$x_{$"))
-    assert "does not record its training images. These images may be among them" in page.text
+    assert "does not record its training images. If it was trained on images of this split" in page.text
     assert "<i>" in json.loads(Path("report/report.json").read_text())["models"][0]["name"]
 
 
-def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_path: Path, upright: Upright) -> None:
+def test_only_force_replaces_an_existing_report(pair: Path, trained: Path, tmp_path: Path, upright: Upright) -> None:
     shutil.copytree(pair / "report", "old")
     before = Path("old/report.json").read_bytes()
     run = trained / "checkpoints/small"
     answer = upright("report", run, "--to", "old", "--images", 2)
-    assert answer.code == 2 and "Report 'old' exists: --force replaces it, --to puts this one elsewhere." in answer.err
+    assert answer.code == 2 and "Report 'old' exists: --force replaces it, --to writes to another folder." in answer.err
     assert Path("old/report.json").read_bytes() == before
     assert upright("report", run, "--to", "old", "--images", 2, "--force").code == 0
     assert len(json.loads(Path("old/report.json").read_text())["models"]) == 1
@@ -224,10 +224,10 @@ def test_an_existing_report_stays_without_force(pair: Path, trained: Path, tmp_p
     Path("mine").mkdir()
     Path("mine/thesis.tex").touch()
     answer = upright("report", run, "--to", "mine", "--force")
-    assert answer.code == 2 and "'mine' is not a report (it has no report.json) and is not replaced" in answer.err
+    assert answer.code == 2 and "'mine' is not a report (it has no report.json), so it is not replaced" in answer.err
 
 
-def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
+def test_names_distinguish_models_and_the_folder_has_all_names(
     run_folder: Path, bundle: Path, upright: Upright
 ) -> None:
     other, before = bundle.rename("other"), len(openings(run_folder))
@@ -237,7 +237,7 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     names = [model["name"] for model in json.loads((folder / "report.json").read_text())["models"]]
     assert names == [f"small (PyTorch, {run_folder})", f"small (PyTorch, {run_folder / 'last.ckpt'})", "other"]
     assert f"Page: {folder}/report.html" in answer.out
-    # The answers of all three to the test split were looked at, and the bundle is of that run.
+    # All three models were evaluated on the test split. The bundle belongs to the same run.
     opened = openings(run_folder)[before:]
     assert [(each["by"], each["model"]) for each in opened] == [
         ("upright report", "best.ckpt"),
@@ -247,16 +247,16 @@ def test_models_of_one_name_are_told_apart_and_the_folder_is_called_after_all(
     models = json.loads((folder / "report.json").read_text())["models"]
     assert [model["test_openings"] for model in models] == [{"run": before + 3, "sweep": {}}] * 3
     text = Page((folder / "report.html").read_text()).text
-    assert "Opened: how often the run was evaluated on this test split" in text and "too good" not in text
+    assert "Test runs: number of evaluations of the run on this test split" in text and "too optimistic" not in text
     assert upright("report", run_folder, "--split", "val", "--images", 2, "--to", "val").code == 0
-    assert "Opened:" not in Page(Path("val/report.html").read_text()).text
+    assert "Test runs:" not in Page(Path("val/report.html").read_text()).text
     assert len(openings(run_folder)) == before + 3
     run_folder.rename("elsewhere")
     assert upright("report", other, "--images", 2, "--to", "alone").code == 0
     assert json.loads(Path("alone/report.json").read_text())["models"][0]["test_openings"] is None
 
 
-def test_the_winner_of_a_sweep_tells_how_often_others_were_tested(run_folder: Path, upright: Upright) -> None:
+def test_the_report_of_a_trial_counts_the_evaluations_of_all_trials(run_folder: Path, upright: Upright) -> None:
     sweep = Path("sweep")
     for name in ("best", "worse"):
         shutil.copytree(run_folder, sweep / name)
@@ -267,20 +267,20 @@ def test_the_winner_of_a_sweep_tells_how_often_others_were_tested(run_folder: Pa
     opened = model["test_openings"]["sweep"]
     assert list(opened) == ["best", "worse"] and opened["best"] == model["test_openings"]["run"]
     text = Page(Path("report/report.html").read_text()).text
-    assert f"The test split was opened {sum(opened.values())} times for the trials of this sweep" in text
+    assert f"The trials of this sweep were evaluated {sum(opened.values())} times on the test split" in text
 
 
-def test_a_model_whose_weights_are_no_numbers_is_refused(run_folder: Path, upright: Upright) -> None:
+def test_a_model_that_predicts_nan_is_refused(run_folder: Path, upright: Upright) -> None:
     checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
     for weights in checkpoint["state_dict"].values():
         weights.fill_(float("nan"))
     torch.save(checkpoint, "broken.ckpt")
     answer = upright("report", "broken.ckpt")
-    assert answer.code == 2 and "'broken.ckpt' answers with NaN or infinity" in answer.err
+    assert answer.code == 2 and "'broken.ckpt' predicts NaN or infinity" in answer.err
     assert not Path("checkpoints/report-small").exists()
 
 
-def test_what_cannot_be_compared_or_read_is_refused(
+def test_models_that_cannot_be_compared_are_refused(
     trained: Path, bundle: Path, tmp_path: Path, upright: Upright
 ) -> None:
     run = trained / "checkpoints/small"
@@ -295,22 +295,25 @@ def test_what_cannot_be_compared_or_read_is_refused(
     for arguments, text in [
         ([run, other], "knows 1 channel(s) and the classes ['a', 'b'], "),
         ([run, other], "only models of the same task can be compared"),
-        # The option is of other verbs.
-        ([run, "--data", "seen.yaml"], "would mean nothing; give others (fit, validate, test and predict go on with"),
+        # This command does not have the option --allow_seen_images, so the message names the commands that have it.
+        ([run, "--data", "seen.yaml"], "was trained on, so the accuracy would be too high: give other data. fit, "),
         ([run, many], "'10', '11'] and 88 more, "),
         ([run, blank], "were made from different data, or from different splits; choose the data for both with --data"),
         ([blank], "does not record its data; give data with --data"),
-        ([other, "--data", ROOT / "configs/data/digits.yaml"], "knows 1 channel(s) and the classes ['a', 'b']; the da"),
+        (
+            [other, "--data", ROOT / "configs/data/digits.yaml"],
+            "was trained on 1 channel(s) and the classes ['a', 'b']; the da",
+        ),
         (
             [tmp_path / "empty"],
             "is neither a run (it has no best.ckpt) nor a bundle (no SHA256SUMS); give a checkpoint",
         ),
         (["nope.ckpt"], "Checkpoint 'nope.ckpt' does not exist."),
         (["text.ckpt"], "'text.ckpt' is not an Upright checkpoint"),
-        ([run, run], "is given twice; a model is compared with others"),
+        ([run, run], "is given twice; give different models"),
         ([run, "--images", 0], "--images must be at least 1, got 0."),
         ([bundle, "--precision", "int8"], "holds fp32, not int8"),
-        ([run, "--precision", "int8"], "--precision chooses among the models of a bundle; none of these is a bun"),
+        ([run, "--precision", "int8"], "--precision chooses among the models of a bundle, but none of these models"),
         ([run, "--split", "train"], "invalid choice: 'train'"),
     ]:
         answer = upright("report", *arguments)

@@ -35,14 +35,14 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def wrong_mean(model: Model, path: Path, form: Form | None = None) -> None:
-    """What a deployment with its own idea of preprocessing does."""
-    right = model.mean.clone()
+    """Write a graph with a wrong mean, as a deployment with its own preprocessing might do."""
+    mean = model.mean.clone()
     model.mean.add_(8)
     write_graph(model, path, form)
-    model.mean.copy_(right)
+    model.mean.copy_(mean)
 
 
-def test_the_bundle_holds_all_that_proves_it(bundle: Path, trained: Path) -> None:
+def test_the_bundle_is_complete(bundle: Path, trained: Path) -> None:
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     samples = {f"samples/{number:02d}.png" for number in range(16)} | {"samples/expected.json"}
     assert files == {"model.onnx", "manifest.json", "parity.json", "README.md", "SHA256SUMS"} | samples
@@ -51,7 +51,7 @@ def test_the_bundle_holds_all_that_proves_it(bundle: Path, trained: Path) -> Non
     assert manifest["format"] == 2 and Bundle.open(bundle).spec == restored.data.spec
     provenance = manifest["provenance"]
     assert provenance["run"] == restored.contents["run"]
-    # JSON has lists where a recipe may have tuples.
+    # JSON converts the tuples of a recipe to lists.
     recipes = json.loads(json.dumps({part: restored.contents[part] for part in ("model", "data")}))
     assert provenance["model"] == recipes["model"] and provenance["data"] == recipes["data"]
     assert provenance["split"]["digest"] == restored.data.manifest.digest
@@ -59,7 +59,7 @@ def test_the_bundle_holds_all_that_proves_it(bundle: Path, trained: Path) -> Non
     assert set(provenance["versions"]) == {"upright", "torch", "onnx", "onnxscript", "onnxruntime"}
 
 
-def test_the_graph_gives_theta_and_what_it_sees_on_request(run_folder: Path, upright: Upright, monkeypatch) -> None:
+def test_theta_and_warped_images_as_outputs(run_folder: Path, upright: Upright, monkeypatch) -> None:
     answer = upright("export", run_folder, "--name", "more", "--outputs", "theta", "warped")
     assert answer.code == 0, answer.err
     bundle = Bundle.open("export/more")
@@ -72,16 +72,17 @@ def test_the_graph_gives_theta_and_what_it_sees_on_request(run_folder: Path, upr
     )
     pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
     probabilities, theta, warped = session.run(["probabilities", "theta", "warped"], {"images": pixels})
-    with torch.no_grad(), observing() as seen:
+    with torch.no_grad(), observing() as observations:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
         expected = model(images).softmax(dim=1)
     assert np.abs(probabilities - expected.numpy()).max() < 1e-5
-    assert np.abs(theta - seen[0].theta.numpy()).max() < 1e-5 and np.abs(theta).max() > 0.01
-    turned = (seen[0].turned * model.std + model.mean).permute(0, 2, 3, 1).numpy()
-    assert warped.shape == (3, 28, 28, 1) and np.abs(warped - turned).max() < 0.05
+    assert np.abs(theta - observations[0].theta.numpy()).max() < 1e-5 and np.abs(theta).max() > 0.01
+    expected_warped = (observations[0].output * model.std + model.mean).permute(0, 2, 3, 1).numpy()
+    assert warped.shape == (3, 28, 28, 1) and np.abs(warped - expected_warped).max() < 0.05
     assert np.abs(warped - pixels).max() > 20
-    told = json.loads((bundle.folder / "parity.json").read_text())["precisions"]["fp32"]["other_outputs"]
-    assert set(told) == {"theta", "warped"} and 0 < told["theta"] < 1e-3 and 0 < told["warped"] < 0.5
+    differences = json.loads((bundle.folder / "parity.json").read_text())["precisions"]["fp32"]["other_outputs"]
+    assert set(differences) == {"theta", "warped"}
+    assert 0 < differences["theta"] < 1e-3 and 0 < differences["warped"] < 0.5
 
 
 def test_the_gate_compares_the_other_outputs_too(run_folder: Path, upright: Upright, monkeypatch) -> None:
@@ -102,14 +103,14 @@ def test_the_gate_compares_the_other_outputs_too(run_folder: Path, upright: Upri
     assert not Path("export/wrong").exists()
 
 
-def test_what_is_beyond_the_border_is_shown_as_the_network_sees_it(tmp_path: Path) -> None:
+def test_warped_images_show_the_padding_of_the_transformer(tmp_path: Path) -> None:
     spec = ImageSpec(1, 16, 16, ("a", "b"), (0.4,), (0.5,))
     shift = partial(SpatialTransformer, transform="translation", start=(0.5, 0.0))
     model = Model(spec, TransformerNetwork((1, 16, 16), 2, network=LeNet, transformer=shift)).eval()
     write_graph(model, tmp_path / "model.onnx", Form(outputs=("warped",)))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (warped,) = session.run(["warped"], {"images": np.full((1, 16, 16, 1), 200, np.uint8)})
-    # Zeros come in after normalisation: they are the mean, not black.
+    # The padding of zeros comes after the normalisation, so it is the mean and not black.
     assert np.abs(warped[0, :, :12] - 200).max() < 0.01 and np.abs(warped[0, :, 12:] - 0.4 * 255).max() < 0.01
 
 
@@ -117,7 +118,7 @@ def test_outputs_need_a_transformer(upright: Upright) -> None:
     options = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--wandb", "off")
     assert upright("fit", "--config", ROOT / "configs/lenet.yaml", *options).code == 0
     answer = upright("export", "checkpoints/lenet", "--outputs", "theta")
-    assert answer.code == 2 and "The network has no spatial transformer, so it cannot give theta." in answer.err
+    assert answer.code == 2 and "The network has no spatial transformer, so it has no output theta." in answer.err
     assert not Path("export/lenet").exists()
 
 
@@ -134,54 +135,45 @@ def test_outputs_need_a_transformer(upright: Upright) -> None:
     ],
     ids=lambda network: network.func.__name__,
 )
-def test_a_global_mean_takes_any_size(network: Network, tmp_path: Path) -> None:
+def test_a_network_with_a_global_mean_accepts_any_size(network: Network, tmp_path: Path) -> None:
     torch.manual_seed(0)
     spec = ImageSpec(3, 80, 80, ("a", "b", "c"), (0.5,) * 3, (0.2,) * 3, resize="none")
     classifier = ImageClassifier(spec, network, partial(torch.optim.SGD, lr=0.1), init="he_normal").eval()
     write_graph(classifier.model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    generator, answers = np.random.default_rng(0), []
+    generator, rows = np.random.default_rng(0), []
     for batch, height, width in ((1, 80, 80), (3, 75, 96), (2, 131, 77)):
         pixels = generator.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
-        (found,) = session.run(["probabilities"], {"images": pixels})
+        (actual,) = session.run(["probabilities"], {"images": pixels})
         with torch.no_grad():
             expected = classifier(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
-        assert np.abs(found - expected).max() < 1e-4, (height, width)
-        answers.append(found[0])
-    assert np.abs(answers[0] - answers[1]).max() > 0
+        assert np.abs(actual - expected).max() < 1e-4, (height, width)
+        rows.append(actual[0])
+    assert np.abs(rows[0] - rows[1]).max() > 0
 
 
 def test_several_transformers_are_numbered(tmp_path: Path) -> None:
     torch.manual_seed(0)
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
     network = TransformerNetwork(spec.input_shape, 2, network=LeNet, places=["input", "features.3"])
-    write_graph(
-        Model(spec, network).eval(),
-        tmp_path / "model.onnx",
-        Form(
-            outputs=(
-                "theta",
-                "warped",
-            )
-        ),
-    )
+    write_graph(Model(spec, network).eval(), tmp_path / "model.onnx", Form(outputs=("theta", "warped")))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
-    found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"images": pixels}), strict=True))
-    assert {name: value.shape for name, value in found.items()} == {
+    outputs = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"images": pixels}), strict=True))
+    assert {name: value.shape for name, value in outputs.items()} == {
         "probabilities": (2, 2),
         "theta_1": (2, 6),
         "theta_2": (2, 6),
         "warped_1": (2, 28, 28, 1),
         "warped_2": (2, 14, 14, 1),
     }
-    # At the identity the one in front sees the image, the one inside sees it at the size of its maps.
-    assert np.abs(found["warped_1"] - pixels).max() < 0.01
+    # Both transformers are the identity. The second one is inside the network, at the size of its feature maps.
+    assert np.abs(outputs["warped_1"] - pixels).max() < 0.01
     halves = pixels.reshape(2, 14, 2, 14, 2, 1).mean(axis=(2, 4))
-    assert np.abs(found["warped_2"] - halves).max() < 0.01
+    assert np.abs(outputs["warped_2"] - halves).max() < 0.01
 
 
-def test_sums_are_those_of_sha256sum(bundle: Path) -> None:
+def test_the_hashes_are_in_the_format_of_sha256sum(bundle: Path) -> None:
     import hashlib
 
     for line in (bundle / "SHA256SUMS").read_text().splitlines():
@@ -189,7 +181,7 @@ def test_sums_are_those_of_sha256sum(bundle: Path) -> None:
         assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
 
 
-def test_the_graph_is_what_the_design_says(bundle: Path) -> None:
+def test_inputs_outputs_and_metadata_of_the_graph(bundle: Path) -> None:
     model = onnx.load(bundle / "model.onnx")
     (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
     assert opset == 18
@@ -201,21 +193,27 @@ def test_the_graph_is_what_the_design_says(bundle: Path) -> None:
     assert json.loads(session.get_modelmeta().custom_metadata_map["upright"])["classes"] == list("0123456789")
 
 
-def test_parity_covers_the_whole_validation_split(bundle: Path, trained: Path) -> None:
+def test_parity_covers_the_complete_validation_split(bundle: Path, trained: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
     data = restore(trained / "checkpoints/small").data
     assert parity["images"] == 5 * len(data.splits["val"]) and parity["sources"] == len(data.splits["val"])
     exact = parity["precisions"]["fp32"]
     assert exact["agreement"] == 1 and 0 <= exact["largest_difference"] < 1e-4 and exact["flipped"] == []
-    told = torch.load(trained / "checkpoints/small/best.ckpt", weights_only=True)["upright"]["metrics"]["val/accuracy"]
-    # At their own size the originals are the cache.
-    assert all(value == pytest.approx(told) for value in (exact["accuracy"], *parity["accuracy"].values()))
+    metrics = torch.load(trained / "checkpoints/small/best.ckpt", weights_only=True)["upright"]["metrics"]
+    accuracy = metrics["val/accuracy"]
+    # The originals already have the network's size, so they equal the cached images.
+    assert all(value == pytest.approx(accuracy) for value in (exact["accuracy"], *parity["accuracy"].values()))
     card = (bundle / "README.md").read_text()
-    for figure in (f"{told:.4f}", f"{exact['largest_difference']:.2e}", f"{parity['images']} originals", "100.0000%"):
-        assert figure in card
+    texts = (
+        f"{accuracy:.4f}",
+        f"{exact['largest_difference']:.2e}",
+        f"{parity['images']} original images",
+        "100.0000%",
+    )
+    assert all(text in card for text in texts)
 
 
-def test_samples_are_validation_images_with_the_graphs_answers(bundle: Path, trained: Path) -> None:
+def test_samples_are_validation_images_with_the_predictions_of_the_graph(bundle: Path, trained: Path) -> None:
     originals = {o.name: o for o in restore(trained / "checkpoints/small").data.originals("val")}
     for sample in json.loads((bundle / "samples/expected.json").read_text()):
         original = originals[sample["name"]]
@@ -238,12 +236,12 @@ def test_the_gate_fails_for_a_graph_with_a_wrong_mean(trained: Path, tmp_path: P
 def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
     restored = restore(trained / "checkpoints/small")
     model = restored.classifier.model
-    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
         write_graph(model, tmp_path / "nan.onnx")
-        for parameter, value in zip(model.parameters(), kept, strict=True):
+        for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.copy_(value)
     session = onnxruntime.InferenceSession(tmp_path / "nan.onnx", providers=["CPUExecutionProvider"])
     comparison = Reference(model, restored.data, Form()).compare(session)
@@ -251,19 +249,19 @@ def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
         export_module.check_exact(comparison, restored.data.spec.classes)
 
 
-def test_over_budget_there_is_no_bundle(
+def test_a_wrong_graph_writes_no_bundle(
     upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_module, "write_graph", wrong_mean)
     answer = upright("export", run_folder)
     assert answer.code == 1
-    assert "disagree on" in answer.err and "so no bundle was written" in answer.err
+    assert "disagree on" in answer.err and "No bundle was written." in answer.err
     assert answer.out.count("  digit-") == int(answer.err.split("disagree on ")[1].split(" ")[0])
     assert list((tmp_path / "export").iterdir()) == []
 
 
 @pytest.mark.parametrize("broken", ["write_graph", "Reference.compare", "_write_samples", "card", "checksums"])
-def test_the_bundle_appears_whole_or_not_at_all(
+def test_the_bundle_is_written_completely_or_not_at_all(
     upright: Upright, bundle: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
@@ -279,7 +277,7 @@ def test_the_bundle_appears_whole_or_not_at_all(
     assert [path.name for path in bundle.parent.iterdir()] == ["small"]
 
 
-def test_an_existing_bundle_is_kept_unless_forced(upright: Upright, bundle: Path, run_folder: Path) -> None:
+def test_only_force_replaces_an_existing_bundle(upright: Upright, bundle: Path, run_folder: Path) -> None:
     (bundle / "README.md").write_text("mine")
     answer = upright("export", run_folder)
     assert answer.code == 2 and "export/small' exists: --force replaces it" in answer.err
@@ -296,20 +294,20 @@ def test_a_bundles_name_is_a_plain_folder_name(upright: Upright, run_folder: Pat
     assert not (tmp_path / "export").exists()
 
 
-def test_data_may_be_elsewhere(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+def test_data_replaces_the_data_of_the_checkpoint(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("class_path: upright.data.digits.Digits\ninit_args: {angles: [20]}\n")
     assert upright("export", run_folder, "--data", "data.yaml").code == 0
     assert json.loads((tmp_path / "export/small/parity.json").read_text())["images"] == 270
     manifest = json.loads((tmp_path / "export/small/manifest.json").read_text())
     assert manifest["provenance"]["data"]["init_args"] == {"angles": [20]}
-    for content, text in (
+    for content, message in (
         ("[", "cannot be read as YAML"),
         ("a: 1", "needs a class_path"),
         ("class_path: os.Nope", "no class"),
     ):
         (tmp_path / "data.yaml").write_text(content)
         answer = upright("export", run_folder, "--force", "--data", "data.yaml")
-        assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+        assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -330,11 +328,11 @@ def test_parity_needs_originals(
     assert "give --data with the YAML of an ImageDataModule, such as configs/data/folder.yaml." in answer.err
 
 
-def test_force_does_not_delete_what_is_no_bundle(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
+def test_force_does_not_replace_another_folder(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "export/small").mkdir(parents=True)
     (tmp_path / "export/small/thesis.tex").touch()
     answer = upright("export", run_folder, "--force")
-    assert answer.code == 2 and "is not a bundle (it has no SHA256SUMS) and is not replaced" in answer.err
+    assert answer.code == 2 and "is not a bundle (it has no SHA256SUMS), so it is not replaced" in answer.err
     assert (tmp_path / "export/small/thesis.tex").exists()
 
 
@@ -343,12 +341,12 @@ def test_a_target_that_cannot_be_written(upright: Upright, run_folder: Path, tmp
     answer = upright("export", run_folder)
     assert (
         answer.code == 2
-        and "'export' is a file, so that 'export/small' cannot be made" in answer.err
+        and "'export' is a file, so 'export/small' cannot be created" in answer.err
         and answer.err.count("\n") == 1
     )
 
 
-def test_an_image_that_the_model_cannot_take_is_one_line(tmp_path: Path) -> None:
+def test_an_image_that_the_model_does_not_accept_is_one_line(tmp_path: Path) -> None:
     spec = ImageSpec(1, 20, 20, ("a", "b"), (0.4,), (0.5,), resize="none")
     network = NiN((1, 20, 20), 2, widths=(4, 4, 4), stem=(5, 1, 2))
     write_graph(Model(spec, network).eval(), tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""Triton's configuration is held against Triton's own message definition, as its client package ships it."""
+"""Triton's configuration is checked with Triton's own message definition, which is in its client package."""
 
 import shutil
 from importlib.machinery import PathFinder
@@ -27,12 +27,12 @@ SPEC = ImageSpec(3, 28, 28, ("a", "über b", 'c "d"'), (0.4,) * 3, (0.5,) * 3)
 
 @pytest.fixture(scope="session")
 def message() -> Any:
-    """``inference.ModelConfig``; the package around it would load all of gRPC."""
+    """The module with ``ModelConfig``. It is loaded from its file, because its package would load gRPC."""
     package = Path(pytest.importorskip("tritonclient").__file__).parent
-    found = PathFinder.find_spec("model_config_pb2", [str(package / "grpc")])
-    assert found is not None and found.loader is not None
-    module = module_from_spec(found)
-    found.loader.exec_module(module)
+    spec = PathFinder.find_spec("model_config_pb2", [str(package / "grpc")])
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -42,16 +42,16 @@ def read(message: Any, folder: Path) -> Any:
     return text_format.Parse((folder / "config.pbtxt").read_bytes(), message.ModelConfig())
 
 
-def fits(message: Any, folder: Path) -> Any:
-    """The configuration, which says of the graph what onnxruntime says, by the rules of Triton's backend."""
+def check_config(message: Any, folder: Path) -> Any:
+    """Check that the configuration matches the graph by the rules of Triton's backend, and return it."""
     config = read(message, folder)
     assert config.name == folder.name and config.backend == "onnxruntime" and config.default_model_filename == ""
     session = open_session(folder / "1/model.onnx")
     types = {"tensor(uint8)": message.TYPE_UINT8, "tensor(float)": message.TYPE_FP32}
     batch = [-1] if config.max_batch_size else []
-    for told, nodes in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
-        assert [one.name for one in told] == [node.name for node in nodes]
-        for one, node in zip(told, nodes, strict=True):
+    for tensors, nodes in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [one.name for one in tensors] == [node.name for node in nodes]
+        for one, node in zip(tensors, nodes, strict=True):
             shape = [length if isinstance(length, int) else -1 for length in node.shape]
             assert batch + list(one.dims) == shape and one.data_type == types[node.type]
     (probabilities,) = (one for one in config.output if one.name == "probabilities")
@@ -69,13 +69,15 @@ def fits(message: Any, folder: Path) -> Any:
         (Form(batch=1, size=(20, 24)), [1, 20, 24, 3]),
     ],
 )
-def test_every_form_by_the_published_definition(message: Any, tmp_path: Path, form: Form, dims: list[int]) -> None:
+def test_every_form_is_valid_by_the_published_definition(
+    message: Any, tmp_path: Path, form: Form, dims: list[int]
+) -> None:
     bundle = Bundle.open(write_bundle(tmp_path / "bundle", SPEC, LeNet, form))
     folder = tmp_path / "models/small"
     write_models(bundle, {"fp32": folder})
-    config = fits(message, folder)
+    config = check_config(message, folder)
     assert config.input[0].dims == dims
-    # What is fixed cannot be put together.
+    # Triton cannot combine requests for a graph with a fixed batch.
     assert config.max_batch_size == (0 if form.batch else MAX_BATCH)
     assert config.HasField("dynamic_batching") == (form.batch is None)
     assert (folder / "labels.txt").read_text(encoding="utf-8") == 'a\nüber b\nc "d"\n'
@@ -83,7 +85,7 @@ def test_every_form_by_the_published_definition(message: Any, tmp_path: Path, fo
 
 
 def test_a_run_becomes_a_bundle_and_models(message: Any, run_folder: Path, upright: Upright) -> None:
-    """A transformer's outputs, two precisions, and a repository that holds another model already."""
+    """Export two precisions with a transformer's outputs into a repository with another model."""
     other = Path("models/other/config.pbtxt")
     other.parent.mkdir(parents=True)
     other.touch()
@@ -97,12 +99,12 @@ def test_a_run_becomes_a_bundle_and_models(message: Any, run_folder: Path, uprig
     bundle = Bundle.open("export/small")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
     for folder, precision in ((Path("models/small"), "fp32"), (Path("models/small_int8"), "int8")):
-        config = fits(message, folder)
+        config = check_config(message, folder)
         assert (folder / "1/model.onnx").read_bytes() == bundle.model(precision).read_bytes()
-        # What Triton is told of one image is what a run gives for it.
-        found = run_batch(open_session(folder / "1/model.onnx"), pixels, [one.name for one in config.output])
-        for one, value in zip(config.output, found, strict=True):
-            assert all(told in (-1, length) for told, length in zip(one.dims, value.shape[1:], strict=True))
+        # The dimensions in the configuration match the shapes of a run.
+        outputs = run_batch(open_session(folder / "1/model.onnx"), pixels, [one.name for one in config.output])
+        for one, value in zip(config.output, outputs, strict=True):
+            assert all(dim in (-1, length) for dim, length in zip(one.dims, value.shape[1:], strict=True))
     answer = upright(*command, "--name", "small2", "--to", "models")
     assert (
         answer.code == 2
@@ -111,18 +113,18 @@ def test_a_run_becomes_a_bundle_and_models(message: Any, run_folder: Path, uprig
     )
     shutil.rmtree("export")
     answer = upright(*command)
-    assert answer.code == 2 and "Triton's model 'models/small' exists: --force replaces it" in answer.err
+    assert answer.code == 2 and "Triton model 'models/small' exists: --force replaces it" in answer.err
     assert not Path("export").exists()
 
 
-def test_what_is_there_is_replaced_on_request_alone(tmp_path: Path) -> None:
+def test_only_force_replaces_existing_models(tmp_path: Path) -> None:
     bundle, repository = tmp_path / "export/x", tmp_path / "models"
     planned = model_folders(repository, "x", ("fp32", "fp16"), bundle, False)
     assert planned == {"fp32": repository / "x", "fp16": repository / "x_fp16"}
     with replacing_folder(repository / "x_fp16") as folder:
         (folder / "notes.txt").touch()
     for force in (False, True):
-        with pytest.raises(UprightError, match=r"'.*x_fp16' is not a model of Triton's \(it has no config\.pbtxt\)"):
+        with pytest.raises(UprightError, match=r"'.*x_fp16' is not a Triton model \(it has no config\.pbtxt\)"):
             model_folders(repository, "x", ("fp32", "fp16"), bundle, force)
     (repository / "x_fp16/config.pbtxt").touch()
     assert model_folders(repository, "x", ("fp32", "fp16"), bundle, True) == planned
@@ -133,11 +135,11 @@ def test_what_is_there_is_replaced_on_request_alone(tmp_path: Path) -> None:
 
 def test_a_class_with_a_line_break() -> None:
     check_labels(["a b", "ü"])
-    with pytest.raises(UprightError, match=r"Triton reads one class per line, and 'a\\nb' holds a line break; rename"):
+    with pytest.raises(UprightError, match=r"Triton reads one class per line, and 'a\\nb' has a line break; rename"):
         check_labels(["c", "a\nb"])
 
 
-def test_the_definition_can_refuse(message: Any, tmp_path: Path) -> None:
+def test_the_published_definition_refuses_errors(message: Any, tmp_path: Path) -> None:
     from google.protobuf import text_format
 
     for text in ('max_batch: 3 name: "x"', "input [ { data_type: TYPE_FLOAT } ]", 'output [ { dims: "3" } ]'):

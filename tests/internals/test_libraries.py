@@ -1,4 +1,4 @@
-"""The private names of other libraries that src/upright/internals uses: they must be where they were."""
+"""These tests fail when lightning, wandb or kornia change a private name that src/upright/internals uses."""
 
 import inspect
 from pathlib import Path
@@ -26,17 +26,17 @@ def test_wandb() -> None:
 
 
 def test_lightnings_logger_of_wandb(tmp_path: Path) -> None:
-    # The day that Lightning no longer passes it, `without_anonymous` goes.
+    # When Lightning no longer passes it, delete `without_anonymous`.
     assert "anonymous" in WandbLogger(save_dir=tmp_path, offline=True)._wandb_init
 
 
 @pytest.mark.parametrize("kind", ["geometric", "mix"])
 def test_kornia(kind: str) -> None:
-    of_kind = augmentation.RandomAffine(10.0) if kind == "geometric" else augmentation.RandomMixUpV2()
-    assert has_part(of_kind, kind) and not has_part(augmentation.ColorJitter(), kind)
+    module = augmentation.RandomAffine(10.0) if kind == "geometric" else augmentation.RandomMixUpV2()
+    assert has_part(module, kind) and not has_part(augmentation.ColorJitter(), kind)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "src/upright").rglob("*.py")), ids=lambda path: path.name)
 def test_private_names_are_used_nowhere_else(path: Path) -> None:
-    # ruff's SLF finds them; only these modules may silence it.
+    # ruff's rule SLF reports private names; only these modules may silence it.
     assert path.parent == INTERNALS or "noqa: SLF" not in path.read_text()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from upright.internals.torch import ADAPTIVE_POOLS, BATCH_NORM, OperatorObserver, aten
 
 
-class Names(OperatorObserver):
+class RecordArguments(OperatorObserver):
     def __init__(self) -> None:
         super().__init__()
         self.arguments: dict[Any, dict[str, Any]] = {}
@@ -21,9 +21,9 @@ class Names(OperatorObserver):
 def test_operators_and_their_arguments_have_these_names() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(3), nn.MaxPool2d(2)).eval()
     # The counter decomposes operators before they are observed, as in `upright.anatomy`.
-    with torch.no_grad(), Names() as seen, FlopCounterMode(display=False):
+    with torch.no_grad(), RecordArguments() as observer, FlopCounterMode(display=False):
         network(torch.zeros(1, 1, 8, 8))[:, :, ::2]
-    assert BATCH_NORM in seen.arguments and ADAPTIVE_POOLS[0] in seen.arguments
-    assert {"weight", "stride", "dilation", "transposed"} <= set(seen.arguments[aten.convolution])
-    assert {"kernel_size", "stride"} <= set(seen.arguments[aten.max_pool2d_with_indices])
-    assert {"dim", "step"} <= set(seen.arguments[aten.slice])
+    assert BATCH_NORM in observer.arguments and ADAPTIVE_POOLS[0] in observer.arguments
+    assert {"weight", "stride", "dilation", "transposed"} <= set(observer.arguments[aten.convolution])
+    assert {"kernel_size", "stride"} <= set(observer.arguments[aten.max_pool2d_with_indices])
+    assert {"dim", "step"} <= set(observer.arguments[aten.slice])

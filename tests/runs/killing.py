@@ -1,4 +1,4 @@
-"""Runs of a small network in processes of their own, which die at a named place."""
+"""Runs of a small network in separate processes, which are killed at a named place."""
 
 import multiprocessing
 import os
@@ -60,9 +60,9 @@ real_save, real_replace = torch.save, os.replace
 def save(checkpoint, file, *args, **options):
     COUNTS["write"] = COUNTS.get("write", 0) + 1
     if KIND == "write" and COUNTS["write"] == int(NUMBER):
-        whole = io.BytesIO()
-        real_save(checkpoint, whole, *args, **options)
-        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        complete = io.BytesIO()
+        real_save(checkpoint, complete, *args, **options)
+        file.write(complete.getvalue()[: len(complete.getvalue()) // 2])
         file.flush()
         os.kill(os.getpid(), SIGNAL)
     real_save(checkpoint, file, *args, **options)
@@ -113,7 +113,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 FRESH = multiprocessing.get_context("forkserver")
-"""Its processes are forked from one that has imported all that takes seconds."""
+"""Its processes are forked from one that has done the slow imports."""
 FRESH.set_forkserver_preload(["upright.runs.cli.run", "upright.data.digits"])
 
 
@@ -122,21 +122,21 @@ def _run(arguments: list[str], folder: Path, variables: dict[str, str], out: str
         os.dup2(os.open(path, os.O_WRONLY), standard)
     os.chdir(folder)
     os.environ |= variables
-    # Loader workers are forked, as in any process of a user's.
+    # Loader workers are forked, as in a user's process.
     multiprocessing.set_start_method("fork", force=True)
     from upright.cli import main
 
     code = main(arguments)
-    # Not through what multiprocessing does at the end.
+    # Skip the exit handlers of multiprocessing.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def started(
+def start(
     folder: Path, name: str, *arguments: object, out: str = os.devnull, err: str = os.devnull, **variables: str
 ) -> BaseProcess:
-    """The same in a process that one may do something to."""
+    """Start a run in a process, and return the process."""
     process = FRESH.Process(target=_run, args=(command(name, *arguments)[3:], folder, variables, out, err))
     process.start()
     return process
@@ -145,12 +145,12 @@ def started(
 def fit(
     folder: Path, name: str, *arguments: object, kill_at: str = "never:0", kill_with: str = "SIGKILL", **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end, or to the ``n``-th time that it comes to a place: ``place:n``."""
-    whole, variables = command(name, *arguments), {"KILL_AT": kill_at, "KILL_WITH": kill_with, **more}
+    """Run to the end, or until it is killed the ``n``-th time that it reaches a place: ``place:n``."""
+    line, variables = command(name, *arguments), {"KILL_AT": kill_at, "KILL_WITH": kill_with, **more}
     if "--trainer.devices" in arguments:
-        # Lightning starts the other processes by this one's command line.
+        # Lightning starts the other processes with the command line of this one.
         return subprocess.run(
-            whole,
+            line,
             cwd=folder,
             env=environment(**variables),
             capture_output=True,
@@ -159,22 +159,22 @@ def fit(
             check=False,
         )
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        process = started(folder, name, *arguments, out=out.name, err=err.name, **variables)
+        process = start(folder, name, *arguments, out=out.name, err=err.name, **variables)
         process.join(200)
         assert process.exitcode is not None
         texts = [Path(file.name).read_text() for file in (out, err)]
-    return subprocess.CompletedProcess(whole, process.exitcode, *texts)
+    return subprocess.CompletedProcess(line, process.exitcode, *texts)
 
 
-def killed(folder: Path, name: str, *arguments: object, at: str) -> None:
-    done = fit(folder, name, *arguments, kill_at=at)
-    assert done.returncode == -signal.SIGKILL, (at, done.stderr)
+def run_and_kill(folder: Path, name: str, *arguments: object, at: str) -> None:
+    process = fit(folder, name, *arguments, kill_at=at)
+    assert process.returncode == -signal.SIGKILL, (at, process.stderr)
 
 
-def finished(folder: Path, name: str, *arguments: object, **more: str) -> str:
-    done = fit(folder, name, *arguments, **more)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_to_end(folder: Path, name: str, *arguments: object, **more: str) -> str:
+    process = fit(folder, name, *arguments, **more)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def last(run: Path) -> dict[str, Any]:
@@ -183,37 +183,38 @@ def last(run: Path) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Everything in a nest of dicts and lists, by its place."""
+    """Return all values in nested dicts and lists, by their path."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {place: leaf for key, part in items for place, leaf in leaves(part, f"{path}/{key}").items()}
+        return {inner: leaf for key, part in items for inner, leaf in leaves(part, f"{path}/{key}").items()}
     return {path: value}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """In what two runs ended differently: last and best checkpoint, and every column of metrics.csv but the times.
+    """Return the differences between two runs: last and best checkpoint, and metrics.csv without the times.
 
-    Of the checkpoints: weights, averages, optimiser, schedule, loops, position in the data and metrics.
+    The compared parts of the checkpoints are weights, averages, optimiser, schedule, loops, position in the data and
+    metrics.
     """
     parts = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "loops")
     parts += ("epoch", "global_step", "Digits", "Folder", "train_means")
-    found = []
+    different = []
     for name in ("last.ckpt", "best.ckpt"):
         ours, theirs = (torch.load(run / name, weights_only=True) for run in (one, other))
         ours, theirs = (
             leaves({part: c.get(part) for part in parts} | {"metrics": c["upright"]["metrics"]}) for c in (ours, theirs)
         )
         if ours.keys() != theirs.keys():
-            found.append(f"{name} keys {ours.keys() ^ theirs.keys()}")
-        for place in ours.keys() & theirs.keys():
-            a, b = ours[place], theirs[place]
+            different.append(f"{name} keys {ours.keys() ^ theirs.keys()}")
+        for key in ours.keys() & theirs.keys():
+            a, b = ours[key], theirs[key]
             equal = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
             if not equal:
-                found.append(f"{name} {place}")
+                different.append(f"{name} {key}")
     rows = [rows_of(run) for run in (one, other)]
     if rows[0] != rows[1]:
-        found.append(f"metrics.csv {rows}")
-    return found
+        different.append(f"metrics.csv {rows}")
+    return different
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:

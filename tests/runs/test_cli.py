@@ -1,4 +1,4 @@
-"""The verbs that are Lightning's, as a user types them."""
+"""The commands of Lightning, as a user types them."""
 
 import csv
 import json
@@ -32,12 +32,12 @@ def test_every_config_trains_tests_and_exports(tmp_path: Path, config: Path) -> 
     assert check_line(config, tmp_path) == tmp_path / "export" / config.stem
     run = tmp_path / "checkpoints" / config.stem
     written = {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv"}
-    pictures = {f"{name}.png" for name in ("curves", "samples", "mistakes", "confusion")}
+    plots = {f"{name}.png" for name in ("curves", "samples", "mistakes", "confusion")}
     names = {path.name for path in run.iterdir() if not path.name.startswith("test")}
-    assert names - {"transformer.png"} == written | pictures
+    assert names - {"transformer.png"} == written | plots
 
 
-def test_a_run_says_where_it_is_and_what_is_next(upright: Upright, tmp_path: Path) -> None:
+def test_a_run_prints_its_folder_and_the_next_command(upright: Upright, tmp_path: Path) -> None:
     answer = upright("fit", "--config", LENET, *QUICK)
     assert "Run:  checkpoints/lenet" in answer.out
     assert "Next: upright test --ckpt_path checkpoints/lenet/best.ckpt" in answer.out
@@ -66,30 +66,30 @@ def test_print_config(upright: Upright, capsys: pytest.CaptureFixture[str]) -> N
     assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"] == "upright.data.digits.Digits"
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_after_fit_the_checkpoint_alone_is_enough(
-    upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+@pytest.mark.parametrize("command_name", ["validate", "test", "predict"])
+def test_after_fit_the_other_commands_need_only_the_checkpoint(
+    upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_name: str
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert upright(verb, "--ckpt_path", run_folder / "best.ckpt").code == 0
+    assert upright(command_name, "--ckpt_path", run_folder / "best.ckpt").code == 0
     assert list(elsewhere.iterdir()) == []
 
 
-def test_validate_finds_the_metrics_of_the_checkpoint(upright: Upright, run_folder: Path) -> None:
-    told = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]
+def test_validate_reproduces_the_metrics_of_the_checkpoint(upright: Upright, run_folder: Path) -> None:
+    metrics = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]
     answer = upright("validate", "--ckpt_path", run_folder)
-    assert f"{told['val/accuracy']:.6f}"[:7] in answer.out
+    assert f"{metrics['val/accuracy']:.6f}"[:7] in answer.out
 
 
-def test_test_writes_its_metrics_tables_and_pictures(upright: Upright, run_folder: Path) -> None:
+def test_test_writes_metrics_tables_and_plots(upright: Upright, run_folder: Path) -> None:
     assert upright("test", "--ckpt_path", run_folder).code == 0
     record = json.loads((run_folder / "test.json").read_text())
     assert set(record["metrics"]) == METRICS
     confusion, classes = (read_csv(run_folder / f"test_{name}.csv") for name in ("confusion", "classes"))
-    right, shown = sum(int(row[row["label"]]) for row in confusion), sum(int(row["support"]) for row in classes)
-    assert right / shown == pytest.approx(record["metrics"]["test/accuracy"]) and shown == 5 * 359
+    right, images = sum(int(row[row["label"]]) for row in confusion), sum(int(row["support"]) for row in classes)
+    assert right / images == pytest.approx(record["metrics"]["test/accuracy"]) and images == 5 * 359
     means = {name: sum(float(row[name]) for row in classes) / 10 for name in ("precision", "recall", "f1")}
     assert means == pytest.approx({name: record["metrics"][f"test/{name}"] for name in means}, abs=1e-5)
     for name in ("confusion", "transformer"):
@@ -102,7 +102,7 @@ def test_test_on_other_data(upright: Upright, run_folder: Path) -> None:
     assert record["data"]["init_args"]["angles"] == [0] and "test/uprightness" not in record["metrics"]
 
 
-def test_the_class_of_a_checkpoint_must_be_there(upright: Upright, run_folder: Path) -> None:
+def test_a_missing_class_of_a_checkpoint_is_named(upright: Upright, run_folder: Path) -> None:
     checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
     checkpoint["upright"]["model"]["class_path"] = "own.Classifier"
     torch.save(checkpoint, run_folder / "best.ckpt")
@@ -110,8 +110,8 @@ def test_the_class_of_a_checkpoint_must_be_there(upright: Upright, run_folder: P
     assert answer.code == 2 and "cannot import module 'own'" in answer.err and answer.err.count("\n") == 1
 
 
-def test_other_data_replace_the_configs(upright: Upright, tmp_path: Path) -> None:
-    # Digits turned by angles, in a margin: nothing of it may reach the plain digits.
+def test_other_data_replace_those_of_the_config(upright: Upright, tmp_path: Path) -> None:
+    # The config's angles and margin must not apply to the plain digits.
     (tmp_path / "plain.yaml").write_text("class_path: upright.data.digits.Digits\ninit_args: {margin: 2}\n")
     for name, arguments in (("a", ["--data", "plain.yaml"]), ("b", ["--data=plain.yaml", "--data.batch_size", 32])):
         assert upright("fit", "--config", LENET, *arguments, "--name", name, *QUICK).code == 0
@@ -139,7 +139,7 @@ init_args:
 """
 
 
-def test_kornia_plugs_in_and_the_checkpoint_knows_it(upright: Upright, tmp_path: Path) -> None:
+def test_augmentations_of_kornia_work_and_are_recorded(upright: Upright, tmp_path: Path) -> None:
     from upright.training.restoring import restore
 
     (tmp_path / "mine.yaml").write_text(AUGMENTED)
@@ -156,7 +156,7 @@ def test_kornia_plugs_in_and_the_checkpoint_knows_it(upright: Upright, tmp_path:
         assert answer.code == 0, answer.err
         weights.append(torch.load(tmp_path / f"checkpoints/{name}/last.ckpt", weights_only=True)["state_dict"])
         assert upright("test", "--ckpt_path", tmp_path / "checkpoints" / name).code == 0
-    # The same seed, the same weights: kornia too draws from torch's.
+    # The same seed gives the same weights, because kornia also draws from torch's generator.
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
     restored = restore(tmp_path / "checkpoints/mixed/best.ckpt").data.augmentation
     names = [type(part).__name__ for part in restored.parts]
@@ -166,8 +166,8 @@ def test_kornia_plugs_in_and_the_checkpoint_knows_it(upright: Upright, tmp_path:
     assert restored(images, torch.eye(10)[:4]).images.shape == images.shape
 
 
-def save_pictures(root: Path, count: int = 30) -> Path:
-    """Two classes of small pictures, the last of each twice."""
+def save_images(root: Path, count: int = 30) -> Path:
+    """Write two classes of small images, the last of each twice."""
     generator = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
         (root / name).mkdir(parents=True)
@@ -178,51 +178,51 @@ def save_pictures(root: Path, count: int = 30) -> Path:
     return root
 
 
-def test_where_pictures_are_kept_and_who_decodes_them_changes_nothing(upright: Upright, tmp_path: Path) -> None:
-    root = save_pictures(tmp_path / "pictures")
+def test_storage_and_workers_do_not_change_a_run(upright: Upright, tmp_path: Path) -> None:
+    root = save_images(tmp_path / "images")
     data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", root, "--data.batch_size", 8)
     weights = []
-    for name, how in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ("--data.cache", "none"))):
-        options = (*data, *how, "--data.num_workers", 2, "--name", name)
+    for name, storage in (("memory", ()), ("disk", ("--data.cache", "disk")), ("streamed", ("--data.cache", "none"))):
+        options = (*data, *storage, "--data.num_workers", 2, "--name", name)
         answer = upright("fit", "--config", LENET, *options, *QUICK)
         assert answer.code == 0, answer.err
         weights.append(torch.load(f"checkpoints/{name}/best.ckpt", weights_only=True)["state_dict"])
         assert upright("test", "--ckpt_path", f"checkpoints/{name}").code == 0
     assert all(torch.equal(value, other[key]) for other in weights[1:] for key, value in weights[0].items())
     assert yaml.safe_load(Path("checkpoints/streamed/config.yaml").read_text())["data"]["init_args"]["cache"] == "none"
-    # How they are read makes no other data of them: what has changed is still refused.
-    for picture in (root / "dark").glob("1*.png"):
-        picture.unlink()
-    for how in (("--data.cache", "none"), ("--data.batch_size", 4), ("--data.init_args.num_workers", 0)):
-        answer = upright("test", "--ckpt_path", "checkpoints/memory", *how)
+    # Options of reading do not define other data, so changed data are still refused.
+    for image in (root / "dark").glob("1*.png"):
+        image.unlink()
+    for storage in (("--data.cache", "none"), ("--data.batch_size", 4), ("--data.init_args.num_workers", 0)):
+        answer = upright("test", "--ckpt_path", "checkpoints/memory", *storage)
         assert answer.code == 2 and "have changed since it was trained" in answer.err
 
 
-def test_folds_and_parts_of_the_training_images_are_options(upright: Upright) -> None:
+def test_folds_and_train_fraction_are_options(upright: Upright) -> None:
     def counts(*options: object) -> dict[str, int]:
         answer = upright("fit", "--config", LENET, "--name", "x", "--force", *QUICK, *options)
         assert answer.code == 0, answer.err
-        found = torch.load("checkpoints/x/best.ckpt", weights_only=True)["upright"]["split"]["counts"]
-        return {split: sum(counts.values()) for split, counts in found.items()}
+        counted = torch.load("checkpoints/x/best.ckpt", weights_only=True)["upright"]["split"]["counts"]
+        return {split: sum(counts.values()) for split, counts in counted.items()}
 
     assert counts("--data.folds", 4, "--data.fold", 3) == {"train": 1079, "val": 359, "test": 359}
     assert counts("--data.train_fraction", 0.1) == {"train": 119, "val": 270, "test": 359}
 
 
-def test_copies_in_given_splits_are_reported(upright: Upright, tmp_path: Path) -> None:
+def test_duplicates_in_declared_splits_are_reported(upright: Upright, tmp_path: Path) -> None:
     for split in ("train", "test"):
-        save_pictures(tmp_path / "pictures" / split, 12)
-    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", tmp_path / "pictures")
+        save_images(tmp_path / "images" / split, 12)
+    data = ("--data", ROOT / "configs/data/folder.yaml", "--data.root", tmp_path / "images")
     answer = upright("fit", "--config", LENET, *data, *QUICK)
     assert answer.code == 0
     assert re.search(r"Note: \d+ of the \d+ images in 'train' are in 'test' too, for example 'train/\w+/", answer.err)
 
 
-def test_images_that_were_trained_on_judge_only_if_told_to(upright: Upright, run_folder: Path) -> None:
+def test_training_images_are_evaluated_only_with_the_option(upright: Upright, run_folder: Path) -> None:
     other_split = ("test", "--ckpt_path", run_folder, "--data.split_seed", 1)
     answer = upright(*other_split)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert re.search(r"\d+ of 359 images in split 'test' .*; give others \(.* with --allow_seen_images\)", answer.err)
+    assert re.search(r"\d+ of 359 images in split 'test' .*: give other data\. .* --allow_seen_images\.", answer.err)
     assert upright(*other_split, "--allow_seen_images").code == 0
     assert json.loads((run_folder / "test.json").read_text())["data"]["init_args"]["split_seed"] == 1
 
@@ -240,7 +240,7 @@ def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path
         assert max(probabilities, key=probabilities.__getitem__) == row["prediction"]
 
 
-def test_an_existing_run_is_kept_unless_forced(upright: Upright, tmp_path: Path) -> None:
+def test_an_existing_run_is_replaced_only_with_force(upright: Upright, tmp_path: Path) -> None:
     assert upright("fit", "--config", LENET, *QUICK).code == 0
     before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
     answer = upright("fit", "--config", LENET, *QUICK)
@@ -250,21 +250,21 @@ def test_an_existing_run_is_kept_unless_forced(upright: Upright, tmp_path: Path)
     assert (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes() != before
 
 
-def test_going_on_from_another_run_does_not_overwrite_this_one(
+def test_resuming_from_another_run_does_not_overwrite_this_one(
     upright: Upright, run_folder: Path, tmp_path: Path
 ) -> None:
     assert upright("fit", "--config", STN, "--name", "two", *QUICK).code == 0
     before = (tmp_path / "checkpoints/two/metrics.csv").read_bytes()
-    go_on = ("fit", "--config", STN, "--ckpt_path", run_folder / "last.ckpt", "--trainer.max_epochs", 3, *QUICK[2:])
-    answer = upright(*go_on, "--name", "two")
+    resume = ("fit", "--config", STN, "--ckpt_path", run_folder / "last.ckpt", "--trainer.max_epochs", 3, *QUICK[2:])
+    answer = upright(*resume, "--name", "two")
     assert answer.code == 2 and "Run 'checkpoints/two' exists" in answer.err
     assert (tmp_path / "checkpoints/two/metrics.csv").read_bytes() == before
-    answer = upright(*go_on, "--name", "three")
+    answer = upright(*resume, "--name", "three")
     assert answer.code == 0 and "Best: " in answer.out
     assert (tmp_path / "checkpoints/three/best.ckpt").exists()
 
 
-def test_a_forced_run_that_fails_gives_the_old_one_back(upright: Upright, tmp_path: Path) -> None:
+def test_a_forced_run_that_fails_restores_the_old_one(upright: Upright, tmp_path: Path) -> None:
     assert upright("fit", "--config", LENET, *QUICK).code == 0
     before = (tmp_path / "checkpoints/lenet/best.ckpt").read_bytes()
     with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
@@ -273,7 +273,7 @@ def test_a_forced_run_that_fails_gives_the_old_one_back(upright: Upright, tmp_pa
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["lenet"]
 
 
-def test_nothing_to_go_on_with(upright: Upright, run_folder: Path) -> None:
+def test_a_complete_run_and_another_optimiser_cannot_resume(upright: Upright, run_folder: Path) -> None:
     answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--wandb", "off")
     assert answer.code == 2 and "has done 2 epochs already; raise --trainer.max_epochs" in answer.err
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1, "--trainer.max_epochs", 3)
@@ -284,13 +284,13 @@ def test_nothing_to_go_on_with(upright: Upright, run_folder: Path) -> None:
 def test_two_processes_train_and_test_as_one(upright: Upright, tmp_path: Path) -> None:
     def run(*arguments: object) -> None:
         command = [sys.executable, "-m", "upright", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert process.returncode == 0, process.stderr
 
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
     run("fit", "--config", STN, *QUICK, *two)
-    drawn = {path.stem for path in (tmp_path / "checkpoints/stn_lenet").glob("*.png")}
-    assert drawn == {"samples", "mistakes", "confusion", "transformer", "curves"}
+    plots = {path.stem for path in (tmp_path / "checkpoints/stn_lenet").glob("*.png")}
+    assert plots == {"samples", "mistakes", "confusion", "transformer", "curves"}
     run("test", "--ckpt_path", "checkpoints/stn_lenet", *two)
     together = json.loads((tmp_path / "checkpoints/stn_lenet/test.json").read_text())["metrics"]
     tables = [(tmp_path / f"checkpoints/stn_lenet/test_{name}.csv").read_text() for name in ("confusion", "classes")]
@@ -302,7 +302,7 @@ def test_two_processes_train_and_test_as_one(upright: Upright, tmp_path: Path) -
     ]
 
 
-def test_force_does_not_delete_what_is_no_run(upright: Upright, tmp_path: Path) -> None:
+def test_force_does_not_delete_a_folder_that_is_no_run(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "checkpoints/lenet").mkdir(parents=True)
     (tmp_path / "checkpoints/lenet/thesis.tex").touch()
     answer = upright("fit", "--config", LENET, "--force", *QUICK)
@@ -310,12 +310,12 @@ def test_force_does_not_delete_what_is_no_run(upright: Upright, tmp_path: Path) 
     assert (tmp_path / "checkpoints/lenet/thesis.tex").exists()
 
 
-def test_last_goes_on_by_name_alone(upright: Upright, run_folder: Path) -> None:
+def test_last_resumes_with_only_the_name(upright: Upright, run_folder: Path) -> None:
     answer = upright("fit", "--name", "small", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--wandb", "off")
     assert answer.code == 0
     rows = read_csv(run_folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    # The folder is a copy: what was best there is best here.
+    # The folder is a copy: its best checkpoint is still the best.
     best = torch.load(run_folder / "best.ckpt", weights_only=True)["upright"]["metrics"]["val/loss"]
     assert best == pytest.approx(min(float(row["val/loss"]) for row in rows), abs=1e-5)
 
@@ -397,7 +397,7 @@ def test_a_target_that_cannot_be_written(upright: Upright, tmp_path: Path, run_f
     assert answer.code == 2 and "No such file or directory" in answer.err and answer.err.count("\n") == 1
 
 
-def test_an_own_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path: Path) -> None:
+def test_a_new_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "strip.py").write_text(
         "from torch import nn\n"
         "class Strip(nn.Sequential):\n"
@@ -416,7 +416,7 @@ def test_an_own_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path
     assert upright("verify", "export/strip").code == 0
 
 
-def test_without_wandb_a_run_works_and_says_so(
+def test_without_wandb_a_run_works_and_prints_a_message(
     upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("upright.runs.tracking.find_spec", lambda name: None)
@@ -435,27 +435,27 @@ def test_wandb_online_needs_an_account(upright: Upright, tmp_path: Path, monkeyp
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_an_explanation_is_one_line_whatever_comes() -> None:
-    assert "\n" not in explain("something\nnobody foresaw\n  in three lines")
+def test_an_explanation_is_always_one_line() -> None:
+    assert "\n" not in explain("an unknown error\nof jsonargparse\n  in three lines")
 
 
-def test_a_run_goes_on_where_it_is(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_in_its_own_folder(upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert upright("fit", "--config", LENET, *QUICK).code == 0
     (tmp_path / "elsewhere").mkdir()
-    for epochs, what in ((2, "checkpoints/lenet/last.ckpt"), (3, "checkpoints/lenet")):
+    for epochs, path in ((2, "checkpoints/lenet/last.ckpt"), (3, "checkpoints/lenet")):
         monkeypatch.chdir(tmp_path / "elsewhere")
-        answer = upright("fit", "--ckpt_path", f"../{what}", *QUICK[2:], "--trainer.max_epochs", epochs)
+        answer = upright("fit", "--ckpt_path", f"../{path}", *QUICK[2:], "--trainer.max_epochs", epochs)
         assert answer.code == 0 and f"Run:  {tmp_path}/checkpoints/lenet" in answer.out, answer.err
         assert list((tmp_path / "elsewhere").iterdir()) == []
         rows = (tmp_path / "checkpoints/lenet/metrics.csv").read_text().splitlines()
         assert len(rows) == 1 + epochs
 
 
-# torch 2.13's compiler imports what torch 2.13 deprecates (torch/utils/mkldnn.py), and reads all tensors' gradients.
+# torch 2.13's compiler imports a deprecated function (torch/utils/mkldnn.py), and reads the gradients of all tensors.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
-def test_a_compiled_model_leaves_the_same_checkpoint(upright: Upright, tmp_path: Path) -> None:
+def test_a_compiled_model_writes_the_same_checkpoint(upright: Upright, tmp_path: Path) -> None:
     assert upright("fit", "--config", STN, *QUICK, "--compile", "--name", "compiled").code == 0
     assert upright("fit", "--config", STN, *QUICK, "--name", "eager").code == 0
     weights = [
@@ -494,9 +494,9 @@ class WithoutSpec(L.LightningDataModule):
 """
 
 
-# Their loaders decode in this process, as many loaders of small sets do.
+# The loaders of small datasets have no workers.
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_other_peoples_data_go_as_far_as_batches_do(upright: Upright, tmp_path: Path) -> None:
+def test_other_datamodules_work_where_no_originals_are_needed(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "pairs.py").write_text(PAIRS)
     (tmp_path / "pairs.yaml").write_text("class_path: pairs.Pairs\ninit_args: {count: 48}\n")
     fit = ("fit", "--config", LENET, "--wandb", "off", "--trainer.max_epochs", 1, "--name", "p")

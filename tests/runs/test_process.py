@@ -1,4 +1,4 @@
-"""How many threads a run takes."""
+"""The number of threads of a run."""
 
 import os
 import subprocess
@@ -11,18 +11,18 @@ PROGRAM = "import torch; from upright.runs.process import leave_a_core; leave_a_
 
 
 def threads(**environment: str) -> int:
-    without = {
+    others = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
     }
     command = [sys.executable, "-c", PROGRAM]
-    return int(subprocess.run(command, env=without | environment, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, env=others | environment, capture_output=True, text=True, check=True).stdout)
 
 
-def test_one_core_is_left_to_others() -> None:
+def test_one_core_is_not_used() -> None:
     assert threads() == max(1, joblib.cpu_count() - 1)
     assert threads(LOKY_MAX_CPU_COUNT="1") == 1
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_number_that_was_asked_for_is_kept(number: int) -> None:
+def test_the_number_of_the_environment_is_used(number: int) -> None:
     assert threads(OMP_NUM_THREADS=str(number)) == number

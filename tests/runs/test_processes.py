@@ -1,4 +1,4 @@
-"""Several processes train as one: Lightning's own, torchrun's, SLURM's."""
+"""Runs of several processes, started by Lightning, torchrun and SLURM."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.conftest import Upright
-from tests.runs.killing import command, differences, environment, finished, fit, last, prepare
+from tests.runs.killing import command, differences, environment, fit, last, prepare, run_to_end
 
 TWO = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.batch_size", 8, "--trainer.max_epochs", 2)
-"""73 steps of two processes are an epoch of the 1168 digits."""
+"""An epoch of the 1168 digits has 73 steps with two processes."""
 SHORT = (*TWO, "--trainer.limit_train_batches", 10)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "upright")
 
@@ -25,22 +25,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shares(path: Path, epoch: int) -> list[int]:
-    """The samples that a process was given in an epoch, in their order."""
+    """Return the samples of a process in an epoch, in order."""
     lines = [[int(part) for part in line.split()] for line in path.read_text().splitlines()]
     return [sample for number, *samples in lines if number == epoch for sample in samples]
 
 
 @pytest.mark.slow
-def test_each_sample_once_and_a_death_in_mid_epoch_changes_nothing(folder: Path, upright: Upright) -> None:
+def test_each_sample_is_used_once_and_a_killed_run_resumes_exactly(folder: Path, upright: Upright) -> None:
     options = (*TWO, "--save_every_n_steps", 20)
-    out = finished(folder, "whole", *options, POSITIONS=str(folder / "positions"))
+    out = run_to_end(folder, "whole", *options, POSITIONS=str(folder / "positions"))
     assert out.count("epoch 1/2") == out.count("Next: upright test") == 1
     for epoch in (0, 1):
         mine, others = (shares(folder / f"positions-{rank}", epoch) for rank in (0, 1))
         assert len(mine) == len(others) and sorted(mine + others) == list(range(1168))
-    killed_at = fit(folder, "killed", *options, kill_at="step:100", KILL_RANK="1")
-    assert killed_at.returncode != 0 and last(folder / "checkpoints/killed")["global_step"] == 80
-    finished(folder, "killed", *options, "--ckpt_path", "last")
+    killed_run = fit(folder, "killed", *options, kill_at="step:100", KILL_RANK="1")
+    assert killed_run.returncode != 0 and last(folder / "checkpoints/killed")["global_step"] == 80
+    run_to_end(folder, "killed", *options, "--ckpt_path", "last")
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/killed") == []
     assert {path.name for path in (folder / "checkpoints/killed").iterdir() if path.suffix != ".png"} == {
         "config.yaml",
@@ -48,17 +48,17 @@ def test_each_sample_once_and_a_death_in_mid_epoch_changes_nothing(folder: Path,
         "last.ckpt",
         "metrics.csv",
     }
-    # What two found is what one finds.
-    told = torch.load(folder / "checkpoints/whole/best.ckpt", weights_only=True)["upright"]["metrics"]
+    # The metrics of two processes equal those of one.
+    metrics = torch.load(folder / "checkpoints/whole/best.ckpt", weights_only=True)["upright"]["metrics"]
     sys.modules.pop("own", None)
     answer = upright("validate", "--ckpt_path", "checkpoints/whole")
     assert answer.code == 0, answer.err
     for name in ("accuracy", "loss", "f1"):
-        assert f"{told[f'val/{name}']:.6f}"[:7] in answer.out
+        assert f"{metrics[f'val/{name}']:.6f}"[:7] in answer.out
 
 
 def group(arguments: list[str], folder: Path, **more: str) -> subprocess.Popen[str]:
-    """Processes that a terminal's Ctrl-C would reach together."""
+    """Start processes that all receive Ctrl-C from a terminal."""
     return subprocess.Popen(
         arguments,
         cwd=folder,
@@ -71,7 +71,7 @@ def group(arguments: list[str], folder: Path, **more: str) -> subprocess.Popen[s
 
 
 @pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_ctrl_c_stops_all_of_them_at_one_step(folder: Path, launcher: str) -> None:
+def test_ctrl_c_stops_all_processes_at_one_step(folder: Path, launcher: str) -> None:
     options = (*TWO[:-1], 200, "--save_every_n_steps", 1)
     arguments = command("a", *options)
     if launcher == "torchrun":
@@ -90,12 +90,12 @@ def test_ctrl_c_stops_all_of_them_at_one_step(folder: Path, launcher: str) -> No
 
 
 @pytest.mark.slow
-def test_ctrl_c_of_two_processes_goes_on_exactly(folder: Path) -> None:
-    finished(folder, "whole", *SHORT)
-    # One of them alone is told.
-    done = fit(folder, "stopped", *SHORT, kill_at="step:6", kill_with="SIGTERM", KILL_RANK="1")
-    assert done.returncode == 143 and "stopped after step 6;" in done.stderr
-    finished(folder, "stopped", *SHORT, "--ckpt_path", "auto")
+def test_two_stopped_processes_resume_exactly(folder: Path) -> None:
+    run_to_end(folder, "whole", *SHORT)
+    # Only one process gets the signal.
+    process = fit(folder, "stopped", *SHORT, kill_at="step:6", kill_with="SIGTERM", KILL_RANK="1")
+    assert process.returncode == 143 and "stopped after step 6;" in process.stderr
+    run_to_end(folder, "stopped", *SHORT, "--ckpt_path", "auto")
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/stopped") == []
 
 
@@ -107,23 +107,23 @@ def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.slow
-def test_torchrun_replaces_a_run_and_says_mistakes_once(folder: Path) -> None:
+def test_torchrun_replaces_a_run_and_prints_errors_once(folder: Path) -> None:
     assert torchrun(folder).returncode == 0
     before = last(folder / "checkpoints/a")["upright"]["run"]["id"]
-    done = torchrun(folder)
-    assert done.returncode == 1 and done.stderr.count("upright: error: Run 'checkpoints/a' exists") == 1
-    done = torchrun(folder, "--force", "--trainer.max_epochz", 1)
-    assert done.returncode == 1 and done.stderr.count("upright: error: unknown option") == 1
-    done = torchrun(folder, "--force")
-    assert done.returncode == 0, done.stderr
+    process = torchrun(folder)
+    assert process.returncode == 1 and process.stderr.count("upright: error: Run 'checkpoints/a' exists") == 1
+    process = torchrun(folder, "--force", "--trainer.max_epochz", 1)
+    assert process.returncode == 1 and process.stderr.count("upright: error: unknown option") == 1
+    process = torchrun(folder, "--force")
+    assert process.returncode == 0, process.stderr
     assert last(folder / "checkpoints/a")["upright"]["run"]["id"] != before
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["a"]
 
 
 def slurm(folder: Path, rank: int = 0, tasks: int = 1) -> dict[str, str]:
-    """What SLURM tells a task; ``scontrol`` writes down what it is asked."""
+    """Return the environment of a SLURM task, with an ``scontrol`` that records its requests."""
     scontrol = folder / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {folder}/requests\n')
     scontrol.chmod(0o755)
     variables = {"JOB_ID": "123", "JOB_NAME": "x", "NTASKS": tasks, "NTASKS_PER_NODE": tasks, "NNODES": 1}
     variables |= {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NODELIST": "localhost"}
@@ -131,25 +131,25 @@ def slurm(folder: Path, rank: int = 0, tasks: int = 1) -> dict[str, str]:
     return {f"SLURM_{name}": str(value) for name, value in variables.items()} | {"PATH": path}
 
 
-def test_slurm_requeues_and_the_same_line_goes_on(folder: Path) -> None:
+def test_slurm_requeues_a_job_and_the_same_command_resumes(folder: Path) -> None:
     options = ("--trainer.max_epochs", 2, "--ckpt_path", "auto")
-    finished(folder, "whole", *options)
-    # Of another run, or by Lightning's own way: nobody takes it.
+    run_to_end(folder, "whole", *options)
+    # A checkpoint in Lightning's own place is not used.
     (folder / "checkpoints/hpc_ckpt_1.ckpt").write_bytes(b"of another run")
-    done = fit(folder, "job", *options, kill_at="step:8", kill_with="SIGUSR1", **slurm(folder))
-    assert done.returncode == 128 + signal.SIGUSR1 and "stopped after step 8;" in done.stderr
-    assert (folder / "asked").read_text() == "requeue 123\n"
-    # Time is up without a warning, or another job is more urgent.
-    done = fit(folder, "job", *options, kill_at="step:13", kill_with="SIGTERM", **slurm(folder))
-    assert done.returncode == 143 and (folder / "asked").read_text() == "requeue 123\n"
-    finished(folder, "job", *options, **slurm(folder))
+    process = fit(folder, "job", *options, kill_at="step:8", kill_with="SIGUSR1", **slurm(folder))
+    assert process.returncode == 128 + signal.SIGUSR1 and "stopped after step 8;" in process.stderr
+    assert (folder / "requests").read_text() == "requeue 123\n"
+    # SLURM stops a job without a warning, for example for a more urgent one.
+    process = fit(folder, "job", *options, kill_at="step:13", kill_with="SIGTERM", **slurm(folder))
+    assert process.returncode == 143 and (folder / "requests").read_text() == "requeue 123\n"
+    run_to_end(folder, "job", *options, **slurm(folder))
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/job") == []
     assert not list((folder / "checkpoints/job").glob("hpc*"))
-    assert "is complete" in finished(folder, "job", *options, **slurm(folder))
+    assert "is complete" in run_to_end(folder, "job", *options, **slurm(folder))
 
 
 @pytest.mark.slow
-def test_two_tasks_of_slurm(folder: Path) -> None:
+def test_two_tasks_of_slurm_resume_exactly(folder: Path) -> None:
     options = (*SHORT, "--ckpt_path", "auto")
 
     def srun(**more: str) -> list[str]:
@@ -159,15 +159,15 @@ def test_two_tasks_of_slurm(folder: Path) -> None:
         return answers
 
     srun(KILL_AT="step:5", KILL_WITH="SIGUSR1", MASTER_PORT="29581")
-    assert (folder / "asked").read_text() == "requeue 123\n"
+    assert (folder / "requests").read_text() == "requeue 123\n"
     assert last(folder / "checkpoints/job")["global_step"] in (5, 6)
     srun()
-    finished(folder, "whole", *SHORT)
+    run_to_end(folder, "whole", *SHORT)
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/job") == []
 
 
 @pytest.mark.slow
-def test_two_nodes(folder: Path) -> None:
+def test_two_nodes_equal_two_processes(folder: Path) -> None:
     options = (*SHORT[2:], "--trainer.devices", 1, "--trainer.num_nodes", 2)
     rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "7"]
     line = [*TORCHRUN[:3], *rendezvous, "--rdzv-endpoint", "localhost:29567", "-m", "upright"]
@@ -175,5 +175,5 @@ def test_two_nodes(folder: Path) -> None:
     for node in nodes:
         _, err = node.communicate(timeout=100)
         assert node.returncode == 0, err
-    finished(folder, "whole", *SHORT)
+    run_to_end(folder, "whole", *SHORT)
     assert differences(folder / "checkpoints/whole", folder / "checkpoints/nodes") == []

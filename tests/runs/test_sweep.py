@@ -1,4 +1,4 @@
-"""A search over options of fit: what its file may say, and what becomes of its trials."""
+"""A search over options of fit: its YAML, and its trials."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SPACE: dict[str, Any] = {
     "trials": 3,
     "space": {"x": {"low": 0.0, "high": 1.0}, "kind": ["a", [1, 2]], "epochs": 2},
 }
-# What `upright fit` leaves, in a hundredth of the time. Its loss is x; `x` above `fail` fails, and so on.
+# It writes the files of `upright fit` in a hundredth of the time. Its loss is x; an `x` above `fail` fails, and so on.
 STUB = """
 import json, os, pickle, sys, time, zipfile
 from pathlib import Path
@@ -65,7 +65,7 @@ Sweep = Callable[..., int]
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    """Sweep with a trial that takes no time: `stub(SPACE | {...}, trials=3, do={"sleep": 1})`."""
+    """Return a sweep with fast trials: `stub(SPACE | {...}, trials=3, do={"sleep": 1})`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("upright.runs.sweeping.sweep.POLL_SECONDS", 0.02)
     (tmp_path / "stub.py").write_text(STUB)
@@ -87,7 +87,7 @@ def searched() -> list[tuple[float, str]]:
     return [(record["options"]["x"], record["options"]["kind"]) for record in records()]
 
 
-def test_a_space_is_read(tmp_path: Path) -> None:
+def test_reading_a_space(tmp_path: Path) -> None:
     options = {
         "a": {"low": "1e-4", "high": 1, "log": True},
         "b": {"low": 1, "high": 9, "step": 2},
@@ -127,9 +127,9 @@ def test_a_space_is_read(tmp_path: Path) -> None:
         ({"space": {"x": {"low": 2, "high": 1}}}, "x: a range is"),
         ({"space": {"x": {"low": 1, "high": "many"}}}, "x: a range is"),
         ({"space": {"x": {"low": 0, "high": 1, "log": True}}}, "x: a range is"),
-        ({"space": {"x": {"low": 0, "high": 1}}}, "for whole numbers write [0, 1], for all numbers low: 0.0"),
-        ({"space": {"x": []}}, "x: a choice needs different values, at least one, got []"),
-        ({"space": {"x": [1, 2, 1]}}, "x: a choice needs different values"),
+        ({"space": {"x": {"low": 0, "high": 1}}}, "for the integers write [0, 1], for real numbers low: 0.0"),
+        ({"space": {"x": []}}, "x: a choice needs at least one value, and different ones, got []"),
+        ({"space": {"x": [1, 2, 1]}}, "x: a choice needs at least one value"),
         ({"space": {"name": ["a", "b"]}}, "'name' is set by the sweep"),
         ({"space": {"trainer.default_root_dir": "x"}}, "'trainer.default_root_dir' is set by the sweep"),
     ],
@@ -149,16 +149,16 @@ def test_a_mistake_in_the_file_is_named_and_leaves_nothing(
         ({"options": ["--name=x"]}, "'name' is set by the sweep"),
         ({"options": ["--x", "1"]}, "'x' is searched by 'try.yaml' and cannot be fixed too"),
         ({"name": "a/b"}, "must be a plain folder name"),
-        ({"trials": 0}, "How many trials?"),
+        ({"trials": 0}, "number of trials must be at least 1, got 0: --trials 20"),
     ],
 )
-def test_a_mistake_in_the_command(stub: Sweep, tmp_path: Path, options: dict[str, Any], text: str) -> None:
+def test_a_mistake_in_the_command_is_refused(stub: Sweep, tmp_path: Path, options: dict[str, Any], text: str) -> None:
     with pytest.raises(UprightError, match=text):
         stub(**options)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_trials_are_runs_and_the_best_is_shown(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trials_are_runs_and_the_best_is_printed(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     assert stub() == 0
     assert [record["state"] for record in records()] == ["complete"] * 3
     best = min(records(), key=lambda record: record["val/loss"])
@@ -169,13 +169,13 @@ def test_trials_are_runs_and_the_best_is_shown(stub: Sweep, capsys: pytest.Captu
     assert f"--x={best['options']['x']}" in folder.with_suffix(".log").read_text().splitlines()[0]
 
 
-def test_what_is_better_can_be_more(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_metric_can_be_maximised(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     assert stub(SPACE | {"metric": {"name": "val/accuracy", "direction": "maximize"}}) == 0
     accuracies = [record["val/accuracy"] for record in records()]
     assert len(set(accuracies)) == 3 and f"Best: val/accuracy {max(accuracies):.6g}" in capsys.readouterr().out
 
 
-def test_a_resumed_sweep_searches_what_one_that_was_not_stopped_does(stub: Sweep) -> None:
+def test_a_resumed_sweep_proposes_the_same_values(stub: Sweep) -> None:
     assert stub(trials=12, name="try") == 0
     complete = searched()
     FOLDER.rename("checkpoints/complete")
@@ -203,8 +203,8 @@ def test_a_failure_is_one_line_with_its_log(stub: Sweep, capsys: pytest.CaptureF
     assert "trial 0  failed: RuntimeError: x is too large (checkpoints/try/trial-000.log)" in printed(capsys)
 
 
-def test_a_mistake_of_the_first_trial_is_one_of_all(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UprightError, match=r"The first trial made a mistake: unknown key 'x'\."):
+def test_a_mistake_in_the_first_trial_stops_the_sweep(stub: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UprightError, match=r"The first trial failed: unknown key 'x'\."):
         stub(do={"mistake": "unknown key 'x'."})
     assert not FOLDER.exists()
     with pytest.raises(
@@ -212,7 +212,7 @@ def test_a_mistake_of_the_first_trial_is_one_of_all(stub: Sweep, capsys: pytest.
     ):
         stub(SPACE | {"metric": {"name": "val/los", "direction": "minimize"}})
     assert not FOLDER.exists()
-    # Later it may be the values of one trial.
+    # Later, the mistake may be in the values of one trial.
     assert stub(trials=1) == 0 and stub(trials=2, do={"mistake": "widths too large."}) == 0
     assert "trial 1  failed: widths too large. (checkpoints/try/trial-001.log)" in printed(capsys)
 
@@ -231,7 +231,7 @@ def test_another_space_needs_another_name(stub: Sweep) -> None:
     assert stub(SPACE | {"prune": False, "trials": 1}) == 0
 
 
-def test_a_folder_that_is_no_sweeps_is_left_alone(stub: Sweep) -> None:
+def test_a_folder_that_is_no_sweep_is_refused(stub: Sweep) -> None:
     FOLDER.mkdir(parents=True)
     (FOLDER / "best.ckpt").touch()
     with pytest.raises(UprightError, match="'checkpoints/try' exists and is not a sweep; give"):
@@ -254,7 +254,7 @@ def test_a_bad_trial_is_pruned_and_its_folder_stays(stub: Sweep) -> None:
 
 DRIVER = """
 import signal, sys
-# A shell lets its background jobs ignore Ctrl-C, and they what they start.
+# A shell makes its background jobs ignore Ctrl-C, and child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from upright.runs.sweeping import sweep
 sweep.POLL_SECONDS = 0.02
@@ -263,8 +263,8 @@ sys.exit(sweep.sweep("try.yaml", command=[sys.executable, "-S", "stub.py"], tria
 
 
 @pytest.fixture
-def started(stub: Sweep) -> Callable[..., subprocess.Popen[str]]:
-    """A sweep in a process of its own."""
+def start_sweep(stub: Sweep) -> Callable[..., subprocess.Popen[str]]:
+    """Return a function that starts a sweep in a separate process."""
 
     def start(trials: int, **do: Any) -> subprocess.Popen[str]:
         Path("try.yaml").write_text(yaml.safe_dump(SPACE))
@@ -284,11 +284,11 @@ def until(path: Path) -> str:
         if path.is_file() and (text := path.read_text()):
             return text
         time.sleep(0.02)
-    raise AssertionError(f"{path} does not come")
+    raise AssertionError(f"{path} was not written")
 
 
-def test_one_process_at_a_time_runs_a_sweep(started: Callable[..., subprocess.Popen[str]], stub: Sweep) -> None:
-    process = started(2, sleep=60)
+def test_one_process_at_a_time_runs_a_sweep(start_sweep: Callable[..., subprocess.Popen[str]], stub: Sweep) -> None:
+    process = start_sweep(2, sleep=60)
     until(FOLDER / "trial-000/pid")
     with pytest.raises(UprightError, match="Sweep 'checkpoints/try' is running in another process"):
         stub()
@@ -296,30 +296,30 @@ def test_one_process_at_a_time_runs_a_sweep(started: Callable[..., subprocess.Po
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_resumes_its_trial(
-    started: Callable[..., subprocess.Popen[str]], stub: Sweep, how: signal.Signals
+    start_sweep: Callable[..., subprocess.Popen[str]], stub: Sweep, number: signal.Signals
 ) -> None:
-    process = started(2, sleep=60)
+    process = start_sweep(2, sleep=60)
     trial = int(until(FOLDER / "trial-000/pid"))
-    process.send_signal(how)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error == "\nStopped; the same command resumes the sweep.\n"
     with pytest.raises(ProcessLookupError):
         os.kill(trial, 0)
-    resumed(stub)
+    check_resumed(stub)
 
 
-def test_a_killed_sweep_resumes_its_trial(started: Callable[..., subprocess.Popen[str]], stub: Sweep) -> None:
-    process = started(2, sleep=60)
+def test_a_killed_sweep_resumes_its_trial(start_sweep: Callable[..., subprocess.Popen[str]], stub: Sweep) -> None:
+    process = start_sweep(2, sleep=60)
     trial = int(until(FOLDER / "trial-000/pid"))
     process.kill()
     process.communicate()
-    os.kill(trial, signal.SIGKILL)  # the stub does not watch for its sweep's end; the test below does
-    resumed(stub)
+    os.kill(trial, signal.SIGKILL)  # the stub does not end with its sweep; a test below covers that
+    check_resumed(stub)
 
 
-def resumed(stub: Sweep) -> None:
+def check_resumed(stub: Sweep) -> None:
     """Complete the sweep: the unfinished trial runs again, with the same command."""
     log = FOLDER / "trial-000.log"
     (command,) = log.read_text().splitlines()
@@ -358,7 +358,7 @@ class Sealed(Digits):
 """
 
 
-def test_real_trials_leave_the_test_split_sealed(upright: Upright, tmp_path: Path) -> None:
+def test_real_trials_do_not_use_the_test_split(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "sealed.py").write_text(SEALED)
     widths = [[6, 16, 120, 84], [4, 8, 30, 20]]
     space = {
@@ -393,10 +393,10 @@ def test_a_real_mistake_stops_at_the_first_trial(upright: Upright, tmp_path: Pat
     (tmp_path / "try.yaml").write_text(yaml.safe_dump(SPACE | {"space": {"model.netwrk.x": [1, 2]}}))
     answer = upright("sweep", "try.yaml")
     assert answer.code == 2 and answer.err.count("\n") == 1 and not FOLDER.exists()
-    assert "The first trial made a mistake: unknown" in answer.err and "Did you mean" in answer.err
+    assert "The first trial failed: unknown" in answer.err and "Did you mean" in answer.err
 
 
-def test_values_reach_the_parser_as_they_are(upright: Upright, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_reach_the_parser_unchanged(upright: Upright, capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-05}}
     values = {"model.optimizer": optimizer, "data.augment": [], "trainer.max_epochs": 7, "trainer.max_time": None}
     values |= {"model.network.init_args.activation": "tanh", "trainer.enable_progress_bar": True}
@@ -423,7 +423,7 @@ def test_a_run_of_the_wandb_agent(upright: Upright, monkeypatch: pytest.MonkeyPa
     parameters = described["parameters"]
     chosen = {name: p.get("value", p.get("values", [p.get("min")])) for name, p in parameters.items()}
     values = {name: {"value": v[0] if isinstance(v, list) else v} for name, v in chosen.items()}
-    # The agent's own code makes the arguments; it puts the run's id in the environment.
+    # The agent's own code builds the arguments; it sets the run's id in the environment.
     arguments = utils.create_sweep_command_args({"args": values})["args"]
     command = [part for part in utils.create_sweep_command(described["command"]) if part != "${env}"]
     assert command[:2] == ["${program}", "fit"] and described["program"] == "upright" and command[-1] == "${args}"

@@ -1,4 +1,4 @@
-"""Every callback and every option of Lightning's trainer: it works, or is refused in one line."""
+"""Every callback and every option of Lightning's trainer works, or is refused in one line."""
 
 import inspect
 from pathlib import Path
@@ -41,7 +41,7 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "WeightAveraging": {},
 }
 BASES = {"Callback", "BaseFinetuning", "BasePredictionWriter", "Checkpoint", "ProgressBar"}
-# Cases that once ended in a traceback, or in a run that was not what it said.
+# Cases that once ended in a traceback, or in a run other than the recorded one.
 REFUSED = {
     "BackboneFinetuning": "does not work with `upright fit`: it needs an attribute `backbone`",
     "BatchSizeFinder": "does not work with `upright fit`: it changes the batch size after the schedule was made",
@@ -97,7 +97,7 @@ OPTIONS: dict[str, list[Any]] = {
 
 
 def check(answer: Answer) -> None:
-    """A refusal is one line, and success names only files that are there."""
+    """Check that an error is one line, and that a success names only files that exist."""
     assert answer.code in (0, 2), answer.err
     assert "Traceback" not in answer.err
     if answer.code == 2:
@@ -121,7 +121,7 @@ def test_the_lists_are_complete() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_callback_that_is_refused(upright: Upright, tmp_path: Path, name: str) -> None:
+def test_unsupported_callbacks_are_refused(upright: Upright, tmp_path: Path, name: str) -> None:
     answer = upright(*FIT, "--config", with_callback(tmp_path, name))
     check(answer)
     assert answer.code == 2 and REFUSED[name] in answer.err
@@ -149,7 +149,7 @@ def test_a_run_of_no_step_is_refused(upright: Upright, option: str) -> None:
     assert answer.code == 2 and f"trainer.{option} 0 trains nothing: give more" in answer.err
 
 
-def test_a_fast_dev_run_says_that_nothing_was_written(upright: Upright, tmp_path: Path) -> None:
+def test_a_fast_dev_run_writes_nothing_and_reports_it(upright: Upright, tmp_path: Path) -> None:
     answer = upright(*FIT, "--trainer.fast_dev_run", "true")
     assert answer.code == 0 and "nothing was written" in answer.out and "Next" not in answer.out
     assert not (tmp_path / "checkpoints/run").exists()
@@ -181,7 +181,7 @@ def test_a_resumed_run_uses_what_it_records(
     assert answer.code == 2 and text in answer.err and "--start_from" in answer.err and answer.err.count("\n") == 1
 
 
-def test_averaged_weights_are_those_of_the_checkpoint(upright: Upright, tmp_path: Path) -> None:
+def test_the_checkpoint_has_the_averaged_weights(upright: Upright, tmp_path: Path) -> None:
     answer = upright(*FIT, "--config", with_callback(tmp_path, "EMAWeightAveraging"))
     assert answer.code == 0
     checkpoint = torch.load(tmp_path / "checkpoints/run/last.ckpt", weights_only=True)

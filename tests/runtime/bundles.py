@@ -1,4 +1,4 @@
-"""Bundles of networks that learned nothing, for what no trained one is needed for: any spec, any form."""
+"""Bundles of untrained networks, with any spec and any form."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from upright.training.model import Model
 
 
 def write_unresized_bundle(folder: Path) -> Path:
-    """A bundle of a network that takes its images unresized, and refuses small ones."""
+    """Write a bundle of a network that does not resize its images and fails on small ones."""
     spec = ImageSpec(1, 20, 20, ("a", "b"), (0.4,), (0.5,), resize="none")
     return write_bundle(folder, spec, partial(NiN, widths=(4, 4, 4), stem=(5, 1, 2)))
 
@@ -28,13 +28,13 @@ def write_unresized_bundle(folder: Path) -> Path:
 def write_bundle(
     folder: Path, spec: ImageSpec, network: Callable[[tuple[int, int, int], int], nn.Module], form: Form | None = None
 ) -> Path:
-    """A whole bundle in ``folder`` with four samples of noise."""
+    """Write a complete bundle into ``folder``, with four samples of noise."""
     form = form or Form()
     torch.manual_seed(0)
     model = Model(spec, network(spec.input_shape, len(spec.classes))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # A transformer that learned nothing would do nothing.
+            # Without this, an untrained transformer is the identity.
             parameter.add_(0.05 * torch.randn_like(parameter))
     (folder / SAMPLES).mkdir(parents=True)
     write_graph(model, folder / MODELS["fp32"], form)
@@ -44,9 +44,9 @@ def write_bundle(
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, spec.channels), dtype=np.uint8)
         Image.fromarray(pixels.squeeze()).save(folder / SAMPLES / f"{number:02d}.png")
-        (said,) = run_session(session, [pixels], 1)
+        (probabilities,) = run_session(session, [pixels], 1)
         file = f"{SAMPLES}/{number:02d}.png"
-        samples.append({"file": file, "label": spec.classes[0], "probabilities": {"fp32": said.tolist()}})
+        samples.append({"file": file, "label": spec.classes[0], "probabilities": {"fp32": probabilities.tolist()}})
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,

@@ -1,9 +1,10 @@
-"""Hostile input by the thousand, in a process of its own: `python -m tests.runtime.hostile decoder 1000`.
+"""Campaigns of hostile input: `python -m tests.runtime.hostile decoder 1000` runs a thousand cases.
 
-Campaigns are `decoder`, `manifest`, `http` and `checkpoint`. A case is a function of its number, so that it can be run
-alone: `... decoder 1 20448`. The last line is JSON: how many cases ended how, the slowest in seconds of processor time,
-and by how many MB the process grew. What may not be (another error, more than `SECONDS`, a file opened for writing
-outside the case's folder, a process, a connection) is a traceback with the case's number.
+The campaigns are `decoder`, `manifest`, `http` and `checkpoint`. The number of a case determines its input, so one case
+can run alone: `... decoder 1 20448`. The last line is JSON: the number of cases by outcome, the slowest case in seconds
+of processor time, and the growth of the process in MB. A failure is a traceback with the number of the case. Failures
+are: an error of another kind, more than `SECONDS`, a file opened for writing outside the folder of the case, a new
+process, and a connection.
 """
 
 import asyncio
@@ -51,7 +52,7 @@ TOKENS += [b"../", b"/etc/passwd", b"1e999", b"NaN", b"9" * 30, b"\xed\xa0\x80",
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Bits flipped, bytes drawn, cut out, doubled or put in; the start, where formats have their sizes, more often."""
+    """Flip bits; change, delete, repeat or insert bytes. Most changes are near the start, where formats store sizes."""
     changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 4, 16))):
         if not changed:
@@ -74,11 +75,11 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def pictures() -> list[bytes]:
-    """Small ones of every format, in most of the ways that it can be written."""
+def image_files() -> list[bytes]:
+    """Return small images in every format, with most options of the format."""
     draw = np.random.default_rng(0)
     modes = {"1": 1, "L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I;16": 1, "I": 1}
-    ways: dict[str, list[dict[str, Any]]] = {
+    options: dict[str, list[dict[str, Any]]] = {
         "PNG": [{}, {"interlace": 1}],
         "JPEG": [
             {},
@@ -93,31 +94,31 @@ def pictures() -> list[bytes]:
             for name in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "group4", "lzma", "zstd")
         ],
     }
-    found = []
+    files = []
     for mode, channels in modes.items():
         pixels = draw.integers(0, 256, (16, 20, channels), np.uint8).squeeze()
         image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.new(mode, (20, 16), 5)
         if mode in ("L", "LA", "RGB", "RGBA"):
             image = Image.fromarray(pixels)
-        for format, options in ways.items():
-            for way in options:
+        for format, choices in options.items():
+            for choice in choices:
                 file = io.BytesIO()
                 try:
-                    image.save(file, format, **way)
+                    image.save(file, format, **choice)
                 except (OSError, ValueError, RuntimeError, KeyError):
-                    continue  # a format that has no such mode
-                found.append(file.getvalue())
-    return found
+                    continue  # the format does not support this mode
+                files.append(file.getvalue())
+    return files
 
 
 SPECS = [ImageSpec(n, 28, 28, ("a", "b"), (0.5,) * n, (0.5,) * n) for n in (1, 3)]
 
 
 def decoder(folder: Path) -> Callable[[random.Random], str]:
-    """Bytes of a picture, or a file, through `decode`."""
-    valid = pictures()
-    for picture in valid:
-        decode(picture, SPECS[0])
+    """Pass mutated image files to `decode`."""
+    valid = image_files()
+    for image in valid:
+        decode(image, SPECS[0])
 
     def case(draw: random.Random) -> str:
         spec, content = draw.choice(SPECS), mutated(draw.choice(valid), draw)
@@ -170,7 +171,7 @@ HOSTILE += [
 
 
 def damaged(tree: Any, draw: random.Random) -> Any:
-    """A copy of JSON with a few of its values replaced, removed, renamed or doubled."""
+    """Return a copy of JSON data with some values replaced, removed, renamed or repeated."""
     tree = json.loads(json.dumps(tree))
     for _ in range(draw.choice((1, 1, 2, 3))):
         node = tree
@@ -196,7 +197,7 @@ def damaged(tree: Any, draw: random.Random) -> Any:
 
 
 def manifest(folder: Path) -> Callable[[random.Random], str]:
-    """A bundle whose maker wrote anything at all into manifest, samples or sums, and what each command does with it."""
+    """Run commands on a bundle with a mutated manifest, samples or hashes. The hashes of changed files match."""
     from upright.options import Infer, Verify
     from upright.runtime.infer import infer
     from upright.runtime.verify import verify
@@ -205,21 +206,21 @@ def manifest(folder: Path) -> Callable[[random.Random], str]:
     shutil.copytree(DIGITS, bundle)
     (bundle / "model.int8.onnx").unlink()
     (folder / "secret").write_bytes((bundle / "samples/00.png").read_bytes())
-    whole = {name: json.loads((bundle / name).read_text()) for name in (MANIFEST, EXPECTED)}
-    del whole[MANIFEST]["precisions"]["int8"]
-    for name, content in whole.items():
+    original = {name: json.loads((bundle / name).read_text()) for name in (MANIFEST, EXPECTED)}
+    del original[MANIFEST]["precisions"]["int8"]
+    for name, content in original.items():
         (bundle / name).write_text(json.dumps(content))
-    rest = {line.partition("  ")[2].strip(): line for line in checksums(bundle).splitlines(keepends=True)}
-    content = {name: (bundle / name).read_bytes() for name in (*whole, SUMS)}
-    Bundle.open(write(bundle, content, rest))
+    sums = {line.partition("  ")[2].strip(): line for line in checksums(bundle).splitlines(keepends=True)}
+    content = {name: (bundle / name).read_bytes() for name in (*original, SUMS)}
+    Bundle.open(write(bundle, content, sums))
 
     def case(draw: random.Random) -> str:
         name = draw.choice((MANIFEST, MANIFEST, EXPECTED, SUMS))
         if name != SUMS and draw.random() < 0.7:
-            changed = json.dumps(damaged(whole[name], draw)).encode()
+            changed = json.dumps(damaged(original[name], draw)).encode()
         else:
             changed = mutated(content[name], draw)
-        write(bundle, content | {name: changed}, rest)
+        write(bundle, content | {name: changed}, sums)
         if name == SUMS:
             (bundle / SUMS).write_bytes(mutated((bundle / SUMS).read_bytes(), draw))
         try:
@@ -237,19 +238,19 @@ def manifest(folder: Path) -> Callable[[random.Random], str]:
     return case
 
 
-def write(bundle: Path, content: dict[str, bytes], rest: dict[str, str]) -> Path:
-    """The files, and sums that are theirs."""
+def write(bundle: Path, content: dict[str, bytes], sums: dict[str, str]) -> Path:
+    """Write the files and their hashes into a bundle."""
     from hashlib import sha256
 
     for name in (MANIFEST, EXPECTED):
         (bundle / name).write_bytes(content[name])
-        rest[name] = f"{sha256(content[name]).hexdigest()}  {name}\n"
-    (bundle / SUMS).write_text("".join(line for _, line in sorted(rest.items())))
+        sums[name] = f"{sha256(content[name]).hexdigest()}  {name}\n"
+    (bundle / SUMS).write_text("".join(line for _, line in sorted(sums.items())))
     return bundle
 
 
 def http(folder: Path) -> Callable[[random.Random], str]:
-    """Requests to the application of `serve`, without a socket. The server in front reads the headers' own syntax."""
+    """Send requests to the ASGI application of `serve`, without a socket and without uvicorn's parser of headers."""
     from upright.options import Serve
     from upright.runtime.serving.service import Service
 
@@ -259,7 +260,7 @@ def http(folder: Path) -> Callable[[random.Random], str]:
     )
     app, loop = service.app(), asyncio.new_event_loop()
     service.batcher.start()
-    valid = [*pictures(), *(path.read_bytes() for path in sorted(DIGITS.glob("samples/*.png")))]
+    valid = [*image_files(), *(path.read_bytes() for path in sorted(DIGITS.glob("samples/*.png")))]
     edge = b"multipart/form-data; boundary=edge"
     part = b'--edge\r\nContent-Disposition: form-data; name="p"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
     tensor = {"name": "images", "shape": [2, 2, 2, 1], "datatype": "UINT8", "data": [1, 2, 3, 4, 5, 6, 7, 8]}
@@ -272,25 +273,25 @@ def http(folder: Path) -> Callable[[random.Random], str]:
     nested = {"inputs": [tensor | {"data": [[[[1], [2]], [[3], [4]]]] * 2}]}
     encoded = {"inputs": [tensor | {"datatype": "BYTES", "shape": [1], "data": ["iVBORw0KGgo="]}]}
 
-    def drawn(draw: random.Random) -> tuple[bytes, bytes, bytes, list[tuple[bytes, bytes]]]:
-        """Path, query, body, headers."""
-        picture = draw.choice(valid)
+    def random_request(draw: random.Random) -> tuple[bytes, bytes, bytes, list[tuple[bytes, bytes]]]:
+        """Return path, query, body and headers."""
+        image = draw.choice(valid)
         match draw.randrange(5):
             case 0:
                 return (
                     b"/v1/classify",
                     draw.choice((b"", b"top=3", mutated(b"top=3", draw))),
-                    mutated(picture, draw),
+                    mutated(image, draw),
                     [],
                 )
             case 1:
-                body = b"".join(part + picture + b"\r\n" for _ in range(draw.choice((1, 2, 70)))) + b"--edge--\r\n"
+                body = b"".join(part + image + b"\r\n" for _ in range(draw.choice((1, 2, 70)))) + b"--edge--\r\n"
                 kind = edge if draw.random() < 0.8 else mutated(edge, draw).replace(b"\n", b"").replace(b"\r", b"")
                 return b"/v1/classify", b"", mutated(body, draw), [(b"content-type", kind)]
             case 2:
                 tree = draw.choice((request, nested, encoded))
-                whole = json.dumps(tree if draw.random() < 0.5 else damaged(tree, draw)).encode()
-                return b"/v2/models/digits/infer", b"", whole if draw.random() < 0.3 else mutated(whole, draw), []
+                body = json.dumps(tree if draw.random() < 0.5 else damaged(tree, draw)).encode()
+                return b"/v2/models/digits/infer", b"", body if draw.random() < 0.3 else mutated(body, draw), []
             case 3:
                 binary = {"inputs": [{**tensor, "parameters": {"binary_data_size": 8}}]}
                 del binary["inputs"][0]["data"]
@@ -304,16 +305,16 @@ def http(folder: Path) -> Callable[[random.Random], str]:
         return mutated(path, draw), mutated(b"a=b", draw), b"{}", []
 
     async def ask(draw: random.Random) -> str:
-        path, query, body, headers = drawn(draw)
+        path, query, body, headers = random_request(draw)
         scope = {"type": "http", "http_version": "1.1", "method": draw.choice((*["POST"] * 10, "GET", "X"))}
         scope |= {"path": path.decode("latin-1"), "raw_path": path, "query_string": query, "scheme": "http"}
         scope |= {"headers": headers, "server": ("x", 80), "client": None}
         parts = [body[: len(body) // 2], body[len(body) // 2 :]] if draw.random() < 0.2 else [body]
-        coming = iter([*({"type": "http.request", "body": one, "more_body": one is not parts[-1]} for one in parts)])
+        messages = iter([*({"type": "http.request", "body": one, "more_body": one is not parts[-1]} for one in parts)])
         sent: list[Any] = []
 
         async def receive() -> Any:
-            return next(coming, {"type": "http.disconnect"})
+            return next(messages, {"type": "http.disconnect"})
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -322,8 +323,8 @@ def http(folder: Path) -> Callable[[random.Random], str]:
         status, answer = sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
         assert status in (200, 400, 404, 405, 413, 422), (status, answer)
         if status in (400, 413, 422):
-            told = json.loads(answer)["error"]
-            assert told and "\n" not in told, told
+            message = json.loads(answer)["error"]
+            assert message and "\n" not in message, message
         assert service.waiting == service.held_bytes == 0
         return str(status)
 
@@ -331,7 +332,7 @@ def http(folder: Path) -> Callable[[random.Random], str]:
 
 
 def checkpoint(folder: Path) -> Callable[[random.Random], str]:
-    """What `fit` might have written, changed."""
+    """Read mutated checkpoints."""
     import torch
 
     from upright.checkpoint import read_checkpoint
@@ -362,21 +363,21 @@ CAMPAIGNS = {"decoder": decoder, "manifest": manifest, "http": http, "checkpoint
 
 
 def one_line(error: UprightError) -> str:
-    """That it is refused."""
-    text = str(error)
-    assert text and "\n" not in text, text
+    """Check that the message of an error is one line."""
+    message = str(error)
+    assert message and "\n" not in message, message
     return "refused"
 
 
 def watch(folder: Path) -> None:
-    """Fail on what no case may do, from now on."""
+    """Fail from now on if a case opens files outside ``folder``, starts a process, or connects."""
     allowed = str(folder)
 
-    def hook(event: str, given: tuple[Any, ...]) -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if not WATCHING:
             return
         if event == "open":
-            path, mode, flags = given
+            path, mode, flags = arguments
             writes = bool(set(mode or "") & set("wax+")) if mode else bool(flags & 3)
             outside = isinstance(path, str) and not path.startswith(allowed)
             if outside and (writes or path.endswith(("secret", "passwd"))):
@@ -390,25 +391,25 @@ def watch(folder: Path) -> None:
             "os.remove",
             "os.rename",
         ):
-            raise RuntimeError(f"{event} {given}")
+            raise RuntimeError(f"{event} {arguments}")
 
     sys.addaudithook(hook)
 
 
 def peak() -> int:
-    """Memory of this process at most, MB; getrusage counts what its parent had as well."""
+    """Return the peak memory of this process in MB. In a child process, getrusage starts at the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
 def cases(campaign: str, count: int, first: int = 0) -> Iterator[tuple[int, random.Random]]:
-    """Numbers, and what each is drawn from."""
+    """Yield the number and the random generator of each case."""
     for number in range(first, first + count):
         yield number, random.Random(f"{campaign} {number}")
 
 
 def run(campaign: str, count: int, first: int = 0) -> dict[str, Any]:
-    """So many cases."""
+    """Run ``count`` cases of a campaign, beginning with number ``first``."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"a case took {SECONDS} s")
@@ -420,7 +421,7 @@ def run(campaign: str, count: int, first: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         case = CAMPAIGNS[campaign](Path(folder))
         for _, draw in cases(f"{campaign} before", 100):
-            case(draw)  # what is loaded once
+            case(draw)  # load modules and plugins before the measurement
         before = peak()
         watch(Path(folder))
         WATCHING.append(True)
@@ -445,4 +446,4 @@ if __name__ == "__main__":
     print(json.dumps(result), file=out, flush=True)
     import os
 
-    os._exit(0)  # threads of the server need no farewell
+    os._exit(0)  # do not wait for the server's threads

@@ -1,4 +1,4 @@
-"""The table of runtimes: what it says, what it needs, and that it names what it could not measure."""
+"""`upright benchmark`: its table, its requirements, and its notes on runtimes that could not be measured."""
 
 import json
 import shutil
@@ -27,10 +27,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Leave the others out: compiling takes half a minute."""
+    """Measure only these runtimes, because compiling takes half a minute."""
     real = find_runtimes
-    chosen = lambda *given: [runtime for runtime in real(*given) if runtime.name in names]  # noqa: E731
-    monkeypatch.setattr(benchmark_module, "find_runtimes", chosen)
+    find = lambda *arguments: [runtime for runtime in real(*arguments) if runtime.name in names]  # noqa: E731
+    monkeypatch.setattr(benchmark_module, "find_runtimes", find)
 
 
 def test_a_table_of_the_base_install(upright: Upright, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,11 +53,13 @@ def test_a_table_of_the_base_install(upright: Upright, monkeypatch: pytest.Monke
     assert report["machine"]["processor"] and {"python", "upright", "onnxruntime"} == set(report["versions"])
     assert answer.out == Path("report/benchmark.md").read_text()
     assert answer.out.count("| ONNX Runtime ") == 8 and report["machine"]["processor"] in answer.out
-    with Image.open("report/benchmark.png") as picture:
-        assert picture.format == "PNG" and picture.width > picture.height
+    with Image.open("report/benchmark.png") as plot:
+        assert plot.format == "PNG" and plot.width > plot.height
 
 
-def test_pytorch_beside_it(upright: Upright, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_is_measured_with_a_checkpoint(
+    upright: Upright, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     only(monkeypatch, "ONNX Runtime fp32", "PyTorch eager")
     bundle, run = trained / "export/small", trained / "checkpoints/small"
     for checkpoint in (run, run / "best.ckpt"):
@@ -68,10 +70,10 @@ def test_pytorch_beside_it(upright: Upright, trained: Path, monkeypatch: pytest.
     assert eager["runtime"] == "PyTorch eager" and eager["largest_difference"] < 1e-4
     assert eager["agreement"] == "16/16" and eager["bytes"] == (run / "best.ckpt").stat().st_size
     assert report["versions"]["torch"]
-    # Onnxruntime is in a process without torch, which would take more.
+    # The process of onnxruntime does not load torch, which would need more memory.
     assert eager["cold_memory"] is None or report["rows"][0]["peak_memory"] < eager["cold_memory"]
     answer = upright("benchmark", DIGITS, "--checkpoint", run)
-    assert answer.code == 2 and "is of run 'small'" in answer.err and "was exported from 'digits'" in answer.err
+    assert answer.code == 2 and "belongs to run 'small'" in answer.err and "was exported from 'digits'" in answer.err
 
 
 @pytest.mark.slow
@@ -82,20 +84,22 @@ def test_pytorch_compiled(upright: Upright, trained: Path, monkeypatch: pytest.M
     assert "| PyTorch compiled  |" in answer.out or "- PyTorch compiled was not measured: " in answer.out
 
 
-def test_what_does_not_run_is_named_and_the_rest_goes_on(upright: Upright, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runtimes_that_fail_are_named_and_the_others_are_measured(
+    upright: Upright, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = find_runtimes(Bundle.open(DIGITS), None)[0]
     broken = [
         Runtime("Raising", "numpy", "upright.runtime.worker:openvino", {"model": 5}, exact.file),
         Runtime("Ending", "numpy", "os:_exit", {"status": 3}, exact.file),
     ]
-    monkeypatch.setattr(benchmark_module, "find_runtimes", lambda *given: [exact, *broken])
+    monkeypatch.setattr(benchmark_module, "find_runtimes", lambda *_: [exact, *broken])
     answer = upright("benchmark", DIGITS, "--batches", 1)
     assert answer.code == 0 and answer.out.count("| ONNX Runtime fp32 ") == 1
     assert "- Raising was not measured: " in answer.out
     assert "- Ending was not measured: " in answer.out
 
 
-def test_a_worker_that_dies_says_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_message_of_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dying.py").write_text("import os, sys\ndef load():\n  sys.stderr.write('no more\\n')\n  os._exit(3)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'src'}")
     with pytest.raises(RuntimeError, match="its process ended with 3: no more"):
@@ -110,11 +114,11 @@ def test_a_bundle_of_a_fixed_batch(upright: Upright, trained: Path, monkeypatch:
     rows = json.loads(Path("report/benchmark.json").read_text())["rows"]
     assert {row["batch"] for row in rows} == {3} and len(rows) == 1 + bool(find_spec("openvino"))
     answer = upright("benchmark", "export/small", "--batches", 1, 3)
-    assert answer.code == 2 and "takes 3 images at once and no other number; leave --batches out" in answer.err
+    assert answer.code == 2 and "only accepts batches of 3 images; omit --batches" in answer.err
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("options", "message"),
     [
         (("--batches", 0), "--batches must be at least 1, got 0."),
         (("--threads", 2, -1), "--threads must be at least 1, got -1."),
@@ -122,41 +126,41 @@ def test_a_bundle_of_a_fixed_batch(upright: Upright, trained: Path, monkeypatch:
         (("--batches", "x"), "argument --batches: invalid int value: 'x'"),
     ],
 )
-def test_wrong_options(options: tuple[object, ...], text: str, upright: Upright) -> None:
+def test_wrong_options(options: tuple[object, ...], message: str, upright: Upright) -> None:
     answer = upright("benchmark", DIGITS, *options)
-    assert answer.code == 2 and text in answer.err and answer.err.count("\n") == 1
+    assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
 
 
-def test_turns_are_taken_in_turn_and_the_first_one_measures() -> None:
+def test_implementations_take_turns_and_the_first_one_is_the_reference() -> None:
     calls = []
 
-    def taking(name: str, seconds: float) -> list[float]:
+    def record(name: str, seconds: float) -> list[float]:
         calls.append(name)
         return [seconds, seconds, 9 * seconds]
 
-    found = speed.side_by_side({"a": lambda: taking("a", 0.004), "b": lambda: taking("b", 0.001)})
-    # One round more than counts.
+    speeds = speed.side_by_side({"a": lambda: record("a", 0.004), "b": lambda: record("b", 0.001)})
+    # The first round is a warm-up.
     assert calls == ["a", "b"] * (1 + speed.ROUNDS)
-    assert found["b"].times == pytest.approx(4) and found["b"].quartiles == pytest.approx((4, 4))
-    assert found["b"].p50 == pytest.approx(1) and found["b"].p95 == pytest.approx(9, rel=0.2)
-    assert found["a"].per_second == pytest.approx(3 / 0.044) and found["a"].times == 1
+    assert speeds["b"].times == pytest.approx(4) and speeds["b"].quartiles == pytest.approx((4, 4))
+    assert speeds["b"].p50 == pytest.approx(1) and speeds["b"].p95 == pytest.approx(9, rel=0.2)
+    assert speeds["a"].per_second == pytest.approx(3 / 0.044) and speeds["a"].times == 1
 
 
-def test_the_committed_bundle_is_whole_and_small(upright: Upright) -> None:
+def test_the_committed_bundle_is_complete_and_small(upright: Upright) -> None:
     answer = upright("verify", DIGITS)
     assert answer.code == 0 and "fp32 within" in answer.out and "int8 within" in answer.out
     assert sum(path.stat().st_size for path in DIGITS.rglob("*") if path.is_file()) < 500_000
     for precision in ("fp32", "int8"):
         records = upright("infer", DIGITS, DIGITS / "samples", "--precision", precision, "--format", "jsonl").out
-        said = [json.loads(line)["label"] for line in records.splitlines()]
-        assert said == [str(row.argmax()) for row in Bundle.open(DIGITS).expected(precision)]
+        labels = [json.loads(line)["label"] for line in records.splitlines()]
+        assert labels == [str(row.argmax()) for row in Bundle.open(DIGITS).expected(precision)]
 
 
-def test_the_committed_bundle_is_what_git_holds() -> None:
+def test_git_tracks_all_files_of_the_committed_bundle() -> None:
     if not (shutil.which("git") and (ROOT / ".git").exists()):
         pytest.skip("not a repository")
-    listed = subprocess.run(["git", "ls-files", "export"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    here = {path.relative_to(ROOT).as_posix() for path in DIGITS.rglob("*") if path.is_file()}
-    assert set(listed.split()) == here | {"export/README.md"}
-    # Nothing rewrites its lines on the way.
+    tracked = subprocess.run(["git", "ls-files", "export"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    present = {path.relative_to(ROOT).as_posix() for path in DIGITS.rglob("*") if path.is_file()}
+    assert set(tracked.split()) == present | {"export/README.md"}
+    # Git does not convert line endings, which would break the hashes.
     assert "/export/** -text" in (ROOT / ".gitattributes").read_text()

@@ -47,7 +47,7 @@ def test_added_removed_and_empty_files_are_refused(bundle: Path) -> None:
 
 
 def rewrite(bundle: Path, **changes: object) -> None:
-    """Change the manifest as its maker would: with matching sums."""
+    """Change the manifest, and update the hashes."""
     manifest = json.loads((bundle / "manifest.json").read_text()) | changes
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     (bundle / SUMS).write_text(checksums(bundle))
@@ -57,16 +57,18 @@ def test_another_format_is_refused(bundle: Path, upright: Upright) -> None:
     for version, advice in ((3, "Install a newer Upright."), (1, "Export it again.")):
         rewrite(bundle, format=version)
         answer = upright("verify", bundle)
-        expected = f"has format {version}, made by Upright 0.1.0; this version reads 2. {advice}"
+        expected = f"has format {version}, written by Upright 0.1.0; this version reads 2. {advice}"
         assert answer.code == 2 and expected in answer.err
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"format": 2}', '{"format": "x", "provenance": {}}'])
-def test_whole_but_not_ours(upright: Upright, bundle: Path, content: str) -> None:
+def test_a_folder_with_valid_hashes_but_another_manifest(upright: Upright, bundle: Path, content: str) -> None:
     (bundle / "manifest.json").write_text(content)
     (bundle / SUMS).write_text(checksums(bundle))
     answer = upright("verify", bundle)
-    assert answer.code == 2 and "is not one that `upright export` wrote" in answer.err and answer.err.count("\n") == 1
+    assert (
+        answer.code == 2 and "is not a bundle that `upright export` wrote" in answer.err and answer.err.count("\n") == 1
+    )
 
 
 def test_no_bundle(upright: Upright, tmp_path: Path) -> None:
@@ -75,12 +77,12 @@ def test_no_bundle(upright: Upright, tmp_path: Path) -> None:
         assert answer.code == 2 and "is not a bundle: it has no SHA256SUMS" in answer.err
 
 
-def test_verify_is_content_with_a_whole_bundle(upright: Upright, bundle: Path) -> None:
+def test_verify_accepts_a_complete_bundle(upright: Upright, bundle: Path) -> None:
     answer = upright("verify", bundle)
     assert answer.code == 0 and "hashes, format 2, 16 samples; fp32 within" in answer.out
 
 
-def test_verify_notices_other_answers(upright: Upright, bundle: Path) -> None:
+def test_verify_detects_other_predictions(upright: Upright, bundle: Path) -> None:
     expected = json.loads((bundle / "samples/expected.json").read_text())
     expected[3]["probabilities"]["fp32"].reverse()
     (bundle / "samples/expected.json").write_text(json.dumps(expected))
@@ -89,7 +91,7 @@ def test_verify_notices_other_answers(upright: Upright, bundle: Path) -> None:
     assert answer.code == 1 and "1 of 16 samples" in answer.err and "samples/03.png" in answer.err
 
 
-def test_verify_notices_a_model_of_other_classes(upright: Upright, bundle: Path) -> None:
+def test_verify_detects_a_model_of_other_classes(upright: Upright, bundle: Path) -> None:
     model = onnx.load(bundle / "model.onnx")
     onnx.helper.set_model_props(model, {"upright": json.dumps({"classes": list("9876543210"), "format": 2})})
     onnx.save(model, bundle / "model.onnx")

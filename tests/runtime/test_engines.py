@@ -1,4 +1,4 @@
-"""A bundle is ONNX and nothing else: other engines load it, and say the same. What is not installed is skipped.
+"""Other engines load a bundle's models and give the same predictions. Engines that are not installed are skipped.
 
 OpenVINO is a wheel (`pip install openvino`), the others are packages of npm (`npm install --no-save --ignore-scripts
 onnxruntime-node onnxruntime-web`, in the checkout).
@@ -25,7 +25,7 @@ Engine = Callable[[Path, Images], npt.NDArray[np.float32]]
 def openvino(model: Path, images: Images) -> npt.NDArray[np.float32]:
     from openvino import Core
 
-    # Where a processor has bfloat16, that is its default, and agrees less.
+    # On a processor with bfloat16, OpenVINO's default is bfloat16, which agrees less.
     compiled = Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled({"images": images})[compiled.output("probabilities")]
 
@@ -33,9 +33,9 @@ def openvino(model: Path, images: Images) -> npt.NDArray[np.float32]:
 def node(package: str) -> Engine:
     def run(model: Path, images: Images) -> npt.NDArray[np.float32]:
         command = ["node", str(ROOT / "tests/runtime/engine.cjs"), package, str(model), *map(str, images.shape[1:])]
-        done = subprocess.run(command, input=images.tobytes(), capture_output=True, cwd=ROOT, check=False)
-        assert done.returncode == 0, done.stderr.decode()
-        return np.array(json.loads(done.stdout), np.float32).reshape(len(images), -1)
+        process = subprocess.run(command, input=images.tobytes(), capture_output=True, cwd=ROOT, check=False)
+        assert process.returncode == 0, process.stderr.decode()
+        return np.array(json.loads(process.stdout), np.float32).reshape(len(images), -1)
 
     return run
 
@@ -55,7 +55,10 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
-    """A folder with `transformer`, `cnn` and `fixed`, which takes four images of one size. Tests do not write there."""
+    """A folder with the bundles `transformer`, `cnn` and `fixed`, which accepts four images of one size.
+
+    Tests do not write into it.
+    """
     from upright.cli import main
 
     folder = tmp_path_factory.mktemp("engines")
@@ -70,19 +73,19 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     return folder / "export"
 
 
-def test_other_engines_say_the_same(engine: Engine, bundles: Path, record_property) -> None:
+def test_other_engines_give_the_same_predictions(engine: Engine, bundles: Path, record_property) -> None:
     for name in ("transformer", "cnn", "fixed"):
         bundle = Bundle.open(bundles / name)
         images = np.stack([decode(bundle.folder / sample["file"], bundle.spec) for sample in bundle.samples])
         count = 4 if name == "fixed" else len(images)
         assert bundle.precisions == (["fp32"] if name == "fixed" else ["fp32", "int8"])
         for precision in bundle.precisions:
-            found = engine(bundle.model(precision), images[:count])
-            difference = np.abs(found - bundle.expected(precision)[:count]).max()
+            probabilities = engine(bundle.model(precision), images[:count])
+            difference = np.abs(probabilities - bundle.expected(precision)[:count]).max()
             record_property(f"{name} {precision}", float(difference))
             print(f"{name} {precision}: {difference:.1e}")
             assert difference <= bundle.tolerance(precision), (name, precision)
-    # Sizes of images are free where they were left free.
+    # A graph without a fixed size accepts other sizes.
     larger = np.repeat(np.repeat(images, 2, axis=1), 2, axis=2)
     transformer = Bundle.open(bundles / "transformer")
     (one,) = engine(transformer.model("fp32"), larger[:1])

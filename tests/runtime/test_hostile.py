@@ -1,4 +1,4 @@
-"""What is made to do harm is refused in one line, and does none. `hostile` holds the campaigns."""
+"""Hostile input is refused with one line and has no side effects. `hostile` contains the campaigns."""
 
 import builtins
 import io
@@ -35,22 +35,22 @@ from upright.runtime.predictor import Predictor
 from upright.runtime.serving.protocol import read
 from upright.runtime.verify import verify
 
-FULL = {"decoder": 50_000, "http": 30_000, "manifest": 15_000, "checkpoint": 10_000}
-"""Cases, 105,000 together."""
+FULL_CASES = {"decoder": 50_000, "http": 30_000, "manifest": 15_000, "checkpoint": 10_000}
+"""Number of cases of each complete campaign, 105,000 in total."""
 
 
 @pytest.mark.parametrize("cases", [500, pytest.param(0, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id="all")])
 @pytest.mark.parametrize("campaign", CAMPAIGNS)
 def test_campaign(campaign: str, cases: int) -> None:
-    """Every case is answered or refused within seconds; none crashes, grows the process, or reaches outside."""
-    cases = cases or FULL[campaign]
+    """Every case is answered or refused within seconds. None crashes, needs much memory, or leaves its folder."""
+    cases = cases or FULL_CASES[campaign]
     command = [sys.executable, "-m", "tests.runtime.hostile", campaign, str(cases)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    print(campaign, told)
-    assert sum(told["outcomes"].values()) == cases and len(told["outcomes"]) > 1
-    assert told["grown_mb"] < 300
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout)
+    print(campaign, result)
+    assert sum(result["outcomes"].values()) == cases and len(result["outcomes"]) > 1
+    assert result["grown_mb"] < 300
 
 
 # One changed byte.
@@ -60,7 +60,7 @@ def test_campaign(campaign: str, cases: int) -> None:
 def test_every_changed_byte_of_a_bundle_is_refused(
     tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By everything that opens one, before anything is parsed, and with the file's name."""
+    """Everything that opens a bundle refuses it before parsing, with the name of the file."""
     bundle = Path(shutil.copytree(DIGITS, tmp_path / "digits"))
     files = sorted(path for path in bundle.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
@@ -72,7 +72,7 @@ def test_every_changed_byte_of_a_bundle_is_refused(
         lambda: infer(Infer(str(bundle), [str(bundle / "samples")])),
     )
     for number in range(count):
-        # Every file in turn, and every byte alike.
+        # Alternate between a uniform choice of files and a uniform choice of bytes.
         path = files[number // 2 % len(files)] if number % 2 else draw.choices(files, sizes)[0]
         content = path.read_bytes()
         at = draw.randrange(len(content))
@@ -82,7 +82,7 @@ def test_every_changed_byte_of_a_bundle_is_refused(
         for opener in openers:
             with pytest.raises(UprightError, match="is damaged or was changed: ") as caught:
                 opener()
-            # A sum that is changed is of some file.
+            # A change in SHA256SUMS is reported with the name of some file.
             assert path.name == SUMS or path.relative_to(bundle).as_posix() in str(caught.value)
             assert "\n" not in str(caught.value)
         path.write_bytes(content)
@@ -90,7 +90,7 @@ def test_every_changed_byte_of_a_bundle_is_refused(
     assert verify(Verify(str(bundle))) == 0
 
 
-# Pictures.
+# Images.
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -98,14 +98,14 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files that say they are large pictures, or hold much beside one."""
+    """Return small files that declare a large image, or have large data beside a small image."""
     head = b"\x89PNG\r\n\x1a\n"
     huge = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
     small = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0))
     rows, zeros = chunk(b"IDAT", zlib.compress(bytes(6))), zlib.compress(bytes(200_000_000))
     text, profile = chunk(b"zTXt", b"a\0\0" + zeros), chunk(b"iCCP", b"a\0\0" + zeros)
     end = chunk(b"IEND", b"")
-    found = {
+    files = {
         "size": head + huge + chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + end,
         "text": head + small + text * 4 + rows + end,
         "profile": head + small + profile + rows + end,
@@ -114,19 +114,19 @@ def bombs() -> dict[str, bytes]:
     for format, options in (("GIF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})):
         file = io.BytesIO()
         Image.new("L", (9_000, 9_000)).save(file, format, **options)
-        found[format] = file.getvalue()
+        files[format] = file.getvalue()
     jpeg = io.BytesIO()
     Image.new("L", (16, 16)).save(jpeg, "JPEG")
     content = bytearray(jpeg.getvalue())
     at = content.index(b"\xff\xc0") + 5
     content[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
-    found["JPEG"] = bytes(content)
-    found["BMP"] = b"BM" + struct.pack("<IIIIiiHHIIiiII", 60, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
-    return found
+    files["JPEG"] = bytes(content)
+    files["BMP"] = b"BM" + struct.pack("<IIIIiiHHIIiiII", 60, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    return files
 
 
-def test_decompression_bombs_take_no_room(tmp_path: Path) -> None:
-    """Each in a process of its own, which may say no or give a picture within the limit."""
+def test_decompression_bombs_need_little_memory(tmp_path: Path) -> None:
+    # Each file is decoded in its own process, which may refuse it or return an image within the limit.
     program = (
         "import sys; from tests.runtime.hostile import SPECS, peak; from upright.images import decode\n"
         "from upright.errors import UprightError; import warnings; warnings.simplefilter('ignore')\n"
@@ -138,25 +138,27 @@ def test_decompression_bombs_take_no_room(tmp_path: Path) -> None:
     )
     for name, content in bombs().items():
         (tmp_path / name).write_bytes(content)
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", program, tmp_path / name], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        said, grown = done.stdout.splitlines()
-        print(name, len(content), said, grown)
-        assert int(grown) < 300, (name, said)
+        result, growth = process.stdout.splitlines()
+        print(name, len(content), result, growth)
+        assert int(growth) < 300, (name, result)
         if name not in ("text", "profile", "rows"):
-            assert "pixels are more than the limit of 16000000" in said or "cannot be decoded" in said, said
+            assert "pixels are more than the limit of 16000000" in result or "cannot be decoded" in result, result
 
 
-def test_only_formats_that_are_named_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow gives PostScript to Ghostscript."""
+def test_only_allowed_formats_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would pass PostScript to Ghostscript."""
     calls: list[Any] = []
-    monkeypatch.setattr(subprocess, "check_call", lambda *given, **more: calls.append(given))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: calls.append(args))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     (tmp_path / "x.png").write_bytes(postscript)
     for source in (postscript, tmp_path / "x.png"):
-        with pytest.raises(UprightError, match="is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP"):
+        with pytest.raises(
+            UprightError, match="is in none of the formats that can be read: BMP, GIF, JPEG, PNG, TIFF, WEBP"
+        ):
             decode(source, SPECS[0])
     assert not calls
 
@@ -164,8 +166,8 @@ def test_only_formats_that_are_named_are_read(tmp_path: Path, monkeypatch: pytes
 # Requests.
 
 
-def test_text_among_numbers_takes_no_room() -> None:
-    """NumPy would give every element the room of the longest one: 20 GB of this."""
+def test_text_among_numbers_needs_little_memory() -> None:
+    """NumPy would allocate the size of the longest element for each: 20 GB."""
     data = ["a" * 250_000] + ["b"] * 20_000
     tensor = {"name": "images", "shape": [1, 1, 1, 1], "datatype": "UINT8", "data": data}
     before = peak()
@@ -178,19 +180,19 @@ def test_text_among_numbers_takes_no_room() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = ImageSpec(1, 28, 28, ("a", "b", "c"), (0.5,), (0.5,))
-    return write_bundle(tmp_path_factory.mktemp("whole") / "made", spec, LeNet)
+    return write_bundle(tmp_path_factory.mktemp("original") / "made", spec, LeNet)
 
 
 @pytest.fixture
-def made(whole: Path, tmp_path: Path) -> Path:
-    """An own copy."""
-    return Path(shutil.copytree(whole, tmp_path / "made"))
+def made(original: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, which the test may change."""
+    return Path(shutil.copytree(original, tmp_path / "made"))
 
 
-def signed(bundle: Path) -> Path:
-    """Whoever changes a bundle can change its sums."""
+def with_new_sums(bundle: Path) -> Path:
+    """Update the hashes of a bundle, as an attacker can do."""
     (bundle / SUMS).write_text(checksums(bundle))
     return bundle
 
@@ -207,24 +209,25 @@ OUTSIDE += [
 
 
 @pytest.mark.parametrize("file", OUTSIDE)
-def test_a_sample_is_in_the_bundle(
+def test_samples_outside_of_the_bundle_are_refused(
     made: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch, upright: Upright
 ) -> None:
     shutil.copy(made / "samples/00.png", tmp_path / "secret.png")
     samples = json.loads((made / EXPECTED).read_text())
     samples[0]["file"] = file.format(folder=tmp_path)
     (made / EXPECTED).write_text(json.dumps(samples))
-    signed(made)
+    with_new_sums(made)
     opened, real = [], builtins.open
 
-    def noted(path: Any, *given: Any, **more: Any) -> Any:
+    def record(path: Any, *args: Any, **kwargs: Any) -> Any:
         opened.append(str(path))
-        return real(path, *given, **more)
+        return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", noted)
+    monkeypatch.setattr(builtins, "open", record)
     for command in (["verify", made], ["infer", made, made / "samples"], ["serve", made]):
         answer = upright(*command)
-        assert answer.code == 2 and "is not in it" in answer.err and len(answer.err.splitlines()) == 1
+        assert answer.code == 2 and "the file or the label of sample" in answer.err
+        assert len(answer.err.splitlines()) == 1
     assert opened and not any(path.endswith("secret.png") for path in opened)
 
 
@@ -234,21 +237,21 @@ def test_links_and_pipes_are_not_followed(made: Path, tmp_path: Path) -> None:
     sample = made / "samples/00.png"
     sample.unlink()
     sample.symlink_to(secret)
-    signed(made)
-    with pytest.raises(UprightError, match=r"holds '00\.png', which is no plain file; copy it with contents"):
+    with_new_sums(made)
+    with pytest.raises(UprightError, match=r"holds '00\.png', which is not a plain file; replace it by a copy"):
         Bundle.open(made)
     sample.unlink()
     os.mkfifo(sample)
-    with pytest.raises(UprightError, match=r"holds '00\.png', which is no plain file"):
+    with pytest.raises(UprightError, match=r"holds '00\.png', which is not a plain file"):
         Bundle.open(made)
     sample.unlink()
     shutil.copy(secret, sample)
     (made / "more").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(UprightError, match=r"holds 'more', which is no plain file"):
+    with pytest.raises(UprightError, match=r"holds 'more', which is not a plain file"):
         Bundle.open(made)
 
 
-def test_a_name_that_is_no_text(made: Path) -> None:
+def test_a_file_name_that_is_not_text(made: Path) -> None:
     with open(os.fsencode(made) + b"/\xff\n", "wb"):
         pass
     with pytest.raises(UprightError, match="is damaged or was changed") as caught:
@@ -257,24 +260,24 @@ def test_a_name_that_is_no_text(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "message"),
     [
-        (lambda m: m["spec"].update(classes=["a", "b"]), "holds no probabilities of fp32"),
-        (lambda m: m["spec"].update(classes=[1, 2, 3]), "lacks something, or it is of another kind"),
+        (lambda m: m["spec"].update(classes=["a", "b"]), "the probabilities of fp32 in samples/expected.json are"),
+        (lambda m: m["spec"].update(classes=[1, 2, 3]), "a key of manifest.json is missing, or its value has the"),
         (lambda m: m["spec"].update(channels=3), "mean and std need one number per channel"),
         (lambda m: m["spec"].update(height="28"), "not supported between instances"),
         (lambda m: m["precisions"]["fp32"].update(tolerance=float("nan")), "the tolerance of fp32 is nan"),
         (lambda m: m["precisions"].update({"../x": {"tolerance": 1}}), "KeyError: '../x'"),
-        (lambda m: m.pop("other_outputs"), "lacks something"),
-        (lambda m: m["provenance"].pop("model"), "lacks something"),
+        (lambda m: m.pop("other_outputs"), "a key of manifest.json is missing"),
+        (lambda m: m["provenance"].pop("model"), "a key of manifest.json is missing"),
     ],
 )
-def test_a_manifest_that_makes_no_sense(made: Path, change: Callable[[Any], Any], text: str, upright: Upright) -> None:
+def test_an_invalid_manifest(made: Path, change: Callable[[Any], Any], message: str, upright: Upright) -> None:
     manifest = json.loads((made / MANIFEST).read_text())
     change(manifest)
     (made / MANIFEST).write_text(json.dumps(manifest))
-    answer = upright("infer", signed(made), made / "samples")
-    assert answer.code == 2 and "is not one that `upright export` wrote" in answer.err and text in answer.err
+    answer = upright("infer", with_new_sums(made), made / "samples")
+    assert answer.code == 2 and "is not a bundle that `upright export` wrote" in answer.err and message in answer.err
     assert len(answer.err.splitlines()) == 1
 
 
@@ -282,7 +285,7 @@ def test_deep_json(made: Path, upright: Upright) -> None:
     for name in (MANIFEST, EXPECTED):
         content = (made / name).read_text()
         (made / name).write_text("[" * 200_000)
-        answer = upright("verify", signed(made))
+        answer = upright("verify", with_new_sums(made))
         assert answer.code == 2 and "RecursionError" in answer.err and len(answer.err.splitlines()) == 1
         (made / name).write_text(content)
 
@@ -290,8 +293,8 @@ def test_deep_json(made: Path, upright: Upright) -> None:
 # Models.
 
 
-def elsewhere(location: str, minimal: bool = True) -> bytes:
-    """An ONNX file with a tensor in another file; protobufs can be written in longer ways."""
+def with_external_tensor(location: str, minimal: bool = True) -> bytes:
+    """Return an ONNX file with a tensor in another file. Without ``minimal``, a length has a longer encoding."""
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=location)
     node = helper.make_node("Identity", ["w"], ["y"])
@@ -303,7 +306,7 @@ def elsewhere(location: str, minimal: bool = True) -> bytes:
     entry = tensor.external_data[0].SerializeToString()
     longer = entry.replace(b"\x08location", b"\x88\x00location")
     content = content.replace(entry, longer)
-    # The lengths around it, each of one byte here.
+    # Increase the lengths of the enclosing messages; each length is one byte here.
     for start in (b"\x6a", b"\x2a", b"\x3a"):
         at = content.rindex(start, 0, content.index(b"\x88\x00location"))
         content = content[: at + 1] + bytes([content[at + 1] + 1]) + content[at + 2 :]
@@ -314,27 +317,27 @@ def elsewhere(location: str, minimal: bool = True) -> bytes:
 @pytest.mark.parametrize("where", ["../secret", "{folder}/secret", "inside.bin", "/dev/zero", "*/_ORT_MEM_ADDR_/*", ""])
 @pytest.mark.parametrize("minimal", [True, False])
 def test_weights_in_other_files(made: Path, tmp_path: Path, where: str, minimal: bool) -> None:
-    """Onnxruntime 1.22 reads any file so, and crashes on an address."""
+    """Onnxruntime 1.22 would read any file, and crash on an address."""
     (tmp_path / "secret").write_bytes(bytes(8))
     (made / "inside.bin").write_bytes(bytes(8))
-    (made / "model.onnx").write_bytes(elsewhere(where if minimal else where[:6], minimal))
+    (made / "model.onnx").write_bytes(with_external_tensor(where if minimal else where[:6], minimal))
     with pytest.raises(UprightError, match=r"model\.onnx refers to other files, and a bundle's model is one file"):
-        Predictor(signed(made))
+        Predictor(with_new_sums(made))
 
 
 def small_model(operator: str, domain: str = "", **attributes: Any) -> bytes:
-    """``images`` to ``probabilities`` by one operator."""
-    takes = helper.make_tensor_value_info("images", TensorProto.UINT8, ["b", "h", "w", 1])
-    gives = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["b", 3])
+    """Return a model with one operator from ``images`` to ``probabilities``."""
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["b", "h", "w", 1])
+    probabilities = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["b", 3])
     node = helper.make_node(operator, ["images"], ["probabilities"], domain=domain, **attributes)
     domains = [helper.make_opsetid("", 18), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    graph = helper.make_graph([node], "g", [takes], [gives])
+    graph = helper.make_graph([node], "g", [images], [probabilities])
     content: bytes = helper.make_model(graph, ir_version=9, opset_imports=domains).SerializeToString()
     return content
 
 
-def claiming() -> bytes:
-    """A tensor of 4 EB that holds nothing."""
+def with_huge_tensor() -> bytes:
+    """Return a model with a tensor that declares 4 EB and has one byte."""
     model = onnx.load_from_string(small_model("Cast", to=TensorProto.FLOAT))
     model.graph.initializer.append(
         TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**30, 2**30], raw_data=b"x")
@@ -345,29 +348,29 @@ def claiming() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("content", "message"),
     [
-        (b"", "is not one that `upright export` wrote"),
+        (b"", "is not a bundle that `upright export` wrote"),
         (b"x" * 1000, "cannot load"),
         (small_model("Evil", "com.evil"), "cannot load"),
         (small_model("PyOp", "ai.onnx.contrib"), "cannot load"),
         (small_model("Cast", to=TensorProto.DOUBLE), "cannot load"),
-        (claiming(), "cannot load"),
+        (with_huge_tensor(), "cannot load"),
     ],
 )
-def test_models_that_are_none(made: Path, content: bytes, text: str, upright: Upright) -> None:
+def test_invalid_models(made: Path, content: bytes, message: str, upright: Upright) -> None:
     (made / "model.onnx").write_bytes(content)
     before = peak()
-    answer = upright("infer", signed(made), made / "samples")
-    assert answer.code == 2 and text in answer.err and len(answer.err.splitlines()) == 1
+    answer = upright("infer", with_new_sums(made), made / "samples")
+    assert answer.code == 2 and message in answer.err and len(answer.err.splitlines()) == 1
     assert peak() - before < 300
 
 
-def test_a_model_of_something_else(made: Path, upright: Upright) -> None:
-    """It is whole and runs, but gives ten classes for a manifest of three."""
+def test_a_model_with_other_classes_than_its_manifest(made: Path, upright: Upright) -> None:
+    # This model is valid, but has ten classes, and the manifest has three.
     shutil.copy(DIGITS / "model.onnx", made)
-    answer = upright("infer", signed(made), made / "samples")
-    assert answer.code == 2 and "made/model.onnx' is not the model of its manifest." in answer.err
+    answer = upright("infer", with_new_sums(made), made / "samples")
+    assert answer.code == 2 and "made/model.onnx' do not match the manifest." in answer.err
 
 
 # Checkpoints.
@@ -399,7 +402,7 @@ def test_a_pickle_does_not_run(tmp_path: Path, upright: Upright) -> None:
     assert harm.exists()
 
 
-def test_a_checkpoint_does_not_unpack_to_more_than_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("x/data.pkl", "w") as file:
@@ -408,12 +411,12 @@ def test_a_checkpoint_does_not_unpack_to_more_than_it_is(tmp_path: Path) -> None
         archive.writestr("x/version", "3\n")
     assert path.stat().st_size < 1_000_000
     before = peak()
-    with pytest.raises(UprightError, match=r"damaged or cut off \(it would unpack to more than it is\)"):
+    with pytest.raises(UprightError, match=r"damaged or truncated \(its content is larger than the file\)"):
         read_checkpoint(path)
     assert peak() - before < 100
 
 
-def test_names_in_a_checkpoint_are_no_paths(tmp_path: Path) -> None:
+def test_names_in_a_checkpoint_are_not_paths(tmp_path: Path) -> None:
     import torch
 
     path = tmp_path / "run/x.ckpt"

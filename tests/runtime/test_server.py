@@ -1,4 +1,4 @@
-"""`upright serve` as its users meet it: a process of its own, spoken to over sockets."""
+"""`upright serve` in its own process, over sockets."""
 
 import asyncio
 import base64
@@ -49,19 +49,19 @@ class Running(NamedTuple):
     port: int
     version: str
     lines: list[dict[str, Any]]
-    """What it logged so far."""
+    """The log records so far."""
 
     def connect(self) -> HTTPConnection:
         return HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Reply:
         connection = self.connect()
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, body, named)
-        reply = connection.getresponse()
-        found = Reply(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        reply_headers = {name.lower(): value for name, value in response.getheaders()}
+        reply = Reply(response.status, reply_headers, response.read())
         connection.close()
-        return found
+        return reply
 
     def classify(self, body: bytes, query: str = "", **headers: str) -> Reply:
         return self.ask("POST", f"/v1/classify{query}", body, **headers)
@@ -81,7 +81,7 @@ class Running(NamedTuple):
 
 @contextmanager
 def serving(bundle: Path, *options: object, before: str = "") -> Iterator[Running]:
-    """A server in a process of its own, which runs the code ``before`` first."""
+    """Start a server in its own process, which first runs the code ``before``."""
     program = f"{before}\nimport sys\nfrom upright.cli import main\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "serve", str(bundle), "--port", "0", "--threads", "1"]
     process = subprocess.Popen([*command, *map(str, options)], stdout=subprocess.PIPE, text=True)
@@ -142,15 +142,15 @@ def multipart(parts: dict[str, bytes]) -> tuple[bytes, str]:
     return body + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
-def is_answer(result: dict[str, Any], picture: bytes, predictor: Predictor) -> bool:
-    expected = predictor(picture)
+def is_prediction(result: dict[str, Any], image: bytes, predictor: Predictor) -> bool:
+    expected = predictor(image)
     return result["label"] == expected.label and abs(result["probability"] - expected.probability) < 1e-5
 
 
-# What is answered.
+# Predictions.
 
 
-def test_one_picture_is_answered_as_by_the_predictor(
+def test_one_image_is_classified_as_by_the_predictor(
     server: Running, predictor: Predictor, samples: list[bytes]
 ) -> None:
     for sample in samples:
@@ -158,14 +158,14 @@ def test_one_picture_is_answered_as_by_the_predictor(
         assert reply.status == 200 and reply.headers["content-type"] == "application/json"
         (result,) = reply.json["results"]
         assert (reply.json["model"], reply.json["version"]) == ("small", server.version)
-        assert is_answer(result, sample, predictor)
+        assert is_prediction(result, sample, predictor)
         expected = predictor(sample).top(3)
         assert [entry["label"] for entry in result["top"]] == [label for label, _ in expected]
         assert [entry["probability"] for entry in result["top"]] == pytest.approx([p for _, p in expected], abs=1e-5)
     assert "top" not in server.classify(samples[0]).json["results"][0]
 
 
-def test_each_of_many_pictures_has_its_own_result(server: Running, predictor: Predictor, samples: list[bytes]) -> None:
+def test_each_of_several_images_has_its_own_result(server: Running, predictor: Predictor, samples: list[bytes]) -> None:
     body, kind = multipart(
         {"a.png": samples[0], "text.png": b"hello", "big.png": noise(40, 30, 0), "b.png": samples[1]}
     )
@@ -175,44 +175,45 @@ def test_each_of_many_pictures_has_its_own_result(server: Running, predictor: Pr
     assert [first["name"], bad["name"], last["name"]] == ["a.png", "text.png", "b.png"]
     assert bad == {
         "name": "text.png",
-        "error": "The image is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP.",
+        "error": "The image is in none of the formats that can be read: BMP, GIF, JPEG, PNG, TIFF, WEBP.",
     }
-    for result, picture in ((first, samples[0]), (other, noise(40, 30, 0)), (last, samples[1])):
-        assert is_answer(result, picture, predictor)
+    for result, image in ((first, samples[0]), (other, noise(40, 30, 0)), (last, samples[1])):
+        assert is_prediction(result, image, predictor)
 
 
-def test_no_picture_at_all_is_an_error(server: Running) -> None:
+def test_a_request_without_readable_images_is_an_error(server: Running) -> None:
     reply = server.classify(b"hello")
     assert (
         reply.status == 422
-        and reply.json["error"] == "The image is not an image, or none of BMP, GIF, JPEG, PNG, TIFF, WEBP."
+        and reply.json["error"]
+        == "The image is in none of the formats that can be read: BMP, GIF, JPEG, PNG, TIFF, WEBP."
     )
     body, kind = multipart({"a": b"x", "b": b"y"})
     reply = server.classify(body, Content_Type=kind)
     assert reply.status == 422 and len(reply.json["results"]) == 2
 
 
-def test_what_many_ask_at_once_is_not_mixed_up(server: Running, predictor: Predictor) -> None:
+def test_concurrent_requests_get_their_own_predictions(server: Running, predictor: Predictor) -> None:
     shapes = [(8, 8), (8, 9), (31, 17)]
-    pictures = [noise(*shapes[seed % 3], seed) for seed in range(96)]
+    images = [noise(*shapes[seed % 3], seed) for seed in range(96)]
     before = server.metric("upright_batch_images_count"), server.metric("upright_batch_images_sum")
     with ThreadPoolExecutor(32) as pool:
-        replies = list(pool.map(server.classify, pictures))
-    for picture, reply in zip(pictures, replies, strict=True):
-        assert reply.status == 200 and is_answer(reply.json["results"][0], picture, predictor)
+        replies = list(pool.map(server.classify, images))
+    for image, reply in zip(images, replies, strict=True):
+        assert reply.status == 200 and is_prediction(reply.json["results"][0], image, predictor)
     runs = server.metric("upright_batch_images_count") - before[0]
     assert server.metric("upright_batch_images_sum") - before[1] == 96 and runs < 96
 
 
-# The Open Inference Protocol; what must be there is its text.
+# The Open Inference Protocol. The expected keys come from its specification.
 
 
-def test_health_and_metadata_are_the_protocols(server: Running) -> None:
+def test_health_and_metadata_follow_the_protocol(server: Running) -> None:
     assert server.ask("GET", "/v2/health/live").json["live"] is True
     assert server.ask("GET", "/v2/health/ready").status == 200
     for path in ("/v2", "/v2/"):
-        told = server.ask("GET", path).json
-        assert set(told) == {"name", "version", "extensions"} and told["extensions"] == ["binary_tensor_data"]
+        metadata = server.ask("GET", path).json
+        assert set(metadata) == {"name", "version", "extensions"} and metadata["extensions"] == ["binary_tensor_data"]
     for path in ("/v2/models/small", f"/v2/models/small/versions/{server.version}"):
         assert server.ask("GET", f"{path}/ready").json == {"name": "small", "ready": True}
         assert server.ask("GET", path).json == {
@@ -234,12 +235,12 @@ def packed(elements: list[bytes]) -> bytes:
     return b"".join(len(element).to_bytes(4, "little") + element for element in elements)
 
 
-def test_infer_takes_pixels_and_pictures_in_json_and_in_binary(
+def test_infer_accepts_pixels_and_files_in_json_and_in_binary(
     server: Running, predictor: Predictor, samples: list[bytes]
 ) -> None:
     pixels = np.stack([predictor.decode(sample) for sample in samples])
     expected = np.stack(list(predictor.probabilities(pixels)))
-    labels = [predictor.answer(row).label for row in expected]
+    labels = [predictor.prediction(row).label for row in expected]
     shape = list(pixels.shape)
     encoded = {"name": "images", "shape": [len(samples)], "datatype": "BYTES"}
     inputs = [
@@ -249,10 +250,10 @@ def test_infer_takes_pixels_and_pictures_in_json_and_in_binary(
     ]
     for tensor in inputs:
         reply = server.infer({"id": "42", "inputs": [tensor]})
-        told = reply.json
-        assert reply.status == 200 and (told["id"], told["model_name"]) == ("42", "small")
-        assert told["model_version"] == server.version
-        first, second = told["outputs"]
+        response = reply.json
+        assert reply.status == 200 and (response["id"], response["model_name"]) == ("42", "small")
+        assert response["model_version"] == server.version
+        first, second = response["outputs"]
         assert (first["name"], first["datatype"], first["shape"]) == ("probabilities", "FP32", [len(samples), 10])
         assert np.array(first["data"]) == pytest.approx(expected.ravel(), abs=1e-5)
         assert second == {"name": "labels", "datatype": "BYTES", "shape": [len(samples)], "data": labels}
@@ -276,11 +277,11 @@ def tensor(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("content", "message"),
     [
-        (b"{", "The body is no inference request: "),
-        ({"inputs": []}, "One input is needed, 'images'; got none."),
-        (tensor(name="x"), "One input is needed, 'images'; got 'x'."),
+        (b"{", "The body is not an inference request: "),
+        ({"inputs": []}, "The request must have one input, 'images'; got none."),
+        (tensor(name="x"), "The request must have one input, 'images'; got 'x'."),
         (tensor() | {"outputs": [{"name": "theta"}]}, "no output 'theta'; outputs: probabilities, labels."),
         (tensor(datatype="FP32"), "must be UINT8 (pixels, [B, H, W, 1]) or BYTES (encoded images, [B]); got 'FP32'."),
         (tensor(shape=[1, 2, 2, 3]), "must have the shape [B, H, W, 1], got [1, 2, 2, 3]."),
@@ -288,21 +289,21 @@ def tensor(**changes: Any) -> dict[str, Any]:
         (tensor(shape=[1, 2, 3, 1]), "The shape [1, 2, 3, 1] needs 6 elements, got 4."),
         (tensor(data=[0, 0, 0, 256]), "must be integers from 0 to 255: "),
         (tensor(data=[0, 0, 0, 0.5]), "must be integers from 0 to 255: "),
-        (tensor(data=[[0, 0], [0]]), "make no tensor"),
-        (tensor(data=None, parameters={"binary_data_size": 9}), "this one says 9, and 0 follow."),
+        (tensor(data=[[0, 0], [0]]), "do not form a tensor"),
+        (tensor(data=None, parameters={"binary_data_size": 9}), "binary_data_size 9, and 0 bytes after the JSON."),
         (tensor(datatype="BYTES", shape=[1], data=["?"]), "must be images in base64"),
         (tensor(datatype="BYTES", shape=[1], data=[7]), "must be images in base64: Expected `str`, got `int`"),
         (tensor(datatype="BYTES", shape=[2], data=["aGVsbG8="]), "The shape [2] needs 2 elements, got 1."),
-        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is not an image"),
+        (tensor(datatype="BYTES", shape=[1], data=["aGVsbG8="]), "Image 0 of 1: The image is in none of the formats"),
     ],
 )
-def test_what_the_protocol_does_not_allow_is_one_line(server: Running, content: Any, text: str) -> None:
+def test_invalid_inference_requests_are_one_line(server: Running, content: Any, message: str) -> None:
     reply = server.infer(content)
     assert reply.status == 400 and set(reply.json) == {"error"}
-    assert text in reply.json["error"] and "\n" not in reply.json["error"]
+    assert message in reply.json["error"] and "\n" not in reply.json["error"]
 
 
-def test_any_bytes_are_a_request_or_an_error_of_ours() -> None:
+def test_random_bytes_are_a_request_or_an_upright_error() -> None:
     from upright.runtime.serving.protocol import read
 
     body = json.dumps(tensor() | {"id": "1", "outputs": [{"name": "labels"}]}).encode()
@@ -325,7 +326,7 @@ def test_any_bytes_are_a_request_or_an_error_of_ours() -> None:
     assert min(outcomes.values()) > 100 and len(outcomes) == 2
 
 
-# What is told.
+# Metrics, logs and the description.
 
 
 def test_metrics_and_logs_count_every_request(trained: Path, samples: list[bytes]) -> None:
@@ -337,9 +338,9 @@ def test_metrics_and_logs_count_every_request(trained: Path, samples: list[bytes
         assert 'upright_requests_total{route="/v1/classify",status="422"} 1.0' in text
         assert 'upright_images_total{outcome="bad"} 1.0' in text and "upright_waiting_images 0.0" in text
         assert "process_resident_memory_bytes" in text
-    logged = [line for line in running.lines if line.get("path") == "/v1/classify"]
-    assert [line["status"] for line in logged] == [200, 422]
-    assert set(logged[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client"}
+    requests = [line for line in running.lines if line.get("path") == "/v1/classify"]
+    assert [line["status"] for line in requests] == [200, 422]
+    assert set(requests[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client"}
     assert [running.lines[0]["message"], running.lines[-1]["message"]] == ["serving", "stopped"]
 
 
@@ -349,9 +350,9 @@ def test_quiet_logs_no_requests(trained: Path, samples: list[bytes]) -> None:
     assert [line["message"] for line in running.lines] == ["serving", "stopping", "stopped"]
 
 
-def test_the_description_is_whole(server: Running) -> None:
-    told = server.ask("GET", "/openapi.json").json
-    schemas = told["components"]["schemas"]
+def test_the_openapi_description_is_complete(server: Running) -> None:
+    description = server.ask("GET", "/openapi.json").json
+    schemas = description["components"]["schemas"]
 
     def references(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
@@ -359,12 +360,12 @@ def test_the_description_is_whole(server: Running) -> None:
         for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             yield from references(inner)
 
-    assert {reference.rpartition("/")[2] for reference in references(told)} <= set(schemas)
-    for path, operations in told["paths"].items():
+    assert {reference.rpartition("/")[2] for reference in references(description)} <= set(schemas)
+    for path, operations in description["paths"].items():
         for method in operations:
             assert server.ask(method.upper(), path, b"" if method == "post" else None).status != 404, path
     page = server.ask("GET", "/docs").body.decode()
-    assert all(path in page for path in told["paths"]) and "//" not in page.replace("<!doctype", "")
+    assert all(path in page for path in description["paths"]) and "//" not in page.replace("<!doctype", "")
 
 
 # Limits.
@@ -379,7 +380,7 @@ def narrow(trained: Path) -> Iterator[Running]:
 
 def test_limits_are_named(narrow: Running, samples: list[bytes]) -> None:
     reply = narrow.classify(bytes(600_000))
-    assert reply.status == 413 and reply.json["error"] == "The body has 600000 bytes, at most 500000 are taken."
+    assert reply.status == 413 and reply.json["error"] == "The body has 600000 bytes, but the limit is 500000."
     connection = narrow.connect()
     connection.request("POST", "/v1/classify", iter([bytes(300_000)] * 2), encode_chunked=True)
     reply = connection.getresponse()
@@ -391,50 +392,50 @@ def test_limits_are_named(narrow: Running, samples: list[bytes]) -> None:
     reply = narrow.classify(body, Content_Type=kind)
     assert reply.status == 400 and "Maximum number of files is 4" in reply.json["error"]
     reply = narrow.infer(tensor(shape=[5, 1, 1, 1], data=[0] * 5))
-    assert reply.status == 413 and reply.json["error"] == "A request may hold up to 4 images, got 5."
+    assert reply.status == 413 and reply.json["error"] == "A request may have up to 4 images, got 5."
     assert narrow.classify(samples[0], f"?top={'9' * 5000}").status == 400
     reply = narrow.classify(samples[0], "?top=11")
     assert reply.status == 400 and reply.json["error"] == "top must be from 1 to 10 (the number of classes), got '11'."
     assert narrow.infer(tensor(shape=[3, 2, 2, 1], data=[0] * 12)).status == 200  # more than a batch
 
 
-def test_who_does_not_fit_into_the_queue_is_told_so_at_once(narrow: Running, predictor: Predictor) -> None:
-    pictures = [noise(500, 700, seed) for seed in range(4)]
+def test_a_full_queue_is_a_429(narrow: Running, predictor: Predictor) -> None:
+    images = [noise(500, 700, seed) for seed in range(4)]
     with ThreadPoolExecutor(32) as pool:
-        replies = list(pool.map(lambda n: narrow.classify(pictures[n % 4]), range(96)))
+        replies = list(pool.map(lambda n: narrow.classify(images[n % 4]), range(96)))
     statuses = Counter(reply.status for reply in replies)
     assert set(statuses) == {200, 429}
     for number, reply in enumerate(replies):
         if reply.status == 200:
-            assert is_answer(reply.json["results"][0], pictures[number % 4], predictor)
+            assert is_prediction(reply.json["results"][0], images[number % 4], predictor)
         else:
             assert reply.headers["retry-after"] == "1" and "try again later" in reply.json["error"]
     assert narrow.metric("upright_waiting_images") == 0
 
 
-def test_slow_and_broken_clients_disturb_nobody(narrow: Running, samples: list[bytes]) -> None:
+def test_slow_and_broken_clients_do_not_disturb_others(narrow: Running, samples: list[bytes]) -> None:
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n"
     slow = [socket.create_connection(("127.0.0.1", narrow.port)) for _ in range(20)]
     for connection in slow:
         connection.sendall(head + b"\x89PNG")
     for _ in range(10):
-        with socket.create_connection(("127.0.0.1", narrow.port)) as gone:
-            gone.sendall(head + b"\x89")
-        with socket.create_connection(("127.0.0.1", narrow.port)) as gone:
-            gone.sendall(head.replace(b"400", str(len(samples[0])).encode()) + samples[0])
-        with socket.create_connection(("127.0.0.1", narrow.port)) as gone:
-            gone.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", narrow.port)) as closing:
+            closing.sendall(head + b"\x89")
+        with socket.create_connection(("127.0.0.1", narrow.port)) as closing:
+            closing.sendall(head.replace(b"400", str(len(samples[0])).encode()) + samples[0])
+        with socket.create_connection(("127.0.0.1", narrow.port)) as closing:
+            closing.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
         assert narrow.classify(samples[0]).status == 200
     for connection in slow:
         connection.settimeout(30)
-        told = connection.makefile("rb").read()
-        assert told.startswith(b"HTTP/1.1 408") and b'{"error":"The body did not come within 2 s."}' in told
+        reply = connection.makefile("rb").read()
+        assert reply.startswith(b"HTTP/1.1 408") and b'{"error":"The body did not arrive within 2 s."}' in reply
         connection.close()
     assert narrow.metric("upright_waiting_images") == 0
 
 
-async def asked(service: Any, path: str, body: bytes) -> Reply:
-    """A request without a socket, for what cannot be timed with one."""
+async def request(service: Any, path: str, body: bytes) -> Reply:
+    """Send a request without a socket, for tests that need exact timing."""
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
     scope |= {"query_string": b"", "headers": [], "server": ("x", 80), "client": None, "scheme": "http"}
     sent: list[Any] = []
@@ -445,13 +446,13 @@ async def asked(service: Any, path: str, body: bytes) -> Reply:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    with suppress(MemoryError):  # the server that runs it logs it
+    with suppress(MemoryError):  # uvicorn would log it
         await service.app()(scope, receive, send)
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return Reply(sent[0]["status"], headers, sent[1]["body"])
 
 
-def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
+def test_a_slow_or_failing_model_is_an_error(trained: Path, predictor: Predictor, samples: list[bytes]) -> None:
     from upright.runtime.serving.service import Service
 
     async def scenario() -> None:
@@ -464,21 +465,21 @@ def test_a_model_that_is_slow_or_fails_is_told(trained: Path, predictor: Predict
             return model(images)
 
         service.batcher.model = waits
-        replies = await asyncio.gather(*(asked(service, "/v1/classify", samples[0]) for _ in range(3)))
+        replies = await asyncio.gather(*(request(service, "/v1/classify", samples[0]) for _ in range(3)))
         assert [reply.status for reply in replies] == [503, 503, 429]
-        assert replies[0].json["error"] == "There was no answer within 0.5 s; try again later."
-        assert replies[2].json["error"] == "2 images are waiting, at most 2 may; try again later."
+        assert replies[0].json["error"] == "The model did not finish within 0.5 s; try again later."
+        assert replies[2].json["error"] == "The queue holds 2 of at most 2 images; try again later."
         slow.set()
 
         def fails(images: Pixels) -> Any:
             raise MemoryError
 
         service.batcher.model = fails
-        reply = await asked(service, "/v1/classify", samples[0])
-        assert reply.status == 500 and reply.json["error"] == "The server failed; its log says why."
+        reply = await request(service, "/v1/classify", samples[0])
+        assert reply.status == 500 and reply.json["error"] == "The server failed; see its log."
         service.batcher.model = model
-        reply = await asked(service, "/v1/classify", samples[0])
-        assert reply.status == 200 and is_answer(reply.json["results"][0], samples[0], predictor)
+        reply = await request(service, "/v1/classify", samples[0])
+        assert reply.status == 200 and is_prediction(reply.json["results"][0], samples[0], predictor)
         assert service.waiting == service.held_bytes == 0
         service.decoders.shutdown()
         service.batcher.close()
@@ -490,38 +491,38 @@ OUT_OF_MEMORY = """
 import os, onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 real = onnxruntime.InferenceSession.run
-def run(*given):
+def run(*args):
     if os.path.exists({trigger!r}):
         raise Fail("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer")
-    return real(*given)
+    return real(*args)
 onnxruntime.InferenceSession.run = run
 """
 
 
-def test_a_failure_of_the_engine_is_a_500_on_every_way_in(
+def test_a_failure_of_the_engine_is_a_500_on_every_route(
     trained: Path, tmp_path: Path, predictor: Predictor, samples: list[bytes]
 ) -> None:
     trigger = tmp_path / "out-of-memory"
     body, kind = multipart({"a.png": samples[0], "text.png": b"hello", "b.png": noise(40, 30, 0)})
     encoded = {"shape": [2], "datatype": "BYTES", "data": [base64.b64encode(sample).decode() for sample in samples[:2]]}
-    ways: list[Callable[[Running], Reply]] = [
+    requests: list[Callable[[Running], Reply]] = [
         lambda running: running.classify(samples[0]),
         lambda running: running.classify(body, Content_Type=kind),
         lambda running: running.infer(tensor()),
         lambda running: running.infer(tensor(**encoded)),
     ]
     with serving(trained / "export/small", before=OUT_OF_MEMORY.format(trigger=str(trigger))) as running:
-        assert [way(running).status for way in ways] == [200] * 4
+        assert [send(running).status for send in requests] == [200] * 4
         trigger.touch()
-        replies = [way(running) for way in ways]
-        # Requests that share a batch.
+        replies = [send(running) for send in requests]
+        # These requests share batches.
         with ThreadPoolExecutor(16) as pool:
             replies += pool.map(running.classify, samples[:1] * 16)
         assert {reply.status for reply in replies} == {500}
-        assert {reply.json["error"] for reply in replies} == {"The server failed; its log says why."}
+        assert {reply.json["error"] for reply in replies} == {"The server failed; see its log."}
         assert running.classify(b"hello").status == 422 and running.infer(tensor(name="x")).status == 400
         trigger.unlink()
-        assert is_answer(running.classify(samples[0]).json["results"][0], samples[0], predictor)
+        assert is_prediction(running.classify(samples[0]).json["results"][0], samples[0], predictor)
         text = running.ask("GET", "/metrics").body.decode()
         assert f'upright_images_total{{outcome="failed"}} {1 + 3 + 1 + 2 + 16}.0' in text
         assert 'upright_requests_total{route="/v1/classify",status="500"} 18.0' in text
@@ -535,7 +536,7 @@ def test_a_failure_of_the_engine_is_a_500_on_every_way_in(
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_an_image_of_a_wrong_size_is_the_clients_mistake(tmp_path: Path, fixed: bool) -> None:
+def test_an_image_of_a_wrong_size_is_a_mistake_of_the_client(tmp_path: Path, fixed: bool) -> None:
     from upright.runtime.serving.service import Service
 
     if fixed:
@@ -552,8 +553,8 @@ def test_an_image_of_a_wrong_size_is_the_clients_mistake(tmp_path: Path, fixed: 
         service.batcher.start()
         infer = "/v2/models/made/infer"
         for size, statuses in ((allowed, (200, 200)), (2, (422, 400)), (allowed, (200, 200))):
-            image = await asked(service, "/v1/classify", noise(size, size, 0))
-            raw = await asked(service, infer, pixels(size))
+            image = await request(service, "/v1/classify", noise(size, size, 0))
+            raw = await request(service, infer, pixels(size))
             assert (image.status, raw.status) == statuses
             for reply in (image, raw):
                 assert reply.status == 200 or "2x2" in reply.json["error"]
@@ -566,27 +567,31 @@ def test_an_image_of_a_wrong_size_is_the_clients_mistake(tmp_path: Path, fixed: 
 # Stopping.
 
 
-def test_a_bundle_that_is_deleted_is_served_on(bundle: Path, predictor: Predictor, samples: list[bytes]) -> None:
+def test_a_deleted_bundle_is_still_served(bundle: Path, predictor: Predictor, samples: list[bytes]) -> None:
     with serving(bundle) as running:
         shutil.rmtree(bundle)
-        assert is_answer(running.classify(samples[0]).json["results"][0], samples[0], predictor)
+        assert is_prediction(running.classify(samples[0]).json["results"][0], samples[0], predictor)
         assert running.ask("GET", "/v2/models/small/ready").status == 200
 
 
 def clients(
-    running: Running, pictures: list[bytes], count: int, more: Callable[[], bool]
+    running: Running, images: list[bytes], count: int, more: Callable[[], bool]
 ) -> tuple[list[tuple[int, Reply, float]], list[str]]:
-    """Connections that ask until they are told to close; what each was answered in how many seconds, and what not."""
+    """Send requests over ``count`` connections while ``more()`` is true and the server does not close them.
+
+    Returns:
+        Index of the image, reply and seconds of each request; and the errors of requests without a reply.
+    """
     answers: list[tuple[int, Reply, float]] = []
     lost: list[str] = []
 
     def work(number: int) -> None:
         connection = running.connect()
         while more():
-            number = (number + 7) % len(pictures)
+            number = (number + 7) % len(images)
             start = time.monotonic()
             try:
-                connection.request("POST", "/v1/classify", pictures[number])
+                connection.request("POST", "/v1/classify", images[number])
                 reply = connection.getresponse()
                 body = reply.read()
             except OSError as error:
@@ -606,61 +611,61 @@ def clients(
     return answers, lost
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_under_load_loses_nothing(trained: Path, predictor: Predictor, sent: signal.Signals) -> None:
-    pictures = [noise(100 + seed % 3, 100, seed) for seed in range(12)]
-    expected = [predictor(picture) for picture in pictures]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_under_load_loses_no_request(trained: Path, predictor: Predictor, number: signal.Signals) -> None:
+    images = [noise(100 + seed % 3, 100, seed) for seed in range(12)]
+    expected = [predictor(image) for image in images]
     with serving(trained / "export/small") as running:
-        told: list[Reply] = []
+        ready: list[Reply] = []
 
         def stop() -> None:
             time.sleep(1)
-            running.process.send_signal(sent)
-            while not told or told[-1].status == 200:
-                told.append(running.ask("GET", "/v2/health/ready"))
+            running.process.send_signal(number)
+            while not ready or ready[-1].status == 200:
+                ready.append(running.ask("GET", "/v2/health/ready"))
 
         stopper = threading.Thread(target=stop)
         stopper.start()
-        answers, lost = clients(running, pictures, 16, lambda: True)
+        answers, lost = clients(running, images, 16, lambda: True)
         stopper.join()
         assert running.process.wait(60) == 0
-    assert told[-1].status == 503 and told[-1].json == {"live": True, "ready": False}
+    assert ready[-1].status == 503 and ready[-1].json == {"live": True, "ready": False}
     assert lost == [] and {reply.status for _, reply, _ in answers} <= {200, 503}
-    good = [(number, reply.json["results"][0]) for number, reply, _ in answers if reply.status == 200]
-    assert len(good) > 16
-    for number, result in good:
-        assert result["label"] == expected[number].label
-        assert result["probability"] == pytest.approx(expected[number].probability, abs=1e-5)
+    accepted = [(index, reply.json["results"][0]) for index, reply, _ in answers if reply.status == 200]
+    assert len(accepted) > 16
+    for index, result in accepted:
+        assert result["label"] == expected[index].label
+        assert result["probability"] == pytest.approx(expected[index].probability, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_minute_of_ten_times_too_much(trained: Path, predictor: Predictor, tmp_path: Path) -> None:
-    pictures = [noise(200 + seed % 3, 300, seed) for seed in range(30)]
-    expected = [predictor(picture) for picture in pictures]
+def test_a_minute_of_overload(trained: Path, predictor: Predictor, tmp_path: Path) -> None:
+    images = [noise(200 + seed % 3, 300, seed) for seed in range(30)]
+    expected = [predictor(image) for image in images]
 
-    def right(answers: list[tuple[int, Reply, float]]) -> list[float]:
-        """Seconds of the accepted ones."""
-        taken = [(number, reply, seconds) for number, reply, seconds in answers if reply.status == 200]
-        for number, reply, _ in taken:
+    def accepted_seconds(answers: list[tuple[int, Reply, float]]) -> list[float]:
+        """Check the predictions of the accepted requests, and return their durations."""
+        accepted = [(number, reply, seconds) for number, reply, seconds in answers if reply.status == 200]
+        for number, reply, _ in accepted:
             (result,) = reply.json["results"]
             assert result["label"] == expected[number].label
             assert result["probability"] == pytest.approx(expected[number].probability, abs=1e-5)
-        return [seconds for _, _, seconds in taken]
+        return [seconds for _, _, seconds in accepted]
 
     def during(seconds: float) -> Callable[[], bool]:
         end = time.monotonic() + seconds
         return lambda: time.monotonic() < end
 
     with serving(trained / "export/small", "--max-queue", 16, "--quiet") as running:
-        before = len(right(clients(running, pictures, 8, during(10))[0])) / 10
+        before = len(accepted_seconds(clients(running, images, 8, during(10))[0])) / 10
         memory = []
-        clients(running, pictures, 160, during(5))
+        clients(running, images, 160, during(5))
         memory.append(running.metric("process_resident_memory_bytes"))
-        answers, lost = clients(running, pictures, 160, during(60))
+        answers, lost = clients(running, images, 160, during(60))
         memory.append(running.metric("process_resident_memory_bytes"))
         statuses = Counter(reply.status for _, reply, _ in answers)
-        seconds = right(answers)
-        after = len(right(clients(running, pictures, 8, during(10))[0])) / 10
+        seconds = accepted_seconds(answers)
+        after = len(accepted_seconds(clients(running, images, 8, during(10))[0])) / 10
     print(f"{before:.0f}/s before, {after:.0f}/s after; {statuses}; slowest {max(seconds):.2f} s; memory {memory}")
     assert lost == [] and set(statuses) <= {200, 429, 503} and statuses[429] > 0 and statuses[200] > 0
     assert memory[1] < 1.2 * memory[0]
@@ -671,15 +676,15 @@ def test_a_minute_of_ten_times_too_much(trained: Path, predictor: Predictor, tmp
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("options", "message"),
     [
         (["--max-batch", "0"], "--max-batch must be at least 1, got 0."),
         (["--timeout-s", "0"], "--timeout-s must be above 0"),
-        (["--host", "nowhere.invalid"], "Cannot listen at nowhere.invalid, port 8000: "),
-        (["--port", "70000"], "Cannot listen at 127.0.0.1, port 70000: "),
+        (["--host", "nowhere.invalid"], "Cannot listen on nowhere.invalid, port 8000: "),
+        (["--port", "70000"], "Cannot listen on 127.0.0.1, port 70000: "),
         (["--precision", "int8"], "not int8"),
     ],
 )
-def test_bad_options_are_one_line(upright: Upright, bundle: Path, options: list[str], text: str) -> None:
+def test_bad_options_are_one_line(upright: Upright, bundle: Path, options: list[str], message: str) -> None:
     answer = upright("serve", bundle, *options)
-    assert answer.code == 2 and text in answer.err and len(answer.err.splitlines()) == 1
+    assert answer.code == 2 and message in answer.err and len(answer.err.splitlines()) == 1

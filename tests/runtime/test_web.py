@@ -1,4 +1,4 @@
-"""The folder that `web` writes; no browser is needed here (`test_web_page.py` looks at the page itself)."""
+"""The folder that `upright web` writes. These tests need no browser; `test_web_page.py` opens the page in one."""
 
 import hashlib
 import http.server
@@ -23,7 +23,7 @@ SCRIPT, WASM = web.RUNTIME
 
 @pytest.fixture
 def dist(tmp_path: Path) -> Path:
-    """A folder that looks like the runtime's."""
+    """A folder with the file names of onnxruntime-web."""
     folder = tmp_path / "onnxruntime-web/dist"
     folder.mkdir(parents=True)
     for name in (SCRIPT, WASM, "ort.all.mjs"):
@@ -31,27 +31,27 @@ def dist(tmp_path: Path) -> Path:
     return folder
 
 
-def everything(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_that_the_page_needs_and_nothing_else(upright: Upright, bundle: Path, dist: Path) -> None:
+def test_the_page_has_the_files_it_needs_and_no_others(upright: Upright, bundle: Path, dist: Path) -> None:
     answer = upright("web", bundle, "--runtime", dist)
     assert answer.code == 0 and answer.err == ""
     assert "Page: web/small/index.html (" in answer.out
-    assert "Note: to show what the transformer sees, export with --outputs warped." in answer.out
+    assert "Note: to show the output of the transformer, export with --outputs warped." in answer.out
     samples = {f"samples/{number:02d}.png" for number in range(16)}
     runtime = {f"runtime/{SCRIPT}", f"runtime/{WASM}"}
     page = Path("web/small")
-    assert everything(page) == {"index.html", "style.css", "app.js", "model.json", "model.onnx"} | samples | runtime
+    assert files_in(page) == {"index.html", "style.css", "app.js", "model.json", "model.onnx"} | samples | runtime
     assert (page / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
-    told = json.loads((page / "model.json").read_text())
-    assert told["bytes"][told["model"]] == (page / "model.onnx").stat().st_size
+    facts = json.loads((page / "model.json").read_text())
+    assert facts["bytes"][facts["model"]] == (page / "model.onnx").stat().st_size
     assert "<title>small · Upright</title>" in (page / "index.html").read_text()
     assert list(Path("web").iterdir()) == [page]
 
 
-def test_a_page_says_nothing_of_the_machine_that_trained(upright: Upright, tmp_path: Path, dist: Path) -> None:
+def test_a_page_contains_no_paths_of_the_training_machine(upright: Upright, tmp_path: Path, dist: Path) -> None:
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
     bundle = write_bundle(tmp_path / "export/made", spec, LeNet)
     assert "/home/somebody" in (bundle / "manifest.json").read_text()
@@ -60,7 +60,7 @@ def test_a_page_says_nothing_of_the_machine_that_trained(upright: Upright, tmp_p
     assert not any(b"/home/somebody" in text for text in texts)
 
 
-def test_names_are_text_in_the_page(upright: Upright, tmp_path: Path, dist: Path) -> None:
+def test_names_are_escaped_in_the_page(upright: Upright, tmp_path: Path, dist: Path) -> None:
     name = "<b>&amp;"
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
     write_bundle(tmp_path / "export" / name, spec, LeNet)
@@ -68,42 +68,46 @@ def test_names_are_text_in_the_page(upright: Upright, tmp_path: Path, dist: Path
     assert "<h1>&lt;b&gt;&amp;amp;</h1>" in (Path("web") / name / "index.html").read_text()
 
 
-def test_samples_are_read_from_the_bundle_alone(upright: Upright, bundle: Path, dist: Path) -> None:
+def test_samples_are_only_read_from_the_bundle(upright: Upright, bundle: Path, dist: Path) -> None:
     (bundle.parent / "secret.png").write_text("secret")
     samples = json.loads((bundle / EXPECTED).read_text())
     samples[0]["file"] = "../secret.png"
     (bundle / EXPECTED).write_text(json.dumps(samples))
     (bundle / SUMS).write_text(checksums(bundle))
     answer = upright("web", bundle, "--runtime", dist)
-    assert answer.code == 2 and "sample '../secret.png' is not in it" in answer.err and not Path("web").exists()
+    assert (
+        answer.code == 2
+        and "the file or the label of sample '../secret.png' is missing" in answer.err
+        and not Path("web").exists()
+    )
 
 
 def test_one_file(upright: Upright, bundle: Path, dist: Path) -> None:
     answer = upright("web", bundle, "--runtime", dist, "--one-file")
     assert answer.code == 0 and "Next: open web/small/index.html in a browser" in answer.out
-    assert everything(Path("web/small")) == {"index.html"}
+    assert files_in(Path("web/small")) == {"index.html"}
     text = Path("web/small/index.html").read_text()
     assert "default-src 'none'" in text and "src=" not in text and "stylesheet" not in text
-    # And back: a page is replaced by another form of itself.
+    # A page in one file is replaced by a page in a folder.
     assert upright("web", bundle, "--runtime", dist).code == 0
-    assert "app.js" in everything(Path("web/small"))
+    assert "app.js" in files_in(Path("web/small"))
 
 
 def test_only_a_page_is_replaced(upright: Upright, bundle: Path, dist: Path) -> None:
     mine = Path("web/small/mine.txt")
     mine.parent.mkdir(parents=True)
-    assert upright("web", bundle, "--runtime", dist).code == 0  # an empty folder is nobody's
+    assert upright("web", bundle, "--runtime", dist).code == 0  # an empty folder is replaced
     assert not mine.exists()
     Path("web/small/index.html").write_text("my own page")
     answer = upright("web", bundle, "--runtime", dist)
     assert answer.code == 2 and answer.err.startswith(
-        "upright: error: 'web/small' is not a page that `upright web` made, and is not replaced; --to says where."
+        "upright: error: 'web/small' is not a page that `upright web` wrote, so it is not replaced; give another folder"
     )
     assert Path("web/small/index.html").read_text() == "my own page"
     assert upright("web", bundle, "--runtime", dist, "--to", "other").code == 0
 
 
-def test_a_precision_that_is_not_there(upright: Upright, bundle: Path, dist: Path) -> None:
+def test_a_missing_precision(upright: Upright, bundle: Path, dist: Path) -> None:
     answer = upright("web", bundle, "--runtime", dist, "--precision", "int8")
     assert answer.code == 2 and "holds fp32, not int8" in answer.err and not Path("web").exists()
 
@@ -111,20 +115,20 @@ def test_a_precision_that_is_not_there(upright: Upright, bundle: Path, dist: Pat
 def test_the_runtime_in_every_form(upright: Upright, bundle: Path, dist: Path) -> None:
     with tarfile.open("onnxruntime-web.tgz", "w:gz") as package:
         package.add(dist, "package/dist")
-    for given in (dist, dist.parent, "onnxruntime-web.tgz"):
-        assert upright("web", bundle, "--runtime", given).code == 0
+    for source in (dist, dist.parent, "onnxruntime-web.tgz"):
+        assert upright("web", bundle, "--runtime", source).code == 0
         assert Path("web/small/runtime", WASM).read_text() == f"content of {WASM}"
 
 
-@pytest.mark.parametrize("given", ["nowhere", "empty", "broken.tgz", "other.tgz"])
-def test_what_is_no_runtime(upright: Upright, bundle: Path, given: str) -> None:
+@pytest.mark.parametrize("source", ["nowhere", "empty", "broken.tgz", "other.tgz"])
+def test_other_files_are_not_a_runtime(upright: Upright, bundle: Path, source: str) -> None:
     Path("empty").mkdir()
     Path("broken.tgz").write_text("no archive")
     with tarfile.open("other.tgz", "w:gz") as package:
         package.add("broken.tgz", "package/README.md")
-    answer = upright("web", bundle, "--runtime", given)
+    answer = upright("web", bundle, "--runtime", source)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert f"--runtime '{given}'" in answer.err and "`npm pack onnxruntime-web@" in answer.err
+    assert f"--runtime '{source}'" in answer.err and "`npm pack onnxruntime-web@" in answer.err
     assert not Path("web").exists()
 
 
@@ -151,7 +155,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / f"onnxruntime-web-{web.RUNTIME_VERSION}"
 
 
-def test_it_is_downloaded_once(
+def test_the_runtime_is_downloaded_once(
     upright: Upright, bundle: Path, dist: Path, mirror: str, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web, "RUNTIME", sums(dist))
@@ -159,15 +163,15 @@ def test_it_is_downloaded_once(
     first, second = upright("web", bundle), upright("web", bundle)
     assert first.code == 0 and f"Downloading {WASM} of onnxruntime-web" in first.out
     assert second.code == 0 and "Downloading" not in second.out
-    assert everything(cached) == {SCRIPT, WASM}
+    assert files_in(cached) == {SCRIPT, WASM}
     (cached / WASM).write_text("damaged")
     assert f"Downloading {WASM}" in upright("web", bundle).out
     assert Path("web/small/runtime", WASM).read_text() == f"content of {WASM}"
 
 
-def test_another_file_is_not_kept(upright: Upright, bundle: Path, mirror: str, cached: Path) -> None:
+def test_a_file_with_another_hash_is_not_stored(upright: Upright, bundle: Path, mirror: str, cached: Path) -> None:
     answer = upright("web", bundle, "--runtime", mirror)
-    assert answer.code == 2 and f"{mirror}/{SCRIPT} is another file than in {web.RUNTIME_VERSION}" in answer.err
+    assert answer.code == 2 and f"{mirror}/{SCRIPT} is not the file of version {web.RUNTIME_VERSION}" in answer.err
     assert "`npm pack onnxruntime-web@" in answer.err
     assert not cached.exists() and not Path("web").exists()
 

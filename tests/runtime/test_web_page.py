@@ -1,7 +1,7 @@
-"""The page of `web`, looked at in a headless Chromium, with the real onnxruntime-web.
+"""The page of `upright web` in a headless Chromium, with the real onnxruntime-web.
 
-Needs, and is skipped without: `pip install playwright`; a Chromium (`apt-get install chromium`); and the runtime in the
-checkout (`npm install --no-save onnxruntime-web@1.30.0`).
+These tests need `pip install playwright`, a Chromium (`apt-get install chromium`), and onnxruntime-web in the checkout
+(`npm install --no-save onnxruntime-web@1.30.0`). They are skipped without these.
 """
 
 import base64
@@ -38,7 +38,7 @@ pytestmark = [
         not RUNTIME.is_dir(), reason=f"no runtime: npm install --no-save onnxruntime-web@{RUNTIME_VERSION}"
     ),
 ]
-# No sandbox: containers run as root. The rest keeps the browser itself from asking the network for anything.
+# A container runs Chromium as root, which needs --no-sandbox. The other flags stop the browser's own requests.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
 STN = functools.partial(TransformerNetwork, network=LeNet)
@@ -56,12 +56,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def look(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page from a server on this machine, or a file; in the end nothing may have been complained about."""
+    """Open a page from a local server or from a file. At the end, fail if the page logged or requested anything."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
 
-    seen: list[str] = []
+    complaints: list[str] = []
     contexts = []
     servers = []
 
@@ -76,16 +76,15 @@ def look(browser: Any) -> Iterator[Callable[..., Any]]:
             address = page.absolute().parent.as_uri()
         contexts.append(browser.new_context(**options))
         tab = contexts[-1].new_page()
-        tab.on("console", lambda message: seen.append(f"console: {message.text}"))
-        tab.on("pageerror", lambda error: seen.append(f"error: {error}"))
-        tab.on(
-            "request", lambda request: request.url.startswith((address, "blob:", "data:")) or seen.append(request.url)
-        )
+        tab.on("console", lambda message: complaints.append(f"console: {message.text}"))
+        tab.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        allowed = (address, "blob:", "data:")
+        tab.on("request", lambda request: request.url.startswith(allowed) or complaints.append(request.url))
         tab.goto(address if page.is_dir() else page.absolute().as_uri())
         tab.wait_for_selector(ready)
         return tab
 
-    opened.seen = seen
+    opened.complaints = complaints
     yield opened
     for context in contexts:
         context.close()
@@ -93,18 +92,18 @@ def look(browser: Any) -> Iterator[Callable[..., Any]]:
         server.shutdown()
         server.server_close()
         thread.join()
-    assert seen == []
+    assert complaints == []
 
 
 @pytest.fixture(scope="module")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A bundle of a network, written once."""
+    """Return a function that writes the bundle of a network once."""
     return functools.cache(lambda *what: write_bundle(tmp_path_factory.mktemp("bundle") / "made", *what))
 
 
 @pytest.fixture
 def made(upright: Upright, tmp_path: Path, bundle_of: Callable[..., Path]) -> Callable[..., Path]:
-    """The page of a bundle, which lies in `export/made`."""
+    """Return a function that writes the bundle `export/made` and its page."""
 
     def page(spec: ImageSpec, network: Any, form: Form | None = None, *options: str) -> Path:
         shutil.copytree(bundle_of(spec, network, form), tmp_path / "export/made")
@@ -115,19 +114,19 @@ def made(upright: Upright, tmp_path: Path, bundle_of: Callable[..., Path]) -> Ca
 
 
 def until(tab: Any, condition: str) -> None:
-    """Wait for an expression to be true; playwright's own way needs `eval`, which the page forbids itself."""
+    """Wait until an expression is true. Playwright's own function needs `eval`, which the page forbids."""
     for _ in range(200):
         if tab.evaluate(condition):
             return
         tab.wait_for_timeout(50)
-    raise AssertionError(f"never {condition}; the page says: {tab.inner_text('#status')}")
+    raise AssertionError(f"never {condition}; status of the page: {tab.inner_text('#status')}")
 
 
 SETTLED = "document.getElementById('share').textContent.startsWith('Stays')"
 
 
 def settled(tab: Any, action: Callable[[], object]) -> np.ndarray:
-    """The probabilities that are shown when, after ``action``, every question is answered."""
+    """Return the probabilities on the page after ``action``, when the model has finished all tasks."""
     tab.evaluate("document.getElementById('share').textContent = ''")
     action()
     until(tab, SETTLED)
@@ -139,7 +138,7 @@ def probabilities(tab: Any) -> np.ndarray:
 
 
 def canvas(tab: Any, name: str) -> np.ndarray:
-    """What a canvas holds: ``(H, W, 3)``."""
+    """Return the pixels of a canvas, ``(H, W, 3)``."""
     address = tab.evaluate("name => document.getElementById(name).toDataURL()", name)
     return np.array(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB"))
 
@@ -148,42 +147,41 @@ def slide(tab: Any, name: str, value: int) -> None:
     tab.locator(name).fill(str(value))
 
 
-def test_it_checks_itself_and_says_what_it_runs(look: Any, made: Any) -> None:
+def test_the_page_checks_the_samples_and_names_the_runtime(look: Any, made: Any) -> None:
     tab = look(made(GREY, STN, Form(outputs=("warped",))))
     status = tab.inner_text("#status")
-    assert status.startswith("4 of 4 samples as where it was exported (largest difference ") and "1e-4" in status
-    assert RUNTIME_VERSION in tab.inner_text("#about") and "no picture leaves it" in tab.inner_text("#about")
+    assert status.startswith("4 of 4 samples match the export (largest difference ") and "1e-4" in status
+    assert RUNTIME_VERSION in tab.inner_text("#about") and "no image leaves it" in tab.inner_text("#about")
     assert abs(probabilities(tab).sum() - 1) < 1e-5 and len(probabilities(tab)) == 10
     names = [button.get_attribute("aria-label") for button in tab.query_selector_all("#samples button")]
     assert names == [f"Sample {number}, labelled 0" for number in (1, 2, 3, 4)]
 
 
-def test_a_model_that_says_something_else_is_told(look: Any, made: Any) -> None:
+def test_other_predictions_are_reported(look: Any, made: Any) -> None:
     page = made(GREY, LeNet)
-    told = json.loads((page / "model.json").read_text())
-    told["samples"][2]["probabilities"][0] += 0.01
-    (page / "model.json").write_text(json.dumps(told))
-    assert "1 of 4 samples not as where it was exported (largest difference 1.0e-2" in look(
-        page, "#status.bad"
-    ).inner_text("#status")
+    facts = json.loads((page / "model.json").read_text())
+    facts["samples"][2]["probabilities"][0] += 0.01
+    (page / "model.json").write_text(json.dumps(facts))
+    status = look(page, "#status.bad").inner_text("#status")
+    assert "1 of 4 samples differ from the export (largest difference 1.0e-2" in status
 
 
-def pictures(folder: Path) -> Iterator[Path]:
-    """Of every kind that has trapped somebody."""
+def image_files(folder: Path) -> Iterator[Path]:
+    """Write images of kinds that are easily decoded in another way than in Python."""
     noise = np.random.default_rng(0).integers(0, 256, (31, 45, 4), dtype=np.uint8)
     colour = Image.fromarray(noise[..., :3])
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    for name, picture, options in (
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    for name, image, options in (
         ("grey.png", Image.fromarray(noise[..., 0]), {}),
         ("colour.png", colour, {}),
         ("palette.png", colour.quantize(30), {}),
         ("deep.png", Image.fromarray(noise[..., 0].astype(np.uint16) * 250 + 77), {}),
         ("gamma.png", colour, {"pnginfo": gamma()}),
-        ("turned.jpg", colour, {"exif": turned}),
+        ("rotated.jpg", colour, {"exif": rotated}),
         ("large.png", colour.resize((1024, 700)), {}),
     ):
-        picture.save(folder / name, **options)
+        image.save(folder / name, **options)
         yield folder / name
 
 
@@ -196,11 +194,11 @@ def gamma() -> Any:
 
 
 @pytest.mark.parametrize("spec", [GREY, COLOUR], ids=["grey", "colour"])
-def test_pictures_are_decoded_as_in_python(look: Any, made: Any, tmp_path: Path, spec: ImageSpec) -> None:
+def test_images_are_decoded_as_in_python(look: Any, made: Any, tmp_path: Path, spec: ImageSpec) -> None:
     tab = look(made(spec, LeNet))
     predictor = Predictor(tmp_path / "export/made")
-    for path in pictures(tmp_path):
-        found = settled(tab, lambda path=path: tab.set_input_files("#file", path))
+    for path in image_files(tmp_path):
+        actual = settled(tab, lambda path=path: tab.set_input_files("#file", path))
         expected = (
             np.array([p for _, p in predictor(path).top(5)])
             if spec is COLOUR
@@ -208,31 +206,31 @@ def test_pictures_are_decoded_as_in_python(look: Any, made: Any, tmp_path: Path,
         )
         pixels = predictor.decode(path)
         assert np.array_equal(canvas(tab, "input"), np.broadcast_to(pixels, (*pixels.shape[:2], 3))), path.name
-        assert np.abs(found - expected).max() < 1e-5, path.name
+        assert np.abs(actual - expected).max() < 1e-5, path.name
 
 
-def test_what_lies_under_a_transparent_picture(look: Any, made: Any, tmp_path: Path) -> None:
+def test_the_background_of_a_transparent_image(look: Any, made: Any, tmp_path: Path) -> None:
     tab = look(made(COLOUR, LeNet))
     noise = np.random.default_rng(0).integers(0, 256, (31, 45, 4), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "clear.png")
     settled(tab, lambda: tab.set_input_files("#file", tmp_path / "clear.png"))
     pixels = Predictor(tmp_path / "export/made").decode(tmp_path / "clear.png")
-    # A canvas keeps colours multiplied by alpha, which rounds twice.
+    # A canvas stores colours multiplied by alpha, so they are rounded twice.
     assert np.abs(canvas(tab, "input").astype(int) - pixels).max() <= 1
 
 
-def test_turning(look: Any, made: Any, tmp_path: Path) -> None:
+def test_rotation(look: Any, made: Any, tmp_path: Path) -> None:
     tab = look(made(GREY, STN, Form(outputs=("warped",))))
     session = open_session(tmp_path / "export/made/model.onnx")
-    picture = np.random.default_rng(1).integers(0, 256, (30, 30), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "square.png")
+    square = np.random.default_rng(1).integers(0, 256, (30, 30), dtype=np.uint8)
+    Image.fromarray(square).save(tmp_path / "square.png")
     before = settled(tab, lambda: tab.set_input_files("#file", tmp_path / "square.png"))
-    for angle, turns in ((90, -1), (180, 2), (-90, 1), (0, 0)):
+    for angle, quarters in ((90, -1), (180, 2), (-90, 1), (0, 0)):
         slide(tab, "#angle", angle)
         tab.wait_for_timeout(200)
-        shown = canvas(tab, "input")[..., 0]
-        assert np.abs(shown.astype(int) - np.rot90(picture, turns)).max() <= 1
-        expected, warped = run_batch(session, shown[None, :, :, None], ("probabilities", "warped"))
+        pixels = canvas(tab, "input")[..., 0]
+        assert np.abs(pixels.astype(int) - np.rot90(square, quarters)).max() <= 1
+        expected, warped = run_batch(session, pixels[None, :, :, None], ("probabilities", "warped"))
         assert np.abs(probabilities(tab) - expected[0]).max() < 1e-5
         assert np.abs(canvas(tab, "warped")[..., 0] - warped[0, ..., 0]).max() <= 1
     assert np.array_equal(probabilities(tab), before)
@@ -243,15 +241,15 @@ def test_turning(look: Any, made: Any, tmp_path: Path) -> None:
     assert tab.inner_text("#degrees") == "36°"
     slide(tab, "#scale", 50)
     tab.wait_for_timeout(200)
-    # What comes into view has the colour of the border.
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    # The area outside of the image has the mean colour of its border.
+    border = np.concatenate([square[0], square[-1], square[:, 0], square[:, -1]])
     assert abs(int(canvas(tab, "input")[0, 0, 0]) - border.mean()) <= 1
     tab.click("#reset")
     tab.wait_for_timeout(200)
     assert np.array_equal(probabilities(tab), before)
 
 
-def test_the_curve_is_what_the_slider_would_show(look: Any, made: Any) -> None:
+def test_the_curve_matches_the_slider(look: Any, made: Any) -> None:
     tab = look(made(GREY, LeNet))
     until(tab, SETTLED)
     curves = tab.eval_on_selector_all("#curves .curve", "paths => paths.map(path => path.getAttribute('d'))")
@@ -275,14 +273,14 @@ def test_spinning(look: Any, made: Any) -> None:
     assert tab.input_value("#angle") == stopped and tab.inner_text("#spin") == "Spin"
 
 
-def test_who_asks_for_less_motion_gets_steps(look: Any, made: Any) -> None:
+def test_reduced_motion_rotates_in_steps(look: Any, made: Any) -> None:
     tab = look(made(GREY, LeNet), reduced_motion="reduce")
     tab.click("#spin")
-    seen = set()
+    angles = set()
     for _ in range(30):
-        seen.add(float(tab.input_value("#angle")))
+        angles.add(float(tab.input_value("#angle")))
         tab.wait_for_timeout(50)
-    assert seen <= {0, 15, 30, 45} and len(seen) > 1
+    assert angles <= {0, 15, 30, 45} and len(angles) > 1
 
 
 @pytest.mark.parametrize("angle", [0, 90])
@@ -301,7 +299,7 @@ def test_drawing(look: Any, made: Any, angle: int) -> None:
     tab.mouse.up()
     tab.mouse.move(*at(0.9, 0.9))
     tab.wait_for_timeout(700)
-    # The pen is where the hand is, however the picture lies.
+    # The pen draws below the pointer, also on a rotated image.
     ink = canvas(tab, "input")[..., 0] > 128
     assert ink[70, 90:190].all() and not ink[120:].any()
     assert not np.array_equal(probabilities(tab), before) and abs(probabilities(tab).sum() - 1) < 1e-5
@@ -311,7 +309,7 @@ def test_drawing(look: Any, made: Any, angle: int) -> None:
 def test_pasting_and_dropping(look: Any, made: Any, tmp_path: Path) -> None:
     tab = look(made(GREY, LeNet))
     Image.new("L", (17, 9), 200).save(tmp_path / "grey.png")
-    give = """([bytes, kind]) => {
+    transfer = """([bytes, kind]) => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([new Uint8Array(bytes)], "grey.png", { type: "image/png" }));
         dispatchEvent(kind === "drop" ? new DragEvent("drop", { dataTransfer: transfer, cancelable: true })
@@ -319,45 +317,45 @@ def test_pasting_and_dropping(look: Any, made: Any, tmp_path: Path) -> None:
     }"""
     for kind in ("drop", "paste"):
         tab.click("#clear")
-        tab.evaluate(give, [list((tmp_path / "grey.png").read_bytes()), kind])
+        tab.evaluate(transfer, [list((tmp_path / "grey.png").read_bytes()), kind])
         until(tab, "document.getElementById('input').width === 17")
         assert (canvas(tab, "input") == 200).all()
 
 
-def test_bad_pictures_are_told_and_the_next_one_is_taken(look: Any, made: Any, tmp_path: Path) -> None:
+def test_bad_images_are_reported_and_the_next_one_is_classified(look: Any, made: Any, tmp_path: Path) -> None:
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,), resize="none")
     tab = look(made(spec, functools.partial(NiN, widths=(8, 8), stem=(5, 1, 2))))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     tab.set_input_files("#file", tmp_path / "text.png")
     tab.wait_for_selector("#status.bad")
-    assert tab.inner_text("#status") == "“text.png” is no picture that this browser can read."
+    assert tab.inner_text("#status") == "This browser cannot read “text.png” as an image."
     Image.new("L", (40, 1)).save(tmp_path / "thin.png")
     tab.set_input_files("#file", tmp_path / "thin.png")
-    until(tab, "document.getElementById('state').textContent.startsWith('The model cannot take')")
+    until(tab, "document.getElementById('state').textContent.startsWith('The model does not accept')")
     assert "40 x 1 pixels" in tab.inner_text("#status")
     tab.click("#samples button")
     tab.wait_for_selector("#status.good")
-    assert "Non-zero status code" in look.seen.pop() and not look.seen  # onnxruntime's own word
+    assert "Non-zero status code" in look.complaints.pop() and not look.complaints  # a message of onnxruntime
 
 
-def test_a_thousand_classes_and_a_large_picture(look: Any, made: Any, tmp_path: Path) -> None:
+def test_a_thousand_classes_and_a_large_image(look: Any, made: Any, tmp_path: Path) -> None:
     tab = look(made(COLOUR, LeNet))
     Image.new("RGB", (3000, 1500), (200, 10, 10)).save(tmp_path / "large.jpg")
-    shown = settled(tab, lambda: tab.set_input_files("#file", tmp_path / "large.jpg"))
-    assert len(shown) == 5 and (np.diff(shown) <= 0).all()
+    listed = settled(tab, lambda: tab.set_input_files("#file", tmp_path / "large.jpg"))
+    assert len(listed) == 5 and (np.diff(listed) <= 0).all()
     assert canvas(tab, "input").shape == (512, 1024, 3) and "1024 x 512 of 3000 x 1500" in tab.inner_text("#remark")
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
-def test_a_model_of_one_size_and_number(look: Any, made: Any, tmp_path: Path, resize: str) -> None:
+def test_a_model_of_fixed_size_and_batch(look: Any, made: Any, tmp_path: Path, resize: str) -> None:
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,), resize=resize)
     tab = look(made(spec, LeNet, Form(batch=3, size=(28, 28))))
     halves = np.zeros((60, 120), np.uint8)
     halves[:, 30:90] = 255
     Image.fromarray(halves).save(tmp_path / "wide.png")
     settled(tab, lambda: tab.set_input_files("#file", tmp_path / "wide.png"))
-    shown = canvas(tab, "input")[..., 0]
-    assert shown.shape == (28, 28) and (shown[:, 2] == (0 if resize == "stretch" else 255)).all()
+    pixels = canvas(tab, "input")[..., 0]
+    assert pixels.shape == (28, 28) and (pixels[:, 2] == (0 if resize == "stretch" else 255)).all()
     tab.click("#clear")
     assert canvas(tab, "input").shape == (28, 28, 3)
 
@@ -365,7 +363,7 @@ def test_a_model_of_one_size_and_number(look: Any, made: Any, tmp_path: Path, re
 def test_several_transformers(look: Any, made: Any) -> None:
     network = functools.partial(TransformerNetwork, network=LeNet, places=["input", "features.3"])
     tab = look(made(GREY, network, Form(outputs=("warped",))))
-    assert tab.locator("#views figcaption").all_inner_texts() == ["What transformer 1 sees", "What transformer 2 sees"]
+    assert tab.locator("#views figcaption").all_inner_texts() == ["Output of transformer 1", "Output of transformer 2"]
     assert canvas(tab, "warped_2").std() > 0
 
 
@@ -381,16 +379,16 @@ def test_one_file_from_a_disk(look: Any, made: Any) -> None:
 
 
 @pytest.mark.parametrize("missing", ["model.onnx", "runtime/ort-wasm-simd-threaded.wasm", "model.json"])
-def test_what_is_missing_is_named(look: Any, made: Any, missing: str) -> None:
+def test_the_page_names_a_missing_file(look: Any, made: Any, missing: str) -> None:
     page = made(GREY, LeNet)
     (page / missing).unlink()
     tab = look(page, "#status.bad")
-    assert tab.inner_text("#status") == f"The model cannot be loaded: {missing} is not there (HTTP 404)."
+    assert tab.inner_text("#status") == f"The model cannot be loaded: {missing} is missing (HTTP 404)."
     assert tab.locator("#progress").is_hidden()
-    assert "404" in look.seen.pop() and not look.seen
+    assert "404" in look.complaints.pop() and not look.complaints
 
 
-def test_it_fits(look: Any, made: Any) -> None:
+def test_the_page_fits_every_width(look: Any, made: Any) -> None:
     tab = look(made(GREY, STN, Form(outputs=("warped",))))
     for width in (320, 390, 768, 1280):
         tab.set_viewport_size({"width": width, "height": 800})
@@ -399,7 +397,8 @@ def test_it_fits(look: Any, made: Any) -> None:
 
 def test_nothing_moves_while_it_loads(look: Any, made: Any) -> None:
     page = made(GREY, STN, Form(outputs=("warped",)))
-    tops = "['look', 'say', 'turn', 'try'].map(id => document.getElementById(id).getBoundingClientRect().top)"
+    sections = "['image', 'prediction', 'rotation', 'gallery']"
+    tops = f"{sections}.map(id => document.getElementById(id).getBoundingClientRect().top)"
     for width in (390, 1280):
         tab = look(page, "#samples button:nth-child(4)", viewport={"width": width, "height": 800})
         early = tab.evaluate(tops)

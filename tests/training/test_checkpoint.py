@@ -24,26 +24,26 @@ class Exploit:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "not a whole checkpoint"),
-        (b"hello", "not an Upright checkpoint|not a whole checkpoint"),
+        (b"", "not a complete checkpoint"),
+        (b"hello", "not an Upright checkpoint|not a complete checkpoint"),
         (pickle.dumps(Exploit()), "not an Upright checkpoint.*would run code"),
     ],
     ids=["empty", "text", "pickle"],
 )
-def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, text: str) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)
     with pytest.raises(UprightError, match=text):
         read_checkpoint(path)
 
 
-def test_a_zip_with_code_in_it(tmp_path: Path) -> None:
+def test_a_zip_with_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "upright": Exploit()}, tmp_path / "x.ckpt")
     with pytest.raises(UprightError, match=r"would run code"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_noise_is_no_checkpoint(tmp_path: Path, run_folder: Path) -> None:
+def test_random_bytes_are_refused_in_one_line(tmp_path: Path, run_folder: Path) -> None:
     choose = random.Random(0)
     whole = (run_folder / "best.ckpt").read_bytes()
     for number in range(200):
@@ -57,16 +57,16 @@ def test_noise_is_no_checkpoint(tmp_path: Path, run_folder: Path) -> None:
             assert "x.ckpt" in str(error) and "\n" not in str(error)
 
 
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
-def test_a_truncated_checkpoint(run_folder: Path, part: float) -> None:
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(run_folder: Path, fraction: float) -> None:
     path = run_folder / "best.ckpt"
     content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(UprightError, match=r"damaged"):
         read_checkpoint(path)
 
 
-def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
     with pytest.raises(UprightError, match=r"not a checkpoint that `upright fit` wrote"):
         read_checkpoint(tmp_path / "other.ckpt")
@@ -81,13 +81,13 @@ def edit(path: Path, **changes: object) -> None:
     torch.save(checkpoint, path)
 
 
-def test_a_newer_format(run_folder: Path) -> None:
+def test_a_newer_format_is_refused(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", format=99)
-    with pytest.raises(UprightError, match=r"format 99, made by Upright .* reads up to 1"):
+    with pytest.raises(UprightError, match=r"format 99, written by Upright .* reads up to 1"):
         restore(run_folder)
 
 
-def test_a_class_that_is_gone(run_folder: Path) -> None:
+def test_a_missing_class_is_named(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", data={"class_path": "upright.data.digits.Digts", "init_args": {}})
     with pytest.raises(UprightError, match=r"no class 'Digts'. Did you mean 'Digits'"):
         restore(run_folder)
@@ -96,14 +96,14 @@ def test_a_class_that_is_gone(run_folder: Path) -> None:
         restore(run_folder)
 
 
-def test_a_run_without_data(run_folder: Path) -> None:
+def test_a_run_without_data_needs_a_datamodule(run_folder: Path) -> None:
     edit(run_folder / "best.ckpt", data=None)
     with pytest.raises(UprightError, match=r"It needs data, but the checkpoint was trained without a datamodule; give"):
         restore(run_folder).image_data("It needs data")
     assert restore(run_folder, data=Digits(angles=(0,))).data.angles == (0,)
 
 
-def test_data_that_changed_are_an_error(run_folder: Path) -> None:
+def test_changed_data_are_refused(run_folder: Path) -> None:
     ours = read_checkpoint(run_folder)["upright"]
     ours["data"]["init_args"]["split_seed"] = 5
     edit(run_folder / "best.ckpt", data=ours["data"])
@@ -111,7 +111,7 @@ def test_data_that_changed_are_an_error(run_folder: Path) -> None:
         restore(run_folder)
 
 
-def test_data_of_ones_choice_must_not_hold_training_images(run_folder: Path) -> None:
+def test_other_data_with_training_images_are_refused(run_folder: Path) -> None:
     assert restore(run_folder, data=Digits(angles=(10,))).data.angles == (10,)
     with pytest.raises(
         UprightError, match=r"of 270 images in split 'val' of these data are images that .* was trained"
@@ -119,7 +119,7 @@ def test_data_of_ones_choice_must_not_hold_training_images(run_folder: Path) -> 
         restore(run_folder, data=Digits(split_seed=5))
 
 
-def test_data_of_other_classes_are_an_error(run_folder: Path, tmp_path: Path) -> None:
+def test_data_of_other_classes_are_refused(run_folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     from upright.data.folder import Folder
@@ -131,7 +131,7 @@ def test_data_of_other_classes_are_an_error(run_folder: Path, tmp_path: Path) ->
         restore(run_folder, data=Folder(root=str(tmp_path / "x"), channels=1))
 
 
-def test_weights_of_another_network(run_folder: Path) -> None:
+def test_weights_of_another_network_are_refused(run_folder: Path) -> None:
     checkpoint = torch.load(run_folder / "best.ckpt", weights_only=True)
     checkpoint["state_dict"].popitem()
     torch.save(checkpoint, run_folder / "best.ckpt")
@@ -139,7 +139,7 @@ def test_weights_of_another_network(run_folder: Path) -> None:
         restore(run_folder)
 
 
-def test_finding(run_folder: Path, tmp_path: Path) -> None:
+def test_find_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     assert find_checkpoint(run_folder) == run_folder / "best.ckpt"
     with pytest.raises(UprightError, match=r"bst.ckpt' does not exist. Did you mean '.*best.ckpt'"):
         find_checkpoint(run_folder / "bst.ckpt")
@@ -147,7 +147,7 @@ def test_finding(run_folder: Path, tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-def test_a_run_from_python_restores_alike(tmp_path: Path) -> None:
+def test_a_run_from_python_is_restored_exactly(tmp_path: Path) -> None:
     data = Digits(size=16, batch_size=128)
     network = partial(LeNet, widths=(4, 8, 32, 16), activation="relu")
     classifier = ImageClassifier(data.spec, network, partial(torch.optim.SGD, lr=0.1))
@@ -170,7 +170,7 @@ def test_a_run_from_python_restores_alike(tmp_path: Path) -> None:
     assert restored.contents["metrics"]["val/accuracy"] > 0
 
 
-def test_a_save_that_fails_leaves_what_stood(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(2)}, path)
     with pytest.raises(AttributeError):

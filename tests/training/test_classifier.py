@@ -15,7 +15,7 @@ from upright.architectures.spatial_transformer import (
     DenseLocaliser,
     Regression,
     SpatialTransformer,
-    observed,
+    observe,
     observing,
 )
 from upright.architectures.transformer_network import TransformerNetwork
@@ -46,7 +46,7 @@ def digits(**options: object) -> Digits:
     return Digits(size=12, margin=0, angles=(-30, 30), **options)
 
 
-def test_lr_factor_reaches_the_optimiser_and_the_schedule_keeps_the_ratio() -> None:
+def test_lr_factor_sets_the_rate_of_its_group_and_the_schedule_keeps_the_ratio() -> None:
     rates = []
 
     class Rates(L.Callback):
@@ -63,10 +63,10 @@ def test_lr_factor_reaches_the_optimiser_and_the_schedule_keeps_the_ratio() -> N
     assert slow == {id(parameter) for parameter in classifier.model.network.transformer.parameters()}
 
 
-class Noted(nn.Module):
-    """Remembers what it was shown, behind dropout."""
+class Recording(nn.Module):
+    """Record the inputs after dropout."""
 
-    shown: list[torch.Tensor] = []  # noqa: RUF012  # shared on purpose: the network is made elsewhere
+    inputs: list[torch.Tensor] = []  # noqa: RUF012  # shared: the classifier builds the network
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -74,28 +74,28 @@ class Noted(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.training:
-            self.shown.append(self.layers[0](images).detach().clone())
+            self.inputs.append(self.layers[0](images).detach().clone())
         return self.layers(images)
 
 
-def shown(seed: int, **options: object) -> list[torch.Tensor]:
-    Noted.shown.clear()
+def inputs(seed: int, **options: object) -> list[torch.Tensor]:
+    Recording.inputs.clear()
     L.seed_everything(seed)
-    classifier = ImageClassifier(SPEC, Noted, ADAM)
-    torch.manual_seed(torch.seed())  # what was drawn before training must not matter
+    classifier = ImageClassifier(SPEC, Recording, ADAM)
+    torch.manual_seed(torch.seed())  # earlier random numbers must not matter
     trainer(limit_train_batches=3, limit_val_batches=0, **options).fit(classifier, digits())
-    return list(Noted.shown)
+    return list(Recording.inputs)
 
 
-def test_what_training_sees_is_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_inputs_of_training_are_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    first, again, other = shown(1, max_epochs=2), shown(1, max_epochs=2), shown(2, max_epochs=2)
+    first, again, other = inputs(1, max_epochs=2), inputs(1, max_epochs=2), inputs(2, max_epochs=2)
     assert len(first) == 6 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert len({float(batch.sum()) for batch in first}) == 6
 
 
-def test_the_upright_loss_costs_a_pass_of_the_localiser_and_not_of_the_network() -> None:
+def test_the_upright_loss_runs_the_localiser_twice_and_the_network_once() -> None:
     calls = {"localiser": 0, "network": 0}
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
     network = classifier.model.network
@@ -111,7 +111,7 @@ def test_metrics_of_each_stage() -> None:
     data, classifier = digits(), ImageClassifier(SPEC, STN, ADAM)
     metrics = trainer().test(classifier, data, verbose=False)[0]
     assert set(metrics) == METRICS
-    # Untrained, the transformer is the identity.
+    # An untrained transformer is the identity.
     assert metrics["test/uprightness"] == pytest.approx(1, abs=1e-3)
     samples = data.samples("test")[:]
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_metrics_of_each_stage() -> None:
     assert metrics["test/loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, samples.labels)), rel=1e-4)
 
 
-def test_without_views_or_transformer_there_is_no_uprightness() -> None:
+def test_uprightness_needs_views_and_a_transformer() -> None:
     for network, data in ((STN, Digits(size=12, margin=0)), (LeNet, digits())):
         metrics = trainer().test(ImageClassifier(SPEC, network, ADAM), data, verbose=False)[0]
         assert "test/uprightness" not in metrics
@@ -138,14 +138,14 @@ def test_an_upright_loss_without_a_transformer_is_refused() -> None:
         ImageClassifier(SPEC, LeNet, ADAM, upright_weight=1.0)
 
 
-def test_an_upright_loss_without_turned_data_is_refused() -> None:
+def test_an_upright_loss_without_rotated_data_is_refused() -> None:
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
     with pytest.raises(UprightError, match=r"the data are not rotated: add"):
         trainer().fit(classifier, Digits(size=12, margin=0))
 
 
-class WhereIsLight(nn.Module):
-    """For images whose upper half is bright: by how much that is turned, in every feature."""
+class AngleOfBrightHalf(nn.Module):
+    """Return the angle of the bright half of each image as every feature."""
 
     def __init__(self, input_shape: object, num_outputs: int) -> None:
         super().__init__()
@@ -157,19 +157,19 @@ class WhereIsLight(nn.Module):
         return torch.atan2(-across, -down)[:, None].expand(-1, self.features)
 
 
-class TurnsBack(SpatialTransformer):
-    """Undoes, whatever its weights, the turn that its localiser sees."""
+class UndoesRotation(SpatialTransformer):
+    """A transformer that undoes the rotation that its localiser returns, whatever its weights are."""
 
     def __init__(self, input_shape: tuple[int, int, int]) -> None:
-        super().__init__(input_shape, transform="rotation", localiser=WhereIsLight)
+        super().__init__(input_shape, transform="rotation", localiser=AngleOfBrightHalf)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         theta = 0 * self.localisation(images) - self.localisation[0](images)[:, :1]
-        return observed(self, theta, lambda: self.look(images, partial(self.points, theta)))
+        return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)))
 
 
 @pytest.mark.parametrize(
-    ("augment", "known"),
+    ("augment", "reported"),
     [
         ([partial(RandomAffine, rotate=40), RandomElastic, partial(RandomPerspective, distortion=0.02)], True),
         ([partial(kornia.RandomRotation, degrees=40.0, p=1.0)], True),
@@ -177,50 +177,50 @@ class TurnsBack(SpatialTransformer):
         ([RandomAffine, "hidden"], False),
     ],
 )
-def test_the_upright_loss_knows_of_whatever_moves_pixels(augment: list[object], known: bool) -> None:
-    network = partial(TransformerNetwork, network=LeNet, transformer=TurnsBack)
-    data = digits(augment=[HiddenTurn if part == "hidden" else part for part in augment], batch_size=256)
-    # Where the transformer turns back what was turned, nothing is lost, whoever turned it.
+def test_the_upright_loss_uses_the_transforms_of_every_part(augment: list[object], reported: bool) -> None:
+    network = partial(TransformerNetwork, network=LeNet, transformer=UndoesRotation)
+    data = digits(augment=[HiddenRotation if part == "hidden" else part for part in augment], batch_size=256)
+    # If the transformer undoes the rotation of each part, the loss is near zero.
     images = data.images.pixels.pixels
     images[..., :6, :], images[..., 6:, :] = 255, 0
     fit = trainer(max_steps=1, limit_val_batches=0)
     fit.fit(ImageClassifier(SPEC, network, ADAM, upright_weight=1.0), data)
     loss = float(fit.callback_metrics["train/upright_loss"])
-    assert loss < 0.03 if known else loss > 0.1
+    assert loss < 0.03 if reported else loss > 0.1
 
 
-class HiddenTurn(nn.Module):
-    """Moves pixels behind everybody's back."""
+class HiddenRotation(nn.Module):
+    """A module that rotates images without reporting it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.turn = [kornia.RandomRotation(40.0, p=1.0)]
+        self.rotation = [kornia.RandomRotation(40.0, p=1.0)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.turn[0](images)
+        return self.rotation[0](images)
 
 
 @pytest.mark.parametrize("part", [MixUp, CutMix])
-def test_mixed_images_are_learnt_with_soft_targets(part: type[nn.Module]) -> None:
-    given = []
+def test_mixed_images_are_trained_with_soft_targets(part: type[nn.Module]) -> None:
+    calls = []
 
-    class Listening(CrossEntropy):
+    class RecordingLoss(CrossEntropy):
         def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            given.append((self.training, targets))
+            calls.append((self.training, targets))
             return super().forward(logits, targets)
 
     classifier = ImageClassifier(SPEC, LeNet, ADAM)
-    classifier.loss = Listening(10, label_smoothing=0.1)
+    classifier.loss = RecordingLoss(10, label_smoothing=0.1)
     fit = trainer(max_steps=2, limit_val_batches=1)
     fit.fit(classifier, digits(augment=[partial(RandomAffine, rotate=10), part]))
-    # The first was asked before training whether it can.
-    trained = [targets for training, targets in given[1:] if training]
+    # The first call, before training, checks whether the loss accepts probabilities.
+    trained = [targets for training, targets in calls[1:] if training]
     assert all(targets.shape == (64, 10) and (targets.amax(dim=1) < 1).any() for targets in trained)
-    # Validation has labels, as everything has without mixing.
-    assert all(targets.dtype == torch.int64 for training, targets in given if not training)
-    given.clear()
+    # Validation has labels, as training has without mixing.
+    assert all(targets.dtype == torch.int64 for training, targets in calls if not training)
+    calls.clear()
     trainer(max_steps=1, limit_val_batches=0).fit(classifier, digits())
-    assert given[0][1].dtype == torch.int64
+    assert calls[0][1].dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -230,19 +230,19 @@ def test_mixed_images_are_learnt_with_soft_targets(part: type[nn.Module]) -> Non
             LeNet,
             [MixUp],
             {"loss": PerceptronLoss},
-            "MixUp gives an image several classes, and PerceptronLoss takes",
+            "MixUp gives an image several classes, but PerceptronLoss takes",
         ),
-        (STN, [RandomAffine, CutMix], {"upright_weight": 1.0}, "and CutMix puts two into one: leave it out of"),
+        (STN, [RandomAffine, CutMix], {"upright_weight": 1.0}, "but CutMix mixes two images: remove it from"),
         (
             STN,
             [RandomAffine, kornia.RandomElasticTransform],
             {"upright_weight": 1.0},
-            "must know where pixels went, and RandomElasticTransform does not say: use",
+            "needs the transform of each image, but RandomElasticTransform does not report it: use",
         ),
         (STN, [kornia.ColorJitter], {"upright_weight": 1.0}, "the data are not rotated: add"),
     ],
 )
-def test_an_augmentation_that_the_losses_cannot_learn_from_is_refused(
+def test_an_augmentation_that_the_loss_does_not_support_is_refused(
     network: object, augment: list[object], options: dict[str, object], text: str
 ) -> None:
     options = {"scheduler": OneCycle} | options
@@ -251,17 +251,17 @@ def test_an_augmentation_that_the_losses_cannot_learn_from_is_refused(
     assert "\n" not in str(refusal.value)
 
 
-def test_an_architectures_refusal_is_the_users_error() -> None:
+def test_an_error_of_an_architecture_is_a_user_error() -> None:
     with pytest.raises(UprightError, match=r"at least 12x12 pixels, got 8x8"):
         ImageClassifier(Digits(size=8, margin=0).spec, LeNet, ADAM)
 
 
-def test_what_could_not_be_rebuilt_is_refused() -> None:
+def test_a_network_that_cannot_be_rebuilt_is_refused() -> None:
     with pytest.raises(UprightError, match=r"cannot be written into a checkpoint.*functools.partial"):
         ImageClassifier(SPEC, lambda shape, classes: LeNet(shape, classes), ADAM)
 
 
-def test_resize_none_lets_a_network_see_images_at_their_own_size() -> None:
+def test_resize_none_does_not_resize_images() -> None:
     spec = replace(SPEC, resize="none")
     classifier = ImageClassifier(spec, partial(SmallResNet, depth=8, width=4), ADAM).eval()
     images = torch.rand(2, 1, 30, 17) * 255
@@ -273,12 +273,12 @@ def test_resize_none_lets_a_network_see_images_at_their_own_size() -> None:
 
 
 @pytest.mark.parametrize("network", [LeNet, partial(MLP, widths=(8,)), Recurrent])
-def test_resize_none_is_refused_where_the_size_is_fixed(network: object) -> None:
-    with pytest.raises(UprightError, match=r"resize none needs a network that takes images of any size.*Use stretch"):
+def test_resize_none_is_refused_for_a_network_of_one_size(network: object) -> None:
+    with pytest.raises(UprightError, match=r"resize none needs a network for images of any size.*Use stretch"):
         ImageClassifier(replace(SPEC, resize="none"), network, ADAM)
 
 
-def test_init_starts_any_network_by_a_scheme() -> None:
+def test_init_initialises_any_network() -> None:
     for scheme in ("he_normal", "orthogonal"):
         torch.manual_seed(0)
         classifier = ImageClassifier(SPEC, STN, ADAM, init=scheme)
@@ -286,12 +286,12 @@ def test_init_starts_any_network_by_a_scheme() -> None:
         weights = classifier.model.network.network.classifier[1].weight
         products = weights @ weights.T if weights.shape[0] < weights.shape[1] else weights.T @ weights
         assert torch.allclose(products, torch.eye(len(products)), atol=1e-4) == (scheme == "orthogonal")
-        with observing() as seen:
+        with observing() as observations:
             classifier(torch.rand(2, 1, 12, 12))
-        assert (seen[0].theta == 0).all()
+        assert (observations[0].theta == 0).all()
 
 
-def test_every_transformer_takes_part_in_the_upright_loss() -> None:
+def test_the_upright_loss_trains_every_transformer() -> None:
     network = partial(
         TransformerNetwork,
         network=LeNet,
@@ -299,7 +299,7 @@ def test_every_transformer_takes_part_in_the_upright_loss() -> None:
         transformer=partial(SpatialTransformer, localiser=DenseLocaliser),
     )
     classifier = ImageClassifier(SPEC, network, ADAM, upright_weight=1.0)
-    # Nothing but the upright loss: labels say nothing where all logits are alike.
+    # With equal logits, classification has no gradient, so only the upright loss trains.
     for name in ("classifier", "features"):
         for parameter in getattr(classifier.model.network.network, name)[-1].parameters():
             nn.init.zeros_(parameter)
@@ -325,27 +325,27 @@ def test_the_perceptron_loss_counts_mistakes_only() -> None:
     assert loss(logits, torch.tensor([0, 1])).item() == 0
     wrong = loss(logits, torch.tensor([0, 2]))
     wrong.backward()
-    # The right class gains what the one it was taken for loses; nothing else moves.
+    # The gradients of the true and the predicted class are opposite; all others are zero.
     assert wrong.item() == 1.0
     assert logits.grad.tolist() == [[0, 0, 0], [0, 0.5, -0.5]]
 
 
-def test_mixed_precision_trains_and_measures() -> None:
+def test_mixed_precision_does_not_change_uprightness() -> None:
     torch.manual_seed(0)
     classifier = ImageClassifier(SPEC, STN, ADAM, upright_weight=1.0)
     mixed = trainer(precision="bf16-mixed", max_steps=4)
     mixed.fit(classifier, digits())
-    found = mixed.validate(classifier, digits(), verbose=False)[0]["val/uprightness"]
-    # Weights are rounded to eight bits and coordinates are not: only theta may differ, and by little.
+    half = mixed.validate(classifier, digits(), verbose=False)[0]["val/uprightness"]
+    # Weights are rounded to bfloat16 and coordinates are not, so only theta may differ a little.
     exact = trainer().validate(classifier, digits(), verbose=False)[0]["val/uprightness"]
-    assert found == pytest.approx(exact, rel=0.05)
+    assert half == pytest.approx(exact, rel=0.05)
 
 
-def test_a_network_that_cannot_be_built_is_one_line() -> None:
+def test_a_network_that_cannot_be_built_is_an_error_of_one_line() -> None:
     with pytest.raises(UprightError, match=r"The network cannot be built for images of \(1, 12, 12\): .*negative"):
         ImageClassifier(SPEC, partial(MLP, widths=(-3,)), ADAM)
 
 
 def test_resize_none_is_refused_with_a_transformer() -> None:
-    with pytest.raises(UprightError, match=r"resize none and a spatial transformer do not go together"):
+    with pytest.raises(UprightError, match=r"resize none does not work with a spatial transformer"):
         ImageClassifier(replace(SPEC, resize="none"), STN, ADAM)

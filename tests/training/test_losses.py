@@ -9,14 +9,14 @@ LOGITS, LABELS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), 
 WEIGHTS = [0.5, 1.0, 4.0]
 
 
-def test_without_weights_it_is_torchs() -> None:
+def test_without_weights_it_equals_torchs() -> None:
     for smoothing in (0.0, 0.1):
         ours = CrossEntropy(3, label_smoothing=smoothing)(LOGITS, LABELS)
         assert ours == pytest.approx(float(cross_entropy(LOGITS, LABELS, label_smoothing=smoothing)))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weights_count_the_same_for_labels_and_probabilities(smoothing: float) -> None:
+def test_weights_apply_equally_to_labels_and_probabilities(smoothing: float) -> None:
     loss = CrossEntropy(3, label_smoothing=smoothing, class_weights=WEIGHTS)
     targets = one_hot(LABELS, 3).float()
     assert loss(LOGITS, LABELS) == pytest.approx(float(loss(LOGITS, targets)))
@@ -28,18 +28,18 @@ def test_weights_count_the_same_for_labels_and_probabilities(smoothing: float) -
     assert loss(LOGITS, mixed) == pytest.approx(float(apart), abs=1e-6)
 
 
-def test_losses_of_batches_average_to_that_of_all() -> None:
+def test_the_mean_over_batches_is_the_loss_of_all_images() -> None:
     loss = CrossEntropy(3, class_weights=WEIGHTS)
     parts = (2 * loss(LOGITS[:2], LABELS[:2]) + 4 * loss(LOGITS[2:], LABELS[2:])) / 6
     assert loss(LOGITS, LABELS) == pytest.approx(float(parts))
 
 
-def test_balanced_weighs_all_classes_alike() -> None:
+def test_balanced_gives_all_classes_the_same_weight() -> None:
     loss = CrossEntropy(3, class_weights="balanced")
     counts = LABELS.bincount()
     loss.balance(counts)
     assert loss.weight is not None and loss.weight * counts == pytest.approx(torch.full((3,), 2.0))
-    # It travels with the weights.
+    # The class weights are part of the state dict.
     again = CrossEntropy(3, class_weights="balanced")
     again.load_state_dict(loss.state_dict())
     assert again(LOGITS, LABELS) == loss(LOGITS, LABELS)
@@ -48,12 +48,12 @@ def test_balanced_weighs_all_classes_alike() -> None:
 
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [1, -1, 1], [0, 0, 0], []])
-def test_weights_that_do_not_fit(weights: list[float]) -> None:
+def test_invalid_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(UprightError, match=r"class_weights must be 3 numbers.*got \["):
         CrossEntropy(3, class_weights=weights)
 
 
-def test_other_mistakes() -> None:
+def test_other_invalid_options_are_refused() -> None:
     with pytest.raises(UprightError, match="one per class, or balanced; got 'balance'"):
         CrossEntropy(3, class_weights="balance")
     with pytest.raises(UprightError, match=r"label_smoothing must be from 0 to 1, got 2"):

@@ -18,19 +18,19 @@ def answers(num_classes: int, count: int = 300) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("num_classes", [2, 5, 10])
 def test_metrics_equal_scikit_learns(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Some are told of on the way, some at the end.
-    monkeypatch.setattr("upright.training.metrics.AT_ONCE", 100)
+    # Some images are counted during the updates, the rest in `compute`.
+    monkeypatch.setattr("upright.training.metrics.UPDATE_IMAGES", 100)
     preds, target = answers(num_classes)
     metrics = StageMetrics(num_classes, upright=False)
     for part in range(0, 300, 64):
         metrics.update(preds[part : part + 64], target[part : part + 64], torch.tensor(1.0))
-    found, predicted = metrics.compute(), preds.argmax(1)
-    assert found.pop("confusion").tolist() == confusion_matrix(target, predicted).tolist()
-    ours = {name: float(value) for name, value in found.items()}
+    values, predicted = metrics.compute(), preds.argmax(1)
+    assert values.pop("confusion").tolist() == confusion_matrix(target, predicted).tolist()
+    ours = {name: float(value) for name, value in values.items()}
     precision, recall, f1, _ = precision_recall_fscore_support(target, predicted, average="macro")
     expected = {"precision": precision, "recall": recall, "f1": f1, "loss": 1.0}
     expected["accuracy"] = float((predicted == target).float().mean())
-    # Expected calibration error: what is said of those of one bin, against what is so.
+    # Expected calibration error: in each bin, mean confidence minus accuracy.
     confidence, right = preds.amax(1), (predicted == target).float()
     bins = (confidence * 15).ceil()
     gaps = [(bins == b).float().mean() * (confidence - right)[bins == b].mean().abs() for b in bins.unique()]
@@ -40,15 +40,15 @@ def test_metrics_equal_scikit_learns(num_classes: int, monkeypatch: pytest.Monke
     assert ours == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_first_batch_that_is_all_right_does_not_make_one_metric_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upright.training.metrics.AT_ONCE", 8)
+def test_a_first_batch_without_mistakes_does_not_merge_two_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upright.training.metrics.UPDATE_IMAGES", 8)
     metrics = StageMetrics(10, upright=False)
     target = torch.arange(8)
     metrics.update(torch.eye(10)[:8], target, torch.tensor(1.0))
     second = torch.linspace(1, 0.1, 10).expand(8, 10)
     metrics.update(second / second.sum(1, keepdim=True), target, torch.tensor(1.0))
-    found = metrics.compute()
-    assert found["accuracy"] == (8 + 1) / 16 and found["top5"] == (8 + 5) / 16
+    values = metrics.compute()
+    assert values["accuracy"] == (8 + 1) / 16 and values["top5"] == (8 + 5) / 16
 
 
 def test_the_loss_is_a_mean_over_images() -> None:
@@ -61,7 +61,7 @@ def test_the_loss_is_a_mean_over_images() -> None:
 
 def test_tables(tmp_path: Path) -> None:
     preds, target = answers(5)
-    # Nobody ever shows or predicts the last class.
+    # The last class occurs neither as label nor as prediction.
     confusion = torch.from_numpy(confusion_matrix(target, preds.argmax(1), labels=range(6)))
     names = ["a", "b, or c", 'd "e"', "ü", "f", "never"]
     assert write_tables(tmp_path, confusion, names) == [tmp_path / "test_confusion.csv", tmp_path / "test_classes.csv"]
@@ -75,7 +75,7 @@ def test_tables(tmp_path: Path) -> None:
         assert [float(cell) for cell in ours] == pytest.approx(theirs.tolist(), abs=1e-6)
 
 
-def test_means_are_weighted_and_of_one_epoch() -> None:
+def test_means_are_weighted_and_reset_after_each_epoch() -> None:
     means = Means()
     means.add("loss", torch.tensor(1.0), 3)
     means.add("loss", torch.tensor(5.0), 1)

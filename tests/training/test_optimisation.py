@@ -1,4 +1,4 @@
-"""How a network is trained: parameter groups, averaged weights, the trainer's own options, how a run ends."""
+"""Parameter groups, averaged weights, the trainer's own options, and the end of a run."""
 
 import csv
 import json
@@ -44,8 +44,8 @@ STNET = partial(
 )
 
 
-class Marked(nn.Module):
-    """Has an embedding that should not decay, and one layer twice."""
+class TiedNetwork(nn.Module):
+    """A network with an embedding without weight decay, and with the same layer twice."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -59,19 +59,19 @@ class Marked(nn.Module):
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=OPTIMISERS)
-def test_norms_and_biases_do_not_decay(optimiser: object) -> None:
+def test_norms_and_biases_have_no_weight_decay(optimiser: object) -> None:
     classifier = ImageClassifier(SPEC, STNET, optimiser)
     groups = grouped_optimizer(classifier.model, classifier.optimizer).param_groups
     names = {parameter: name for name, parameter in classifier.model.named_parameters()}
-    found = [names[parameter] for group in groups for parameter in group["params"]]
-    assert sorted(found) == sorted(names.values())
-    given = sorted((round(group["lr"], 6), group["weight_decay"]) for group in groups)
-    assert given == [(0.001, 0.0), (0.001, 0.1), (0.01, 0.0), (0.01, 0.1)]
+    grouped = [names[parameter] for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    settings = sorted((round(group["lr"], 6), group["weight_decay"]) for group in groups)
+    assert settings == [(0.001, 0.0), (0.001, 0.1), (0.01, 0.0), (0.01, 0.1)]
     for group in groups:
         assert all(parameter.ndim > 1 for parameter in group["params"]) == (group["weight_decay"] > 0)
         slow = {".transformer." in f".{names[parameter]}" for parameter in group["params"]}
         assert slow == {group["lr"] < 0.005}
-    # Without a gradient, what decays is what moves.
+    # Without a gradient, only parameters with weight decay change.
     before = {name: parameter.detach().clone() for name, parameter in classifier.model.named_parameters()}
     optimizer = grouped_optimizer(classifier.model, classifier.optimizer)
     for parameter in classifier.model.parameters():
@@ -82,18 +82,18 @@ def test_norms_and_biases_do_not_decay(optimiser: object) -> None:
         assert moved == (parameter.ndim > 1 and bool(before[name].any())), name
 
 
-def test_a_module_marks_what_must_not_decay_and_a_shared_one_counts_once() -> None:
-    classifier = ImageClassifier(SPEC, Marked, OPTIMISERS["AdamW"])
-    decaying, kept = grouped_optimizer(classifier.model, classifier.optimizer).param_groups
+def test_a_module_can_exempt_its_parameters_and_shared_ones_count_once() -> None:
+    classifier = ImageClassifier(SPEC, TiedNetwork, OPTIMISERS["AdamW"])
+    decaying, exempt = grouped_optimizer(classifier.model, classifier.optimizer).param_groups
     network = classifier.model.network
     assert [id(p) for p in decaying["params"]] == [id(network.layer.weight)]
-    assert {id(p) for p in kept["params"]} == {id(network.embedding.weight), id(network.layer.bias)}
+    assert {id(p) for p in exempt["params"]} == {id(network.embedding.weight), id(network.layer.bias)}
 
 
 @pytest.mark.parametrize(
     "optimiser",
     [partial(torch.optim.Adam, lr=0.01), partial(torch.optim.Rprop, lr=0.01)],
-    ids=["no decay", "none to have"],
+    ids=["weight decay 0", "no option"],
 )
 def test_without_weight_decay_there_is_one_group(optimiser: object) -> None:
     classifier = ImageClassifier(SPEC, LeNet, optimiser)
@@ -104,23 +104,23 @@ def test_without_weight_decay_there_is_one_group(optimiser: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "momentum", "Nesterov", "Adam", "AdamW"])
-def test_one_kernel_makes_the_step_of_the_loop(name: str) -> None:
-    found = []
-    for given in ({}, {"fused": False}, {"foreach": True}):
+def test_fused_and_unfused_steps_are_equal(name: str) -> None:
+    results = []
+    for options in ({}, {"fused": False}, {"foreach": True}):
         torch.manual_seed(0)
-        classifier = ImageClassifier(SPEC, STNET, partial(OPTIMISERS[name], **given))
+        classifier = ImageClassifier(SPEC, STNET, partial(OPTIMISERS[name], **options))
         optimizer = grouped_optimizer(classifier.model, classifier.optimizer)
-        assert {group["fused"] for group in optimizer.param_groups} == {not given or given.get("fused")}
+        assert {group["fused"] for group in optimizer.param_groups} == {not options or options.get("fused")}
         for _ in range(3):
             for parameter in classifier.parameters():
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
-        found.append(dict(classifier.named_parameters()))
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(found[0], found[2])
+        results.append(dict(classifier.named_parameters()))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
 
 
-def test_what_an_optimiser_refuses_is_one_line() -> None:
+def test_an_optimisers_error_is_one_line() -> None:
     for optimiser, text in (
         (partial(torch.optim.SGD, lr=-1.0), r"model.optimizer: Invalid learning rate: -1.0"),
         (partial(torch.optim.SGD, lr=1.0, nesterov=True), r"model.optimizer: Nesterov momentum requires"),
@@ -137,7 +137,7 @@ def test_balanced_weights_come_from_the_training_images() -> None:
     counts = data.samples("train")[:].labels.bincount()
     assert torch.allclose(classifier.loss.weight, counts.sum() / (10 * counts))
     images = torch.utils.data.DataLoader(data.samples("train"))
-    with pytest.raises(UprightError, match=r"class_weights balanced counts the images of an ImageDataModule"):
+    with pytest.raises(UprightError, match=r"class_weights balanced needs an ImageDataModule, got NoneType: give"):
         trainer().fit(classifier, images, images)
 
 
@@ -146,8 +146,8 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def weights(name: str, which: str = "last") -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = checkpoint(name, which)["state_dict"]
-    return found
+    state: dict[str, torch.Tensor] = checkpoint(name, which)["state_dict"]
+    return state
 
 
 def checkpoint(name: str, which: str = "last") -> dict[str, object]:
@@ -172,7 +172,7 @@ OPTIONS = {
 
 
 def test_options_change_the_training_and_nothing_else(upright: Upright, tmp_path: Path) -> None:
-    # Plain SGD: Adam's steps do not see how long a gradient is.
+    # Plain SGD, because the length of a gradient does not change Adam's steps.
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1)
     fit = ("fit", "--config", LENET, *sgd, *QUICK)
     assert upright(*fit, "--name", "plain").code == 0
@@ -181,10 +181,10 @@ def test_options_change_the_training_and_nothing_else(upright: Upright, tmp_path
     for name, options in OPTIONS.items():
         answer = upright(*fit, "--name", name, *options)
         assert answer.code == 0, answer.err
-        found = checkpoint(name)
-        assert found["global_step"] == (2 if name == "accumulated" else 4)
-        # The schedule is at its end, however many batches made a step.
-        assert found["lr_schedulers"][0]["last_epoch"] == found["global_step"]
+        last = checkpoint(name)
+        assert last["global_step"] == (2 if name == "accumulated" else 4)
+        # The schedule is at its end, whatever the number of batches per step.
+        assert last["lr_schedulers"][0]["last_epoch"] == last["global_step"]
         assert not equal(weights("plain"), weights(name)), name
         assert all(tensor.dtype == torch.float32 for tensor in weights(name).values())
     answer = upright("test", "--ckpt_path", "checkpoints/balanced")
@@ -203,14 +203,14 @@ def test_early_stopping_stops_early(upright: Upright, tmp_path: Path) -> None:
     assert re.search(r"Best: epoch [12] of 2 ", answer.out)
 
 
-def test_averaged_weights_are_what_is_measured_tested_and_exported(upright: Upright, tmp_path: Path) -> None:
+def test_averaged_weights_are_validated_tested_and_exported(upright: Upright, tmp_path: Path) -> None:
     average = {"class_path": EMA, "init_args": {"decay": 0.8}}
     (tmp_path / "ema.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [average]}}))
     quick = (*QUICK, "--trainer.max_epochs", 2)
     assert upright("fit", "--config", LENET, "--name", "plain", *quick).code == 0
     assert upright("fit", "--config", LENET, "--config", "ema.yaml", "--name", "ema", *quick).code == 0
     last = checkpoint("ema")
-    # Averaging does not change what is trained, and the checkpoint's weights are not those.
+    # Averaging does not change the trained weights; the checkpoint's weights are the averaged ones.
     assert equal(last["current_model_state"], weights("plain")) and not equal(weights("ema"), weights("plain"))
     best = checkpoint("ema", "best")["upright"]["metrics"]
     assert upright("validate", "--ckpt_path", "checkpoints/ema").out.count(f"{best['val/loss']:.5f}"[:7]) == 1
@@ -219,26 +219,26 @@ def test_averaged_weights_are_what_is_measured_tested_and_exported(upright: Upri
     assert upright("test", "--ckpt_path", "checkpoints/plain").code == 0
     assert tested != json.loads(Path("checkpoints/plain/test.json").read_text())["metrics"]
     assert upright("export", "checkpoints/ema").code == 0
-    go_on = ("fit", "--name", "ema", "--ckpt_path", "last", "--wandb", "off", "--trainer.max_epochs", 3)
-    answer = upright(*go_on, "--trainer.callbacks", "null")
+    resume = ("fit", "--name", "ema", "--ckpt_path", "last", "--wandb", "off", "--trainer.max_epochs", 3)
+    answer = upright(*resume, "--trainer.callbacks", "null")
     assert answer.code == 2 and "averages its weights and cannot resume without: add the callback" in answer.err
-    assert upright(*go_on).code == 0 and "averaging_state" in checkpoint("ema")
+    assert upright(*resume).code == 0 and "averaging_state" in checkpoint("ema")
 
 
-def test_a_run_goes_on_with_the_groups_it_had(upright: Upright, run_folder: Path) -> None:
-    go_on = ("fit", "--name", "small", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--wandb", "off")
-    found = torch.load(run_folder / "last.ckpt", weights_only=True)
-    decaying, kept = found["optimizer_states"][0]["param_groups"]
-    # As checkpoints were before norms and biases had a group of their own.
-    found["optimizer_states"][0]["param_groups"] = [decaying | {"params": decaying["params"] + kept["params"]}]
-    torch.save(found, run_folder / "last.ckpt")
-    answer = upright(*go_on)
+def test_a_run_cannot_resume_with_other_groups(upright: Upright, run_folder: Path) -> None:
+    resume = ("fit", "--name", "small", "--ckpt_path", "last", "--trainer.max_epochs", 3, "--wandb", "off")
+    last = torch.load(run_folder / "last.ckpt", weights_only=True)
+    decaying, exempt = last["optimizer_states"][0]["param_groups"]
+    # Like checkpoints from before norms and biases had a group of their own.
+    last["optimizer_states"][0]["param_groups"] = [decaying | {"params": decaying["params"] + exempt["params"]}]
+    torch.save(last, run_folder / "last.ckpt")
+    answer = upright(*resume)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    total = len(decaying["params"]) + len(kept["params"])
-    assert f"trained [{total}] parameters in groups, and here they would be [" in answer.err
+    total = len(decaying["params"]) + len(exempt["params"])
+    assert f"has parameter groups of [{total}], and this run has [" in answer.err
 
 
-def test_a_run_that_diverges_stops_and_keeps_what_was_good(upright: Upright, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_and_keeps_its_earlier_checkpoints(upright: Upright, tmp_path: Path) -> None:
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.scheduler", "upright.training.schedules.Constant")
     fit = ("fit", "--config", LENET, "--wandb", "off", *sgd)
     answer = upright(*fit, "--model.optimizer.lr", 1e8, "--name", "at once")
@@ -248,16 +248,16 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(upright: Upright, tmp
     assert not (tmp_path / "checkpoints/at once").exists()
     assert upright(*fit, "--model.optimizer.lr", 0.01, "--name", "later", "--trainer.max_epochs", 1).code == 0
     before = Path("checkpoints/later/best.ckpt").read_bytes()
-    # The optimiser's rate is the checkpoint's: data gone wrong are what is left.
+    # The optimiser's rate is restored from the checkpoint, so only broken data make the run diverge.
     (tmp_path / "broken.py").write_text(
         "from torch import nn\nclass Broken(nn.Module):\n    def forward(self, images):\n        return images / 0\n"
     )
-    go_on = ("--trainer.max_epochs", 2, "--data.augment", "[{class_path: broken.Broken}]", "--ckpt_path", "last")
-    answer = upright("fit", "--name", "later", "--wandb", "off", *go_on)
+    resume = ("--trainer.max_epochs", 2, "--data.augment", "[{class_path: broken.Broken}]", "--ckpt_path", "last")
+    answer = upright("fit", "--name", "later", "--wandb", "off", *resume)
     assert answer.code == 1 and "diverged: the loss is nan at step 19 (epoch 2)" in answer.err
     folder = tmp_path / "checkpoints/later"
-    kept = f"From before there is '{folder / 'best.ckpt'}' and '{folder / 'last.ckpt'}'."
-    assert kept in answer.err and Path("checkpoints/later/best.ckpt").read_bytes() == before
+    earlier = f"Earlier checkpoints: '{folder / 'best.ckpt'}' and '{folder / 'last.ckpt'}'."
+    assert earlier in answer.err and Path("checkpoints/later/best.ckpt").read_bytes() == before
     assert checkpoint("later")["global_step"] == 18
 
 
@@ -277,11 +277,11 @@ def test_weights_that_are_not_finite_are_not_saved(upright: Upright, tmp_path: P
 
 def test_a_run_without_an_end_is_refused(upright: Upright, tmp_path: Path) -> None:
     answer = upright("fit", "--config", LENET, "--wandb", "off", "--trainer.max_epochs", -1)
-    assert answer.code == 2 and "A schedule must know where the run ends: give --trainer.max_epochs" in answer.err
+    assert answer.code == 2 and "A schedule needs the length of the run: give --trainer.max_epochs" in answer.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_end_of_a_run_is_a_table(upright: Upright, tmp_path: Path) -> None:
+def test_the_summary_of_a_run(upright: Upright, tmp_path: Path) -> None:
     answer = upright("fit", "--config", STN, *QUICK, "--trainer.max_epochs", 2)
     (row, _) = rows(tmp_path / "checkpoints/stn_lenet")
     assert float(row["images_per_second"]) == pytest.approx(4 * 64 / float(row["seconds"]), rel=0.01)
@@ -292,13 +292,13 @@ def test_the_end_of_a_run_is_a_table(upright: Upright, tmp_path: Path) -> None:
     assert following == "Next: upright test --ckpt_path checkpoints/stn_lenet/best.ckpt"
 
 
-def test_an_epochs_row_has_its_own_figures_alone(upright: Upright, tmp_path: Path) -> None:
+def test_a_row_has_only_the_metrics_of_its_epoch(upright: Upright, tmp_path: Path) -> None:
     options = ("--log_grad_norm", "--trainer.max_epochs", 3, "--trainer.check_val_every_n_epoch", 2)
     answer = upright("fit", "--config", STN, *QUICK, *options)
-    found = rows(tmp_path / "checkpoints/stn_lenet")
-    assert [bool(row["val/loss"]) for row in found] == [False, True, False]
-    norms = [(float(row["grad_norm/mean"]), float(row["grad_norm/max"])) for row in found]
-    assert all(0 < mean <= most for mean, most in norms) and len(set(norms)) == 3
+    epochs = rows(tmp_path / "checkpoints/stn_lenet")
+    assert [bool(row["val/loss"]) for row in epochs] == [False, True, False]
+    norms = [(float(row["grad_norm/mean"]), float(row["grad_norm/max"])) for row in epochs]
+    assert all(0 < mean <= maximum for mean, maximum in norms) and len(set(norms)) == 3
     assert len(re.findall(r"^epoch [123]/3 .*val/loss", answer.out, flags=re.M)) == 1
     run = tmp_path / "checkpoints/stn_lenet"
     best, last = (
@@ -307,7 +307,7 @@ def test_an_epochs_row_has_its_own_figures_alone(upright: Upright, tmp_path: Pat
     assert best and all(name.startswith("val/") for name in best) and last == {}
 
 
-def test_steps_may_be_counted_in_place_of_epochs(upright: Upright, tmp_path: Path) -> None:
+def test_the_length_of_a_run_can_be_given_in_steps(upright: Upright, tmp_path: Path) -> None:
     steps = ("--wandb", "off", "--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--trainer.limit_train_batches", 2)
     answer = upright("fit", "--config", LENET, *steps)
     assert answer.code == 0 and "epoch 1/2 " in answer.out and "epoch 2/2 " in answer.out
@@ -315,7 +315,7 @@ def test_steps_may_be_counted_in_place_of_epochs(upright: Upright, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
-def test_a_run_without_validation_says_so(upright: Upright, tmp_path: Path) -> None:
+def test_a_run_without_validation_reports_it(upright: Upright, tmp_path: Path) -> None:
     answer = upright("fit", "--config", LENET, *QUICK, "--trainer.limit_val_batches", 0)
-    assert answer.code == 0 and "Best: unknown, since nothing was validated; there is last.ckpt" in answer.out
+    assert answer.code == 0 and "Best: unknown, because nothing was validated; there is last.ckpt" in answer.out
     assert "upright test --ckpt_path checkpoints/lenet/last.ckpt" in answer.out

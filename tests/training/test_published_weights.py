@@ -1,4 +1,4 @@
-"""torchvision's published layouts, written down from its source (models/resnet.py and vgg.py), against ours."""
+"""torchvision's published layouts, copied from its source (models/resnet.py and vgg.py), compared with ours."""
 
 from math import prod
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from upright.architectures.resnet import ResNet
 from upright.architectures.vgg import VGG
-from upright.training.published_weights import are_imagenets, resnet_weights, unpooled, vgg_weights
+from upright.training.published_weights import are_imagenet_classes, resnet_weights, unpooled, vgg_weights
 
 Layout = dict[str, tuple[int, ...]]
 
@@ -94,7 +94,7 @@ def shapes(state: dict[str, Tensor]) -> Layout:
 
 
 def random_weights(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
-    """Such that values stay of order one through the layers, with nothing at its default."""
+    """Return weights with no value at its default, scaled so that activations stay of order one."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -124,7 +124,7 @@ def resnet_forward(state: dict[str, Tensor], images: Tensor, depth: int) -> Tens
             inputs = maps
             for number in range(1, convolutions + 1):
                 weight = state[f"{name}.conv{number}.weight"]
-                # Of basic blocks the first strides, of bottlenecks the second.
+                # The first convolution of a basic block has the stride, and the second of a bottleneck.
                 stride = entry if number == convolutions - 1 else 1
                 maps = F.conv2d(maps, weight, stride=stride, padding=weight.shape[-1] // 2)
                 maps = normalised(state, f"{name}.bn{number}", maps)
@@ -153,7 +153,7 @@ def vgg_forward(state: dict[str, Tensor], images: Tensor, depth: int, batch_norm
 
 
 @pytest.mark.parametrize("depth", RESNETS)
-def test_every_name_and_shape_of_a_resnet(depth: int) -> None:
+def test_names_and_shapes_of_a_resnet(depth: int) -> None:
     layout = resnet_layout(depth)
     assert (len(layout), parameters(layout)) == RESNETS[depth][2:]
     with torch.device("meta"):
@@ -163,7 +163,7 @@ def test_every_name_and_shape_of_a_resnet(depth: int) -> None:
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("depth", VGGS)
-def test_every_name_and_shape_of_a_vgg(depth: int, batch_norm: bool) -> None:
+def test_names_and_shapes_of_a_vgg(depth: int, batch_norm: bool) -> None:
     layout = vgg_layout(depth, batch_norm)
     assert parameters(layout) == VGGS[depth][1 + batch_norm]
     with torch.device("meta"):
@@ -216,7 +216,7 @@ def test_a_narrow_vgg_gives_the_same_logits_at_any_size(depth: int, size: tuple[
     assert same(network(images(*size)), vgg_forward(theirs, images(*size), depth, batch_norm))
 
 
-def test_imagenets_classes_are_known_by_the_names_of_its_folders() -> None:
+def test_imagenets_classes_are_recognised_by_the_names_of_its_folders() -> None:
     names = tuple(f"n{number:08d}" for number in range(1000))
-    assert are_imagenets(names)
-    assert not any(map(are_imagenets, (names[:999], names[::-1], tuple(map(str, range(1000))))))
+    assert are_imagenet_classes(names)
+    assert not any(map(are_imagenet_classes, (names[:999], names[::-1], tuple(map(str, range(1000))))))

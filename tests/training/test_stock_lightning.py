@@ -1,4 +1,4 @@
-"""The LightningModule and the datamodule with a stock Trainer, other people's modules, and other people's data."""
+"""The LightningModule and the datamodule with a stock Trainer, with other modules, and with other data."""
 
 import pickle
 from functools import partial
@@ -39,7 +39,7 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 
 
 class Recorder(L.LightningModule):
-    """Somebody else's module: it keeps what it is given."""
+    """A module of the user that records its batches."""
 
     def __init__(self, views: int = 1) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_a_stock_checkpoint_is_complete(tmp_path: Path) -> None:
     assert before == after and restored.contents["metrics"]["val/accuracy"] > 0
 
 
-def test_arguments_given_to_load_replace_those_of_the_checkpoint(tmp_path: Path) -> None:
+def test_arguments_of_load_replace_those_of_the_checkpoint(tmp_path: Path) -> None:
     module = classifier((source := data()).spec)
     stock = trainer(tmp_path)
     stock.fit(module, source)
@@ -83,7 +83,7 @@ def test_arguments_given_to_load_replace_those_of_the_checkpoint(tmp_path: Path)
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_any_module_gets_augmented_batches_in_training_alone(tmp_path: Path, views: int) -> None:
+def test_any_module_gets_augmented_batches_only_in_training(tmp_path: Path, views: int) -> None:
     module, source = Recorder(views), data()
     trainer(tmp_path, limit_train_batches=2, enable_checkpointing=False).fit(module, source)
     stored = source.samples("train")[:].images
@@ -99,18 +99,18 @@ def test_any_module_gets_augmented_batches_in_training_alone(tmp_path: Path, vie
 
 
 def test_augmentation_is_a_function_of_seed_epoch_batch_and_process(tmp_path: Path) -> None:
-    def seen(epochs: int, seed: int = 0) -> list[Tensor]:
+    def batches_of(epochs: int, seed: int = 0) -> list[Tensor]:
         L.seed_everything(seed, verbose=False)
         module = Recorder()
         trainer(tmp_path, max_epochs=epochs, limit_train_batches=3, enable_checkpointing=False).fit(module, data())
         return [batch.images for batch in module.batches]
 
-    first = seen(2)
-    assert all(map(torch.equal, first, seen(2))) and all(map(torch.equal, first, seen(1)))
-    assert not torch.equal(first[0], first[3]) and not torch.equal(first[0], seen(1, seed=1)[0])
+    first = batches_of(2)
+    assert all(map(torch.equal, first, batches_of(2))) and all(map(torch.equal, first, batches_of(1)))
+    assert not torch.equal(first[0], first[3]) and not torch.equal(first[0], batches_of(1, seed=1)[0])
 
 
-def test_a_plain_loop_sees_what_a_trainer_sees(tmp_path: Path) -> None:
+def test_a_plain_loop_gets_the_batches_of_a_trainer(tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
     module, source = Recorder(), data()
     trainer(tmp_path, limit_train_batches=3, enable_checkpointing=False).fit(module, source)
@@ -134,7 +134,7 @@ def test_a_datamodule_pickles(read: bool) -> None:
 
 
 class Pairs(L.LightningDataModule):
-    """Somebody else's data: (images, labels), floats in [0, 1]."""
+    """Data of the user: (images, labels), floats in [0, 1]."""
 
     def __init__(self, count: int = 64) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Pairs(L.LightningDataModule):
 
 
 @pytest.mark.parametrize("loaders", [False, True])
-def test_other_peoples_data(tmp_path: Path, loaders: bool) -> None:
+def test_data_of_the_user(tmp_path: Path, loaders: bool) -> None:
     pairs = Pairs(count=48)
     module, stock = classifier(pairs.spec), trainer(tmp_path)
     if loaders:
@@ -171,28 +171,28 @@ def test_other_peoples_data(tmp_path: Path, loaders: bool) -> None:
     assert measured["test/accuracy"] == pytest.approx(float(accuracy))
 
 
-def test_floats_in_0_to_1_are_the_same_images_as_bytes() -> None:
+def test_floats_in_0_to_1_equal_bytes() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     labels = torch.zeros(1, dtype=torch.long)
     torch.testing.assert_close(as_batch([pixels / 255, labels]).images, as_batch((pixels, labels)).images.float())
 
 
-def test_a_batch_of_something_else_is_one_line() -> None:
+def test_a_batch_of_another_type_is_refused() -> None:
     with pytest.raises(UserError, match=r"takes batches of \(images, labels\), got dict: give tensors"):
         as_batch({"images": 1})
 
 
 def test_the_upright_loss_needs_two_views(tmp_path: Path) -> None:
     module = classifier(Pairs().spec, partial(upright.TransformerNetwork, network=LENET), upright_weight=1.0)
-    with pytest.raises(UserError, match=r"needs two augmented views of each image, which an ImageDataModule gives"):
+    with pytest.raises(UserError, match="two augmented views of each image, which only an ImageDataModule yields"):
         trainer(tmp_path).fit(module, Pairs())
 
 
 def test_the_tuner_finds_a_rate_and_a_batch_size(tmp_path: Path) -> None:
     source = data()
     module = classifier(source.spec)
-    found = Tuner(trainer(tmp_path)).lr_find(module, datamodule=source, num_training=8, early_stop_threshold=None)
-    assert found is not None
+    finder = Tuner(trainer(tmp_path)).lr_find(module, datamodule=source, num_training=8, early_stop_threshold=None)
+    assert finder is not None
     module.lr = 0.25
     assert module.recipe["init_args"]["optimizer"]["init_args"] == {"lr": 0.25}
     size = Tuner(trainer(tmp_path)).scale_batch_size(
@@ -202,9 +202,9 @@ def test_the_tuner_finds_a_rate_and_a_batch_size(tmp_path: Path) -> None:
     trainer(tmp_path).fit(module, source)
 
 
-# Lightning knows torch's own samplers only; the datamodule has turned shuffling off itself.
+# Lightning recognises only torch's own samplers; the datamodule has turned off shuffling itself.
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
-def test_overfitting_sees_the_same_batches_in_every_epoch(tmp_path: Path) -> None:
+def test_overfitting_uses_the_same_batches_in_every_epoch(tmp_path: Path) -> None:
     module, source = Recorder(), data(augment=[])
     trainer(tmp_path, overfit_batches=2, max_epochs=2, enable_checkpointing=False).fit(module, source)
     first, second = module.batches[:2], module.batches[2:]
@@ -214,7 +214,7 @@ def test_overfitting_sees_the_same_batches_in_every_epoch(tmp_path: Path) -> Non
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "16-true"])
 def test_a_true_precision_is_refused(tmp_path: Path, precision: Any) -> None:
     source = data()
-    with pytest.raises(UserError, match=rf"precision {precision} keeps the weights .* use 32-true, bf16-mixed"):
+    with pytest.raises(UserError, match=rf"precision {precision} stores the weights .* use 32-true, bf16-mixed"):
         trainer(tmp_path, precision=precision).fit(classifier(source.spec), source)
 
 
@@ -230,5 +230,5 @@ def test_two_spawned_processes(tmp_path: Path) -> None:
     source = data()
     stock = trainer(tmp_path, strategy="ddp_spawn", devices=2)
     stock.fit(classifier(source.spec), source)
-    # The module of this process was never attached to the trainer; the checkpoints are those of the processes.
+    # The module of this process was never attached to the trainer; the spawned processes wrote the checkpoints.
     assert restore(stock.checkpoint_callback.best_model_path).data.manifest.digest == source.manifest.digest

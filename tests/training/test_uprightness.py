@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
-from upright.training.uprightness import Uprightness, final_poses, upright_loss
+from upright.training.uprightness import Uprightness, final_points, upright_loss
 from upright.warp import pixel_centres, rotation, transform_points
 
 POINTS = pixel_centres(4, 4)
 ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
 
 
-def seen(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
-    """What a transformer that turns by `angles` would have done."""
+def observe(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
+    """Return the observation of a transformer that rotates by ``angles``."""
     theta = angles[:, None]
     matrices = rotation(angles)[:, :2] - torch.eye(2, 3)
     zeros = torch.zeros(len(angles), 3)
@@ -28,141 +28,142 @@ def seen(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
     return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, torch.empty(0), None)]
 
 
-def measure(applied: torch.Tensor, undone: torch.Tensor, groups: torch.Tensor, kind: str = "rotation") -> float:
+def measure(applied: torch.Tensor, angles_undone: torch.Tensor, groups: torch.Tensor, kind: str = "rotation") -> float:
     metric = Uprightness()
-    metric.update(groups, rotation(applied), seen(undone, kind), 1.0)
+    metric.update(groups, rotation(applied), observe(angles_undone, kind), 1.0)
     return float(metric.compute())
 
 
 @pytest.mark.parametrize("kind", ["rotation", "similarity", "affine", "projective", "thin_plate"])
-@pytest.mark.parametrize("done", [0.0, 0.25, 0.5, 1.0])
-def test_zero_turns_all_upright_and_one_turns_nothing(done: float, kind: str) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_the_measure_is_the_share_of_rotation_that_remains(share: float, kind: str) -> None:
     applied = ANGLES.repeat(3)
-    # Every image may have its own upright: the measure asks only that its views agree.
+    # Images may differ in their final orientation: the measure compares only the views of one image.
     own = torch.tensor([0.0, 0.7, -0.4]).repeat_interleave(5)
-    found = measure(applied, -done * applied + own, torch.arange(3).repeat_interleave(5), kind)
-    assert found == pytest.approx(1 - done, abs=1e-3)
+    value = measure(applied, -share * applied + own, torch.arange(3).repeat_interleave(5), kind)
+    assert value == pytest.approx(1 - share, abs=1e-3)
 
 
-def test_what_overshoots_is_worse_than_nothing() -> None:
+def test_overshooting_is_worse_than_doing_nothing() -> None:
     assert measure(ANGLES, ANGLES, torch.zeros(5, dtype=torch.long)) == pytest.approx(2, abs=1e-3)
 
 
 def test_parallel_transformers_are_measured_one_by_one() -> None:
-    upright, idle = seen(-ANGLES), seen(torch.zeros(5))
+    upright, idle = observe(-ANGLES), observe(torch.zeros(5))
     metric = Uprightness()
     metric.update(torch.zeros(5, dtype=torch.long), rotation(ANGLES), upright + idle, 1.0)
     assert float(metric.compute()) == pytest.approx(0.5**0.5, abs=1e-3)
 
 
 def test_angles_wrap_around() -> None:
-    undone = -ANGLES + math.pi + torch.tensor([0, 2, 0, -2, 0]) * math.pi
-    assert measure(ANGLES, undone, torch.zeros(5, dtype=torch.long)) == pytest.approx(0, abs=1e-3)
+    angles_undone = -ANGLES + math.pi + torch.tensor([0, 2, 0, -2, 0]) * math.pi
+    assert measure(ANGLES, angles_undone, torch.zeros(5, dtype=torch.long)) == pytest.approx(0, abs=1e-3)
 
 
-def test_batches_may_cut_through_an_image() -> None:
+def test_the_views_of_an_image_may_be_in_several_batches() -> None:
     metric, groups = Uprightness(), torch.tensor([7, 7, 7, 7, 7])
-    undone = -0.8 * ANGLES
+    angles_undone = -0.8 * ANGLES
     for part in (slice(0, 2), slice(2, 5)):
-        metric.update(groups[part], rotation(ANGLES[part]), seen(undone[part]), 1.0)
-    assert float(metric.compute()) == pytest.approx(measure(ANGLES, undone, groups), abs=1e-6)
+        metric.update(groups[part], rotation(ANGLES[part]), observe(angles_undone[part]), 1.0)
+    assert float(metric.compute()) == pytest.approx(measure(ANGLES, angles_undone, groups), abs=1e-6)
 
 
-def test_one_view_says_nothing() -> None:
+def test_one_view_per_image_gives_nan() -> None:
     for applied in (torch.zeros(50), torch.rand(50)):
         assert math.isnan(measure(applied, torch.randn(50), torch.arange(50)))
 
 
-def test_what_was_done_may_be_projective() -> None:
+def test_the_applied_transform_may_be_projective() -> None:
     slanted = rotation(ANGLES)
     slanted[:, 2, 0] = 0.3
     metric = Uprightness()
-    metric.update(torch.zeros(5, dtype=torch.long), slanted, seen(torch.zeros(5)), 1.0)
+    metric.update(torch.zeros(5, dtype=torch.long), slanted, observe(torch.zeros(5)), 1.0)
     assert float(metric.compute()) == pytest.approx(1, abs=1e-3)
 
 
-def poses(applied: torch.Tensor, undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:
-    (pose,) = final_poses(partial(transform_points, rotation(applied)), seen(undone, kind), POINTS)
-    return pose
+def sources(applied: torch.Tensor, angles_undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:
+    (source,) = final_points(partial(transform_points, rotation(applied)), observe(angles_undone, kind), POINTS)
+    return source
 
 
-def test_the_loss_is_zero_when_two_views_end_in_the_same_pose() -> None:
+def test_the_loss_is_zero_for_views_with_the_same_final_points() -> None:
     first, second = torch.tensor([0.5, -0.3]), torch.tensor([-0.2, 0.9])
-    same = upright_loss(poses(first, 0.1 - first), poses(second, 0.1 - second), POINTS)
-    other = upright_loss(poses(first, -first), poses(second, 0.3 - second), POINTS)
+    same = upright_loss(sources(first, 0.1 - first), sources(second, 0.1 - second), POINTS)
+    other = upright_loss(sources(first, -first), sources(second, 0.3 - second), POINTS)
     assert same < 1e-6 < 0.01 < other
 
 
-def test_nothing_is_gained_by_shrinking() -> None:
-    first, second = poses(torch.tensor([0.5]), torch.zeros(1)), poses(torch.tensor([-0.5]), torch.zeros(1))
+def test_shrinking_both_views_does_not_lower_the_loss() -> None:
+    first, second = sources(torch.tensor([0.5]), torch.zeros(1)), sources(torch.tensor([-0.5]), torch.zeros(1))
     torch.testing.assert_close(upright_loss(first, second, POINTS), upright_loss(first / 9, second / 9, POINTS))
 
 
-def test_the_loss_is_one_less_the_cosine_of_the_angle_between() -> None:
+def test_the_loss_is_one_minus_the_cosine_of_the_angle_between_views() -> None:
     angles = torch.tensor([0.9])
     for between in (0.0, 0.5, math.pi / 2, 3.0):
-        loss = upright_loss(poses(angles, -angles), poses(angles, between - angles), POINTS)
+        loss = upright_loss(sources(angles, -angles), sources(angles, between - angles), POINTS)
         assert loss.item() == pytest.approx(1 - math.cos(between), abs=1e-5)
 
 
 @pytest.mark.parametrize("aspect", [0.5, 2.0])
-def test_an_oblong_image_is_judged_by_its_own_angles(aspect: float) -> None:
+def test_the_loss_uses_the_angles_of_an_oblong_image(aspect: float) -> None:
     first, second = (transform_points(rotation(torch.tensor([angle]), aspect), POINTS) for angle in (0.4, 1.5))
     assert upright_loss(first, second, POINTS, aspect).item() == pytest.approx(1 - math.cos(1.1), abs=1e-5)
 
 
-def test_an_image_counts_no_more_than_half_a_turn() -> None:
-    pose = poses(torch.tensor([0.3, 0.3]), torch.tensor([0.1, 0.2]))
-    # As a projective transform sees a point near its horizon, or a wild theta does all of them.
-    far = pose * torch.tensor([1.0, 1e6])[:, None, None]
+def test_the_loss_of_an_image_is_capped_at_180_degrees() -> None:
+    source = sources(torch.tensor([0.3, 0.3]), torch.tensor([0.1, 0.2]))
+    # A projective transform moves points near its horizon arbitrarily far away.
+    far = source * torch.tensor([1.0, 1e6])[:, None, None]
     for wild in (far, 0 * far):
         wild = wild.clone().requires_grad_()
-        loss = upright_loss(wild, pose + 0.1, POINTS)
+        loss = upright_loss(wild, source + 0.1, POINTS)
         loss.backward()
         assert loss.item() <= 2 and wild.grad.isfinite().all() and wild.grad.abs().max() < 1
-    alone = upright_loss(far[:1], pose[:1] + 0.1, POINTS)
-    assert upright_loss(far, pose + 0.1, POINTS).item() == pytest.approx((alone.item() + 2) / 2)
+    alone = upright_loss(far[:1], source[:1] + 0.1, POINTS)
+    assert upright_loss(far, source + 0.1, POINTS).item() == pytest.approx((alone.item() + 2) / 2)
 
 
-def test_shrinking_one_view_is_no_way_out() -> None:
+def test_shrinking_one_view_does_not_lower_the_loss() -> None:
     angles = torch.tensor([0.0])
     for between in (0.0, 1.0, math.pi / 2, 3.0):
-        first, second = poses(angles, angles), poses(angles, angles + between)
+        first, second = sources(angles, angles), sources(angles, angles + between)
         losses = [upright_loss(scale * first, second, POINTS).item() for scale in (1.0, 0.5, 0.1, 0.01)]
-        # Where the views are almost opposite, there is no more to lose.
+        # For almost opposite views, the loss is near its cap already.
         assert losses == sorted(losses) and (losses[0] < losses[1] - 0.1 or losses[0] > 1.9)
 
 
-def test_a_transformer_that_does_not_know_the_angle_gains_nothing_by_shrinking_some_views() -> None:
+def test_shrinking_views_of_uncertain_angle_does_not_lower_the_loss() -> None:
     angles = torch.linspace(-math.pi, math.pi, 65)[:-1]
-    first, second = poses(0 * angles, 0 * angles), poses(0 * angles, angles)
+    first, second = sources(0 * angles, 0 * angles), sources(0 * angles, angles)
     losses = [upright_loss(scale * first, second, POINTS).item() for scale in (1.0, 0.8, 0.5, 0.1, 0.01)]
     assert losses[0] == pytest.approx(1, abs=1e-5) and losses == sorted(losses)
     assert losses[1] > 1.02 and losses[2] > 1.2
 
 
-def test_nothing_is_gained_by_looking_from_afar() -> None:
+def test_zooming_out_does_not_lower_the_loss() -> None:
     angles, shift = torch.tensor([0.5]), torch.tensor([0.2, 0.0])
     losses = [
-        upright_loss(scale * poses(angles, -angles), scale * poses(-angles, angles) + shift, POINTS)
+        upright_loss(scale * sources(angles, -angles), scale * sources(-angles, angles) + shift, POINTS)
         for scale in (0.5, 1.0, 2.0, 10.0)
     ]
-    # The views agree but for a shift, which is the less of what is seen the farther away one stands.
+    # The views differ only by a shift, which looks smaller after zooming out.
     assert losses[0] > losses[1] and losses[1:] == [pytest.approx(float(losses[1]))] * 3
     apart = [
-        upright_loss(scale * poses(angles, 0 * angles), scale * poses(-angles, 0 * angles), POINTS) for scale in (1, 3)
+        upright_loss(scale * sources(angles, 0 * angles), scale * sources(-angles, 0 * angles), POINTS)
+        for scale in (1, 3)
     ]
     assert apart[1] > apart[0]
 
 
-def test_following_the_loss_turns_things_upright() -> None:
+def test_minimising_the_loss_gives_uprightness() -> None:
     torch.manual_seed(0)
-    # The transformer is told the angle: a line through the origin with slope -1 undoes it.
+    # The input of this transformer is the angle: a line through the origin with slope -1 undoes it.
     line = nn.Linear(1, 1)
     optimizer = torch.optim.Adam(line.parameters(), lr=0.05)
     for _ in range(200):
         first, second = (torch.rand(2, 64) * 2 - 1) * math.pi / 3
-        views = (poses(angle, line(angle[:, None])[:, 0]) for angle in (first, second))
+        views = (sources(angle, line(angle[:, None])[:, 0]) for angle in (first, second))
         loss = upright_loss(*views, POINTS)
         optimizer.zero_grad()
         loss.backward()

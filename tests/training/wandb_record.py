@@ -1,4 +1,4 @@
-"""What an offline run wrote down: the record of `wandb` is a LevelDB log of protocol buffers."""
+"""Read the record of an offline run: `wandb` writes a LevelDB log of protocol buffers."""
 
 import json
 import struct
@@ -11,44 +11,44 @@ FULL, FIRST, LAST = 1, 2, 4
 
 
 def messages(path: Path) -> Iterator[bytes]:
-    """The records of a LevelDB log: fragments in blocks of 32 KiB, each behind a checksum, a length and a kind."""
+    """Yield the records of a LevelDB log: fragments in blocks of 32 KiB, each after a checksum, a length and a kind."""
     content = path.read_bytes()
     assert content[:4] == b":W&B"
-    place, parts = 7, []
-    while place + HEADER.size <= len(content):
-        if BLOCK - place % BLOCK < HEADER.size:
-            place += BLOCK - place % BLOCK
+    offset, parts = 7, []
+    while offset + HEADER.size <= len(content):
+        if BLOCK - offset % BLOCK < HEADER.size:
+            offset += BLOCK - offset % BLOCK
             continue
-        _, length, kind = HEADER.unpack_from(content, place)
-        place += HEADER.size
+        _, length, kind = HEADER.unpack_from(content, offset)
+        offset += HEADER.size
         if kind in (FULL, FIRST):
             parts = []
-        parts.append(content[place : place + length])
-        place += length
+        parts.append(content[offset : offset + length])
+        offset += length
         if kind in (FULL, LAST):
             yield b"".join(parts)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Of every record in ``folder/wandb``, the oldest first: config, history (one dict per step), artifacts."""
+    """Return config, history (one dict per step) and artifacts of every record in ``folder/wandb``, oldest first."""
     return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
 def _read(path: Path) -> dict[str, Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found: dict[str, Any] = {"config": {}, "history": [], "artifacts": [], "path": path}
+    content: dict[str, Any] = {"config": {}, "history": [], "artifacts": [], "path": path}
     for message in messages(path):
         record = Record.FromString(message)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found["run"] = record.run
-            found["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            content["run"] = record.run
+            content["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "config":
-            found["config"] |= {item.key: json.loads(item.value_json) for item in record.config.update}
+            content["config"] |= {item.key: json.loads(item.value_json) for item in record.config.update}
         elif kind == "history":
             keys = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            found["history"].append(keys)
+            content["history"].append(keys)
         elif kind == "artifact":
-            found["artifacts"].append(record.artifact)
-    return found
+            content["artifacts"].append(record.artifact)
+    return content

@@ -4,12 +4,12 @@ The idea: a much deeper and wider LeNet. ReLU, dropout and two GPUs made its tra
 
 Differences from the paper:
 
-- The first convolution pads by 2, because images of 224 pixels do not give the paper's 55 x 55 maps without it.
+- The first convolution pads by 2, because otherwise images of 224 pixels do not give the paper's 55 x 55 maps.
 - Response normalisation spans both towers. In the paper each tower was on its own GPU.
 - Weights are initialised after He et al. 2015, because the signal vanishes in a narrow network with the paper's
   deviation of 0.01. ``paper_start=True`` restores the paper's initialisation.
 
-Images of 224 pixels and 1000 classes give 60,965,224 parameters, and 62,378,344 as one tower.
+Images of 224 pixels and 1000 classes give 60,965,224 parameters, or 62,378,344 with one tower.
 """
 
 from typing import Literal, NamedTuple

@@ -96,10 +96,10 @@ class GoogLeNet(nn.Module):
         conv = partial(ConvReLU, batch_norm=batch_norm)
         norm = nn.Identity if batch_norm else partial(nn.LocalResponseNorm, 5)
         halve = partial(nn.MaxPool2d, 3, 2, 1)
-        pixels, first, channels = input_shape[0], scaled(64, width), scaled(192, width)
+        inputs, first, channels = input_shape[0], scaled(64, width), scaled(192, width)
         kernel, stride, padding = stem
         self.features = nn.Sequential(
-            *[conv(pixels, first, kernel, stride=stride, padding=padding), halve(), norm()],
+            *[conv(inputs, first, kernel, stride=stride, padding=padding), halve(), norm()],
             *[conv(first, first), conv(first, channels, 3), norm(), halve()],
         )
         for number, stage in enumerate(STAGES):

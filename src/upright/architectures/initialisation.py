@@ -39,7 +39,7 @@ def initialise(network: nn.Module, scheme: Scheme) -> None:
                 if parameter.ndim == 1:
                     init.zeros_(parameter)
                     continue
-                # The matrix of a recurrent layer holds its gates one below the other.
+                # The matrix of a recurrent layer stacks the matrices of its gates.
                 gates = len(parameter) // module.hidden_size if isinstance(module, nn.RNNBase) else 1
                 for part in parameter.detach().chunk(gates):
                     SCHEMES[scheme](part)

@@ -16,18 +16,18 @@ Window = tuple[int, int, int]
 """``(kernel, stride, padding)`` of a convolution or pooling."""
 
 
-def choice(name: str, given: str, allowed: Iterable[str]) -> None:
-    """Refuse an option that does not exist.
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a value that an option does not allow.
 
     Raises:
-        ValueError: if ``given`` is not in ``allowed``, with all allowed options.
+        ValueError: if ``value`` is not in ``allowed``; the message lists the allowed values.
     """
-    if given not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}.")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
 def least_size(windows: Iterable[Window]) -> int:
-    """Return the smallest height or width at which at least one pixel is left after ``windows``, one after the other.
+    """Return the smallest height or width that leaves at least one pixel after all ``windows`` in sequence.
 
     It inverts ``floor((n - kernel + 2 * padding) / stride) + 1``.
     """
@@ -38,7 +38,7 @@ def least_size(windows: Iterable[Window]) -> int:
 
 
 def size_after(size: int, windows: Iterable[Window]) -> int:
-    """Return the height or width after ``windows``, one after the other."""
+    """Return the height or width after all ``windows`` in sequence."""
     for kernel, stride, padding in windows:
         size = (size - kernel + 2 * padding) // stride + 1
     return size

@@ -15,8 +15,8 @@ from upright.architectures.layers import (
     POOLINGS,
     Activation,
     Pooling,
+    check_choice,
     check_size,
-    choice,
     least_size,
     size_after,
 )
@@ -48,8 +48,8 @@ class LeNet(nn.Module):
         padding = 2 if min(height, width) < 32 else 0
         windows = [(5, 1, padding), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
         check_size(self, input_shape, least_size(windows))
-        choice("activation", activation, ACTIVATIONS)
-        choice("pooling", pooling, POOLINGS)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("pooling", pooling, POOLINGS)
         if len(widths) != 4:
             raise ValueError(f"LeNet needs widths of C1, C3, C5 and F6, got {len(widths)}.")
         c1, c3, c5, f6 = widths

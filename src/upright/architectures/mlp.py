@@ -10,7 +10,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import ACTIVATIONS, Activation, choice
+from upright.architectures.layers import ACTIVATIONS, Activation, check_choice
 
 
 class MLP(nn.Module):
@@ -37,7 +37,7 @@ class MLP(nn.Module):
         rates = [dropout] * len(widths) if isinstance(dropout, int | float) else dropout
         if len(rates) != len(widths):
             raise ValueError(f"MLP takes one dropout or one per hidden layer ({len(widths)}), got {len(rates)}.")
-        choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, ACTIVATIONS)
         layers: list[nn.Module] = []
         inputs = prod(input_shape)
         for width, rate in zip(widths, rates, strict=True):

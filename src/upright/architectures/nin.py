@@ -20,14 +20,14 @@ from upright.architectures.initialisation import initialise
 from upright.architectures.layers import Window, check_size, least_size
 
 WINDOWS: tuple[Window, ...] = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1))
-PIXEL: Window = (1, 1, 0)
+ONE_BY_ONE: Window = (1, 1, 0)
 POOLING: Window = (3, 2, 0)
 
 
 def mlpconv(inputs: int, widths: tuple[int, int, int], window: Window) -> list[nn.Module]:
     """Return a convolution, and two 1 x 1 convolutions that mix its maps at every pixel."""
     layers: list[nn.Module] = []
-    for outputs, (kernel, stride, padding) in zip(widths, (window, PIXEL, PIXEL), strict=True):
+    for outputs, (kernel, stride, padding) in zip(widths, (window, ONE_BY_ONE, ONE_BY_ONE), strict=True):
         layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.ReLU()]
         inputs = outputs
     return layers

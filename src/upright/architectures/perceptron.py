@@ -1,6 +1,6 @@
 """The perceptron (Rosenblatt 1958, "The perceptron: a probabilistic model for information storage and organization").
 
-The idea: every pixel votes for every class with a weight that is learnt from examples.
+The idea: every pixel votes for every class with a weight that is learned from examples.
 
 Differences from the paper: units are linear, not thresholded. They learn by the gradient of any loss, not only from
 mistakes; with cross-entropy this is softmax regression. It has 7,850 parameters on MNIST.

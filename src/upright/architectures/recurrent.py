@@ -6,8 +6,9 @@ Differences from the papers: an image becomes a sequence (pixel by pixel: Le et 
 the last state is classified. The cells are PyTorch's: the LSTM has the forget gate of Gers et al. 2000, the GRU resets
 after its matrix product, and every gate has two biases.
 
-With g gates (rnn 1, gru 3, lstm 4), h hidden units, n inputs (the image's in the first layer, the states of the layer
-before in the others) and d directions, a layer has d * g * h * (n + h + 2) parameters, and the output K * (d * h + 1).
+A layer with g gates (rnn 1, gru 3, lstm 4), h hidden units, n inputs and d directions has d * g * h * (n + h + 2)
+parameters; the output has K * (d * h + 1). The first layer reads the image. Each other layer reads the states of the
+layer before.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.layers import choice
+from upright.architectures.layers import check_choice
 
 Cell = Literal["lstm", "gru", "rnn"]
 Order = Literal["rows", "columns", "pixels"]
@@ -63,8 +64,8 @@ class Recurrent(nn.Module):
         super().__init__()
         channels, height, width = input_shape
         inputs: dict[Order, int] = {"rows": channels * width, "columns": channels * height, "pixels": channels}
-        choice("cell", cell, CELLS)
-        choice("order", order, inputs)
+        check_choice("cell", cell, CELLS)
+        check_choice("order", order, inputs)
         self.order = order
         self.directions = 2 if bidirectional else 1
         self.recurrent = CELLS[cell](

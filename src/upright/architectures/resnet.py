@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import choice
+from upright.architectures.layers import check_choice
 
-Part = Callable[[int, int, int], nn.Module]
+LayerFactory = Callable[[int, int, int], nn.Module]
 """A factory of modules: it is called with ``(inputs, width, stride)``."""
 
 
@@ -77,7 +77,7 @@ class Residual(nn.Module):
 
 
 def blocks(
-    widths: tuple[int, ...], counts: tuple[int, ...], body: Part, expansion: int, shortcut: Part | None
+    widths: tuple[int, ...], counts: tuple[int, ...], body: LayerFactory, expansion: int, shortcut: LayerFactory | None
 ) -> nn.Sequential:
     """Return stages of residual blocks; each stage but the first halves height and width.
 
@@ -104,7 +104,7 @@ def blocks(
 
 
 # Table 1: body, expansion, blocks of each stage.
-DEPTHS: dict[int, tuple[Part, int, tuple[int, ...]]] = {
+DEPTHS: dict[int, tuple[LayerFactory, int, tuple[int, ...]]] = {
     18: (basic, 1, (2, 2, 2, 2)),
     34: (basic, 1, (3, 4, 6, 3)),
     50: (bottleneck, 4, (3, 4, 6, 3)),
@@ -144,7 +144,7 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet has a depth of {', '.join(map(str, DEPTHS))}, got {depth}.")
         if not 1 <= len(widths) <= 4:
             raise ValueError(f"ResNet has 1 to 4 stages, got {len(widths)} widths.")
-        choice("stem", stem, ("imagenet", "small"))
+        check_choice("stem", stem, ("imagenet", "small"))
         body, expansion, counts = DEPTHS[depth]
         channels = input_shape[0]
         if stem == "imagenet":

@@ -22,7 +22,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.layers import check_size, choice
+from upright.architectures.layers import check_choice, check_size
 from upright.architectures.transforms import MATRIX_TRANSFORMS, ThinPlate, TransformName
 from upright.warp import Padding, Sampling, full_precision, pixel_centres, sample
 
@@ -128,9 +128,9 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"output_size must be at least 1x1, got {rows}x{columns}.")
         self.sampling, self.padding, self.lr_factor = sampling, padding, lr_factor
         self.output_shape: Shape = (channels, rows, columns)
-        choice("transform", transform, get_args(TransformName))
-        choice("sampling", sampling, get_args(Sampling))
-        choice("padding", padding, get_args(Padding))
+        check_choice("transform", transform, get_args(TransformName))
+        check_choice("sampling", sampling, get_args(Sampling))
+        check_choice("padding", padding, get_args(Padding))
         self.transform: nn.Module
         if transform == "thin_plate":
             self.transform = ThinPlate(control_points)
@@ -149,24 +149,24 @@ class SpatialTransformer(nn.Module):
             points: Tensor = self.transform(theta.float(), reference)
         return points
 
-    def look(self, images: Tensor, where: Callable[[Tensor], Tensor]) -> Tensor:
+    def sample(self, images: Tensor, sources: Callable[[Tensor], Tensor]) -> Tensor:
         """Sample ``images`` ``(B, C, H, W)`` to the output size: ``(B, C, H', W')``.
 
         If the output has fewer pixels than ``images``, several points of each pixel are averaged.
 
         Args:
             images: images or feature maps.
-            where: function from output points ``(N, 2)`` to points of ``images``, ``(B, N, 2)``.
+            sources: function from output points ``(N, 2)`` to points of ``images``, ``(B, N, 2)``.
         """
         _, rows, columns = self.output_shape
         shrink = (-(-images.shape[-2] // rows), -(-images.shape[-1] // columns))
         grid = pixel_centres(rows * shrink[0], columns * shrink[1], device=images.device)
-        return sample(images.float(), where(grid), rows, columns, self.padding, self.sampling, shrink)
+        return sample(images.float(), sources(grid), rows, columns, self.padding, self.sampling, shrink)
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform images ``(B, C, H, W)``: ``(B, C, H', W')``."""
         theta = self.localisation(images)
-        return observed(self, theta, lambda: self.look(images, partial(self.points, theta)))
+        return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)))
 
 
 class Regression(nn.Linear):
@@ -188,13 +188,13 @@ class Observation:
     Args:
         transformer: the transformer.
         theta: parameters of the transform, ``(B, P)``.
-        turned: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
+        output: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
         before: observation of the transformer before it, if there is one.
     """
 
     transformer: SpatialTransformer
     theta: Tensor
-    turned: Tensor
+    output: Tensor
     before: "Observation | None"
 
     def points(self, reference: Tensor) -> Tensor:
@@ -205,16 +205,16 @@ class Observation:
     def view(self, images: Tensor) -> Tensor:
         """Sample the input ``images`` ``(B, C, H, W)`` of the first transformer at this output's points and size.
 
-        For a transformer of images, the result is `turned`. For a transformer inside a network, it is the part of the
+        For a transformer of images, the result is `output`. For a transformer inside a network, it is the part of the
         images that its feature maps represent.
         """
-        return self.transformer.look(images, self.points)
+        return self.transformer.sample(images, self.points)
 
 
-def last_of(seen: list[Observation]) -> list[Observation]:
+def last_of(observations: list[Observation]) -> list[Observation]:
     """Return the last observations: one, or one for each of parallel transformers."""
-    followed = {id(observation.before) for observation in seen}
-    return [observation for observation in seen if id(observation) not in followed]
+    followed = {id(observation.before) for observation in observations}
+    return [observation for observation in observations if id(observation) not in followed]
 
 
 @dataclass
@@ -249,28 +249,28 @@ def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
         _observer.reset(token)
 
 
-def observed(transformer: SpatialTransformer, theta: Tensor, turn: Callable[[], Tensor]) -> Tensor:
-    """Return ``turn()``, and record it as an `Observation` inside `observing`.
+def observe(transformer: SpatialTransformer, theta: Tensor, sample_output: Callable[[], Tensor]) -> Tensor:
+    """Return ``sample_output()``, and record it as an `Observation` inside `observing`.
 
     Args:
         transformer: the transformer.
         theta: its parameters, ``(B, P)``.
-        turn: function that samples its output.
+        sample_output: function that samples its output.
     """
     observer = _observer.get()
     if observer is None:
-        return turn()
+        return sample_output()
     last = len(observer.observations) + 1 == observer.stop_after
-    turned = theta.new_empty(0) if last else turn()
-    observer.before = Observation(transformer, theta, turned, observer.before)
+    output = theta.new_empty(0) if last else sample_output()
+    observer.before = Observation(transformer, theta, output, observer.before)
     observer.observations.append(observer.before)
     if last:
         raise _StopForward
-    return turned
+    return output
 
 
-def branch(module: nn.Module, images: Tensor) -> Tensor:
-    """Return ``module(images)`` for one of several parallel modules: its observation precedes none of the others."""
+def run_branch(module: nn.Module, images: Tensor) -> Tensor:
+    """Return ``module(images)`` for one of several parallel modules: the others do not follow its observation."""
     observer = _observer.get()
     before = observer.before if observer else None
     output: Tensor = module(images)

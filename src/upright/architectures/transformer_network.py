@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.spatial_transformer import Network, Shape, SpatialTransformer, branch, observed
+from upright.architectures.spatial_transformer import Network, Shape, SpatialTransformer, observe, run_branch
 
-Part = Callable[[Shape], nn.Module]
+TransformerFactory = Callable[[Shape], nn.Module]
 """A factory of transformers: it is called with ``(input_shape)``; its result has an ``output_shape``."""
 
 
@@ -34,27 +34,27 @@ class SeriesTransformer(nn.Module):
         for part in transformers:
             transformer = part(self.output_shape)
             if not isinstance(transformer, SpatialTransformer):
-                raise ValueError(f"A series is of SpatialTransformers, got a {type(transformer).__name__}.")
+                raise ValueError(f"A series consists of SpatialTransformers, got a {type(transformer).__name__}.")
             self.transformers.append(transformer)
             self.output_shape = transformer.output_shape
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform images ``(B, C, H, W)``: ``(B, C, H', W')``."""
-        turned, steps = images, []
+        output, steps = images, []
         for transformer in self.transformers:
             assert isinstance(transformer, SpatialTransformer)
-            steps.append((transformer, transformer.localisation(turned)))
-            turned = observed(*steps[-1], partial(self._sample, images, steps))
-        return turned
+            steps.append((transformer, transformer.localisation(output)))
+            output = observe(*steps[-1], partial(self._sample, images, steps))
+        return output
 
     @staticmethod
     def _sample(images: Tensor, steps: list[tuple[SpatialTransformer, Tensor]]) -> Tensor:
-        def where(points: Tensor) -> Tensor:
+        def sources(points: Tensor) -> Tensor:
             for transformer, theta in reversed(steps):
                 points = transformer.points(theta, points)
             return points
 
-        return steps[-1][0].look(images, where)
+        return steps[-1][0].sample(images, sources)
 
 
 class ParallelTransformer(nn.Module):
@@ -67,18 +67,18 @@ class ParallelTransformer(nn.Module):
         transformers: factories; each is called with ``(input_shape)``. All outputs must have one size.
     """
 
-    def __init__(self, input_shape: Shape, *, transformers: Sequence[Part]) -> None:
+    def __init__(self, input_shape: Shape, *, transformers: Sequence[TransformerFactory]) -> None:
         super().__init__()
         _check_not_empty(transformers)
         self.transformers = nn.ModuleList(part(input_shape) for part in transformers)
         shapes = [_output_shape(transformer) for transformer in self.transformers]
         if len({shape[1:] for shape in shapes}) != 1:
-            raise ValueError(f"Parallel transformers must give one size to be stacked, got {shapes}.")
+            raise ValueError(f"Parallel transformers need outputs of one size, got {shapes}.")
         self.output_shape: Shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform images ``(B, C, H, W)``: ``(B, C * transformers, H', W')``."""
-        return torch.cat([branch(part, images) for part in self.transformers], dim=1)
+        return torch.cat([run_branch(part, images) for part in self.transformers], dim=1)
 
 
 class ParallelNetwork(nn.Module):
@@ -100,7 +100,7 @@ class ParallelNetwork(nn.Module):
         num_classes: int,
         *,
         network: Network,
-        transformers: Sequence[Part],
+        transformers: Sequence[TransformerFactory],
         features: int = 64,
     ) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class ParallelNetwork(nn.Module):
         self.classifier = nn.Linear(features * len(self.branches), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(torch.cat([branch(part, images) for part in self.branches], dim=1))
+        logits: Tensor = self.classifier(torch.cat([run_branch(part, images) for part in self.branches], dim=1))
         return logits
 
 
@@ -137,7 +137,7 @@ class TransformerNetwork(nn.Module):
         num_classes: int,
         *,
         network: Network,
-        transformer: Part = SpatialTransformer,
+        transformer: TransformerFactory = SpatialTransformer,
         places: Sequence[str] = ("input",),
     ) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class TransformerNetwork(nn.Module):
         for place in inside:
             if not place or place not in modules:
                 names = ", ".join(name for name in modules if name)
-                raise ValueError(f"The network has no module '{place}' to put a transformer before; it has: {names}.")
+                raise ValueError(f"The network has no module '{place}' for a transformer; it has: {names}.")
         for place in inside:
             _insert(self.network, place, modules[place], shape, transformer)
 
@@ -160,20 +160,22 @@ class TransformerNetwork(nn.Module):
         return logits
 
 
-def _check_not_empty(transformers: Sequence[Part]) -> None:
+def _check_not_empty(transformers: Sequence[TransformerFactory]) -> None:
     if not transformers:
-        raise ValueError("transformers must name at least one.")
+        raise ValueError("transformers needs at least one transformer.")
 
 
 def _output_shape(transformer: nn.Module) -> Shape:
     shape = getattr(transformer, "output_shape", None)
     if shape is None:
-        raise ValueError(f"{type(transformer).__name__} has no output_shape (C, H, W), so it is no transformer.")
+        raise ValueError(f"{type(transformer).__name__} has no output_shape (C, H, W), so it is not a transformer.")
     output_shape: Shape = shape
     return output_shape
 
 
-def _insert(network: nn.Module, place: str, module: nn.Module, input_shape: Shape, transformer: Part) -> None:
+def _insert(
+    network: nn.Module, place: str, module: nn.Module, input_shape: Shape, transformer: TransformerFactory
+) -> None:
     """Put a transformer before ``module``. A forward pass determines the shape of its input."""
     shapes: list[Shape] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: shapes.extend(tuple(x.shape[1:]) for x in inputs))
@@ -181,8 +183,8 @@ def _insert(network: nn.Module, place: str, module: nn.Module, input_shape: Shap
     handle.remove()
     if len(shapes) != 1 or len(shapes[0]) != 3:
         raise ValueError(
-            f"'{place}' must be called once, with feature maps (C, H, W) as its one positional argument, for a "
-            f"transformer before it; it is called with {shapes or 'none'}."
+            f"A transformer before '{place}' needs a module that is called once, with feature maps (C, H, W) as its "
+            f"one positional argument; it is called with {shapes or 'none'}."
         )
     # The name has changed if a transformer was put before a module that contains this one.
     (name,) = (name for name, other in network.named_modules() if other is module)
@@ -190,7 +192,7 @@ def _insert(network: nn.Module, place: str, module: nn.Module, input_shape: Shap
     try:
         _run_once(network, input_shape)
     except RuntimeError as error:
-        raise ValueError(f"What follows the transformer at '{place}' cannot take its output: {error}") from None
+        raise ValueError(f"The layers after the transformer at '{place}' do not take its output: {error}") from None
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 The idea: stack 3 x 3 convolutions. Two of them see as much as one of 5 x 5, with fewer weights and one more
 nonlinearity.
 
-Differences from the paper: weights are initialised after He et al. 2015. With the paper's normal weights, of one
-deviation in every layer, its authors had to start the deep networks from a trained shallow one. Batch normalisation
-(``batch_norm=True``, convolutions then without bias) came a year later.
+Differences from the paper: weights are initialised after He et al. 2015. The paper draws all weights with one
+deviation, so its authors had to start the deep networks from a trained shallow one. Batch normalisation
+(``batch_norm=True``, which replaces the biases of the convolutions) came a year later.
 
 Images of 224 pixels and 1000 classes give 132,863,336 parameters at depth 11, then 133,047,848, 138,357,544, and
 143,667,240 at depth 19.

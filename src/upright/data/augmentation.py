@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device: one transform per image, sampled once and returned with the images.
+"""Augmentation of a batch on its device: one transform per image, sampled once and returned with the images.
 
 An augmentation is a list of parts, applied in order. `Geometric` parts are defined here. Parts that change values
 (brightness, hue, noise, erasing) are kornia's, unchanged. Every part draws from torch's global generator; parts of this
@@ -33,7 +33,7 @@ from upright.warp import (
     transform_points,
 )
 
-AT_ONCE = 128
+CHUNK_IMAGES = 128
 """Number of images that a CPU samples at a time, so that they stay in its cache. 2,048 images of 3 x 32 x 32 took a
 third of the time of one call for all."""
 
@@ -157,7 +157,7 @@ class RandomPerspective(Geometric):
 
     Args:
         distortion: largest distance from the corner as a fraction of the image, in both directions along x and along
-            y. It is below 0.25, because from there on the four corners may be in no convex order.
+            y. It must be below 0.25: from there on, the four corners may not form a convex shape.
     """
 
     def __init__(self, *, distortion: float = 0.1) -> None:
@@ -235,7 +235,6 @@ class Spline:
         return spline_points(controls, solution, shifts, points)
 
     def __getitem__(self, chosen: Tensor) -> "Spline":
-        """Return the splines of some of the images."""
         return Spline(self.controls, self.solution, self.shifts[chosen])
 
     def double(self) -> "Spline":
@@ -309,13 +308,13 @@ class Augmentation(nn.Module):
     def __init__(self, parts: Iterable[nn.Module] = (), *, padding: Padding = "zeros") -> None:
         super().__init__()
         if padding not in get_args(Padding):
-            raise UserError(f"padding is one of {', '.join(get_args(Padding))}; got '{padding}'.")
+            raise UserError(f"padding must be one of {', '.join(get_args(Padding))}; got '{padding}'.")
         self.parts, self.padding = nn.ModuleList(parts), padding
         for part in self.parts:
             if has_part(part, "mix"):
                 raise UserError(
-                    f"{type(part).__name__} of kornia mixes images or parts of them, and labels and poses would not "
-                    "know of it: use upright.data.mixing.MixUp or CutMix."
+                    f"{type(part).__name__} of kornia mixes images, but neither mixes labels nor reports its "
+                    "transforms: use upright.data.mixing.MixUp or CutMix."
                 )
 
     @property
@@ -329,7 +328,7 @@ class Augmentation(nn.Module):
         return next((type(part).__name__ for part in self.parts if isinstance(part, Mixing)), None)
 
     @property
-    def untold(self) -> str | None:
+    def unreported(self) -> str | None:
         """The name of the first part that moves pixels without reporting its transform, if there is one."""
         for part in self.parts:
             # Modules that move pixels, and the containers around them.
@@ -351,14 +350,14 @@ class Augmentation(nn.Module):
             return self._view(images, targets)
 
     def _view(self, images: Tensor, targets: Tensor | None) -> View:
-        applied = pending = nothing = Composition(len(images))
+        applied = pending = empty = Composition(len(images))
         scale = 1.0
         for part in self.parts:
             if isinstance(part, Geometric):
                 pending = pending.then(part.draw(len(images), *images.shape[-2:]))
                 continue
-            images, applied = self._sampled(images, pending).float(), applied.then(*pending.parts)
-            pending = nothing
+            images, applied = self._sample(images, pending).float(), applied.then(*pending.parts)
+            pending = empty
             if isinstance(part, Mixing):
                 images, targets = part(images, targets)
                 continue
@@ -379,15 +378,15 @@ class Augmentation(nn.Module):
             matrices = getattr(part, "transform_matrix", None) if has_part(part, "geometric") else None
             if isinstance(matrices, Tensor):
                 applied = applied.then(_normalised(matrices, size, images.shape[-2:]))
-        images, applied = self._sampled(images, pending).float(), applied.then(*pending.parts)
+        images, applied = self._sample(images, pending).float(), applied.then(*pending.parts)
         return View(images if scale == 1 else images * scale, applied, targets)
 
-    def _sampled(self, images: Tensor, transforms: Composition) -> Tensor:
+    def _sample(self, images: Tensor, transforms: Composition) -> Tensor:
         if not transforms.parts:
             return images
         height, width = images.shape[-2:]
         points = transforms.grid(height, width, images.device)
-        chunk = AT_ONCE if images.device.type == "cpu" else len(images)
+        chunk = CHUNK_IMAGES if images.device.type == "cpu" else len(images)
         if len(images) <= chunk:
             return sample(images.float(), points, height, width, self.padding)
         sampled = torch.empty(images.shape, device=images.device)

@@ -31,7 +31,7 @@ from upright.errors import UprightError, UserError
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.warp import resize
 
-Where = Literal["auto", "memory", "disk", "none"]
+Storage = Literal["auto", "memory", "disk", "none"]
 
 FORMAT = 1
 FACTS = np.dtype([("identity", "<u8"), ("hash", "<i8"), ("height", "<u4"), ("width", "<u4"), ("state", "u1")])
@@ -122,7 +122,7 @@ class Decoder:
             self.images[index]
         except UprightError as error:
             return str(error)
-        return f"Image {index} could not be read a moment ago, and now it can. Run the command again."
+        return f"Image {index} could not be read at first, but now it can. Run the command again."
 
 
 class PixelArray:
@@ -163,8 +163,8 @@ class Cache:
     Args:
         decoder: the images to store.
         files: files of the images; ``None`` if the source is in memory.
-        where: ``memory``, ``disk``, or ``none``, which stores only the facts and decodes files on access; ``auto`` is
-            memory for a source in memory and for small ones, else disk.
+        storage: ``memory``, ``disk``, or ``none``, which stores only the facts and decodes files on access; ``auto``
+            is memory for a source in memory and for small ones, else disk.
         workers: processes that decode; by default one per core, at most 8, for more than 1,000 images.
         max_unreadable: number of images that may be unreadable.
 
@@ -176,7 +176,7 @@ class Cache:
         self,
         decoder: Decoder,
         files: Sequence[Path] | None,
-        where: Where = "auto",
+        storage: Storage = "auto",
         *,
         workers: int | None = None,
         max_unreadable: int = 0,
@@ -184,16 +184,16 @@ class Cache:
         self.decoder, self.max_unreadable = decoder, max_unreadable
         count, self._row_bytes = len(decoder.indices), int(np.prod(decoder.row_shape))
         self.facts = np.zeros(count, FACTS)
-        if where == "auto":
-            where = "memory" if files is None or count * self._row_bytes <= MAX_MEMORY_BYTES else "disk"
+        if storage == "auto":
+            storage = "memory" if files is None or count * self._row_bytes <= MAX_MEMORY_BYTES else "disk"
         if workers is None:
             workers = min(joblib.cpu_count(), 8) if count > 1000 else 0
         self.workers = workers if files is not None else 0
         self.pixels: PixelArray | Decoder = decoder
-        if files is None or where == "memory":
+        if files is None or storage == "memory":
             self.pixels = PixelArray(self._in_memory())
         else:
-            self._on_disk([files[i] for i in decoder.indices.tolist()], with_pixels=where == "disk")
+            self._on_disk([files[i] for i in decoder.indices.tolist()], with_pixels=storage == "disk")
         self._check()
 
     @property
@@ -212,8 +212,8 @@ class Cache:
 
     def _decode(self, positions: Indices) -> Iterator[tuple[Indices, Tensor]]:
         """Decode the images at ``positions`` chunk by chunk, and record their facts."""
-        most = max(1, CHUNK_BYTES // self._row_bytes)
-        chunks = [positions[start : start + most] for start in range(0, len(positions), most)]
+        size = max(1, CHUNK_BYTES // self._row_bytes)
+        chunks = [positions[start : start + size] for start in range(0, len(positions), size)]
         visible = self.workers > 0 and sys.stderr.isatty()
         with tqdm(total=len(positions), desc="Decoding", unit=" images", leave=False, disable=not visible) as bar:
             for chunk, decoded in zip(chunks, fetch(self.decoder.__getitem__, chunks, self.workers), strict=True):
@@ -237,7 +237,7 @@ class Cache:
         return pixels
 
     def _on_disk(self, files: list[Path], *, with_pixels: bool) -> None:
-        """Append the missing rows. A second process that needs the same cache waits, and finds it filled."""
+        """Append the missing rows. A second process that needs the same cache waits for the first one."""
         folder = cache_folder() / _key(self.decoder, files, with_pixels=with_pixels)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ class Cache:
                 pass
 
     def _append_missing(self, folder: Path, identities: list[int], *, with_pixels: bool) -> Indices:
-        """Append what is not stored yet, and return the row of every image, 0 for unreadable ones."""
+        """Append the images that are not stored yet, and return the row of every image, 0 for unreadable ones."""
         facts_path, pixels_path = folder / "facts", folder / "pixels"
         row_bytes = self._row_bytes if with_pixels else 0
         stored = np.fromfile(facts_path, FACTS) if facts_path.is_file() else self.facts[:0]
@@ -320,7 +320,7 @@ def _locked(folder: Path) -> AbstractContextManager[object]:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"Another process fills '{folder}'; waiting for it ...", file=sys.stderr, flush=True)
+        print(f"Another process is filling '{folder}'; waiting for it ...", file=sys.stderr, flush=True)
         return lock.acquire()
 
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from upright.data.published import Part, Published, read_file, unreadable
+from upright.data.published import LabelledImages, Published, read_file, unreadable
 from upright.errors import UserError
 
-PIXELS = 3 * 32 * 32
+IMAGE_BYTES = 3 * 32 * 32
 
 
 class Version(NamedTuple):
@@ -49,25 +49,25 @@ class CIFAR(Published):
     def label(self) -> tuple[int, str]:
         """Index of the label among `label_bytes`, and its key in the Python version."""
 
-    def parts(self) -> tuple[Part, Part]:
-        version, place = self._place()
+    def parts(self) -> tuple[LabelledImages, LabelledImages]:
+        version, path = self._find_version()
         names = [f"{stem}{version.suffix}" for stems in self.stems for stem in stems]
-        if place.is_file():
-            contents = _members(place, version.folder, names)
+        if path.is_file():
+            contents = _members(path, version.folder, names)
         else:
-            contents = {name: read_file(place / name) for name in names}
+            contents = {name: read_file(path / name) for name in names}
         read = self._records if version.suffix else self._batch
-        batches = [read(contents[name], f"{place}/{name}") for name in names]
+        batches = [read(contents[name], f"{path}/{name}") for name in names]
         train = len(self.stems[0])
         for name, batch in zip(names, batches[:train], strict=False):
             if len(batch.images) != len(batches[0].images):
                 raise UserError(
-                    f"'{place}/{name}' holds {len(batch.images)} images and {names[0]} {len(batches[0].images)}: one "
+                    f"'{path}/{name}' holds {len(batch.images)} images and {names[0]} {len(batches[0].images)}: one "
                     "of them is not complete."
                 )
-        return _joined(batches[:train]), _joined(batches[train:])
+        return _concatenated(batches[:train]), _concatenated(batches[train:])
 
-    def _place(self) -> tuple[Version, Path]:
+    def _find_version(self) -> tuple[Version, Path]:
         """Find the folder of all files of a version, or an archive, or download it."""
         for version in self.versions:
             for folder in (self.folder / version.folder, self.folder):
@@ -78,15 +78,15 @@ class CIFAR(Published):
                 return version, archive
         return self.versions[0], self.fetch(self.versions[0].archive)
 
-    def _records(self, content: bytes, name: str) -> Part:
+    def _records(self, content: bytes, name: str) -> LabelledImages:
         """Read a binary file: for each image its labels, then 1,024 bytes each of red, green and blue, row by row."""
-        size = self.label_bytes + PIXELS
+        size = self.label_bytes + IMAGE_BYTES
         if not content or len(content) % size:
             raise UserError(f"'{name}' is not complete: {len(content)} bytes are not a number of records of {size}.")
         records = np.frombuffer(content, np.uint8).reshape(-1, size)
-        return Part(records[:, self.label_bytes :], records[:, self.label[0]])
+        return LabelledImages(records[:, self.label_bytes :], records[:, self.label[0]])
 
-    def _batch(self, content: bytes, name: str) -> Part:
+    def _batch(self, content: bytes, name: str) -> LabelledImages:
         """Read a Python file: a pickle of Python 2, with ``data`` ``(N, 3072)`` and lists of labels."""
         try:
             batch = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
@@ -94,13 +94,13 @@ class CIFAR(Published):
         except Exception as error:  # a truncated or foreign pickle raises anything
             text = " ".join(str(error).split())[:200]
             raise UserError(f"'{name}' is not a file of CIFAR's Python version: {text}.") from None
-        if data.shape != (labels.size, PIXELS) or labels.ndim != 1 or labels.dtype.kind != "i":
+        if data.shape != (labels.size, IMAGE_BYTES) or labels.ndim != 1 or labels.dtype.kind != "i":
             raise UserError(
-                f"'{name}' needs data (N, {PIXELS}) and N whole numbers as labels, got {data.shape} and "
+                f"'{name}' needs data (N, {IMAGE_BYTES}) and N integers as labels, got {data.shape} and "
                 f"{labels.shape} of {labels.dtype}."
             )
         # A label outside a byte becomes 255, which `read` refuses.
-        return Part(data, np.where((labels >= 0) & (labels < 256), labels, 255).astype(np.uint8))
+        return LabelledImages(data, np.where((labels >= 0) & (labels < 256), labels, 255).astype(np.uint8))
 
 
 class CIFAR10(CIFAR):
@@ -114,7 +114,7 @@ class CIFAR10(CIFAR):
         Version("cifar-10-python.tar.gz", "cifar-10-batches-py", ""),
     )
     checksums: ClassVar = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}
-    what = "cifar-10-binary.tar.gz, cifar-10-python.tar.gz or all files in one of them"
+    wanted_files = "cifar-10-binary.tar.gz, cifar-10-python.tar.gz or all files in one of them"
     stems = (tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",))
     label_bytes = 1
     label = (0, "labels")
@@ -136,7 +136,7 @@ class CIFAR100(CIFAR):
         Version("cifar-100-python.tar.gz", "cifar-100-python", ""),
     )
     checksums: ClassVar = {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}
-    what = "cifar-100-binary.tar.gz, cifar-100-python.tar.gz or all files in one of them"
+    wanted_files = "cifar-100-binary.tar.gz, cifar-100-python.tar.gz or all files in one of them"
     stems = (("train",), ("test",))
     label_bytes = 2
 
@@ -183,9 +183,9 @@ def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     return contents
 
 
-def _joined(batches: list[Part]) -> Part:
+def _concatenated(batches: list[LabelledImages]) -> LabelledImages:
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    return Part(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)
+    return LabelledImages(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)
 
 
 class _Plain:
@@ -212,4 +212,4 @@ class _PlainUnpickler(pickle.Unpickler):
         name = f"{module_name}.{global_name}"
         if name in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
             return _Plain
-        raise pickle.UnpicklingError(f"it asks for {name}")
+        raise pickle.UnpicklingError(f"it contains the class {name}")

@@ -32,7 +32,7 @@ def read_data(path: str | Path, **options: object) -> ImageDataModule:
         **options: options of the datamodule that replace those of the YAML.
 
     Raises:
-        UserError: if it describes no datamodule.
+        UserError: if the YAML does not describe a datamodule.
     """
     content = read_yaml(path)
     if isinstance(content, dict) and "model" in content:
@@ -55,12 +55,12 @@ def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataMo
         **options: options that replace those of the recipe.
 
     Raises:
-        UserError: if the class does not take these options, or is no datamodule.
+        UserError: if the class does not take these options, or is not a datamodule.
     """
     try:
         datamodule = build(data)(**options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:  # an option of the wrong type
         raise UserError(f"'{path}': {error}.") from None
     if not isinstance(datamodule, ImageDataModule):
-        raise UserError(f"'{path}' describes a {type(datamodule).__name__}, which is no ImageDataModule.")
+        raise UserError(f"'{path}' describes a {type(datamodule).__name__}, which is not an ImageDataModule.")
     return datamodule

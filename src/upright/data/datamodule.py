@@ -13,15 +13,15 @@ from torch.nn.functional import one_hot
 
 from upright.data.augmentation import Augmentation
 from upright.data.batch import Batch
-from upright.data.cache import Cache, Decoder, Where, to_tensor
+from upright.data.cache import Cache, Decoder, Storage, to_tensor
 from upright.data.loader import BatchLoader, Samples, global_seed
 from upright.data.source import Original, Source
 from upright.data.split import (
     SPLITS,
     Indices,
     SplitManifest,
-    copies,
-    first_copies,
+    describe_duplicates,
+    first_occurrences,
     stratified_part,
     stratified_split,
 )
@@ -70,7 +70,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         angles: Sequence[float] = (0.0,),
         augment: Sequence[Callable[[], nn.Module]] = (),
         padding: Padding = "zeros",
-        cache: Where = "auto",
+        cache: Storage = "auto",
         num_workers: int | None = None,
         max_unreadable: int = 0,
     ) -> None:
@@ -83,8 +83,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             raise UserError(f"folds needs at least 2 and fold one of 0 to folds - 1, got folds {folds}, fold {fold}.")
         if not 0 < train_fraction <= 1:
             raise UserError(f"train_fraction must be above 0 and at most 1, got {train_fraction}.")
-        if cache not in get_args(Where):
-            raise UserError(f"cache must be one of {', '.join(get_args(Where))}; got '{cache}'.")
+        if cache not in get_args(Storage):
+            raise UserError(f"cache must be one of {', '.join(get_args(Storage))}; got '{cache}'.")
         if max_unreadable < 0 or (num_workers is not None and num_workers < 0):
             raise UserError(
                 f"num_workers and max_unreadable cannot be negative, got {num_workers} and {max_unreadable}."
@@ -107,7 +107,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     @abstractmethod
     def read(self) -> Source:
-        """Return the whole dataset. It is called once, on first use."""
+        """Return all images of the dataset. It is called once, on first use."""
 
     @property
     def recipe(self) -> Recipe:
@@ -143,8 +143,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def images(self) -> Cache:
         """The cache of all images of the source, as training uses them."""
         source = self.source
-        every = np.arange(len(source.labels))
-        return self._cache(Decoder(source.images, every, self.spec, self.stored_size), self.max_unreadable)
+        indices = np.arange(len(source.labels))
+        return self._cache(Decoder(source.images, indices, self.spec, self.stored_size), self.max_unreadable)
 
     def _cache(self, decoder: Decoder, max_unreadable: int = 0) -> Cache:
         return Cache(decoder, self.source.files, self.cache, workers=self.num_workers, max_unreadable=max_unreadable)
@@ -171,19 +171,19 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             raise UserError(f"folds {self.folds}: these data define their own validation split; use folds 0.")
         for name, part in parts.items():
             if not len(part):
-                raise UserError(f"No picture of split '{name}' can be read.")
+                raise UserError(f"No image of split '{name}' can be read.")
         pool = parts.pop("train", np.setdiff1d(readable, used))
         fractions = {"val": self.val_fraction, "test": self.test_fraction}
         for name in [*parts, *(["val"] if self.folds else [])]:
             del fractions[name]
         if fractions or self.folds:
-            first, place = first_copies(self.images.facts["hash"][pool])
+            first, place = first_occurrences(self.images.facts["hash"][pool])
             labels = self._labels[pool][first]
             try:
                 split = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
             except UprightError as error:
                 more = len(pool) - len(first)
-                raise UserError(f"{error}{f' {more} copies of them count for nothing.' if more else ''}") from None
+                raise UserError(f"{error}{f' {more} duplicates of them are not counted.' if more else ''}") from None
             parts |= {name: pool[np.isin(place, part)] for name, part in split.items()}
         else:
             parts["train"] = pool
@@ -201,10 +201,12 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     @cached_property
     def remarks(self) -> list[str]:
         """Sentences for the user about these data: duplicates, and unreadable images that are left out."""
-        remarks = copies(self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names)
+        remarks = describe_duplicates(
+            self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names
+        )
         if len(unreadable := np.flatnonzero(~self.images.readable)):
             remarks.append(
-                f"{len(unreadable)} of {len(self._labels)} pictures cannot be read and are left out, for example "
+                f"{len(unreadable)} of {len(self._labels)} images cannot be read and are left out, for example "
                 f"'{self.source.names[unreadable[0]]}'."
             )
         return remarks

@@ -22,7 +22,7 @@ class Digits(ImageDataModule):
 
     Args:
         size: height and width of the frame.
-        margin: black pixels on each side; at least 8 pixels must be left for the digit.
+        margin: black pixels on each side; at least 8 pixels must remain for the digit.
         **options: options of `ImageDataModule`.
     """
 

@@ -32,8 +32,10 @@ from upright.warp import identity, sample
 
 Task = Literal["R", "RTS", "P", "E", "TC"]
 
-SIDE = 28  # of an original digit
-PATCH = 6  # side of a piece of clutter
+DIGIT_SIDE = 28
+"""Height and width of an original digit, in pixels."""
+PATCH_SIDE = 6
+"""Height and width of a piece of clutter, in pixels."""
 
 
 class RandomCorners(Geometric):
@@ -51,14 +53,14 @@ class RandomCorners(Geometric):
 
     def draw(self, batch: int, height: int, width: int) -> Tensor:
         corners = CORNERS.expand(batch, 4, 2).clone()
-        again = torch.ones(batch, dtype=torch.bool)
-        while again.any():
-            corners[again] = CORNERS + 2 * self.sigma * torch.randn(int(again.sum()), 4, 2)
+        rejected = torch.ones(batch, dtype=torch.bool)
+        while rejected.any():
+            corners[rejected] = CORNERS + 2 * self.sigma * torch.randn(int(rejected.sum()), 4, 2)
             sides = corners.roll(-1, 1) - corners
             crosses = cross(sides, sides.roll(-1, 1))
             # The cross product at a corner is twice the area of its triangle; two opposite triangles fill the shape.
             area = (crosses[:, 0] + crosses[:, 2]) / 2
-            again = (crosses <= 0).any(dim=1) | (area < 4 / 3)
+            rejected = (crosses <= 0).any(dim=1) | (area < 4 / 3)
         # From output to input: back to the original corners.
         return quadrilateral(corners).inverse()
 
@@ -77,7 +79,6 @@ class Clutter(NamedTuple):
     target: Tensor
 
     def select(self, images: Tensor) -> "Clutter":
-        """Return the clutter of some of the images."""
         return Clutter(*(part[images] for part in self))
 
 
@@ -111,9 +112,9 @@ class MNISTDistortion(Distortion):
         parts: dict[Task, Sequence[nn.Module]] = {
             "R": [RandomAffine(rotate=90)],
             "RTS": [RandomAffine(rotate=45, scale=(0.7, 1.2)), RandomAffine(shift=7 / 42)],
-            "P": [RandomAffine(scale=(0.75, 1.0)), RandomCorners(sigma=5 / SIDE)],
-            "E": [RandomElastic(points=4, sigma=1.5 / SIDE)],
-            "TC": [RandomCrop(padding=(60 - SIDE) // 2)],
+            "P": [RandomAffine(scale=(0.75, 1.0)), RandomCorners(sigma=5 / DIGIT_SIDE)],
+            "E": [RandomElastic(points=4, sigma=1.5 / DIGIT_SIDE)],
+            "TC": [RandomCrop(padding=(60 - DIGIT_SIDE) // 2)],
         }
         self.parts = nn.ModuleList(parts[task])
 
@@ -125,11 +126,11 @@ class MNISTDistortion(Distortion):
     def draw_clutter(self, count: int) -> Clutter:
         """Draw the clutter of ``count`` images; each patch is cut from another image."""
         offset = torch.randint(1, max(count, 2), (count, self.patches))
-        source = 4 + torch.randint(20 - PATCH + 1, (count, self.patches, 2))
-        target = torch.randint(self.size - PATCH + 1, (count, self.patches, 2))
+        source = 4 + torch.randint(20 - PATCH_SIDE + 1, (count, self.patches, 2))
+        target = torch.randint(self.size - PATCH_SIDE + 1, (count, self.patches, 2))
         return Clutter((torch.arange(count)[:, None] + offset) % count, source, target)
 
-    def make(self, images: Tensor, transforms: Composition, others: Tensor, clutter: Clutter) -> Tensor:
+    def distort(self, images: Tensor, transforms: Composition, others: Tensor, clutter: Clutter) -> Tensor:
         """Return the distorted images ``(n, 1, size, size)`` in whole grey levels.
 
         Args:
@@ -138,11 +139,11 @@ class MNISTDistortion(Distortion):
             others: digits ``(m, 1, 28, 28)`` that clutter is cut from.
             clutter: clutter of these images.
         """
-        margin = (self.size - SIDE) // 2
+        margin = (self.size - DIGIT_SIDE) // 2
         framed = nn.functional.pad(images, [margin] * 4)
         points = transforms.grid(self.size, self.size, images.device).float()
         distorted = sample(framed, points, self.size, self.size).round().clamp(0, 255)
-        steps = torch.arange(PATCH, device=images.device)
+        steps = torch.arange(PATCH_SIDE, device=images.device)
         image = torch.arange(len(images), device=images.device)[:, None, None]
         for digit, source, target in zip(*(part.to(images.device).unbind(1) for part in clutter), strict=True):
             rows, columns = (start[:, None] + steps for start in source.unbind(1))  # (n, 6)
@@ -155,7 +156,7 @@ class MNISTDistortion(Distortion):
     def forward(self, images: Tensor) -> tuple[Tensor, Composition]:
         """Distort a training batch. Clutter is cut from the other images of the batch."""
         transforms, levels = self.draw(len(images)), (images * 255).round()
-        return self.make(levels, transforms, levels, self.draw_clutter(len(images))) / 255, transforms
+        return self.distort(levels, transforms, levels, self.draw_clutter(len(images))) / 255, transforms
 
 
 class FixedDraws(Views):
@@ -197,11 +198,11 @@ class FixedDraws(Views):
             sources, digit = torch.unique(chosen.digit, return_inverse=True)
             others = to_tensor(self.digits[self.indices[sources.numpy()]])
             composition = Composition(len(images), (transform[places],))
-            views.append(self.distortion.make(images, composition, others, chosen._replace(digit=digit)))
+            views.append(self.distortion.distort(images, composition, others, chosen._replace(digit=digit)))
         return torch.stack(views, dim=1)
 
     def transforms(self, indices: Tensor, aspects: Tensor) -> Tensor:
-        """Return the matrices, and the identity for a spline, which rotates nothing."""
+        """Return the matrices, and the identity for a spline, which does not rotate the image."""
         places = self._places(indices)
         matrices = [
             transform[places] if isinstance(transform, Tensor) else identity(len(places)) for transform, _ in self.draws
@@ -250,7 +251,7 @@ class DistortedMNIST(MNIST):
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        return SIDE, SIDE
+        return DIGIT_SIDE, DIGIT_SIDE
 
     def views(self, split: str) -> Views:
         """Return training images as they are, and the fixed draws of the others."""

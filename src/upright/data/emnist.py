@@ -6,7 +6,7 @@ from string import ascii_lowercase, ascii_uppercase, digits
 from typing import ClassVar, Literal, get_args
 
 from upright.data.mnist import IDX
-from upright.data.published import Part, unreadable
+from upright.data.published import LabelledImages, unreadable
 from upright.errors import UserError
 
 Arrangement = Literal["letters", "balanced", "byclass", "bymerge", "digits", "mnist"]
@@ -43,7 +43,7 @@ class EMNIST(IDX):
     mean, std = (0.1722,), (0.3309,)
     mirrors = ("https://biometrics.nist.gov/cs_links/EMNIST",)
     checksums: ClassVar = {ARCHIVE: "58c8d27c78d21e728a6bc7b3cc06412e"}
-    what = f"{ARCHIVE} or the IDX files in it"
+    wanted_files = f"{ARCHIVE} or the IDX files in it"
 
     def __init__(self, *, split: Arrangement = "letters", root: str | None = None, **options: object) -> None:
         if split not in get_args(Arrangement):
@@ -65,9 +65,9 @@ class EMNIST(IDX):
             raise UserError(f"'{archive}' holds no gzip/{name}.gz: it is not the published archive of EMNIST.")
         return member
 
-    def part(self, stem: str) -> Part:
+    def part(self, stem: str) -> LabelledImages:
         images, labels = super().part(stem)
         if images.ndim == 4:  # the files store columns before rows
             images = images.swapaxes(1, 2)
         # uint8: a 0 among labels that start at 1 becomes 255, which `read` refuses.
-        return Part(images, labels - self.first_label)
+        return LabelledImages(images, labels - self.first_label)

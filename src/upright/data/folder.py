@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from upright.data.download import absolute
-from upright.data.pictures import Pictures, Row
+from upright.data.image_files import ImageFiles, Row
 from upright.data.split import SPLITS
 from upright.errors import UserError
 from upright.images import SUFFIXES
 
 
-class Folder(Pictures):
+class Folder(ImageFiles):
     """``root/<class>/*``, or ``root/<split>/<class>/*`` for the splits train, val and test.
 
     Images may lie in subfolders. Links to files and folders are followed. Files and folders whose names begin with a
@@ -19,7 +19,7 @@ class Folder(Pictures):
 
     Args:
         root: the folder. A missing split is taken from the training images.
-        **options: options of `Pictures`.
+        **options: options of `ImageFiles`.
     """
 
     def __init__(self, *, root: str, **options: object) -> None:

@@ -4,8 +4,8 @@ Why not StatefulDataLoader: torchdata 0.11.0 was tested with torch 2.13 and Ligh
 ``iter`` is called, and Lightning calls ``iter`` before ``set_epoch``, so a run resumed in epoch 1 got the order of
 epoch 0. If anything asked for the number of batches before, Lightning also dropped the loader's position. After an
 epoch that ended early (``limit_train_batches``), as many batches of the next epoch were skipped. An error of a worker
-arrived as 18 lines, and Ctrl-C killed the workers. Order, shares, seeds, errors and signals would stay our code, and
-only a counter would go. Speed did not decide: its cost per batch is a small part of a LeNet step, like that of ours.
+arrived as 18 lines, and Ctrl-C killed the workers. Order, shares, seeds, errors and signals would remain our code, and
+we would save only a counter. Both loaders cost a small part of a LeNet step per batch.
 """
 
 import os
@@ -71,10 +71,10 @@ class BatchLoader:
     """Batches of one split for one process. It resumes in the middle of an epoch.
 
     With ``shuffle`` (training), samples that do not fill a batch on every process are dropped; they are different ones
-    in every epoch. Without it, every sample comes exactly once, on one process.
+    in every epoch. Without ``shuffle``, every sample is delivered exactly once, by one process.
 
     Args:
-        samples: the whole split.
+        samples: all samples of the split.
         batch_size: samples per batch and process.
         shuffle: use a new order in every epoch.
         seed: seed of the order.

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from upright.data.published import Bytes, Part, Published, read_file
+from upright.data.published import Bytes, LabelledImages, Published, read_file
 from upright.errors import UserError
 
 
@@ -17,16 +17,16 @@ class IDX(Published):
     shape = (28, 28, 1)
     stems: tuple[str, str] = ("train", "t10k")
     """Beginnings of the names of the training files and the test files."""
-    what = "the four IDX files"
+    wanted_files = "the four IDX files"
 
-    def parts(self) -> tuple[Part, Part]:
+    def parts(self) -> tuple[LabelledImages, LabelledImages]:
         train, test = (self.part(stem) for stem in self.stems)
         return train, test
 
-    def part(self, stem: str) -> Part:
+    def part(self, stem: str) -> LabelledImages:
         """Read the images and labels of one part."""
         images, labels = (read_idx(self.file(f"{stem}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1"))
-        return Part(images[..., None], labels)
+        return LabelledImages(images[..., None], labels)
 
     def file(self, name: str) -> Path | zipfile.Path:
         """Find a file, or download it."""

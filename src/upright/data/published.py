@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from upright.data.datamodule import ImageDataModule
-from upright.data.download import absolute, cache, download
+from upright.data.download import absolute, data_folder, download
 from upright.data.source import Source
 from upright.errors import UserError
 from upright.images import ImageSpec
@@ -19,7 +19,7 @@ from upright.images import ImageSpec
 Bytes = npt.NDArray[np.uint8]
 
 
-class Part(NamedTuple):
+class LabelledImages(NamedTuple):
     """Images ``(N, H, W, C)`` and labels ``(N,)``, uint8, in the published order."""
 
     images: Bytes
@@ -42,7 +42,7 @@ class Published(ImageDataModule):
     """Names of the files to download, and the MD5 of each."""
     mirrors: ClassVar[tuple[str, ...]]
     """Addresses of the folders that hold them."""
-    what: ClassVar[str]
+    wanted_files: ClassVar[str]
     """Content of `root`, for messages."""
     shape: ClassVar[tuple[int, int, int]]
     """Height, width and channels of an image."""
@@ -50,7 +50,7 @@ class Published(ImageDataModule):
     """Names, in the order of the labels."""
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
-    """Of the training images, on the scale of 0 to 1: well-known numbers, declared and not measured."""
+    """Mean and standard deviation of the training images, on the scale of 0 to 1: well-known numbers, not measured."""
 
     def __init__(self, *, root: str | None = None, val_fraction: float = 0.1, **options: object) -> None:
         if root is not None:
@@ -64,13 +64,13 @@ class Published(ImageDataModule):
         return ImageSpec(channels, height, width, self.classes, self.mean, self.std)
 
     @abstractmethod
-    def parts(self) -> tuple[Part, Part]:
-        """Read the training part and the test part; `fetch` what `find` does not find."""
+    def parts(self) -> tuple[LabelledImages, LabelledImages]:
+        """Read the training part and the test part; `fetch` the files that `find` does not find."""
 
     @property
     def folder(self) -> Path:
         """Folder of the published files."""
-        return Path(self.root) if self.root else cache(self.cached_as)
+        return Path(self.root) if self.root else data_folder(self.cached_as)
 
     def find(self, *names: str) -> Path | None:
         """Return the first of these files that exists in `folder`."""
@@ -84,10 +84,10 @@ class Published(ImageDataModule):
         """
         if self.root:
             raise UserError(
-                f"'{self.root}' does not hold {self.what} (no {name}); `root` (--data.root) is the folder of these "
-                "files. Without it they are downloaded."
+                f"'{self.root}' does not hold {self.wanted_files} (no {name}); `root` (--data.root) is the folder of "
+                "these files. Without it they are downloaded."
             )
-        return download(name, self.checksums[name], self.mirrors, self.folder, self.what)
+        return download(name, self.checksums[name], self.mirrors, self.folder, self.wanted_files)
 
     def read(self) -> Source:
         """Read all images, the training part first.
@@ -126,5 +126,4 @@ def read_file(path: Path | zipfile.Path) -> bytes:
 
 
 def unreadable(path: Path | zipfile.Path, error: Exception) -> UserError:
-    """Return the error for a file that cannot be read."""
     return UserError(f"'{path}' cannot be read: {error}. It may be truncated; download it again.")

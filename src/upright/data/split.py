@@ -27,7 +27,7 @@ def stratified_split(
         labels: class of every image.
         fractions: fraction of all images for every split but ``train``, in the order in which they are split off.
         seed: seed of the split.
-        folds: if not 0, ``val`` is one of this many equal parts of the images that the other splits leave.
+        folds: if not 0, ``val`` is one of this many equal parts of the remaining images.
         fold: number of that part, from 0.
 
     Raises:
@@ -61,7 +61,7 @@ def stratified_split(
     return {name: np.sort(part) for name, part in splits.items()}
 
 
-def first_copies(hashes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
+def first_occurrences(hashes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
     """Return the sorted indices of the first image of each content, and for every image its place in that list."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return np.sort(first), np.searchsorted(np.sort(first), first[inverse])
@@ -126,7 +126,7 @@ class SplitManifest:
         return asdict(self) | {"digest": self.digest}
 
 
-def copies(
+def describe_duplicates(
     splits: Mapping[str, Indices],
     labels: npt.NDArray[np.int64],
     hashes: npt.NDArray[np.int64],
@@ -144,7 +144,7 @@ def copies(
                 f"'{names[shared[0]]}' and '{names[other]}'."
             )
     used = np.concatenate(list(splits.values()))
-    first, place = first_copies(hashes[used])
+    first, place = first_occurrences(hashes[used])
     originals = used[first[place]]
     differing = np.flatnonzero(labels[used] != labels[originals])
     if len(differing):

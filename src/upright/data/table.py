@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from upright.data.download import absolute
-from upright.data.pictures import Pictures, Row
+from upright.data.image_files import ImageFiles, Row
 from upright.data.split import SPLITS
 from upright.errors import UserError, nearest
 
@@ -17,7 +17,7 @@ Cells = tuple[str, str, str]
 """Path, label and split of one line."""
 
 
-class Table(Pictures):
+class Table(ImageFiles):
     """A CSV or Parquet file with the columns ``path``, ``label`` and optionally ``split``; other columns are ignored.
 
     Paths are absolute, or relative to the table's folder. Labels are the names of the classes: text or whole numbers.
@@ -25,7 +25,7 @@ class Table(Pictures):
 
     Args:
         file: the table: ``.csv`` (UTF-8, commas, column names in the first line) or ``.parquet`` (needs pyarrow).
-        **options: options of `Pictures`.
+        **options: options of `ImageFiles`.
     """
 
     def __init__(self, *, file: str, **options: object) -> None:

@@ -9,16 +9,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from upright.errors import UprightError, UserError
 
-Key = TypeVar("Key")
-Item = TypeVar("Item")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
-def fetch(read: Callable[[Key], Item], keys: Sequence[Key], workers: int) -> Iterator[Item]:
-    """Yield ``read(key)`` for every key, in order.
+def fetch(read: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int) -> Iterator[Result]:
+    """Yield ``read(argument)`` for every argument, in order.
 
     Args:
         read: a function that can be pickled.
-        keys: its arguments.
+        arguments: the arguments of the calls.
         workers: number of processes; 0 reads in this process.
 
     Raises:
@@ -26,12 +26,12 @@ def fetch(read: Callable[[Key], Item], keys: Sequence[Key], workers: int) -> Ite
         UserError: if a worker process dies.
     """
     if not workers:
-        yield from map(read, keys)
+        yield from map(read, arguments)
         return
     loader: DataLoader[Any] = DataLoader(
         _Results(read),
         batch_size=None,
-        sampler=keys,
+        sampler=arguments,
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_parent,
@@ -58,9 +58,9 @@ class _Results(Dataset[Any]):
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self.read = read
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, argument: Any) -> Any:
         try:
-            return self.read(key)
+            return self.read(argument)
         except UprightError as error:
             return error
 

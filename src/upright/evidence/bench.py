@@ -1,4 +1,4 @@
-"""The workbench of a study: its scale, its data, and runs of ``upright fit`` in parallel."""
+"""Run the experiments of a study by ``upright fit``, in parallel."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from upright.errors import UprightError, UserError
 from upright.files import file_hash, write_text
 from upright.images import ImageSpec
 from upright.recipes import recipe
-from upright.runs.cli.run import run as run_verb
+from upright.runs.cli.run import run as run_command
 from upright.tables import read_rows
 from upright.training.losses import CrossEntropy
 from upright.training.model import Model
@@ -37,33 +37,33 @@ from upright.training.restoring import Restored, restore
 from upright.training.schedules import OneCycle
 
 Scale = Literal["quick", "standard", "full"]
-Result = TypeVar("Result")
+ReturnValue = TypeVar("ReturnValue")
 Value = TypeVar("Value")
-Key = TypeVar("Key")
+GroupKey = TypeVar("GroupKey")
 
 LENET = partial(LeNet, activation="relu", pooling="max")
 
 
 def transformed(transform: TransformName, network: Network = LENET, **options: Any) -> Network:
-    """Return a network behind a spatial transformer, with ``options`` of `SpatialTransformer`."""
+    """Return a network with a spatial transformer in front, which gets ``options``."""
     transformer = partial(SpatialTransformer, transform=transform, padding="border", **options)
     return partial(TransformerNetwork, transformer=transformer, network=network)
 
 
 class Experiment(NamedTuple):
-    """A training by ``upright fit``; parts are classes, or partials of classes.
+    """Settings of one training by ``upright fit``. Its parts are classes, or partials of classes.
 
     Args:
-        network: called with ``(input_shape, num_classes)``.
-        data: a datamodule.
+        network: the network; it is called with ``(input_shape, num_classes)``.
+        data: the datamodule.
         epochs: number of epochs.
-        optimizer: called with parameter groups.
-        loss: called with ``(num_classes)``.
+        optimizer: the optimizer; it is called with parameter groups.
+        loss: the loss; it is called with ``(num_classes)``.
         init: initialisation scheme; by default that of the network.
         upright_weight: weight of the upright loss.
         callbacks: callbacks of the trainer.
         validate_every: number of epochs between validations.
-        start_from: a checkpoint with the initial weights.
+        start_from: checkpoint with the initial weights.
         precision: precision of the trainer. ``bf16-mixed`` halves the time of a convolution on a processor with
             bfloat16.
     """
@@ -91,7 +91,7 @@ class Experiment(NamedTuple):
         start = str(self.start_from) if self.start_from else None
         data = recipe(self.data)
         config = {"seed_everything": seed, "model": model, "data": data, "trainer": trainer, "start_from": start}
-        # The hash distinguishes experiments whose initial weights differ in a file of the same name.
+        # The hash distinguishes experiments whose initial weights are different files with the same name.
         comment = f"# {file_hash(self.start_from)}\n" if self.start_from else ""
         return comment + yaml.safe_dump(config, sort_keys=False)
 
@@ -121,13 +121,13 @@ class Run(NamedTuple):
     def loss_and_accuracy(self, split: str) -> tuple[float, float]:
         """Evaluate ``best.ckpt`` on a split, without augmentation."""
         classifier, data, *_ = self.restored()
-        answers = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
-        logits, labels = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        pairs = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
+        logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return float(classifier.loss(logits, labels)), float((logits.argmax(1) == labels).float().mean())
 
 
-class Job(NamedTuple):
-    """A run of an experiment with one seed, in ``folder/name``."""
+class TrainingJob(NamedTuple):
+    """One run of an experiment, with one seed, in ``folder/name``."""
 
     folder: Path
     name: str
@@ -139,25 +139,25 @@ class Job(NamedTuple):
         """Path of the YAML."""
         return self.folder / f"{self.name}.yaml"
 
-    def started(self) -> bool:
+    def owns_folder(self) -> bool:
         """Return whether the folder belongs to this experiment."""
         return self.config.exists() and self.config.read_text() == self.experiment.config(self.seed)
 
     def result(self) -> Run | None:
         """Return the run, if it is complete."""
         record = self.folder / self.name / "done.json"
-        if self.started() and record.exists():
+        if self.owns_folder() and record.exists():
             return Run(self.folder / self.name, **json.loads(record.read_text()))
         return None
 
     def seconds_before(self) -> float | None:
         """Return the seconds of the epochs before an interruption; None without a checkpoint to resume from."""
-        if self.started() and (self.folder / self.name / "last.ckpt").exists():
+        if self.owns_folder() and (self.folder / self.name / "last.ckpt").exists():
             return sum(float(row["seconds"]) for row in read_rows(self.folder / self.name / "metrics.csv"))
         return None
 
     def run(self) -> Run:
-        """Fit and test, and print a line; resume if the same experiment was interrupted.
+        """Train and test, and print a line. Resume if the same experiment was interrupted.
 
         Raises:
             UserError: for a mistake in the experiment.
@@ -170,11 +170,11 @@ class Job(NamedTuple):
         start = time.process_time()
         options = ["--trainer.default_root_dir", str(folder.parent), "--name", self.name]
         options += ["--wandb", "off", "--ckpt_path", "auto"]
-        # Print one line per run; the folder of the run has all other output.
+        # Print only one line per run. All other output is in the folder of the run.
         with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
             try:
-                code = run_verb("fit", ["--config", str(self.config), *options])
-                code = code or run_verb("test", ["--ckpt_path", str(folder / "best.ckpt")])
+                code = run_command("fit", ["--config", str(self.config), *options])
+                code = code or run_command("test", ["--ckpt_path", str(folder / "best.ckpt")])
             except UprightError as error:
                 raise UserError(f"{self.name}: {error}") from error
         if code:
@@ -187,7 +187,7 @@ class Job(NamedTuple):
 
 
 class Bench:
-    """Scale, data and parallel runs of a study.
+    """The environment of a study: its scale, its data, and its runs.
 
     Args:
         folder: folder of the runs.
@@ -200,18 +200,18 @@ class Bench:
         self.workers = 1 if scale == "quick" else joblib.cpu_count()
         """Number of parallel processes."""
         self.seconds = 0.0
-        """Processor time in other processes, and before an interruption."""
+        """Processor time in other processes and before an interruption, in seconds."""
 
     def choose(self, quick: Value, standard: Value, full: Value | None = None) -> Value:
         """Return the value for this scale; ``full`` is ``standard`` by default."""
         return {"quick": quick, "standard": standard, "full": standard if full is None else full}[self.scale]
 
     def data(self, **options: Any) -> Callable[[], ImageDataModule]:
-        """Return MNIST, or the digits if the scale is quick, with options of `ImageDataModule`."""
+        """Return MNIST, or scikit-learn's digits for the scale ``quick``, with options of `ImageDataModule`."""
         return partial(Digits if self.scale == "quick" else MNIST, **options)
 
     def train(self, variants: Mapping[str, Experiment | Callable[[int], Experiment]]) -> dict[str, list[Run]]:
-        """Train and test every variant with every seed; a complete run of the same experiment is not repeated.
+        """Train and test every variant with every seed. Runs that are already complete are not repeated.
 
         Args:
             variants: experiments by name, or functions that return the experiment for a seed.
@@ -224,16 +224,16 @@ class Bench:
         for variant, seed in names:
             experiment = variants[variant]
             seeded = experiment if isinstance(experiment, Experiment) else experiment(seed)
-            jobs.append(Job(self.folder, f"{variant}-{seed}", seeded, seed))
+            jobs.append(TrainingJob(self.folder, f"{variant}-{seed}", seeded, seed))
         results = [job.result() for job in jobs]
         open_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
         self.seconds += sum(run.seconds for run in results if run)
         self.seconds += sum(job.seconds_before() or 0.0 for job in open_jobs)
         print(f"  {len(open_jobs)} of {len(jobs)} runs to train, {self.workers} at a time.", flush=True)
         try:
-            new = iter(self.map(Job.run, [(job,) for job in open_jobs]))
+            new = iter(self.map(TrainingJob.run, [(job,) for job in open_jobs]))
         except KeyboardInterrupt:
-            # The workers are killed in the middle of their runs, so this process removes their locks.
+            # joblib has killed the workers during their runs, so this process removes their locks.
             for path in self.folder.glob(".*.running"):
                 path.unlink(missing_ok=True)
             raise
@@ -243,20 +243,20 @@ class Bench:
         return runs
 
     def losses_and_accuracies(
-        self, runs: Mapping[Key, Sequence[Run]], split: str
-    ) -> dict[Key, list[tuple[float, float]]]:
+        self, runs: Mapping[GroupKey, Sequence[Run]], split: str
+    ) -> dict[GroupKey, list[tuple[float, float]]]:
         """Return `Run.loss_and_accuracy` of every run, in the same groups."""
         pairs = iter(self.map(Run.loss_and_accuracy, [(run, split) for each in runs.values() for run in each]))
         return {key: [next(pairs) for _ in each] for key, each in runs.items()}
 
-    def map(self, function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]) -> list[Result]:
-        """Call the function for all arguments, in parallel unless the scale is quick; keep their order."""
+    def map(self, function: Callable[..., ReturnValue], arguments: Iterable[tuple[Any, ...]]) -> list[ReturnValue]:
+        """Call the function for all arguments, in their order. Unless the scale is quick, calls run in parallel."""
         timed = joblib.Parallel(n_jobs=self.workers)(joblib.delayed(_timed)(function, *each) for each in arguments)
         self.seconds += sum(seconds for _, seconds in timed) if self.workers > 1 else 0
         return [result for result, _ in timed]
 
 
-def _timed(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
+def _timed(function: Callable[..., ReturnValue], *arguments: Any) -> tuple[ReturnValue, float]:
     start = time.process_time()
     return function(*arguments), time.process_time() - start
 
@@ -264,10 +264,10 @@ def _timed(function: Callable[..., Result], *arguments: Any) -> tuple[Result, fl
 def signals_and_gradients(
     network: nn.Module, layers: Iterable[nn.Module], spec: ImageSpec, batch: Batch
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Return the outputs of some layers for a batch, and the gradients of the cross entropy for them, as float64."""
+    """Return the outputs of ``layers`` for a batch, and the gradients of the cross entropy for them, as float64."""
     outputs: list[Tensor] = []
     for layer in layers:
         layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    # After 110 layers the squares of a gradient can be too small for float32.
+    # After 110 layers, the squares of gradients can be too small for float32.
     loss = cross_entropy(Model(spec, network).double()(batch.images), batch.labels)
     return outputs, torch.autograd.grad(loss, outputs)

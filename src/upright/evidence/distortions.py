@@ -1,4 +1,4 @@
-"""Matrices of known distortions, and the accuracy of trained networks under them."""
+"""Distort images by known matrices, and measure the accuracy of trained networks on them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,16 @@ CHUNK = 256
 """Images per batch."""
 
 Kinds = Mapping[str, Mapping[float, Sequence[Tensor]]]
-"""Name of a distortion -> strength -> matrices ``(3, 3)`` to average over, such as left and right."""
+"""Matrices ``(3, 3)`` by name of the distortion, then by strength. Results are averaged over the matrices of a
+strength, such as a rotation to the left and to the right."""
 
 
 class Curve(NamedTuple):
-    """Measures of a network, one number per strength of a distortion.
+    """Accuracy and consistency of a network, one number per strength of a distortion.
 
     Args:
-        accuracy: share of correct answers.
-        consistency: share of answers that equal the answer to the undistorted image, right or wrong.
+        accuracy: share of correct predictions.
+        consistency: share of predictions that equal the prediction for the undistorted image, correct or not.
     """
 
     accuracy: list[float]
@@ -40,7 +41,7 @@ def shift(right: float, down: float, height: int, width: int) -> Tensor:
     return matrix
 
 
-def turn(degrees: float, aspect: float = 1.0) -> Tensor:
+def rotate(degrees: float, aspect: float = 1.0) -> Tensor:
     """Return the matrix ``(3, 3)`` that rotates the content anticlockwise; ``aspect`` is width / height."""
     return rotation(torch.tensor([math.radians(degrees)]), aspect)[0]
 
@@ -51,13 +52,13 @@ def zoom(factor: float) -> Tensor:
 
 
 def curves(bench: Bench, runs: Sequence[Run], kinds: Kinds, every: int = 1) -> list[dict[str, Curve]]:
-    """Measure each run's network on its distorted test images.
+    """Measure the network of each run on its distorted test images.
 
     Args:
         bench: runs the measurements in parallel.
         runs: runs whose images have the network's size.
-        kinds: the distortions.
-        every: use every n-th image of the test split.
+        kinds: matrices of the distortions.
+        every: n, to use every n-th image of the test split.
     """
     return bench.map(_curves, [(run.folder, kinds, every) for run in runs])
 
@@ -74,7 +75,7 @@ def _curves(folder: Path, kinds: Kinds, every: int) -> dict[str, Curve]:
         for kind, strengths in kinds.items():
             for strength_index, matrices in enumerate(strengths.values()):
                 for matrix in matrices:
-                    answers = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
-                    matches = torch.stack([(answers == labels).sum(), (answers == undistorted).sum()])
+                    predictions = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
+                    matches = torch.stack([(predictions == labels).sum(), (predictions == undistorted).sum()])
                     counts[kind][strength_index] += matches / len(matrices)
     return {kind: Curve(*(count / len(indices)).T.tolist()) for kind, count in counts.items()}

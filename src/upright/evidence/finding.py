@@ -1,4 +1,4 @@
-"""The result of a study: verdict, sentence, table and figure, and helper functions."""
+"""The result of a study (verdict, sentence, table and figure), and functions to make tables and figures."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from upright.evidence.bench import Run
 from upright.runs.drawing import COLOURS
 
-Key = TypeVar("Key")
+GroupKey = TypeVar("GroupKey")
 
 STYLE: dict[Any, Any] = {"axes.labelsize": 9, "axes.titlesize": 9, "legend.fontsize": 8}
 """Matplotlib settings of all studies."""
@@ -23,9 +23,9 @@ class Finding(NamedTuple):
 
     Args:
         held: True if the claim holds by the rule of the protocol.
-        sentence: the observations, with their numbers.
-        table: rows, each from heading to text.
-        figure: figure to save as a PNG.
+        sentence: description of the observations, with their numbers.
+        table: rows of the table; each maps headings to cells.
+        figure: the figure, which is saved as a PNG.
         numbers: all measurements, for ``results.json``.
     """
 
@@ -41,40 +41,43 @@ def values(runs: Iterable[Run], name: str) -> list[float]:
     return [run.metrics[name] for run in runs if name in run.metrics]
 
 
-def measured(runs: Mapping[Key, Iterable[Run]], name: str) -> dict[Key, list[float]]:
+def metric_by_group(runs: Mapping[GroupKey, Iterable[Run]], name: str) -> dict[GroupKey, list[float]]:
     """Return a metric of the test split for groups of runs."""
     return {key: values(each, name) for key, each in runs.items()}
 
 
-def errors(runs: Mapping[Key, Iterable[Run]]) -> dict[Key, list[float]]:
+def errors(runs: Mapping[GroupKey, Iterable[Run]]) -> dict[GroupKey, list[float]]:
     """Return test errors in percent for groups of runs."""
-    return {key: [100 * (1 - right) for right in each] for key, each in measured(runs, "test/accuracy").items()}
+    accuracies = metric_by_group(runs, "test/accuracy")
+    return {key: [100 * (1 - accuracy) for accuracy in each] for key, each in accuracies.items()}
 
 
-def means(groups: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
+def means(groups: Mapping[GroupKey, Sequence[float]]) -> dict[GroupKey, float]:
     """Return the mean of each group that is not empty."""
     return {key: statistics.mean(each) for key, each in groups.items() if each}
 
 
 def mean_and_spread(numbers: Sequence[float], digits: int = 4) -> str:
-    """Return mean ± standard deviation as text, or a dash for no numbers."""
+    """Return mean ± standard deviation as text, or a dash if there are no numbers."""
     if not numbers:
         return "-"
     return f"{statistics.mean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
-def spreads(groups: Mapping[Key, Sequence[float]], digits: int = 4) -> dict[Key, str]:
-    """Return `mean_and_spread` of each group, a column of `rows`."""
+def spreads(groups: Mapping[GroupKey, Sequence[float]], digits: int = 4) -> dict[GroupKey, str]:
+    """Return `mean_and_spread` of each group, as a column for `rows`."""
     return {key: mean_and_spread(each, digits) for key, each in groups.items()}
 
 
-def rows(heading: str, titles: Mapping[Key, str], columns: Mapping[str, Mapping[Key, str]]) -> list[dict[str, str]]:
+def rows(
+    heading: str, titles: Mapping[GroupKey, str], columns: Mapping[str, Mapping[GroupKey, str]]
+) -> list[dict[str, str]]:
     """Return the rows of a table.
 
     Args:
         heading: heading of the first column.
-        titles: the first cell of each row.
-        columns: cells of each row, by heading; a missing cell becomes a dash.
+        titles: first cell of each row.
+        columns: the other columns by heading, each with a cell per row; a missing cell becomes a dash.
     """
     return [
         {heading: title} | {name: cells.get(key, "-") for name, cells in columns.items()}
@@ -83,7 +86,7 @@ def rows(heading: str, titles: Mapping[Key, str], columns: Mapping[str, Mapping[
 
 
 def panels(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, row by row; each has ``width`` and ``height`` in inches."""
+    """Return a figure and its axes, row by row. The width and height of one panel are in inches."""
     figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:

@@ -1,9 +1,10 @@
-"""``upright study NAME``: run a study and write its results."""
+"""``upright study NAME``: run a study, and write its results."""
 
 import importlib
 import inspect
 import json
 import pkgutil
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,25 +17,25 @@ from upright.evidence import studies
 from upright.evidence.bench import Bench, Scale
 from upright.evidence.finding import STYLE, Finding
 from upright.files import write_text
-from upright.runs.drawing import save_picture
+from upright.runs.drawing import save_png
 from upright.runs.folder import ROOT
 from upright.runs.process import keep_freed_memory, leave_a_core
 from upright.tables import markdown
 
 FULL = "--full"
-"""Option that the protocol of a study with a larger scale mentions."""
+"""The protocol of a study mentions this option if the study has a larger scale."""
 
 
 def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: bool = False) -> int:
     """Run a study in ``checkpoints/study-NAME`` (``-quick``, ``-full``), or list all studies.
 
-    An interrupted study resumes in the middle of its runs.
+    The same command resumes an interrupted study from the checkpoints of its runs.
 
     Args:
         study: the name of a module of `upright.evidence.studies`; without a name, all studies are listed.
         seeds: number of runs per variant.
-        quick: use the embedded digits. The study then takes seconds and does not test the claim.
-        full: run at the larger scale, which takes more than half an hour; only if the protocol mentions it.
+        quick: use scikit-learn's digits. The study then takes seconds, and does not test the claim.
+        full: run at the larger scale, which takes more than half an hour. Only some studies have one.
 
     Raises:
         UserError: for an unknown or missing name, fewer than 2 seeds, or a scale that the study does not have.
@@ -43,7 +44,7 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     names = ", ".join(modules)
     if study is None:
         if quick or full:
-            raise UserError(f"--{'quick' if quick else 'full'} needs a study's name: one of {names}.")
+            raise UserError(f"--{'quick' if quick else 'full'} needs the name of a study, one of {names}.")
         for name, path in modules.items():
             print(f"  {name:<15} {claim_and_protocol(importlib.import_module(path))[0]}")
         return 0
@@ -52,10 +53,10 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2 to show a spread, got {seeds}.")
     if quick and full:
-        raise UserError("--quick and --full exclude each other: give one, or neither.")
+        raise UserError("--quick and --full exclude each other; give at most one of them.")
     module = importlib.import_module(modules[study])
     if full and FULL not in (module.__doc__ or ""):
-        raise UserError(f"'{study}' has no larger scale: its protocol does not mention --full.")
+        raise UserError(f"Study '{study}' has no larger scale; omit --full.")
     keep_freed_memory()
     leave_a_core()
     scale: Scale = "quick" if quick else "full" if full else "standard"
@@ -84,12 +85,12 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         finding: Finding = module.run(bench)
-        save_picture(finding.figure, folder / f"{name}.png")
+        save_png(finding.figure, folder / f"{name}.png")
     minutes = (time.process_time() - start + bench.seconds) / 60
     command = f"upright study {name} --seeds {seeds}" + ("" if scale == "standard" else f" --{scale}")
     verdict = f"**{'Held' if finding.held else 'Did not hold'}.** {finding.sentence}"
     if scale == "quick":
-        verdict += " (A quick study does less than its protocol. It shows only that the study runs.)"
+        verdict += " (A quick study does not follow its protocol. It only checks that the study runs.)"
     duration = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
     cost = f"{duration} of processor time, {seeds} seeds."
     table = markdown([[*finding.table[0]], *([*row.values()] for row in finding.table)]).rstrip()
@@ -105,4 +106,5 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
 def claim_and_protocol(module: ModuleType) -> tuple[str, str]:
     """Return the claim of a study and its protocol: the first paragraph of its docstring, and the others."""
     claim, *protocol = inspect.cleandoc(module.__doc__ or "").split("\n\n")
-    return " ".join(claim.split()), "\n\n".join(" ".join(paragraph.split()) for paragraph in protocol)
+    # Join the lines of a paragraph and of a list's item.
+    return " ".join(claim.split()), "\n\n".join(re.sub(r"\s*\n(?!- )\s*", " ", paragraph) for paragraph in protocol)

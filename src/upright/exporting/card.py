@@ -8,38 +8,38 @@ from upright.runtime.bundle import MODELS
 from upright.tables import markdown
 
 WORTHWHILE = 1.1
-"""Smallest speed relative to float32 that exceeds the noise of the measurement."""
+"""Smallest speed relative to float32 that is larger than the noise of the measurement."""
 
 
 def summary(parity: dict[str, Any]) -> Iterator[str]:
     """Yield the results of an export, line by line.
 
     Args:
-        parity: the bundle's ``parity.json``.
+        parity: content of the bundle's ``parity.json``.
     """
     exact, max_drop = parity["precisions"]["fp32"], parity["max_drop"]
     yield (
         f"{parity['images']} images: agreement {exact['agreement']:.2%}, largest difference "
-        f"{exact['largest_difference']:.1e}, accuracy PyTorch {parity['accuracy']['pytorch']:.4f}, "
-        f"ONNX Runtime {exact['accuracy']:.4f}."
+        f"{exact['largest_difference']:.1e}; accuracy {parity['accuracy']['pytorch']:.4f} by PyTorch, "
+        f"{exact['accuracy']:.4f} by ONNX Runtime."
     )
-    lower = {name: figures for name, figures in parity["precisions"].items() if name != "fp32"}
-    for name, figures in lower.items():
-        low, high = figures["drop_interval"]
-        speeds = {batch: speed["times_fp32"] for batch, speed in figures["speed"].items()}
+    lower = {name: metrics for name, metrics in parity["precisions"].items() if name != "fp32"}
+    for name, metrics in lower.items():
+        low, high = metrics["drop_interval"]
+        speeds = {batch: speed["times_fp32"] for batch, speed in metrics["speed"].items()}
         yield (
-            f"{name}: accuracy {figures['accuracy']:.4f}, a drop of {figures['drop']:.2f} points (95 %: {low:.2f} to "
-            f"{high:.2f}), {len(figures['flipped'])} images with another class; "
-            f"{figures['bytes'] / exact['bytes']:.2f} times the size of fp32, "
+            f"{name}: accuracy {metrics['accuracy']:.4f}, a drop of {metrics['drop']:.2f} points (95 %: {low:.2f} to "
+            f"{high:.2f}), {len(metrics['flipped'])} images with another class; "
+            f"{metrics['bytes'] / exact['bytes']:.2f} times the size of fp32, "
             f"{' and '.join(f'{value:.2f}' for value in speeds.values())} times its speed "
             f"(batch {' and '.join(speeds)})."
         )
         if max(speeds.values()) < WORTHWHILE:
-            yield f"{name} does not pay on this machine: it is not faster than fp32."
+            yield f"Note: {name} is not faster than fp32 on this machine."
     if lower and parity["smallest_drop_to_tell"] > max_drop:
         yield (
             f"Warning: {parity['sources']} source images are too few to detect a drop of {max_drop:g} points (the "
-            f"smallest they can detect is {parity['smallest_drop_to_tell']:.2f}), so the measured drop decided alone."
+            f"smallest is {parity['smallest_drop_to_tell']:.2f}), so only the measured drop had to be within the limit."
         )
 
 
@@ -47,8 +47,8 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     """Return the ``README.md`` of a bundle.
 
     Args:
-        manifest: its ``manifest.json``.
-        parity: its ``parity.json``.
+        manifest: content of its ``manifest.json``.
+        parity: content of its ``parity.json``.
     """
     name, spec, provenance = manifest["name"], manifest["spec"], manifest["provenance"]
     exact, accuracy = parity["precisions"]["fp32"], parity["accuracy"]
@@ -56,7 +56,7 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     own_size = (height, width) == (spec["height"], spec["width"])
     resizing = "" if spec["resize"] == "none" or own_size else f"{spec['resize']} to {spec['height']} x {spec['width']}"
     preprocessing = f"{resizing} and normalisation" if resizing else "normalisation"
-    sizes = "any size" if height == "height" else "this size only"
+    sizes = "any size" if height == "height" else "only this size"
     others = "".join(f", `{other}`" for other in manifest["other_outputs"])
     metrics = markdown([["metric", "value"], *([key, f"{value:.4f}"] for key, value in provenance["metrics"].items())])
     return f"""# {name}
@@ -76,7 +76,7 @@ An image classifier, exported by Upright {provenance["versions"]["upright"]} fro
 
 ## Parity on the validation split
 
-PyTorch and ONNX Runtime classified all {parity["images"]} originals. `parity.json` has more details.
+PyTorch and ONNX Runtime classified all {parity["images"]} original images. `parity.json` has more details.
 
 | | |
 |---|---|
@@ -93,7 +93,7 @@ PyTorch and ONNX Runtime classified all {parity["images"]} originals. `parity.js
 
 Install Upright; its base install needs no PyTorch. Then:
 
-    upright verify {name}          # check the files, and compare the answers on this machine
+    upright verify {name}          # check the files, and compare predictions on this machine
     upright infer {name} IMAGE ...
 
 In Python: `from upright.runtime.predictor import Predictor; Predictor("{name}")("image.png").label`
@@ -108,11 +108,11 @@ def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     batches = list(precisions["fp32"]["speed"])
     rows = [["precision", "file", "kB", "accuracy", "points lost (95 %)", *(f"speed, batch {n}" for n in batches)]]
     notes = ""
-    for name, figures in precisions.items():
-        low, high = figures["drop_interval"]
-        points = "-" if name == "fp32" else f"{figures['drop']:.2f} ({low:.2f} to {high:.2f})"
-        speeds = [f"{figures['speed'][batch]['times_fp32']:.2f}" for batch in batches]
-        size, accuracy = f"{figures['bytes'] / 1000:.0f}", f"{figures['accuracy']:.4f}"
+    for name, metrics in precisions.items():
+        low, high = metrics["drop_interval"]
+        points = "-" if name == "fp32" else f"{metrics['drop']:.2f} ({low:.2f} to {high:.2f})"
+        speeds = [f"{metrics['speed'][batch]['times_fp32']:.2f}" for batch in batches]
+        size, accuracy = f"{metrics['bytes'] / 1000:.0f}", f"{metrics['accuracy']:.4f}"
         rows.append([name, f"`{MODELS[name]}`", size, accuracy, points, *speeds])
         floats = ", ".join(manifest["precisions"][name]["float_layers"])
         notes += (
@@ -125,5 +125,5 @@ def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
 {markdown(rows)}
 {notes}
 Speed is relative to fp32, on one thread of {machine["processor"]} ({", ".join(machine["instructions"])}).
-`upright verify` checks whether each precision gives the same answers on another machine.
+`upright verify` checks that each precision gives the same predictions on another machine.
 """

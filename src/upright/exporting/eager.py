@@ -1,4 +1,4 @@
-"""The PyTorch model of a checkpoint, for comparison with a bundle in `upright benchmark`."""
+"""Load the PyTorch model of a checkpoint, for comparison with a bundle in `upright benchmark`."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from upright.errors import CheckpointError
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.runtime.bundle import Bundle
-from upright.runtime.worker import Run
+from upright.runtime.worker import LoadedModel
 from upright.training.model import Model
 
 
-def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) -> Run:
-    """Load the model without Lightning, whose import would take longer than everything else.
+def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) -> LoadedModel:
+    """Load the model without Lightning, because its import would dominate the cold start.
 
     Args:
         bundle: the folder of a bundle.
         checkpoint: the checkpoint, or the folder of the run, that the bundle was exported from.
-        threads: the number of threads of one run.
+        threads: number of threads per run.
         compiled: use ``torch.compile``.
 
     Raises:
@@ -33,8 +33,8 @@ def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) 
     record, source = content[KEY], Bundle(Path(bundle)).manifest["provenance"]["run"]
     if record["run"]["id"] != source["id"]:
         raise CheckpointError(
-            f"'{checkpoint}' is of run '{record['run']['name']}' ({record['run']['id']}), but bundle '{bundle}' was "
-            f"exported from '{source['name']}' ({source['id']}); give the checkpoint of that run."
+            f"'{checkpoint}' belongs to run '{record['run']['name']}' ({record['run']['id']}), but bundle '{bundle}' "
+            f"was exported from '{source['name']}' ({source['id']}); give the checkpoint of that run."
         )
     spec = ImageSpec.from_dict(record["spec"])
     model = Model(spec, build(record["model"]["init_args"]["network"])(spec.input_shape, len(spec.classes))).eval()

@@ -1,4 +1,8 @@
-"""``upright export``: checkpoint -> restore -> graph -> parity -> gate -> precision -> card -> bundle."""
+"""``upright export``: write a verified bundle of a checkpoint.
+
+The steps are: restore the checkpoint, write the graph, compare it with PyTorch, convert it to lower precisions, and
+write samples, manifest, card and hashes.
+"""
 
 import json
 import tempfile
@@ -53,34 +57,37 @@ def export(
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
-    """Write a bundle, or nothing if a graph does not reproduce PyTorch on the complete validation split.
+    """Write a bundle, but only if its graphs reproduce PyTorch on the complete validation split.
 
     Args:
         checkpoint: a checkpoint, or the folder of a run.
         name: name of the bundle; the run's name by default.
         force: replace an existing bundle.
         data: a YAML of data to use instead of the checkpoint's.
-        outputs: additional outputs, see `Form`.
-        opset: see `Form`.
-        batch: see `Form`.
-        size: see `Form`.
-        precision: precisions besides float32, which every bundle has.
-        max_drop: points of accuracy that each precision may lose.
-        full_range: see `Int8`.
+        outputs: outputs beside the probabilities: ``theta``, ``warped``, ``logits``, ``features``.
+        opset: ONNX opset, from 18 to 25.
+        batch: the only batch size that the graph takes; None for any.
+        size: the only ``(H, W)`` that the graph takes; None for any.
+        precision: precisions besides float32, which every bundle has: ``fp16``, ``int8``.
+        max_drop: points of accuracy, from 0 to 100, that each precision may lose.
+        full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
-        triton: a Triton model repository that gets copies of the models, see `write_models`.
-        wandb: mode in which W&B records the bundle, see `bundle_mode`.
+        triton: a Triton model repository that gets copies of the models.
+        wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
         UserError: if the checkpoint or its data cannot be used, or the bundle exists.
-        GateError: if ONNX Runtime and PyTorch disagree, or a precision loses too much.
+        GateError: if ONNX Runtime and PyTorch disagree, or a precision loses too much accuracy.
     """
     form = Form(opset, batch, size, tuple(dict.fromkeys(outputs)))
     precisions: list[PrecisionName] = [each for each in ("fp16", "int8") if each in precision]
     if not 0 <= max_drop <= 100:
-        raise UserError(f"--max-drop is in points of accuracy, from 0 to 100; got {max_drop:g}.")
+        raise UserError(f"--max-drop must be from 0 to 100 points of accuracy, got {max_drop:g}.")
     if full_range and "int8" not in precisions:
-        raise UserError("--full-range changes int8's weights; it needs --precision int8.")
+        raise UserError("--full-range changes the weights of int8; give --precision int8, too.")
     if name is not None:
         check_name(name)
 
@@ -167,13 +174,13 @@ def _write_graphs(
             "how": converter.description,
             "float_layers": result.float_layers,
         }
-    figures = {name: comparison.figures(classes) for name, comparison in comparisons.items()}
-    for kind, figure in figures.items():
-        figure["bytes"] = (folder / MODELS[kind]).stat().st_size
+    metrics = {name: comparison.metrics(classes) for name, comparison in comparisons.items()}
+    for each, values in metrics.items():
+        values["bytes"] = (folder / MODELS[each]).stat().st_size
     if precisions:
-        print("Timing the precisions side by side ...", flush=True)
-        for kind, speeds in _speeds(folder, list(figures), reference).items():
-            figures[kind]["speed"] = speeds
+        print("Measuring the speed of all precisions ...", flush=True)
+        for each, speeds in _speeds(folder, list(metrics), reference).items():
+            metrics[each]["speed"] = speeds
     return {
         "split": "val",
         "images": len(exact.names),
@@ -182,12 +189,12 @@ def _write_graphs(
         "smallest_drop_to_tell": exact.drop.resolution,
         "accuracy": {"pytorch": exact.accuracy(exact.expected), "cached_pipeline": cached_accuracy(model, data)},
         "machine": machine() | {"threads": 1},
-        "precisions": figures,
+        "precisions": metrics,
     }, descriptions
 
 
 def _speeds(folder: Path, precisions: Sequence[str], reference: Reference) -> dict[str, dict[str, Any]]:
-    """Return the speed of each precision by batch, on one thread, relative to the first one."""
+    """Return the speed of each precision by batch size, on one thread, relative to the first precision."""
     image = next(fitted_originals(reference.data, reference.form)).pixels
     sessions = {name: open_session(folder / MODELS[name], threads=1) for name in precisions}
     speeds: dict[str, dict[str, Any]] = {name: {} for name in precisions}
@@ -198,8 +205,8 @@ def _speeds(folder: Path, precisions: Sequence[str], reference: Reference) -> di
             for name, session in sessions.items()
         }
         for name, speed in side_by_side(turns).items():
-            figures = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
-            speeds[name][str(batch)] = figures
+            values = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
+            speeds[name][str(batch)] = values
     return speeds
 
 
@@ -216,8 +223,8 @@ def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]
             file = f"{SAMPLES}/{len(samples):02d}.png"
             write_png(folder / file, original)
             sample = {"file": file, "name": original.name, "label": data.spec.classes[original.label]}
-            answers = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
-            samples.append(sample | {"probabilities": answers})
+            rows = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
+            samples.append(sample | {"probabilities": rows})
     _write_json(folder / EXPECTED, samples)
 
 

@@ -1,6 +1,6 @@
-"""Gates: a float32 graph must reproduce PyTorch, and a graph of lower precision must keep the accuracy.
+"""Gates of `export`: a float32 graph must reproduce PyTorch, and a graph of lower precision must keep the accuracy.
 
-If a graph of lower precision loses too much, its most harmful layers return to float32, one after the other.
+If a graph of lower precision loses too much, its most harmful layers are set back to float32, one after the other.
 """
 
 import time
@@ -20,7 +20,7 @@ from upright.runtime.predictor import open_session, run_batch
 Batches = Callable[[], Iterator[npt.NDArray[np.uint8]]]
 
 RANKING_SECONDS = 300.0
-"""Layers that are not measured within this time rank as the least harmful ones."""
+"""Time limit of the ranking. Layers that are not measured within it rank as the least harmful ones."""
 
 
 def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
@@ -31,18 +31,18 @@ def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
         classes: names of the classes, for messages.
 
     Raises:
-        GateError: if they differ; the images are printed.
+        GateError: if they differ. The images are printed.
     """
     limit = TOLERANCES["fp32"]
     # NaN counts as a difference. Within the limit, a first class flips only if its margin is less than twice the limit.
     offending = np.flatnonzero(~(comparison.differences <= limit))
     if not len(offending) and comparison.others_agree:
         return
-    for image in comparison.describe(offending, classes):
+    for image in comparison.image_records(offending, classes):
         print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, difference {difference:.2g}".format(**image))
     raise GateError(
         f"ONNX Runtime and PyTorch disagree on {len(offending)} of {len(comparison.names)} validation images (allowed "
-        f"difference {limit:.0e}), which are listed above, so no bundle was written. "
+        f"difference {limit:.0e}). They are listed above. No bundle was written. "
         f"Largest differences of the other outputs: {comparison.others}."
     )
 
@@ -53,7 +53,7 @@ class GatedGraph(NamedTuple):
     Args:
         content: content of its file.
         comparison: comparison with PyTorch.
-        float_layers: layers that stay float32, with their harm, see `rank_layers`.
+        float_layers: harm of each layer that stays float32, see `rank_layers`.
     """
 
     content: bytes
@@ -68,18 +68,18 @@ def convert_within(
     images: Batches,
     max_drop: float,
 ) -> GatedGraph:
-    """Convert all layers, then all but the most harmful one, and so on, until the graph passes. Convert at least half.
+    """Convert all layers. Until the graph passes, set the most harmful layer back to float32, at most half of them.
 
     Args:
         converter: converter of the float32 graph.
-        compare: compares a graph with PyTorch on the validation split.
+        compare: function that compares a graph with PyTorch on the validation split.
         reference: the float32 graph.
-        images: batches that rank the layers. They are training images, so that no layer is chosen on the
-            validation split.
-        max_drop: points of accuracy, see `Drop.holds`.
+        images: function that returns batches to rank the layers. These are training images, so that the validation
+            split does not choose layers.
+        max_drop: largest loss of accuracy in points, see `Drop.is_within`.
 
     Raises:
-        GateError: if the graph loses too much even with half of the layers in float32.
+        GateError: if the graph loses too much, even with half of the layers in float32.
     """
     name, layers = converter.name, list(converter.layers)
     harms: dict[str, float] = {}
@@ -88,7 +88,7 @@ def convert_within(
         content = converter.convert(layers)
         comparison = compare(open_session(content))
         drop = comparison.drop
-        if drop.holds(max_drop):
+        if drop.is_within(max_drop):
             return GatedGraph(content, comparison, float_layers)
         harms = harms or rank_layers(converter, reference, images)
         print(f"  {name} loses {drop.points:.2f} points (95 %: {drop.low:.2f} to {drop.high:.2f}).", flush=True)
@@ -97,17 +97,20 @@ def convert_within(
             raise GateError(
                 f"{name} loses {drop.points:.2f} points of accuracy (95 %: {drop.low:.2f} to {drop.high:.2f}; "
                 f"allowed --max-drop {max_drop:g}), even with {len(float_layers)} of {len(converter.layers)} layers in "
-                f"float32, so no bundle was written. Omit {name}, or allow a larger drop. "
-                f"Mean change of a probability by each layer alone: {worst}."
+                f"float32. No bundle was written. Omit {name}, or allow a larger drop. "
+                f"Mean change of a probability by each single layer: {worst}."
             )
         layer = next(layer for layer in harms if layer in layers)
         layers.remove(layer)
         float_layers[layer] = harms[layer]
-        print(f"  {layer} stays float32: alone it changes probabilities by {harms[layer]:.2g}.", flush=True)
+        print(f"  {layer} stays float32: it changes probabilities by {harms[layer]:.2g}.", flush=True)
 
 
 def rank_layers(converter: Converter, reference: onnxruntime.InferenceSession, images: Batches) -> dict[str, float]:
-    """Return the harm of each layer, the worst first: the mean over images of the largest change of a probability."""
+    """Return the harm of each layer, the worst first.
+
+    The harm is the largest change of a probability if only this layer is converted, averaged over images.
+    """
     batches = list(images())
     expected = [run_batch(reference, batch)[0] for batch in batches]
     start, harms = time.monotonic(), dict.fromkeys(converter.layers, 0.0)

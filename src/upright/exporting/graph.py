@@ -1,4 +1,4 @@
-"""A model as one ONNX graph: ``images`` uint8 ``(B, H, W, C)`` of any size -> ``probabilities`` ``(B, K)``."""
+"""Export a model to one ONNX graph, from uint8 images ``(B, H, W, C)`` of any size to probabilities ``(B, K)``."""
 
 import ast
 import json
@@ -20,11 +20,11 @@ from upright.training.model import Model
 Output = Literal["theta", "warped", "logits", "features"]
 
 OPSET = 18
-"""TensorRT computes GridSample of opset 20 wrongly, and that of opset 18 correctly."""
+"""Default opset. TensorRT computes GridSample correctly for opset 18, but not for opset 20."""
 OPSETS = range(18, 26)
 """Opsets that torch's exporter writes directly; its converter to other opsets fails on some nodes."""
 MAX_BYTES = 2**31 - 2**20
-"""A protobuf, and so an ONNX file, holds less than 2 GiB. The graph itself takes a part of it."""
+"""Limit for the weights. An ONNX file is a protobuf of less than 2 GiB, and the graph needs a part of it."""
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Key of a node's metadata that lists the modules around the node, the outermost first."""
 
@@ -35,9 +35,9 @@ class Form:
 
     Args:
         opset: ONNX opset.
-        batch: the number of images in a batch; None for any number.
+        batch: number of images in a batch; None for any number.
         size: ``(H, W)`` of the images; None for any size. At the network's own size the graph does not resize.
-        outputs: additional outputs. Every spatial transformer has ``theta`` ``(B, P)`` and ``warped``, its view of
+        outputs: additional outputs. Every spatial transformer has ``theta`` ``(B, P)`` and ``warped``, its output for
             the image, float32 ``(B, H', W', C)`` from 0 to 255. The network has ``logits`` ``(B, K)`` and
             ``features``, the input of its head.
         head: names of the network's modules that form its head (`finetuning.head`), for ``features``.
@@ -84,18 +84,18 @@ class Graph(nn.Module):
             if name in ("logits", "features"):
                 self.names.append(name)
             elif transformers == 0:
-                raise UserError(f"The network has no spatial transformer, so it cannot give {name}.")
+                raise UserError(f"The network has no spatial transformer, so it has no output {name}.")
             else:
                 self.names += [name] if transformers == 1 else [f"{name}_{i + 1}" for i in range(transformers)]
         if "features" in form.outputs and not all(form.head):
             raise UserError(
-                f"{type(model.network).__name__} has no separate module for its head, so it cannot give features; "
-                "move the head's weights into a module of their own."
+                f"{type(model.network).__name__} has no separate module for its head, so it has no output features; "
+                "move the weights of the head into a separate module."
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map uint8 ``(B, H, W, C)`` to probabilities ``(B, K)`` and the additional outputs."""
-        normalised = self.model.normalised(images.permute(0, 3, 1, 2))
+        normalised = self.model.normalise(images.permute(0, 3, 1, 2))
         head_inputs: list[Tensor] = []
         hooks = [
             self.model.network.get_submodule(name).register_forward_pre_hook(lambda _, args: head_inputs.extend(args))
@@ -111,7 +111,8 @@ class Graph(nn.Module):
                 outputs += [observation.theta for observation in observations]
             elif name == "warped":
                 outputs += [
-                    self.model.shown(observation.view(normalised)).permute(0, 2, 3, 1) for observation in observations
+                    self.model.denormalise(observation.view(normalised)).permute(0, 2, 3, 1)
+                    for observation in observations
                 ]
             else:
                 # If several modules form the head, the features are the input of the first one.
@@ -120,7 +121,7 @@ class Graph(nn.Module):
 
 
 def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
-    """Export a model to one ONNX file that resizes, normalises and classifies. It contains the names of the classes.
+    """Write one ONNX file that resizes, normalises and classifies images. Its metadata contain the class names.
 
     Args:
         model: the module that was trained, in evaluation mode.
@@ -135,10 +136,10 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if weights > MAX_BYTES:
         raise UserError(
-            f"The network's weights take {weights / 1e9:.2f} GB, and one ONNX file holds less than "
+            f"The weights of the network have {weights / 1e9:.2f} GB, but an ONNX file holds at most "
             f"{MAX_BYTES / 1e9:.2f} GB; export a smaller network."
         )
-    # A free axis must differ from 1 and from the network's own size in the example, or tracing makes it a constant.
+    # In the example, a free axis must differ from 1 and from the network's own size. Else tracing makes it a constant.
     height, width = form.size or (spec.height + 5, spec.width + 9)
     example = torch.zeros(form.batch or 2, height, width, spec.channels, dtype=torch.uint8)
     if form.size:
@@ -146,7 +147,7 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
             with torch.no_grad():
                 graph(example)
         except RuntimeError as error:
-            raise UserError(f"The network cannot take images of {height}x{width}: {error}") from None
+            raise UserError(f"The network does not accept images of {height}x{width}: {error}") from None
     free = {axis: torch.export.Dim.DYNAMIC for axis, n in enumerate((form.batch, form.size, form.size)) if not n}
     with warnings.catch_warnings():
         # torch's exporter calls its own deprecated functions.
@@ -165,7 +166,7 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:
-        # The exporter also records lines of source code, with paths of this machine.
+        # Remove the lines of source code that the exporter records, because they contain paths of this machine.
         scopes = [entry for entry in node.metadata_props if entry.key == SCOPES]
         del node.metadata_props[:]
         node.metadata_props.extend(scopes)
@@ -177,10 +178,10 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
 def module_of(node: onnx.NodeProto) -> str:
     """Return the name of the innermost module of the network that a node belongs to.
 
-    A normalisation that was folded into a layer belongs to that layer, whose weights the node uses.
+    A normalisation that was folded into a layer belongs to this layer, because the node uses the weights of the layer.
 
     Returns:
-        The name relative to the network; ``.`` for the network itself, and an empty string outside of it.
+        The name relative to the network: ``.`` for the network itself, and an empty string outside of the network.
     """
     metadata = {entry.key: entry.value for entry in node.metadata_props}
     scopes: list[str] = ["", *ast.literal_eval(metadata.get(SCOPES, "[]"))[:-1]]  # the last one is the node itself

@@ -1,4 +1,4 @@
-"""Compare an ONNX graph with PyTorch on every original of the validation split, and measure the loss of accuracy."""
+"""Compare an ONNX graph with PyTorch on all originals of the validation split, and measure the loss of accuracy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from upright.warp import resize
 Floats = npt.NDArray[np.float64]
 
 OTHER_TOLERANCES = {"theta": 1e-3, "warped": 0.5, "logits": 1e-2, "features": 1e-2}
-"""Largest allowed differences of the other outputs: half images and radians; grey levels; for ``logits`` and
-``features`` a share of the largest value."""
+"""Largest allowed difference of each other output. The units are: half the image size and radians for ``theta``, grey
+levels for ``warped``, and a share of the largest value for ``logits`` and ``features``."""
 CALIBRATION_IMAGES = 512
 MAX_BATCH = 64
 """Images per batch of a graph with a free batch size."""
 
 
 def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pixels:
-    """Resize ``pixels`` ``(H, W, C)`` for a graph of fixed size, as its user must; do nothing if ``size`` is None."""
+    """Resize ``pixels`` ``(H, W, C)`` to the input size of a graph. If ``size`` is None, return them unchanged."""
     if size is None or pixels.shape[:2] == size:
         return pixels
     rule = "stretch" if spec.resize == "none" else spec.resize
@@ -48,14 +48,14 @@ def fitted_originals(data: ImageDataModule, form: Form) -> Iterator[Original]:
 def calibration_batches(
     data: ImageDataModule, excluded: torch.Tensor, form: Form, count: int = CALIBRATION_IMAGES
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """Yield batches of evenly spread training images, without the content of any validation or test image.
+    """Yield batches of evenly spaced training images, without duplicates of validation and test images.
 
     Args:
         data: the datamodule.
-        excluded: content hashes of the checkpoint's validation and test images. Images of these splits in
+        excluded: content hashes of the validation and test images of the checkpoint. Images of these splits in
             ``data`` are excluded as well.
-        form: form of the graph that takes the batches.
-        count: the largest number of images.
+        form: form of the graph that gets the batches.
+        count: largest number of training images.
     """
     hashes = torch.cat([excluded, *(data.manifest.hashes[split] for split in ("val", "test"))]).numpy()
     train = data.splits["train"]
@@ -81,23 +81,23 @@ class Drop(NamedTuple):
     low: float
     high: float
     resolution: float
-    """Upper end of the interval if no answer changed: the smallest drop that a split of this size can detect."""
+    """Upper end of the interval if no prediction changed: the smallest drop that a split of this size can detect."""
 
     @classmethod
     def of(
         cls, was_right: npt.NDArray[np.bool_], is_right: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]
     ) -> "Drop":
-        """Compare paired answers to the same images.
+        """Compare two predictions for each of the same images.
 
-        The adjusted Wald interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of
-        binomial proportions based on paired data"; recommended by Fagerland, Lydersen and Laake 2014): add one lost
-        and one gained image to the differences, then take the normal interval of their mean. Several views of one
-        source image count as one, with the mean of their differences.
+        The interval is the adjusted Wald interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a
+        difference of binomial proportions based on paired data"; recommended by Fagerland, Lydersen and Laake 2014):
+        add one lost and one gained image to the differences, then compute the normal interval of their mean. The views
+        of a source image count as one image, with the mean of their differences.
 
         Args:
-            was_right: True for each image that the first answer classifies correctly, ``(N,)``.
-            is_right: the same for the second answer, ``(N,)``.
-            groups: the source of each image, ``(N,)``.
+            was_right: True for each image that the first model classifies correctly, ``(N,)``.
+            is_right: the same for the second model, ``(N,)``.
+            groups: index of the source image of each image, ``(N,)``.
         """
         lost = was_right.astype(float) - is_right.astype(float)
         by_group = np.bincount(groups, lost) / np.bincount(groups)
@@ -107,26 +107,29 @@ class Drop(NamedTuple):
         points = 100 * np.array([lost.mean(), mean - half, mean + half, 1.96 * sqrt(2) / count])
         return cls(*points.tolist())
 
-    def holds(self, most: float) -> bool:
-        """Return whether the drop is at most ``most`` points, by the interval; by the estimate on a small split."""
-        return (self.points if self.too_small(most) else self.high) <= most
+    def is_within(self, limit: float) -> bool:
+        """Return whether the drop is at most ``limit`` points.
 
-    def too_small(self, most: float) -> bool:
-        """Return whether the split is too small to detect a drop of ``most`` points."""
-        return self.resolution > most
+        The upper end of the interval must be within the limit. If the split is too small, the estimate must be.
+        """
+        return (self.points if self.is_split_too_small(limit) else self.high) <= limit
+
+    def is_split_too_small(self, limit: float) -> bool:
+        """Return whether the split is too small to detect a drop of ``limit`` points."""
+        return self.resolution > limit
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Answers of PyTorch and of a graph to every original of the validation split.
+    """Probabilities by PyTorch and by a graph for all originals of the validation split.
 
     Args:
         names: names of the images.
-        labels: ``(N,)``.
-        groups: the source of each image, ``(N,)``.
-        expected: PyTorch's probabilities, ``(N, K)``.
-        actual: the graph's probabilities, ``(N, K)``.
-        others: the largest difference of each other output that was compared, in the unit of `OTHER_TOLERANCES`.
+        labels: true classes, ``(N,)``.
+        groups: index of the source image of each image, ``(N,)``.
+        expected: probabilities by PyTorch, ``(N, K)``.
+        actual: probabilities by the graph, ``(N, K)``.
+        others: largest difference of each other output, in the unit of `OTHER_TOLERANCES`.
     """
 
     names: list[str]
@@ -138,7 +141,7 @@ class Comparison:
 
     @property
     def differences(self) -> Floats:
-        """The largest difference of each image's probabilities, ``(N,)``."""
+        """Largest difference of the probabilities of each image, ``(N,)``."""
         differences: Floats = np.abs(self.expected - self.actual).max(axis=1)
         return differences
 
@@ -149,16 +152,16 @@ class Comparison:
 
     @property
     def drop(self) -> Drop:
-        """The loss of accuracy from PyTorch to the graph."""
-        was_right, is_right = (answers.argmax(axis=1) == self.labels for answers in (self.expected, self.actual))
+        """Loss of accuracy from PyTorch to the graph."""
+        was_right, is_right = (each.argmax(axis=1) == self.labels for each in (self.expected, self.actual))
         return Drop.of(was_right, is_right, self.groups)
 
     def accuracy(self, probabilities: Floats) -> float:
         """Return the accuracy of ``expected`` or of ``actual``."""
         return float((probabilities.argmax(axis=1) == self.labels).mean())
 
-    def describe(self, images: npt.NDArray[np.int64], classes: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Return name, label, both answers and difference of each of these images."""
+    def image_records(self, images: npt.NDArray[np.int64], classes: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Return name, label, both predictions and the difference for each of these images."""
         differences = self.differences
         return [
             {
@@ -171,41 +174,43 @@ class Comparison:
             for i in images.tolist()
         ]
 
-    def figures(self, classes: tuple[str, ...]) -> dict[str, Any]:
-        """Return the figures of one precision in ``parity.json``."""
+    def metrics(self, classes: tuple[str, ...]) -> dict[str, Any]:
+        """Return the entry of one precision in ``parity.json``."""
         drop, differences = self.drop, self.differences
         flips = np.flatnonzero(self.expected.argmax(axis=1) != self.actual.argmax(axis=1))
-        figures: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "agreement": 1 - len(flips) / len(self.names),
             "largest_difference": float(differences.max()),
             "mean_difference": float(differences.mean()),
             "accuracy": self.accuracy(self.actual),
             "drop": drop.points,
             "drop_interval": [drop.low, drop.high],
-            "flipped": self.describe(flips, classes),
+            "flipped": self.image_records(flips, classes),
         }
-        return figures | ({"other_outputs": self.others} if self.others else {})
+        return metrics | ({"other_outputs": self.others} if self.others else {})
 
 
 class Reference:
-    """PyTorch's answers to every original of the validation split. All graphs of a bundle are compared with them.
+    """Probabilities by PyTorch for all originals of the validation split, with which all graphs are compared.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        data: datamodule with the originals.
+        model: a model in evaluation mode, on the CPU.
+        data: the datamodule with the originals.
         form: form of the graphs.
     """
 
     def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
         self.graph, self.data, self.form = Graph(model, form).eval(), data, form
         self.probabilities: list[npt.NDArray[np.float32]] = []
-        """PyTorch's probabilities by batch; empty before the first comparison."""
+        """Probabilities by PyTorch for each batch; empty before the first comparison."""
 
     def compare(self, session: onnxruntime.InferenceSession) -> Comparison:
-        """Run every original, at its own size or that of the graph. Compare the other outputs of the first graph too.
+        """Run all originals, at their own size or at the fixed size of the graph.
+
+        For the first graph, also compare the other outputs.
 
         Args:
-            session: onnxruntime session of a graph.
+            session: onnxruntime session of the graph.
         """
         names: list[str] = []
         labels: list[int] = []
@@ -248,9 +253,9 @@ class Reference:
 
 @torch.no_grad()
 def cached_accuracy(model: Model, data: ImageDataModule) -> float:
-    """Return the accuracy on the cached validation images that training used, rounded to uint8 at the network's size.
+    """Return the accuracy on the cached validation images, which are rounded to uint8 at the network's size.
 
-    The value is reported only. As a gate it would reject a correct graph for that rounding.
+    This value is only reported. As a gate, it would reject a correct graph because of the rounding.
     """
     right = [model(batch.images).argmax(dim=1) == batch.labels for batch in data.loader("val")]
     return float(torch.cat(right).double().mean())

@@ -1,7 +1,7 @@
-"""Lower precision: convert some layers of a float32 graph to float16 or 8 bits.
+"""Convert layers of a float32 graph to float16 or 8 bits.
 
-A layer is a module of the network, under its name in PyTorch. Resizing, normalisation and softmax stay float32, and so
-does every spatial transformer with its localiser: in int8 the 8 bits of an angle cost 13 points of accuracy
+A layer is a module of the network, with its name in PyTorch. Resizing, normalisation and softmax stay float32. Every
+spatial transformer with its localiser stays float32, too: in int8 the 8 bits of an angle cost 13 points of accuracy
 (configs/stn_lenet.yaml, 10 epochs, 1,350 validation images), and float16 rounds the sampling points.
 """
 
@@ -57,7 +57,7 @@ class Converter(ABC):
     description: str
     """Description of the method, for the manifest and the card."""
     layers: dict[str, list[str]]
-    """Layer -> names of its nodes that can be converted, in the order of the graph."""
+    """For each layer, the names of its nodes that can be converted, in the order of the graph."""
 
     def __init__(self, path: Path, network: nn.Module) -> None:
         self.model = onnx.load(path)
@@ -100,10 +100,10 @@ class Converter(ABC):
 
 
 class Float16(Converter):
-    """Compute the network in float16; its inputs and outputs stay float32.
+    """Compute the network in float16. Its inputs and outputs stay float32.
 
-    The converters of onnxruntime and onnxconverter-common would cast between any two neighbours that stay float32, so
-    sampling points and image sizes would pass through float16.
+    The converters of onnxruntime and onnxconverter-common insert casts even between nodes that stay float32, so they
+    would round sampling points and image sizes to float16.
     """
 
     name: PrecisionName = "fp16"
@@ -171,7 +171,7 @@ class Int8(Converter):
         calibration: function that returns batches of images, which set the ranges of the activations.
         workspace: a folder for temporary files.
         full_range: use 8 bits of the weights instead of 7. A processor without instructions for 8-bit products (VNNI)
-            adds two of them in 16 bits. That overflows with 8 bits, and not with 7 (255 * 64 * 2 < 2**15).
+            adds two products in 16 bits. The sum overflows with 8 bits, but not with 7 (255 * 64 * 2 < 2**15).
     """
 
     name: PrecisionName = "int8"
@@ -222,7 +222,7 @@ class Int8(Converter):
             )
             model = onnx.load(target)
         if lstm:
-            # onnxruntime splits linear layers into products and sums, and then rejects their recorded shapes.
+            # onnxruntime splits linear layers into products and sums, and then rejects the recorded shapes.
             del model.graph.value_info[:]
             quantize_dynamic(model, target, op_types_to_quantize=["LSTM"], nodes_to_quantize=lstm, **options)
             model = onnx.load(target)
@@ -230,7 +230,7 @@ class Int8(Converter):
 
 
 class CalibrationBatches(CalibrationDataReader):  # type: ignore[misc]
-    """Batches in the form that onnxruntime requires."""
+    """Adapter from an iterator of batches to the interface of onnxruntime."""
 
     def __init__(self, batches: Iterator[npt.NDArray[np.uint8]]) -> None:
         self.batches = batches

@@ -1,7 +1,7 @@
 """Copy the models of a bundle into a Triton model repository.
 
 Source: ``model_config.proto`` of https://github.com/triton-inference-server/common, and Triton's user guide on model
-repositories and configuration. onnxruntime reports inputs and outputs, as in Triton's own backend.
+repositories and configuration. The inputs and outputs come from onnxruntime, as in Triton's own backend.
 """
 
 import json
@@ -23,41 +23,41 @@ TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 
 
 def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle: Path, force: bool) -> dict[str, Path]:
-    """Return the folder of each precision: ``NAME`` for float32, ``NAME_fp16``, ``NAME_int8``.
+    """Return the folder of each precision: ``NAME`` for float32, ``NAME_fp16`` and ``NAME_int8``.
 
     Args:
         repository: Triton's model repository; it may contain other models.
         name: name of the bundle.
         precisions: precisions of the bundle.
-        bundle: the path of the bundle, which need not exist yet.
+        bundle: path of the bundle, which may not exist yet.
         force: replace existing models.
 
     Raises:
-        UserError: if a model exists, or a folder is not a model of Triton's, or bundle and repository overlap.
+        UserError: if a model exists, if a folder is not a Triton model, or if bundle and repository overlap.
     """
     folders = {each: repository / (name if each == "fp32" else f"{name}_{each}") for each in precisions}
     for folder in folders.values():
         ours, theirs = folder.resolve(), bundle.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            raise UserError(f"Bundle '{bundle}' and Triton's model '{folder}' need separate folders: change --triton.")
-        check_replaceable(folder, "a model of Triton's", CONFIG)
+            raise UserError(f"Bundle '{bundle}' and Triton model '{folder}' need separate folders: change --triton.")
+        check_replaceable(folder, "a Triton model", CONFIG)
         if folder.exists() and not force:
-            raise UserError(f"Triton's model '{folder}' exists: --force replaces it with all its versions.")
+            raise UserError(f"Triton model '{folder}' exists: --force replaces it with all its versions.")
     return folders
 
 
 def check_labels(classes: Iterable[str]) -> None:
-    """Refuse names that cannot be written one per line.
+    """Check that no class name has a line break, because Triton reads one class per line.
 
     Raises:
-        UserError: for a line break in the name of a class.
+        UserError: if a name has a line break.
     """
     if broken := [name for name in classes if "\n" in name]:
-        raise UserError(f"Triton reads one class per line, and {broken[0]!r} holds a line break; rename the class.")
+        raise UserError(f"Triton reads one class per line, and {broken[0]!r} has a line break; rename the class.")
 
 
 def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
-    """Copy the models of a bundle, with their configurations. Each folder appears complete or not at all."""
+    """Copy the models of a bundle, with their configurations. Each folder is written completely or not at all."""
     for precision, target in folders.items():
         with replacing_folder(target) as folder:
             model = folder / MODEL
@@ -70,14 +70,14 @@ def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
 def configuration(name: str, session: onnxruntime.InferenceSession) -> str:
     """Return the ``config.pbtxt`` of a model.
 
-    A free first axis is the batch, which Triton omits from the dimensions. A fixed first axis remains a dimension, and
-    Triton then combines no requests.
+    A free first axis is the batch, which Triton omits from the dimensions. A fixed first axis stays a dimension, and
+    Triton then does not batch requests.
     """
     free = not isinstance(session.get_inputs()[0].shape[0], int)
 
-    def tensor(node: onnxruntime.NodeArg, more: str = "") -> str:
+    def tensor(node: onnxruntime.NodeArg, extra: str = "") -> str:
         lengths = [length if isinstance(length, int) else -1 for length in node.shape[free:]]
-        return f'  {{ name: "{node.name}" data_type: {TYPES[node.type]} dims: {lengths}{more} }}'
+        return f'  {{ name: "{node.name}" data_type: {TYPES[node.type]} dims: {lengths}{extra} }}'
 
     labelled = {"probabilities": f' label_filename: "{LABELS}"'}
     inputs = ",\n".join(tensor(node) for node in session.get_inputs())

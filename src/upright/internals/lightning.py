@@ -4,9 +4,9 @@ import lightning as L
 
 
 def accumulates(trainer: L.Trainer) -> bool:
-    """Return whether the batch just trained on was accumulated without a step of the optimiser.
+    """Return whether the last batch was accumulated without a step of the optimizer.
 
-    Lightning asks itself by this method. Its public counters do not say it: `accumulate_grad_batches` may change by
-    epoch, and the last batch of an epoch always steps.
+    Lightning itself calls this method. Its public counters are not enough: `accumulate_grad_batches` may change with
+    the epoch, and the optimizer always steps after the last batch of an epoch.
     """
     return trainer.fit_loop._should_accumulate()  # noqa: SLF001

@@ -1,7 +1,8 @@
 """Private names of torch.
 
-`TorchDispatchMode` is documented ("Extending PyTorch") but lies in a private module. Names of operators begin with an
-underscore where a public function of torch chooses among several. Only the schema of an operator names its arguments.
+`TorchDispatchMode` is documented ("Extending PyTorch") but is in a private module. The names of some operators begin
+with an underscore, because a public function of torch chooses among them. Only an operator's schema has names for
+its arguments.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def observe(self, operator: Any, arguments: dict[str, Any], result: Any) -> None:
-        """Note an operator, its arguments by name, and its result."""
+        """Process an operator, its arguments by name, and its result."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

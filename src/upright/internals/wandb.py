@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def use_artifact_offline(run: "Run", artifact: "Artifact") -> None:
-    """Note that an offline run used an artifact; ``wandb sync`` makes a use of it.
+    """Record that an offline run used an artifact, because `Run.use_artifact` refuses offline runs.
 
-    `Run.use_artifact` refuses offline runs.
+    ``wandb sync`` uploads the record.
     """
     run._log_artifact(artifact, is_user_created=True, use_after_commit=True)  # noqa: SLF001
 
 
 def without_anonymous(logger: WandbLogger) -> WandbLogger:
-    """Drop the argument ``anonymous`` that Lightning 2.6 always passes, and that wandb 0.31 warns of."""
+    """Remove the argument ``anonymous``: Lightning 2.6 always passes it, and wandb 0.31 warns about it."""
     logger._wandb_init.pop("anonymous", None)  # noqa: SLF001
     return logger

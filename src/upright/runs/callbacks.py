@@ -34,7 +34,7 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the folder of all paths by the present one; without a best checkpoint there, restore nothing."""
+        """Replace the folder of all paths by the current one; without a best checkpoint there, restore nothing."""
 
         def here(path: str) -> str:
             return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
@@ -49,8 +49,7 @@ class RunCheckpoint(ModelCheckpoint):
 def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
     """Return callbacks that write ``best.ckpt`` by validation loss, and ``last.ckpt`` after every epoch.
 
-    Accuracy on a few thousand images is coarse. The epoch with the best accuracy is often a lucky one, before the
-    learning rate has come down.
+    Accuracy on a few thousand images is coarse: the best epoch by accuracy is often an early one that was lucky.
 
     Args:
         folder: the folder of the run.
@@ -64,10 +63,6 @@ def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
     if every_n_steps:
         callbacks.append(RunCheckpoint(**common, filename="last", every_n_train_steps=every_n_steps))
     return callbacks
-
-
-def _scalars(trainer: L.Trainer) -> dict[str, float]:
-    return {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
 
 
 class MetricsFile(Callback):
@@ -103,9 +98,9 @@ class MetricsFile(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        metrics = _scalars(trainer)
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         if self._validated != trainer.current_epoch:
-            # Lightning keeps the validation metrics of an earlier epoch.
+            # These are the validation metrics of an earlier epoch, which Lightning does not remove.
             metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")}
         row |= {name: f"{value:.6g}" for name, value in metrics.items()}
         seconds = time.monotonic() - self._started
@@ -181,7 +176,7 @@ class Divergence(Callback):
         raise GateError(
             f"The run diverged: the {what} at step {step} (epoch {trainer.current_epoch + 1}). Lower "
             "--model.optimizer.lr, let the schedule warm up, or clip gradients: --trainer.gradient_clip_val 1. "
-            + (f"From before there is {paths}." if paths else "No checkpoint had been written yet.")
+            + (f"Earlier checkpoints: {paths}." if paths else "No checkpoint had been written yet.")
         )
 
 

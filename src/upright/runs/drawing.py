@@ -25,20 +25,21 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6
 """Colours of lines, which the colour-blind can distinguish too (Okabe and Ito 2008; grey in place of their black)."""
 GAP, MARGIN, LINE, TITLE = 6, 10, 15, 26
 """Pixels between tiles, pixels around them, height of a line of text, and height of a title."""
-LARGEST_TILE = 112
-LARGEST_MATRIX = 720
+MAX_TILE = 112
+"""Maximum side of a tile in pixels."""
+MAX_MATRIX = 720
 """Maximum side of a confusion matrix in pixels, as long as each class has at least one pixel."""
-MOST_COLUMNS = 12
+MAX_COLUMNS = 12
 """Maximum number of a transformer's epochs in a figure; of more epochs, this many are drawn, evenly spread."""
 
 
-def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
+def save_png(plot: "Image.Image | Figure", path: Path) -> None:
     """Write a PNG, completely or not at all."""
     with replacing_file(path) as aside:
-        if isinstance(picture, Image.Image):
-            picture.save(aside, format="png", compress_level=3)
+        if isinstance(plot, Image.Image):
+            plot.save(aside, format="png", compress_level=3)
         else:
-            picture.savefig(aside, format="png")
+            plot.savefig(aside, format="png")
 
 
 def pixels_of(images: Tensor) -> list[Pixels]:
@@ -72,11 +73,16 @@ def draw_tiles(
     step, high = side + GAP, side + lines * LINE + GAP
     sheet, pen = _sheet(title, columns * step - GAP, rows * high - GAP)
     for place, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = MARGIN + place % columns * step, TITLE + place // columns * high
-        _paste(sheet, pixels, left, top, side)
+        x, y = MARGIN + place % columns * step, TITLE + place // columns * high
+        _paste(sheet, pixels, x, y, side)
         for number, line in enumerate(caption):
-            where = (left + side // 2, top + side + 2 + number * LINE)
-            pen.text(where, _truncate(line.text, side), line.colour, _font(), anchor="ma")
+            pen.text(
+                (x + side // 2, y + side + 2 + number * LINE),
+                _truncate(line.text, side),
+                line.colour,
+                _font(),
+                anchor="ma",
+            )
     return sheet
 
 
@@ -96,9 +102,9 @@ def draw_blocks(
     across = min(2, len(blocks))
     sheet, pen = _sheet(title, across * width - 3 * GAP, -(-len(blocks) // across) * height - GAP)
     for number, (rows, lines) in enumerate(blocks):
-        left, top = MARGIN + number % across * width, TITLE + number // across * height
+        corner, top = MARGIN + number % across * width, TITLE + number // across * height
         for column, (heading, line) in enumerate(zip(headings, lines, strict=True)):
-            x = left + column * step
+            x = corner + column * step
             pen.text((x + side // 2, top), _truncate(heading, side), GREY, _font(), anchor="ma")
             stack = draw_column([row[column] for row in rows], side)
             sheet.paste(stack, (x, top + LINE + 2))
@@ -127,18 +133,18 @@ def draw_columns(
         columns: the columns, from `draw_column`, by their headings.
         first_apart: whether a gap separates the first column from the others.
     """
-    indices = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS + 1)).round().astype(int))
+    indices = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MAX_COLUMNS + 1)).round().astype(int))
     selected = [list(columns.items())[place] for place in indices]
     side, height = selected[0][1].size
     row = (height + GAP) // max(len(labels), 1)
-    names = [_truncate(label, LARGEST_TILE) for label in labels]
-    left = MARGIN + int(max(map(_font().getlength, names), default=0)) + GAP
-    sheet, pen = _sheet(title, left - MARGIN + len(selected) * (side + GAP), height + LINE + 2)
+    names = [_truncate(label, MAX_TILE) for label in labels]
+    indent = MARGIN + int(max(map(_font().getlength, names), default=0)) + GAP
+    sheet, pen = _sheet(title, indent - MARGIN + len(selected) * (side + GAP), height + LINE + 2)
     top = TITLE + LINE + 2
     for number, name in enumerate(names):
-        pen.text((left - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
+        pen.text((indent - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
     for number, (name, column) in enumerate(selected):
-        x = left + number * (side + GAP) + (GAP if number and first_apart else 0)
+        x = indent + number * (side + GAP) + (GAP if number and first_apart else 0)
         pen.text((x + side // 2, TITLE), name, GREY, _font(), anchor="ma")
         sheet.paste(column, (x, top))
     return sheet
@@ -158,31 +164,31 @@ def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.
     number = len(classes)
     shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     number_width = int(_font().getlength(f"{int(counts.max())}")) + 8
-    cell = max(1, min(36, LARGEST_MATRIX // number))
-    numbered = max(cell, number_width, 18) * number <= LARGEST_MATRIX
+    cell = max(1, min(36, MAX_MATRIX // number))
+    numbered = max(cell, number_width, 18) * number <= MAX_MATRIX
     if numbered:
         cell = max(cell, number_width, 18)
     every = -(-LINE // cell)
     labelled = list(range(0, number, every))
-    names = [_truncate(classes[place], LARGEST_TILE) for place in labelled]
+    names = [_truncate(classes[place], MAX_TILE) for place in labelled]
     room = int(max(map(_font().getlength, names))) + GAP
     side = cell * number
-    title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right"
+    title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} correct"
     beside = LINE + GAP + room
     sheet, pen = _sheet(title, side + beside, side + beside)
-    left, top = MARGIN + beside, TITLE
+    x, y = MARGIN + beside, TITLE
     shade = 255 - shares[..., None] * (255 - np.array(BLUE))
-    sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (left, top))
-    pen.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
+    sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (x, y))
+    pen.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
     for place, name in zip(labelled, names, strict=True):
         middle = place * cell + cell // 2
-        pen.text((left - GAP, top + middle), name, BLACK, _font(), anchor="rm")
-        _write_upwards(sheet, name, left + middle, top + side + GAP)
-    _write_upwards(sheet, "true", MARGIN + LINE // 2, top + side // 2 - 12, GREY)
-    pen.text((left + side // 2, top + side + beside), "predicted", GREY, _font(), anchor="mb")
+        pen.text((x - GAP, y + middle), name, BLACK, _font(), anchor="rm")
+        _write_upwards(sheet, name, x + middle, y + side + GAP)
+    _write_upwards(sheet, "true", MARGIN + LINE // 2, y + side // 2 - 12, GREY)
+    pen.text((x + side // 2, y + side + beside), "predicted", GREY, _font(), anchor="mb")
     if numbered:
         for row, column in np.argwhere(counts.numpy() > 0).tolist():
-            where = (left + column * cell + cell // 2, top + row * cell + cell // 2)
+            where = (x + column * cell + cell // 2, y + row * cell + cell // 2)
             colour = "white" if shares[row, column] > 0.5 else BLACK
             pen.text(where, str(int(counts[row, column])), colour, _font(), anchor="mm")
     return sheet
@@ -199,8 +205,8 @@ def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.
 
 def _tile_side(images: Sequence[Pixels]) -> int:
     """Return the side of a square that all images fit in; small images are enlarged by whole numbers."""
-    largest = max((max(pixels.shape[:2]) for pixels in images), default=LARGEST_TILE)
-    return largest * (LARGEST_TILE // largest) or LARGEST_TILE
+    largest = max((max(pixels.shape[:2]) for pixels in images), default=MAX_TILE)
+    return largest * (MAX_TILE // largest) or MAX_TILE
 
 
 def flat(pixels: Pixels) -> Pixels:
@@ -208,11 +214,11 @@ def flat(pixels: Pixels) -> Pixels:
     return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
 
 
-def _paste(sheet: Image.Image, pixels: Pixels, left: int, top: int, side: int) -> None:
-    picture = Image.fromarray(flat(pixels))
-    smaller = max(picture.size) > side
-    picture = ImageOps.contain(picture, (side, side), Resampling.LANCZOS if smaller else Resampling.NEAREST)
-    sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+def _paste(sheet: Image.Image, pixels: Pixels, x: int, y: int, side: int) -> None:
+    image = Image.fromarray(flat(pixels))
+    method = Resampling.LANCZOS if max(image.size) > side else Resampling.NEAREST
+    image = ImageOps.contain(image, (side, side), method)
+    sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
 
 
 def _write_upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str = BLACK) -> None:

@@ -29,53 +29,53 @@ def is_sweep(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, error: str | None = None) -> Iterator[None]:
     """Hold a lock, which one process at a time can hold. The system releases it when the process ends or is killed.
 
     Args:
         path: path of the lock file, which is deleted afterwards.
-        wait: whether to wait for another process; else `filelock.Timeout` is raised.
+        error: message of the error if another process holds the lock; by default, wait for it.
+
+    Raises:
+        UserError: with the message ``error``.
     """
-    with FileLock(path, blocking=wait):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=error is None)
+    except Timeout:
+        raise UserError(str(error)) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Lock a folder against other runs. The system releases the lock when this process ends or is killed.
+def locked_run(folder: Path) -> Iterator[None]:
+    """Lock a folder against other runs, and delete the new folder of all runs if it stays empty.
 
     Raises:
         UserError: if another run holds the lock.
     """
     if folder.parent.is_file():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder.parent))
-    path, new = folder.with_name(f".{folder.name}.running"), not folder.parent.exists()
-    if new:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    new = not folder.parent.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    error = f"Run '{folder}' is running in another process: wait for it, stop it, or give this one another --name."
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"Run '{folder}' is going on in another process: wait for it, stop it, or give this one another --name."
-        ) from None
-    try:
-        _restore_or_delete_old(folder)
-        yield
+        with locked(folder.with_name(f".{folder.name}.running"), error):
+            _restore_or_delete_old(folder)
+            yield
     finally:
-        path.unlink(missing_ok=True)
-        lock.release()
         if new:
             with suppress(OSError):
                 folder.parent.rmdir()
 
 
 @contextmanager
-def begun(folder: Path) -> Iterator[None]:
-    """Move the present run aside. If the new run writes no checkpoint, delete its folder and restore the old one."""
+def replacing_run(folder: Path) -> Iterator[None]:
+    """Move the existing run aside. If the new run writes no checkpoint, delete its folder and restore the old one."""
     try:
         if folder.exists():
             folder.rename(_backup(folder))

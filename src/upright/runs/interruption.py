@@ -44,7 +44,7 @@ def is_whole_step(trainer: L.Trainer, batch_idx: int) -> bool:
     return not follows and not accumulates(trainer)
 
 
-def _has_all_steps(trainer: L.Trainer) -> bool:
+def _is_last_step(trainer: L.Trainer) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
@@ -87,7 +87,7 @@ class Interruption(Checkpoint):
             self._signal, self._signal_time = number, time.monotonic()
             if is_first_process():
                 # Not print: the signal may have interrupted one.
-                os.write(2, b"\nupright: stopping after this step, or this validation; Ctrl-C then ends at once.\n")
+                os.write(2, b"\nupright: stopping after this step or validation; press Ctrl-C again to end at once.\n")
         elif number == signal.SIGINT and time.monotonic() - self._signal_time > 1:
             # Not within a second: torchrun forwards a signal that its processes have received already.
             signal.signal(number, signal.SIG_DFL)
@@ -102,14 +102,14 @@ class Interruption(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop after a signal."""
-        if is_whole_step(trainer, batch_idx) and not _has_all_steps(trainer) and self._should_stop(trainer):
+        if is_whole_step(trainer, batch_idx) and not _is_last_step(trainer) and self._should_stop(trainer):
             trainer.save_checkpoint(self.path)
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop after a signal, unless this was the last epoch. The checkpoint of the epoch has just been written."""
-        has_all_epochs = 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
-        ends = trainer.should_stop or has_all_epochs or _has_all_steps(trainer)
+        is_last_epoch = 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+        ends = trainer.should_stop or is_last_epoch or _is_last_step(trainer)
         if not ends and self._should_stop(trainer):
             self._stop(trainer)
 

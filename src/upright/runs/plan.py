@@ -30,7 +30,7 @@ class RunPlan(NamedTuple):
 
 
 def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
-    """Return the name of a run: ``name`` if given, else that of its last config.
+    """Return the name of a run: ``name`` if given, else the names of its configs, joined by hyphens.
 
     A run of a W&B sweep has its id added, since all runs of a sweep share a config.
 
@@ -44,16 +44,16 @@ def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
     if name is None:
         if not configs:
             raise UserError("The run has no name: give --config or --name.")
-        path = Path(configs[-1])
+        paths = [Path(path) for path in configs]
         # The config of an existing run stands for that run.
-        name = path.resolve().parent.name if path.name == "config.yaml" else path.stem
+        name = "-".join(path.resolve().parent.name if path.name == "config.yaml" else path.stem for path in paths)
         name = f"{name}-{agent_run()}" if agent_run() else name
     check_name(name)
     return name
 
 
 def plan_run(folder: Path, *, ckpt_path: str | None, start_from: str | None, force: bool) -> RunPlan:
-    """Decide which checkpoint a run starts with. The caller holds the folder; see `upright.runs.folder.claimed`.
+    """Decide which checkpoint a run starts with. The caller has locked the folder with `locked_run`.
 
     Args:
         folder: the folder of the run.
@@ -94,7 +94,7 @@ def config_to_resume(ckpt_path: str | None, root: Path, name: str | None) -> Pat
         raise UserError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")
     if ckpt_path in ("last", "best"):
         if name is None:
-            raise UserError(f"--ckpt_path {ckpt_path} needs to know the run: give --config or --name.")
+            raise UserError(f"--ckpt_path {ckpt_path} needs the name of a run: give --config or --name.")
         folder = root / name
     else:
         path = Path(str(ckpt_path))
@@ -106,7 +106,7 @@ def config_to_resume(ckpt_path: str | None, root: Path, name: str | None) -> Pat
 
 def _checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path == "auto":
-        # In the first epoch, best.ckpt may be there before last.ckpt.
+        # In the first epoch, best.ckpt may exist before last.ckpt.
         ckpt_path = next((kind for kind in ("last", "best") if (folder / f"{kind}.ckpt").is_file()), None)
     if ckpt_path is None:
         return None

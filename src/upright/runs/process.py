@@ -13,7 +13,7 @@ M_TOP_PAD = -2
 def keep_freed_memory() -> None:
     """Let glibc keep up to 64 MiB of freed memory for the next tensors.
 
-    By default glibc returns the top of the heap to the system as soon as it is free, and every step faults it in again.
+    By default glibc returns the top of the heap to the system as soon as it is free, and every step requests it again.
     This made LeNet's step a quarter slower (CPU, batches of 128), at the same peak of memory.
     """
     if platform.libc_ver()[0] == "glibc":

@@ -36,7 +36,7 @@ UNSUPPORTED = {
 
 
 def check_supported(trainer: Any) -> None:
-    """Refuse options of the trainer with which the run would not train the model that it records.
+    """Refuse options of the trainer that `fit` does not support.
 
     Args:
         trainer: the parsed options of ``trainer``.
@@ -90,22 +90,22 @@ def check_resumable(
         theirs, ours = (r["init_args"].get(part) or {} for r in (checkpoint[KEY]["model"], model.recipe))
         for key, (old, new) in _differences(theirs, ours, f"model.{part}"):
             raise UserError(
-                f"'{path}' was trained with {key} {old} and cannot resume with {new}, for the optimiser's state is "
-                f"restored; to train its weights with another one: --start_from {path}."
+                f"'{path}' was trained with {key} {old} and cannot resume with {new}, because the optimiser's "
+                f"state is restored; to train its weights with another one: --start_from {path}."
             )
     if isinstance(data, ImageDataModule):
         theirs = (checkpoint[KEY]["data"] or {}).get("init_args", {}).get("batch_size", data.batch_size)
         if theirs != data.batch_size:
             raise UserError(
-                f"'{path}' was trained with data.batch_size {theirs} and cannot resume with {data.batch_size}, for the "
-                f"schedule counts batches; to train its weights with another one: --start_from {path}."
+                f"'{path}' was trained with data.batch_size {theirs} and cannot resume with {data.batch_size}, because "
+                f"the schedule counts batches; to train its weights with another one: --start_from {path}."
             )
     theirs = checkpoint["callbacks"].get(Freeze.__name__, {}).get("lr_factor", 1.0)
     ours = next((callback.lr_factor for callback in trainer.callbacks if isinstance(callback, Freeze)), 1.0)
     if theirs != ours:
         raise UserError(
             f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot resume with {ours}; "
-            "leave Freeze as it was, or --ckpt_path out to start a new run."
+            "use Freeze with the same lr_factor, or leave --ckpt_path out to start a new run."
         )
     for callback in trainer.callbacks:
         if isinstance(callback, Freeze):
@@ -120,9 +120,8 @@ def check_resumable(
     )
     if theirs != ours:
         raise UserError(
-            f"'{path}' trained {theirs} parameters in groups, and here they would be {ours}: weight decay, lr_factor "
-            "or what is frozen differ. Resume with what it was trained with, or leave --ckpt_path out to start a new "
-            "run."
+            f"'{path}' has parameter groups of {theirs}, and this run has {ours}: weight decay, lr_factor or Freeze "
+            "differ. Resume with the options that it was trained with, or leave --ckpt_path out to start a new run."
         )
     if is_complete(checkpoint, trainer):
         limit, count = (

@@ -17,7 +17,7 @@ from upright.errors import UserError
 from upright.files import file_hash, write_text
 from upright.runs.folder import is_sweep, locked
 
-FILE = "test_openings.jsonl"
+LOG_FILE = "test_openings.jsonl"
 """File in the run's folder, one line per opening: date (UTC), model and its SHA-256, split, and command."""
 
 
@@ -41,17 +41,17 @@ def open_test_split(model: Path, run: Path, data: ImageDataModule, by: str) -> N
         "split_digest": data.manifest.digest,
         "by": by,
     }
-    with locked(run / f".{FILE}.lock"):
-        path = run / FILE
+    with locked(run / f".{LOG_FILE}.lock"):
+        path = run / LOG_FILE
         # Written completely or not at all: a truncated line would lose an opening.
         write_text(path, (path.read_text(encoding="utf-8") if path.exists() else "") + json.dumps(opening) + "\n")
     if (times := count(run, split)) > 1:
-        print(f"Note: the test split was opened {times} times for run '{run}' ({FILE}).")
+        print(f"Note: the test split was opened {times} times for run '{run}' ({LOG_FILE}).")
     if len(trials := count_in_sweep(run.parent, split)) > 1:
         counts = ", ".join(f"{name} {times}" for name, times in trials.items())
         print(
-            f"Note: over the trials of '{run.parent}' it was opened {sum(trials.values())} times ({counts}); one "
-            "that is chosen by it looks better there than it is."
+            f"Note: over the trials of '{run.parent}' it was opened {sum(trials.values())} times ({counts}); a "
+            "trial that is selected by its test accuracy looks better than it is."
         )
 
 
@@ -61,11 +61,11 @@ def openings(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: if the file was changed by hand and cannot be read.
     """
-    path = folder / FILE
+    path = folder / LOG_FILE
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     except ValueError as error:
-        raise UserError(f"'{path}' was changed by hand and cannot be read ({error}); mend it, or remove it.") from None
+        raise UserError(f"'{path}' was changed by hand and cannot be read ({error}): fix it, or delete it.") from None
 
 
 def count(folder: Path, test_split: str) -> int:

@@ -1,1 +1,1 @@
-"""Inference with a bundle, on numpy, Pillow and onnxruntime. No module of this package imports torch."""
+"""Inference with a bundle, by NumPy, Pillow and onnxruntime. No module of this package imports torch."""

@@ -1,4 +1,4 @@
-"""``upright benchmark``: one table with the speed of a bundle on this machine, in all installed runtimes."""
+"""``upright benchmark``: measure the speed of a bundle on this machine, in all installed runtimes."""
 
 import json
 import os
@@ -28,18 +28,19 @@ BATCHES = (1, 8, 64)
 STARTS = 3
 """Processes per runtime; the table shows the median of their cold starts."""
 LEGEND = """
-- Every runtime in a process of its own; they take turns, round by round.
-- p50, p95: of one run with the whole batch, from decoded uint8 images to probabilities. x fp32: times as fast as ONNX
-  Runtime in fp32, the median of the rounds' ratios and their quartiles.
-- agree: samples of the bundle whose first class is that of ONNX Runtime in fp32, and the largest difference of a
+- Each runtime has its own process. The runtimes take turns, round by round.
+- p50, p95: duration of one run of a batch, from decoded uint8 images to probabilities.
+- x fp32: speed relative to ONNX Runtime in fp32, the median of the ratios of all rounds, and their quartiles.
+- agree: samples of the bundle with the same first class as ONNX Runtime in fp32, and the largest difference of a
   probability.
-- peak: memory of the process, up to this batch. cold: from the start of a process to the prediction for one image, and
-  its memory at that time; the median of {starts} starts."""
+- peak: largest memory of the process, up to this batch.
+- cold: time from the start of a process to its first prediction, the median of {starts} starts, and memory at that
+  time."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A way to run the network of a bundle.
+    """A runtime that can run the network of a bundle.
 
     Args:
         name: name in the table.
@@ -61,19 +62,17 @@ Row = dict[str, Any]
 
 
 def benchmark(options: Benchmark) -> int:
-    """Print the table as Markdown. If a folder is set, write it there too, with JSON and a plot.
+    """Print a Markdown table. With ``--to``, also write it to a folder, with JSON and a plot.
 
     Raises:
         BundleError: if the bundle is damaged.
-        UserError: if the checkpoint is of another run, or a batch size does not fit.
+        UserError: if the checkpoint belongs to another run, or the model does not accept a batch size.
     """
     bundle, checkpoint = Bundle.open(options.bundle), options.checkpoint
     fixed = bundle.fixed_batch
     batches = sorted(set(options.batches or ([fixed] if fixed else BATCHES)))
     if fixed and batches != [fixed]:
-        raise UserError(
-            f"Bundle '{bundle.folder}' takes {fixed} images at once and no other number; leave --batches out."
-        )
+        raise UserError(f"Bundle '{bundle.folder}' only accepts batches of {fixed} images; omit --batches.")
     if checkpoint and not find_spec("torch"):
         raise UserError("--checkpoint needs the package 'torch': pip install 'upright[train]'.")
     if checkpoint and not Path(checkpoint).exists():
@@ -100,7 +99,7 @@ def benchmark(options: Benchmark) -> int:
         if find_spec("matplotlib"):
             _draw(rows, folder / "benchmark.png")
         else:
-            print("No plot: it needs the package 'matplotlib': pip install 'upright[train]'.", file=sys.stderr)
+            print("No plot: this needs the package 'matplotlib': pip install 'upright[train]'.", file=sys.stderr)
     return 0
 
 
@@ -154,8 +153,8 @@ def _measure(
             for runtime in runtimes:
                 if runtime.name not in workers:
                     continue
-                name, speed, answers = runtime.name, speeds[runtime.name], probabilities[runtime.name]
-                agreement = int((answers.argmax(axis=1) == reference.argmax(axis=1)).sum())
+                name, speed, actual = runtime.name, speeds[runtime.name], probabilities[runtime.name]
+                agreement = int((actual.argmax(axis=1) == reference.argmax(axis=1)).sum())
                 row = {
                     "runtime": name,
                     "threads": threads,
@@ -166,8 +165,8 @@ def _measure(
                     "times_fp32": speed.times,
                     "quartiles": speed.quartiles,
                     "bytes": runtime.file.stat().st_size,
-                    "agreement": f"{agreement}/{len(answers)}",
-                    "largest_difference": float(np.abs(answers - reference).max()),
+                    "agreement": f"{agreement}/{len(actual)}",
+                    "largest_difference": float(np.abs(actual - reference).max()),
                     "peak_memory": workers[name].memory,
                 }
                 rows.append(row | cold[name])

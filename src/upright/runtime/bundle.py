@@ -1,4 +1,4 @@
-"""A bundle: one folder with a model and the evidence for it. Hashes are checked before anything is parsed."""
+"""A bundle: a folder with a model, samples, and results of checks. `Bundle.open` compares hashes before it parses."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from upright.images import ImageSpec
 FORMAT = 2
 SUMS = "SHA256SUMS"
 MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-"""Precision -> file. The manifest lists only precisions, never files."""
+"""File of each precision. The manifest lists only precisions, never files."""
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
@@ -45,17 +45,17 @@ class Bundle:
         """Check the hash of every file, then the format, then the content.
 
         Raises:
-            BundleError: if the folder is not a bundle, if any bit of it changed, if anything in it is a link or refers
-                to a file outside, or if this version does not read its format.
+            BundleError: if the folder is not a bundle, if any bit of it changed, if it contains a link or refers to a
+                file outside, or if this version cannot read its format.
         """
         folder = Path(folder)
         if not (folder / SUMS).is_file():
-            raise BundleError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` makes one.")
+            raise BundleError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` writes one.")
         for path in folder.rglob("*"):
             # Reading a pipe would block, and a link may point outside the folder.
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise BundleError(
-                    f"Bundle '{folder}' holds '{path.name}', which is no plain file; copy it with contents."
+                    f"Bundle '{folder}' holds '{path.name}', which is not a plain file; replace it by a copy."
                 )
         recorded, actual = (folder / SUMS).read_bytes(), checksums(folder).encode(errors="surrogateescape")
         if recorded != actual:
@@ -74,17 +74,18 @@ class Bundle:
                 return bundle
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError, UserError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise BundleError(f"Bundle '{folder}' is not one that `upright export` wrote ({reason}).") from None
+            raise BundleError(f"'{folder}' is not a bundle that `upright export` wrote ({reason}).") from None
         raise BundleError(
-            f"Bundle '{folder}' has format {version}, made by Upright {' '.join(str(writer).split())}; "
+            f"Bundle '{folder}' has format {version}, written by Upright {' '.join(str(writer).split())}; "
             f"this version reads {FORMAT}. {advice}"
         )
 
     def check_content(self) -> None:
-        """Check that manifest, samples and models are complete, and refer to nothing outside the folder.
+        """Check that manifest, samples and models are complete, and refer to no file outside the folder.
 
         Raises:
-            ValueError: if something is missing or wrong. The other errors that `open` catches mean the same.
+            ValueError: if something is missing or wrong. This method may also raise the other errors that `open`
+                catches.
         """
         spec, samples = self.spec, self.samples
         match self.manifest:
@@ -97,16 +98,16 @@ class Bundle:
             } if all(isinstance(name, str) for name in (*spec.classes, *others)):
                 pass
             case _:
-                raise ValueError(f"{MANIFEST} lacks something, or it is of another kind")
+                raise ValueError(f"a key of {MANIFEST} is missing, or its value has the wrong type")
         files = {f"{SAMPLES}/{path.name}" for path in (self.folder / SAMPLES).iterdir()}
         for sample in samples:
             if sample["file"] not in files or not isinstance(sample["label"], str):
-                raise ValueError(f"sample {sample['file']!r} is not in it, or without a label")
+                raise ValueError(f"the file or the label of sample {sample['file']!r} is missing")
         for precision in ("fp32", *self.precisions):
             with np.errstate(over="ignore"):
                 expected = self.expected(precision)
             if expected.shape != (len(samples), len(spec.classes)) or not np.isfinite(expected).all():
-                raise ValueError(f"{EXPECTED} holds no probabilities of {precision}")
+                raise ValueError(f"the probabilities of {precision} in {EXPECTED} are missing or wrong")
             if not math.isfinite(self.tolerance(precision)):
                 raise ValueError(f"the tolerance of {precision} is {self.tolerance(precision)}")
             if _has_external_data(self.model(precision)):
@@ -125,7 +126,7 @@ class Bundle:
 
     @property
     def precisions(self) -> list[str]:
-        """Precisions of the bundle, a part of `MODELS`. The first is ``fp32``."""
+        """Precisions of the bundle, keys of `MODELS`. The first one is ``fp32``."""
         return list(self.manifest["precisions"])
 
     @property
@@ -143,7 +144,7 @@ class Bundle:
         if precision not in self.precisions:
             raise BundleError(
                 f"Bundle '{self.folder}' holds {', '.join(self.precisions)}, not {precision}; "
-                f"`upright export CHECKPOINT --precision {precision}` makes one that does."
+                f"`upright export CHECKPOINT --precision {precision}` writes one that does."
             )
         return self.folder / MODELS[precision]
 
@@ -153,7 +154,7 @@ class Bundle:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Real images and their predictions: ``file``, ``label``, ``probabilities`` by precision."""
+        """Validation images with their predictions: ``file``, ``label``, ``probabilities`` by precision."""
         samples: list[dict[str, Any]] = json.loads((self.folder / EXPECTED).read_text(encoding="utf-8"))
         return samples
 
@@ -168,10 +169,10 @@ class Bundle:
 
 
 def _has_external_data(model: Path) -> bool:
-    """Return whether any tensor of an ONNX file is stored in another file, which older onnxruntimes would read.
+    """Return whether an ONNX file stores a tensor in another file. Old versions of onnxruntime would read that file.
 
-    Such a tensor has the key ``location``. The length of the key, 8, precedes it, in one of the encodings that a
-    protobuf allows. A longer name that ends in this word is preceded by another length.
+    Such a tensor has the key ``location``. A protobuf writes the length of the key, 8, in front of it, in one of two
+    encodings. In front of a longer name that ends in this word, the length is different.
     """
     with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return any(content.find(length + b"location") >= 0 for length in (b"\x08", b"\x00"))

@@ -21,7 +21,7 @@ BATCH = 64
 
 
 def infer(options: Infer) -> int:
-    """Print a line per image. An image that cannot be read is reported on standard error.
+    """Print one line per image. Report images that cannot be read on standard error.
 
     Returns:
         0, or 2 if any image could not be read.
@@ -40,7 +40,7 @@ def infer(options: Infer) -> int:
     classes = predictor.spec.classes
     if not 1 <= options.top <= len(classes):
         raise UserError(f"--top must be from 1 to {len(classes)} (the number of classes), got {options.top}.")
-    # Paths on standard input may arrive over time.
+    # Paths on standard input may arrive one by one, so do not wait for all of them.
     paths = _find(options.images) if "-" in options.images else list(_find(options.images))
     progress = Progress(len(paths) if isinstance(paths, list) else None)
     failures = 0
@@ -64,12 +64,12 @@ def infer(options: Infer) -> int:
             else:
                 yield path, pixels
 
-    # A file name may contain bytes that are not text; they are escaped.
+    # Escape bytes of file names that are not text.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if options.format == "csv":
         print(_csv_header(options.top))
     with warnings.catch_warnings():
-        # Each image gets an error or a prediction, so warnings of Pillow add nothing.
+        # Each image gets an error or a prediction, so Pillow's warnings are not useful.
         warnings.filterwarnings("ignore", module="PIL")
         try:
             for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
@@ -80,7 +80,7 @@ def infer(options: Infer) -> int:
                         report(ImageError(f"'{path}': {error}"))
                     continue
                 for (path, _), row in zip(batch, rows, strict=True):
-                    print(FORMATS[options.format](path, predictor.answer(row), options.top))
+                    print(FORMATS[options.format](path, predictor.prediction(row), options.top))
                     progress.step()
                 sys.stdout.flush()
         finally:
@@ -100,7 +100,7 @@ def _find(images: Sequence[str]) -> Iterator[Path | UserError]:
 
 
 class Progress:
-    """A progress bar on standard error, if that is a terminal and standard output is not.
+    """A progress bar on standard error. It is visible if standard error is a terminal and standard output is not.
 
     Args:
         total: number of images; None if it is unknown.
@@ -108,31 +108,30 @@ class Progress:
 
     def __init__(self, total: int | None) -> None:
         self.visible = sys.stderr.isatty() and not sys.stdout.isatty()
-        self.total, self.done = total, 0
+        self.total, self.count = total, 0
         self.start = self.drawn = time.monotonic()
 
     def step(self) -> None:
         """Count one image, and draw the bar up to ten times a second."""
-        self.done += 1
+        self.count += 1
         now = time.monotonic()
         if not self.visible or now - self.drawn < 0.1:
             return
-        self.drawn, rate = now, self.done / (now - self.start)
-        text = f"{self.done:,} images, {rate:,.0f} per second"
+        self.drawn, rate = now, self.count / (now - self.start)
+        text = f"{self.count:,} images, {rate:,.0f} per second"
         if self.total:
-            bar, seconds = "#" * (30 * self.done // self.total), (self.total - self.done) / rate
-            text = f"[{bar:<30}] {self.done / self.total:.0%}, {text}, {seconds:.0f} s left"
+            bar, seconds = "#" * (30 * self.count // self.total), (self.total - self.count) / rate
+            text = f"[{bar:<30}] {self.count / self.total:.0%}, {text}, {seconds:.0f} s left"
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Clear the line."""
         if self.visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _table(path: Path, prediction: Prediction, top: int) -> str:
     width = max(map(len, prediction.probabilities))
-    # The path is last, so that its length does not shift a column.
+    # The path comes last, so that its length does not shift the columns.
     return "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in prediction.top(top)) + f"  {path}"
 
 

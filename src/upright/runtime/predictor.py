@@ -32,7 +32,7 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
     def top(self, count: int) -> list[tuple[str, float]]:
-        """Return the ``count`` most probable classes, best first."""
+        """Return the ``count`` most probable classes with their probabilities, the most probable first."""
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
 
 
@@ -41,14 +41,13 @@ class Predictor:
 
     Args:
         bundle: the folder of a bundle, or an open one.
-        precision: one of `Bundle.precisions`.
-        threads: see `open_session`.
-        providers: see `open_session`.
+        precision: ``fp32``, or ``fp16`` or ``int8`` if the bundle has it.
+        threads: threads per run; by default the number of cores.
+        providers: execution providers of onnxruntime, best first: ``cpu``, ``cuda``, ``tensorrt``, ``openvino``, ...
         max_pixels: limit on the pixels of an image; a larger image is refused before it is decoded.
 
     Raises:
-        BundleError: if the bundle is damaged (see `Bundle.open`), has no model of that precision, or its model does
-            not fit its manifest.
+        BundleError: if the bundle is damaged, has no model of that precision, or its model does not fit its manifest.
         UserError: if a provider is not installed, or a number is out of range.
     """
 
@@ -73,7 +72,7 @@ class Predictor:
             ("probabilities", "tensor(float)", 2, len(self.spec.classes)),
         ]
         if [(end.name, end.type, len(end.shape), end.shape[-1]) for end in ends] != expected:
-            raise BundleError(f"'{model}' is not the model of its manifest.")
+            raise BundleError(f"The inputs and outputs of '{model}' do not match the manifest.")
 
     def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
         """Classify one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
@@ -82,32 +81,32 @@ class Predictor:
     def predict(self, images: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
         """Classify many images, in their order."""
         pixels = map(self.decode, images)
-        return [self.answer(row) for row in self.probabilities(pixels, batch_size)]
+        return [self.prediction(row) for row in self.probabilities(pixels, batch_size)]
 
     def decode(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Pixels:
-        """Decode an image, see `images.decode`.
+        """Decode an image to uint8 ``(H, W, C)`` at its own size.
 
         Raises:
-            ImageError: if it cannot be decoded, or if the model takes images of another size only.
+            ImageError: if it cannot be decoded, or if the model accepts only images of another size.
         """
         pixels = decode(image, self.spec, self.max_pixels)
         _, *size, _ = self.session.get_inputs()[0].shape
         if all(isinstance(side, int) for side in size) and pixels.shape[:2] != tuple(size):
             name = f"'{image}'" if isinstance(image, str | Path) else "The image"
             raise ImageError(
-                f"{name} has {_times(pixels.shape[:2])} pixels, and this model was exported for {_times(size)} alone; "
-                "resize it, or export without --size."
+                f"{name} has {_size(pixels.shape[:2])} pixels, but this model only accepts {_size(size)}; "
+                "resize the image, or export without --size."
             )
         return pixels
 
-    def answer(self, probabilities: Probabilities) -> Prediction:
-        """Return the prediction of one row of probabilities ``(K,)``."""
+    def prediction(self, probabilities: Probabilities) -> Prediction:
+        """Return the prediction for one row of probabilities ``(K,)``."""
         by_class = dict(zip(self.spec.classes, map(float, probabilities), strict=True))
         label = max(by_class, key=by_class.__getitem__)
         return Prediction(label, by_class[label], by_class)
 
     def probabilities(self, pixels: Iterable[Pixels], batch_size: int = 64) -> Iterator[Probabilities]:
-        """Yield one row ``(K,)`` per decoded image. Neighbours of one size form a batch."""
+        """Yield one row ``(K,)`` per decoded image. Neighbours of the same size form a batch."""
         for batch in session_batches(self.session, pixels, lambda image: image, batch_size):
             yield from self.run(np.stack(batch))
 
@@ -115,21 +114,22 @@ class Predictor:
         """Return probabilities ``(B, K)`` of decoded images ``(B, H, W, C)``.
 
         Raises:
-            ImageError: if the network does not take images of this size.
+            ImageError: if the network does not accept images of this size.
             EngineError: if onnxruntime fails.
         """
         try:
             return run_batch(self.session, images)[0]
         except EngineError as error:
-            if self._runs_on_its_own_size(images.shape):
-                size = _times(images.shape[1:3])
-                raise ImageError(f"The model cannot take images of {size} pixels: {error}") from error
+            if self._accepts_training_size(images.shape):
+                size = _size(images.shape[1:3])
+                raise ImageError(f"The model does not accept images of {size} pixels: {error}") from error
             raise
 
-    def _runs_on_its_own_size(self, shape: tuple[int, ...]) -> bool:
-        """Distinguish a wrong size from a failure of the engine: onnxruntime raises the same exception for both.
+    def _accepts_training_size(self, shape: tuple[int, ...]) -> bool:
+        """Return whether the model runs on as many pixels at the size of its training images.
 
-        Only a network without resizing can refuse a size. It must then run on as many pixels at its training size.
+        This distinguishes a wrong size from a failure of the engine, because onnxruntime raises the same exception for
+        both. Only a network without resizing can refuse a size.
         """
         batch, height, width, channels = shape
         spec = self.spec
@@ -149,7 +149,7 @@ def open_session(
     """Open an ONNX file with onnxruntime.
 
     Args:
-        model: its path, or its content.
+        model: path or content of the file.
         threads: number of threads per run; by default the number of cores.
         providers: execution providers, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor
             runs the operators that none of them supports.
@@ -163,7 +163,7 @@ def open_session(
     full_names = find_providers(providers)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Log no warnings about constants that the optimiser could not fold; errors are also raised as exceptions.
+    # Do not log constants that the optimiser could not fold. Errors are also raised as exceptions.
     options.log_severity_level = 4
     try:
         content = model if isinstance(model, bytes) else str(model)
@@ -175,7 +175,7 @@ def open_session(
     # onnxruntime only warns about a provider whose libraries are missing.
     if missing := set(full_names) - set(session.get_providers()):
         names = ", ".join(map(_short, missing))
-        raise UserError(f"onnxruntime cannot start {names} here: its driver or libraries are missing.")
+        raise UserError(f"onnxruntime cannot start the provider {names}: its driver or libraries are missing.")
     return session
 
 
@@ -189,8 +189,8 @@ def find_providers(names: Sequence[str]) -> list[str]:
     for name in names:
         if _short(name) not in available:
             raise UserError(
-                f"This onnxruntime ({onnxruntime.__version__}) has no provider '{name}', only {', '.join(available)}; "
-                "other builds of it, like onnxruntime-gpu or onnxruntime-openvino, are installed in its place."
+                f"onnxruntime {onnxruntime.__version__} has no provider '{name}', only {', '.join(available)}; "
+                "install another build of it in its place, such as onnxruntime-gpu or onnxruntime-openvino."
             )
     return [available[_short(name)] for name in names]
 
@@ -199,12 +199,12 @@ def _short(provider: str) -> str:
     return provider.lower().removesuffix("executionprovider")
 
 
-def _times(lengths: Iterable[int]) -> str:
+def _size(lengths: Iterable[int]) -> str:
     return "x".join(map(str, lengths))
 
 
 def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
-    """Return the only batch size that a model takes, or None if it takes any."""
+    """Return the only batch size that a model accepts, or None if it accepts any."""
     batch = session.get_inputs()[0].shape[0]
     return batch if isinstance(batch, int) else None
 
@@ -212,7 +212,7 @@ def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 def session_batches(
     session: onnxruntime.InferenceSession, items: Iterable[Item], pixels: Callable[[Item], Pixels], batch_size: int
 ) -> Iterator[list[Item]]:
-    """Yield batches for a model: neighbours of one size, at most its batch size."""
+    """Yield batches for a model: neighbours of the same size, at most as many as the model accepts."""
     return batches_of_one_size(items, pixels, min(batch_size, fixed_batch(session) or batch_size))
 
 
@@ -227,16 +227,16 @@ def run_session(
 def run_batch(
     session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], outputs: Sequence[str] = ("probabilities",)
 ) -> list[npt.NDArray[Any]]:
-    """Run a model on ``images`` ``(B, H, W, C)``. Copies fill the batch of a model with a fixed batch size.
+    """Run a model on ``images`` ``(B, H, W, C)``. Images are repeated to fill the batch of a fixed batch size.
 
     Raises:
         ImageError: if the model was exported for another size or another number of channels.
         EngineError: if onnxruntime fails.
     """
-    count, shape = len(images), _times(images.shape[1:])
+    count, shape = len(images), _size(images.shape[1:])
     allowed = session.get_inputs()[0].shape[1:]
     if any(isinstance(n, int) and n != m for n, m in zip(allowed, images.shape[1:], strict=True)):
-        raise ImageError(f"The model cannot take images of (H, W, C) {shape}: it takes {_times(allowed)} alone.")
+        raise ImageError(f"The model does not accept images of (H, W, C) {shape}, only {_size(allowed)}.")
     if batch := fixed_batch(session):
         images = images[np.arange(batch) % count]
     try:

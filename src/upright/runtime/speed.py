@@ -13,17 +13,17 @@ TURN_SECONDS = 0.1
 INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 Turn = Callable[[], list[float]]
-"""Function that runs one turn of one contestant, and returns the seconds of each run."""
+"""A function that runs one implementation for one turn, and returns the seconds of each call."""
 
 
 class Speed(NamedTuple):
-    """Speed of one contestant.
+    """Speed of one implementation.
 
     Args:
-        p50: median of all runs, in milliseconds.
-        p95: 95th percentile of all runs, in milliseconds.
-        per_second: runs per second.
-        times: speed relative to the first contestant, the median of the rounds' ratios.
+        p50: median of all calls, in milliseconds.
+        p95: 95th percentile of all calls, in milliseconds.
+        per_second: calls per second.
+        times: speed relative to the first implementation: the median of the ratios of all rounds.
         quartiles: lower and upper quartile of these ratios.
     """
 
@@ -38,10 +38,10 @@ def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_count
     """Call ``run`` for `TURN_SECONDS`, at least once. Return the seconds of each call.
 
     Args:
-        run: the call to time.
-        clock: use `time.process_time` if the call has one thread, because it does not count the time of other
-            processes. On a busy machine long runs are interrupted and short ones are not (12 processes on 2 cores:
-            LeNet in batches of 64 seemed 21 times as fast as PyTorch).
+        run: function to time.
+        clock: function that returns seconds. Use `time.process_time` if the function has one thread: it excludes the
+            time of other processes. On a busy machine these interrupt long calls more than short ones (12 processes on
+            2 cores: LeNet in batches of 64 seemed 21 times as fast as PyTorch).
     """
     start = before = clock()
     seconds: list[float] = []
@@ -54,10 +54,10 @@ def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_count
 
 
 def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
-    """Run one turn of each contestant per round, so that a disturbance affects all of them.
+    """Time implementations by turns. Every round has one turn of each, so a disturbance affects all of them.
 
     Args:
-        turns: turns by name. The first one is the reference.
+        turns: implementations by name; the first one is the reference.
     """
     # The first round is a warm-up.
     rounds = [[one() for one in turns.values()] for _ in range(1 + ROUNDS)][1:]
@@ -72,7 +72,7 @@ def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor's name, and its instructions that are relevant to speed."""
+    """Return the name of the processor, and those of its instructions that affect speed."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

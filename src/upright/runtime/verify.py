@@ -11,8 +11,8 @@ from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import Predictor
 
 HINTS = {
-    "int8": " Where a processor has no instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
-    "export without --full-range, or use another precision here."
+    "int8": " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
+    "export without --full-range, or use another precision on this machine."
 }
 
 
@@ -50,9 +50,9 @@ def _check(bundle: Bundle, precision: str) -> str:
         if wrong.any():
             files = [sample["file"] for sample, is_wrong in zip(bundle.samples, wrong, strict=True) if is_wrong]
             raise GateError(
-                f"Bundle '{bundle.folder}' answers differently on this machine ({precision}, batches of {batch_size}): "
-                f"{len(files)} of {len(pixels)} samples are off by up to {differences.max():.2g}, "
-                f"allowed {tolerance:.2g}, {int(flipped.sum())} of them in the first class: {', '.join(files)}."
+                f"Bundle '{bundle.folder}' gives other predictions on this machine ({precision}, batches of "
+                f"{batch_size}): {len(files)} of {len(pixels)} samples differ by up to {differences.max():.2g} "
+                f"(allowed {tolerance:.2g}), {int(flipped.sum())} of them in the first class: {', '.join(files)}."
                 f"{HINTS.get(precision, '')}"
             )
     return f"{precision} within {differences.max():.1e} (allowed {tolerance:.0e})"

@@ -1,6 +1,6 @@
-"""A process with one runtime: its cold start, its predictions, its speed and its memory.
+"""A process that loads one runtime, to measure its cold start, predictions, speed and memory.
 
-The process imports only what this runtime needs, so that the time and memory of other runtimes are not counted.
+The process imports only the packages of this runtime, so other runtimes do not add to its time and memory.
 """
 
 import importlib
@@ -22,15 +22,15 @@ from upright.errors import UprightError, UserError
 from upright.images import ImageSpec, decode
 from upright.runtime.speed import turn
 
-Run = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
-"""A loaded model: images ``(B, H, W, C)`` to probabilities ``(B, K)``."""
+LoadedModel = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+"""A function from images ``(B, H, W, C)`` to probabilities ``(B, K)``."""
 
 
 class Worker:
     """Start a process that loads a runtime and classifies the first image.
 
     Args:
-        load: ``module:function``; the function returns a `Run`.
+        load: ``module:function``; the function returns a `LoadedModel`.
         arguments: arguments of that function, as plain data.
         spec: format of the images.
         images: paths of image files.
@@ -49,12 +49,12 @@ class Worker:
     def __init__(
         self, load: str, arguments: Mapping[str, Any], spec: ImageSpec, images: Sequence[Path], batch: int = 1
     ) -> None:
-        order = {"load": load, "arguments": dict(arguments), "spec": spec.to_dict(), "batch": batch}
-        order["images"] = [str(path) for path in images]
+        settings = {"load": load, "arguments": dict(arguments), "spec": spec.to_dict(), "batch": batch}
+        settings["images"] = [str(path) for path in images]
         start = perf_counter()
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "upright.runtime.worker", json.dumps(order)],
+            [sys.executable, "-m", "upright.runtime.worker", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -79,7 +79,7 @@ class Worker:
         return np.array(self._ask("probabilities")["probabilities"], dtype=np.float32)
 
     def turn(self, batch: int) -> list[float]:
-        """Run batches of copies of the first image, see `speed.turn`."""
+        """Run batches of copies of the first image for one turn, see `speed.turn`."""
         reply = self._ask("turn", batch=batch)
         self.memory = reply["memory"]
         seconds: list[float] = reply["seconds"]
@@ -103,15 +103,15 @@ class Worker:
         raise RuntimeError(f"its process ended with {code}: {last_line[:300]}")
 
 
-def onnx_runtime(bundle: str, precision: str, threads: int) -> Run:
-    """Load a bundle with all checks, as `upright infer` does."""
+def onnx_runtime(bundle: str, precision: str, threads: int) -> LoadedModel:
+    """Load a bundle in ONNX Runtime, with all the checks of `upright infer`."""
     from upright.runtime.predictor import Predictor
 
     return Predictor(bundle, precision, threads=threads).run
 
 
-def openvino(model: str, threads: int) -> Run:
-    """Load an ONNX file in OpenVINO, on the processor, with its default options."""
+def openvino(model: str, threads: int) -> LoadedModel:
+    """Load an ONNX file in OpenVINO, on the processor, with default options."""
     from openvino import Core
 
     compiled = Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
@@ -139,7 +139,7 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
-    """Run the worker: read the order from the argument and questions from standard input; print replies."""
+    """Read the settings from the argument and questions from standard input. Print the replies."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep messages of libraries out of the replies
     try:
@@ -149,23 +149,23 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _work(order: dict[str, Any], reply: Callable[..., None]) -> None:
-    module, _, name = order["load"].partition(":")
-    run: Run = getattr(importlib.import_module(module), name)(**order["arguments"])
-    spec = ImageSpec.from_dict(order["spec"])
+def _work(settings: dict[str, Any], reply: Callable[..., None]) -> None:
+    module, _, name = settings["load"].partition(":")
+    run: LoadedModel = getattr(importlib.import_module(module), name)(**settings["arguments"])
+    spec = ImageSpec.from_dict(settings["spec"])
 
     def copies(image: str, count: int) -> npt.NDArray[np.uint8]:
         return np.repeat(decode(image, spec)[None], count, axis=0)
 
-    run(copies(order["images"][0], order["batch"]))
+    run(copies(settings["images"][0], settings["batch"]))
     reply(memory=peak_memory())
     for line in sys.stdin:
         match json.loads(line):
             case {"question": "probabilities"}:
-                rows = [run(copies(image, order["batch"]))[0].tolist() for image in order["images"]]
+                rows = [run(copies(image, settings["batch"]))[0].tolist() for image in settings["images"]]
                 reply(probabilities=rows)
             case {"question": "turn", "batch": batch}:
-                images = copies(order["images"][0], batch)
+                images = copies(settings["images"][0], batch)
                 reply(seconds=turn(partial(run, images)), memory=peak_memory())
 
 

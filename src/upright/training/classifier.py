@@ -29,7 +29,7 @@ from upright.training.metrics import Means, StageMetrics
 from upright.training.model import Model
 from upright.training.optimisation import MakeOptimizer, grouped_optimizer
 from upright.training.schedules import OneCycle
-from upright.training.uprightness import final_poses, upright_loss
+from upright.training.uprightness import final_points, upright_loss
 from upright.warp import identity, pixel_centres
 
 
@@ -62,13 +62,13 @@ class ImageClassifier(Recorded, L.LightningModule):
         super().__init__()
         self.spec = spec
         self.optimizer, self.scheduler, self.upright_weight = optimizer, scheduler, upright_weight
-        _ = self.recipe  # refuses what a checkpoint could not rebuild, before training
+        _ = self.recipe  # refuses parts that a checkpoint could not rebuild, before training
         self.run: dict[str, Any] | None = None
         """Name and id of the training run; a stock Trainer's run is named after the network."""
         self.start: dict[str, Any] | None = None
-        """Where the initial weights came from, if `start_from` loaded them."""
-        self.seen: Tensor | None = None
-        """Hashes of the images that the initial weights were trained on."""
+        """Origin of the initial weights, if `start_from` loaded them."""
+        self.start_hashes: Tensor | None = None
+        """Content hashes of the images that the initial weights were trained on."""
         num_classes = len(spec.classes)
         try:
             built = network(spec.input_shape, num_classes)
@@ -116,7 +116,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         """The optimiser's learning rate; Lightning's ``Tuner.lr_find`` sets it."""
         rate: float | None = getattr(self.optimizer, "keywords", {}).get("lr")
         if rate is None:
-            raise AttributeError("The optimiser was given no lr.")
+            raise AttributeError("The optimiser has no lr.")
         return rate
 
     @lr.setter
@@ -140,7 +140,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         """Build the optimiser with its groups, and the schedule over all steps."""
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise UserError("A schedule must know where the run ends: give --trainer.max_epochs or max_steps.")
+            raise UserError("A schedule needs the length of the run: give --trainer.max_epochs or max_steps.")
         optimizer = grouped_optimizer(self.model, self.optimizer)
         scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -150,8 +150,8 @@ class ImageClassifier(Recorded, L.LightningModule):
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise UserError(
-                f"precision {precision} keeps the weights in {precision[:-5]}, and the graph that is exported computes "
-                "in 32 bits: use 32-true, bf16-mixed or 16-mixed."
+                f"precision {precision} stores the weights in {precision[:-5]}, but the exported graph computes in 32 "
+                "bits: use 32-true, bf16-mixed or 16-mixed."
             )
         self.run = self.run or {"name": type(self.model.network).__name__.lower(), "id": uuid.uuid4().hex[:8]}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -162,8 +162,8 @@ class ImageClassifier(Recorded, L.LightningModule):
             self._check_augmentation(data)
         elif self.upright_weight:
             raise UserError(
-                "The upright loss needs two augmented views of each image, which an ImageDataModule gives: use one, "
-                "or set upright_weight 0."
+                "The upright loss needs two augmented views of each image, which only an ImageDataModule yields: use "
+                "one, or set upright_weight 0."
             )
 
     def _check_augmentation(self, data: ImageDataModule) -> None:
@@ -171,25 +171,26 @@ class ImageClassifier(Recorded, L.LightningModule):
         mixing = augmentation.mixes
         if mixing and not self._takes_probabilities():
             raise UserError(
-                f"{mixing} gives an image several classes, and {type(self.loss).__name__} takes one label: use "
-                f"upright.training.losses.CrossEntropy, or leave {mixing} out of data.init_args.augment."
+                f"{mixing} gives an image several classes, but {type(self.loss).__name__} takes one label: use "
+                f"upright.training.losses.CrossEntropy, or remove {mixing} from data.init_args.augment."
             )
         if not self.upright_weight:
             return
         if not augmentation.moves:
             raise UserError(
-                "The upright loss compares two augmented views of an image, and the data are not rotated: add "
+                "The upright loss compares two augmented views of an image, but the data are not rotated: add "
                 "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
             )
         if mixing:
             raise UserError(
-                f"The upright loss needs images of one pose, and {mixing} puts two into one: leave it out of "
+                f"The upright loss compares rotations of one image, but {mixing} mixes two images: remove it from "
                 "data.init_args.augment, or set upright_weight 0."
             )
-        if augmentation.untold:
+        if augmentation.unreported:
             raise UserError(
-                f"The upright loss must know where pixels went, and {augmentation.untold} does not say: use "
-                "upright.data.augmentation.RandomElastic or what has a transform_matrix, or set upright_weight 0."
+                f"The upright loss needs the transform of each image, but {augmentation.unreported} does not report "
+                "it: use upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set "
+                "upright_weight 0."
             )
 
     def _takes_probabilities(self) -> bool:
@@ -218,13 +219,13 @@ class ImageClassifier(Recorded, L.LightningModule):
             with observing(stop_after=len(observations)) as second_observations:
                 self.model(second.images)
             points = pixel_centres(4, 4, device=self.device)
-            poses = final_poses(first.transforms, observations, points)
-            second_poses = final_poses(second.transforms, second_observations, points)
+            first_points = final_points(first.transforms, observations, points)
+            second_points = final_points(second.transforms, second_observations, points)
             aspect = self.spec.width / self.spec.height
-            losses = [upright_loss(*pair, points, aspect) for pair in zip(poses, second_poses, strict=True)]
-            pose_loss = torch.stack(losses).mean()
-            self._means.add("train/upright_loss", pose_loss, len(logits))
-            loss = loss + self.upright_weight * pose_loss
+            pairs = zip(first_points, second_points, strict=True)
+            disagreement = torch.stack([upright_loss(*pair, points, aspect) for pair in pairs]).mean()
+            self._means.add("train/upright_loss", disagreement, len(logits))
+            loss = loss + self.upright_weight * disagreement
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -261,16 +262,14 @@ class ImageClassifier(Recorded, L.LightningModule):
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Update the test metrics; return what `validation_step` does."""
+        """Update the test metrics; return the same as `validation_step`."""
         return self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
         self._report("val")
         self._validated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
         self._report("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
@@ -294,7 +293,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             "data": data_recipe(data),
             "split": data.manifest.to_dict() if isinstance(data, ImageDataModule) else None,
             "run": dict(self.run or {}) | ({"start": self.start} if self.start else {}),
-            "seen": self.seen,
+            "seen": self.start_hashes,
             "metrics": dict(metrics),
         }
 
@@ -319,7 +318,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         If the number of processes has changed, each one gets their mean.
         """
         ours = checkpoint.get(KEY, {})
-        self.start, self.seen = ours.get("run", {}).get("start"), ours.get("seen")
+        self.start, self.start_hashes = ours.get("run", {}).get("start"), ours.get("seen")
         self.run = self.run or {key: value for key, value in ours.get("run", {}).items() if key != "start"} or None
         rank, size = self.trainer.global_rank, self.trainer.world_size
         sums = checkpoint.get("train_means", {}).items()
@@ -342,7 +341,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             checkpoint_path: a checkpoint of any Trainer, or the folder of a run.
             map_location: the device; by default the CPU.
             hparams_file: not used; a checkpoint holds its hyperparameters.
-            strict: whether all weights must be there; true by default.
+            strict: whether the checkpoint must have all weights; true by default.
             weights_only: not used; no checkpoint runs code here.
             **kwargs: arguments that replace those in the checkpoint.
 
@@ -350,12 +349,12 @@ class ImageClassifier(Recorded, L.LightningModule):
             CheckpointError: if the checkpoint is damaged, or does not fit the classes that it names.
         """
         checkpoint = read_checkpoint(checkpoint_path)
-        classifier = cls.rebuilt(checkpoint, checkpoint_path, strict=strict is not False, **kwargs)
+        classifier = cls.rebuild(checkpoint, checkpoint_path, strict=strict is not False, **kwargs)
         return classifier if map_location is None else classifier.to(map_location)
 
     @classmethod
-    def rebuilt(cls, checkpoint: Mapping[str, Any], path: str | Path, *, strict: bool = True, **arguments: Any) -> Self:
-        """Rebuild the classifier of a checkpoint that has been read; see `load_from_checkpoint`."""
+    def rebuild(cls, checkpoint: Mapping[str, Any], path: str | Path, *, strict: bool = True, **arguments: Any) -> Self:
+        """Rebuild the classifier from the content of a checkpoint; see `load_from_checkpoint`."""
         ours = checkpoint[KEY]
         recorded = load_class(ours["model"]["class_path"])
         arguments = {"spec": ImageSpec.from_dict(ours["spec"]), **build(ours["model"]["init_args"]), **arguments}
@@ -364,7 +363,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         return classifier.eval()
 
     def load_weights(self, checkpoint: Mapping[str, Any], path: str | Path, *, strict: bool = True) -> None:
-        """Load the weights of a checkpoint that has been read, and the record of where they started from.
+        """Load the weights from the content of a checkpoint, and the origin of their start.
 
         Raises:
             CheckpointError: if the weights are of another network.
@@ -375,7 +374,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             reasons = "; ".join(f"{line.strip():.160}" for line in str(error).splitlines()[1:4])
             raise CheckpointError(f"'{path}' holds the weights of another network: {reasons}") from None
         ours = checkpoint[KEY]
-        self.start, self.seen = ours["run"].get("start"), ours.get("seen")
+        self.start, self.start_hashes = ours["run"].get("start"), ours.get("seen")
 
 
 def as_batch(batch: Any) -> Batch:
@@ -403,7 +402,7 @@ def as_batch(batch: Any) -> Batch:
 
 
 def data_recipe(data: Any) -> Recipe | None:
-    """Return the class of a datamodule and its arguments as plain data; None if they are not known.
+    """Return the class of a datamodule and its arguments as plain data; None if they are unknown.
 
     An `ImageDataModule` records its arguments; any other datamodule does so by Lightning's ``save_hyperparameters``.
     """
@@ -418,8 +417,7 @@ def data_recipe(data: Any) -> Recipe | None:
 def _train_counts(data: Any, classes: tuple[str, ...]) -> Tensor:
     if not isinstance(data, ImageDataModule):
         raise UserError(
-            "class_weights balanced counts the images of an ImageDataModule, and these data are none: "
-            "give one weight per class."
+            f"class_weights balanced needs an ImageDataModule, got {type(data).__name__}: give one weight per class."
         )
     counts = data.manifest.counts["train"]
     return torch.tensor([counts.get(name, 0) for name in classes])
@@ -429,12 +427,14 @@ def _train_counts(data: Any, classes: tuple[str, ...]) -> Tensor:
 def _check_any_size(model: Model) -> None:
     channels, height, width = model.spec.input_shape
     if any(isinstance(module, SpatialTransformer) for module in model.modules()):
-        raise UserError("resize none and a spatial transformer do not go together: it turns images of one size.")
+        raise UserError(
+            "resize none does not work with a spatial transformer, which needs images of one size. Use stretch or crop."
+        )
     try:
         model.eval()(torch.zeros(1, channels, height + 5, width + 9))
     except RuntimeError:
         raise UserError(
-            f"resize none needs a network that takes images of any size, as those do that end in a global mean; "
-            f"{type(model.network).__name__} takes {height}x{width} only. Use stretch or crop."
+            "resize none needs a network for images of any size, such as one that ends in a global mean; "
+            f"{type(model.network).__name__} takes only {height}x{width}. Use stretch or crop."
         ) from None
     model.train()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upright.architectures.resnet import ResNet
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
-from upright.checkpoint import KEY, check_format, find_checkpoint, learnt_from, load_file
+from upright.checkpoint import KEY, check_format, find_checkpoint, load_file, training_hashes
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.files import file_hash
@@ -30,7 +30,7 @@ from upright.training.published_weights import (
     STD,
     VGG_FIRST_LINEAR,
     VGG_POOLED,
-    are_imagenets,
+    are_imagenet_classes,
     resnet_weights,
     unpooled,
     vgg_weights,
@@ -42,7 +42,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 PUBLISHED_HEADS = {ResNet: "classifier.weight", VGG: "classifier.layers.7.weight"}
 
 
-class Key(NamedTuple):
+class WeightName(NamedTuple):
     """Name of a parameter or buffer that does not depend on which transformers the network has."""
 
     place: str
@@ -53,22 +53,23 @@ class Key(NamedTuple):
         return f"transformer at {self.place}: {self.name}" if self.place else self.name
 
 
-class Source(NamedTuple):
+class StartWeights(NamedTuple):
     """Weights to start from."""
 
-    weights: dict[Key, Tensor]
-    whose: str
+    weights: dict[WeightName, Tensor]
+    origin: str
+    """Author of the weights, for messages."""
     normalisation: Normalisation
     same_classes: bool
     """True if the classes are the same in the same order, so that the head can be used."""
     run: dict[str, Any] | None = None
-    seen: Tensor | None = None
+    image_hashes: Tensor | None = None
     """Content hashes of the images that the weights were trained on; None if unknown."""
     remarks: tuple[str, ...] = ()
 
 
 def head(classifier: ImageClassifier) -> set[str]:
-    """Names of the network's parameters and buffers that depend on the number of classes."""
+    """Return the names of the network's parameters and buffers that depend on the number of classes."""
     network, shape = classifier.arguments["network"], classifier.spec.input_shape
     more = len(classifier.spec.classes) + 1
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +88,7 @@ def start_from(
     """Load weights into a classifier by name and shape, before training, and record their origin in its ``start``.
 
     Args:
-        classifier: a new classifier. Only its network's weights, ``start`` and ``seen`` change.
+        classifier: a new classifier. Only its network's weights, ``start`` and ``start_hashes`` change.
         path: an Upright checkpoint, a run's folder, or a state dict of torchvision's ResNet or VGG.
         data: the datamodule of training and evaluation.
         allow_seen: whether validation and test images may be ones that the weights were trained on.
@@ -102,45 +103,47 @@ def start_from(
     path = find_checkpoint(path)
     source = _read(path, classifier, data, allow_seen)
     network, weights = classifier.model.network, source.weights
-    state, its_head = network.state_dict(), head(classifier)
-    names = _keys(state, classifier.recipe["init_args"]["network"])
+    state, head_names = network.state_dict(), head(classifier)
+    names = _weight_names(state, classifier.recipe["init_args"]["network"])
     missing_places, unused_places = _places(names) - _places(weights), _places(weights) - _places(names)
     new = {name for key, name in names.items() if key.place in missing_places}
-    new |= set() if source.same_classes else its_head
+    new |= set() if source.same_classes else head_names
     loaded = {
         key: value for key, value in weights.items() if key.place not in unused_places and names.get(key) not in new
     }
     _check_fit(path, loaded, {key: state[name] for key, name in names.items() if name not in new})
     network.load_state_dict(state | {names[key]: value for key, value in loaded.items()})
     classifier.start = {"path": str(path), "sha256": file_hash(path), "run": source.run, "anew": sorted(new)}
-    classifier.seen = source.seen
+    classifier.start_hashes = source.image_hashes
 
-    lines = [f"Start: '{path}' ({source.whose}), {len(loaded)} of {len(state)} tensors."]
+    lines = [f"Start: '{path}' ({source.origin}), {len(loaded)} of {len(state)} tensors."]
     if not source.same_classes:
-        modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name in its_head))
-        rows = next((weights[key].shape[:1] for key, name in names.items() if name in its_head and key in weights), ())
+        modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name in head_names))
+        rows = next(
+            (weights[key].shape[:1] for key, name in names.items() if name in head_names and key in weights), ()
+        )
         count = len(classifier.spec.classes)
-        what = f"{count} classes in place of {rows[0]}" if rows and rows[0] != count else f"{count} other classes"
-        lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} anew: {what}.")
-    lines += [f"The transformer at {place} starts anew." for place in sorted(missing_places)]
-    lines += [f"The transformer at {place} is left out: the network has none there." for place in sorted(unused_places)]
+        classes = f"{count} classes in place of {rows[0]}" if rows and rows[0] != count else f"{count} other classes"
+        lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} from scratch: {classes}.")
+    lines += [f"The transformer at {place} starts from scratch." for place in sorted(missing_places)]
+    lines += [f"The transformer at {place} is ignored: the network has none there." for place in sorted(unused_places)]
     lines += source.remarks
     theirs, ours = source.normalisation, (classifier.spec.mean, classifier.spec.std)
     if theirs != ours:
         lines.append(
-            f"They learnt from images of mean {list(theirs[0])} and std {list(theirs[1])}; "
-            f"these data say mean {list(ours[0])} and std {list(ours[1])}."
+            f"The weights were trained on images of mean {list(theirs[0])} and std {list(theirs[1])}; "
+            f"these data have mean {list(ours[0])} and std {list(ours[1])}."
         )
     return lines
 
 
-def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None, allow_seen: bool) -> Source:
+def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
     loaded = load_file(path, "an Upright checkpoint or a state dict")
     if isinstance(loaded, dict) and KEY in loaded:
         check_format(loaded, path)
         if data is not None and not allow_seen:
             check_unseen(loaded[KEY], data, path)
-        return _upright_source(loaded, classifier.spec)
+        return _upright_weights(loaded, classifier.spec)
     weights = loaded.items() if isinstance(loaded, dict) else ()
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights):
         raise UserError(f"'{path}' holds neither an Upright checkpoint nor a state dict (names and their tensors).")
@@ -149,40 +152,40 @@ def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None,
         network = network.network
     if not isinstance(network, ResNet | VGG):
         raise UserError(
-            f"'{path}' is no Upright checkpoint, and torchvision's weights fit a ResNet or a VGG only; "
+            f"'{path}' is not an Upright checkpoint, and torchvision's weights fit only a ResNet or a VGG; "
             f"the network is a {type(network).__name__}."
         )
-    return _torchvision_source(loaded, network, classifier)
+    return _torchvision_weights(loaded, network, classifier)
 
 
-def _upright_source(checkpoint: dict[str, Any], spec: ImageSpec) -> Source:
+def _upright_weights(checkpoint: dict[str, Any], spec: ImageSpec) -> StartWeights:
     ours, prefix = checkpoint[KEY], "model.network."
     theirs = ImageSpec.from_dict(ours["spec"])
     state = {name.removeprefix(prefix): v for name, v in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    keys = _keys(state, ours["model"]["init_args"]["network"])
+    keys = _weight_names(state, ours["model"]["init_args"]["network"])
     run = {name: ours["run"][name] for name in ("name", "id")}
-    return Source(
+    return StartWeights(
         {key: state[name] for key, name in keys.items()},
         f"run {run['name']}, {run['id']}",
         (theirs.mean, theirs.std),
         theirs.classes == spec.classes,
         run,
-        learnt_from(ours),
+        training_hashes(ours),
     )
 
 
-def _keys(names: Iterable[str], network: Recipe) -> dict[Key, str]:
-    """Return the names of a network's state dict by `Key`, with the places from the network's config."""
-    return {_key(name, network): name for name in names}
+def _weight_names(names: Iterable[str], network: Recipe) -> dict[WeightName, str]:
+    """Return the names of a network's state dict by `WeightName`, with the places from the network's config."""
+    return {_weight_name(name, network): name for name in names}
 
 
-def _key(name: str, network: Recipe) -> Key:
+def _weight_name(name: str, network: Recipe) -> WeightName:
     if network["class_path"] != recipe(TransformerNetwork)["class_path"]:
-        return Key("", name)
+        return WeightName("", name)
     arguments = network.get("init_args", {})
     part, _, rest = name.partition(".")
     if part == "transformer":
-        return Key("input", rest)
+        return WeightName("input", rest)
     # A place holds Sequential(transformer, original module), see transformer_network._insert.
     places = arguments.get("places", signature(TransformerNetwork).parameters["places"].default)
     plain: list[str] = []
@@ -190,17 +193,17 @@ def _key(name: str, network: Recipe) -> Key:
     for step in steps:
         plain.append(step)
         if (place := ".".join(plain)) in places and next(steps) == "0":
-            return Key(place, ".".join(steps))
-    inner = _key(".".join(plain), arguments["network"])
-    return Key(f"network.{inner.place}", inner.name) if inner.place else inner
+            return WeightName(place, ".".join(steps))
+    inner = _weight_name(".".join(plain), arguments["network"])
+    return WeightName(f"network.{inner.place}", inner.name) if inner.place else inner
 
 
-def _places(keys: Iterable[Key]) -> set[str]:
+def _places(keys: Iterable[WeightName]) -> set[str]:
     return {key.place for key in keys} - {""}
 
 
-def _check_fit(path: Path, weights: Mapping[Key, Tensor], wanted: Mapping[Key, Tensor]) -> None:
-    # torchvision's first files do not count batches, and the count is not used.
+def _check_fit(path: Path, weights: Mapping[WeightName, Tensor], wanted: Mapping[WeightName, Tensor]) -> None:
+    # torchvision's first files lack the number of batches, which is not used.
     missing = [key for key in wanted if key not in weights and not key.name.endswith("num_batches_tracked")]
     unexpected = [key for key in weights if key not in wanted]
     others = [
@@ -224,7 +227,7 @@ def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "one number"
 
 
-def _torchvision_source(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> Source:
+def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> StartWeights:
     weights = resnet_weights(state) if isinstance(network, ResNet) else vgg_weights(state)
     remarks: list[str] = []
     linear = weights.get(VGG_FIRST_LINEAR)
@@ -233,15 +236,15 @@ def _torchvision_source(state: dict[str, Tensor], network: ResNet | VGG, classif
         if linear.shape[1:] == (maps * VGG_POOLED**2,) and (rows, columns) != (VGG_POOLED, VGG_POOLED):
             weights[VGG_FIRST_LINEAR] = unpooled(linear, rows, columns)
             remarks.append(
-                f"{VGG_FIRST_LINEAR.removesuffix('.weight')} learnt from {VGG_POOLED}x{VGG_POOLED} maps, and these "
-                f"images make {rows}x{columns}: it now takes them as torchvision's pooling does."
+                f"{VGG_FIRST_LINEAR.removesuffix('.weight')} was trained on {VGG_POOLED}x{VGG_POOLED} maps, but "
+                f"these images give {rows}x{columns}: its weights now include torchvision's pooling."
             )
     classes, last = classifier.spec.classes, weights.get(PUBLISHED_HEADS[type(network)])
-    return Source(
-        {Key("", name): value for name, value in weights.items()},
+    return StartWeights(
+        {WeightName("", name): value for name, value in weights.items()},
         "torchvision's",
         (MEAN, STD),
-        are_imagenets(classes) and last is not None and last.shape[:1] == (len(classes),),
+        are_imagenet_classes(classes) and last is not None and last.shape[:1] == (len(classes),),
         remarks=tuple(remarks),
     )
 
@@ -259,14 +262,14 @@ def _maps(network: VGG, classifier: ImageClassifier) -> tuple[int, ...]:
 
 
 class Freeze(Callback):
-    """Only what starts anew is trained at first; the body waits, and then may learn at a smaller rate.
+    """Freeze the body in the first epochs, and then train it at a smaller rate if asked.
 
-    The head starts from scratch, and so do transformers for which `start_from` has no weights. A frozen body has no
+    The head is always trained, and so are transformers for which `start_from` has no weights. A frozen body has no
     gradients, and its batch normalisation uses its stored statistics and does not update them.
 
     Args:
         until_epoch: the first epoch that trains the body, counted from 0.
-        lr_factor: of the body's learning rate, multiplied with those that its modules ask for.
+        lr_factor: factor on the body's learning rate, in addition to the ``lr_factor`` of its modules.
     """
 
     def __init__(self, until_epoch: int = 0, lr_factor: float = 1.0) -> None:
@@ -286,7 +289,8 @@ class Freeze(Callback):
         self._body = {name for name, _ in network.named_parameters() if name not in new}
         if not self._body:
             raise UserError(
-                f"Freeze has nothing to freeze: all of {type(network).__name__} depends on the number of classes."
+                f"Freeze has nothing to freeze: all parameters of {type(network).__name__} depend on the number of "
+                "classes."
             )
         for name in self._body:
             network.get_parameter(name).lr_factor = self.lr_factor

@@ -24,12 +24,12 @@ class CrossEntropy(nn.Module):
 
     Args:
         num_classes: ``K``.
-        label_smoothing: this much of the probability goes to all classes alike.
-        class_weights: ``w``, one per class; ``balanced``: N / (K n[k]) for n[k] of N training images, which weighs all
-            classes alike (King, Zeng 2001).
+        label_smoothing: share of the probability that is spread equally over all classes.
+        class_weights: ``w``, one per class; ``balanced``: N / (K n[k]) for n[k] of N training images, which gives all
+            classes the same total weight (King, Zeng 2001).
 
     Raises:
-        UserError: unless there is a weight for each class, none negative.
+        UserError: if there is not one weight per class, or a weight is negative.
     """
 
     weight: Tensor | None
@@ -74,10 +74,10 @@ class CrossEntropy(nn.Module):
 
 
 class PerceptronLoss(nn.Module):
-    """The hinge at zero: by how much the best wrong class is ahead of the right one, and nothing where none is.
+    """Hinge loss without a margin: the lead of the best wrong class over the right one, or 0.
 
     With batches of one and plain SGD this is the perceptron's rule (Rosenblatt 1958; for several classes Duda, Hart
-    1973, section 5.12). Only a mistake changes weights: those of the true class and of the predicted class.
+    1973, section 5.12). Only a mistake changes weights: those of the true and of the predicted class.
 
     Args:
         num_classes: ``K``.

@@ -21,12 +21,10 @@ from torchmetrics.classification import (
 from upright.files import write_text
 from upright.training.uprightness import Uprightness
 
-TOP = 5
+TOP_K = 5
 BRIEF = ("loss", "accuracy", "uprightness")
 """Metrics to print after every epoch; metrics.csv has all of them."""
-
-
-AT_ONCE = 4096
+UPDATE_IMAGES = 4096
 """Number of images per update of the classification metrics: an update takes a millisecond, even for a small batch."""
 
 
@@ -55,8 +53,8 @@ class StageMetrics(nn.Module):
             "calibration_error": MulticlassCalibrationError(n_bins=15, norm="l1", **common),
             "confusion": MulticlassConfusionMatrix(**common),
         }
-        if num_classes > TOP:
-            metrics[f"top{TOP}"] = MulticlassAccuracy(average="micro", top_k=TOP, **common)
+        if num_classes > TOP_K:
+            metrics[f"top{TOP_K}"] = MulticlassAccuracy(average="micro", top_k=TOP_K, **common)
         metrics |= extra or {}
         # Set explicitly: torchmetrics would merge metrics whose states are equal after the first update. If all
         # predictions so far are correct, accuracy and top5 have equal states.
@@ -71,7 +69,7 @@ class StageMetrics(nn.Module):
         """Add a batch: probabilities ``(B, K)``, labels ``(B,)``, and the mean loss of the batch."""
         self.loss.update(loss, len(labels))
         self._batches.append((probabilities, labels))
-        if len(self._batches) * len(labels) >= AT_ONCE:
+        if len(self._batches) * len(labels) >= UPDATE_IMAGES:
             self._classify()
 
     def _classify(self) -> None:

@@ -49,18 +49,18 @@ def resnet_weights(theirs: Weights) -> Weights:
 
 def vgg_weights(theirs: Weights) -> Weights:
     """Return the weights of a VGG by our names, without biases of convolutions before batch normalisation."""
+
     # Our classifier begins with a layer that flattens; theirs has no such layer.
-    weights = {re.sub(r"^classifier\.(\d+)", _next_layer, name): value for name, value in theirs.items()}
+    def next_layer(match: re.Match[str]) -> str:
+        return f"classifier.layers.{int(match[1]) + 1}"
+
+    weights = {re.sub(r"^classifier\.(\d+)", next_layer, name): value for name, value in theirs.items()}
     for name in list(weights):
         match = re.fullmatch(r"features\.(\d+)\.running_mean", name)
         bias = f"features.{int(match[1]) - 1}.bias" if match else ""
         if bias in weights and weights[bias].shape == weights[name].shape:
             weights[name] = weights[name] - weights.pop(bias)
     return weights
-
-
-def _next_layer(match: re.Match[str]) -> str:
-    return f"classifier.layers.{int(match[1]) + 1}"
 
 
 def unpooled(weight: Tensor, rows: int, columns: int) -> Tensor:
@@ -79,7 +79,7 @@ def unpooled(weight: Tensor, rows: int, columns: int) -> Tensor:
     return (weight.reshape(len(weight), -1, VGG_POOLED**2) @ pooling).flatten(1)
 
 
-def are_imagenets(classes: tuple[str, ...]) -> bool:
+def are_imagenet_classes(classes: tuple[str, ...]) -> bool:
     """Return True for ImageNet's 1000 classes in the order of the weights: that of its folders' names."""
     return (
         len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", c) for c in classes)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from upright.checkpoint import KEY, learnt_from, read_checkpoint
+from upright.checkpoint import KEY, read_checkpoint, training_hashes
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.images import ImageSpec
@@ -50,7 +50,8 @@ def restore(
     data: L.LightningDataModule | None = None,
     *,
     same_split: bool | None = None,
-    judged_by: Sequence[str] = ("val", "test"),
+    evaluated_on: Sequence[str] = ("val", "test"),
+    content: Mapping[str, Any] | None = None,
 ) -> Restored:
     """Rebuild the model, in evaluation mode, and the datamodule that it was trained with.
 
@@ -58,31 +59,21 @@ def restore(
         path: a checkpoint, or a run's folder.
         data: a datamodule in place of the checkpoint's own.
         same_split: whether the data must be the images of training, in the same splits; by default without ``data``.
-        judged_by: splits that must not hold an image of the model's training set, if the data are others.
+        evaluated_on: splits of other data, which must not hold an image of the model's training set.
+        content: content of the checkpoint, if it has been read before.
 
     Raises:
         UserError: if the data do not fit (see `check_data`), or a class cannot be imported.
         CheckpointError: if the checkpoint cannot be used.
     """
-    return restore_read(read_checkpoint(path), path, data, same_split=same_split, judged_by=judged_by)
-
-
-def restore_read(
-    checkpoint: Mapping[str, Any],
-    path: str | Path,
-    data: L.LightningDataModule | None = None,
-    *,
-    same_split: bool | None = None,
-    judged_by: Sequence[str] = ("val", "test"),
-) -> Restored:
-    """Rebuild model and data like `restore`, from a checkpoint that has been read from ``path``."""
+    checkpoint = read_checkpoint(path) if content is None else content
     ours = checkpoint[KEY]
-    classifier = ImageClassifier.rebuilt(checkpoint, path)
+    classifier = ImageClassifier.rebuild(checkpoint, path)
     same_split = data is None if same_split is None else same_split
     if data is None and ours["data"] is not None:
         data = build(ours["data"])()
     if isinstance(data, ImageDataModule):
-        check_data(ours, data, path, same_split=same_split, judged_by=judged_by)
+        check_data(ours, data, path, same_split=same_split, evaluated_on=evaluated_on)
     return Restored(classifier, data, ours, checkpoint["epoch"] + 1)
 
 
@@ -92,7 +83,7 @@ def check_data(
     path: str | Path,
     *,
     same_split: bool,
-    judged_by: Sequence[str] = ("val", "test"),
+    evaluated_on: Sequence[str] = ("val", "test"),
 ) -> None:
     """Refuse data that do not fit the checkpoint.
 
@@ -101,25 +92,25 @@ def check_data(
         data: the datamodule.
         path: path of the checkpoint, for messages.
         same_split: whether the data must be the images of training and model selection, in the same splits.
-        judged_by: splits that must not hold an image of the model's training set.
+        evaluated_on: splits that must not hold an image of the model's training set.
 
     Raises:
-        UserError: if classes or channels differ, or the split does. Also, with other data, if ``judged_by`` has
+        UserError: if classes or channels differ, or the split does. Also, with other data, if ``evaluated_on`` has
             images that the model was trained on.
     """
     check_task(ImageSpec.from_dict(ours["spec"]), data, path)
     if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
         raise UserError(
             f"The data of '{path}' have changed since it was trained: other images, or other splits. "
-            "Restore them, or say with --data what to use."
+            "Restore them, or name other data with --data."
         )
-    check_unseen(ours, data, path, judged_by)
+    check_unseen(ours, data, path, evaluated_on)
 
 
 def check_task(spec: ImageSpec, data: ImageDataModule, path: str | Path) -> None:
     """Refuse data whose classes or channels differ from those of a model with ``spec``, from ``path``."""
     if (data.spec.classes, data.spec.channels) != (spec.classes, spec.channels):
-        raise UserError(f"'{path}' knows {spec.task}; the data have {data.spec.task}.")
+        raise UserError(f"'{path}' was trained on {spec.task}; the data have {data.spec.task}.")
 
 
 def check_unseen(
@@ -131,20 +122,20 @@ def check_unseen(
         ours: Upright's part of the checkpoint.
         data: the datamodule.
         path: path of the checkpoint, for messages.
-        splits: splits for its evaluation.
+        splits: splits that the checkpoint is evaluated on.
 
     Raises:
         UserError: if there is such an image.
     """
     if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
         return
-    hashes = learnt_from(ours)
+    hashes = training_hashes(ours)
     assert hashes is not None
     for split in splits:
         trained_on = torch.isin(data.manifest.hashes[split], hashes)
         if trained_on.any():
             raise UserError(
                 f"{int(trained_on.sum())} of {len(trained_on)} images in split '{split}' of these data are images that "
-                f"'{path}' was trained on, so its accuracy there would mean nothing; give others (fit, "
-                "validate, test and predict go on with --allow_seen_images)."
+                f"'{path}' was trained on, so the accuracy would be too high: give other data. fit, validate, test and "
+                "predict accept them with --allow_seen_images."
             )

@@ -7,7 +7,6 @@ each schedule has its own formula. `OneCycle` rises along a cosine instead.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,29 +15,30 @@ from upright.errors import UserError
 
 
 class Constant(LambdaLR):
-    """The optimiser's own rate: the multiplier is 1.
+    """Keep the optimiser's own rate: the multiplier is 1.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run, ``n``.
-        warmup: fraction of the steps that rise.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run, ``n``.
+        warmup: fraction of the steps for the warm-up.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0) -> None:
-        super().__init__(optimizer, _with_warmup(constant, total_steps, warmup))
+        super().__init__(optimizer, _with_warmup(lambda step, start: 1.0, total_steps, warmup))
 
 
 class Step(LambdaLR):
-    """Falls at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10): ``factor ** (milestones m with s >= m n)``.
+    """Lower the rate at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10).
 
-    Milestones are fractions, so that the rate falls at the same relative times in a longer or shorter run.
+    The multiplier is ``factor ** (number of milestones m with s >= m n)``. Milestones are fractions, so that the rate
+    falls at the same relative times in a longer or shorter run.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run, ``n``.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run, ``n``.
         milestones: fractions of the run.
-        factor: multiplies the rate at each of them.
-        warmup: fraction of the steps that rise.
+        factor: factor on the rate at each milestone.
+        warmup: fraction of the steps for the warm-up.
     """
 
     def __init__(
@@ -53,76 +53,67 @@ class Step(LambdaLR):
         if not all(0 < milestone < 1 for milestone in milestones):
             raise UserError(f"milestones are fractions of the run, above 0 and below 1; got {list(milestones)}.")
         steps = [round(milestone * total_steps) for milestone in milestones]
-        super().__init__(
-            optimizer, _with_warmup(partial(falling, milestones=steps, factor=factor), total_steps, warmup)
-        )
+
+        def multiplier(step: int, start: int) -> float:
+            return float(factor ** sum(step >= milestone for milestone in steps))
+
+        super().__init__(optimizer, _with_warmup(multiplier, total_steps, warmup))
 
 
 class Cosine(LambdaLR):
-    """Down along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983), without restarts.
+    """Decay along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983), without restarts.
 
     The multiplier is ``end + (1 - end) (1 + cos(pi (s - w) / (n - w))) / 2``.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run, ``n``.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run, ``n``.
         end: multiplier after the last step.
-        warmup: fraction of the steps that rise.
+        warmup: fraction of the steps for the warm-up.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, end: float = 0.0, warmup: float = 0.0) -> None:
-        super().__init__(optimizer, _with_warmup(partial(cosine, end=end), total_steps, warmup))
+        def multiplier(step: int, start: int) -> float:
+            progress = min(1.0, (step - start) / max(1, total_steps - start))
+            return end + (1 - end) * _fall(progress)
+
+        super().__init__(optimizer, _with_warmup(multiplier, total_steps, warmup))
 
 
 class OneCycle(LambdaLR):
-    """Warm up along a cosine to the optimiser's own rate, then down to nothing (Smith, Topin 2017, arXiv:1708.07120).
+    """Warm up along a cosine to the optimiser's own rate, then decay to zero (Smith, Topin 2017, arXiv:1708.07120).
 
-    torch's ``OneCycleLR`` sets all groups to the same rate, and so loses the ``lr_factor`` of a localiser.
+    torch's ``OneCycleLR`` sets all groups to the same rate, and so ignores the ``lr_factor`` of a localiser.
 
     Args:
-        optimizer: its rates are the peak.
-        total_steps: of the run.
-        warmup: fraction of the steps that rise.
+        optimizer: the optimiser; its rates are the peak.
+        total_steps: number of steps of the run.
+        warmup: fraction of the steps for the warm-up.
         start: multiplier of the first step.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, *, warmup: float = 0.3, start: float = 0.04) -> None:
         _check_warmup(warmup)
-        super().__init__(optimizer, partial(one_cycle, total_steps=total_steps, warmup=warmup, start=start))
+        rise = max(1.0, warmup * total_steps)
+
+        def multiplier(step: int) -> float:
+            if step < rise:
+                return start + (1 - start) * (1 - math.cos(math.pi * step / rise)) / 2
+            return _fall(min(1.0, (step - rise) / max(1.0, total_steps - rise)))
+
+        super().__init__(optimizer, multiplier)
 
 
-def constant(step: int, start: int, total_steps: int) -> float:
-    """Return the multiplier of `Constant`."""
-    return 1.0
+def _fall(progress: float) -> float:
+    """Return half a cosine that falls from 1 to 0 while ``progress`` grows from 0 to 1."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
-def falling(step: int, start: int, total_steps: int, *, milestones: Sequence[int], factor: float) -> float:
-    """Return the multiplier of `Step`, with milestones in steps."""
-    return float(factor ** sum(step >= milestone for milestone in milestones))
-
-
-def cosine(step: int, start: int, total_steps: int, *, end: float) -> float:
-    """Return the multiplier of `Cosine`, which begins at step ``start``."""
-    progress = min(1.0, (step - start) / max(1, total_steps - start))
-    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def one_cycle(step: int, *, total_steps: int, warmup: float, start: float) -> float:
-    """Return the multiplier of `OneCycle` at ``step`` of ``total_steps``."""
-    rise = max(1.0, warmup * total_steps)
-    if step < rise:
-        return start + (1 - start) * (1 - math.cos(math.pi * step / rise)) / 2
-    return (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total_steps - rise)))) / 2
-
-
-def _with_warmup(after: Callable[[int, int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
-    """Return ``after(step, warm-up steps, total steps)`` with a linear warm-up before it, as a function of the step."""
+def _with_warmup(after: Callable[[int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
+    """Return ``after(step, warm-up steps)`` with a linear warm-up before it, as a function of the step."""
     _check_warmup(warmup)
-    return partial(_multiplier, after=after, rise=round(warmup * total_steps), total_steps=total_steps)
-
-
-def _multiplier(step: int, *, after: Callable[[int, int, int], float], rise: int, total_steps: int) -> float:
-    return (step + 1) / (rise + 1) if step < rise else after(step, rise, total_steps)
+    start = round(warmup * total_steps)
+    return lambda step: (step + 1) / (start + 1) if step < start else after(step, start)
 
 
 def _check_warmup(warmup: float) -> None:

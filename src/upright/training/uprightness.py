@@ -1,7 +1,7 @@
 """Uprightness, Upright's own measure of a spatial transformer, and the upright loss, which trains for it.
 
-Both use the final pose of an image: the transform applied to the image, followed by the transformer's own transform.
-Two views of one image should have the same final pose. The network is free to choose which pose is upright.
+Both use the composition of two transforms: the one applied to the image, and the transformer's own. Two views of one
+image should have the same composition. The network is free to choose which orientation is upright.
 Related work: learned canonicalisation (Kaba et al. 2023, arXiv:2211.06489).
 """
 
@@ -18,25 +18,27 @@ from upright.architectures.spatial_transformer import Observation, last_of
 from upright.warp import pixel_centres, project_points, rotation_angle
 
 
-def final_poses(transforms: Callable[[Tensor], Tensor], seen: list[Observation], points: Tensor) -> list[Tensor]:
-    """Return the positions of output points in the undistorted images, ``(B, N, 2)``, for each of `last_of` ``seen``.
+def final_points(
+    transforms: Callable[[Tensor], Tensor], observations: list[Observation], points: Tensor
+) -> list[Tensor]:
+    """Return the positions of output points in the undistorted images, ``(B, N, 2)``, for each last observation.
 
     Args:
         transforms: transform applied to each image before: maps output points to points of the undistorted image.
-        seen: observations of the transformers, in order.
+        observations: observations of the transformers, in order.
         points: the output points to compare, ``(N, 2)``.
     """
-    return [transforms(last.points(points)) for last in last_of(seen)]
+    return [transforms(last.points(points)) for last in last_of(observations)]
 
 
 def upright_loss(first: Tensor, second: Tensor, points: Tensor, aspect: float = 1.0) -> Tensor:
-    """Disagreement of two final poses ``(B, N, 2)`` of the same images: a scalar.
+    """Disagreement of the `final_points` ``(B, N, 2)`` of two views of the same images: a scalar.
 
     The loss of an image is the mean squared distance between the points, over twice the geometric mean of the two
-    spreads. It is 0 for equal poses, and 1 - cos(angle) if the poses differ by a rotation.
+    spreads. It is 0 for equal points, and 1 - cos(angle) if they differ by a rotation.
 
-    - The division prevents a gain from shrinking both poses to a point.
-    - The geometric mean makes it costly to shrink one pose. Without it, a transformer shrinks its output when the angle
+    - The division prevents a gain from shrinking both views to a point.
+    - The geometric mean makes it costly to shrink one view. Without it, a transformer shrinks its output when the angle
       is uncertain.
     - The spread is capped at that of ``points``. Without the cap, a transformer could zoom out, where a shift looks
       small.
@@ -79,23 +81,23 @@ class Uprightness(Metric):
         for name in ("groups", "applied", "residual"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, groups: Tensor, transforms: Tensor, seen: list[Observation], aspect: float) -> None:
+    def update(self, groups: Tensor, transforms: Tensor, observations: list[Observation], aspect: float) -> None:
         """Add a batch.
 
         Args:
             groups: index of the image that each view shows, ``(B,)``.
             transforms: transform applied to each view, affine or projective, ``(B, 3, 3)``.
-            seen: observations of the transformers.
+            observations: observations of the transformers.
             aspect: width / height of the images.
         """
         points = pixel_centres(4, 4, device=transforms.device)
         projection = partial(project_points, transforms)
         applied = rotation_angle(projection(points), points, aspect)
-        poses = final_poses(projection, seen, points)
-        for branch, pose in enumerate(poses):
-            self.groups.append(groups * len(poses) + branch)
+        branches = final_points(projection, observations, points)
+        for number, sources in enumerate(branches):
+            self.groups.append(groups * len(branches) + number)
             self.applied.append(applied)
-            self.residual.append(rotation_angle(pose, points, aspect))
+            self.residual.append(rotation_angle(sources, points, aspect))
 
     def compute(self) -> Tensor:
         """Return the measure, a scalar; NaN if no image has views at different angles."""

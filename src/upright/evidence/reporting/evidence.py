@@ -1,4 +1,4 @@
-"""All measurements of a report, and their conversion to plain data."""
+"""Gather the measurements of a report, and convert them to plain data."""
 
 import math
 import platform
@@ -13,52 +13,52 @@ from upright.evidence.intervals import Share
 from upright.evidence.reporting.invariance import (
     ROTATION,
     SEED,
-    Course,
-    Curve,
-    Distortion,
+    DistortionFamily,
+    Invariance,
+    InvarianceCurve,
     Sample,
     distortions,
-    follow,
+    measure_invariance,
     take_sample,
     trained_ranges,
 )
-from upright.evidence.reporting.measures import Calibration, Result, calibrate, difference, evaluate
+from upright.evidence.reporting.measures import Calibration, Predictions, calibrate, difference, evaluate
 from upright.evidence.reporting.subjects import Group, Subject
 from upright.files import file_hash
 from upright.runs.seal import content_digest, count, count_in_sweep
 
 FORMAT = 1
 PACKAGES = ("upright", "torch", "onnxruntime", "numpy", "kornia")
-FULL_TURN, STEP = 180.0, 15.0
-"""Degrees in each direction: the range of uprightness if the training rotation is unknown, and the smallest range."""
+MAX_DEGREES, MIN_DEGREES = 180.0, 15.0
+"""Range of angles for the uprightness, in each direction: if the training rotation is unknown, and at least."""
 
 
 class Evidence(NamedTuple):
-    """All measurements. Lists have one entry per model.
+    """All measurements of a report. Lists have one entry per model.
 
     Args:
         group: the models and the data.
         split: split of the data.
-        results: answers of each model to the split.
+        predictions: predictions for the split.
         calibrations: calibration of the confidence.
         sample: the images that were distorted.
-        ways: the distortions.
-        trained: ranges of the distortions in training, by distortion, if the recipe declares them.
-        courses: curves, and the response to rotation.
+        families: the distortions.
+        trained: ranges of training by distortion, see `trained_ranges`.
+        invariances: invariance to the distortions.
     """
 
     group: Group
     split: str
-    results: list[Result]
+    predictions: list[Predictions]
     calibrations: list[Calibration]
     sample: Sample
-    ways: list[Distortion]
+    families: list[DistortionFamily]
     trained: list[dict[str, tuple[float, float]]]
-    courses: list[Course]
+    invariances: list[Invariance]
 
 
 def gather(group: Group, split: str, images: int) -> Evidence:
-    """Measure everything.
+    """Evaluate all models.
 
     Args:
         group: models and data.
@@ -67,28 +67,33 @@ def gather(group: Group, split: str, images: int) -> Evidence:
     """
     subjects, data = group
     print(f"Evaluating {', '.join(subject.name for subject in subjects)} ...", flush=True)
-    results = evaluate(subjects, data, split)
+    predictions = evaluate(subjects, data, split)
     validations = evaluate(subjects, data, "val") if split != "val" else [None] * len(subjects)
     size = (data.spec.height, data.spec.width)
-    sample, ways = take_sample(data, split, images), distortions(*size, data.augmentation.padding)
+    sample, families = take_sample(data, split, images), distortions(*size, data.augmentation.padding)
     trained = [trained_ranges(subject.origin.data, *size) for subject in subjects]
-    ends = [max(ranges.get(ROTATION, (0.0, FULL_TURN))[1], STEP) for ranges in trained]
+    ends = [max(ranges.get(ROTATION, (0.0, MAX_DEGREES))[1], MIN_DEGREES) for ranges in trained]
     print(f"Distorting {len(sample.labels)} images ...", flush=True)
-    courses = follow(subjects, sample, ways, [(-end, end) for end in ends])
-    calibrations = [calibrate(*pair) for pair in zip(results, validations, strict=True)]
-    return Evidence(group, split, results, calibrations, sample, ways, trained, courses)
+    invariances = measure_invariance(subjects, sample, families, [(-end, end) for end in ends])
+    calibrations = [calibrate(*pair) for pair in zip(predictions, validations, strict=True)]
+    return Evidence(group, split, predictions, calibrations, sample, families, trained, invariances)
 
 
-def figures(evidence: Evidence, chosen: str | None) -> dict[str, Any]:
-    """Return every number as plain data; ``chosen`` is the YAML of other data, if the user gave one."""
-    data, first = evidence.group.data, evidence.results[0]
+def to_record(evidence: Evidence, data_yaml: str | None) -> dict[str, Any]:
+    """Return the content of ``report.json``.
+
+    Args:
+        evidence: all measurements.
+        data_yaml: path of the YAML of data, if the user gave one.
+    """
+    data, first = evidence.group.data, evidence.predictions[0]
     spec, views = data.spec, data.views(evidence.split)
     record = {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {
             "class_path": data.recipe["class_path"],
-            "chosen": chosen,
+            "chosen": data_yaml,
             "split": evidence.split,
             "digest": data.manifest.digest,
             "answers": len(first.labels),
@@ -104,7 +109,7 @@ def figures(evidence: Evidence, chosen: str | None) -> dict[str, Any]:
             "already_distorted": evidence.sample.distorted,
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "models": [_model(evidence, number) for number in range(len(evidence.results))],
+        "models": [_model(evidence, number) for number in range(len(evidence.predictions))],
     }
     plain: dict[str, Any] = _plain(record)
     return plain
@@ -112,7 +117,7 @@ def figures(evidence: Evidence, chosen: str | None) -> dict[str, Any]:
 
 def _model(evidence: Evidence, number: int) -> dict[str, Any]:
     subjects, data = evidence.group
-    subject, result, course = subjects[number], evidence.results[number], evidence.courses[number]
+    subject, predictions, invariance = subjects[number], evidence.predictions[number], evidence.invariances[number]
     origin, trained = subject.origin, evidence.trained[number]
     return {
         "name": subject.name,
@@ -125,11 +130,14 @@ def _model(evidence: Evidence, number: int) -> dict[str, Any]:
         "git_commit": origin.git_commit,
         "unseen": subject.unseen,
         "test_openings": _openings(subject, evidence),
-        **result.accuracy(data.spec.classes, list(data.names(evidence.split))),
-        "difference": difference(evidence.results[0], result) if number else None,
+        **predictions.accuracy_record(data.spec.classes, list(data.names(evidence.split))),
+        "difference": difference(evidence.predictions[0], predictions) if number else None,
         "calibration": evidence.calibrations[number],
-        "invariance": {way.name: _curve(way, course.curves[way.name], trained.get(way.name)) for way in evidence.ways},
-        "uprightness": _uprightness(subject, course, result),
+        "invariance": {
+            family.name: _curve(family, invariance.curves[family.name], trained.get(family.name))
+            for family in evidence.families
+        },
+        "uprightness": _uprightness(subject, invariance, predictions),
     }
 
 
@@ -145,33 +153,33 @@ def _plain(value: Any) -> Any:
 
 
 def _openings(subject: Subject, evidence: Evidence) -> dict[str, Any] | None:
-    """Count accesses to the test split; None for another split, or if the run is gone."""
+    """Count the evaluations on the test split. Return None for another split, or if the run's folder is missing."""
     if evidence.split != "test" or subject.folder is None:
         return None
     split = content_digest(evidence.group.data.manifest.hashes["test"])
     return {"run": count(subject.folder, split), "sweep": count_in_sweep(subject.folder.parent, split)}
 
 
-def _curve(way: Distortion, curve: Curve, trained: tuple[float, float] | None) -> dict[str, Any]:
+def _curve(family: DistortionFamily, curve: InvarianceCurve, trained: tuple[float, float] | None) -> dict[str, Any]:
     def mean(shares: list[Share]) -> float:
         pairs = zip(curve.strengths, shares, strict=True)
-        return float(np.mean([share.value for strength, share in pairs if strength != way.none]))
+        return float(np.mean([share.value for strength, share in pairs if strength != family.none]))
 
     means = {"accuracy": mean(curve.accuracy), "consistency": mean(curve.consistency)}
-    return {"unit": way.unit, "none": way.none, "trained": trained, **curve._asdict(), "mean": means}
+    return {"unit": family.unit, "none": family.none, "trained": trained, **curve._asdict(), "mean": means}
 
 
-def _uprightness(subject: Subject, course: Course, result: Result) -> dict[str, Any]:
-    turning = course.turning
-    if turning is None:
-        return {"silent": subject.silent}
-    low, middle, high = turning.quartiles.tolist()
-    inside = [turning.within[0] <= angle <= turning.within[1] for angle in turning.angles]
+def _uprightness(subject: Subject, invariance: Invariance, predictions: Predictions) -> dict[str, Any]:
+    response = invariance.rotation_response
+    if response is None:
+        return {"silent": subject.unobserved_reason}
+    low, middle, high = response.quartiles.tolist()
+    inside = [response.within[0] <= angle <= response.within[1] for angle in response.angles]
     return {
-        "value": None if math.isnan(turning.uprightness) else turning.uprightness,
-        "within": turning.within,
-        "on_split": result.uprightness,
-        "mean_left": float(np.abs(turning.residual[inside]).mean()),
-        "angles": turning.angles,
+        "value": None if math.isnan(response.uprightness) else response.uprightness,
+        "within": response.within,
+        "on_split": predictions.uprightness,
+        "mean_left": float(np.abs(response.residual[inside]).mean()),
+        "angles": response.angles,
         "left": {"lower_quartile": low, "median": middle, "upper_quartile": high},
     }

@@ -1,4 +1,4 @@
-"""Figures of a report, suitable for print, in colours for colour-blind readers."""
+"""Draw the figures of a report, for print and for colour-blind readers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from upright.evidence.reporting.invariance import ROTATION, Curve, Distortion, Sample, Turning, sights
+from upright.evidence.reporting.invariance import (
+    ROTATION,
+    DistortionFamily,
+    InvarianceCurve,
+    RotationResponse,
+    Sample,
+    transformer_views,
+)
 from upright.evidence.reporting.measures import BINS, Bin
 from upright.evidence.reporting.subjects import Subject
 from upright.runs.drawing import COLOURS, draw_column, draw_columns, pixels_of
@@ -21,7 +28,7 @@ GREY, LIGHT = "#555555", "#ececec"
 DASHES = (0, (4, 3))
 PAGE_INCHES = 7.2
 LETTERS_PER_INCH = 17
-"""Approximate number of letters per inch of a legend."""
+"""Approximate number of letters per inch in a legend."""
 COLUMNS = 3
 STRIP_IMAGES, STRIP_PIXELS = 4, 56
 STRIP_DEGREES = range(-180, 181, 30)
@@ -29,7 +36,7 @@ STRIP_DEGREES = range(-180, 181, 30)
 
 @contextmanager
 def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
-    """Yield a figure; text drawn inside the ``with`` is not parsed, because a name may contain dollar signs."""
+    """Yield a figure. Text inside the ``with`` is not parsed as mathematics, because names may contain dollar signs."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -42,8 +49,8 @@ def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
 
 
 def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Add a legend below all panels, and increase the height of the figure by its height."""
-    # matplotlib hides names that begin with an underscore.
+    """Add a legend below all panels, and increase the height of the figure accordingly."""
+    # matplotlib omits names that begin with an underscore.
     labels = [f" {name}" if name.startswith("_") else name for name in names]
     width, height = figure.get_size_inches()
     columns = max(1, min(len(labels), int(width * LETTERS_PER_INCH / (max(map(len, labels)) + 6))))
@@ -52,7 +59,7 @@ def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> N
 
 
 def _line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
-    """Draw line ``number`` of ``count``; earlier lines are thicker, so they stay visible below later ones."""
+    """Draw line ``number`` of ``count``. Earlier lines are thicker, so that they stay visible below later ones."""
     later_lines = min(count - 1 - number, 4)
     style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
     style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
@@ -64,7 +71,7 @@ def _band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
 
 
 def _mark(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
-    """Mark the range of training: grey if all models share it, else one bar per model above the panel."""
+    """Mark the range of training: as a grey area if all models share it, else as one bar per model above the panel."""
     if len(set(ranges)) == 1:
         if ranges[0]:
             panel.axvspan(*ranges[0], color=LIGHT, zorder=0, linewidth=0)
@@ -81,8 +88,8 @@ def _mark(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
 def draw_invariance(
     measure: str,
     names: Sequence[str],
-    curves: Sequence[Mapping[str, Curve]],
-    ways: Sequence[Distortion],
+    curves: Sequence[Mapping[str, InvarianceCurve]],
+    families: Sequence[DistortionFamily],
     trained: Sequence[Mapping[str, tuple[float, float]]],
 ) -> "Figure":
     """Draw a panel for each distortion, with a line and its interval for each model.
@@ -91,26 +98,28 @@ def draw_invariance(
         measure: ``accuracy`` or ``consistency``.
         names: names of the models.
         curves: curves of each model, by distortion.
-        ways: the distortions.
+        families: the distortions.
         trained: the ranges of training of each model, by distortion.
     """
-    rows = -(-len(ways) // COLUMNS)
+    rows = -(-len(families) // COLUMNS)
     with _paper(1.95 * rows) as figure:
         panels = list(figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).flat)
-        for panel, way in zip(panels, ways, strict=False):
+        for panel, family in zip(panels, families, strict=False):
             lines = []
-            for number, by_way in enumerate(curves):
-                curve = by_way[way.name]
+            for number, by_family in enumerate(curves):
+                curve = by_family[family.name]
                 value, low, high = 100 * np.transpose(getattr(curve, measure))
                 lines.append(_line(panel, number, len(names), curve.strengths, value))
                 _band(panel, lines[-1], low, high)
-            panel.set(xlim=(way.strengths[0], way.strengths[-1]), ylim=(0, 102), xlabel=f"{way.name} ({way.unit})")
-            if way.unit == "degrees":
-                panel.set_xticks(np.linspace(way.strengths[0], way.strengths[-1], 5))
-            _mark(panel, [ranges.get(way.name) for ranges in trained])
+            panel.set(
+                xlim=(family.strengths[0], family.strengths[-1]), ylim=(0, 102), xlabel=f"{family.name} ({family.unit})"
+            )
+            if family.unit == "degrees":
+                panel.set_xticks(np.linspace(family.strengths[0], family.strengths[-1], 5))
+            _mark(panel, [ranges.get(family.name) for ranges in trained])
         for panel in panels[::COLUMNS]:
             panel.set_ylabel(f"{measure} (%)")
-        for panel in panels[len(ways) :]:
+        for panel in panels[len(families) :]:
             panel.set_axis_off()
         if len(names) > 1:
             _legend(figure, lines, names)
@@ -120,12 +129,12 @@ def draw_invariance(
 def draw_reliability(
     names: Sequence[str], before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin] | None]
 ) -> "Figure":
-    """Draw accuracy by confidence for each model, and below it the share of answers in each bin.
+    """Draw accuracy by confidence for each model, and below it the share of predictions in each bin.
 
     Args:
         names: names of the models.
         before: bins of each model, without a temperature.
-        after: bins of each model with its temperature; None for a model without one.
+        after: bins of each model with its temperature; None for a model without a temperature.
     """
     columns = min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
@@ -160,60 +169,64 @@ def draw_reliability(
                 upper.set_title(names[number])
             if column == 0:
                 upper.set_ylabel("accuracy (%)")
-                lower.set_ylabel("answers (%)")
+                lower.set_ylabel("predictions (%)")
         _legend(figure, list(handles.values()), list(handles))
     return figure
 
 
-def draw_turning(numbers: Sequence[int], names: Sequence[str], turnings: Sequence[Turning]) -> "Figure":
+def draw_rotation_response(
+    numbers: Sequence[int], names: Sequence[str], responses: Sequence[RotationResponse]
+) -> "Figure":
     """Draw the residual angle after the spatial transformer: the median over images, and the quartiles.
 
     Args:
-        numbers: indices of the models in the report, which set their colours.
+        numbers: index of each model in the report, which sets its colour.
         names: names of the models.
-        turnings: response of each model to rotation.
+        responses: response of each model to rotation.
     """
     with _paper(2.7, 4.6) as figure:
         panel = figure.subplots()
-        ends = (turnings[0].angles[0], turnings[0].angles[-1])
+        ends = (responses[0].angles[0], responses[0].angles[-1])
         lines = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=DASHES)
         largest = ends[1]
-        for number, turning in zip(numbers, turnings, strict=True):
-            low, middle, high = turning.quartiles
-            lines.append(_line(panel, number, max(numbers) + 1, turning.angles, middle))
+        for number, response in zip(numbers, responses, strict=True):
+            low, middle, high = response.quartiles
+            lines.append(_line(panel, number, max(numbers) + 1, response.angles, middle))
             _band(panel, lines[-1], low, high)
             largest = max(largest, float(-low.min()), float(high.max()))
         largest = 60 * int(np.ceil(largest / 60))
         panel.set(xlim=ends, ylim=(-largest, largest), xticks=range(-180, 181, 60))
-        panel.set(yticks=range(-largest, largest + 1, 60), ylabel="angle left (degrees)")
-        panel.set_xlabel("angle applied (degrees)")
-        if len({turning.within for turning in turnings}) == 1 and turnings[0].within[1] < ends[1]:
-            panel.axvspan(*turnings[0].within, color=LIGHT, zorder=0, linewidth=0)
+        panel.set(yticks=range(-largest, largest + 1, 60), ylabel="residual angle (degrees)")
+        panel.set_xlabel("rotation (degrees)")
+        if len({response.within for response in responses}) == 1 and responses[0].within[1] < ends[1]:
+            panel.axvspan(*responses[0].within, color=LIGHT, zorder=0, linewidth=0)
         _legend(figure, [*lines[1:], lines[0]], [*names, "without a transformer"])
     return figure
 
 
-def draw_strips(subjects: Sequence[Subject], sample: Sample, way: Distortion, classes: Sequence[str]) -> Image.Image:
-    """Draw images of some classes at several angles, each row above the views of every model's transformers.
+def draw_strips(
+    subjects: Sequence[Subject], sample: Sample, family: DistortionFamily, classes: Sequence[str]
+) -> Image.Image:
+    """Draw images of some classes at several angles, and below them the outputs of each model's transformers.
 
     Args:
         subjects: models with observations.
         sample: images to choose from.
-        way: the rotation.
+        family: the rotation.
         classes: names of the classes.
     """
-    assert way.name == ROTATION
+    assert family.name == ROTATION
     present, firsts = np.unique(sample.labels, return_index=True)
     chosen_classes = np.unique(np.linspace(0, len(present) - 1, min(STRIP_IMAGES, len(present))).round().astype(int))
     labels: list[str] = []
     columns = {}
     for degrees in STRIP_DEGREES:
-        images, tiles, labels = way(sample.images[firsts[chosen_classes]], degrees), [], []
+        images, tiles, labels = family(sample.images[firsts[chosen_classes]], degrees), [], []
         for image, label in zip(images, present[chosen_classes], strict=True):
             tiles += pixels_of(image[None])
             labels.append(f"{classes[label]}, input")
             for subject in subjects:
-                views = sights(subject, image[None])
+                views = transformer_views(subject, image[None])
                 tiles += views
                 labels += [subject.name + (f" ({n})" if len(views) > 1 else "") for n in range(1, len(views) + 1)]
         columns[f"{degrees:+d}°" if degrees else "0°"] = draw_column(tiles, STRIP_PIXELS)

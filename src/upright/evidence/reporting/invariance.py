@@ -1,4 +1,4 @@
-"""Accuracy and consistency under known distortions, and the response of spatial transformers to rotation."""
+"""Measure accuracy and consistency under known distortions, and how spatial transformers respond to rotation."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from upright.architectures.spatial_transformer import Observation, last_of
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
-from upright.evidence.distortions import shift, turn, zoom
+from upright.evidence.distortions import rotate, shift, zoom
 from upright.evidence.intervals import Share, wilson
-from upright.evidence.reporting.subjects import Answer, Floats, Subject
+from upright.evidence.reporting.subjects import BatchOutput, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe
 from upright.runs.drawing import pixels_of
-from upright.training.uprightness import Uprightness, final_poses
+from upright.training.uprightness import Uprightness, final_points
 from upright.warp import Padding, identity, pixel_centres, project_points, rotation_angle, warp
 
 SEED = 0
@@ -35,14 +35,14 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Distortion:
-    """A family of changes to images.
+class DistortionFamily:
+    """A distortion of images that has several strengths, such as rotation.
 
     Args:
-        name: name of the family.
+        name: name of the distortion.
         unit: unit of the strengths.
-        strengths: strengths in ascending order, ``none`` included.
-        none: the strength that changes nothing.
+        strengths: strengths in ascending order, including ``none``.
+        none: strength that does not change an image.
         change: function that distorts float images ``(B, C, H, W)`` in [0, 255] by a strength.
     """
 
@@ -53,17 +53,17 @@ class Distortion:
     change: Callable[[Tensor, float], Tensor]
 
     def __call__(self, images: Tensor, strength: float) -> Tensor:
-        """Distort uint8 ``images`` ``(B, C, H, W)``; the result is uint8, like every input of a model."""
+        """Distort uint8 ``images`` ``(B, C, H, W)``. The result is uint8, like every input of a model."""
         if strength == self.none:
             return images
         return self.change(images.float(), strength).round().clamp(0, 255).to(torch.uint8)
 
 
-def distortions(height: int, width: int, padding: Padding) -> list[Distortion]:
+def distortions(height: int, width: int, padding: Padding) -> list[DistortionFamily]:
     """Return all distortions for images of one size.
 
-    Rotations are anticlockwise. Shifts go to the right, up, left and down, image by image in turn, by complete pixels,
-    so they resample nothing. Shear is along x. Noise is Gaussian, clipped at black and white; every strength scales the
+    Rotations are anticlockwise. Successive images are shifted to the right, up, left and down, by complete pixels and
+    so without resampling. Shear is along x. Noise is Gaussian and clipped at black and white. Every strength scales the
     same noise.
 
     Args:
@@ -101,22 +101,22 @@ def distortions(height: int, width: int, padding: Padding) -> list[Distortion]:
     scales = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2)
     deviations = (0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
     return [
-        Distortion(ROTATION, "degrees", angles, 0, lambda x, angle: warped(turn(angle, aspect), x)),
-        Distortion("scale", "factor", scales, 1, lambda x, factor: warped(zoom(factor), x)),
-        Distortion("shift", "pixels", tuple(shifts), 0, shifted),
-        Distortion("shear", "degrees", tuple(range(-50, 51, 10)), 0, sheared),
-        Distortion("blur", "sigma in pixels", tuple(sigmas), 0, blurred),
-        Distortion("noise", "deviation, white is 1", deviations, 0, noisy),
+        DistortionFamily(ROTATION, "degrees", angles, 0, lambda x, angle: warped(rotate(angle, aspect), x)),
+        DistortionFamily("scale", "factor", scales, 1, lambda x, factor: warped(zoom(factor), x)),
+        DistortionFamily("shift", "pixels", tuple(shifts), 0, shifted),
+        DistortionFamily("shear", "degrees", tuple(range(-50, 51, 10)), 0, sheared),
+        DistortionFamily("blur", "sigma in pixels", tuple(sigmas), 0, blurred),
+        DistortionFamily("noise", "deviation, white is 1", deviations, 0, noisy),
     ]
 
 
 def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tuple[float, float]]:
-    """Return the ranges of training by distortion, in units of `distortions`, as far as a recipe declares them.
+    """Return the range of each distortion in training, in units of `distortions`, if the recipe declares one.
 
-    Ranges of several `RandomAffine` and `RandomCrop`, and of the task of a distorted MNIST, add up.
+    The ranges of several `RandomAffine` and `RandomCrop`, and of the task of a distorted MNIST, are added.
 
     Args:
-        data: recipe of the datamodule, if known.
+        data: recipe of the datamodule; None if it is unknown.
         height: height of the images.
         width: width of the images.
     """
@@ -135,7 +135,7 @@ def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tu
 
 
 def _moves(data: Recipe) -> Iterator[nn.Module]:
-    """Yield the affine and cropping parts of a recipe, without building the data, which may be deleted."""
+    """Yield the affine and cropping parts of a recipe. The data are not built, because they may be deleted."""
     arguments = data.get("init_args", {})
     if data.get("class_path") == recipe(DistortedMNIST)["class_path"]:
         yield from MNISTDistortion(arguments["task"]).parts
@@ -146,7 +146,7 @@ def _moves(data: Recipe) -> Iterator[nn.Module]:
 
 
 class Sample(NamedTuple):
-    """Images to distort: one per source image, in its least distorted view.
+    """Images to distort. Each source image occurs once, in its least distorted view.
 
     Args:
         images: uint8 ``(N, C, H, W)``, at the size of the network.
@@ -160,12 +160,12 @@ class Sample(NamedTuple):
 
     @property
     def distorted(self) -> bool:
-        """True if some images are distorted already."""
+        """True if some images are already distorted."""
         return not torch.equal(self.transforms, identity(len(self.transforms)))
 
 
 def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
-    """Draw at most ``count`` images of a split, with `SEED`."""
+    """Choose at most ``count`` images of a split at random, with `SEED`."""
     samples = data.samples(split)
     number, views = samples.transforms.shape[:2]
     indices = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(number)[:count]))
@@ -177,13 +177,13 @@ def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
     return Sample(images, labels.numpy(), transforms)
 
 
-class Curve(NamedTuple):
-    """Measures by strength of a distortion.
+class InvarianceCurve(NamedTuple):
+    """Accuracy and consistency of a model at each strength of a distortion.
 
     Args:
-        strengths: ascending.
-        accuracy: share of correct answers.
-        consistency: share of answers that equal the answer to the undistorted image.
+        strengths: strengths in ascending order.
+        accuracy: share of correct predictions.
+        consistency: share of predictions that equal the prediction for the undistorted image.
     """
 
     strengths: tuple[float, ...]
@@ -191,14 +191,15 @@ class Curve(NamedTuple):
     consistency: list[Share]
 
 
-class Turning(NamedTuple):
-    """The response of a spatial transformer to rotation. Each parallel transformer counts as an image of its own.
+class RotationResponse(NamedTuple):
+    """Response of a spatial transformer to rotation. For parallel transformers, N counts every output of an image.
 
     Args:
-        angles: applied, in degrees.
-        residual: angles after the transformer minus those without rotation, in degrees from -180 to 180, ``(A, N)``.
+        angles: angles of the rotation, in degrees.
+        residual: angle after the transformer, minus that angle without rotation, in degrees from -180 to 180,
+            ``(A, N)``.
         uprightness: uprightness over the angles ``within``.
-        within: the range of training, or all angles.
+        within: range of the training rotation, or all angles.
     """
 
     angles: tuple[float, ...]
@@ -210,8 +211,8 @@ class Turning(NamedTuple):
     def quartiles(self) -> Floats:
         """Lower quartile, median and upper quartile of the residual angle, ``(3, A)``.
 
-        They are measured around the circular mean. Both directions are unwrapped from 0 degrees, so that no curve
-        jumps by 360.
+        They are computed around the circular mean. Both directions are unwrapped from 0 degrees, so that curves do not
+        jump by 360 degrees.
         """
         radians = np.radians(self.residual)
         centre = np.degrees(np.arctan2(np.sin(radians).mean(axis=1), np.cos(radians).mean(axis=1)))
@@ -222,66 +223,72 @@ class Turning(NamedTuple):
         return quartiles
 
 
-class Course(NamedTuple):
+class Invariance(NamedTuple):
     """Curves of a model by name of the distortion, and its response to rotation."""
 
-    curves: dict[str, Curve]
-    turning: Turning | None
+    curves: dict[str, InvarianceCurve]
+    rotation_response: RotationResponse | None
 
 
-def follow(
-    subjects: Sequence[Subject], sample: Sample, ways: Sequence[Distortion], ranges: Sequence[tuple[float, float]]
-) -> list[Course]:
+def measure_invariance(
+    subjects: Sequence[Subject],
+    sample: Sample,
+    families: Sequence[DistortionFamily],
+    ranges: Sequence[tuple[float, float]],
+) -> list[Invariance]:
     """Evaluate all models on the same distorted images.
 
     Args:
         subjects: the models.
         sample: images to distort.
-        ways: the distortions.
+        families: the distortions.
         ranges: range of angles for the uprightness of each model.
     """
-    undistorted = [_answers(subject, sample.images) for subject in subjects]
-    predictions: list[dict[str, list[npt.NDArray[np.int64]]]] = [{way.name: [] for way in ways} for _ in subjects]
+    undistorted = [_outputs(subject, sample.images) for subject in subjects]
+    classes: list[dict[str, list[npt.NDArray[np.int64]]]] = [{family.name: [] for family in families} for _ in subjects]
     observations: list[dict[float, list[list[Observation]]]] = [{} for _ in subjects]
-    steps = [(way, strength) for way in ways for strength in way.strengths]
-    for way, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
-        images = way(sample.images, strength)
+    steps = [(family, strength) for family in families for strength in family.strengths]
+    for family, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
+        images = family(sample.images, strength)
         for number, subject in enumerate(subjects):
-            answers = undistorted[number] if strength == way.none else _answers(subject, images)
-            predictions[number][way.name].append(_predictions(answers))
-            if way.name == ROTATION and subject.model is not None:
-                observations[number][strength] = [answer.seen for answer in answers]
-    courses = []
-    for number, expected in enumerate(map(_predictions, undistorted)):
+            outputs = undistorted[number] if strength == family.none else _outputs(subject, images)
+            classes[number][family.name].append(_classes(outputs))
+            if family.name == ROTATION and subject.model is not None:
+                observations[number][strength] = [output.observations for output in outputs]
+    invariances = []
+    for number, expected in enumerate(map(_classes, undistorted)):
         curves = {}
-        for way in ways:
+        for family in families:
             accuracy, consistency = (
-                [wilson(float((each == target).mean()), len(each)) for each in predictions[number][way.name]]
+                [wilson(float((each == target).mean()), len(each)) for each in classes[number][family.name]]
                 for target in (sample.labels, expected)
             )
-            curves[way.name] = Curve(way.strengths, accuracy, consistency)
-        courses.append(
-            Course(curves, _turning(observations[number], sample, ranges[number]) if observations[number] else None)
+            curves[family.name] = InvarianceCurve(family.strengths, accuracy, consistency)
+        invariances.append(
+            Invariance(
+                curves,
+                _rotation_response(observations[number], sample, ranges[number]) if observations[number] else None,
+            )
         )
-    return courses
+    return invariances
 
 
-def _answers(subject: Subject, images: Tensor) -> list[Answer]:
-    return [subject.answer(part) for part in torch.split(images, CHUNK)]
+def _outputs(subject: Subject, images: Tensor) -> list[BatchOutput]:
+    return [subject.predict(part) for part in torch.split(images, CHUNK)]
 
 
-def _predictions(answers: list[Answer]) -> npt.NDArray[np.int64]:
-    classes: npt.NDArray[np.int64] = np.concatenate([answer.probabilities for answer in answers]).argmax(axis=1)
+def _classes(outputs: list[BatchOutput]) -> npt.NDArray[np.int64]:
+    classes: npt.NDArray[np.int64] = np.concatenate([output.probabilities for output in outputs]).argmax(axis=1)
     return classes
 
 
-def _turning(
+def _rotation_response(
     observations: dict[float, list[list[Observation]]], sample: Sample, within: tuple[float, float]
-) -> Turning:
-    """Measure the residual of each angle.
+) -> RotationResponse:
+    """Measure the residual angle of each rotation.
 
     Args:
-        observations: observations of every batch, by angle.
+        observations: observations of all batches, by angle of the rotation.
         sample: images before the rotation.
         within: range of angles for the uprightness.
     """
@@ -292,8 +299,8 @@ def _turning(
     for degrees, batches in observations.items():
         batch_angles = []
         for groups, batch in zip(indices, batches, strict=True):
-            transforms = sample.transforms[groups] @ turn(degrees, aspect)
-            sampling_points = final_poses(partial(project_points, transforms), batch, points)
+            transforms = sample.transforms[groups] @ rotate(degrees, aspect)
+            sampling_points = final_points(partial(project_points, transforms), batch, points)
             rotations = [rotation_angle(each, points, aspect) for each in sampling_points]
             batch_angles.append(torch.stack(rotations))  # (branches, B)
             if within[0] <= degrees <= within[1]:
@@ -301,15 +308,17 @@ def _turning(
         residual.append(torch.cat(batch_angles, dim=1).flatten().double().numpy())
     angles = tuple(observations)
     residual_degrees = _wrap(np.degrees(np.stack(residual) - residual[angles.index(0)]))
-    return Turning(angles, residual_degrees, float(measure.compute()), within)
+    return RotationResponse(angles, residual_degrees, float(measure.compute()), within)
 
 
-def sights(subject: Subject, image: Tensor) -> list[Pixels]:
-    """Return the view of an image ``(1, C, H, W)`` from each of the last transformers of a model."""
+def transformer_views(subject: Subject, image: Tensor) -> list[Pixels]:
+    """Return the output of each last transformer of a model for an image ``(1, C, H, W)``."""
     model = subject.model
     assert model is not None
-    normalised = model.normalised(image)
-    return [pixels_of(model.shown(last.view(normalised)))[0] for last in last_of(subject.answer(image).seen)]
+    normalised = model.normalise(image)
+    return [
+        pixels_of(model.denormalise(last.view(normalised)))[0] for last in last_of(subject.predict(image).observations)
+    ]
 
 
 def _wrap(degrees: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Accuracy, comparison and calibration of models on the same images."""
+"""Measure accuracy, differences and calibration of models on the same images."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from upright.training.uprightness import Uprightness
 
 Labels = npt.NDArray[np.int64]
 
-TOP = (2, 5)
+TOP_K = (2, 5)
 LISTED_MISTAKES = 24
 BINS = 15
 """Bins of confidence, of equal width, as in Guo et al. 2017."""
@@ -30,13 +30,13 @@ TEMPERATURES = (0.02, 50.0)
 
 
 @dataclass(eq=False)
-class Result:
-    """The answers of a model to a split.
+class Predictions:
+    """The predictions of a model for a split.
 
     Args:
-        probabilities: ``(N, K)``.
-        labels: ``(N,)``.
-        groups: the source image of each answer, ``(N,)``.
+        probabilities: probabilities of the classes, ``(N, K)``.
+        labels: true classes, ``(N,)``.
+        groups: index of the source image of each prediction, ``(N,)``.
         uprightness: uprightness over the views of the split; None without rotated views or without observations.
     """
 
@@ -46,42 +46,42 @@ class Result:
     uprightness: float | None = None
 
     @cached_property
-    def predicted(self) -> Labels:
+    def classes(self) -> Labels:
         """Predicted classes, ``(N,)``."""
         classes: Labels = self.probabilities.argmax(axis=1)
         return classes
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """Correct answers, ``(N,)``."""
-        correct: npt.NDArray[np.bool_] = self.predicted == self.labels
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """True for each correct prediction, ``(N,)``."""
+        correct: npt.NDArray[np.bool_] = self.classes == self.labels
         return correct
 
     @cached_property
     def confusion(self) -> Labels:
-        """Counts of answers by true class (row) and predicted class (column), ``(K, K)``."""
-        counts: Labels = confusion_matrix(self.labels, self.predicted, labels=range(self.probabilities.shape[1]))
+        """Number of predictions by true class (row) and predicted class (column), ``(K, K)``."""
+        counts: Labels = confusion_matrix(self.labels, self.classes, labels=range(self.probabilities.shape[1]))
         return counts
 
     @cached_property
     def mistakes(self) -> Labels:
-        """Indices of the wrong answers, the most confident first."""
-        wrong = np.flatnonzero(~self.right)
+        """Indices of the wrong predictions, the most confident first."""
+        wrong = np.flatnonzero(~self.correct)
         order: Labels = wrong[np.argsort(-self.probabilities[wrong].max(axis=1), kind="stable")]
         return order
 
-    def accuracy(self, classes: tuple[str, ...], names: list[str]) -> dict[str, Any]:
-        """Return accuracy, top k, scores of the classes, confusion and mistakes."""
+    def accuracy_record(self, classes: tuple[str, ...], names: list[str]) -> dict[str, Any]:
+        """Return accuracy, top-k accuracy, scores of the classes, confusion matrix and mistakes for ``report.json``."""
         ranked = np.argsort(-self.probabilities, axis=1, kind="stable")
         hits = ranked == self.labels[:, None]
-        score = partial(precision_recall_fscore_support, self.labels, self.predicted, zero_division=0)
+        score = partial(precision_recall_fscore_support, self.labels, self.classes, zero_division=0)
         scores = score(labels=range(len(classes)))
-        # The mean over classes that occur as label or prediction, as in training.
+        # As in training, the macro mean covers the classes that occur as label or as prediction.
         macro = score(average="macro")
         columns = ("precision", "recall", "f1", "support")
         return {
-            "accuracy": clustered(self.right, self.groups),
-            "top": {str(k): clustered(hits[:, :k].any(axis=1), self.groups) for k in TOP if k < len(classes)},
+            "accuracy": clustered(self.correct, self.groups),
+            "top": {str(k): clustered(hits[:, :k].any(axis=1), self.groups) for k in TOP_K if k < len(classes)},
             "macro": dict(zip(columns[:3], map(float, macro[:3]), strict=True)),
             "classes": [
                 {"class": name} | dict(zip(columns, (*map(float, row[:3]), int(row[3])), strict=True))
@@ -93,7 +93,7 @@ class Result:
                 {
                     "name": names[i],
                     "label": classes[self.labels[i]],
-                    "predicted": classes[self.predicted[i]],
+                    "predicted": classes[self.classes[i]],
                     "confidence": float(self.probabilities[i].max()),
                     "probability_of_label": float(self.probabilities[i, self.labels[i]]),
                 }
@@ -103,11 +103,11 @@ class Result:
 
 
 @torch.no_grad()
-def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Result]:
-    """Evaluate all models on a split; every image is decoded once.
+def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Predictions]:
+    """Evaluate all models on a split. Every image is decoded once.
 
     Raises:
-        UserError: if a model answers with NaN or infinity.
+        UserError: if a model predicts NaN or infinity.
     """
     measures = [Uprightness() if subject.model else None for subject in subjects]
     probabilities: list[list[Floats]] = [[] for _ in subjects]
@@ -116,43 +116,43 @@ def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list
     for batch in tqdm(data.loader(split), desc=f"evaluating {split}", unit="batch", disable=None, leave=False):
         labels.append(batch.labels)
         groups.append(batch.group)
-        for subject, answers, measure in zip(subjects, probabilities, measures, strict=True):
-            answer = subject.answer(batch.images)
-            if not np.isfinite(answer.probabilities).all():
-                raise UserError(f"'{subject.origin.path}' answers with NaN or infinity; train or export it again.")
-            answers.append(answer.probabilities)
+        for subject, rows, measure in zip(subjects, probabilities, measures, strict=True):
+            output = subject.predict(batch.images)
+            if not np.isfinite(output.probabilities).all():
+                raise UserError(f"'{subject.origin.path}' predicts NaN or infinity; train or export it again.")
+            rows.append(output.probabilities)
             if measure:
-                measure.update(batch.group, batch.transforms, answer.seen, aspect)
+                measure.update(batch.group, batch.transforms, output.observations, aspect)
     uprightness = [float(measure.compute()) if measure else float("nan") for measure in measures]
     common = (torch.cat(labels).numpy(), torch.cat(groups).numpy())
     return [
-        Result(np.concatenate(answers), *common, None if np.isnan(value) else value)
-        for answers, value in zip(probabilities, uprightness, strict=True)
+        Predictions(np.concatenate(rows), *common, None if np.isnan(value) else value)
+        for rows, value in zip(probabilities, uprightness, strict=True)
     ]
 
 
-def difference(first: Result, other: Result) -> dict[str, Any]:
-    """Return the difference of accuracy in points, from paired answers to the same images, see `Drop`."""
-    drop = Drop.of(first.right, other.right, first.groups)
+def difference(first: Predictions, other: Predictions) -> dict[str, Any]:
+    """Return the difference of accuracy in points, from paired predictions for the same images, see `Drop`."""
+    drop = Drop.of(first.correct, other.correct, first.groups)
     return {
         "points": 0 - drop.points,
         "low": 0 - drop.high,
         "high": 0 - drop.low,
-        "only_first_right": int((first.right & ~other.right).sum()),
-        "only_this_right": int((~first.right & other.right).sum()),
+        "only_first_right": int((first.correct & ~other.correct).sum()),
+        "only_this_right": int((~first.correct & other.correct).sum()),
     }
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers with a confidence in ``(above, to]``.
+    """Predictions with a confidence in ``(above, to]``.
 
     Args:
         above: lower bound.
         to: upper bound.
-        count: number of answers.
-        confidence: mean; None without answers.
-        accuracy: None without answers.
+        count: number of predictions.
+        confidence: mean confidence; None if the bin is empty.
+        accuracy: accuracy with its interval; None if the bin is empty.
     """
 
     above: float
@@ -163,14 +163,14 @@ class Bin:
 
 
 class Calibration(NamedTuple):
-    """Calibration of a model, without and with a temperature that was fitted on other images.
+    """Calibration of a model, without and with a temperature that was fitted on the validation split.
 
     Args:
         log_loss: mean negative log-likelihood, in nats.
         error: expected calibration error.
-        bins: see `reliability`.
-        temperature: None if none was fitted.
-        reason: why no temperature was fitted.
+        bins: predictions by confidence, see `reliability`.
+        temperature: the fitted temperature; None without one.
+        reason: reason for a missing temperature.
         log_loss_after: log loss with the temperature.
         error_after: calibration error with the temperature.
         bins_after: bins with the temperature.
@@ -186,38 +186,38 @@ class Calibration(NamedTuple):
     bins_after: list[Bin] | None = None
 
 
-def calibrate(result: Result, validation: Result | None) -> Calibration:
+def calibrate(predictions: Predictions, validation: Predictions | None) -> Calibration:
     """Measure calibration, with a temperature fitted on the validation split.
 
     Args:
-        result: answers to the split that is evaluated.
-        validation: answers to the validation split; None if ``result`` is of that split.
+        predictions: predictions for the evaluated split.
+        validation: predictions for the validation split; None if this is the evaluated split.
     """
 
     def measure(probabilities: Floats) -> tuple[float, float, list[Bin]]:
-        bins = reliability(probabilities, result.labels, result.groups)
-        return log_loss(probabilities, result.labels), calibration_error(bins), bins
+        bins = reliability(probabilities, predictions.labels, predictions.groups)
+        return log_loss(probabilities, predictions.labels), calibration_error(bins), bins
 
-    before = measure(result.probabilities)
+    before = measure(predictions.probabilities)
     if validation is None:
-        return Calibration(*before, reason="it is fitted on the validation split, and this report is about that split")
+        return Calibration(*before, reason="it is fitted on the validation split, which this report evaluates")
     temperature = fitted_temperature(validation.probabilities, validation.labels)
     if temperature is None:
         return Calibration(
             *before,
-            reason="the loss on the validation split has no minimum, because no answer is wrong or none is better than "
-            "a guess",
+            reason="the loss on the validation split has no minimum, because no prediction is wrong, or they are not "
+            "better than chance",
         )
-    return Calibration(*before, temperature, "", *measure(tempered(result.probabilities, temperature)))
+    return Calibration(*before, temperature, "", *measure(tempered(predictions.probabilities, temperature)))
 
 
 def reliability(probabilities: Floats, labels: Labels, groups: Labels) -> list[Bin]:
-    """Group answers by confidence.
+    """Group predictions by confidence.
 
     Args:
-        probabilities: ``(N, K)``.
-        labels: ``(N,)``.
-        groups: the source image of each answer, ``(N,)``.
+        probabilities: probabilities of the classes, ``(N, K)``.
+        labels: true classes, ``(N,)``.
+        groups: index of the source image of each prediction, ``(N,)``.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
@@ -232,7 +232,7 @@ def reliability(probabilities: Floats, labels: Labels, groups: Labels) -> list[B
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Return the expected calibration error: the mean distance of confidence and accuracy over the answers."""
+    """Return the expected calibration error: the mean distance of confidence and accuracy over the predictions."""
     distances = [
         each.count * abs(each.confidence - each.accuracy.value)
         for each in bins
@@ -256,8 +256,8 @@ def fitted_temperature(probabilities: Floats, labels: Labels) -> float | None:
     """Return the temperature with the lowest `log_loss` (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
     Args:
-        probabilities: ``(N, K)``, of images that the model was not trained on.
-        labels: ``(N,)``.
+        probabilities: probabilities for images that the model was not trained on, ``(N, K)``.
+        labels: true classes, ``(N,)``.
 
     Returns:
         None if there is no minimum within `TEMPERATURES`.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UserError
-from upright.evidence.reporting.evidence import figures, gather
+from upright.evidence.reporting.evidence import gather, to_record
 from upright.evidence.reporting.page import draw_all, write_page
 from upright.evidence.reporting.subjects import Subject, open_subjects
 from upright.files import check_replaceable, replacing_folder
@@ -28,10 +28,10 @@ def report(
     """Evaluate models on the same images, and write ``report.html``, its figures, and ``report.json``.
 
     Args:
-        models: checkpoints, folders of runs, bundles; each is compared with the first one.
-        data: a YAML of data, in place of the data of the first model.
+        models: checkpoints, folders of runs, and bundles. Each one is compared with the first one.
+        data: a YAML of data that replaces the data of the first model.
         split: split of the data, ``test`` or ``val``.
-        images: number of images for the curves, drawn with a fixed seed.
+        images: number of images to distort for the curves.
         precision: precisions of bundles.
         to: folder of the report; by default ``checkpoints/report-NAME``.
         force: replace an existing report.
@@ -45,13 +45,13 @@ def report(
     target = Path(to) if to else ROOT / f"report-{_folder_name(group.subjects)}"
     check_replaceable(target, "a report", RECORD)
     if not force and target.exists() and any(target.iterdir()):
-        raise UserError(f"Report '{target}' exists: --force replaces it, --to puts this one elsewhere.")
+        raise UserError(f"Report '{target}' exists: --force replaces it, --to writes to another folder.")
     for subject in group.subjects:
         if split == "test" and subject.folder:
             open_test_split(subject.file, subject.folder, group.data, "upright report")
     evidence = gather(group, split, images)
-    record = figures(evidence, data)
-    print("Writing ...", flush=True)
+    record = to_record(evidence, data)
+    print("Drawing figures ...", flush=True)
     with replacing_folder(target) as folder:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -81,5 +81,5 @@ def _summary(model: dict[str, Any]) -> str:
     if model["uprightness"].get("value") is not None:
         line += f", uprightness {model['uprightness']['value']:.3f}"
     if change := model["difference"]:
-        line += f"; {change['points']:+.2f} points from the first ({change['low']:+.2f} to {change['high']:+.2f})"
+        line += f"; {change['points']:+.2f} points to the first model ({change['low']:+.2f} to {change['high']:+.2f})"
     return f"{line}."

@@ -1,4 +1,4 @@
-"""Models to compare. PyTorch or ONNX Runtime maps images to probabilities."""
+"""Load the models of a report. Each one maps images to probabilities by PyTorch or by ONNX Runtime."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -28,21 +28,21 @@ from upright.training.restoring import check_task, restore
 Floats = npt.NDArray[np.float64]
 
 NO_TRANSFORMER = "it has no spatial transformer"
-FULL = ("fp32",)
+DEFAULT_PRECISIONS = ("fp32",)
 BATCH = 64
 """Images per call of a graph with a free batch size."""
 
 
-class Answer(NamedTuple):
-    """The answer of a model to a batch.
+class BatchOutput(NamedTuple):
+    """The output of a model for a batch.
 
     Args:
-        probabilities: ``(B, K)``.
-        seen: observations of its spatial transformers, in order; empty if there are none.
+        probabilities: probabilities of the classes, ``(B, K)``.
+        observations: observations of the spatial transformers, in their order; empty without transformers.
     """
 
     probabilities: Floats
-    seen: list[Observation]
+    observations: list[Observation]
 
 
 class Origin(NamedTuple):
@@ -80,12 +80,12 @@ class Subject:
         kind: ``PyTorch``, or ``ONNX fp32`` and so on.
         file: file with the weights.
         folder: folder of the run; None if the run of a bundle is no longer in ``checkpoints``.
-        unseen: whether the model was certainly not trained on the images of the report.
-        model: the PyTorch model, which normalises images and computes the transformers' views; None without
+        unseen: True if the model was certainly not trained on the images of the report.
+        model: the PyTorch model, which normalises images and computes the outputs of the transformers; None without
             observations.
-        silent: why there are no observations.
-        answer: function from uint8 images ``(B, C, H, W)`` to an `Answer`.
-        name: unique in the report.
+        unobserved_reason: reason for missing observations.
+        predict: function from uint8 images ``(B, C, H, W)`` to a `BatchOutput`.
+        name: name that is unique in the report.
     """
 
     origin: Origin
@@ -94,8 +94,8 @@ class Subject:
     folder: Path | None
     unseen: bool
     model: Model | None
-    silent: str
-    answer: Callable[[Tensor], Answer]
+    unobserved_reason: str
+    predict: Callable[[Tensor], BatchOutput]
     name: str = ""
 
 
@@ -106,7 +106,9 @@ class Group(NamedTuple):
     data: ImageDataModule
 
 
-def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = FULL) -> Group:
+def open_subjects(
+    paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = DEFAULT_PRECISIONS
+) -> Group:
     """Load models, and the data of the first one.
 
     Args:
@@ -120,8 +122,8 @@ def open_subjects(paths: Sequence[str], data: str | None = None, precisions: Seq
     """
     origins = [_origin(path) for path in paths]
     first = origins[0]
-    if tuple(precisions) != FULL and not any(origin.bundle for origin in origins):
-        raise UserError("--precision chooses among the models of a bundle; none of these is a bundle.")
+    if tuple(precisions) != DEFAULT_PRECISIONS and not any(origin.bundle for origin in origins):
+        raise UserError("--precision chooses among the models of a bundle, but none of these models is a bundle.")
     for other in origins[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UserError(
@@ -192,7 +194,7 @@ def _recipe(value: Any) -> Recipe | None:
 
 
 def _data_of(origin: Origin) -> ImageDataModule:
-    """Build the data of a bundle. Refuse data that have changed since the training."""
+    """Build the data of a bundle. Raise a `UserError` if they have changed since the training."""
     if origin.data is None:
         raise UserError(f"Bundle '{origin.path}' does not record its data; give data with --data.")
     data = build_data(origin.data, origin.path)
@@ -209,19 +211,21 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
     model = restored.classifier.cpu().model.eval()
 
     @torch.no_grad()
-    def answer(images: Tensor) -> Answer:
+    def predict(images: Tensor) -> BatchOutput:
         with observing() as observations:
             logits = model(images)
         for each in observations:
-            # Many answers are stored; only the network needs the transformed images.
-            each.turned = each.turned.new_empty(0)
-        return Answer(logits.softmax(dim=1).double().numpy(), observations)
+            # Many outputs are stored, and only the network needs the transformed images.
+            each.output = each.output.new_empty(0)
+        return BatchOutput(logits.softmax(dim=1).double().numpy(), observations)
 
     file = find_checkpoint(origin.path)
     has_transformer = _has_transformer(model)
-    observable, silent = (model, "") if has_transformer else (None, NO_TRANSFORMER)
+    observable, unobserved_reason = (model, "") if has_transformer else (None, NO_TRANSFORMER)
     # `restore` refuses images that the model was trained on, if the checkpoint records them.
-    subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, observable, silent, answer)
+    subject = Subject(
+        origin, "PyTorch", file, file.parent, origin.digest is not None, observable, unobserved_reason, predict
+    )
     return subject, restored.image_data("A report distorts original images")
 
 
@@ -235,21 +239,21 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
     fixed_size = (size[0], size[1]) if all(isinstance(side, int) for side in size) else None
     step = batch if isinstance(batch, int) else BATCH
     thetas = [name for name in bundle.manifest["other_outputs"] if name.partition("_")[0] == "theta"]
-    model, template, silent = None, list[Observation](), ""
+    model, template, unobserved_reason = None, list[Observation](), ""
     try:
         model = _untrained(origin)
     except UprightError as error:  # the class of the network may be missing on this machine
-        what = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
-        thetas, silent = [], f"{what}: {error}"
+        unknown = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
+        thetas, unobserved_reason = [], f"{unknown}: {error}"
     else:
         if thetas:
             template = _observations(model)
         elif _has_transformer(model):
-            model, silent = None, "the bundle has no output theta; `upright export --outputs theta` adds it"
+            model, unobserved_reason = None, "the bundle has no output theta; `upright export --outputs theta` adds it"
         else:
-            model, silent = None, NO_TRANSFORMER
+            model, unobserved_reason = None, NO_TRANSFORMER
 
-    def answer(images: Tensor) -> Answer:
+    def predict(images: Tensor) -> BatchOutput:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         if fixed_size:
             pixels = np.stack([fitted(image, fixed_size, bundle.spec) for image in pixels])
@@ -258,10 +262,14 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
             for start in range(0, len(pixels), step)
         ]
         probabilities, *values = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return Answer(probabilities.astype(float), _with_thetas(template, [torch.from_numpy(each) for each in values]))
+        return BatchOutput(
+            probabilities.astype(float), _with_thetas(template, [torch.from_numpy(each) for each in values])
+        )
 
     folder = _run_folder(origin.run)
-    return Subject(origin, f"ONNX {precision}", bundle.model(precision), folder, unseen, model, silent, answer)
+    return Subject(
+        origin, f"ONNX {precision}", bundle.model(precision), folder, unseen, model, unobserved_reason, predict
+    )
 
 
 def _run_folder(run: dict[str, Any]) -> Path | None:
@@ -275,7 +283,7 @@ def _run_folder(run: dict[str, Any]) -> Path | None:
 
 
 def _untrained(origin: Origin) -> Model:
-    """Build the network of a bundle. Its structure defines the meaning of theta; its weights are not used."""
+    """Build the network of a bundle, whose structure defines the meaning of theta. Its weights are not used."""
     if origin.network is None:
         raise UserError("the manifest does not record the network")
     with torch.random.fork_rng(devices=[]):
@@ -314,5 +322,5 @@ def _with_names(subjects: list[Subject]) -> list[Subject]:
                 results.append(replace(one, name=name))
                 break
         else:
-            raise UserError(f"'{one.origin.path}' is given twice; a model is compared with others.")
+            raise UserError(f"'{one.origin.path}' is given twice; give different models.")
     return results

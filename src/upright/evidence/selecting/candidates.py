@@ -1,4 +1,4 @@
-"""Candidate runs, and their answers to the validation split."""
+"""Find candidate runs, and compute their predictions for the validation split."""
 
 import json
 import zipfile
@@ -23,13 +23,13 @@ from upright.runs.seal import content_digest
 from upright.tables import read_rows
 from upright.training.restoring import Restored, check_data, restore
 
-ANSWERS = "val_predictions.npz"
-"""File in the folder of a run, with the answers of its best checkpoint to the validation split, see `Answers`."""
-ENDED = ("complete", "pruned", "failed")
+PREDICTIONS_FILE = "val_predictions.npz"
+"""File in the folder of a run, with the `ValidationPredictions` of its best checkpoint."""
+FINAL_STATES = ("complete", "pruned", "failed")
 
 
-class Run(NamedTuple):
-    """A candidate run.
+class Candidate(NamedTuple):
+    """A run that the choice is made from.
 
     Args:
         name: name that is unique among the candidates.
@@ -50,13 +50,13 @@ class Run(NamedTuple):
         return self.folder / "best.ckpt"
 
 
-def find_runs(paths: Sequence[str]) -> list[Run]:
-    """List the runs in folders of runs and of sweeps.
+def find_candidates(paths: Sequence[str]) -> list[Candidate]:
+    """Return the runs in folders of runs and of sweeps.
 
     Raises:
         UserError: if a folder is neither, or a sweep has no complete trial.
     """
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, Candidate] = {}
     for path in map(Path, paths):
         check_exists(path, "folders of runs, or of a sweep")
         if is_sweep(path):
@@ -65,25 +65,25 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
                 raise UserError(f"No trial of '{path}' is complete; there is nothing to choose from.")
             runs |= {run.folder.resolve(): run for run in trials}
         elif (path / "best.ckpt").is_file():
-            runs[path.resolve()] = Run(path.name, path, "complete", max(1, _validated_epochs(path)))
+            runs[path.resolve()] = Candidate(path.name, path, "complete", max(1, _validated_epochs(path)))
         else:
             raise UserError(f"'{path}' is neither the folder of a run (with best.ckpt) nor of a sweep; give one.")
     names = [run.name for run in runs.values()]
     return [run if names.count(run.name) == 1 else run._replace(name=str(run.folder)) for run in runs.values()]
 
 
-def _trials(folder: Path) -> Iterator[Run]:
-    """Yield all trials with a score, those on other machines included; a trial that was resumed counts once."""
+def _trials(folder: Path) -> Iterator[Candidate]:
+    """Yield all trials with a score, including those on other machines. A trial that was resumed counts once."""
     local = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/trial.json"))}
     for name, trial in local.items():
         epochs = _validated_epochs(folder / name)
-        if trial["state"] in ENDED and epochs:
+        if trial["state"] in FINAL_STATES and epochs:
             missing = trial["state"] == "complete" and not (folder / name / "best.ckpt").is_file()
-            yield Run(name, folder / name, "elsewhere" if missing else trial["state"], epochs)
+            yield Candidate(name, folder / name, "elsewhere" if missing else trial["state"], epochs)
     for row in read_rows(folder / "trials.csv"):
         name = Path(row["folder"]).name
-        if row["state"] in ENDED and name not in local:
-            yield Run(name, folder / name, "elsewhere", 1)
+        if row["state"] in FINAL_STATES and name not in local:
+            yield Candidate(name, folder / name, "elsewhere", 1)
 
 
 def _validated_epochs(folder: Path) -> int:
@@ -92,21 +92,21 @@ def _validated_epochs(folder: Path) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """The answers of a checkpoint to every image of the validation split, in the order of the loader.
+class ValidationPredictions:
+    """The predictions of a checkpoint for all images of the validation split, in the order of the loader.
 
     Args:
         checkpoint: SHA-256 of the checkpoint.
-        shown: SHA-256 of images and labels, before the images are resized for the network.
+        images: SHA-256 of images and labels, before the images are resized for the network.
         test_split: digest of the test split, see `seal.content_digest`.
-        views: number of views of each source image, which follow each other.
-        labels: ``(n,)``.
-        predictions: the most probable classes, ``(n,)``.
-        losses: negative logarithm of the true class's probability, ``(n,)``.
+        views: number of views of each source image; views of one image follow each other.
+        labels: true classes, ``(n,)``.
+        predictions: most probable classes, ``(n,)``.
+        losses: negative logarithm of the probability of the true class, ``(n,)``.
     """
 
     checkpoint: str
-    shown: str
+    images: str
     test_split: str
     views: int
     labels: npt.NDArray[np.int64]
@@ -114,24 +114,24 @@ class Answers:
     losses: npt.NDArray[np.float32]
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """Correct answers, ``(n,)``."""
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """True for each correct prediction, ``(n,)``."""
         correct: npt.NDArray[np.bool_] = self.predictions == self.labels
         return correct
 
     @property
     def scores(self) -> npt.NDArray[np.float64]:
-        """The share of correct answers to each source image, over its views: ``(N,)``."""
-        scores: npt.NDArray[np.float64] = self.right.reshape(-1, self.views).mean(axis=1)
+        """Share of correct predictions over the views of each source image, ``(N,)``."""
+        scores: npt.NDArray[np.float64] = self.correct.reshape(-1, self.views).mean(axis=1)
         return scores
 
 
-def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list[Answers]:
-    """Return the answers of each run, from the file in its folder if they match its current checkpoint.
+def predictions_of(runs: Sequence[Candidate], data: ImageDataModule | None = None) -> list[ValidationPredictions]:
+    """Return the predictions of each run. Read them from its folder if they belong to its current checkpoint.
 
     Args:
-        runs: runs with a checkpoint each.
-        data: data to use instead of the checkpoints' data, if these have moved.
+        runs: runs that have a checkpoint.
+        data: data that replace the data of the checkpoints, if these have moved.
 
     Raises:
         UserError: if a checkpoint cannot be restored, or its validation split or classes differ from those of the
@@ -139,17 +139,17 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
     """
     contents = [read_checkpoint(run.checkpoint)[KEY] for run in runs]
     _check_alike(runs, contents)
-    # Runs of one sweep mostly share their data, so the last data are reused.
+    # The runs of a sweep usually share their data, so reuse the data of the previous run.
     shared, shared_recipe, images_digest = data, contents[0]["data"], _digest(data) if data else ""
-    answers: list[Answers] = []
+    predictions: list[ValidationPredictions] = []
     for run, record in zip(tqdm(runs, "validating", unit="run", disable=None, leave=False), contents, strict=True):
         if data:
             check_data(record, data, run.checkpoint, same_split=True)
         checkpoint = file_hash(run.checkpoint)
         # Several processes of one sweep may end at the same time.
-        with locked(run.folder / f".{ANSWERS}.lock"):
-            if cached := _cached(run.folder / ANSWERS, checkpoint):
-                answers.append(cached)
+        with locked(run.folder / f".{PREDICTIONS_FILE}.lock"):
+            if cached := _cached(run.folder / PREDICTIONS_FILE, checkpoint):
+                predictions.append(cached)
                 continue
             reuse = data or (shared if record["data"] == shared_recipe else None)
             if reuse:
@@ -157,19 +157,19 @@ def answers_of(runs: Sequence[Run], data: ImageDataModule | None = None) -> list
             restored = restore(run.checkpoint, reuse)
             if restored.data is not shared:
                 shared, shared_recipe, images_digest = restored.data, record["data"], _digest(restored.data)
-            answers.append(_answer(restored, checkpoint, images_digest))
-            with replacing_file(run.folder / ANSWERS) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **vars(answers[-1]))
-    for run, each in zip(runs, answers, strict=True):
-        if each.shown != answers[0].shown:
+            predictions.append(_predict(restored, checkpoint, images_digest))
+            with replacing_file(run.folder / PREDICTIONS_FILE) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **vars(predictions[-1]))
+    for run, each in zip(runs, predictions, strict=True):
+        if each.images != predictions[0].images:
             raise UserError(
                 f"'{runs[0].name}' and '{run.name}' were validated on different images (angles, draws or task of "
-                "their data): choose among runs with the same images."
+                "their data); give runs with the same images."
             )
-    return answers
+    return predictions
 
 
-def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> None:
+def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]]) -> None:
     first = contents[0]
     for run, record in zip(runs, contents, strict=True):
         if not record["data"] or not record["split"]:
@@ -181,7 +181,7 @@ def _check_alike(runs: Sequence[Run], contents: Sequence[Mapping[str, Any]]) -> 
         else:
             continue
         raise UserError(
-            f"'{run.name}' has other {difference} than '{runs[0].name}': choose among runs with one validation split."
+            f"'{run.name}' has other {difference} than '{runs[0].name}'; give runs with the same validation split."
         )
 
 
@@ -194,10 +194,10 @@ def _digest(data: ImageDataModule) -> str:
 
 
 @torch.inference_mode()
-def _answer(restored: Restored, checkpoint: str, images_digest: str) -> Answers:
+def _predict(restored: Restored, checkpoint: str, images_digest: str) -> ValidationPredictions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = restored.classifier.to(device)
-    data = restored.image_data("A selection compares answers to the same images")
+    data = restored.image_data("A selection compares predictions for the same images")
     labels, predictions, losses = [], [], []
     for batch in data.loader("val"):
         logits = classifier(batch.images.to(device)).float().cpu()
@@ -206,14 +206,16 @@ def _answer(restored: Restored, checkpoint: str, images_digest: str) -> Answers:
         losses.append(cross_entropy(logits, batch.labels, reduction="none"))
     columns = [torch.cat(parts).numpy() for parts in (labels, predictions, losses)]
     test_split = content_digest(data.manifest.hashes["test"])
-    return Answers(checkpoint, images_digest, test_split, len(data.views("val").names), *columns)
+    return ValidationPredictions(checkpoint, images_digest, test_split, len(data.views("val").names), *columns)
 
 
-def _cached(path: Path, checkpoint: str) -> Answers | None:
-    """Return the answers in a file, or None if it cannot be read or has the answers of another checkpoint."""
+def _cached(path: Path, checkpoint: str) -> ValidationPredictions | None:
+    """Return the predictions in a file, or None if it cannot be read or belongs to another checkpoint."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            answers = Answers(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+            predictions = ValidationPredictions(
+                **{name: array if array.ndim else array.item() for name, array in arrays.items()}
+            )
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    return answers if answers.checkpoint == checkpoint else None
+    return predictions if predictions.checkpoint == checkpoint else None

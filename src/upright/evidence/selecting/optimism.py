@@ -1,4 +1,4 @@
-"""Optimism: the selection bias in the score of the best of M models, chosen on N images."""
+"""Estimate the optimism, which is the selection bias in the score of the best of M models, chosen on N images."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,22 +7,22 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
 CHUNK = 100
-"""Resamples per draw; a larger number needs more memory."""
+"""Number of resamples that are drawn together. A larger number needs more memory."""
 
 
 def resampled(scores: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
-    """Return the noise of the means, ``(B, M)``: means of B bootstrap samples minus the means of all images.
+    """Return the noise of the means, ``(B, M)``: the means of B bootstrap samples minus the means of all images.
 
-    All models share the images of a resample, because they share the images of the split.
+    All models have the same images in a bootstrap sample, because they share the images of the split.
 
     Args:
         scores: score of each model on each independent image, in [0, 1], ``(M, N)``. The score of an image with several
             views is the mean over its views.
-        seed: seed of the draws.
+        seed: seed of the bootstrap.
         resamples: B, the number of bootstrap samples.
     """
     generator = np.random.default_rng(seed)
-    # All models answer most images alike. Drawing how often each pattern of answers occurs is enough.
+    # Most images have the same pattern of scores over the models. So draw only the number of images of each pattern.
     patterns, counts = np.unique(scores, axis=1, return_counts=True)
     images = scores.shape[1]
     means = [
@@ -34,14 +34,15 @@ def resampled(scores: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Floa
 
 
 def optimism(means: Floats, noise: Floats) -> float:
-    """Return the bootstrap estimate of how much the best mean exceeds the true mean of the chosen model.
+    """Return a bootstrap estimate of the difference between the best mean and the true mean of the chosen model.
 
-    In each resample the best model is chosen, and its mean there is compared with its mean on all images (Efron 1983;
-    for a choice among models see Cawley and Talbot 2010, Tibshirani and Tibshirani 2009). The measured means already
-    contain the noise of one draw, so equal models look unequal, and this comparison yields ``1 / sqrt(2)`` of their
-    optimism. A comparison with the images outside the resample yields ``sqrt(2)`` of it. The geometric mean of the two
-    is right for equal models. Where models differ by more than noise it is too large, by ``exp(d^2 / 4 s^2)`` for two
-    models whose difference d has a standard deviation s; the excess is never more than a tenth of s.
+    In each bootstrap sample the best model is chosen, and its mean there is compared with its mean on all images (Efron
+    1983; for a choice among models see Cawley and Talbot 2010, Tibshirani and Tibshirani 2009). The measured means
+    already contain the noise of one sample, so equal models look unequal, and this comparison yields ``1 / sqrt(2)`` of
+    their optimism. A comparison with the images outside of the bootstrap sample yields ``sqrt(2)`` of it. The geometric
+    mean of the two is correct for equal models. For models that differ by more than noise, the estimate is too large:
+    for two models whose difference d has a standard deviation s, by the factor ``exp(d^2 / 4 s^2)``. The excess is
+    never more than a tenth of s.
 
     Args:
         means: measured means, ``(M,)``.

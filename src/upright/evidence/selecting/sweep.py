@@ -1,4 +1,4 @@
-"""``upright sweep``: run a search, then `select` among its trials."""
+"""``upright sweep``: run a search, then rank its trials."""
 
 import sys
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ from upright.runs.folder import ROOT
 from upright.runs.sweeping import sweep as search
 
 
-def sweep(space: str, trials: int | None = None, name: str | None = None, options: Sequence[str] = ()) -> int:
-    """Search, see `upright.runs.sweeping.sweep`, then compare the trials."""
+def sweep_and_select(
+    space: str, trials: int | None = None, name: str | None = None, options: Sequence[str] = ()
+) -> int:
+    """Run `upright.runs.sweeping.sweep`, then `select` among the trials."""
     code = search.sweep(space, trials, name, options)
     if code == 0:
         try:
             select([str(ROOT / (name or Path(space).stem))])
         except UprightError as error:
-            # The trials are complete, so a failed comparison is only a note.
+            # The trials are complete, so the command does not fail.
             print(f"Note: the trials cannot be compared: {error}", file=sys.stderr)
     return code

@@ -1,1 +1,1 @@
-"""One textbook claim per file: its docstring says the claim and then the protocol, ``run(bench)`` gives the finding."""
+"""One textbook claim per file: its docstring is the claim, then the protocol; ``run(bench)`` returns a `Finding`."""

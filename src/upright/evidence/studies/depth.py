@@ -1,12 +1,13 @@
-"""At an equal number of parameters, a deep and thin network classifies better than a shallow and fat one.
+"""A deep and narrow network classifies better than a shallow and wide one with the same number of parameters.
 
-Protocol: MNIST, 5,400 of its training images, 10 epochs (54,000 images seen), batches of 64, AdamW at a rate of 0.003
-in one cycle, weights by He. MLPs of 1 to 4 hidden layers have 100,000 parameters; CNNs of 1 to 4 convolutions of
-3 x 3, with 2 x 2 max pooling after the first and after the last, and one linear layer, have 30,000. Layers of a network
-are of one width or differ by one unit, so that every count is within 1 %. All have ReLU. The training loss is the mean
+Protocol: Train on 5,400 MNIST images for 10 epochs (54,000 images) in batches of 64. The optimiser is AdamW with a
+one-cycle schedule that peaks at a learning rate of 0.003. The initial weights are He's, and all networks use ReLU. MLPs
+with 1 to 4 hidden layers have 100,000 parameters. CNNs with 1 to 4 convolutions of 3 x 3 have 30,000 parameters. They
+have 2 x 2 max pooling after the first and after the last convolution, and one linear layer. The layers of a network
+have equal widths, or widths that differ by one unit, so that every count is within 1 %. The training loss is the mean
 over the last epoch. The seeds change weights and order.
 
-It holds if in both families every run with 4 layers has a higher test accuracy than every run with 1.
+The claim holds if, in both families, every run with 4 layers has a higher test accuracy than every run with 1 layer.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from upright.architectures.mlp import MLP
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.finding import Finding, draw_band, means, measured, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
 
 SHAPE = (1, 28, 28)
 DEPTHS = (1, 2, 3, 4)
@@ -83,16 +84,16 @@ def run(bench: Bench) -> Finding:
             for name, (family, depth) in keys.items()
         }
     )
-    accuracy = measured(runs, "test/accuracy")
+    accuracy = metric_by_group(runs, "test/accuracy")
     loss = {name: [each.column("train/loss")[-1] for each in runs[name]] for name in runs}
     won, parts, mean = {}, [], means(accuracy)
     for family, (_, budget) in FAMILIES.items():
         shallow, deep = f"{family}-{SHALLOW}", f"{family}-{DEEP}"
         won[family] = min(accuracy[deep]) > max(accuracy[shallow])
         parts.append(
-            f"{family}s of {budget:,} parameters are {'' if won[family] else 'not clearly '}better deep: test accuracy "
-            f"{mean[shallow]:.4f} with {SHALLOW} layer, {mean[deep]:.4f} with {DEEP} "
-            f"({'every' if won[family] else 'not every'} deep run is above every shallow one)"
+            f"{family}s with {budget:,} parameters are {'' if won[family] else 'not clearly '}better if they are deep: "
+            f"the test accuracy is {mean[shallow]:.4f} with {SHALLOW} layer and {mean[deep]:.4f} with {DEEP} layers "
+            f"({'every' if won[family] else 'not every'} deep run is above every shallow run)."
         )
     columns = {
         "layers": {name: str(depth) for name, (_, depth) in keys.items()},
@@ -106,7 +107,7 @@ def run(bench: Bench) -> Finding:
     for row, (title, groups) in enumerate({"test accuracy": accuracy, "training loss": loss}.items()):
         for axis, family in zip(axes[2 * row :], FAMILIES, strict=False):
             draw_band(axis, depths, np.transpose([groups[f"{family}-{depth}"] for depth in depths]), family)
-            axis.set_title(f"{family}s of {FAMILIES[family][1]:,} parameters")
+            axis.set_title(f"{family}s with {FAMILIES[family][1]:,} parameters")
             axis.set(xticks=depths, xlabel="hidden layers" if family == "MLP" else "convolutions", ylabel=title)
     numbers = {"test/accuracy": accuracy, "train/loss": loss}
-    return Finding(all(won.values()), "; ".join(parts) + ".", table, figure, numbers)
+    return Finding(all(won.values()), " ".join(parts), table, figure, numbers)

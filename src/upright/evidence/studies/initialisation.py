@@ -1,13 +1,17 @@
-"""Weights that fit ReLU or tanh keep signals and gradients at one size; small ones, or a sigmoid, lose the gradient.
+"""Initial weights that suit ReLU or tanh preserve signals and gradients; small weights or a sigmoid lose the gradient.
 
-Protocol: an MLP of 10 hidden layers of 256 units, before it has learnt anything: the standard deviation (over units and
-images) of its activations in each hidden layer for 512 of MNIST's training images, and that of the loss's gradient with
-respect to them; with ReLU, tanh and sigmoid, with weights by He (2 / inputs as variance), by Xavier (2 / (inputs +
-outputs)), and of deviation 0.01, biases 0. The seeds change the weights.
+Protocol: Take an MLP with 10 hidden layers of 256 units before any training, and 512 MNIST training images. In each
+hidden layer, measure the standard deviation of the activations over units and images. Measure the same for the gradient
+of the loss with respect to the activations. The activation is ReLU, tanh or sigmoid. The weights are He's (variance 2 /
+inputs), Xavier's (variance 2 / (inputs + outputs)), or have a standard deviation of 0.01. Biases are 0. The seeds
+change the weights.
 
-It holds if in every seed (1) activations and gradients with ReLU and He, and with tanh and Xavier, differ between
-first and last hidden layer by a factor of less than 10; (2) gradients with weights of deviation 0.01, and gradients
-with the sigmoid whatever the weights, differ by one of more than 1,000.
+The claim holds if both are true for every seed:
+
+- With ReLU and He, and with tanh and Xavier, activations and gradients of the first and last hidden layer differ by a
+  factor of less than 10.
+- With a standard deviation of 0.01, and with the sigmoid and any weights, the gradients differ by a factor of more than
+  1,000.
 """
 
 import statistics
@@ -26,13 +30,13 @@ from upright.images import ImageSpec
 from upright.runs.drawing import COLOURS
 
 LAYERS, WIDTH = 10, 256
-SCHEMES: dict[Scheme, str] = {"he_normal": "He", "xavier_normal": "Xavier", "normal": "deviation 0.01"}
+SCHEMES: dict[Scheme, str] = {"he_normal": "He", "xavier_normal": "Xavier", "normal": "std 0.01"}
 TITLES: dict[Activation, str] = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}
 FIT: set[tuple[Activation, Scheme]] = {("relu", "he_normal"), ("tanh", "xavier_normal")}
 
 
 def sizes(spec: ImageSpec, batch: Batch, activation: Activation, scheme: Scheme, seed: int) -> list[list[float]]:
-    """Return the deviations of the activations, and those of their gradients, in each hidden layer."""
+    """Return the standard deviations of the activations and of their gradients in each hidden layer."""
     torch.manual_seed(seed)
     network = MLP(spec.input_shape, len(spec.classes), widths=(WIDTH,) * LAYERS, activation=activation)
     initialise(network, scheme)
@@ -61,9 +65,9 @@ def run(bench: Bench) -> Finding:
         change(each) for key, runs in gradient.items() if key[0] == "sigmoid" or key[1] == "normal" for each in runs
     )
     sentence = (
-        f"Over {LAYERS} layers activations and gradients change by a factor of at most {most:.1f} with ReLU and He and "
-        f"with tanh and Xavier; with weights of deviation 0.01, and with the sigmoid, gradients change by one of at "
-        f"least {least:.1e}."
+        f"With ReLU and He, and with tanh and Xavier, activations and gradients change by a factor of at most "
+        f"{most:.1f} over {LAYERS} layers. With a standard deviation of 0.01, and with the sigmoid, gradients change "
+        f"by a factor of at least {least:.1e}."
     )
     columns = {"weights": {key: SCHEMES[key[1]] for key in keys}}
     for heading, runs_of, layer in (
@@ -80,7 +84,7 @@ def run(bench: Bench) -> Finding:
         for axis, activation in zip(axes[3 * row :], TITLES, strict=False):
             for colour, (scheme, weights) in zip(COLOURS, SCHEMES.items(), strict=False):
                 draw_band(axis, range(1, LAYERS + 1), runs_of[activation, scheme], weights, color=colour)
-            axis.set(yscale="log", xlabel="layer", ylabel=f"deviation of {title}", title=TITLES[activation])
+            axis.set(yscale="log", xlabel="layer", ylabel=f"standard deviation of {title}", title=TITLES[activation])
             axis.set_ylim(values.min() / 3, values.max() * 3)
     axes[0].legend(fontsize=7)
     numbers = {" ".join(key): {"activations": signal[key], "gradients": gradient[key]} for key in keys}

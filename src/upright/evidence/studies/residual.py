@@ -1,17 +1,21 @@
-"""Without shortcuts a deep network trains worse than a shallow one; with them it does not, for products become sums.
+"""A deep network without shortcuts trains worse than a shallow one; with shortcuts it does not: products become sums.
 
-Protocol: the networks that He et al. 2015 trained on CIFAR-10 (`SmallResNet`, with and without shortcuts, batch
-normalisation in both), 4 maps wide, of depth 8, 20 and 44. MNIST, 5,400 of its training images, 3 epochs (16,200
-images seen), batches of 64; SGD at a rate of 0.1 in one cycle, momentum 0.9, weight decay 0.0001. The training loss is
-the mean over the last epoch.
+Protocol: Train the networks that He et al. 2015 trained on CIFAR-10: `SmallResNet` with and without shortcuts, both
+with batch normalisation. They are 4 maps wide and have a depth of 8, 20 or 44. Train on 5,400 MNIST images for 3 epochs
+(16,200 images) in batches of 64. The optimiser is SGD with momentum 0.9, weight decay 0.0001 and a one-cycle schedule
+that peaks at a learning rate of 0.1. The training loss is the mean over the last epoch.
 
-Then, at the start and without normalisation, for depths up to 110: the gradient of the loss after the stem, over that
-after the last block (both as norms over 64 training images). That is what the Jacobians of all blocks make of it.
-Xavier's weights, which halve the variance at each ReLU; He's, which are made to keep it, beside them.
+Then take networks of depths up to 110, before training and without normalisation. Measure the gradient of the loss
+after the stem, divided by the gradient after the last block. Both are norms over 64 training images. The ratio is the
+effect of the Jacobians of all blocks. Do this with Xavier's weights, which halve the variance at each ReLU, and with
+He's, which preserve it.
 
-It holds if (1) without shortcuts every run of depth 44 ends at a higher training loss than every run of depth 8; (2)
-with them its mean is not higher; (3) for every seed the gradient at depth 44 falls to less than 0.001 without
-shortcuts, and to no less than 0.1 with them (Xavier).
+The claim holds if all are true:
+
+- Without shortcuts, every run of depth 44 ends with a higher training loss than every run of depth 8.
+- With shortcuts, the mean training loss of depth 44 is not higher than that of depth 8.
+- For every seed (Xavier's weights), the ratio of gradients at depth 44 is below 0.001 without shortcuts, and at least
+  0.1 with shortcuts.
 """
 
 import statistics
@@ -26,7 +30,7 @@ from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.resnet import SmallResNet
 from upright.data.batch import Batch
 from upright.evidence.bench import Bench, Experiment, signals_and_gradients
-from upright.evidence.finding import Finding, draw_band, means, measured, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
 from upright.images import ImageSpec
 from upright.runs.drawing import COLOURS
 
@@ -81,20 +85,20 @@ def run(bench: Bench) -> Finding:
     keeps = mean["with shortcuts", deep] <= mean["with shortcuts", shallow]
     passes = max(product) < 0.001 and min(total) >= 0.1
     sentence = (
-        f"From depth {shallow} to {deep} the training loss goes from {mean['plain', shallow]:.3f} to "
+        f"From depth {shallow} to {deep}, the training loss changes from {mean['plain', shallow]:.3f} to "
         f"{mean['plain', deep]:.3f} without shortcuts ({'every' if degrades else 'not every'} deep run is worse), and "
-        f"from {mean['with shortcuts', shallow]:.3f} to {mean['with shortcuts', deep]:.3f} with them. Of the gradient "
-        f"at the last block of {deep} layers, without normalisation, a share of at most {max(product):.0e} arrives at "
-        f"the stem without shortcuts, and of at least {min(total):.2g} with them (Xavier)."
+        f"from {mean['with shortcuts', shallow]:.3f} to {mean['with shortcuts', deep]:.3f} with shortcuts. At depth "
+        f"{deep} without normalisation (Xavier), the ratio of gradients is at most {max(product):.0e} without "
+        f"shortcuts, and at least {min(total):.2g} with shortcuts."
     )
-    accuracy = measured(runs, "test/accuracy")
+    accuracy = metric_by_group(runs, "test/accuracy")
     columns = {
         "depth": {key: str(key[1]) for key in runs},
         "training loss": spreads(loss, 3),
         "test accuracy": spreads(accuracy),
     }
     for scheme, title in TITLES.items():
-        columns[f"gradient that arrives, {title}"] = {
+        columns[f"ratio of gradients, {title}"] = {
             (kind, depth): f"{statistics.geometric_mean(first[kind, scheme, depth]):.1e}" for kind, depth in runs
         }
     figure, axes = panels(3)
@@ -109,7 +113,7 @@ def run(bench: Bench) -> Finding:
             draw_band(axes[2], further, across, label, color=colour, linestyle=style)
     axes[0].set(title="training loss", xlabel="epoch", xticks=range(1, epochs + 1))
     axes[1].set(title=f"gradient after each block, depth {deep}", xlabel="block (0: the stem)")
-    axes[2].set(title="gradient that arrives at the stem", xlabel="depth")
+    axes[2].set(title="ratio of gradients, stem to last block", xlabel="depth")
     for axis in axes:
         axis.set_yscale("log")
         axis.legend(fontsize=7)

@@ -1,12 +1,13 @@
-"""A spatial transformer trained by classification alone turns things upright only in part; the upright loss makes it.
+"""Classification alone makes a spatial transformer upright only in part; the upright loss makes it more upright.
 
-Protocol: the digits (1,797 images) of configs/data/digits.yaml, in training turned at random by up to 60 degrees,
-scaled by up to a tenth and moved a little; every test image at -60, -30, 0, 30 and 60 degrees; LeNet alone, behind an
-affine transformer, and with the upright loss (weight 2); 60 epochs. One split; the seeds change weights, order and
-augmentation; the checkpoint of the least validation loss.
+Protocol: The data are the digits of configs/data/digits.yaml (1,797 images). Training images are randomly rotated by up
+to 60 degrees, scaled by up to a tenth and shifted slightly. Every test image has the angles -60, -30, 0, 30 and 60
+degrees. Train LeNet alone, LeNet behind an affine transformer, and the same with the upright loss (weight 2), for 60
+epochs each. Test the checkpoint with the lowest validation loss. There is one split; the seeds change weights, order
+and augmentation.
 
-It holds if every run with the upright loss has a lower uprightness (0: perfectly upright, 1: not turned at all) than
-every run without.
+The claim holds if every run with the upright loss has a lower uprightness (0: all images upright, 1: no rotation) than
+every run without it.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ from functools import partial
 from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.finding import Finding, draw_points, means, measured, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_points, means, metric_by_group, panels, rows, spreads
 from upright.training.losses import CrossEntropy
 
 TITLES = {"lenet": "LeNet", "transformer": "spatial transformer", "upright": "with the upright loss"}
@@ -29,12 +30,12 @@ def run(bench: Bench) -> Finding:
     transformer = lenet._replace(network=transformed("affine"))
     upright = transformer._replace(upright_weight=2.0)
     runs = bench.train({"lenet": lenet, "transformer": transformer, "upright": upright})
-    accuracy, uprightness = measured(runs, "test/accuracy"), measured(runs, "test/uprightness")
+    accuracy, uprightness = metric_by_group(runs, "test/accuracy"), metric_by_group(runs, "test/uprightness")
     held = max(uprightness["upright"]) < min(uprightness["transformer"])
     mean = means(uprightness)
     sentence = (
-        f"The upright loss {'makes' if held else 'does not clearly make'} the transformer turn things upright: "
-        f"uprightness {mean['transformer']:.3f} -> {mean['upright']:.3f} "
+        f"The upright loss {'lowers' if held else 'does not clearly lower'} the uprightness, from "
+        f"{mean['transformer']:.3f} to {mean['upright']:.3f} "
         f"({'every' if held else 'not every'} run with it is below every run without it)."
     )
     columns = {"test accuracy": spreads(accuracy), "uprightness": spreads(uprightness, 3)}

@@ -14,7 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from upright.errors import UserError
 from upright.options import LIGHTNING
-from upright.recipes import Recipe
 from upright.runs.checkpoint_io import AtomicCheckpointIO
 from upright.runs.cli.parser import OneLineParser, explain, user_error
 from upright.runs.folder import ROOT
@@ -103,14 +102,14 @@ class Command(LightningCLI):
         kwargs = {"logger": config.logger or False, **kwargs}
         try:
             return super().instantiate_trainer(
-                callbacks=[*callbacks, *_listed(config.callbacks)],
-                plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
+                callbacks=[*callbacks, *listed(config.callbacks)],
+                plugins=[*listed(config.plugins), AtomicCheckpointIO()],
                 **kwargs,
             )
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from error
 
-    def built(self) -> Any:
+    def instantiate(self) -> Any:
         """Return the parsed options with their classes instantiated.
 
         Raises:
@@ -121,12 +120,7 @@ class Command(LightningCLI):
         except (ValueError, TypeError, ImportError) as error:
             raise user_error(error) or UserError(explain(str(error))) from error
 
-    def dumped(self, key: str) -> Recipe | None:
-        """Return a part of the parsed options as plain data, with all defaults."""
-        options: Recipe | None = self.plain().get(key)
-        return options
-
-    def plain(self) -> dict[str, Any]:
+    def as_data(self) -> dict[str, Any]:
         """Return the parsed options as plain data, with all defaults.
 
         Raises:
@@ -150,5 +144,6 @@ def replacing_data(arguments: Sequence[str]) -> list[str]:
     return replaced
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """Return an option that is one object, several or none as a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -16,11 +16,11 @@ from upright.errors import UserError
 from upright.files import write_text
 from upright.recipes import Recipe
 from upright.runs.cli.command import Command, early_options
-from upright.runs.drawing import draw_confusion, save_picture
-from upright.runs.pictures import draw_transformer
+from upright.runs.drawing import draw_confusion, save_png
+from upright.runs.plots import draw_transformer
 from upright.runs.seal import open_test_split
 from upright.training.metrics import write_tables
-from upright.training.restoring import restore_read
+from upright.training.restoring import restore
 
 READING_OPTIONS = ("batch_size", "cache", "num_workers")
 """Options of a datamodule that change how images are read, but not which images."""
@@ -55,17 +55,17 @@ class Evaluation(Command):
 
     def instantiate_classes(self) -> None:
         """Restore model and data. The options' data are built only if they differ from the checkpoint's."""
-        self.config_init = self.built()
-        options = self.dumped("data")
+        self.config_init = self.instantiate()
+        options = self.as_data().get("data")
         self.config = self.parser.parse_args([])
-        unchanged = self.dumped("data")
-        judged_by = () if self.config_init.allow_seen_images else ("val" if self.command == "validate" else "test",)
-        restored = restore_read(
-            self.content,
+        unchanged = self.as_data().get("data")
+        evaluated_on = () if self.config_init.allow_seen_images else ("val" if self.command == "validate" else "test",)
+        restored = restore(
             self.path,
             None if options == unchanged else self.config_init.data,
             same_split=_images(options) == _images(unchanged),
-            judged_by=judged_by,
+            evaluated_on=evaluated_on,
+            content=self.content,
         )
         self.model, self.datamodule, self.epoch = restored.classifier, restored.data, restored.epoch
         if self.datamodule is None:
@@ -90,12 +90,12 @@ class Evaluation(Command):
         assert model.confusion is not None
         print(f"Tables:  {', '.join(map(str, write_tables(folder, model.confusion, model.spec.classes)))}")
         title = f"Test, epoch {self.epoch}"
-        pictures = {"confusion": draw_confusion(title, model.confusion, model.spec.classes)}
+        plots = {"confusion": draw_confusion(title, model.confusion, model.spec.classes)}
         if model.transformers and isinstance(data, ImageDataModule):
-            pictures["transformer"] = draw_transformer(title, model, data)
-        for name, picture in pictures.items():
-            save_picture(picture, folder / f"test_{name}.png")
-            print(f"Picture: {folder / f'test_{name}.png'}")
+            plots["transformer"] = draw_transformer(title, model, data)
+        for name, plot in plots.items():
+            save_png(plot, folder / f"test_{name}.png")
+            print(f"Plot:    {folder / f'test_{name}.png'}")
 
     def _write_predictions(self, batches: list[Any]) -> None:
         labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))

@@ -12,6 +12,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 from upright.checkpoint import KEY, git_commit, read_checkpoint
 from upright.data.datamodule import ImageDataModule
@@ -19,11 +20,12 @@ from upright.errors import UserError
 from upright.files import write_text
 from upright.images import ImageSpec
 from upright.runs.callbacks import Divergence, GradientNorm, MetricsFile, brief, checkpoints
-from upright.runs.cli.command import Command, early_options
-from upright.runs.folder import begun, claimed, is_first_process
+from upright.runs.cli.command import Command, early_options, listed
+from upright.runs.folder import is_first_process, locked_run, replacing_run
 from upright.runs.interruption import Interrupted, Interruption
-from upright.runs.pictures import RunPictures
+from upright.runs.loggers import HyperparameterTable, mlflow_logger, tensorboard_logger
 from upright.runs.plan import agent_run, config_to_resume, plan_run, run_name
+from upright.runs.plots import RunPlots
 from upright.runs.resuming import check_resumable, check_supported, is_complete
 from upright.runs.tracking import Artifacts, finish_wandb, wandb_logger
 from upright.tables import read_rows
@@ -33,7 +35,10 @@ from upright.training.restoring import check_data
 
 MODEL = "upright.ImageClassifier"
 
-NOT_RECORDED = ("config", "name", "force", "wandb", "save_every_n_steps", "compile", "allow_seen_images", "ckpt_path")
+NOT_RECORDED = (
+    *("config", "name", "force", "ckpt_path", "allow_seen_images"),
+    *("wandb", "tensorboard", "mlflow", "save_every_n_steps", "compile"),
+)
 """Options that are not part of the experiment, and so not of ``config.yaml``."""
 
 
@@ -82,7 +87,7 @@ class Fit(Command):
         options, root = self.config, Path(self.config.trainer.default_root_dir)
         folder = root / run_name(options.name, [str(path) for path in options.config or ()])
         if is_first_process():
-            self.resources.enter_context(claimed(folder))
+            self.resources.enter_context(locked_run(folder))
         # Other processes follow the first one, which may have created the folder meanwhile.
         force = options.force or not is_first_process()
         self.plan = plan_run(folder, ckpt_path=options.ckpt_path, start_from=options.start_from, force=force)
@@ -107,7 +112,7 @@ class Fit(Command):
 
     def instantiate_classes(self) -> None:
         """Build the data, the model for them, and the trainer."""
-        self.config_init = self.built()
+        self.config_init = self.instantiate()
         self.datamodule = self.config_init.data
         spec = getattr(self.datamodule, "spec", None)
         if not isinstance(spec, ImageSpec):
@@ -127,9 +132,26 @@ class Fit(Command):
     def _trainer_options(self, run: dict[str, Any]) -> dict[str, Any]:
         # Lightning looks in its root folder for checkpoints of a requeued job, and takes those of any run.
         options: dict[str, Any] = {"default_root_dir": str(self.plan.folder)}
-        if self.config_init.trainer.logger is None and not self.config.trainer.fast_dev_run:
-            options["logger"] = wandb_logger(self.config.wandb, self.plan.folder, run) or False
+        if not self.config.trainer.fast_dev_run and (loggers := self._loggers(run)):
+            options["logger"] = loggers
         return options
+
+    def _loggers(self, run: dict[str, Any]) -> list[Logger]:
+        """Return the loggers of the config, by default W&B, and those of the options."""
+        configured, folder = self.config_init.trainer.logger, self.plan.folder
+        if isinstance(configured, bool):
+            # Lightning replaces True by a default logger of its own.
+            loggers = []
+        elif configured is None:
+            loggers = [wandb_logger(self.config.wandb, folder, run)]
+        else:
+            loggers = listed(configured)
+        resumed_at = self.checkpoint["global_step"] if self.checkpoint and self.plan.resumes_in_place else None
+        if self.config.tensorboard:
+            loggers.append(tensorboard_logger(folder, resumed_at))
+        if self.config.mlflow:
+            loggers.append(mlflow_logger(folder, run))
+        return [logger for logger in loggers if logger is not None]
 
     def _callbacks(self) -> list[Callback]:
         folder = self.plan.folder
@@ -143,13 +165,14 @@ class Fit(Command):
             # Before the callbacks that write its metrics.
             *([GradientNorm()] if self.config.log_grad_norm else []),
             MetricsFile(folder / "metrics.csv", lines=not self.config.trainer.enable_progress_bar),
-            RunPictures(folder),
+            RunPlots(folder),
             Artifacts(folder),
+            HyperparameterTable(folder),
         ]
 
     def recorded(self) -> dict[str, Any]:
         """Return the experiment as plain data with all defaults, for ``config.yaml``."""
-        options = {key: value for key, value in self.plain().items() if key not in NOT_RECORDED}
+        options = {key: value for key, value in self.as_data().items() if key not in NOT_RECORDED}
         if options["model"]["class_path"] == MODEL:
             # In the short form that people write.
             options["model"] = options["model"]["init_args"]
@@ -176,7 +199,7 @@ class Fit(Command):
             self._print(*lines, sep="\n")
         first = self.trainer.is_global_zero
         new = first and not plan.resumes_in_place
-        with begun(plan.folder) if new else nullcontext(), self.interruption.listening():
+        with replacing_run(plan.folder) if new else nullcontext(), self.interruption.listening():
             try:
                 self.trainer.fit(model, data, ckpt_path=plan.checkpoint and str(plan.checkpoint), weights_only=True)
             except BaseException as error:
@@ -206,7 +229,7 @@ class Fit(Command):
             for name in ("wandb", "save_every_n_steps")
             if self.config[name] != self.parser.get_default(name)
         )
-        options += " --compile" if self.config.compile else ""
+        options += "".join(f" --{name}" for name in ("tensorboard", "mlflow", "compile") if self.config[name])
         return (
             f"upright: stopped after step {self.trainer.global_step}; to resume: "
             f"upright fit --ckpt_path {shlex.quote(str(last))}{options}"
@@ -252,7 +275,7 @@ def _summary(folder: Path) -> str:
         epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
         first = f"Best: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}"
     else:
-        best, first = folder / "last.ckpt", "Best: unknown, since nothing was validated; there is last.ckpt"
+        best, first = folder / "last.ckpt", "Best: unknown, because nothing was validated; there is last.ckpt"
     return (
         f"\n{first}\n"
         f"Time: {f'{total:.0f} seconds' if total < 60 else f'{total / 60:.1f} minutes'}, "

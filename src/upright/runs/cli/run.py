@@ -36,8 +36,12 @@ def run(command: str, arguments: list[str]) -> int:
         # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below 5.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
         warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
-        # Lightning 2.6 asks for a class that torch 2.13 deprecates.
+        # Lightning 2.6 uses a class that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # Lightning does not see that our loader does not shuffle with overfit_batches.
+        warnings.filterwarnings("ignore", message="You requested to overfit")
+        # MLflow 3 asks for what SQLAlchemy 2.1 deprecates.
+        warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
         # A resumed run continues in its own folder.
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         # A resumed run may drop the option that saves within epochs.
@@ -48,7 +52,7 @@ def run(command: str, arguments: list[str]) -> int:
             else:
                 evaluate(command, arguments)
         except Interrupted as stop:
-            # A launcher of several processes takes the first that ends with an error for the one that failed.
+            # A launcher of several processes reports the first process that ends with an error as the failed one.
             return stop.exit_code if is_first_process() else 0
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error

@@ -112,7 +112,7 @@ def _distribution(option: str, value: Any) -> BaseDistribution:
         # Optuna stores numbers and strings only.
         choices = [as_text(choice) for choice in value]
         if not choices or len(set(choices)) < len(choices):
-            raise UserError(f"{option}: a choice needs different values, at least one, got {value}.")
+            raise UserError(f"{option}: a choice needs at least one value, and different ones, got {value}.")
         return CategoricalDistribution(choices)
     try:
         # YAML 1.1 reads 1e-4, without a point, as a string.
@@ -121,7 +121,7 @@ def _distribution(option: str, value: Any) -> BaseDistribution:
         }
         kind = IntDistribution if all(isinstance(number, int) for number in numbers.values()) else FloatDistribution
         if kind is IntDistribution and (numbers.get("low"), numbers.get("high")) == (0, 1):
-            raise ValueError("for whole numbers write [0, 1], for all numbers low: 0.0")
+            raise ValueError("for the integers write [0, 1], for real numbers low: 0.0")
         return kind(**numbers)
     except (TypeError, ValueError) as error:
         raise UserError(

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import optuna
 import yaml
-from filelock import Timeout
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
@@ -61,7 +60,7 @@ def sweep(
         The exit code: 0, or 130 if it was stopped.
 
     Raises:
-        UserError: for a mistake in the YAML or one that every trial makes, if another space was searched under this
+        UserError: for a mistake in the YAML or one that every trial makes, if another space was searched with this
             name, or if no trial has a score.
     """
     plan = read_space(space)
@@ -74,10 +73,12 @@ def sweep(
     check_name(name)
     total = plan.trials if trials is None else trials
     if total is None or total < 1:
-        raise UserError(f"How many trials? --trials 20, or `trials: 20` in '{space}', got {total}.")
+        raise UserError(
+            f"The number of trials must be at least 1, got {total}: --trials 20, or `trials: 20` in '{space}'."
+        )
     folder = ROOT / name
     identity = read_yaml(space) | {"config": [read_yaml(path) for path in plan.configs], "options": [*options]}
-    with _claimed(folder, identity), _study(folder, plan) as study:
+    with _locked_sweep(folder, identity), _study(folder, plan) as study:
         search = Search(study, plan, folder, [*command], [*options])
         # SIGTERM, which schedulers send, stops a sweep as Ctrl-C does.
         handlers = {number: signal.signal(number, search.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -112,7 +113,7 @@ class Search:
         self.stopped = False
 
     def stop(self, number: int, frame: object) -> None:
-        """Handle a signal. An exception may get lost, for example in a finaliser, so that a trial asks again."""
+        """Handle a signal. Python may discard the exception, as in a finaliser, so trials check ``stopped`` too."""
         self.stopped = True
         raise KeyboardInterrupt
 
@@ -131,7 +132,7 @@ class Search:
             self.study.sampler = TPESampler(seed=int(seed))
             self._run(self.study.ask(self.space.searched))
         if not self.study.get_trials(states=(TrialState.COMPLETE,)):
-            raise UserError(f"No trial of '{self.folder}' has a score; its logs are beside the trials.")
+            raise UserError(f"No trial of '{self.folder}' has a score; the logs are '{self.folder}/trial-*.log'.")
         best = self.study.best_trial
         folder = self._folder(best.number)
         print(f"\nBest: {self.space.metric} {best.value:.6g}\nRun:  {folder}")
@@ -183,7 +184,7 @@ class Search:
         if process.returncode:
             reason = failure(process.returncode, _log(folder))
             if process.returncode == UserError.exit_code and not _scored(self.study):
-                raise UserError(f"The first trial made a mistake: {reason}")
+                raise UserError(f"The first trial failed: {reason}")
             raise TrialFailed(reason)
         metrics = read_checkpoint(folder / "best.ckpt")[KEY]["metrics"]
         if metric not in metrics:
@@ -203,7 +204,7 @@ def _scored(study: Study) -> bool:
 
 
 @contextmanager
-def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+def _locked_sweep(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Hold the folder of a sweep, in which ``sweep.yaml`` stores its identity.
 
     Raises:
@@ -212,17 +213,14 @@ def _claimed(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
     if folder.exists() and any(folder.iterdir()) and not is_sweep(folder):
         raise UserError(f"'{folder}' exists and is not a sweep; give the sweep another --name.")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder.with_name(f".{folder.name}.sweep"), wait=False):
-            if not is_sweep(folder):
-                write_text(folder / SWEEP, yaml.safe_dump(identity, sort_keys=False))
-            before = read_yaml(folder / SWEEP)
-            for key in ("config", "metric", "seed", "space", "options"):
-                if before.get(key) != identity.get(key):
-                    raise UserError(f"Sweep '{folder.name}' has another {key}; give this one another --name.")
-            yield
-    except Timeout:
-        raise UserError(f"Sweep '{folder}' is running in another process.") from None
+    with locked(folder.with_name(f".{folder.name}.sweep"), f"Sweep '{folder}' is running in another process."):
+        if not is_sweep(folder):
+            write_text(folder / SWEEP, yaml.safe_dump(identity, sort_keys=False))
+        before = read_yaml(folder / SWEEP)
+        for key in ("config", "metric", "seed", "space", "options"):
+            if before.get(key) != identity.get(key):
+                raise UserError(f"Sweep '{folder.name}' has another {key}; give this one another --name.")
+        yield
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The process of a trial: ``python -m upright.runs.sweeping.trial fit ...``.
 
-It is ``upright``, except that it ends with the sweep that started it. A sweep that is killed cannot stop its trial. The
-system then closes the pipe to the trial's standard input, and the trial takes this as the signal to end.
+It is ``upright``, except that it ends with the sweep that started it. A killed sweep cannot stop its trial, but the
+system then closes the pipe to the trial's standard input, which makes the trial end.
 """
 
 import os

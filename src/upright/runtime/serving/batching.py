@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from upright.errors import UserError
-from upright.images import MAX_BATCH_PIXELS, Pixels
+from upright.images import MAX_BATCH_PIXELS
 
+Images = npt.NDArray[np.uint8]
+"""Decoded images of one size, ``(B, H, W, C)``."""
 Rows = npt.NDArray[np.float32]
 """Probabilities, ``(B, K)``."""
 
@@ -21,9 +23,9 @@ log = logging.getLogger("upright.serve")
 
 
 class Job(NamedTuple):
-    """Images of one size, ``(B, H, W, C)``, and the future of their `Rows`."""
+    """Images that wait for the model, the future of their `Rows`, and the time of their arrival."""
 
-    images: Pixels
+    images: Images
     result: "asyncio.Future[Rows]"
     since: float
 
@@ -62,12 +64,12 @@ class Batcher(threading.Thread):
         model: ``(B, H, W, C)`` -> `Rows`.
         max_batch: images per run; batches of large images are also limited by `MAX_BATCH_PIXELS`.
         max_delay: seconds that a job may wait for announced jobs while the model is idle.
-        observe: function that is called with the number of images and the seconds of every run.
+        observe: function that gets the number of images and the seconds of every run.
     """
 
     def __init__(
         self,
-        model: Callable[[Pixels], Rows],
+        model: Callable[[Images], Rows],
         max_batch: int,
         max_delay: float,
         observe: Callable[[int, float], None],
@@ -80,18 +82,18 @@ class Batcher(threading.Thread):
         self._changed, self._room = threading.Condition(lock), threading.Condition(lock)
 
     def announce(self) -> None:
-        """Announce a call of `submit`, after which `arrived` must be called."""
+        """Announce calls of `submit`. The caller must call `arrived` after them."""
         with self._changed:
             self._announced += 1
 
     def arrived(self) -> None:
-        """Withdraw an announcement, whether or not anything was submitted."""
+        """End an announcement, even if nothing was submitted."""
         with self._changed:
             self._announced -= 1
             if not self._announced:
                 self._changed.notify()
 
-    def submit(self, images: Pixels, result: "asyncio.Future[Rows]") -> None:
+    def submit(self, images: Images, result: "asyncio.Future[Rows]") -> None:
         """Queue ``(B, H, W, C)`` with at most ``max_batch`` images, without waiting."""
         with self._changed:
             shape = images.shape[1:]
@@ -109,7 +111,7 @@ class Batcher(threading.Thread):
             self._room.wait_for(lambda: self._pixels < 4 * MAX_BATCH_PIXELS)
 
     def close(self) -> None:
-        """Run the queued jobs, and end the thread."""
+        """Run the queued jobs, then stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -127,7 +129,7 @@ class Batcher(threading.Thread):
                     )
                 except UserError as error:
                     outcome = error
-                except Exception as error:  # the thread must survive any failure and report it to every client
+                except Exception as error:  # the thread must not end; it reports any failure to every client
                     log.exception("the model failed", extra={"fields": {"images": count}})
                     outcome = error
                 self.observe(count, time.perf_counter() - start)
@@ -138,7 +140,7 @@ class Batcher(threading.Thread):
         with self._changed:
             while True:
                 now, timeout = time.monotonic(), None
-                # Take the oldest queue first, so that no size waits forever behind another.
+                # Start with the oldest job, so that no size waits forever behind another size.
                 for shape, queue in sorted(self._queues.items(), key=lambda item: item[1].jobs[0].since):
                     delay = queue.jobs[0].since + self.max_delay - now
                     if delay <= 0 or queue.full or not self._announced or self._closed:

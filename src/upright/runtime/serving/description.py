@@ -10,7 +10,7 @@ from upright.images import ImageSpec
 from upright.runtime.serving.protocol import InferenceRequest, InferenceResponse
 
 
-class Ranked(msgspec.Struct):
+class RankedClass(msgspec.Struct):
     """A class and its probability."""
 
     label: str
@@ -23,12 +23,12 @@ class Result(msgspec.Struct, omit_defaults=True):
     name: str | None = None
     label: str | None = None
     probability: float | None = None
-    top: list[Ranked] | None = None
+    top: list[RankedClass] | None = None
     error: str | None = None
 
 
-class Answer(msgspec.Struct, omit_defaults=True):
-    """One result per image, in their order; ``error`` if no image could be read."""
+class ClassifyResponse(msgspec.Struct, omit_defaults=True):
+    """One result per image, in the order of the images; ``error`` if no image could be read."""
 
     model: str
     version: str
@@ -37,7 +37,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
 
 class Error(msgspec.Struct):
-    """An error in one line."""
+    """An error message of one line."""
 
     error: str
 
@@ -45,14 +45,14 @@ class Error(msgspec.Struct):
 SCHEMAS = "#/components/schemas/"
 
 
-def describe(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of a server of the model ``name`` for at most ``limit`` images per request."""
+def openapi(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of a server for the model ``name``, with ``limit`` images per request."""
     classes = len(spec.classes)
     binary = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
     top = {"name": "top", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": classes, "default": 1}}
     _, components = msgspec.json.schema_components(
-        [Answer, Error, InferenceRequest, InferenceResponse], ref_template=SCHEMAS + "{name}"
+        [ClassifyResponse, Error, InferenceRequest, InferenceResponse], ref_template=SCHEMAS + "{name}"
     )
     model = f"/v2/models/{name}"
     return {
@@ -62,9 +62,9 @@ def describe(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
             "/v1/classify": {
                 "post": _operation(
                     f"Classify an image, or up to {limit}",
-                    "The body is one image, or multipart/form-data with one image per part. Each has its own result: "
-                    "a label with its probability, or an error. `top` is the number of classes to return.",
-                    "Answer",
+                    "The body is one image, or multipart/form-data with one image per part. Each image has its own "
+                    "result: a label with its probability, or an error. `top` is the number of classes to return.",
+                    "ClassifyResponse",
                     f"curl --data-binary @image.png 'ADDRESS/v1/classify?top={min(3, classes)}'",
                     bad=(400, 408, 413, 422, 429, 500, 503),
                     parameters=[top],
@@ -95,28 +95,28 @@ def describe(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
 
 
 MEANINGS = {
-    400: "The request is wrong; `error` says why.",
+    400: "The request is wrong; see `error`.",
     404: "There is no such model or version.",
     408: "The body did not arrive in time.",
-    413: "The request holds more bytes or images than allowed.",
+    413: "The request has more bytes or images than allowed.",
     422: "No image could be read.",
-    429: "Too many images are waiting: try again after Retry-After.",
-    500: "The model or the server failed; the server's log says why.",
-    503: "The server is stopping, or there was no answer in time: try again after Retry-After.",
+    429: "The queue is full: try again after the seconds in Retry-After.",
+    500: "The model or the server failed; see the server's log.",
+    503: "The server is stopping, or the model did not finish in time: try again after the seconds in Retry-After.",
 }
 
 
 def _operation(
     summary: str,
     description: str = "",
-    answer: str = "",
+    response: str = "",
     example: str = "",
     bad: tuple[int, ...] = (),
     **more: Any,
 ) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "OK"}}
-    if answer:
-        responses["200"]["content"] = {"application/json": {"schema": {"$ref": SCHEMAS + answer}}}
+    if response:
+        responses["200"]["content"] = {"application/json": {"schema": {"$ref": SCHEMAS + response}}}
     error = {"application/json": {"schema": {"$ref": SCHEMAS + "Error"}}}
     responses |= {str(status): {"description": MEANINGS[status], "content": error} for status in bad}
     operation = {"summary": summary, "description": description, "x-example": example, "responses": responses, **more}

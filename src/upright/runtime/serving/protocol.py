@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from upright.errors import UserError
-from upright.images import ImageSpec, Pixels
-from upright.runtime.serving.batching import Rows
+from upright.images import ImageSpec
+from upright.runtime.serving.batching import Images, Rows
 
 HEADER = "Inference-Header-Content-Length"
 """Header with the length of the JSON in bytes. The binary tensors follow the JSON."""
@@ -24,12 +24,12 @@ INPUT, PROBABILITIES, LABELS = "images", "probabilities", "labels"
 Size = Annotated[int, msgspec.Meta(ge=0)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Elements = list[Byte | list[Byte | list[Byte | list[Byte]]]]
-"""Elements of a UINT8 tensor in JSON, flat or nested. They are checked before they reach NumPy: for strings, NumPy
-would allocate the size of the longest one for every element."""
+"""Elements of a UINT8 tensor in JSON, flat or nested. msgspec checks them first, because NumPy would allocate the size
+of the longest string for every element."""
 
 
 class InputTensor(msgspec.Struct):
-    """An input. ``data`` is absent if ``parameters["binary_data_size"]`` bytes follow the JSON."""
+    """An input tensor. Without ``data``, ``parameters["binary_data_size"]`` bytes follow the JSON."""
 
     name: str
     shape: list[Size]
@@ -39,14 +39,14 @@ class InputTensor(msgspec.Struct):
 
 
 class RequestedOutput(msgspec.Struct):
-    """A requested output. ``parameters["binary_data"]`` asks for it after the JSON."""
+    """A requested output. With ``parameters["binary_data"]``, it follows the JSON as bytes."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
 class InferenceRequest(msgspec.Struct):
-    """A request. ``parameters["binary_data_output"]`` asks for all outputs after the JSON."""
+    """An inference request. With ``parameters["binary_data_output"]``, all outputs follow the JSON as bytes."""
 
     inputs: list[InputTensor]
     id: str | None = None
@@ -55,7 +55,7 @@ class InferenceRequest(msgspec.Struct):
 
 
 class OutputTensor(msgspec.Struct, omit_defaults=True):
-    """An output of a response."""
+    """An output tensor."""
 
     name: str
     shape: list[int]
@@ -65,7 +65,7 @@ class OutputTensor(msgspec.Struct, omit_defaults=True):
 
 
 class InferenceResponse(msgspec.Struct, omit_defaults=True):
-    """A response."""
+    """An inference response."""
 
     model_name: str
     model_version: str
@@ -78,8 +78,8 @@ def number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
 
 
-def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceRequest, Pixels | list[bytes]]:
-    """Parse a request. Return it and its images: ``(B, H, W, C)``, or encoded ones.
+def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceRequest, Images | list[bytes]]:
+    """Parse a request. Return it with its images, which are decoded ``(B, H, W, C)`` or the bytes of files.
 
     Args:
         body: body of the request.
@@ -97,19 +97,19 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
     try:
         request = msgspec.json.decode(memoryview(body)[:end], type=InferenceRequest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"The body is no inference request: {error}.") from None
+        raise UserError(f"The body is not an inference request: {error}.") from None
     for output in request.outputs:
         if output.name not in (PROBABILITIES, LABELS):
-            raise UserError(f"There is no output {output.name!r}; outputs: {PROBABILITIES}, {LABELS}.")
+            raise UserError(f"The model has no output {output.name!r}; outputs: {PROBABILITIES}, {LABELS}.")
     if [tensor.name for tensor in request.inputs] != [INPUT]:
         names = ", ".join(repr(tensor.name) for tensor in request.inputs) or "none"
-        raise UserError(f"One input is needed, '{INPUT}'; got {names}.")
+        raise UserError(f"The request must have one input, '{INPUT}'; got {names}.")
     (tensor,) = request.inputs
     rest, binary = memoryview(body)[end:], tensor.parameters.get("binary_data_size")
     if (binary is None) == (tensor.data is None) or len(rest) != (binary or 0):
         raise UserError(
-            f"An input holds its elements in 'data', or parameters.binary_data_size bytes of them follow the JSON "
-            f"({HEADER} says where it ends); this one says {binary}, and {len(rest)} follow."
+            "An input must have either 'data' or parameters.binary_data_size, the number of bytes after the JSON "
+            f"(whose length is in {HEADER}); got binary_data_size {binary}, and {len(rest)} bytes after the JSON."
         )
     data = rest if tensor.data is None else tensor.data
     if tensor.datatype == "UINT8":
@@ -122,7 +122,7 @@ def read(body: bytes, header: str | None, channels: int) -> tuple[InferenceReque
     )
 
 
-def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pixels:
+def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Images:
     if len(shape) != 4 or min(shape) < 1 or shape[3] != channels:
         raise UserError(f"A UINT8 input must have the shape [B, H, W, {channels}], got {shape}.")
     try:
@@ -133,7 +133,7 @@ def _pixels(shape: list[int], data: list[Any] | memoryview, channels: int) -> Pi
     except msgspec.ValidationError as error:
         raise UserError(f"The elements of '{INPUT}' must be integers from 0 to 255: {error}.") from None
     except ValueError as error:
-        raise UserError(f"The elements of '{INPUT}' make no tensor: {' '.join(str(error).split())}.") from None
+        raise UserError(f"The elements of '{INPUT}' do not form a tensor: {' '.join(str(error).split())}.") from None
     if values.size != math.prod(shape):
         raise UserError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
     return values.reshape(shape)
@@ -154,14 +154,16 @@ def _encoded(shape: list[int], data: list[Any] | memoryview) -> list[bytes]:
             images.append(bytes(data[start + 4 : start + 4 + size]))
             start += 4 + size
         if start != len(data):
-            raise UserError("Each element of a BYTES tensor is its length (4 bytes, little endian), then its bytes.")
+            raise UserError(
+                "Each element of a BYTES tensor must be its length (4 bytes, little endian), followed by its bytes."
+            )
     if len(images) != shape[0]:
         raise UserError(f"The shape {shape} needs {shape[0]} elements, got {len(images)}.")
     return images
 
 
 def write(request: InferenceRequest, rows: Rows, spec: ImageSpec, name: str, version: str) -> tuple[bytes, int | None]:
-    """Return the body of the response, and the length of its JSON if binary tensors follow it."""
+    """Return the body of the response, and the length of its JSON if binary tensors follow the JSON."""
     outputs, tail = [], []
     all_binary = request.parameters.get("binary_data_output") is True
     for requested in request.outputs or [RequestedOutput(PROBABILITIES), RequestedOutput(LABELS)]:

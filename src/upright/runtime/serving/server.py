@@ -1,7 +1,7 @@
 """``upright serve``: classify images over HTTP.
 
 Starlette routes requests, and uvicorn handles HTTP (httptools, on uvloop). `Batcher` runs the model in one thread, and
-a pool of threads decodes images, so the event loop does neither. The proxy in front is responsible for keys, TLS,
+a pool of threads decodes images, so neither blocks the event loop. The proxy in front is responsible for keys, TLS,
 routing, and clients that send their headers slowly.
 """
 
@@ -29,11 +29,11 @@ from upright.runtime.serving.batching import log
 from upright.runtime.serving.service import Service, request_log
 
 GRACE_SECONDS = 1.0
-"""Time from a signal until idle connections are closed. Until then, responses announce the end of their connection."""
+"""Time from a signal until idle connections are closed. Until then, responses have the header ``Connection: close``."""
 
 
 class JsonLines(logging.Formatter):
-    """Format a record as one JSON object per line: UTC time, level, message, the record's ``fields``."""
+    """Format a log record as one line of JSON: UTC time, level, message, and the ``fields`` of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
@@ -45,7 +45,7 @@ class JsonLines(logging.Formatter):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn server that, after a signal, answers accepted requests, refuses new ones, and exits with 0."""
+    """Uvicorn server that exits with 0 after a signal. It first answers accepted requests, and refuses new ones."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals without raising them again at the end as uvicorn does, so that the exit code is 0."""
+        """Handle signals. Uvicorn would raise them again at the end, and the exit code would not be 0."""
         handlers = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
         try:
             yield
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Answer accepted requests while still listening, so that new requests get a 503."""
+        """Answer accepted requests. The server still listens meanwhile, so that new requests get a 503."""
         log.info("stopping", extra={"fields": {"waiting": self.service.waiting}})
         end = time.monotonic() + GRACE_SECONDS
         while (self.service.waiting or time.monotonic() < end) and not self.force_exit:
@@ -87,7 +87,7 @@ def serve(options: Serve) -> int:
     Raises:
         BundleError: if the bundle cannot be used. It is read once, at the start.
         EngineError: if onnxruntime fails on the bundle's first sample.
-        UserError: if the address is taken.
+        UserError: if the address is in use.
     """
     predictor = Predictor(
         options.bundle, options.precision, threads=options.threads or None, max_pixels=options.max_pixels
@@ -98,14 +98,14 @@ def serve(options: Serve) -> int:
     config = uvicorn.Config(
         service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False
     )
-    # Each image gets an error or a prediction, so warnings of Pillow add nothing.
+    # Each image gets an error or a prediction, so Pillow's warnings are not useful.
     warnings.filterwarnings("ignore", module="PIL")
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((options.host, options.port))
         except (OSError, OverflowError) as error:
-            raise UserError(f"Cannot listen at {options.host}, port {options.port}: {error}.") from None
+            raise UserError(f"Cannot listen on {options.host}, port {options.port}: {error}.") from None
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(JsonLines())
         logging.basicConfig(handlers=[handler], level=logging.INFO)

@@ -25,19 +25,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from upright.errors import ImageError, UprightError, UserError
-from upright.images import Pixels
 from upright.options import Serve
 from upright.runtime.bundle import SUMS
 from upright.runtime.predictor import Predictor, fixed_batch
 from upright.runtime.serving import protocol
-from upright.runtime.serving.batching import Batcher, Rows
-from upright.runtime.serving.description import Answer, Ranked, Result, describe, page
+from upright.runtime.serving.batching import Batcher, Images, Rows
+from upright.runtime.serving.description import ClassifyResponse, RankedClass, Result, openapi, page
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-HELD_BODIES = 16
-"""Limit on the bytes in memory, as a number of bodies of the largest size; beyond it requests are refused."""
+MAX_BODIES = 16
+"""Limit on the bodies in memory, as a number of bodies of the largest size. Further requests are refused."""
 SMALL_BODY = 64 * 1024
-"""Largest size in bytes of a request that the event loop parses itself, because handing it to a thread costs more."""
+"""Largest request in bytes that the event loop parses itself, because a thread would take longer in total."""
 
 request_log = logging.getLogger("upright.serve.requests")
 
@@ -49,13 +48,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         common: dict[str, Any] = {"namespace": "upright", "registry": self.registry}
-        self.requests = Counter("requests", "Requests with an answer.", ["route", "status"], **common)
-        self.seconds = Histogram("request_seconds", "From the headers to the answer.", ["route"], **common)
+        self.requests = Counter("requests", "Requests with a response.", ["route", "status"], **common)
+        self.seconds = Histogram("request_seconds", "Time from the headers to the response.", ["route"], **common)
         self.images = Counter("images", "Images: answered, bad, refused, failed.", ["outcome"], **common)
         sizes = [2**n for n in range(11)]
         self.batch = Histogram("batch_images", "Images per run of the model.", buckets=sizes, **common)
         self.model = Histogram("model_seconds", "Time per run of the model.", **common)
-        Gauge("waiting_images", "Accepted images without an answer.", **common).set_function(waiting)
+        Gauge("waiting_images", "Accepted images without a response.", **common).set_function(waiting)
 
     def observe_run(self, images: int, seconds: float) -> None:
         self.batch.observe(images)
@@ -74,7 +73,7 @@ class Service:
         self.predictor, self.options, self.spec = predictor, options, predictor.spec
         self.folder = predictor.bundle.folder
         self.name = self.folder.resolve().name
-        # The same files have the same version everywhere.
+        # The version is a hash, so the same files have the same version on every server.
         self.version = sha256((self.folder / SUMS).read_bytes()).hexdigest()[:12]
         self.max_body = int(options.max_body_mb * 1e6)
         self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
@@ -119,28 +118,26 @@ class Service:
     # Limits.
 
     async def _body(self, request: Request) -> bytes:
-        # The parser has checked that it is a number.
+        # The HTTP parser has checked that the header is a number.
         if int(request.headers.get("content-length", 0)) > self.max_body:
             length = request.headers["content-length"]
-            _refuse(413, f"The body has {length} bytes, at most {self.max_body} are taken.")
+            _refuse(413, f"The body has {length} bytes, but the limit is {self.max_body}.")
         chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
             if size > self.max_body:
-                _refuse(413, f"The body has more than {self.max_body} bytes, which is the most that is taken.")
+                _refuse(413, f"The body has more than {self.max_body} bytes, which is the limit.")
             request.state.held_bytes += len(chunk)
             self.held_bytes += len(chunk)
-            if self.held_bytes > HELD_BODIES * self.max_body:
-                _refuse(
-                    429,
-                    f"The bodies of all requests have more than {HELD_BODIES * self.max_body} bytes; try again later.",
-                )
+            if self.held_bytes > MAX_BODIES * self.max_body:
+                total = MAX_BODIES * self.max_body
+                _refuse(429, f"The bodies of all requests together have more than {total} bytes; try again later.")
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     @asynccontextmanager
     async def _accepted(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the body of a request. Refuse a request that is late or does not fit into the queue."""
+        """Yield the body of a request. Refuse a request that is too slow or does not fit into the queue."""
         request.state.held_bytes, complete = 0, False
         self._check_room(1)
         try:
@@ -151,24 +148,24 @@ class Service:
         except TimeoutError:
             seconds = f"within {self.options.timeout_s:g} s"
             if not complete:
-                _refuse(408, f"The body did not come {seconds}.")
-            _refuse(503, f"There was no answer {seconds}; try again later.")
+                _refuse(408, f"The body did not arrive {seconds}.")
+            _refuse(503, f"The model did not finish {seconds}; try again later.")
         finally:
             self.held_bytes -= request.state.held_bytes
 
     def _check_room(self, images: int) -> None:
         if self.draining:
-            _refuse(503, "The server is stopping; ask another one.")
+            _refuse(503, "The server is stopping; use another one.")
         limit = self.options.max_queue
         if images > limit:
-            _refuse(413, f"A request may hold up to {limit} images, got {images}.")
+            _refuse(413, f"A request may have up to {limit} images, got {images}.")
         if self.waiting + images > limit:
             self.metrics.images.labels("refused").inc(images)
-            _refuse(429, f"{self.waiting} images are waiting, at most {limit} may; try again later.")
+            _refuse(429, f"The queue holds {self.waiting} of at most {limit} images; try again later.")
 
     @contextmanager
     def _places(self, images: int) -> Iterator[None]:
-        """Reserve places in the queue for images."""
+        """Reserve places in the queue."""
         self._check_room(images)
         self.waiting += images
         try:
@@ -183,7 +180,7 @@ class Service:
     # The model.
 
     def _decode(self, files: "list[tuple[bytes, asyncio.Future[Rows]]]") -> None:
-        """Decode files and submit them, in a thread of `decoders`. Errors go to the futures."""
+        """Decode files and submit them, in a thread of `decoders`. Set errors on the futures."""
         for content, result in files:
             try:
                 self.batcher.wait_for_room()
@@ -197,7 +194,7 @@ class Service:
         """Return ``(1, K)`` or an error for each encoded image."""
         loop = asyncio.get_running_loop()
         jobs = [(content, loop.create_future()) for content in files]
-        # Give each thread one part, because handing over an image costs as much as decoding a small one.
+        # Give each thread one share of the files: passing one to a thread costs as much as decoding a small image.
         size = -(-len(jobs) // CORES)
         for start in range(0, len(jobs), size):
             self.batcher.announce()
@@ -222,7 +219,7 @@ class Service:
             rows.append(outcome)
         return np.concatenate(rows)
 
-    async def _classify_pixels(self, images: Pixels) -> Rows:
+    async def _classify_pixels(self, images: Images) -> Rows:
         """Return ``(B, K)`` for ``(B, H, W, C)``."""
         height, width = images.shape[1:3]
         if height * width > self.options.max_pixels:
@@ -248,12 +245,12 @@ class Service:
             with self._places(len(files)):
                 outcomes = await self._classify_files([content for _, content in files])
         results = [self._result(name, outcome, top) for (name, _), outcome in zip(files, outcomes, strict=True)]
-        answer = Answer(self.name, self.version, results)
+        response = ClassifyResponse(self.name, self.version, results)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
         if len(errors) < len(outcomes):
-            return _json(answer)
-        answer.error = str(errors[0])
-        return _json(answer, _status(errors[0]))
+            return _json(response)
+        response.error = str(errors[0])
+        return _json(response, _status(errors[0]))
 
     async def _files(self, request: Request, body: bytes) -> list[tuple[str | None, bytes]]:
         """Return names and contents of the encoded images in a request."""
@@ -277,16 +274,16 @@ class Service:
             raise UserError(f"The multipart body cannot be read: {error.message}") from None
         files = [file for _, file in form.multi_items() if not isinstance(file, str)]
         if not files:
-            raise UserError("The multipart body holds no files; give each image a part with a filename.")
+            raise UserError("The multipart body has no files; send each image as a part with a filename.")
         return [(file.filename, await file.read()) for file in files]
 
     def _result(self, name: str | None, outcome: Rows | ImageError, top: int) -> Result:
         if isinstance(outcome, ImageError):
             return Result(name, error=str(outcome))
-        # Sort plain floats, because NumPy would release the interpreter lock here and wait to get it back.
+        # Sort plain floats: NumPy would release the interpreter lock and then wait for it.
         (probabilities,) = outcome.tolist()
         pairs = sorted(zip(probabilities, self.spec.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
-        ranked = [Ranked(label, probability) for probability, label in pairs]
+        ranked = [RankedClass(label, probability) for probability, label in pairs]
         return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None)
 
     async def _infer(self, request: Request) -> Response:
@@ -312,7 +309,7 @@ class Service:
     def _check_model(self, request: Request) -> None:
         name, number = request.path_params["name"], request.path_params.get("version", self.version)
         if (name, number) != (self.name, self.version):
-            _refuse(404, f"There is no model {name!r} of version {number!r}; there is '{self.name}', {self.version}.")
+            _refuse(404, f"There is no model {name!r}, version {number!r}, only '{self.name}', {self.version}.")
 
     async def _live(self, request: Request) -> Response:
         return _json({"live": True})
@@ -339,10 +336,10 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:
-        return _json(describe(self.name, self.spec, self.options.max_queue))
+        return _json(openapi(self.name, self.spec, self.options.max_queue))
 
     async def _docs(self, request: Request) -> Response:
-        return HTMLResponse(page(describe(self.name, self.spec, self.options.max_queue)))
+        return HTMLResponse(page(openapi(self.name, self.spec, self.options.max_queue)))
 
     def _observed(self, app: ASGIApp) -> ASGIApp:
         """Count and log every request of ``app``."""
@@ -353,7 +350,7 @@ class Service:
                 return
             start, status = time.perf_counter(), _status(ClientDisconnect())
 
-            async def send_and_note(message: Message) -> None:
+            async def send_and_record(message: Message) -> None:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
@@ -362,7 +359,7 @@ class Service:
                 await send(message)
 
             try:
-                await app(scope, receive, send_and_note)
+                await app(scope, receive, send_and_record)
             finally:
                 seconds = time.perf_counter() - start
                 route = getattr(scope.get("route"), "path", "none")
@@ -397,9 +394,9 @@ def _refuse(status: int, text: str) -> NoReturn:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Return the response to an error. Other errors than `UserError` are logged where they occur, or by uvicorn."""
+    """Return the response for an error. Errors of other kinds than `UserError` are logged elsewhere, or by uvicorn."""
     headers = None
-    text = str(error) if isinstance(error, UserError) else "The server failed; its log says why."
+    text = str(error) if isinstance(error, UserError) else "The server failed; see its log."
     if isinstance(error, HTTPException):
         text, headers = error.detail, dict(error.headers or {})
     return _json({"error": text}, _status(error), headers)

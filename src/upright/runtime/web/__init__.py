@@ -1,4 +1,4 @@
-"""``upright web``: a static page that runs a bundle in the browser."""
+"""``upright web``: write a static page that runs a bundle in the browser."""
 
 import base64
 import hashlib
@@ -26,13 +26,13 @@ RUNTIME = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
-"""File -> SHA-256, for the files that run WebAssembly."""
+"""SHA-256 of each file that runs WebAssembly."""
 MIRRORS = tuple(
     f"{host}/onnxruntime-web@{RUNTIME_VERSION}/dist" for host in ("https://cdn.jsdelivr.net/npm", "https://unpkg.com")
 )
 ADVICE = (
-    f"`npm pack onnxruntime-web@{RUNTIME_VERSION}` where there is a network writes a file for --runtime; so does "
-    f"`npm install onnxruntime-web@{RUNTIME_VERSION}`, for --runtime node_modules/onnxruntime-web."
+    f"On a machine with a network, `npm pack onnxruntime-web@{RUNTIME_VERSION}` writes a file that you can give to "
+    "--runtime."
 )
 TIMEOUT_SECONDS = 30
 PAGE = ("index.html", "style.css", "app.js")
@@ -42,11 +42,11 @@ ONE_FILE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval' blob:; style-src 'unsafe-inline'; "
     "img-src blob: data:; worker-src blob:"
 )
-"""Policy of a page that is one file: no requests to any network."""
+"""Content security policy of a page that is one file. It forbids all network requests."""
 
 
 def web(options: Web) -> int:
-    """Write a page that runs in a browser without a network. Replace an older page.
+    """Write a page that needs no network. It replaces an older page.
 
     Raises:
         BundleError: if the bundle is damaged or has no model of that precision.
@@ -56,7 +56,9 @@ def web(options: Web) -> int:
     model = bundle.model(options.precision)
     target = Path(options.to) / bundle.folder.resolve().name
     if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
-        raise UserError(f"'{target}' is not a page that `upright web` made, and is not replaced; --to says where.")
+        raise UserError(
+            f"'{target}' is not a page that `upright web` wrote, so it is not replaced; give another folder with --to."
+        )
     runtime = read_runtime(options.runtime)
     with replacing_folder(target) as folder:
         (folder / RUNTIME_FOLDER).mkdir()
@@ -77,7 +79,7 @@ def web(options: Web) -> int:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     has_views = any(name.startswith("warped") for name in bundle.manifest["other_outputs"])
     if not has_views and "Transformer" in json.dumps(bundle.manifest["provenance"]["model"]):
-        print("Note: to show what the transformer sees, export with --outputs warped.")
+        print("Note: to show the output of the transformer, export with --outputs warped.")
     print(f"Page: {target}/index.html ({size / 1e6:.1f} MB, {options.precision})")
     if options.one_file:
         print(f"Next: open {target}/index.html in a browser")
@@ -92,7 +94,7 @@ def _is_page(folder: Path) -> bool:
 
 
 def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
-    """Return the data that the page reads. The manifest stays private: it names folders of the training machine."""
+    """Return the data that the page reads. The manifest is not copied, because it names folders of the trainer."""
     manifest, spec = bundle.manifest, bundle.spec
     runtime = {kind: f"{RUNTIME_FOLDER}/{name}" for kind, name in zip(("script", "wasm"), RUNTIME, strict=True)}
     model = bundle.model(precision).name
@@ -118,7 +120,7 @@ def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
 
 
 def _into_one_file(folder: Path) -> None:
-    """Move all files into ``index.html``. A file that the page would fetch becomes a named element with base64 text."""
+    """Embed all files in ``index.html``. A file that the page would fetch becomes an element with base64 text."""
     page = (folder / "index.html").read_text(encoding="utf-8")
     style, app = ((folder / name).read_text(encoding="utf-8") for name in PAGE[1:])
     data = []
@@ -145,12 +147,11 @@ def read_runtime(source: str | None) -> dict[str, bytes]:
     """Return the files of onnxruntime-web by name.
 
     Args:
-        source: its ``dist`` folder, the folder of the package, the package file that ``npm pack`` writes, or the
-            address of a folder with the files of `RUNTIME`; by default the user's cache, which is filled once from
-            `MIRRORS`.
+        source: the package, its ``dist`` folder, the file that ``npm pack`` writes, or the address of a folder with
+            the files of `RUNTIME`. By default, the files come from the user's cache, which is filled from `MIRRORS`.
 
     Raises:
-        UserError: if it does not exist, or is another version.
+        UserError: if ``source`` does not exist, or is another version.
     """
     if source is None or source.startswith(("https://", "http://")):
         folder = _download(MIRRORS if source is None else (source.rstrip("/"),))
@@ -161,7 +162,7 @@ def read_runtime(source: str | None) -> dict[str, bytes]:
     for folder in (path, path / "dist"):
         if all((folder / name).is_file() for name in RUNTIME):
             return {name: (folder / name).read_bytes() for name in RUNTIME}
-    raise UserError(f"--runtime '{source}' does not hold {' and '.join(RUNTIME)}. {ADVICE}")
+    raise UserError(f"--runtime '{source}' does not contain {' and '.join(RUNTIME)}. {ADVICE}")
 
 
 def _read_package(path: Path) -> dict[str, bytes]:
@@ -189,7 +190,7 @@ def _download(mirrors: tuple[str, ...]) -> Path:
                     content = response.read()
                 if hashlib.sha256(content).hexdigest() == digest:
                     break
-                failures.append(f"{mirror}/{name} is another file than in {RUNTIME_VERSION}")
+                failures.append(f"{mirror}/{name} is not the file of version {RUNTIME_VERSION}")
             except (OSError, http.client.HTTPException, ValueError) as error:  # an invalid address is a ValueError
                 failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
         else:

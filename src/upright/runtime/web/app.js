@@ -37,8 +37,8 @@ function answerQuestions() {
 // ---- the page ----
 
 async function showPage() {
-  const MOST_PIXELS = 1024; // on the longer side: the largest image that rotates smoothly
-  const ROWS = 10; // more classes than this: only the best five are listed, in order of probability
+  const MAX_PIXELS = 1024; // on the longer side; larger images do not rotate smoothly
+  const ROWS = 10; // with more classes, the page lists only the five most probable ones
   const CURVES = 4;
   const STEP = 5; // degrees between the points of a curve
   const SPEED = 40; // degrees per second
@@ -54,28 +54,28 @@ async function showPage() {
     return node;
   }
 
-  // A screen reader reads every change, so unchanged text is not written again.
-  function say(text, kind = "") {
+  // A screen reader reads every change, so do not write the same text again.
+  function setStatus(text, kind = "") {
     if ($("state").textContent !== text) $("state").textContent = text;
     $("status").className = kind;
   }
 
-  // -- files: beside the page, or inside it (--one-file)
+  // -- files: in the folder of the page, or embedded in the page (--one-file)
 
-  const inside = (name) => $(name)?.textContent;
-  const isInside = inside("model.json") !== undefined;
+  const embedded = (name) => $(name)?.textContent;
+  const isOneFile = embedded("model.json") !== undefined;
 
-  const stop = new AbortController();
+  const downloads = new AbortController();
 
   async function read(name, progress = () => {}) {
-    if (isInside) {
-      const text = atob(inside(name));
+    if (isOneFile) {
+      const text = atob(embedded(name));
       const bytes = new Uint8Array(text.length);
       for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
       return bytes.buffer;
     }
-    const response = await fetch(name, { signal: stop.signal });
-    if (!response.ok) throw new Error(`${name} is not there (HTTP ${response.status}).`);
+    const response = await fetch(name, { signal: downloads.signal });
+    if (!response.ok) throw new Error(`${name} is missing (HTTP ${response.status}).`);
     const parts = [];
     for (const reader = response.body.getReader(); ; ) {
       const { done, value } = await reader.read();
@@ -87,24 +87,24 @@ async function showPage() {
 
   // -- the worker: one task at a time
 
-  const ask = (question, moved) =>
+  const run = (task, transfer) =>
     new Promise((resolve, reject) => {
       worker.onmessage = ({ data }) => ("error" in data ? reject(new Error(data.error)) : resolve(data.answer));
       worker.onerror = (event) => reject(new Error(event.message || "its worker cannot be started"));
-      worker.postMessage(question, moved);
+      worker.postMessage(task, transfer);
     });
 
   async function loadModel() {
     if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly, or it is switched off.");
     const all = Object.values(about.bytes).reduce((sum, bytes) => sum + bytes);
     let loaded = 0;
-    say(`Loading ${(all / 1e6).toFixed(1)} MB …`);
+    setStatus(`Loading ${(all / 1e6).toFixed(1)} MB …`);
     const progress = (bytes) => ($("progress").value = (loaded += bytes) / all);
     const names = [about.runtime.script, about.runtime.wasm, about.model];
     const [script, wasm, model] = await Promise.all(names.map((name) => read(name, progress)));
-    say("Starting the model …");
-    worker = new Worker(isInside ? URL.createObjectURL(new Blob([inside("app.js")])) : "app.js");
-    return ask({ task: "load", script, wasm, model }, [script, wasm, model]);
+    setStatus("Starting the model …");
+    worker = new Worker(isOneFile ? URL.createObjectURL(new Blob([embedded("app.js")])) : "app.js");
+    return run({ task: "load", script, wasm, model }, [script, wasm, model]);
   }
 
   // -- images -> pixels, with the rules of `upright.images.decode`
@@ -127,7 +127,7 @@ async function showPage() {
     let [x, y, w, h] = [0, 0, bitmap.width, bitmap.height];
     let goal = [width, height];
     if (!height) {
-      const factor = Math.min(1, MOST_PIXELS / Math.max(w, h));
+      const factor = Math.min(1, MAX_PIXELS / Math.max(w, h));
       goal = [w, h].map((length) => Math.max(1, Math.round(length * factor)));
     } else if (about.resize === "crop") {
       const factor = Math.min(w / width, h / height);
@@ -137,13 +137,13 @@ async function showPage() {
     context.imageSmoothingQuality = "high";
     context.drawImage(bitmap, x, y, w, h, 0, 0, ...goal);
     if (about.channels === 1) {
-      const image = context.getImageData(0, 0, ...goal);
-      const { data } = image;
+      const imageData = context.getImageData(0, 0, ...goal);
+      const { data } = imageData;
       for (let i = 0; i < data.length; i += 4) {
         // ITU-R 601, in Pillow's integers
         data.fill((data[i] * 19595 + data[i + 1] * 38470 + data[i + 2] * 7471 + 0x8000) >> 16, i, i + 3);
       }
-      context.putImageData(image, 0, 0);
+      context.putImageData(imageData, 0, 0);
     }
     return context;
   }
@@ -156,13 +156,13 @@ async function showPage() {
     const pixels = new Uint8Array(count * one);
     for (let i = 0, o = 0; i < data.length; i += 4) for (let c = 0; c < channels; c++) pixels[o++] = data[i + c];
     for (let n = 1; n < count; n++) pixels.copyWithin(n * one, 0, one);
-    const outputs = await ask({ task: "run", pixels, shape: [count, height, width, channels] }, [pixels.buffer]);
+    const outputs = await run({ task: "run", pixels, shape: [count, height, width, channels] }, [pixels.buffer]);
     return { ...outputs, probabilities: outputs.probabilities.data.slice(0, about.classes.length) };
   }
 
   // -- the image, its angle and its size
 
-  let picture; // {context, edge, remark}
+  let image; // {context, edge}, before rotation
   let angle = 0;
   let size = 1;
 
@@ -178,7 +178,8 @@ async function showPage() {
     return sums.map((sum) => Math.round(sum / count));
   }
 
-  const lying = ({ width, height }, degrees) =>
+  // The matrix from the image to the canvas.
+  const placement = ({ width, height }, degrees) =>
     new DOMMatrix()
       .translate(width / 2, height / 2)
       .rotate(degrees)
@@ -186,21 +187,21 @@ async function showPage() {
       .translate(-width / 2, -height / 2);
 
   function draw(context, degrees) {
-    const { canvas } = picture.context;
+    const { canvas } = image.context;
     const { width, height } = canvas;
     if (context.canvas.width !== width || context.canvas.height !== height) {
       Object.assign(context.canvas, { width, height });
     }
     context.setTransform(1, 0, 0, 1, 0, 0);
-    context.fillStyle = `rgb(${picture.edge.join(", ")})`;
+    context.fillStyle = `rgb(${image.edge.join(", ")})`;
     context.fillRect(0, 0, width, height);
-    context.setTransform(lying(canvas, degrees));
+    context.setTransform(placement(canvas, degrees));
     context.drawImage(canvas, 0, 0);
     return context;
   }
 
   function show(context, remark = "", sample = null) {
-    picture = { context, edge: edgeOf(context) };
+    image = { context, edge: edgeOf(context) };
     const { width, height } = context.canvas;
     $("input").className = Math.max(width, height) > 100 ? "fine" : "";
     $("remark").textContent = remark;
@@ -216,7 +217,7 @@ async function showPage() {
       const [from, to] = [bitmap, context.canvas].map(({ width, height }) => `${width} x ${height}`);
       show(context, from === to ? "" : `: ${to} of ${from} pixels`);
     } catch {
-      say(`“${file.name}” is no picture that this browser can read.`, "bad");
+      setStatus(`This browser cannot read “${file.name}” as an image.`, "bad");
     }
   }
 
@@ -231,7 +232,7 @@ async function showPage() {
     place(0, 1);
   }
 
-  // `keepCurve`: true if the curve is still valid.
+  // `keepCurve`: true if the curve stays valid, because only the angle has changed.
   function changed(keepCurve = false) {
     draw(input, angle);
     stale = true;
@@ -266,21 +267,21 @@ async function showPage() {
   const checked = { count: 0, wrong: [], largest: 0 };
 
   async function work() {
-    const aside = blank(1, 1);
+    const offscreen = blank(1, 1);
     for (;;) {
       try {
         if (stale) {
           stale = false;
           showAnswer(await answer(input));
-          if ($("status").className === "bad" && !checked.wrong.length) sayChecked();
+          if ($("status").className === "bad" && !checked.wrong.length) showCheck();
         } else if (checked.count < about.samples.length) {
           await checkOne(about.samples[checked.count]);
         } else if (unswept.length) {
           const degrees = unswept.shift();
-          const of = picture;
-          const by = size;
-          const { probabilities } = await answer(draw(aside, degrees));
-          if (of === picture && by === size && unswept.length < SWEEP.length) curve.set(degrees, probabilities);
+          const [imageBefore, sizeBefore] = [image, size];
+          const { probabilities } = await answer(draw(offscreen, degrees));
+          const isCurrent = imageBefore === image && sizeBefore === size;
+          if (isCurrent && unswept.length < SWEEP.length) curve.set(degrees, probabilities);
           drawCurves();
         } else {
           await new Promise((resolve) => (wake = resolve));
@@ -288,7 +289,7 @@ async function showPage() {
       } catch (error) {
         unswept = [];
         const { width, height } = input.canvas;
-        say(`The model cannot take this picture of ${width} x ${height} pixels: ${error.message}`, "bad");
+        setStatus(`The model does not accept this image of ${width} x ${height} pixels: ${error.message}`, "bad");
       }
     }
   }
@@ -299,16 +300,16 @@ async function showPage() {
     checked.count++;
     checked.largest = Math.max(checked.largest, difference);
     if (!(difference <= about.tolerance)) checked.wrong.push(sample.file);
-    sayChecked();
+    showCheck();
   }
 
-  function sayChecked() {
+  function showCheck() {
     const { count, wrong, largest } = checked;
-    const of = about.samples.length;
-    if (count < of) return say(`Checking ${of} samples …`);
+    const total = about.samples.length;
+    if (count < total) return setStatus(`Checking ${total} samples …`);
     const figures = `largest difference ${largest.toExponential(1)}, allowed ${about.tolerance.toExponential(0)}`;
-    if (wrong.length) say(`${wrong.length} of ${of} samples not as where it was exported (${figures}).`, "bad");
-    else say(`${of} of ${of} samples as where it was exported (${figures}).`, "good");
+    if (wrong.length) setStatus(`${wrong.length} of ${total} samples differ from the export (${figures}).`, "bad");
+    else setStatus(`${total} of ${total} samples match the export (${figures}).`, "good");
   }
 
   // -- the probabilities
@@ -364,13 +365,13 @@ async function showPage() {
 
   // Draw the view of a transformer: float32 (B, H, W, C), 0 to 255.
   function showView(canvas, { data, shape: [, height, width, channels] }) {
-    const image = new ImageData(width, height);
+    const imageData = new ImageData(width, height);
     for (let i = 0; i < width * height; i++) {
-      for (let c = 0; c < 3; c++) image.data[4 * i + c] = data[i * channels + (channels === 3 ? c : 0)];
-      image.data[4 * i + 3] = 255;
+      for (let c = 0; c < 3; c++) imageData.data[4 * i + c] = data[i * channels + (channels === 3 ? c : 0)];
+      imageData.data[4 * i + 3] = 255;
     }
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-    canvas.getContext("2d").putImageData(image, 0, 0);
+    canvas.getContext("2d").putImageData(imageData, 0, 0);
   }
 
   // -- the curves: probability over the angle
@@ -442,7 +443,7 @@ async function showPage() {
       return at;
     };
     const [low, high] = [reach(-STEP), reach(STEP)];
-    const range = low === high ? "at 0° alone" : `from ${low}° to ${high}°`.replaceAll("-", "−");
+    const range = low === high ? "only at 0°" : `from ${low}° to ${high}°`.replaceAll("-", "−");
     const span = high - low >= 360 ? "at every angle" : range;
     return `Stays “${about.classes[first]}” ${span}`;
   }
@@ -459,7 +460,7 @@ async function showPage() {
     let last = performance.now();
     requestAnimationFrame(function frame(now) {
       if (!spinning) return;
-      // With reduced motion, show a still image, and after a pause the next one.
+      // With reduced motion, show still images with pauses between them.
       if (!calm.matches || now - last > 750) {
         const next = angle + (calm.matches ? 15 : (SPEED * Math.min(now - last, 100)) / 1000);
         last = now;
@@ -480,10 +481,10 @@ async function showPage() {
       const scale = Math.min(canvas.clientWidth / width, canvas.clientHeight / height);
       const x = (clientX - box.left - box.width / 2) / scale + width / 2;
       const y = (clientY - box.top - box.height / 2) / scale + height / 2;
-      return lying(canvas, angle).inverse().transformPoint({ x, y });
+      return placement(canvas, angle).inverse().transformPoint({ x, y });
     };
     const stroke = (to) => {
-      const { context, edge } = picture;
+      const { context, edge } = image;
       const { width, height } = context.canvas;
       const isDark = edge[0] + edge[1] + edge[2] < 384;
       context.strokeStyle = grey(isDark ? 255 : 0);
@@ -513,7 +514,7 @@ async function showPage() {
     for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (from = undefined));
   }
 
-  // -- the page as a whole
+  // -- setting up the page
 
   function listen() {
     listenToPen();
@@ -537,12 +538,12 @@ async function showPage() {
     const { views } = about;
     views.forEach((id, i) => {
       const [width, height] = [1, 1];
-      const caption = views.length > 1 ? `What transformer ${i + 1} sees` : "What the transformer sees";
+      const caption = views.length > 1 ? `Output of transformer ${i + 1}` : "Output of the transformer";
       const canvas = element("canvas", { id, width, height, role: "img", ariaLabel: caption });
       $("views").append(element("figure", {}, canvas, element("figcaption", { textContent: caption })));
     });
     $("views").className = views.length > 1 ? "several" : "";
-    $("look").className = views.length ? "with-views" : "";
+    $("image").className = views.length ? "with-views" : "";
   }
 
   async function makeSamples() {
@@ -559,8 +560,8 @@ async function showPage() {
   try {
     if (location.protocol === "file:" && !isInside) {
       throw new Error(
-        "browsers read no files beside a page that is opened from a disk. Serve its folder " +
-          "(python -m http.server, then http://localhost:8000), or make the page with --one-file.",
+        "a page that is opened from a disk cannot read other files. Serve its folder " +
+          "(python -m http.server, then http://localhost:8000), or write the page with --one-file.",
       );
     }
     about = JSON.parse(new TextDecoder().decode(await read("model.json")));
@@ -574,13 +575,13 @@ async function showPage() {
     const { precision, upright } = about;
     $("about").textContent =
       `The model (${precision}, ${(about.bytes[about.model] / 1e6).toFixed(2)} MB) runs in this page, ` +
-      `by onnxruntime-web ${runtime}; no picture leaves it. Made by Upright ${upright}.`;
+      `by onnxruntime-web ${runtime}; no image leaves it. Written by Upright ${upright}.`;
     $("progress").hidden = true;
     work();
   } catch (error) {
     // Stop the downloads that are in progress, so that they do not change the status.
-    stop.abort();
+    downloads.abort();
     $("progress").hidden = true;
-    say(`The model cannot be loaded: ${error.message}`, "bad");
+    setStatus(`The model cannot be loaded: ${error.message}`, "bad");
   }
 }

@@ -29,23 +29,24 @@ from upright.runs.drawing import (
     draw_curves,
     draw_tiles,
     pixels_of,
-    save_picture,
+    save_png,
 )
+from upright.runs.loggers import log_picture
 from upright.tables import read_rows
 from upright.training.classifier import ImageClassifier
 
 
-def picture_epochs(epochs: int) -> set[int]:
+def plot_epochs(epochs: int) -> set[int]:
     """Return the epochs, from 0, after which plots are drawn: at most ten, evenly spread, including first and last."""
     return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
 
 
-class RunPictures(Callback):
+class RunPlots(Callback):
     """Draw the validation split at some epochs, into the run's folder and every logger that takes images.
 
     The files are ``samples.png``, ``mistakes.png``, ``confusion.png``, ``transformer.png``, and at the end
-    ``curves.png``. The callback uses the outputs of the regular validation pass. It runs no pass of its own and draws
-    no random number. With several processes, the first one draws its share of the images, and the confusion matrix of
+    ``curves.png``. The callback uses the outputs of the regular validation pass. It runs no pass of its own and uses
+    no random numbers. With several processes, the first one draws its share of the images, and the confusion matrix of
     all.
 
     The state contains the transformer's outputs at earlier epochs, as a small PNG per epoch.
@@ -54,15 +55,17 @@ class RunPictures(Callback):
         folder: the folder of the run.
     """
 
-    SHOWN = 24
+    MAX_IMAGES = 24
     """Maximum number of images on a sheet."""
-    ROWS, SIDE = 10, 64
+    MAX_ROWS, TILE_SIDE = 10, 64
     """Maximum number of rows in ``transformer.png``, and the side of each image in pixels."""
+    state_key = "RunPictures"
+    """Name of the state in a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._epoch = self._drawn = -1
-        self._answers: list[tuple[Tensor, ...]] = []
+        self._predictions: list[tuple[Tensor, ...]] = []
         # Positions of the images that have rows in transformer.png, and their places in each batch.
         self._rows: list[int] = []
         self._places: dict[int, list[tuple[int, int]]] = {}
@@ -80,7 +83,7 @@ class RunPictures(Callback):
 
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._answers, self._views = [], {}
+        self._predictions, self._views = [], {}
 
     @rank_zero_only
     def on_validation_batch_end(
@@ -97,20 +100,20 @@ class RunPictures(Callback):
         if trainer.sanity_checking or not isinstance(data, ImageDataModule):
             return
         assert isinstance(pl_module, ImageClassifier)
-        self._answers.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))
+        self._predictions.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))
         if not (last := last_of(outputs["observations"])):
             return
         if not self._rows:
             share = torch.arange(0, len(data.samples("val")), trainer.world_size)
             share = share[: int(trainer.num_val_batches[0]) * data.batch_size]
-            self._rows = _one_per_class(data, share, self.ROWS // len(last))
+            self._rows = _one_per_class(data, share, self.MAX_ROWS // len(last))
         if batch_idx not in self._places:
             here = batch.position.tolist()
             self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
         for place, row in self._places[batch_idx]:
             image = batch.images[place, None]
-            normalised = pl_module.model.normalised(image)
-            views = [pl_module.model.shown(_select_image(each, place).view(normalised)) for each in last]
+            normalised = pl_module.model.normalise(image)
+            views = [pl_module.model.denormalise(_select_image(each, place).view(normalised)) for each in last]
             self._views[row] = [image, *views]
 
     @rank_zero_only
@@ -120,7 +123,7 @@ class RunPictures(Callback):
         self._epoch = trainer.current_epoch
         # An epoch without validation is drawn after the next validation.
         since = range(self._epoch - (trainer.check_val_every_n_epoch or 1) + 1, self._epoch + 1)
-        if not picture_epochs(epochs_of(trainer)).isdisjoint(since):
+        if not plot_epochs(epochs_of(trainer)).isdisjoint(since):
             self._draw(trainer, pl_module)
 
     @rank_zero_only
@@ -130,20 +133,22 @@ class RunPictures(Callback):
             self._draw(trainer, pl_module)
         if rows := read_rows(self.folder / "metrics.csv"):
             title = f"{self.folder.name}, {len(rows)} epochs" if len(rows) > 1 else f"{self.folder.name}, 1 epoch"
-            save_picture(draw_curves(title, rows), self.folder / "curves.png")
+            save_png(draw_curves(title, rows), self.folder / "curves.png")
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not self._answers or not isinstance(data, ImageDataModule):
+        if not self._predictions or not isinstance(data, ImageDataModule):
             return
         assert isinstance(pl_module, ImageClassifier)
         self._drawn = self._epoch
         when = f"Validation, epoch {self._epoch + 1} of {epochs_of(trainer)}"
-        position, labels, confidence, predicted = (torch.cat(part).cpu() for part in zip(*self._answers, strict=True))
+        position, labels, confidence, predicted = (
+            torch.cat(part).cpu() for part in zip(*self._predictions, strict=True)
+        )
         mistakes = (predicted != labels).nonzero().flatten()
-        worst = mistakes[confidence[mistakes].argsort(descending=True, stable=True)][: self.SHOWN]
+        worst = mistakes[confidence[mistakes].argsort(descending=True, stable=True)][: self.MAX_IMAGES]
         # A fixed seed selects the same images at every epoch.
-        some = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[: self.SHOWN])
+        some = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[: self.MAX_IMAGES])
 
         def sheet(title: str, rows: Tensor) -> Image.Image:
             names, answers = data.spec.classes, zip(predicted[rows], confidence[rows], labels[rows], strict=True)
@@ -153,27 +158,26 @@ class RunPictures(Callback):
             ]
             return draw_tiles(title, pixels_of(data.samples("val")[position[rows]].images), captions)
 
-        pictures = {
-            "samples": sheet(f"{when}: some of {len(labels):,} images, as predicted", some),
-            "mistakes": sheet(f"{when}: the surest of {len(mistakes):,} mistakes", worst)
+        plots = {
+            "samples": sheet(f"{when}: some of {len(labels):,} images, with predictions", some),
+            "mistakes": sheet(f"{when}: the most confident of {len(mistakes):,} mistakes", worst)
             if len(mistakes)
             else draw_tiles(f"{when}: no mistakes among {len(labels):,} images", [], []),
         }
         if pl_module.confusion is not None:
-            pictures["confusion"] = draw_confusion(when, pl_module.confusion, data.spec.classes)
+            plots["confusion"] = draw_confusion(when, pl_module.confusion, data.spec.classes)
         if self._views:
             self._add_column()
             samples, views = data.samples("val"), len(data.views("val").names)
             labels = samples.labels[torch.tensor(self._rows) // views]
             columns = {name: Image.open(io.BytesIO(png)) for name, png in self._columns.items()}
-            title = f"{when}: what the spatial transformer makes of them"
-            pictures["transformer"] = draw_columns(title, [data.spec.classes[label] for label in labels], columns)
-        for name, picture in pictures.items():
+            title = f"{when}: outputs of the spatial transformer"
+            plots["transformer"] = draw_columns(title, [data.spec.classes[label] for label in labels], columns)
+        for name, plot in plots.items():
             path = self.folder / f"{name}.png"
-            save_picture(picture, path)
+            save_png(plot, path)
             for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
-                    logger.log_image(f"val/{name}", [str(path)], step=trainer.global_step - 1)
+                log_picture(logger, f"val/{name}", path, trainer.global_step - 1)
 
     def _add_column(self) -> None:
         branches = len(next(iter(self._views.values()))) - 1
@@ -185,8 +189,8 @@ class RunPictures(Callback):
             )
             inputs += [image] + [None] * (branches - 1)
             outputs += views
-        self._columns.setdefault("as it came", _png(inputs, self.SIDE))
-        self._columns[f"epoch {self._epoch + 1}"] = _png(outputs, self.SIDE)
+        self._columns.setdefault("as it came", _png(inputs, self.TILE_SIDE))
+        self._columns[f"epoch {self._epoch + 1}"] = _png(outputs, self.TILE_SIDE)
 
 
 def _one_per_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
@@ -232,9 +236,9 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as observations:
             predicted = classifier(images).argmax(dim=1).tolist()
-            normalised = classifier.model.normalised(images)
-            outputs = [classifier.model.shown(last.view(normalised)) for last in last_of(observations)]
+            normalised = classifier.model.normalise(images)
+            outputs = [classifier.model.denormalise(last.view(normalised)) for last in last_of(observations)]
         rows = [pixels_of(batch) for batch in (images, *outputs)]
         blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
-    title = f"{title}: above as it came, below as the spatial transformer turned it, with the prediction"
+    title = f"{title}: input above, output of the spatial transformer below, with the prediction"
     return draw_blocks(title, [name + views.unit for name in views.names], blocks)

@@ -29,7 +29,7 @@ class Row(NamedTuple):
     place: str
 
 
-class Pictures(ImageDataModule):
+class ImageFiles(ImageDataModule):
     """Images of any size and format. A subclass finds the files; it implements `classes`, `rows` and `where`.
 
     Args:
@@ -91,7 +91,7 @@ class Pictures(ImageDataModule):
             self.check_classes(split, {rows[index].label for index in indices})
         paths, labels, _, names, _ = zip(*rows, strict=True)
         return Source(
-            _Decoded(paths, spec), [numbers[label] for label in labels], names, None if "" in splits else splits, paths
+            _Files(paths, spec), [numbers[label] for label in labels], names, None if "" in splits else splits, paths
         )
 
     def check_classes(self, split: str, labels: set[str]) -> None:
@@ -100,8 +100,8 @@ class Pictures(ImageDataModule):
             raise UserError(f"No image in class {empty} of {self.where(split)}.")
 
 
-class _Decoded(Sequence[Pixels]):  # its name is part of the cache's key
-    """Images, decoded at every access."""
+class _Files(Sequence[Pixels]):  # its name is part of the cache's key
+    """Images that are decoded at every access."""
 
     def __init__(self, paths: Sequence[Path], spec: ImageSpec) -> None:
         self.paths, self.spec = paths, spec

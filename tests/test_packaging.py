@@ -1,0 +1,148 @@
+"""Tests of the lock, the sdist, the release notes, and the files that GitHub reads."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
+PACKAGES = {package["name"]: package for package in LOCK["package"]}
+
+
+def required() -> set[tuple[str, ...]]:
+    """Extra, name, extras and versions of every dependency in pyproject.toml."""
+    extras = {"": PROJECT["project"]["dependencies"]} | PROJECT["project"]["optional-dependencies"]
+    pairs = ((extra, Requirement(text)) for extra, texts in extras.items() for text in texts)
+    return {(extra, canonicalize_name(each.name), *sorted(each.extras), str(each.specifier)) for extra, each in pairs}
+
+
+def locked() -> set[tuple[str, ...]]:
+    """The same of uv.lock, which writes the extra as a marker."""
+    rows = set()
+    for each in PACKAGES["upright"]["metadata"]["requires-dist"]:
+        extra = re.search(r"extra == '(.+?)'", each.get("marker", ""))
+        requirement = Requirement(f"{each['name']}{each.get('specifier', '')}")
+        rows.add((extra[1] if extra else "", each["name"], *sorted(each.get("extras", [])), str(requirement.specifier)))
+    return rows
+
+
+def test_the_lock_agrees_with_pyproject() -> None:
+    assert locked() == required(), "run `make lock`"
+    assert PACKAGES["upright"]["version"] == PROJECT["project"]["version"], "run `make lock`"
+    assert LOCK["requires-python"] == PROJECT["project"]["requires-python"], "run `make lock`"
+
+
+def test_the_lock_has_the_versions_of_the_constraints() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert {name: PACKAGES[name]["version"] for name in pins} == pins, "run `make lock`"
+
+
+def test_the_lock_installs_from_pypi() -> None:
+    sources = [package["source"] for package in PACKAGES.values() if package["name"] != "upright"]
+    assert sources == [{"registry": "https://pypi.org/simple"}] * (len(PACKAGES) - 1)
+    urls = re.findall(r'url = "([^"]+)"', (ROOT / "uv.lock").read_text())
+    assert len(urls) > len(sources) and all(url.startswith("https://files.pythonhosted.org/packages/") for url in urls)
+
+
+@pytest.fixture
+def tracked() -> list[str]:
+    """The files of the repository that git does not ignore."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("the checkout is not a git repository")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+def test_the_sdist_has_every_file(tracked: list[str], tmp_path: Path) -> None:
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "src/upright/__pycache__").mkdir()
+    (tmp_path / "src/upright/__pycache__/cli.pyc").touch()
+    program = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    assert archive.name == f"upright-{PROJECT['project']['version']}.tar.gz"
+    with tarfile.open(archive) as tar:
+        packed = {member.name.partition("/")[2] for member in tar if member.isfile()}
+    assert set(tracked) - packed == set(), "MANIFEST.in leaves these out"
+    generated = re.compile(r"PKG-INFO|setup\.cfg|src/upright\.egg-info/")
+    assert [name for name in packed - set(tracked) if not generated.match(name)] == []
+
+
+CHANGELOG = """# Changelog
+
+## [Unreleased]
+
+## [1.2.0] - 2026-03-01
+
+Two lines,
+### and a heading
+
+## [1.1.0] - 2026-02-01
+
+Older.
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "tag", "changelog", "answer"),
+    [
+        ("1.2.0", "v1.2.0", CHANGELOG, "Two lines,\n### and a heading\n"),
+        ("1.1.0", "v1.1.0", CHANGELOG, "Older.\n"),
+        (
+            "1.2.0",
+            "v1.2.1",
+            CHANGELOG,
+            "The tag is 'v1.2.1', and pyproject.toml has version 1.2.0: the tag must be",
+        ),
+        ("1.3.0", "v1.3.0", CHANGELOG, "CHANGELOG.md needs a section '## [1.3.0] - YYYY-MM-DD' with text."),
+        ("1.2.0", "v1.2.0", CHANGELOG.replace(" - 2026-03-01", ""), "needs a section '## [1.2.0] - YYYY-MM-DD'"),
+        ("1.2.0", "v1.2.0", "## [1.2.0] - 2026-03-01\n\n## [1.1.0] - 2026-02-01\n\nOlder.\n", "with text"),
+        ("1.2.0", "v1.2.0", CHANGELOG.replace("1.2.0", "1x2.0"), "needs a section"),
+    ],
+)
+def test_the_notes_of_a_release(version: str, tag: str, changelog: str, answer: str, tmp_path: Path) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/release_notes.py", tmp_path / ".ci")
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "{version}"\n')
+    (tmp_path / "CHANGELOG.md").write_text(changelog)
+    process = subprocess.run(
+        [sys.executable, tmp_path / ".ci/release_notes.py", tag], capture_output=True, text=True, check=False
+    )
+    if process.returncode == 0:
+        assert process.stdout == answer
+    else:
+        assert answer in process.stderr and process.stderr.count("\n") == 1 and process.stdout == ""
+
+
+def test_the_release_checks_before_it_publishes() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    jobs = workflow["jobs"]
+    assert jobs["pypi"]["needs"] == "build" and jobs["github"]["needs"] == "pypi"
+    assert [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})] == ["pypi"]
+    commands = " ".join(step.get("run", "") for step in jobs["build"]["steps"])
+    for command in (".ci/release_notes.py", "python -m build", "twine check --strict", "upright verify"):
+        assert command in commands
+    actions = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
+    assert actions and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in actions)
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_a_form_for_issues(name: str) -> None:
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    needed = {part["id"] for part in form["body"] if part.get("validations", {}).get("required")}
+    assert needed >= ({"version", "command", "output"} if name == "bug" else {"goal"})
