@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.conftest import ROOT, Upright
 from upright.new import NAME, TEMPLATE, render
@@ -96,9 +97,9 @@ def test_a_broken_line_names_its_command(upright: Upright, tmp_path: Path) -> No
         ("..", "Project name '..' must be"),
         ("lambda", "'lambda' is a keyword of Python"),
         ("tests", "'tests' is the name of another folder of the project"),
-        ("upright", "Python already has a module 'upright' here"),
-        ("statistics", "Python already has a module 'statistics' here"),
-        ("scikit/torch", "Project name 'torch': Python already has a module 'torch' here"),
+        ("upright", "Python already imports 'upright' from '"),
+        ("statistics", "Python already imports 'statistics'"),
+        ("scikit/torch", "Project name 'torch': Python already imports 'torch' from '"),
     ],
 )
 def test_a_name_that_cannot_be_used(name: str, text: str, upright: Upright, tmp_path: Path) -> None:
@@ -199,6 +200,8 @@ def test_without_an_address_the_answers_ask_for_it(project: Path, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_page_runs_on_the_wheel_alone(tmp_path: Path) -> None:
+    from upright.testing import QUICK
+
     sources = tmp_path / "sources"
     shutil.copytree(ROOT / "src", sources / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -220,7 +223,21 @@ def test_the_page_runs_on_the_wheel_alone(tmp_path: Path) -> None:
     assert "Verified 'export/digits'" in out and "3 passed" in out and "checkpoints/wide/best.ckpt" in out
     where = run(python, "-c", "import upright; print(upright.__file__)", cwd=empty, **environment)
     assert where.startswith(str(packages))
-    assert all((empty / "my-project" / path).is_file() for path in render("my-project", "my_project"))
+    project = empty / "my-project"
+    assert all((project / path).is_file() for path in render("my-project", "my_project"))
+
+    # The project's own README, with two classes of images.
+    for number in range(20):
+        image = project / "my-images" / ("cat", "dog")[number % 2] / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30 + number), (10 * number, 0, 0)).save(image)
+    readme = (project / "README.md").read_text()
+    lines = re.findall(r"^upright .*", readme, flags=re.M)
+    assert len(lines) == 3
+    for line in lines:
+        quick = " " + " ".join(QUICK) if line.startswith("upright fit") else ""
+        run("bash", "-euxc", line + quick, cwd=project, **environment)
+    assert (project / "checkpoints/my-images/best.ckpt").is_file()
 
 
 def script(page: str) -> str:

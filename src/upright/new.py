@@ -65,8 +65,10 @@ def package_name(name: str) -> str:
     if package in TAKEN:
         raise UserError(f"Project name '{name}' is the name of another folder of the project; give another name.")
     # A folder without modules has a spec, too, but no origin.
-    if package in sys.stdlib_module_names or getattr(find_spec(package), "origin", None):
-        raise UserError(f"Project name '{name}': Python already has a module '{package}' here; give another name.")
+    origin = getattr(find_spec(package), "origin", None)
+    if origin or package in sys.stdlib_module_names:
+        where = f" from '{origin}'" if origin else ""
+        raise UserError(f"Project name '{name}': Python already imports '{package}'{where}; give another name.")
     return package
 
 
