@@ -11,6 +11,7 @@ from email.message import Message
 from glob import glob
 from pathlib import Path
 
+import copier
 import pytest
 import torch
 import yaml
@@ -169,7 +170,6 @@ def repository(tmp_path: Path) -> Path:
 def test_copier_writes_and_updates_the_same_project(
     repository: Path, upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copier = pytest.importorskip("copier", reason="pip install copier")
     about = Message()
     about["Version"], about["Project-URL"] = "0.1.0", f"Repository, {repository}"
     monkeypatch.setattr("upright.new.metadata", lambda _: about)

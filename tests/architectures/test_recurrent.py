@@ -54,7 +54,11 @@ def test_dropout_is_between_layers_and_before_the_output() -> None:
 
 @pytest.mark.parametrize(
     ("cell", "order", "layers", "bidirectional"),
-    [("lstm", "rows", 2, True), ("gru", "pixels", 1, False), ("rnn", "columns", 1, True)],
+    [
+        ("lstm", "rows", 2, True),
+        pytest.param("gru", "pixels", 1, False, marks=pytest.mark.slow),
+        ("rnn", "columns", 1, True),
+    ],
 )
 def test_onnx_equals_pytorch_at_any_batch(cell, order, layers: int, bidirectional: bool, tmp_path: Path) -> None:
     spec = ImageSpec(1, 6, 5, ("a", "b", "c"), (0.5,), (0.2,))

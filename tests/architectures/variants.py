@@ -137,7 +137,9 @@ VARIANTS = NETWORKS + TRANSFORMERS
 
 SLOW_TO_EXPORT = re.compile(
     "inception|googlenet$|googlenet-batch|resnet-50|resnet-18-plain|small-resnet-20|vgg-1|nin$|alexnet-i"
-    "|alexnet-paper|mlp-|lenet-|lstm-pixels|transformer-(nearest|inside-resnet|two|before|translation|affine-dense)"
+    "|alexnet-paper|mlp-|lenet-|lstm-|gru-columns|rnn-rows-b|googlenet-small|resnet-18|small-resnet-plain|nin-small"
+    "|transformer-(nearest|bicubic|inside-resnet|two|before|translation|affine-dense|attention-smaller|stacked"
+    "|similarity-larger|projective-reflection)"
 )
 """Variants that are exported in slow tests: their graphs are large, or their layers are those of other variants."""
 

@@ -163,6 +163,7 @@ print(data.manifest.digest, int(data.samples("train")[:].images.sum()), flush=Tr
 """
 
 
+@pytest.mark.slow
 def test_two_processes_wait_for_each_other_and_survive_a_killed_third(photos: Path) -> None:
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-c", FILL, str(photos)]

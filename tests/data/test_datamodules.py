@@ -177,7 +177,7 @@ def test_an_unreadable_image_is_named(photos: Path, tmp_path: Path) -> None:
         for number in range(10):
             Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
     (tmp_path / "a" / "3.png").write_text("not an image")
-    with pytest.raises(UprightError, match=r"a/3.png' is not an image"):
+    with pytest.raises(UprightError, match=r"a/3.png' is in none of the formats"):
         _ = Folder(root=str(tmp_path)).manifest
 
 

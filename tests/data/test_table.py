@@ -201,6 +201,6 @@ def test_invalid_files_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_invalid_image_is_named(root: Path) -> None:
     (root / "größe/2-0.png").write_bytes(b"")
     data = Table(file=write(root, *rows(root)))
-    with pytest.raises(UprightError, match=r"größe/2-0.png' is not an image"):
+    with pytest.raises(UprightError, match=r"größe/2-0.png' is in none of the formats"):
         data.source.images[0]
     assert data.source.images[1].dtype == np.uint8

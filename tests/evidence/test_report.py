@@ -227,6 +227,7 @@ def test_only_force_replaces_an_existing_report(pair: Path, trained: Path, tmp_p
     assert answer.code == 2 and "'mine' is not a report (it has no report.json), so it is not replaced" in answer.err
 
 
+@pytest.mark.slow
 def test_names_distinguish_models_and_the_folder_has_all_names(
     run_folder: Path, bundle: Path, upright: Upright
 ) -> None:

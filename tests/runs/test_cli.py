@@ -139,6 +139,7 @@ init_args:
 """
 
 
+@pytest.mark.slow
 def test_augmentations_of_kornia_work_and_are_recorded(upright: Upright, tmp_path: Path) -> None:
     from upright.training.restoring import restore
 
@@ -281,6 +282,7 @@ def test_a_complete_run_and_another_optimiser_cannot_resume(upright: Upright, ru
     assert answer.code == 2 and "was trained with model.optimizer torch.optim" in answer.err
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_test_as_one(upright: Upright, tmp_path: Path) -> None:
     def run(*arguments: object) -> None:
         command = [sys.executable, "-m", "upright", *map(str, arguments)]
@@ -397,6 +399,7 @@ def test_a_target_that_cannot_be_written(upright: Upright, tmp_path: Path, run_f
     assert answer.code == 2 and "No such file or directory" in answer.err and answer.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_new_architecture_is_one_file_and_one_yaml(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "strip.py").write_text(
         "from torch import nn\n"

@@ -146,6 +146,7 @@ def test_plots_do_not_change_training(upright: Upright, tmp_path: Path, monkeypa
     assert all(torch.equal(value, theirs["state_dict"][name]) for name, value in ours["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_is_drawn_at_its_end(
     upright: Upright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

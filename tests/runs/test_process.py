@@ -18,6 +18,7 @@ def threads(**environment: str) -> int:
     return int(subprocess.run(command, env=others | environment, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_one_core_is_not_used() -> None:
     assert threads() == max(1, joblib.cpu_count() - 1)
     assert threads(LOKY_MAX_CPU_COUNT="1") == 1

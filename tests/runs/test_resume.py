@@ -43,6 +43,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path) -> None:
     assert [row["epoch"] for row in rows_of(folder / "checkpoints/killed")] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_second_kill_within_an_accumulation(tmp_path: Path) -> None:
     folder = prepare(tmp_path, AVERAGED)
     options = ("--save_every_n_steps", 2, "--trainer.accumulate_grad_batches", 3, "--trainer.max_epochs", 2)

@@ -287,6 +287,7 @@ def until(path: Path) -> str:
     raise AssertionError(f"{path} was not written")
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_runs_a_sweep(start_sweep: Callable[..., subprocess.Popen[str]], stub: Sweep) -> None:
     process = start_sweep(2, sleep=60)
     until(FOLDER / "trial-000/pid")
@@ -296,7 +297,7 @@ def test_one_process_at_a_time_runs_a_sweep(start_sweep: Callable[..., subproces
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_stopped_sweep_resumes_its_trial(
     start_sweep: Callable[..., subprocess.Popen[str]], stub: Sweep, number: signal.Signals
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_stopped_sweep_resumes_its_trial(
     check_resumed(stub)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_its_trial(start_sweep: Callable[..., subprocess.Popen[str]], stub: Sweep) -> None:
     process = start_sweep(2, sleep=60)
     trial = int(until(FOLDER / "trial-000/pid"))
@@ -383,7 +385,7 @@ def test_real_trials_do_not_use_the_test_split(upright: Upright, tmp_path: Path)
         )
         metrics = torch.load(folder / "best.ckpt", weights_only=True)["upright"]["metrics"]
         assert record["val/loss"] == metrics["val/loss"]
-    assert "The test split was not opened for any of these runs." in " ".join(answer.out.split())
+    assert "None of these runs was evaluated on the test split." in " ".join(answer.out.split())
     assert not list(tmp_path.rglob("test*"))
     with pytest.raises(RuntimeError, match="the test split was touched"):
         upright("test", "--ckpt_path", folder / "best.ckpt")

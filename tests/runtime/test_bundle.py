@@ -1,5 +1,6 @@
 import json
 import random
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,10 @@ def rewrite(bundle: Path, **changes: object) -> None:
 
 
 def test_another_format_is_refused(bundle: Path, upright: Upright) -> None:
-    for version, advice in ((3, "Install a newer Upright."), (1, "Export it again.")):
-        rewrite(bundle, format=version)
+    for number, advice in ((3, "Install a newer Upright."), (1, "Export it again.")):
+        rewrite(bundle, format=number)
         answer = upright("verify", bundle)
-        expected = f"has format {version}, written by Upright 0.1.0; this version reads 2. {advice}"
+        expected = f"has format {number}, written by Upright {version('upright')}; this version reads 2. {advice}"
         assert answer.code == 2 and expected in answer.err
 
 
