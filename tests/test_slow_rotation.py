@@ -69,8 +69,7 @@ def test_ci_passes_the_commit_to_make_and_returns_its_exit_code(tmp_path: Path) 
 @pytest.mark.parametrize("path", sorted(ROOT.glob(".github/workflows/*.yml")), ids=lambda path: path.stem)
 def test_workflows_are_yaml_and_their_shell_parses(path: Path) -> None:
     workflow = yaml.safe_load(path.read_text())
-    for job in workflow["jobs"].values():
-        scripts = [step["run"] for step in job["steps"] if "run" in step]
-        assert scripts
-        for script in scripts:
-            subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    scripts = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert scripts
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -257,6 +257,7 @@ def test_names_distinguish_models_and_the_folder_has_all_names(
     assert json.loads(Path("alone/report.json").read_text())["models"][0]["test_openings"] is None
 
 
+@pytest.mark.slow
 def test_the_report_of_a_trial_counts_the_evaluations_of_all_trials(run_folder: Path, upright: Upright) -> None:
     sweep = Path("sweep")
     for name in ("best", "worse"):

@@ -28,6 +28,7 @@ def resume_arguments(line: str) -> list[str]:
     return shlex.split(line.partition("to resume: upright ")[2])
 
 
+@pytest.mark.slow
 def test_stopped_runs_resume_with_the_command_that_they_print(folder: Path, upright: Upright) -> None:
     run_to_end(folder, "complete", *DOWN_TO)
     process = fit(folder, "stopped", *DOWN_TO, "--save_every_n_steps", 7, kill_at="step:11", kill_with="SIGINT")

@@ -84,6 +84,7 @@ def test_a_truncated_checkpoint_is_not_used(folder: Path) -> None:
     assert "killed/last.ckpt' is not a complete checkpoint" in process.stderr and "--ckpt_path best" in process.stderr
 
 
+@pytest.mark.slow
 def test_auto_starts_resumes_and_completes_a_run(folder: Path) -> None:
     options = ("--ckpt_path", "auto", "--trainer.max_epochs", 2)
     # It is killed before a step, then with best.ckpt but without last.ckpt, then with both.

@@ -360,6 +360,7 @@ class Sealed(Digits):
 """
 
 
+@pytest.mark.slow
 def test_real_trials_do_not_use_the_test_split(upright: Upright, tmp_path: Path) -> None:
     (tmp_path / "sealed.py").write_text(SEALED)
     widths = [[6, 16, 120, 84], [4, 8, 30, 20]]
