@@ -245,8 +245,8 @@ class Benchmark(Options):
 class Serve(Options):
     """Classify images over HTTP.
 
-    POST /v1/classify, and the Open Inference Protocol (/v2). /docs describes both, /metrics is for Prometheus. Keys,
-    TLS and routing belong to the proxy in front.
+    POST /v1/classify, and the Open Inference Protocol (/v2). /docs describes both, /metrics is for Prometheus. Put a
+    reverse proxy in front for authentication, TLS and routing.
     """
 
     bundle: str = argument("a folder that `upright export` wrote")
@@ -316,17 +316,17 @@ class Report(Options):
 
 @dataclass(frozen=True)
 class Study(Options):
-    """Measure a textbook claim."""
+    """Test a textbook claim by experiment."""
 
     study: str | None = option(None, "name of the study; without a name, all studies are listed", positional=True)
     seeds: int = option(3, "runs per variant")
     quick: bool = option(False, "use scikit-learn's digits; this takes seconds and only checks that the study runs")
-    full: bool = option(False, "run the larger scale, if the study has one; it takes more than half an hour")
+    full: bool = option(False, "run the study at its larger scale, if it has one; this takes more than half an hour")
 
 
 @dataclass(frozen=True)
 class Demo(Options):
-    """Run all commands once, on real digits."""
+    """Train, test, export, verify and classify once, on real digits."""
 
     name: str = option("demo", "name of the run and of the bundle; existing ones are replaced")
 
@@ -348,11 +348,11 @@ class Fit(Options):
     )
     allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
     wandb: Literal["offline", "online", "off"] = option(
-        "offline", "track with Weights & Biases on this disk (`wandb sync` uploads it later), on its server, or not"
+        "offline", "log to Weights & Biases: on this disk (`wandb sync` uploads it later), on its server, or not at all"
     )
-    tensorboard: bool = option(False, "log to TensorBoard too, in the folder of the run")
-    mlflow: bool = option(False, "log to MLflow too, at $MLFLOW_TRACKING_URI or in ./mlflow.db")
-    save_every_n_steps: int = option(0, "also write last.ckpt after every so many steps of an epoch; 0 for never")
+    tensorboard: bool = option(False, "also log to TensorBoard, in the folder of the run")
+    mlflow: bool = option(False, "also log to MLflow, at $MLFLOW_TRACKING_URI or in ./mlflow.db")
+    save_every_n_steps: int = option(0, "also write last.ckpt after every N steps of an epoch; 0 turns this off")
     log_grad_norm: bool = option(False, "log the mean and the maximum of the gradient norm per epoch")
     compile: bool = option(False, "use torch.compile; the first step then takes a minute or two")
 
