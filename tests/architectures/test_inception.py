@@ -43,7 +43,7 @@ def test_parameters_and_sizes_of_the_published_network(cls, parameters, stages) 
 
 
 @pytest.mark.parametrize("cls", NETWORKS)
-def test_least_size(cls) -> None:
+def test_minimum_size(cls) -> None:
     with torch.device("meta"):
         assert cls((1, 75, 90), 3)(torch.empty(2, 1, 75, 90)).shape == (2, 3)
     with pytest.raises(ValueError, match=rf"{cls.__name__} needs images of at least 75x75 pixels, got 90x74"):

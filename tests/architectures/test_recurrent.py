@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from upright.architectures.recurrent import Recurrent, sequence
+from upright.architectures.recurrent import Recurrent, to_sequence
 from upright.exporting.graph import write_graph
 from upright.images import ImageSpec
 from upright.training.model import Model
@@ -30,16 +30,16 @@ def test_parameters_on_mnist() -> None:
 
 def test_order_of_reading() -> None:
     images = torch.arange(12).view(1, 2, 2, 3)  # channel one: 0 1 2, 3 4 5; channel two: 6 7 8, 9 10 11
-    assert sequence(images, "rows").tolist() == [[[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]]
-    assert sequence(images, "columns").tolist() == [[[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]]
-    assert sequence(images, "pixels").tolist() == [[[0, 6], [1, 7], [2, 8], [3, 9], [4, 10], [5, 11]]]
+    assert to_sequence(images, "rows").tolist() == [[[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]]
+    assert to_sequence(images, "columns").tolist() == [[[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]]
+    assert to_sequence(images, "pixels").tolist() == [[[0, 6], [1, 7], [2, 8], [3, 9], [4, 10], [5, 11]]]
 
 
 @pytest.mark.parametrize("cell", GATES)
 def test_the_state_is_that_of_the_last_layer_after_the_last_step_of_each_direction(cell) -> None:
     network = Recurrent((1, 4, 3), 2, cell=cell, hidden=5, layers=2, bidirectional=True)
     images = torch.randn(2, 1, 4, 3)
-    states, _ = network.recurrent(sequence(images, "rows"))
+    states, _ = network.recurrent(to_sequence(images, "rows"))
     expected = network.classifier(torch.cat([states[:, -1, :5], states[:, 0, 5:]], dim=1))
     torch.testing.assert_close(network(images), expected)
 

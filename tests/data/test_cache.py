@@ -203,7 +203,9 @@ def test_a_full_disk_is_an_error_and_leaves_a_valid_cache(photos: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: Full(path, mode))
-        with pytest.raises(UprightError, match=r"No space left on device. Set UPRIGHT_CACHE to a folder with room"):
+        with pytest.raises(
+            UprightError, match=r"No space left on device. Set UPRIGHT_CACHE to a folder with more space"
+        ):
             _ = folder(photos, cache="disk").images
     check_disk_equals_memory(photos)
 

@@ -185,5 +185,5 @@ def test_a_batch_truncated_between_two_images_is_refused(tmp_path: Path) -> None
     name = "cifar-10-batches-bin/data_batch_3.bin"
     members[name] = members[name][: 7 * 3073]
     put(tmp_path, members, "folder")
-    with pytest.raises(UprightError, match=r"data_batch_3.bin' holds 7 images and data_batch_1.bin 10: one"):
+    with pytest.raises(UprightError, match=r"data_batch_3.bin' has 7 images and data_batch_1.bin has 10: one"):
         _ = CIFAR10(root=str(tmp_path)).source

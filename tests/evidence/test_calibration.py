@@ -3,11 +3,11 @@ import pytest
 
 from upright.evidence.reporting.measures import (
     Bin,
+    apply_temperature,
     calibration_error,
-    fitted_temperature,
+    fit_temperature,
     log_loss,
     reliability,
-    tempered,
 )
 
 
@@ -16,25 +16,25 @@ def overconfident(count: int, temperature: float) -> tuple[np.ndarray, np.ndarra
     generator = np.random.default_rng(0)
     true = generator.dirichlet(np.full(4, 0.7), count)
     labels = (generator.random((count, 1)) > true.cumsum(axis=1)).sum(axis=1).clip(max=3)
-    return tempered(true, 1 / temperature), labels
+    return apply_temperature(true, 1 / temperature), labels
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_a_known_temperature_is_fitted(temperature: float) -> None:
     probabilities, labels = overconfident(100_000, temperature)
-    fitted = fitted_temperature(probabilities, labels)
+    fitted = fit_temperature(probabilities, labels)
     assert fitted is not None and fitted == pytest.approx(temperature, rel=0.03)
-    best = log_loss(tempered(probabilities, fitted), labels)
+    best = log_loss(apply_temperature(probabilities, fitted), labels)
     for other in (0.97 * fitted, 1.03 * fitted):
-        assert best < log_loss(tempered(probabilities, other), labels)
-    bins = reliability(tempered(probabilities, fitted), labels, np.arange(len(labels)))
+        assert best < log_loss(apply_temperature(probabilities, other), labels)
+    bins = reliability(apply_temperature(probabilities, fitted), labels, np.arange(len(labels)))
     assert calibration_error(bins) < 0.01
 
 
 def test_without_wrong_predictions_there_is_no_temperature() -> None:
     probabilities, _ = overconfident(1000, 1)
-    assert fitted_temperature(probabilities, probabilities.argmax(axis=1)) is None
-    assert fitted_temperature(np.full((10, 4), 0.25), np.arange(10) % 4) is None
+    assert fit_temperature(probabilities, probabilities.argmax(axis=1)) is None
+    assert fit_temperature(np.full((10, 4), 0.25), np.arange(10) % 4) is None
 
 
 def test_a_temperature_divides_logits() -> None:
@@ -44,7 +44,7 @@ def test_a_temperature_divides_logits() -> None:
         powers = np.exp(values - values.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
-    np.testing.assert_allclose(tempered(softmax(logits), 3.0), softmax(logits / 3), atol=1e-9)
+    np.testing.assert_allclose(apply_temperature(softmax(logits), 3.0), softmax(logits / 3), atol=1e-9)
 
 
 def test_the_calibration_error_matches_a_computation_by_hand() -> None:

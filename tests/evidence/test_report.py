@@ -295,11 +295,11 @@ def test_models_that_cannot_be_compared_are_refused(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.ckpt").write_text("x")
     for arguments, text in [
-        ([run, other], "knows 1 channel(s) and the classes ['a', 'b'], "),
-        ([run, other], "only models of the same task can be compared"),
+        ([run, other], "has 1 channel(s) and the classes ['a', 'b']; "),
+        ([run, other], "Give models with the same channels and classes"),
         # This command does not have the option --allow_seen_images, so the message names the commands that have it.
         ([run, "--data", "seen.yaml"], "was trained on, so the accuracy would be too high: give other data. fit, "),
-        ([run, many], "'10', '11'] and 88 more, "),
+        ([run, many], "'10', '11'] and 88 more; "),
         ([run, blank], "were made from different data, or from different splits; choose the data for both with --data"),
         ([blank], "does not record its data; give data with --data"),
         (

@@ -183,11 +183,11 @@ def test_runs_that_cannot_be_compared_are_refused(upright: Upright, runs: Path, 
         ([tmp_path / "sweep"], "sweep' is complete; there is nothing to choose from"),
         (
             [runs / "good", changed_run("letters", spec={"classes": list("abcdefghij")})],
-            "'letters' has other classes than 'good'; give runs with the same validation split",
+            "'letters' and 'good' have different classes; give runs with the same classes",
         ),
         (
             [runs / "good", changed_run("split", split={"hashes": others})],
-            "'split' has other validation images than 'good'; give runs with the same validation split",
+            "'split' and 'good' have different validation images; give runs with the same validation images",
         ),
         (
             [runs / "good", changed_run("turned", data={"init_args": own["data"]["init_args"] | {"angles": [0.0]}})],

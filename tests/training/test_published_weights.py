@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from upright.architectures.resnet import ResNet
 from upright.architectures.vgg import VGG
-from upright.training.published_weights import are_imagenet_classes, resnet_weights, unpooled, vgg_weights
+from upright.training.published_weights import are_imagenet_classes, merge_pooling, resnet_weights, vgg_weights
 
 Layout = dict[str, tuple[int, ...]]
 
@@ -195,7 +195,7 @@ def test_a_vgg_of_published_size_gives_the_same_logits() -> None:
     expected = vgg_forward(theirs, images(64, 64), 11, False)
     ours = VGG((3, 64, 64), 1000, depth=11).eval()
     mapped = vgg_weights(theirs)
-    mapped["classifier.layers.1.weight"] = unpooled(mapped["classifier.layers.1.weight"], 2, 2)
+    mapped["classifier.layers.1.weight"] = merge_pooling(mapped["classifier.layers.1.weight"], 2, 2)
     ours.load_state_dict(mapped)
     assert same(ours(images(64, 64)), expected)
 
@@ -209,7 +209,7 @@ def test_a_narrow_vgg_gives_the_same_logits_at_any_size(depth: int, size: tuple[
     theirs = random_weights(vgg_layout(depth, batch_norm, narrow=16, units=24, classes=10))
     network = VGG((3, *size), 10, depth=depth, widths=(4, 8, 16, 32, 32), units=(24, 24), batch_norm=batch_norm).eval()
     mapped = vgg_weights(theirs)
-    first = unpooled(mapped["classifier.layers.1.weight"], size[0] // 32, size[1] // 32)
+    first = merge_pooling(mapped["classifier.layers.1.weight"], size[0] // 32, size[1] // 32)
     if size == (224, 224):
         assert torch.equal(first, mapped["classifier.layers.1.weight"])
     network.load_state_dict(mapped | {"classifier.layers.1.weight": first})

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Window, check_size, least_size, size_after
+from upright.architectures.layers import Window, check_size, min_size, size_after
 from upright.architectures.mlp import MLP
 
 
@@ -88,7 +88,7 @@ class AlexNet(nn.Module):
             if stage.pooled:
                 layers.append(nn.MaxPool2d(*POOLING))
                 windows.append(POOLING)
-        check_size(self, input_shape, least_size(windows))
+        check_size(self, input_shape, min_size(windows))
         self.features = nn.Sequential(*layers)
         rows, columns = (size_after(size, windows) for size in (height, width))
         self.classifier = MLP((inputs, rows, columns), num_classes, widths=units, dropout=dropout)

@@ -19,7 +19,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Concat, ConvReLU, Window, scaled
+from upright.architectures.layers import Concat, ConvReLU, Window, scale_maps
 
 Widths = tuple[int, tuple[int, int], tuple[int, int], int]
 """Maps of the four branches: 1 x 1; 1 x 1 then 3 x 3; 1 x 1 then 5 x 5; pooling then 1 x 1."""
@@ -55,7 +55,7 @@ class Inception(Concat):
 
     def __init__(self, channels: int, widths: Widths, *, width: float, batch_norm: bool) -> None:
         a, b, c, d = widths
-        one, before_three, three, before_five, five, pooled = (scaled(maps, width) for maps in (a, *b, *c, d))
+        one, before_three, three, before_five, five, pooled = (scale_maps(maps, width) for maps in (a, *b, *c, d))
         conv = partial(ConvReLU, batch_norm=batch_norm)
         super().__init__(
             [
@@ -96,7 +96,7 @@ class GoogLeNet(nn.Module):
         conv = partial(ConvReLU, batch_norm=batch_norm)
         norm = nn.Identity if batch_norm else partial(nn.LocalResponseNorm, 5)
         halve = partial(nn.MaxPool2d, 3, 2, 1)
-        inputs, first, channels = input_shape[0], scaled(64, width), scaled(192, width)
+        inputs, first, channels = input_shape[0], scale_maps(64, width), scale_maps(192, width)
         kernel, stride, padding = stem
         self.features = nn.Sequential(
             *[conv(inputs, first, kernel, stride=stride, padding=padding), halve(), norm()],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, check_size, least_size, scaled
+from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, check_size, min_size, scale_maps
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Valid:
 
 @dataclass(frozen=True)
 class Add:
-    """A `Residual` block in a plan."""
+    """A `Residual` block in a plan; ``rectified`` adds a ReLU after the sum."""
 
     branches: "Plan"
     scale: float
@@ -40,12 +40,12 @@ All pooling is 3 x 3: ``max`` halves the size and has no padding, ``avg`` does n
 
 
 class Inception(nn.Module):
-    """The features of a plan, a global average, one linear layer.
+    """The layers of a plan, global average pooling, and one linear layer.
 
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: ``K``.
-        plan: the features as data.
+        plan: the layers before the global average.
         width: factor on every number of maps.
         dropout: probability of dropout before the linear layer.
 
@@ -57,7 +57,7 @@ class Inception(nn.Module):
         self, input_shape: tuple[int, int, int], num_classes: int, plan: Plan, *, width: float, dropout: float
     ) -> None:
         super().__init__()
-        check_size(self, input_shape, least_size(shrinking_windows(plan)))
+        check_size(self, input_shape, min_size(shrinking_windows(plan)))
         self.features, channels = assemble(plan, input_shape[0], width)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
 
@@ -67,11 +67,11 @@ class Inception(nn.Module):
 
 
 class Residual(nn.Module):
-    """Branches whose output is expanded to the number of input maps by a 1 x 1 convolution, scaled, and added.
+    """Branches whose output is added to the input: a 1 x 1 convolution matches the number of maps, a factor scales it.
 
     Args:
         channels: maps of the input and of the output.
-        plan: the branches as data.
+        plan: the branches, the scale, and the activation.
         width: factor on the maps of the branches.
     """
 
@@ -101,10 +101,10 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
     """Return the module that ``plan`` describes, ``width`` times as wide, and its number of output maps."""
     match plan:
         case Conv():
-            maps = scaled(plan.maps, width)
+            maps = scale_maps(plan.maps, width)
             return ConvReLU(channels, maps, plan.kernel), maps
         case Valid():
-            maps = scaled(plan.maps, width)
+            maps = scale_maps(plan.maps, width)
             return ConvReLU(channels, maps, 3, stride=plan.stride, padding=0), maps
         case Add():
             return Residual(channels, plan, width), channels

@@ -4,7 +4,7 @@
 - ``he``: He et al. 2015 (arXiv:1502.01852).
 - ``lecun``: LeCun et al. 1998, "Efficient BackProp".
 - ``orthogonal``: Saxe et al. 2014 (arXiv:1312.6120).
-- ``normal``: deviation 0.01, as in AlexNet.
+- ``normal``: standard deviation 0.01, as in AlexNet.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Layers that many networks share: activations and poolings by name, blocks, and checks of the image size."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ Window = tuple[int, int, int]
 """``(kernel, stride, padding)`` of a convolution or pooling."""
 
 
-def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """Refuse a value that an option does not allow.
 
     Raises:
@@ -26,7 +26,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
-def least_size(windows: Iterable[Window]) -> int:
+def min_size(windows: Iterable[Window]) -> int:
     """Return the smallest height or width that leaves at least one pixel after all ``windows`` in sequence.
 
     It inverts ``floor((n - kernel + 2 * padding) / stride) + 1``.
@@ -44,21 +44,21 @@ def size_after(size: int, windows: Iterable[Window]) -> int:
     return size
 
 
-def check_size(network: nn.Module, input_shape: tuple[int, int, int], least: int) -> None:
+def check_size(network: nn.Module, input_shape: tuple[int, int, int], minimum: int) -> None:
     """Refuse images that ``network`` would shrink to nothing.
 
     Raises:
-        ValueError: if height or width is below ``least``.
+        ValueError: if height or width is below ``minimum``.
     """
     _, height, width = input_shape
-    if min(height, width) < least:
+    if min(height, width) < minimum:
         raise ValueError(
-            f"{type(network).__name__} needs images of at least {least}x{least} pixels, got {height}x{width}."
+            f"{type(network).__name__} needs images of at least {minimum}x{minimum} pixels, got {height}x{width}."
         )
 
 
-def scaled(maps: int, width: float) -> int:
-    """Return the number of maps in a network ``width`` times as wide as the paper's, at least one.
+def scale_maps(maps: int, width: float) -> int:
+    """Multiply a number of maps by ``width``; return an integer, at least 1.
 
     Raises:
         ValueError: if ``width`` is not positive.

@@ -17,7 +17,7 @@ from upright.architectures.layers import (
     Pooling,
     check_choice,
     check_size,
-    least_size,
+    min_size,
     size_after,
 )
 
@@ -47,7 +47,7 @@ class LeNet(nn.Module):
         channels, height, width = input_shape
         padding = 2 if min(height, width) < 32 else 0
         windows = [(5, 1, padding), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
-        check_size(self, input_shape, least_size(windows))
+        check_size(self, input_shape, min_size(windows))
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("pooling", pooling, POOLINGS)
         if len(widths) != 4:

@@ -10,14 +10,14 @@ Differences from the paper:
 - Logits are not rectified, because a class whose map is zero everywhere would never learn.
 - Weights are initialised after He et al. 2015.
 
-The paper's network for CIFAR-10 is nearly ``widths=(192, 192, 192), stem=(5, 1, 2)``; its 1 x 1 convolutions are
-narrower in the first block.
+The paper's network for CIFAR-10 is almost ``widths=(192, 192, 192), stem=(5, 1, 2)``; in the paper, the
+1 x 1 convolutions of the first block are narrower.
 """
 
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Window, check_size, least_size
+from upright.architectures.layers import Window, check_size, min_size
 
 WINDOWS: tuple[Window, ...] = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1))
 ONE_BY_ONE: Window = (1, 1, 0)
@@ -34,12 +34,12 @@ def mlpconv(inputs: int, widths: tuple[int, int, int], window: Window) -> list[n
 
 
 class NiN(nn.Module):
-    """Blocks with pooling between them, then the mean over all pixels; images may have any size at run time.
+    """Blocks with pooling between them, then the mean over all pixels. Images may have any larger size at run time.
 
     Args:
         input_shape: ``(C, H, W)``, at least 67 x 67; 7 x 7 for the network of CIFAR-10 above.
         num_classes: ``K``.
-        widths: maps of each block; fewer than four leave the last blocks out.
+        widths: maps of each block; fewer than four widths leave out the last blocks.
         stem: window ``(kernel, stride, padding)`` of the first convolution.
         dropout: share of values that are dropped before the last block.
     """
@@ -57,13 +57,13 @@ class NiN(nn.Module):
         if not 1 <= len(widths) <= 4:
             raise ValueError(f"NiN has 1 to 4 blocks, got {len(widths)} widths.")
         inputs = input_shape[0]
-        *before, (width, last) = zip(widths, (stem, *WINDOWS[1:]), strict=False)
-        check_size(self, input_shape, least_size([w for _, window in before for w in (window, POOLING)] + [last]))
+        *before, (width, last_window) = zip(widths, (stem, *WINDOWS[1:]), strict=False)
+        check_size(self, input_shape, min_size([w for _, window in before for w in (window, POOLING)] + [last_window]))
         layers: list[nn.Module] = []
         for outputs, window in before:
             layers += [*mlpconv(inputs, (outputs, outputs, outputs), window), nn.MaxPool2d(*POOLING)]
             inputs = outputs
-        *block, _ = mlpconv(inputs, (width, width, num_classes), last)
+        *block, _ = mlpconv(inputs, (width, width, num_classes), last_window)
         self.layers = nn.Sequential(*layers, nn.Dropout(dropout), *block)
         initialise(self, "he_normal")
 

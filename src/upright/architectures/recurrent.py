@@ -25,7 +25,7 @@ Order = Literal["rows", "columns", "pixels"]
 CELLS: dict[Cell, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
-def sequence(images: Tensor, order: Order) -> Tensor:
+def to_sequence(images: Tensor, order: Order) -> Tensor:
     """Convert ``(B, C, H, W)`` to a sequence ``(B, T, D)`` that starts at the top left."""
     if order == "rows":
         return images.transpose(1, 2).flatten(2)  # (B, H, C * W)
@@ -80,7 +80,7 @@ class Recurrent(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.directions * hidden, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        _, state = self.recurrent(sequence(images, self.order))
+        _, state = self.recurrent(to_sequence(images, self.order))
         # The LSTM's state is a pair: hidden state and cell state.
         hidden = state if isinstance(state, Tensor) else state[0]  # (layers * directions, B, hidden)
         last = torch.cat(hidden[-self.directions :].unbind(), dim=1)  # (B, directions * hidden)

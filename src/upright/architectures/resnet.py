@@ -6,8 +6,8 @@ depth no longer reduces accuracy.
 Difference from the paper: a bottleneck has its stride in the 3 x 3 convolution, as in later implementations, because a
 1 x 1 convolution with a stride skips three quarters of the pixels. The number of parameters is the same.
 
-``ResNet`` is the family of table 1, ``SmallResNet`` that of section 4.2. ``shortcuts=False`` gives the plain networks
-that the paper compares with.
+``ResNet`` is the family of table 1. ``SmallResNet`` is the family of section 4.2. ``shortcuts=False`` removes the
+shortcuts; the paper calls the result a plain network, and compares it with the ResNet.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def basic(inputs: int, width: int, stride: int) -> nn.Sequential:
 
 
 def bottleneck(inputs: int, width: int, stride: int) -> nn.Sequential:
-    """Return a 3 x 3 convolution on few maps between two of 1 x 1, with ``4 * width`` output maps."""
+    """Return a 1 x 1, a 3 x 3 and a 1 x 1 convolution; the last one has ``4 * width`` output maps."""
     return nn.Sequential(
         convolution(inputs, width, 1),
         nn.ReLU(),
@@ -48,7 +48,7 @@ def bottleneck(inputs: int, width: int, stride: int) -> nn.Sequential:
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Return the paper's shortcut B."""
+    """Return the paper's shortcut B, a 1 x 1 convolution with a stride."""
     return convolution(inputs, outputs, 1, stride)
 
 
@@ -116,8 +116,8 @@ DEPTHS: dict[int, tuple[LayerFactory, int, tuple[int, ...]]] = {
 class ResNet(nn.Module):
     """The networks for ImageNet. Images may have any size, also at run time.
 
-    With 1000 classes they have 11,689,512 parameters at depth 18, then 21,797,672 (34), 25,557,032 (50), 44,549,160
-    (101), and 60,192,808 (152).
+    With 1000 classes and RGB they have 11,689,512 parameters at depth 18, then 21,797,672 (34), 25,557,032 (50),
+    44,549,160 (101), and 60,192,808 (152).
 
     Args:
         input_shape: ``(C, H, W)``.
@@ -185,8 +185,8 @@ class SmallResNet(nn.Module):
         shortcuts: bool = True,
     ) -> None:
         super().__init__()
-        count, rest = divmod(depth - 2, 6)
-        if count < 1 or rest:
+        count, remainder = divmod(depth - 2, 6)
+        if count < 1 or remainder:
             raise ValueError(f"SmallResNet has a depth of 6n + 2 (8, 14, 20, ...), got {depth}.")
         self.stem = nn.Sequential(convolution(input_shape[0], width, 3), nn.ReLU())
         widths = (width, 2 * width, 4 * width)

@@ -1,7 +1,8 @@
 """The transforms of a spatial transformer: families of transforms of the plane, with ``theta`` zero at the identity.
 
-Each maps output to input coordinates (`upright.warp`), and is called with ``theta`` ``(B, P)`` and points ``(N, 2)`` or
-``(B, N, 2)``. The table lists the order of ``theta``. Shifts are in half images, angles in radians anticlockwise.
+Each transform maps output to input coordinates (`upright.warp`). It is called with ``theta`` ``(B, P)`` and points
+``(N, 2)`` or ``(B, N, 2)``. The table lists the order of ``theta``. Shifts are in half images, angles in
+radians anticlockwise.
 
 | name | P | theta |
 |---|---|---|
@@ -68,7 +69,7 @@ class Rotation(Transform):
 
 
 class Attention(Transform):
-    """Zoom, the same along both axes, and shift."""
+    """Shift, and a zoom that is equal along both axes."""
 
     size = 3
 
@@ -97,7 +98,7 @@ class Affine(Transform):
 
 
 class Projective(Transform):
-    """The view of a plane from any point."""
+    """Perspective: the view of a plane from any point."""
 
     size = 8
 

@@ -14,7 +14,7 @@ Images of 224 pixels and 1000 classes give 132,863,336 parameters at depth 11, t
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Window, check_size, least_size, size_after
+from upright.architectures.layers import Window, check_size, min_size, size_after
 from upright.architectures.mlp import MLP
 
 # Table 1: convolutions of each stage; with the three fully connected layers they make the depth.
@@ -65,7 +65,7 @@ class VGG(nn.Module):
                 inputs = outputs
             layers.append(nn.MaxPool2d(*POOLING))
             windows.append(POOLING)
-        check_size(self, input_shape, least_size(windows))
+        check_size(self, input_shape, min_size(windows))
         self.features = nn.Sequential(*layers)
         rows, columns = (size_after(size, windows) for size in (height, width))
         self.classifier = MLP((inputs, rows, columns), num_classes, widths=units, dropout=dropout)

@@ -61,7 +61,7 @@ class Decoder:
 
     Args:
         images: images of the source.
-        indices: the images to use; a position below is a position in this list.
+        indices: indices of the images to use. ``positions``, the argument of the methods, are positions in this list.
         spec: channels, resize rule and background.
         size: height and width of the result.
         views: views of each image.
@@ -143,7 +143,7 @@ class PixelArray:
 
 
 class PixelFile(PixelArray):
-    """Images stored in a memory-mapped file. It pickles as the path, not as the pixels."""
+    """Images stored in a memory-mapped file. A pickle of it contains the path, not the pixels."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], rows: Indices) -> None:
         super().__init__(np.memmap(path, np.uint8, "r", shape=shape), rows)
@@ -164,12 +164,12 @@ class Cache:
         decoder: the images to store.
         files: files of the images; ``None`` if the source is in memory.
         storage: ``memory``, ``disk``, or ``none``, which stores only the facts and decodes files on access; ``auto``
-            is memory for a source in memory and for small ones, else disk.
+            is ``memory`` for a small dataset and for images in memory, else ``disk``.
         workers: processes that decode; by default one per core, at most 8, for more than 1,000 images.
         max_unreadable: number of images that may be unreadable.
 
     Raises:
-        UserError: if more images cannot be decoded, or the cache cannot be written.
+        UserError: if more images than ``max_unreadable`` cannot be decoded, or the cache cannot be written.
     """
 
     def __init__(
@@ -226,10 +226,10 @@ class Cache:
         decoder, images = self.decoder, self.decoder.images
         if isinstance(images, np.ndarray) and images.shape[1:3] == decoder.size and decoder.views.plain:
             # The source's array already has the right size: use it without a copy if all of it is needed.
-            chosen = images if len(decoder.indices) == len(images) else images[decoder.indices]
-            self.facts["hash"] = [content_hash(pixels) for pixels in chosen]
+            used_images = images if len(decoder.indices) == len(images) else images[decoder.indices]
+            self.facts["hash"] = [content_hash(pixels) for pixels in used_images]
             self.facts["height"], self.facts["width"], self.facts["state"] = *decoder.size, READ
-            array: npt.NDArray[np.uint8] = chosen.transpose(0, 3, 1, 2)[:, None]
+            array: npt.NDArray[np.uint8] = used_images.transpose(0, 3, 1, 2)[:, None]
             return array
         pixels = np.empty((len(self.facts), *decoder.row_shape), np.uint8)
         for chunk, decoded in self._decode(np.arange(len(self.facts))):
@@ -241,7 +241,7 @@ class Cache:
         folder = cache_folder() / _key(self.decoder, files, with_pixels=with_pixels)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with _acquire_lock(folder):
                 rows = self._append_missing(folder, list(map(_identity, files)), with_pixels=with_pixels)
             if with_pixels and self.readable.any():
                 shape = (int(rows.max()) + 1, *self.decoder.row_shape)
@@ -250,7 +250,7 @@ class Cache:
             if with_pixels:
                 raise UserError(
                     f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder "
-                    "with room, or decode files on access with --data.cache none."
+                    "with more space, or decode files on access with --data.cache none."
                 ) from error
             # The facts are small enough to compute them again in the next run.
             for _ in self._decode(np.flatnonzero(self.facts["state"] == 0)):
@@ -307,7 +307,7 @@ def _identity(file: Path) -> int:
 
 
 def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
-    """Return the folder name of a dataset and a way of decoding it."""
+    """Return the name of the cache folder, a hash of the dataset and of the options that decode it."""
     spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
     pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.names]
     decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
@@ -315,7 +315,7 @@ def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
 
 
-def _locked(folder: Path) -> AbstractContextManager[object]:
+def _acquire_lock(folder: Path) -> AbstractContextManager[object]:
     lock = FileLock(folder / "lock")
     try:
         return lock.acquire(timeout=0)

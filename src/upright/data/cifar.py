@@ -28,10 +28,10 @@ class CIFAR(Published):
     """Images of 32 x 32 RGB: 50,000 for training, 10,000 for test (Krizhevsky 2009).
 
     Args:
-        root: folder of an archive or of its files. Either of the binary version (``cifar-*-binary.tar.gz``) or of the
-            Python version, whose pickles are not run: only arrays and lists are read. By default the binary version is
-            downloaded once (170 MB) to the dataset's folder in ``$UPRIGHT_DATA``, or in the user's cache if that
-            variable is not set, and its MD5 is checked.
+        root: folder of an archive or of its files, in the binary version (``cifar-*-binary.tar.gz``) or in the Python
+            version. The pickles of the Python version are not run: only arrays and lists are read. By default the
+            binary version is downloaded once (170 MB), and its MD5 is checked. It is stored in the dataset's folder in
+            ``$UPRIGHT_DATA``, or in the user's cache if that variable is not set.
         **options: options of `Published`.
     """
 
@@ -53,22 +53,22 @@ class CIFAR(Published):
         version, path = self._find_version()
         names = [f"{stem}{version.suffix}" for stems in self.stems for stem in stems]
         if path.is_file():
-            contents = _members(path, version.folder, names)
+            contents = _read_members(path, version.folder, names)
         else:
             contents = {name: read_file(path / name) for name in names}
-        read = self._records if version.suffix else self._batch
+        read = self._read_records if version.suffix else self._read_batch
         batches = [read(contents[name], f"{path}/{name}") for name in names]
         train = len(self.stems[0])
         for name, batch in zip(names, batches[:train], strict=False):
             if len(batch.images) != len(batches[0].images):
                 raise UserError(
-                    f"'{path}/{name}' holds {len(batch.images)} images and {names[0]} {len(batches[0].images)}: one "
+                    f"'{path}/{name}' has {len(batch.images)} images and {names[0]} has {len(batches[0].images)}: one "
                     "of them is not complete."
                 )
-        return _concatenated(batches[:train]), _concatenated(batches[train:])
+        return _concatenate(batches[:train]), _concatenate(batches[train:])
 
     def _find_version(self) -> tuple[Version, Path]:
-        """Find the folder of all files of a version, or an archive, or download it."""
+        """Return a version and its path: a folder with all of its files, else an archive, downloaded if missing."""
         for version in self.versions:
             for folder in (self.folder / version.folder, self.folder):
                 if all((folder / f"{stem}{version.suffix}").is_file() for stems in self.stems for stem in stems):
@@ -78,7 +78,7 @@ class CIFAR(Published):
                 return version, archive
         return self.versions[0], self.fetch(self.versions[0].archive)
 
-    def _records(self, content: bytes, name: str) -> LabelledImages:
+    def _read_records(self, content: bytes, name: str) -> LabelledImages:
         """Read a binary file: for each image its labels, then 1,024 bytes each of red, green and blue, row by row."""
         size = self.label_bytes + IMAGE_BYTES
         if not content or len(content) % size:
@@ -86,12 +86,12 @@ class CIFAR(Published):
         records = np.frombuffer(content, np.uint8).reshape(-1, size)
         return LabelledImages(records[:, self.label_bytes :], records[:, self.label[0]])
 
-    def _batch(self, content: bytes, name: str) -> LabelledImages:
+    def _read_batch(self, content: bytes, name: str) -> LabelledImages:
         """Read a Python file: a pickle of Python 2, with ``data`` ``(N, 3072)`` and lists of labels."""
         try:
             batch = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
             data, labels = batch["data"].array(), np.array(batch[self.label[1]])
-        except Exception as error:  # a truncated or foreign pickle raises anything
+        except Exception as error:  # a truncated or foreign pickle may raise any error
             text = " ".join(str(error).split())[:200]
             raise UserError(f"'{name}' is not a file of CIFAR's Python version: {text}.") from None
         if data.shape != (labels.size, IMAGE_BYTES) or labels.ndim != 1 or labels.dtype.kind != "i":
@@ -99,7 +99,7 @@ class CIFAR(Published):
                 f"'{name}' needs data (N, {IMAGE_BYTES}) and N integers as labels, got {data.shape} and "
                 f"{labels.shape} of {labels.dtype}."
             )
-        # A label outside a byte becomes 255, which `read` refuses.
+        # A label that is no byte becomes 255, which `Published.read` refuses.
         return LabelledImages(data, np.where((labels >= 0) & (labels < 256), labels, 255).astype(np.uint8))
 
 
@@ -150,7 +150,7 @@ class CIFAR100(CIFAR):
         return (0, "coarse_labels") if self.coarse else (1, "fine_labels")
 
 
-# As they are published, in batches.meta.txt, fine_label_names.txt and coarse_label_names.txt.
+# Names and order are those of fine_label_names.txt and coarse_label_names.txt in the archive.
 FINE = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
@@ -167,7 +167,7 @@ medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehi
 """
 
 
-def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
+def _read_members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     """Read the files ``folder/name`` of an archive in one pass, without unpacking it onto the disk."""
     contents: dict[str, bytes] = {}
     try:
@@ -183,13 +183,13 @@ def _members(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     return contents
 
 
-def _concatenated(batches: list[LabelledImages]) -> LabelledImages:
+def _concatenate(batches: list[LabelledImages]) -> LabelledImages:
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return LabelledImages(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels)
 
 
-class _Plain:
-    """Stand in for NumPy's array and dtype in a pickle. It stores their state; NumPy's own code does not run."""
+class _ArrayState:
+    """The state of a NumPy array or dtype in a pickle. NumPy's own code does not run."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -206,10 +206,10 @@ class _Plain:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Read dictionaries, lists, numbers, strings and arrays of bytes, and refuse all other classes."""
+    """An unpickler of dictionaries, lists, numbers, strings and arrays of bytes, which refuses all other classes."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         name = f"{module_name}.{global_name}"
         if name in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
-            return _Plain
+            return _ArrayState
         raise pickle.UnpicklingError(f"it contains the class {name}")

@@ -1,6 +1,6 @@
 """MixUp and CutMix: mix each image with its neighbour in the batch, and the targets by the share of each image.
 
-The order of the training images is random, so a neighbour is any other image.
+The order of the training images is random, so a neighbour is a random other image.
 """
 
 from abc import ABC, abstractmethod
@@ -36,10 +36,10 @@ class Mixing(nn.Module, ABC):
                 "give torch.nn.functional.one_hot(labels, K).float()."
             )
         batch = len(images)
-        chosen = torch.rand(batch) < self.probability
+        is_mixed = torch.rand(batch) < self.probability
         concentration = torch.full((batch,), self.alpha)
         shares = torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
-        images, shares = self.mix(images, images.roll(1, 0), torch.where(chosen, shares, 1.0))
+        images, shares = self.mix(images, images.roll(1, 0), torch.where(is_mixed, shares, 1.0))
         if targets is not None:
             targets = targets.roll(1, 0).lerp(targets, shares.to(targets)[:, None])
         return images, targets
@@ -59,7 +59,7 @@ class MixUp(Mixing):
     """Weighted mean of both images (Zhang et al. 2018, arXiv:1710.09412), with one share for every pair.
 
     Args:
-        alpha: see `Mixing`; the paper has 0.1 to 0.4 on ImageNet and 1 on CIFAR.
+        alpha: see `Mixing`; the paper uses 0.1 to 0.4 on ImageNet and 1 on CIFAR.
         probability: probability that an image is mixed.
     """
 
@@ -71,13 +71,13 @@ class MixUp(Mixing):
 
 
 class CutMix(Mixing):
-    """A box of the other image in place of its own pixels (Yun et al. 2019, arXiv:1905.04899), one box per pair.
+    """A box of pixels from the other image (Yun et al. 2019, arXiv:1905.04899), one box per pair.
 
-    The box has the aspect of the image, and its centre is anywhere in the image. It is clipped at the border; the
+    The box has the aspect ratio of the image, and its centre is anywhere in the image. It is clipped at the border; the
     target counts the pixels that are replaced.
 
     Args:
-        alpha: see `Mixing`; the paper has 1.
+        alpha: see `Mixing`; the paper uses 1.
         probability: probability that an image is mixed.
     """
 
@@ -96,6 +96,6 @@ class CutMix(Mixing):
 
 
 def _between(start: Tensor, end: Tensor, length: int) -> Tensor:
-    """Mask the pixels of a line whose centres lie from ``start`` to ``end``, fractions of the line: ``(B, length)``."""
+    """Return a mask ``(B, length)`` of pixels with centres from ``start`` to ``end``, in fractions of ``length``."""
     centres = (torch.arange(length) + 0.5) / length
     return (start[:, None] <= centres) & (centres < end[:, None])

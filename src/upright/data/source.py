@@ -14,7 +14,11 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Pixels:
-        """Return one image, uint8 ``(H, W, C)``, or raise `UprightError`, naming the file, if it cannot be decoded."""
+        """Return one image, uint8 ``(H, W, C)``.
+
+        Raises:
+            UprightError: if the image cannot be decoded; the message names the file.
+        """
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Source:
     """The images of a dataset.
 
     Args:
-        images: decoded images, uint8 ``(H, W, C)``, each of its own size.
+        images: decoded images, uint8 ``(H, W, C)``; their sizes may differ.
         labels: indices into the classes of the spec.
         names: short unique names, for messages and files.
         splits: indices of ``train``, ``val`` and ``test``, if the dataset defines some of them.
@@ -37,7 +41,7 @@ class Source:
 
 
 class Original(NamedTuple):
-    """One image as a deployed model gets it: uint8 ``(H, W, C)`` at its own size."""
+    """One image as a deployed model gets it: uint8 ``(H, W, C)``, not resized."""
 
     name: str
     pixels: Pixels

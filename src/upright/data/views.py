@@ -1,4 +1,4 @@
-"""Views: how validation and test show an image, once as it is or under several known transforms, as uint8."""
+"""Fixed views of an image in validation and test: the image itself, or the image under several known transforms."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class Views(ABC):
     """``V`` fixed views of every image of a split.
 
     Args:
-        names: names of the views, for files and plots; a single empty name is the image as it is.
+        names: names of the views, for files and plots; a single empty name stands for the unchanged image.
     """
 
     unit = ""
@@ -24,16 +24,16 @@ class Views(ABC):
 
     @property
     def plain(self) -> bool:
-        """True if every image is shown once, as it is."""
+        """True if the only view of an image is the unchanged image."""
         return self.names == ("",)
 
     @abstractmethod
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return the views ``(n, V, C, H, W)`` of float ``images`` ``(n, C, h, w)``, in whole grey levels, 0 to 255.
+        """Return the views ``(n, V, C, H, W)`` of float ``images`` ``(n, C, h, w)``, rounded to 0, 1, ... 255.
 
         Args:
             images: images of one size. The views of an image must not depend on the other images.
-            indices: their indices in the source, int64 ``(n,)``.
+            indices: indices of the images in the source, int64 ``(n,)``.
         """
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Angles(Views):
         self.angles = tuple(angles)
 
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
-        return torch.stack([_rotated(images, angle) for angle in self.angles], dim=1)
+        return torch.stack([_rotate(images, angle) for angle in self.angles], dim=1)
 
     def transforms(self, indices: Tensor, aspects: Tensor) -> Tensor:
         count = len(self.angles)
@@ -64,7 +64,7 @@ class Angles(Views):
         return rotation(angles, aspects.repeat_interleave(count)).reshape(len(indices), count, 3, 3)
 
 
-def _rotated(images: Tensor, angle: float) -> Tensor:
+def _rotate(images: Tensor, angle: float) -> Tensor:
     if angle == 0:
         return images
     height, width = images.shape[-2:]

@@ -1,4 +1,4 @@
-"""Worker processes that decode images: torch's DataLoader, with errors of one line and without a share in Ctrl-C."""
+"""Worker processes that decode images. Their errors have one line, and Ctrl-C does not stop them."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +53,7 @@ def fetch(read: Callable[[Argument], Result], arguments: Sequence[Argument], wor
 
 
 class _Results(Dataset[Any]):
-    """Return an error instead of raising it, because torch adds the worker's traceback to the text of a raised one."""
+    """Results of ``read``. An error is returned, because torch adds a traceback to the text of a raised error."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self.read = read

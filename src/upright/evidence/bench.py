@@ -45,13 +45,13 @@ LENET = partial(LeNet, activation="relu", pooling="max")
 
 
 def transformed(transform: TransformName, network: Network = LENET, **options: Any) -> Network:
-    """Return a network with a spatial transformer in front, which gets ``options``."""
+    """Return a factory of ``network`` behind a spatial transformer; ``options`` are those of `SpatialTransformer`."""
     transformer = partial(SpatialTransformer, transform=transform, padding="border", **options)
     return partial(TransformerNetwork, transformer=transformer, network=network)
 
 
 class Experiment(NamedTuple):
-    """Settings of one training by ``upright fit``. Its parts are classes, or partials of classes.
+    """Settings of one run of ``upright fit``. Network, data and so on are classes, or partials of classes.
 
     Args:
         network: the network; it is called with ``(input_shape, num_classes)``.
@@ -110,7 +110,7 @@ class Run(NamedTuple):
     seconds: float
 
     def column(self, name: str) -> list[float]:
-        """Return a column of ``metrics.csv``, over the epochs that have it."""
+        """Return a column of ``metrics.csv``, without the epochs that have no value."""
         return [float(row[name]) for row in read_rows(self.folder / "metrics.csv") if row.get(name)]
 
     def restored(self) -> Restored:
@@ -119,7 +119,7 @@ class Run(NamedTuple):
 
     @torch.no_grad()
     def loss_and_accuracy(self, split: str) -> tuple[float, float]:
-        """Evaluate ``best.ckpt`` on a split, without augmentation."""
+        """Return loss and accuracy of ``best.ckpt`` on a split, without augmentation."""
         classifier, data, *_ = self.restored()
         pairs = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -226,12 +226,12 @@ class Bench:
             seeded = experiment if isinstance(experiment, Experiment) else experiment(seed)
             jobs.append(TrainingJob(self.folder, f"{variant}-{seed}", seeded, seed))
         results = [job.result() for job in jobs]
-        open_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
+        pending_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
         self.seconds += sum(run.seconds for run in results if run)
-        self.seconds += sum(job.seconds_before() or 0.0 for job in open_jobs)
-        print(f"  {len(open_jobs)} of {len(jobs)} runs to train, {self.workers} at a time.", flush=True)
+        self.seconds += sum(job.seconds_before() or 0.0 for job in pending_jobs)
+        print(f"  {len(pending_jobs)} of {len(jobs)} runs to train, {self.workers} at a time.", flush=True)
         try:
-            new = iter(self.map(TrainingJob.run, [(job,) for job in open_jobs]))
+            new = iter(self.map(TrainingJob.run, [(job,) for job in pending_jobs]))
         except KeyboardInterrupt:
             # joblib has killed the workers during their runs, so this process removes their locks.
             for path in self.folder.glob(".*.running"):

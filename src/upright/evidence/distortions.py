@@ -35,7 +35,7 @@ class Curve(NamedTuple):
 
 
 def shift(right: float, down: float, height: int, width: int) -> Tensor:
-    """Return the matrix ``(3, 3)`` that moves the content by pixels."""
+    """Return the matrix ``(3, 3)`` that moves the content of a ``height`` x ``width`` image by pixels."""
     matrix = identity(1)[0].clone()
     matrix[:2, 2] = -2 * torch.tensor([right / width, down / height])
     return matrix
@@ -47,18 +47,18 @@ def rotate(degrees: float, aspect: float = 1.0) -> Tensor:
 
 
 def zoom(factor: float) -> Tensor:
-    """Return the matrix ``(3, 3)`` that enlarges the content."""
+    """Return the matrix ``(3, 3)`` that enlarges the content by ``factor``."""
     return torch.diag(torch.tensor([1 / factor, 1 / factor, 1.0]))
 
 
 def curves(bench: Bench, runs: Sequence[Run], kinds: Kinds, every: int = 1) -> list[dict[str, Curve]]:
-    """Measure the network of each run on its distorted test images.
+    """Measure the accuracy of each run's network on its distorted test images.
 
     Args:
         bench: runs the measurements in parallel.
-        runs: runs whose images have the network's size.
+        runs: runs; their test images must have the network's size, because they are not resized.
         kinds: matrices of the distortions.
-        every: n, to use every n-th image of the test split.
+        every: step between images of the test split; 1 uses all of them.
     """
     return bench.map(_curves, [(run.folder, kinds, every) for run in runs])
 

@@ -31,8 +31,8 @@ from upright.training.published_weights import (
     VGG_FIRST_LINEAR,
     VGG_POOLED,
     are_imagenet_classes,
+    merge_pooling,
     resnet_weights,
-    unpooled,
     vgg_weights,
 )
 from upright.training.restoring import check_unseen
@@ -234,7 +234,7 @@ def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classi
     if isinstance(network, VGG) and linear is not None:
         maps, rows, columns = _maps(network, classifier)
         if linear.shape[1:] == (maps * VGG_POOLED**2,) and (rows, columns) != (VGG_POOLED, VGG_POOLED):
-            weights[VGG_FIRST_LINEAR] = unpooled(linear, rows, columns)
+            weights[VGG_FIRST_LINEAR] = merge_pooling(linear, rows, columns)
             remarks.append(
                 f"{VGG_FIRST_LINEAR.removesuffix('.weight')} was trained on {VGG_POOLED}x{VGG_POOLED} maps, but "
                 f"these images give {rows}x{columns}: its weights now include torchvision's pooling."

@@ -15,7 +15,7 @@ from upright.errors import UserError
 
 
 class Constant(LambdaLR):
-    """Keep the optimiser's own rate: the multiplier is 1.
+    """Keep the optimiser's own rate after the warm-up: the multiplier is 1.
 
     Args:
         optimizer: the optimiser; its rates are the peak.
@@ -30,8 +30,8 @@ class Constant(LambdaLR):
 class Step(LambdaLR):
     """Lower the rate at milestones (He et al. 2016, arXiv:1512.03385, on CIFAR-10).
 
-    The multiplier is ``factor ** (number of milestones m with s >= m n)``. Milestones are fractions, so that the rate
-    falls at the same relative times in a longer or shorter run.
+    The multiplier is ``factor ** (number of milestones m with s >= round(m n))``. Milestones are fractions, so that the
+    rate falls at the same relative times in a longer or shorter run.
 
     Args:
         optimizer: the optimiser; its rates are the peak.
@@ -109,11 +109,11 @@ def _fall(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def _with_warmup(after: Callable[[int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
-    """Return ``after(step, warm-up steps)`` with a linear warm-up before it, as a function of the step."""
+def _with_warmup(multiplier: Callable[[int, int], float], total_steps: int, warmup: float) -> Callable[[int], float]:
+    """Return a linear warm-up, followed by ``multiplier(step, warm-up steps)``, as a function of the step."""
     _check_warmup(warmup)
     start = round(warmup * total_steps)
-    return lambda step: (step + 1) / (start + 1) if step < start else after(step, start)
+    return lambda step: (step + 1) / (start + 1) if step < start else multiplier(step, start)
 
 
 def _check_warmup(warmup: float) -> None:

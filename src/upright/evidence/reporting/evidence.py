@@ -29,8 +29,10 @@ from upright.runs.seal import content_digest, count, count_in_sweep
 
 FORMAT = 1
 PACKAGES = ("upright", "torch", "onnxruntime", "numpy", "kornia")
-MAX_DEGREES, MIN_DEGREES = 180.0, 15.0
-"""Range of angles for the uprightness, in each direction: if the training rotation is unknown, and at least."""
+DEFAULT_ROTATION_DEGREES = 180.0
+"""Range of angles for the uprightness, in each direction, if the training data declare no rotation."""
+MIN_ROTATION_DEGREES = 15.0
+"""Smallest range of angles for the uprightness, in each direction."""
 
 
 class Evidence(NamedTuple):
@@ -43,7 +45,7 @@ class Evidence(NamedTuple):
         calibrations: calibration of the confidence.
         sample: the images that were distorted.
         families: the distortions.
-        trained: ranges of training by distortion, see `trained_ranges`.
+        training_ranges: range of each distortion in training, see `trained_ranges`.
         invariances: invariance to the distortions.
     """
 
@@ -53,12 +55,15 @@ class Evidence(NamedTuple):
     calibrations: list[Calibration]
     sample: Sample
     families: list[DistortionFamily]
-    trained: list[dict[str, tuple[float, float]]]
+    training_ranges: list[dict[str, tuple[float, float]]]
     invariances: list[Invariance]
 
 
 def gather(group: Group, split: str, images: int) -> Evidence:
     """Evaluate all models.
+
+    Uprightness covers the angles of the training rotation, and at least `MIN_ROTATION_DEGREES` in each direction. It
+    covers all angles if the training data declare no rotation.
 
     Args:
         group: models and data.
@@ -71,12 +76,13 @@ def gather(group: Group, split: str, images: int) -> Evidence:
     validations = evaluate(subjects, data, "val") if split != "val" else [None] * len(subjects)
     size = (data.spec.height, data.spec.width)
     sample, families = take_sample(data, split, images), distortions(*size, data.augmentation.padding)
-    trained = [trained_ranges(subject.origin.data, *size) for subject in subjects]
-    ends = [max(ranges.get(ROTATION, (0.0, MAX_DEGREES))[1], MIN_DEGREES) for ranges in trained]
+    training_ranges = [trained_ranges(subject.origin.data, *size) for subject in subjects]
+    rotations = [ranges.get(ROTATION, (0.0, DEFAULT_ROTATION_DEGREES))[1] for ranges in training_ranges]
+    ends = [max(rotation, MIN_ROTATION_DEGREES) for rotation in rotations]
     print(f"Distorting {len(sample.labels)} images ...", flush=True)
     invariances = measure_invariance(subjects, sample, families, [(-end, end) for end in ends])
     calibrations = [calibrate(*pair) for pair in zip(predictions, validations, strict=True)]
-    return Evidence(group, split, predictions, calibrations, sample, families, trained, invariances)
+    return Evidence(group, split, predictions, calibrations, sample, families, training_ranges, invariances)
 
 
 def to_record(evidence: Evidence, data_yaml: str | None) -> dict[str, Any]:
@@ -109,16 +115,16 @@ def to_record(evidence: Evidence, data_yaml: str | None) -> dict[str, Any]:
             "already_distorted": evidence.sample.distorted,
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "models": [_model(evidence, number) for number in range(len(evidence.predictions))],
+        "models": [_model_record(evidence, index) for index in range(len(evidence.predictions))],
     }
     plain: dict[str, Any] = _plain(record)
     return plain
 
 
-def _model(evidence: Evidence, number: int) -> dict[str, Any]:
+def _model_record(evidence: Evidence, index: int) -> dict[str, Any]:
     subjects, data = evidence.group
-    subject, predictions, invariance = subjects[number], evidence.predictions[number], evidence.invariances[number]
-    origin, trained = subject.origin, evidence.trained[number]
+    subject, predictions, invariance = subjects[index], evidence.predictions[index], evidence.invariances[index]
+    origin, training_ranges = subject.origin, evidence.training_ranges[index]
     return {
         "name": subject.name,
         "kind": subject.kind,
@@ -131,13 +137,13 @@ def _model(evidence: Evidence, number: int) -> dict[str, Any]:
         "unseen": subject.unseen,
         "test_openings": _openings(subject, evidence),
         **predictions.accuracy_record(data.spec.classes, list(data.names(evidence.split))),
-        "difference": difference(evidence.predictions[0], predictions) if number else None,
-        "calibration": evidence.calibrations[number],
+        "difference": difference(evidence.predictions[0], predictions) if index else None,
+        "calibration": evidence.calibrations[index],
         "invariance": {
-            family.name: _curve(family, invariance.curves[family.name], trained.get(family.name))
+            family.name: _curve_record(family, invariance.curves[family.name], training_ranges.get(family.name))
             for family in evidence.families
         },
-        "uprightness": _uprightness(subject, invariance, predictions),
+        "uprightness": _uprightness_record(subject, invariance, predictions),
     }
 
 
@@ -160,16 +166,18 @@ def _openings(subject: Subject, evidence: Evidence) -> dict[str, Any] | None:
     return {"run": count(subject.folder, split), "sweep": count_in_sweep(subject.folder.parent, split)}
 
 
-def _curve(family: DistortionFamily, curve: InvarianceCurve, trained: tuple[float, float] | None) -> dict[str, Any]:
+def _curve_record(
+    family: DistortionFamily, curve: InvarianceCurve, training_range: tuple[float, float] | None
+) -> dict[str, Any]:
     def mean(shares: list[Share]) -> float:
         pairs = zip(curve.strengths, shares, strict=True)
         return float(np.mean([share.value for strength, share in pairs if strength != family.none]))
 
     means = {"accuracy": mean(curve.accuracy), "consistency": mean(curve.consistency)}
-    return {"unit": family.unit, "none": family.none, "trained": trained, **curve._asdict(), "mean": means}
+    return {"unit": family.unit, "none": family.none, "trained": training_range, **curve._asdict(), "mean": means}
 
 
-def _uprightness(subject: Subject, invariance: Invariance, predictions: Predictions) -> dict[str, Any]:
+def _uprightness_record(subject: Subject, invariance: Invariance, predictions: Predictions) -> dict[str, Any]:
     response = invariance.rotation_response
     if response is None:
         return {"silent": subject.unobserved_reason}

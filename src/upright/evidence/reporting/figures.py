@@ -27,15 +27,17 @@ MARKERS = "os^Dv<P"
 GREY, LIGHT = "#555555", "#ececec"
 DASHES = (0, (4, 3))
 PAGE_INCHES = 7.2
-LETTERS_PER_INCH = 17
-"""Approximate number of letters per inch in a legend."""
+CHARACTERS_PER_INCH = 17
+"""Approximate density of the text in a legend."""
 COLUMNS = 3
-STRIP_IMAGES, STRIP_PIXELS = 4, 56
+STRIP_IMAGES = 4
+STRIP_PIXELS = 56
+"""Side of an image in a strip."""
 STRIP_DEGREES = range(-180, 181, 30)
 
 
 @contextmanager
-def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
+def _styled_figure(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
     """Yield a figure. Text inside the ``with`` is not parsed as mathematics, because names may contain dollar signs."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -48,17 +50,17 @@ def _paper(height: float, width: float = PAGE_INCHES) -> Iterator["Figure"]:
         yield Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
-def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
+def _add_legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
     """Add a legend below all panels, and increase the height of the figure accordingly."""
     # matplotlib omits names that begin with an underscore.
     labels = [f" {name}" if name.startswith("_") else name for name in names]
     width, height = figure.get_size_inches()
-    columns = max(1, min(len(labels), int(width * LETTERS_PER_INCH / (max(map(len, labels)) + 6))))
+    columns = max(1, min(len(labels), int(width * CHARACTERS_PER_INCH / (max(map(len, labels)) + 6))))
     figure.set_size_inches(width, height + 0.1 + 0.2 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def _line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
+def _draw_line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
     """Draw line ``number`` of ``count``. Earlier lines are thicker, so that they stay visible below later ones."""
     later_lines = min(count - 1 - number, 4)
     style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
@@ -66,12 +68,12 @@ def _line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequenc
     return panel.plot(x, y, linewidth=1.0 + 0.45 * later_lines, markersize=2.4 + 0.9 * later_lines, **style)[0]
 
 
-def _band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
+def _draw_band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
     panel.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def _mark(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
-    """Mark the range of training: as a grey area if all models share it, else as one bar per model above the panel."""
+def _mark_ranges(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
+    """Mark the training range: as a grey area if all models share it, else as one bar per model above the panel."""
     if len(set(ranges)) == 1:
         if ranges[0]:
             panel.axvspan(*ranges[0], color=LIGHT, zorder=0, linewidth=0)
@@ -90,7 +92,7 @@ def draw_invariance(
     names: Sequence[str],
     curves: Sequence[Mapping[str, InvarianceCurve]],
     families: Sequence[DistortionFamily],
-    trained: Sequence[Mapping[str, tuple[float, float]]],
+    training_ranges: Sequence[Mapping[str, tuple[float, float]]],
 ) -> "Figure":
     """Draw a panel for each distortion, with a line and its interval for each model.
 
@@ -99,30 +101,30 @@ def draw_invariance(
         names: names of the models.
         curves: curves of each model, by distortion.
         families: the distortions.
-        trained: the ranges of training of each model, by distortion.
+        training_ranges: range of each distortion in the training of each model.
     """
     rows = -(-len(families) // COLUMNS)
-    with _paper(1.95 * rows) as figure:
+    with _styled_figure(1.95 * rows) as figure:
         panels = list(figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).flat)
         for panel, family in zip(panels, families, strict=False):
             lines = []
             for number, by_family in enumerate(curves):
                 curve = by_family[family.name]
                 value, low, high = 100 * np.transpose(getattr(curve, measure))
-                lines.append(_line(panel, number, len(names), curve.strengths, value))
-                _band(panel, lines[-1], low, high)
+                lines.append(_draw_line(panel, number, len(names), curve.strengths, value))
+                _draw_band(panel, lines[-1], low, high)
             panel.set(
                 xlim=(family.strengths[0], family.strengths[-1]), ylim=(0, 102), xlabel=f"{family.name} ({family.unit})"
             )
             if family.unit == "degrees":
                 panel.set_xticks(np.linspace(family.strengths[0], family.strengths[-1], 5))
-            _mark(panel, [ranges.get(family.name) for ranges in trained])
+            _mark_ranges(panel, [ranges.get(family.name) for ranges in training_ranges])
         for panel in panels[::COLUMNS]:
             panel.set_ylabel(f"{measure} (%)")
         for panel in panels[len(families) :]:
             panel.set_axis_off()
         if len(names) > 1:
-            _legend(figure, lines, names)
+            _add_legend(figure, lines, names)
     return figure
 
 
@@ -139,7 +141,7 @@ def draw_reliability(
     columns = min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
     edges = np.linspace(0, 100, BINS + 1)
-    with _paper(3.1 * rows, PAGE_INCHES * columns / COLUMNS if columns > 1 else 3.4) as figure:
+    with _styled_figure(3.1 * rows, PAGE_INCHES * columns / COLUMNS if columns > 1 else 3.4) as figure:
         panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows)
         handles: dict[str, Any] = {}
         for number in range(rows * columns):
@@ -170,7 +172,7 @@ def draw_reliability(
             if column == 0:
                 upper.set_ylabel("accuracy (%)")
                 lower.set_ylabel("predictions (%)")
-        _legend(figure, list(handles.values()), list(handles))
+        _add_legend(figure, list(handles.values()), list(handles))
     return figure
 
 
@@ -184,15 +186,15 @@ def draw_rotation_response(
         names: names of the models.
         responses: response of each model to rotation.
     """
-    with _paper(2.7, 4.6) as figure:
+    with _styled_figure(2.7, 4.6) as figure:
         panel = figure.subplots()
         ends = (responses[0].angles[0], responses[0].angles[-1])
         lines = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=DASHES)
         largest = ends[1]
         for number, response in zip(numbers, responses, strict=True):
             low, middle, high = response.quartiles
-            lines.append(_line(panel, number, max(numbers) + 1, response.angles, middle))
-            _band(panel, lines[-1], low, high)
+            lines.append(_draw_line(panel, number, max(numbers) + 1, response.angles, middle))
+            _draw_band(panel, lines[-1], low, high)
             largest = max(largest, float(-low.min()), float(high.max()))
         largest = 60 * int(np.ceil(largest / 60))
         panel.set(xlim=ends, ylim=(-largest, largest), xticks=range(-180, 181, 60))
@@ -200,7 +202,7 @@ def draw_rotation_response(
         panel.set_xlabel("rotation (degrees)")
         if len({response.within for response in responses}) == 1 and responses[0].within[1] < ends[1]:
             panel.axvspan(*responses[0].within, color=LIGHT, zorder=0, linewidth=0)
-        _legend(figure, [*lines[1:], lines[0]], [*names, "without a transformer"])
+        _add_legend(figure, [*lines[1:], lines[0]], [*names, "without a transformer"])
     return figure
 
 

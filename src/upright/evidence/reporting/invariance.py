@@ -53,7 +53,7 @@ class DistortionFamily:
     change: Callable[[Tensor, float], Tensor]
 
     def __call__(self, images: Tensor, strength: float) -> Tensor:
-        """Distort uint8 ``images`` ``(B, C, H, W)``. The result is uint8, like every input of a model."""
+        """Return distorted ``images`` ``(B, C, H, W)``, uint8 like every input of a model."""
         if strength == self.none:
             return images
         return self.change(images.float(), strength).round().clamp(0, 255).to(torch.uint8)
@@ -113,7 +113,8 @@ def distortions(height: int, width: int, padding: Padding) -> list[DistortionFam
 def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tuple[float, float]]:
     """Return the range of each distortion in training, in units of `distortions`, if the recipe declares one.
 
-    The ranges of several `RandomAffine` and `RandomCrop`, and of the task of a distorted MNIST, are added.
+    A distorted MNIST counts as an augmentation. Angles and shifts of several augmentations are added; their scales are
+    multiplied.
 
     Args:
         data: recipe of the datamodule; None if it is unknown.
@@ -123,19 +124,23 @@ def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tu
     side = min(height, width)
     angle = slant = offset = 0.0
     low = high = 1.0
-    for part in _moves(data or {}):
-        if isinstance(part, RandomAffine):
-            angle, slant, offset = angle + part.rotate, slant + part.shear, offset + part.shift * side
-            low, high = low * part.scale[0], high * part.scale[1]
-        elif isinstance(part, RandomCrop):
-            offset += part.padding
+    for augmentation in _geometric_augmentations(data or {}):
+        if isinstance(augmentation, RandomAffine):
+            angle, slant = angle + augmentation.rotate, slant + augmentation.shear
+            offset += augmentation.shift * side
+            low, high = low * augmentation.scale[0], high * augmentation.scale[1]
+        elif isinstance(augmentation, RandomCrop):
+            offset += augmentation.padding
     ranges = {ROTATION: (-min(angle, 180.0), min(angle, 180.0)), "scale": (low, high), "shift": (0.0, offset)}
     ranges["shear"] = (-slant, slant)
     return {name: ends for name, ends in ranges.items() if ends[0] < ends[1]}
 
 
-def _moves(data: Recipe) -> Iterator[nn.Module]:
-    """Yield the affine and cropping parts of a recipe. The data are not built, because they may be deleted."""
+def _geometric_augmentations(data: Recipe) -> Iterator[nn.Module]:
+    """Yield each `RandomAffine` and `RandomCrop` of a recipe.
+
+    The datamodule is not built, because its images may be deleted.
+    """
     arguments = data.get("init_args", {})
     if data.get("class_path") == recipe(DistortedMNIST)["class_path"]:
         yield from MNISTDistortion(arguments["task"]).parts
@@ -167,8 +172,8 @@ class Sample(NamedTuple):
 def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
     """Choose at most ``count`` images of a split at random, with `SEED`."""
     samples = data.samples(split)
-    number, views = samples.transforms.shape[:2]
-    indices = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(number)[:count]))
+    total, views = samples.transforms.shape[:2]
+    indices = torch.from_numpy(np.sort(np.random.default_rng(SEED).permutation(total)[:count]))
     least_distorted = (samples.transforms[indices] - torch.eye(3)).abs().sum(dim=(2, 3)).argmin(dim=1)
     batches = [samples[part] for part in torch.split(indices * views + least_distorted, CHUNK)]
     images, labels, transforms = (
@@ -199,7 +204,7 @@ class RotationResponse(NamedTuple):
         residual: angle after the transformer, minus that angle without rotation, in degrees from -180 to 180,
             ``(A, N)``.
         uprightness: uprightness over the angles ``within``.
-        within: range of the training rotation, or all angles.
+        within: range of angles for the uprightness, see `evidence.gather`.
     """
 
     angles: tuple[float, ...]
@@ -250,24 +255,24 @@ def measure_invariance(
     steps = [(family, strength) for family in families for strength in family.strengths]
     for family, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
         images = family(sample.images, strength)
-        for number, subject in enumerate(subjects):
-            outputs = undistorted[number] if strength == family.none else _outputs(subject, images)
-            classes[number][family.name].append(_classes(outputs))
+        for index, subject in enumerate(subjects):
+            outputs = undistorted[index] if strength == family.none else _outputs(subject, images)
+            classes[index][family.name].append(_classes(outputs))
             if family.name == ROTATION and subject.model is not None:
-                observations[number][strength] = [output.observations for output in outputs]
+                observations[index][strength] = [output.observations for output in outputs]
     invariances = []
-    for number, expected in enumerate(map(_classes, undistorted)):
+    for index, expected in enumerate(map(_classes, undistorted)):
         curves = {}
         for family in families:
             accuracy, consistency = (
-                [wilson(float((each == target).mean()), len(each)) for each in classes[number][family.name]]
+                [wilson(float((each == target).mean()), len(each)) for each in classes[index][family.name]]
                 for target in (sample.labels, expected)
             )
             curves[family.name] = InvarianceCurve(family.strengths, accuracy, consistency)
         invariances.append(
             Invariance(
                 curves,
-                _rotation_response(observations[number], sample, ranges[number]) if observations[number] else None,
+                _rotation_response(observations[index], sample, ranges[index]) if observations[index] else None,
             )
         )
     return invariances

@@ -19,14 +19,14 @@ from upright.evidence.reporting.subjects import Floats, Subject
 from upright.exporting.parity import Drop
 from upright.training.uprightness import Uprightness
 
-Labels = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
 
 TOP_K = (2, 5)
 LISTED_MISTAKES = 24
 BINS = 15
 """Bins of confidence, of equal width, as in Guo et al. 2017."""
 TEMPERATURES = (0.02, 50.0)
-"""Bounds of the temperature."""
+"""Range in which a temperature is searched."""
 
 
 @dataclass(eq=False)
@@ -41,14 +41,14 @@ class Predictions:
     """
 
     probabilities: Floats
-    labels: Labels
-    groups: Labels
+    labels: Integers
+    groups: Integers
     uprightness: float | None = None
 
     @cached_property
-    def classes(self) -> Labels:
+    def classes(self) -> Integers:
         """Predicted classes, ``(N,)``."""
-        classes: Labels = self.probabilities.argmax(axis=1)
+        classes: Integers = self.probabilities.argmax(axis=1)
         return classes
 
     @property
@@ -58,16 +58,16 @@ class Predictions:
         return correct
 
     @cached_property
-    def confusion(self) -> Labels:
+    def confusion(self) -> Integers:
         """Number of predictions by true class (row) and predicted class (column), ``(K, K)``."""
-        counts: Labels = confusion_matrix(self.labels, self.classes, labels=range(self.probabilities.shape[1]))
+        counts: Integers = confusion_matrix(self.labels, self.classes, labels=range(self.probabilities.shape[1]))
         return counts
 
     @cached_property
-    def mistakes(self) -> Labels:
+    def mistakes(self) -> Integers:
         """Indices of the wrong predictions, the most confident first."""
         wrong = np.flatnonzero(~self.correct)
-        order: Labels = wrong[np.argsort(-self.probabilities[wrong].max(axis=1), kind="stable")]
+        order: Integers = wrong[np.argsort(-self.probabilities[wrong].max(axis=1), kind="stable")]
         return order
 
     def accuracy_record(self, classes: tuple[str, ...], names: list[str]) -> dict[str, Any]:
@@ -132,8 +132,12 @@ def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list
 
 
 def difference(first: Predictions, other: Predictions) -> dict[str, Any]:
-    """Return the difference of accuracy in points, from paired predictions for the same images, see `Drop`."""
+    """Return the accuracy of ``other`` minus that of ``first``, in points, with its interval, see `Drop`.
+
+    The predictions are paired: both models classified the same images.
+    """
     drop = Drop.of(first.correct, other.correct, first.groups)
+    # `0 - x` is never -0.0, unlike `-x`.
     return {
         "points": 0 - drop.points,
         "low": 0 - drop.high,
@@ -201,17 +205,17 @@ def calibrate(predictions: Predictions, validation: Predictions | None) -> Calib
     before = measure(predictions.probabilities)
     if validation is None:
         return Calibration(*before, reason="it is fitted on the validation split, which this report evaluates")
-    temperature = fitted_temperature(validation.probabilities, validation.labels)
+    temperature = fit_temperature(validation.probabilities, validation.labels)
     if temperature is None:
         return Calibration(
             *before,
-            reason="the loss on the validation split has no minimum, because no prediction is wrong, or they are not "
-            "better than chance",
+            reason="the loss on the validation split has no minimum, because no prediction is wrong, or the "
+            "predictions are not better than chance",
         )
-    return Calibration(*before, temperature, "", *measure(tempered(predictions.probabilities, temperature)))
+    return Calibration(*before, temperature, "", *measure(apply_temperature(predictions.probabilities, temperature)))
 
 
-def reliability(probabilities: Floats, labels: Labels, groups: Labels) -> list[Bin]:
+def reliability(probabilities: Floats, labels: Integers, groups: Integers) -> list[Bin]:
     """Group predictions by confidence.
 
     Args:
@@ -223,11 +227,11 @@ def reliability(probabilities: Floats, labels: Labels, groups: Labels) -> list[B
     correct = probabilities.argmax(axis=1) == labels
     bin_indices = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = []
-    for number in range(BINS):
-        inside = bin_indices == number
+    for index in range(BINS):
+        inside = bin_indices == index
         mean = float(confidence[inside].mean()) if inside.any() else None
         accuracy = clustered(correct[inside], groups[inside]) if inside.any() else None
-        bins.append(Bin(number / BINS, (number + 1) / BINS, int(inside.sum()), mean, accuracy))
+        bins.append(Bin(index / BINS, (index + 1) / BINS, int(inside.sum()), mean, accuracy))
     return bins
 
 
@@ -241,18 +245,18 @@ def calibration_error(bins: list[Bin]) -> float:
     return sum(distances) / sum(each.count for each in bins)
 
 
-def log_loss(probabilities: Floats, labels: Labels) -> float:
+def log_loss(probabilities: Floats, labels: Integers) -> float:
     """Return the mean negative log-likelihood, in nats; a probability of 0 counts as the smallest float32."""
     return float(-_logits(probabilities)[np.arange(len(labels)), labels].mean())
 
 
-def tempered(probabilities: Floats, temperature: float) -> Floats:
+def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
     """Return the probabilities ``(N, K)`` for the same logits divided by ``temperature``."""
     scaled: Floats = softmax(_logits(probabilities) / temperature, axis=1)
     return scaled
 
 
-def fitted_temperature(probabilities: Floats, labels: Labels) -> float | None:
+def fit_temperature(probabilities: Floats, labels: Integers) -> float | None:
     """Return the temperature with the lowest `log_loss` (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
     Args:
@@ -268,7 +272,7 @@ def fitted_temperature(probabilities: Floats, labels: Labels) -> float | None:
     def slope(exponent: float) -> float:
         return float(((softmax(logits / np.exp(exponent), axis=1) * logits).sum(axis=1) - true).mean())
 
-    # The loss is convex in 1 / temperature, so its slope has one zero.
+    # The loss is convex in 1 / temperature, so its slope has at most one zero.
     low, high = np.log(TEMPERATURES)
     if slope(low) <= 0 or slope(high) >= 0:
         return None

@@ -57,7 +57,7 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, EmbeddedFigure]:
 
     curves = [invariance.curves for invariance in evidence.invariances]
     for measure in ("accuracy", "consistency"):
-        add(measure, draw_invariance(measure, names, curves, evidence.families, evidence.trained))
+        add(measure, draw_invariance(measure, names, curves, evidence.families, evidence.training_ranges))
     before, after = ([each.bins for each in evidence.calibrations], [each.bins_after for each in evidence.calibrations])
     add("reliability", draw_reliability(names, before, after))
     numbered = enumerate(each.rotation_response for each in evidence.invariances)

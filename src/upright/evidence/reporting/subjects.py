@@ -49,7 +49,7 @@ class Origin(NamedTuple):
     """Metadata of a model file. Fields that the file does not record are None or empty.
 
     Args:
-        path: the command-line argument.
+        path: path as the user gave it on the command line.
         name: name of the run, or of the bundle's folder.
         spec: format of the images.
         network: recipe of the network.
@@ -113,12 +113,12 @@ def open_subjects(
 
     Args:
         paths: checkpoints, folders of runs, and bundles.
-        data: a YAML of other data.
-        precisions: precisions of bundles.
+        data: path of a YAML of data to use instead; None uses the data of the first model.
+        precisions: precisions to load of each bundle.
 
     Raises:
-        UserError: if a path is none of these or cannot be loaded; if classes, channels or, without ``data``, splits
-            differ; if the data of the first model are unknown or have changed.
+        UserError: if a path is not a model or cannot be loaded; if classes or channels differ; if splits differ and
+            ``data`` is None; if the data of the first model are unknown or have changed.
     """
     origins = [_origin(path) for path in paths]
     first = origins[0]
@@ -127,8 +127,8 @@ def open_subjects(
     for other in origins[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UserError(
-                f"'{other.path}' knows {other.spec.task}, '{first.path}' {first.spec.task}; only models of the same "
-                "task can be compared."
+                f"'{other.path}' has {other.spec.task}; '{first.path}' has {first.spec.task}. Give models with the "
+                "same channels and classes."
             )
         if not data and other.digest != first.digest:
             raise UserError(
@@ -160,10 +160,10 @@ def _origin(path: str) -> Origin:
             path,
             folder.resolve().name,
             bundle.spec,
-            _recipe(_dict(provenance["model"].get("init_args")).get("network")),
-            _recipe(provenance.get("data")),
-            _dict(provenance.get("split")).get("digest"),
-            _dict(provenance.get("run")),
+            _recipe_or_none(_dict_or_empty(provenance["model"].get("init_args")).get("network")),
+            _recipe_or_none(provenance.get("data")),
+            _dict_or_empty(provenance.get("split")).get("digest"),
+            _dict_or_empty(provenance.get("run")),
             provenance.get("git_commit"),
             bundle,
         )
@@ -185,11 +185,11 @@ def _origin(path: str) -> Origin:
     )
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _recipe(value: Any) -> Recipe | None:
+def _recipe_or_none(value: Any) -> Recipe | None:
     return value if isinstance(value, dict) and "class_path" in value else None
 
 
@@ -241,7 +241,7 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
     thetas = [name for name in bundle.manifest["other_outputs"] if name.partition("_")[0] == "theta"]
     model, template, unobserved_reason = None, list[Observation](), ""
     try:
-        model = _untrained(origin)
+        model = _build_untrained(origin)
     except UprightError as error:  # the class of the network may be missing on this machine
         unknown = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
         thetas, unobserved_reason = [], f"{unknown}: {error}"
@@ -282,7 +282,7 @@ def _run_folder(run: dict[str, Any]) -> Path | None:
     return None
 
 
-def _untrained(origin: Origin) -> Model:
+def _build_untrained(origin: Origin) -> Model:
     """Build the network of a bundle, whose structure defines the meaning of theta. Its weights are not used."""
     if origin.network is None:
         raise UserError("the manifest does not record the network")

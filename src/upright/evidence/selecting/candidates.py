@@ -29,7 +29,7 @@ FINAL_STATES = ("complete", "pruned", "failed")
 
 
 class Candidate(NamedTuple):
-    """A run that the choice is made from.
+    """A run that `upright select` may choose.
 
     Args:
         name: name that is unique among the candidates.
@@ -140,7 +140,8 @@ def predictions_of(runs: Sequence[Candidate], data: ImageDataModule | None = Non
     contents = [read_checkpoint(run.checkpoint)[KEY] for run in runs]
     _check_alike(runs, contents)
     # The runs of a sweep usually share their data, so reuse the data of the previous run.
-    shared, shared_recipe, images_digest = data, contents[0]["data"], _digest(data) if data else ""
+    shared: ImageDataModule | None = None
+    shared_recipe, images_digest = None, ""
     predictions: list[ValidationPredictions] = []
     for run, record in zip(tqdm(runs, "validating", unit="run", disable=None, leave=False), contents, strict=True):
         if data:
@@ -173,7 +174,9 @@ def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]
     first = contents[0]
     for run, record in zip(runs, contents, strict=True):
         if not record["data"] or not record["split"]:
-            raise UserError(f"'{run.checkpoint}' does not record the data it was trained with.")
+            raise UserError(
+                f"'{run.checkpoint}' does not record the data it was trained with; give runs on an ImageDataModule."
+            )
         if record["spec"]["classes"] != first["spec"]["classes"]:
             difference = "classes"
         elif not torch.equal(record["split"]["hashes"]["val"], first["split"]["hashes"]["val"]):
@@ -181,7 +184,7 @@ def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]
         else:
             continue
         raise UserError(
-            f"'{run.name}' has other {difference} than '{runs[0].name}'; give runs with the same validation split."
+            f"'{run.name}' and '{runs[0].name}' have different {difference}; give runs with the same {difference}."
         )
 
 
