@@ -558,7 +558,7 @@ async function showPage() {
   }
 
   try {
-    if (location.protocol === "file:" && !isInside) {
+    if (location.protocol === "file:" && !isOneFile) {
       throw new Error(
         "a page that is opened from a disk cannot read other files. Serve its folder " +
           "(python -m http.server, then http://localhost:8000), or write the page with --one-file.",
