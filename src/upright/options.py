@@ -165,7 +165,7 @@ class Export(Options):
     name: str | None = option(None, "name of the bundle, which is written to FOLDER/NAME; by default the run's name")
     force: bool = option(False, "replace an existing bundle")
     data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
-    outputs: Sequence[Literal["theta", "warped", "logits", "features"]] = option(
+    outputs: Sequence[Literal["theta", "warped", "votes", "confidence", "logits", "features"]] = option(
         (),
         "outputs of the graph beside the probabilities: parameters and output image of each spatial transformer, "
         "logits, input of the head",

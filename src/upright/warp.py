@@ -157,8 +157,13 @@ def rotation(angles: Tensor, aspect: float | Tensor = 1.0) -> Tensor:
         aspect: width / height, one for all images or one for each, ``(B,)``. Without it, a rotation in normalised
             coordinates would shear an image that is not square.
     """
-    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    one = torch.ones_like(angles)
+    return direction_rotation(torch.stack([angles.cos(), angles.sin()], dim=-1), aspect)
+
+
+def direction_rotation(directions: Tensor, aspect: float | Tensor = 1.0) -> Tensor:
+    """Return the matrices ``(B, 3, 3)`` of `rotation` for angles given as unit vectors (cos, sin) ``(B, 2)``."""
+    cos, sin = directions.unbind(dim=-1)
+    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     rows = [[cos, -sin / aspect, zero], [sin * aspect, cos, zero], [zero, zero, one]]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 

@@ -12,6 +12,7 @@ Differences from the paper:
 - ``rotation`` and ``similarity`` are not in the paper's list; they are sufficient for a rotated digit.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,6 +88,21 @@ class DenseLocaliser(nn.Module):
         return features
 
 
+class VotingLocaliser(nn.Module, ABC):
+    """A localiser that votes for one of ``N`` candidates: it returns features of each, ``(B, num_outputs, N)``.
+
+    The transformer computes a score of each candidate from its features. The softmax of the scores is a distribution,
+    the votes. ``theta`` is the mean of the candidates under the votes.
+    """
+
+    transform: TransformName
+    """The family of transforms that the candidates belong to."""
+
+    @abstractmethod
+    def candidates(self) -> Tensor:
+        """Return ``theta`` of each candidate, ``(N, P)``."""
+
+
 class SpatialTransformer(nn.Module):
     """A localiser, a grid of sampling points, and a sampler.
 
@@ -97,15 +113,17 @@ class SpatialTransformer(nn.Module):
         transform: family of the transforms.
         control_points: control points of the thin-plate spline, per axis.
         localiser: factory of the localiser; it is called with ``(input_shape, num_outputs)``.
-        features: number of features between the localiser and the regression of ``theta``.
+        features: number of features between the localiser and the regression of ``theta``, or its votes.
         sampling: interpolation between pixels; ``nearest`` gives the localiser no gradient.
         padding: values beyond the border.
         output_size: ``(H, W)`` of the output, by default that of the input. If it is smaller, several points per pixel
             are averaged to avoid aliasing, as the paper does after its transformer.
         start: ``theta`` before training, by default the identity. Parallel transformers can start at different places
-            of the image.
+            of the image. A `VotingLocaliser` has no start: it follows the image before training, too.
         lr_factor: learning rate of the transformer, as a multiple of the network's.
     """
+
+    candidates: Tensor | None
 
     def __init__(
         self,
@@ -139,9 +157,28 @@ class SpatialTransformer(nn.Module):
         size = int(self.transform.size)
         if start is not None and len(start) != size:
             raise ValueError(f"start needs {size} numbers for '{transform}', got {len(start)}.")
-        self.localisation = nn.Sequential(
-            localiser(input_shape, features), nn.ReLU(), Regression(features, start or [0.0] * size)
-        )
+        body = localiser(input_shape, features)
+        head: list[nn.Module] = [Regression(features, start or [0.0] * size)]
+        if isinstance(body, VotingLocaliser):
+            if transform != body.transform or start is not None:
+                raise ValueError(
+                    f"{type(body).__name__} votes for the transform '{body.transform}' and has no start; "
+                    f"got transform '{transform}' and start {start}."
+                )
+            # Without a bias: the softmax would cancel it.
+            head = [nn.Conv1d(features, 1, 1, bias=False), nn.Flatten()]
+        self.localisation = nn.Sequential(body, nn.ReLU(), *head)
+        candidates = body.candidates() if isinstance(body, VotingLocaliser) else None
+        self.register_buffer("candidates", candidates, persistent=False)
+
+    def locate(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return ``theta`` ``(B, P)`` of images ``(B, C, H, W)``, and the votes ``(B, N)`` if the localiser votes."""
+        output: Tensor = self.localisation(images)
+        if self.candidates is None:
+            return output, None
+        votes = output.float().softmax(dim=1)
+        with full_precision(votes.device):
+            return votes @ self.candidates, votes
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
         """Map output points ``(N, 2)`` or ``(B, N, 2)`` to the input by ``theta`` ``(B, P)``: ``(B, N, 2)``."""
@@ -165,8 +202,8 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform images ``(B, C, H, W)``: ``(B, C, H', W')``."""
-        theta = self.localisation(images)
-        return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)))
+        theta, votes = self.locate(images)
+        return observe(self, theta, votes, lambda: self.sample(images, partial(self.points, theta)))
 
 
 class Regression(nn.Linear):
@@ -188,12 +225,14 @@ class Observation:
     Args:
         transformer: the transformer.
         theta: parameters of the transform, ``(B, P)``.
+        votes: distribution over the bins of a `VotingLocaliser`, ``(B, N)``; None for other localisers.
         output: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
         before: observation of the transformer before it, if there is one.
     """
 
     transformer: SpatialTransformer
     theta: Tensor
+    votes: Tensor | None
     output: Tensor
     before: "Observation | None"
 
@@ -201,6 +240,22 @@ class Observation:
         """Map ``reference`` points ``(N, 2)`` of this output to the input of the first transformer: ``(B, N, 2)``."""
         points = self.transformer.points(self.theta, reference)
         return self.before.points(points) if self.before else points
+
+    @property
+    def confidence(self) -> Tensor | None:
+        """Concentration of the votes, ``(B,)``: 0 for equal votes of all bins, 1 if all votes are for one bin.
+
+        It is the root of 1 - variance of the votes / variance of equal votes. For a rotation this is the length of the
+        mean direction. None for a localiser that does not vote.
+        """
+        if self.votes is None:
+            return None
+        candidates = self.transformer.candidates
+        assert candidates is not None
+        squares = candidates.square().sum(dim=1)
+        variance = self.votes @ squares - (self.votes @ candidates).square().sum(dim=1)
+        equal = squares.mean() - candidates.mean(dim=0).square().sum()
+        return (1 - variance / equal).clamp(0, 1).sqrt()
 
     def view(self, images: Tensor) -> Tensor:
         """Sample the input ``images`` ``(B, C, H, W)`` of the first transformer at this output's points and size.
@@ -249,12 +304,15 @@ def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
         _observer.reset(token)
 
 
-def observe(transformer: SpatialTransformer, theta: Tensor, sample_output: Callable[[], Tensor]) -> Tensor:
+def observe(
+    transformer: SpatialTransformer, theta: Tensor, votes: Tensor | None, sample_output: Callable[[], Tensor]
+) -> Tensor:
     """Return ``sample_output()``, and record it as an `Observation` inside `observing`.
 
     Args:
         transformer: the transformer.
         theta: its parameters, ``(B, P)``.
+        votes: its votes, ``(B, N)``, if its localiser votes.
         sample_output: function that samples its output.
     """
     observer = _observer.get()
@@ -262,7 +320,7 @@ def observe(transformer: SpatialTransformer, theta: Tensor, sample_output: Calla
         return sample_output()
     last = len(observer.observations) + 1 == observer.stop_after
     output = theta.new_empty(0) if last else sample_output()
-    observer.before = Observation(transformer, theta, output, observer.before)
+    observer.before = Observation(transformer, theta, votes, output, observer.before)
     observer.observations.append(observer.before)
     if last:
         raise _StopForward

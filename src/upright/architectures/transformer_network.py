@@ -43,8 +43,9 @@ class SeriesTransformer(nn.Module):
         output, steps = images, []
         for transformer in self.transformers:
             assert isinstance(transformer, SpatialTransformer)
-            steps.append((transformer, transformer.localisation(output)))
-            output = observe(*steps[-1], partial(self._sample, images, steps))
+            theta, votes = transformer.locate(output)
+            steps.append((transformer, theta))
+            output = observe(transformer, theta, votes, partial(self._sample, images, steps))
         return output
 
     @staticmethod

@@ -1,15 +1,18 @@
 """The transforms of a spatial transformer: families of transforms of the plane, with ``theta`` zero at the identity.
 
 Each transform maps output to input coordinates (`upright.warp`). It is called with ``theta`` ``(B, P)`` and points
-``(N, 2)`` or ``(B, N, 2)``. The table lists the order of ``theta``. Shifts are in half images, angles in
-radians anticlockwise.
+``(N, 2)`` or ``(B, N, 2)``. The table lists the order of ``theta``. Shifts are in half images.
+
+The parameter of a rotation is a direction, (cos, sin) of the angle times any length, anticlockwise. An angle in one
+number would jump somewhere in a full turn, and no continuous network can follow a jump (Zhou et al. 2019,
+arXiv:1812.07035).
 
 | name | P | theta |
 |---|---|---|
 | translation | 2 | x, y |
-| rotation | 1 | angle |
+| rotation | 2 | difference from the direction (1, 0) |
 | attention | 3 | log of the scale, x, y |
-| similarity | 4 | angle, log of the scale, x, y |
+| similarity | 5 | difference from the direction (1, 0), log of the scale, x, y |
 | affine | 6 | difference from the 2 x 3 matrix of the identity, row by row |
 | projective | 8 | difference from the 3 x 3 matrix of the identity, row by row; the last entry stays 1 |
 | thin_plate | 2 K² | x, y of the shift of each of K x K control points, row by row |
@@ -20,9 +23,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
-from upright.warp import project_points, rotation, spline_points, spline_solution, transform_points
+from upright.warp import direction_rotation, project_points, spline_points, spline_solution, transform_points
 
 TransformName = Literal["translation", "rotation", "attention", "similarity", "affine", "projective", "thin_plate"]
 
@@ -62,10 +65,10 @@ class Translation(Transform):
 class Rotation(Transform):
     """Rotation around the centre."""
 
-    size = 1
+    size = 2
 
     def matrices(self, theta: Tensor) -> Tensor:
-        return rotation(theta[:, 0], self.aspect)
+        return _rotation(theta, self.aspect)
 
 
 class Attention(Transform):
@@ -81,11 +84,11 @@ class Attention(Transform):
 class Similarity(Transform):
     """Rotation, zoom and shift."""
 
-    size = 4
+    size = 5
 
     def matrices(self, theta: Tensor) -> Tensor:
-        linear = theta[:, 1, None, None].exp() * rotation(theta[:, 0], self.aspect)[:, :2, :2]
-        return torch.cat([linear, theta[:, 2:, None]], dim=2)
+        linear = theta[:, 2, None, None].exp() * _rotation(theta[:, :2], self.aspect)[:, :2, :2]
+        return torch.cat([linear, theta[:, 3:, None]], dim=2)
 
 
 class Affine(Transform):
@@ -146,3 +149,9 @@ MATRIX_TRANSFORMS: dict[TransformName, type[Transform]] = {
 
 def _identity(theta: Tensor) -> Tensor:
     return torch.eye(2, 3, device=theta.device)
+
+
+def _rotation(theta: Tensor, aspect: float) -> Tensor:
+    # The millionth makes a blank image, whose direction has no length, stay as it is.
+    direction = theta + torch.tensor([1 + 1e-6, 0.0], device=theta.device)
+    return direction_rotation(normalize(direction, eps=1e-6), aspect)

@@ -17,7 +17,7 @@ from upright.errors import UserError
 from upright.runtime.bundle import FORMAT
 from upright.training.model import Model
 
-Output = Literal["theta", "warped", "logits", "features"]
+Output = Literal["theta", "warped", "votes", "confidence", "logits", "features"]
 
 OPSET = 18
 """Default opset. TensorRT computes GridSample correctly for opset 18, but not for opset 20."""
@@ -38,8 +38,8 @@ class Form:
         batch: number of images in a batch; None for any number.
         size: ``(H, W)`` of the images; None for any size. At the network's own size the graph does not resize.
         outputs: additional outputs. Every spatial transformer has ``theta`` ``(B, P)`` and ``warped``, its output for
-            the image, float32 ``(B, H', W', C)`` from 0 to 255. The network has ``logits`` ``(B, K)`` and
-            ``features``, the input of its head.
+            the image, float32 ``(B, H', W', C)`` from 0 to 255. If its localiser votes, it has ``votes`` ``(B, N)`` and
+            ``confidence`` ``(B,)``. The network has ``logits`` ``(B, K)`` and ``features``, the input of its head.
         head: names of the network's modules that form its head (`finetuning.head`), for ``features``.
 
     Raises:
@@ -73,20 +73,27 @@ class Graph(nn.Module):
     """
 
     names: list[str]
-    """Names of the outputs. Several transformers have ``theta_1``, ``theta_2`` and so on."""
+    """Names of the outputs. Several transformers have ``theta_1``, ``theta_2`` and so on, in the order of modules."""
 
     def __init__(self, model: Model, form: Form) -> None:
         super().__init__()
         self.model, self.form = model, form
-        transformers = sum(isinstance(module, SpatialTransformer) for module in model.modules())
+        transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
+        numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
+        voting = [number for number, each in zip(numbers, transformers, strict=True) if each.candidates is not None]
         self.names = ["probabilities"]
         for name in form.outputs:
             if name in ("logits", "features"):
                 self.names.append(name)
-            elif transformers == 0:
+            elif not transformers:
                 raise UserError(f"The network has no spatial transformer, so it has no output {name}.")
+            elif name in ("votes", "confidence") and not voting:
+                raise UserError(
+                    f"No spatial transformer of the network has a localiser that votes, so it has no output {name}; "
+                    "upright.architectures.voting.PolarLocaliser votes."
+                )
             else:
-                self.names += [name] if transformers == 1 else [f"{name}_{i + 1}" for i in range(transformers)]
+                self.names += [name + number for number in (voting if name in ("votes", "confidence") else numbers)]
         if "features" in form.outputs and not all(form.head):
             raise UserError(
                 f"{type(model.network).__name__} has no separate module for its head, so it has no output features; "
@@ -109,6 +116,10 @@ class Graph(nn.Module):
         for name in self.form.outputs:
             if name == "theta":
                 outputs += [observation.theta for observation in observations]
+            elif name == "votes":
+                outputs += [observation.votes for observation in observations if observation.votes is not None]
+            elif name == "confidence":
+                outputs += [each for observation in observations if (each := observation.confidence) is not None]
             elif name == "warped":
                 outputs += [
                     self.model.denormalise(observation.view(normalised)).permute(0, 2, 3, 1)

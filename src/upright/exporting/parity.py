@@ -22,7 +22,14 @@ from upright.warp import resize
 
 Floats = npt.NDArray[np.float64]
 
-OTHER_TOLERANCES = {"theta": 1e-3, "warped": 0.5, "logits": 1e-2, "features": 1e-2}
+OTHER_TOLERANCES = {
+    "theta": 1e-3,
+    "warped": 0.5,
+    "votes": 1e-3,
+    "confidence": 1e-3,
+    "logits": 1e-2,
+    "features": 1e-2,
+}
 """Largest allowed difference of each other output. The units are: half the image size and radians for ``theta``, grey
 levels for ``warped``, and a share of the largest value for ``logits`` and ``features``."""
 CALIBRATION_IMAGES = 512

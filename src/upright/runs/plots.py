@@ -207,7 +207,8 @@ def _one_per_class(data: ImageDataModule, share: Tensor, count: int) -> list[int
 
 def _select_image(observation: Observation, place: int) -> Observation:
     before = observation.before and _select_image(observation.before, place)
-    return replace(observation, theta=observation.theta[place, None], before=before)
+    votes = None if observation.votes is None else observation.votes[place, None]
+    return replace(observation, theta=observation.theta[place, None], votes=votes, before=before)
 
 
 def _png(images: Sequence[Pixels | None], side: int) -> bytes:

@@ -2,7 +2,7 @@
 
 import math
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from upright.architectures.initialisation import Scheme, initialise
-from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
+from upright.architectures.spatial_transformer import Network, Observation, SpatialTransformer, observing
 from upright.checkpoint import FORMAT, KEY, git_commit, read_checkpoint
-from upright.data.batch import Batch
+from upright.data.batch import Batch, View
 from upright.data.datamodule import ImageDataModule, seed_generators
 from upright.data.loader import global_seed
 from upright.errors import CheckpointError, UserError
@@ -46,7 +46,9 @@ class ImageClassifier(Recorded, L.LightningModule):
         scheduler: completed with ``(optimizer, total_steps)``; it steps after every batch.
         loss: completed with ``(num_classes)``; called with logits and labels, or probabilities if images are mixed.
         init: scheme of the initial weights; by default the network's own.
-        upright_weight: weight of the upright loss; 0 trains a spatial transformer by classification alone.
+        upright_weight: weight of the upright loss: two views of an image should end in one pose, whichever it is.
+        prior_weight: weight of the identity prior: every view should end as the image was before augmentation. Use it
+            for data that have an up of their own.
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class ImageClassifier(Recorded, L.LightningModule):
         loss: Callable[[int], nn.Module] = CrossEntropy,
         init: Scheme | None = None,
         upright_weight: float = 0.0,
+        prior_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.optimizer, self.scheduler, self.upright_weight = optimizer, scheduler, upright_weight
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.upright_weight, self.prior_weight = upright_weight, prior_weight
         _ = self.recipe  # refuses parts that a checkpoint could not rebuild, before training
         self.run: dict[str, Any] | None = None
         """Name and id of the training run; a stock Trainer's run is named after the network."""
@@ -83,11 +87,12 @@ class ImageClassifier(Recorded, L.LightningModule):
             _check_any_size(self.model)
         self.loss = loss(num_classes)
         self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
-        if upright_weight < 0 or (upright_weight > 0 and not self.transformers):
-            raise UserError(
-                f"upright_weight {upright_weight} needs a SpatialTransformer in the network; "
-                "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
-            )
+        for name, weight in (("upright_weight", upright_weight), ("prior_weight", prior_weight)):
+            if weight < 0 or (weight > 0 and not self.transformers):
+                raise UserError(
+                    f"{name} {weight} needs a SpatialTransformer in the network; "
+                    "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
+                )
         self.metrics = nn.ModuleDict(
             {
                 f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0, extra=self.extra_metrics())
@@ -160,10 +165,10 @@ class ImageClassifier(Recorded, L.LightningModule):
             loss.balance(_train_counts(data, self.spec.classes))
         if isinstance(data, ImageDataModule):
             self._check_augmentation(data)
-        elif self.upright_weight:
+        elif self._pose_loss:
             raise UserError(
-                "The upright loss needs two augmented views of each image, which only an ImageDataModule yields: use "
-                "one, or set upright_weight 0."
+                f"{self._pose_loss} needs augmented views of each image with their transforms, which only an "
+                "ImageDataModule yields: use one, or set upright_weight and prior_weight 0."
             )
 
     def _check_augmentation(self, data: ImageDataModule) -> None:
@@ -174,24 +179,30 @@ class ImageClassifier(Recorded, L.LightningModule):
                 f"{mixing} gives an image several classes, but {type(self.loss).__name__} takes one label: use "
                 f"upright.training.losses.CrossEntropy, or remove {mixing} from data.init_args.augment."
             )
-        if not self.upright_weight:
+        if not (loss := self._pose_loss):
             return
+        option = "upright_weight" if self.upright_weight else "prior_weight"
         if not augmentation.moves:
             raise UserError(
-                "The upright loss compares two augmented views of an image, but the data are not rotated: add "
-                "upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set upright_weight 0."
+                f"{loss} compares poses of an image, but the data are not rotated: add "
+                f"upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set {option} 0."
             )
         if mixing:
             raise UserError(
-                f"The upright loss compares rotations of one image, but {mixing} mixes two images: remove it from "
-                "data.init_args.augment, or set upright_weight 0."
+                f"{loss} compares poses of one image, but {mixing} mixes two images: remove it from "
+                f"data.init_args.augment, or set {option} 0."
             )
         if augmentation.unreported:
             raise UserError(
-                f"The upright loss needs the transform of each image, but {augmentation.unreported} does not report "
-                "it: use upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set "
-                "upright_weight 0."
+                f"{loss} needs the transform of each image, but {augmentation.unreported} does not report it: use "
+                f"upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set {option} 0."
             )
+
+    @property
+    def _pose_loss(self) -> str | None:
+        if self.upright_weight:
+            return "The upright loss"
+        return "The identity prior" if self.prior_weight else None
 
     def _takes_probabilities(self) -> bool:
         classes = len(self.spec.classes)
@@ -202,7 +213,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         return True
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch: classification, and the upright loss between its two views if it has a weight."""
+        """Return the loss of a batch: classification, and what the poses of its views cost, if that has a weight."""
         if not isinstance(batch, Batch):
             # An ImageDataModule seeds for its own batches. A resumed run then draws the same dropout.
             seed_generators(
@@ -214,19 +225,32 @@ class ImageClassifier(Recorded, L.LightningModule):
             logits = self.model(batch.images)
         loss: Tensor = self.loss(logits, batch.labels)
         self._means.add("train/loss", loss, len(logits))
-        if self.upright_weight:
-            first, second = batch.views
-            with observing(stop_after=len(observations)) as second_observations:
-                self.model(second.images)
-            points = pixel_centres(4, 4, device=self.device)
-            first_points = final_points(first.transforms, observations, points)
-            second_points = final_points(second.transforms, second_observations, points)
-            aspect = self.spec.width / self.spec.height
-            pairs = zip(first_points, second_points, strict=True)
-            disagreement = torch.stack([upright_loss(*pair, points, aspect) for pair in pairs]).mean()
-            self._means.add("train/upright_loss", disagreement, len(logits))
-            loss = loss + self.upright_weight * disagreement
+        if self._pose_loss:
+            seen = [observations]
+            for view in batch.views[1:]:
+                with observing(stop_after=len(observations)) as others:
+                    self.model(view.images)
+                seen.append(others)
+            loss = loss + self._weigh_poses(batch.views, seen)
         return loss
+
+    def _weigh_poses(self, views: Sequence[View], seen: Sequence[list[Observation]]) -> Tensor:
+        points, aspect = pixel_centres(4, 4, device=self.device), self.spec.width / self.spec.height
+        poses = [
+            torch.cat(final_points(view.transforms, observations, points))
+            for view, observations in zip(views, seen, strict=True)
+        ]
+        total = torch.zeros((), device=self.device)
+        if self.upright_weight:
+            disagreement = upright_loss(*poses, points, aspect)
+            self._means.add("train/upright_loss", disagreement, len(poses[0]))
+            total = total + self.upright_weight * disagreement
+        if self.prior_weight:
+            final = torch.cat(poses)
+            deviation = upright_loss(final, points.expand_as(final), points, aspect)
+            self._means.add("train/prior_loss", deviation, len(final))
+            total = total + self.prior_weight * deviation
+        return total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the epoch's means after its last batch.

@@ -307,7 +307,7 @@ def _with_thetas(template: list[Observation], thetas: list[Tensor]) -> list[Obse
     observations: dict[int, Observation] = {}
     for each, theta in zip(template, thetas, strict=True):
         previous = observations[id(each.before)] if each.before else None
-        observations[id(each)] = replace(each, theta=theta, before=previous)
+        observations[id(each)] = replace(each, theta=theta, votes=None, before=previous)
     return list(observations.values())
 
 
