@@ -23,10 +23,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.spatial_transformer import Network
+from upright.architectures.localisers import Network
+from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.cli import main
 from upright.describe import network_and_spec
-from upright.exporting.graph import Form, Graph, module_of, write_graph
+from upright.exporting.graph import Form, Graph, Output, module_of, write_graph
 from upright.exporting.precision import Float16, Int8
 from upright.images import ImageSpec
 from upright.recipes import build
@@ -197,8 +198,11 @@ def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()
         model.train()(torch.randint(256, (8, *shape), dtype=torch.uint8))
     model.eval()
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in sorted(head(classifier))))
-    theta = ("theta",) if classifier.transformers else ()
-    form = Form(batch=3, size=shape[1:], outputs=("logits", "features", *theta), head=modules)
+    transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
+    names: tuple[Output, ...] = ("logits", "features", *(("theta",) if transformers else ()))
+    if any(transformer.candidates is not None for transformer in transformers):
+        names += ("votes", "confidence")
+    form = Form(batch=3, size=shape[1:], outputs=names, head=modules)
     pixels = np.random.default_rng(0).integers(0, 256, (3, *shape[1:], spec.channels), dtype=np.uint8)
     graph = Graph(model, form).eval()
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from tests.architectures.test_spatial_transformer import FixedTheta
+from tests.architectures.test_spatial_transformer import FixedTheta, direction, regressing
 from upright.architectures.lenet import LeNet
 from upright.architectures.mlp import MLP
 from upright.architectures.recurrent import Recurrent
@@ -21,7 +21,7 @@ from upright.architectures.transformer_network import (
 )
 from upright.warp import pixel_centres
 
-TURN = partial(SpatialTransformer, transform="rotation")
+TURN = partial(regressing, transform="rotation")
 SHAPE = (1, 16, 16)
 
 
@@ -36,7 +36,7 @@ def test_observing_records_every_transformer_and_changes_nothing() -> None:
         logits = model(images)
     assert torch.equal(logits, expected)
     (one,) = observations
-    assert one.transformer is model.transformer and one.theta.shape == (3, 1)
+    assert one.transformer is model.transformer and one.theta.shape == (3, 2)
     assert torch.equal(model.network(one.output), expected)
     model(images)
     assert len(observations) == 1
@@ -47,7 +47,7 @@ def test_observing_can_stop_before_the_network_runs() -> None:
     model.network = None  # would fail if it were called
     with observing(stop_after=1) as observations:
         model(torch.rand(3, *SHAPE))
-    assert observations[0].theta.shape == (3, 1)
+    assert observations[0].theta.shape == (3, 2)
 
 
 def test_a_transformer_at_a_named_place_transforms_its_input() -> None:
@@ -58,7 +58,7 @@ def test_a_transformer_at_a_named_place_transforms_its_input() -> None:
     torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-4)
     inside = model.network.features[3][0]
     assert isinstance(inside, SpatialTransformer) and inside.output_shape == (6, 8, 8)
-    inside.localisation = FixedTheta([math.pi / 2])
+    inside.localisation = FixedTheta(direction(math.pi / 2))
     expected = plain.classifier(plain.features[3:](torch.rot90(plain.features[:3](images), 1, (2, 3))))
     torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
 
@@ -162,8 +162,9 @@ def test_a_series_consists_of_single_transformers() -> None:
 
 
 def series() -> SeriesTransformer:
-    combined = SeriesTransformer(SHAPE, transformers=[TURN, partial(SpatialTransformer, output_size=(8, 12))])
-    for transformer, theta in zip(combined.transformers, ([0.5], [0.1, 0.2, -0.1, 0.0, -0.2, 0.3]), strict=True):
+    combined = SeriesTransformer(SHAPE, transformers=[TURN, partial(regressing, output_size=(8, 12))])
+    thetas = direction(0.5), [0.1, 0.2, -0.1, 0.0, -0.2, 0.3]
+    for transformer, theta in zip(combined.transformers, thetas, strict=True):
         transformer.localisation = FixedTheta(theta)
     return combined
 
@@ -175,7 +176,7 @@ def smooth(*shape: int) -> torch.Tensor:
 def test_a_series_samples_the_original_once() -> None:
     transformer, images = series(), smooth(3, 1, 16, 16)
     first, second = transformer.transformers
-    turn = torch.tensor([[0.5]]).expand(3, 1)
+    turn = torch.tensor([direction(0.5)]).expand(3, 2)
     expected = second.sample(
         images, lambda points: first.points(turn, second.points(second.localisation(images), points))
     )
@@ -189,7 +190,7 @@ def test_a_series_samples_the_original_once() -> None:
 
 
 def test_a_series_that_shrinks_does_not_alias() -> None:
-    small = partial(SpatialTransformer, output_size=(6, 6), padding="border", localiser=DenseLocaliser)
+    small = partial(regressing, output_size=(6, 6), padding="border", localiser=DenseLocaliser)
     transformer = SeriesTransformer(
         SHAPE, transformers=[small, partial(TURN, padding="border", localiser=DenseLocaliser)]
     )
@@ -200,12 +201,12 @@ def test_a_series_that_shrinks_does_not_alias() -> None:
 
 def test_each_of_a_series_localises_in_the_output_of_the_one_before() -> None:
     transformer, images = SeriesTransformer(SHAPE, transformers=[TURN, TURN]), torch.rand(2, *SHAPE)
-    transformer.transformers[0].localisation = FixedTheta([math.pi / 2])
+    transformer.transformers[0].localisation = FixedTheta(direction(math.pi / 2))
     inputs: list[torch.Tensor] = []
     transformer.transformers[1].localisation.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     with observing() as observations:
         output = transformer(images)
-    torch.testing.assert_close(inputs[0], torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs[0], torch.rot90(images, 1, (2, 3)), atol=3e-5, rtol=0)
     torch.testing.assert_close(output, inputs[0], atol=1e-5, rtol=0)
     (last,) = last_of(observations)
     assert len(observations) == 2
@@ -218,13 +219,13 @@ def test_each_of_a_series_localises_in_the_output_of_the_one_before() -> None:
 
 
 def test_parallel_transformers_have_the_same_input_and_do_not_follow_each_other() -> None:
-    transformer = ParallelTransformer((2, 16, 16), transformers=[TURN, SpatialTransformer])
-    transformer.transformers[0].localisation = FixedTheta([math.pi / 2])
+    transformer = ParallelTransformer((2, 16, 16), transformers=[TURN, regressing])
+    transformer.transformers[0].localisation = FixedTheta(direction(math.pi / 2))
     images = torch.rand(3, 2, 16, 16)
     with observing() as observations:
         stacked = transformer(images)
     assert stacked.shape == (3, *transformer.output_shape) == (3, 4, 16, 16)
-    torch.testing.assert_close(stacked[:, :2], torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stacked[:, :2], torch.rot90(images, 1, (2, 3)), atol=3e-5, rtol=0)
     torch.testing.assert_close(stacked[:, 2:], images, atol=1e-5, rtol=0)
     assert last_of(observations) == observations and all(one.before is None for one in observations)
     with pytest.raises(ValueError, match=r"need outputs of one size, got \[\(1, 16, 16\), \(1, 8, 8\)\]"):

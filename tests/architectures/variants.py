@@ -100,9 +100,11 @@ NETWORKS = [
 TRANSFORMERS = [
     around("translation", transform="translation"),
     around("rotation", transform="rotation", padding="border"),
+    around("rotation-regressed", transform="rotation", localiser={"class_path": A + "localisers.ConvLocaliser"}),
+    around("polar", localiser={"class_path": A + "voting.PolarLocaliser", "init_args": {"kernel": 5, "angles": 24}}),
     around("attention-smaller", transform="attention", output_size=[14, 12]),
     around("similarity-larger", transform="similarity", output_size=[40, 30]),
-    around("affine-dense", transform="affine", localiser={"class_path": A + "spatial_transformer.DenseLocaliser"}),
+    around("affine-dense", transform="affine", localiser={"class_path": A + "localisers.DenseLocaliser"}),
     around("projective-reflection", transform="projective", padding="reflection"),
     around("thin-plate", transform="thin_plate", control_points=3),
     around("bicubic", sampling="bicubic"),

@@ -147,7 +147,8 @@ def test_the_residual_of_a_transformer_that_undoes_a_share_of_the_rotation(share
     model = Model(ImageSpec(1, SIDE, SIDE, ("a", "b"), (0.5,), (0.5,)), torch.nn.Flatten())
 
     def predict(images: Tensor) -> BatchOutput:
-        theta = -share * spot_angles(images)[:, None]
+        angles = -share * spot_angles(images)
+        theta = torch.stack([angles.cos() - 1, angles.sin()], dim=1)
         return BatchOutput(np.ones((len(images), 2)), [Observation(transformer, theta, images, None)])
 
     model_subject, sample = subject(predict, model), blobs(9)

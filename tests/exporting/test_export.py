@@ -16,9 +16,10 @@ from upright.architectures.inception_resnet import InceptionResNetV2
 from upright.architectures.inception_v3 import InceptionV3
 from upright.architectures.inception_v4 import InceptionV4
 from upright.architectures.lenet import LeNet
+from upright.architectures.localisers import Network
 from upright.architectures.nin import NiN
 from upright.architectures.resnet import ResNet, SmallResNet
-from upright.architectures.spatial_transformer import Network, SpatialTransformer, observing
+from upright.architectures.spatial_transformer import SpatialTransformer, observing
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.errors import GateError, UprightError
 from upright.exporting import export as export_module

@@ -33,7 +33,9 @@ METRICS = {
     f"test/{name}"
     for name in ("loss", "accuracy", "top5", "precision", "recall", "f1", "calibration_error", "uprightness")
 }
-STN = partial(TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, lr_factor=0.1))
+STN = partial(
+    TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, transform="affine", lr_factor=0.1)
+)
 
 
 def trainer(**options: object) -> L.Trainer:
@@ -164,7 +166,8 @@ class UndoesRotation(SpatialTransformer):
         super().__init__(input_shape, transform="rotation", localiser=AngleOfBrightHalf)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        theta = 0 * self.localisation(images) - self.localisation[0](images)[:, :1]
+        angle = -self.localisation[0](images)[:, :1]
+        theta = 0 * self.localisation(images) + torch.cat([angle.cos() - 1, angle.sin()], dim=1)
         return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)))
 
 
@@ -296,7 +299,7 @@ def test_the_upright_loss_trains_every_transformer() -> None:
         TransformerNetwork,
         network=LeNet,
         places=["input", "features.3"],
-        transformer=partial(SpatialTransformer, localiser=DenseLocaliser),
+        transformer=partial(SpatialTransformer, transform="affine", localiser=DenseLocaliser),
     )
     classifier = ImageClassifier(SPEC, network, ADAM, upright_weight=1.0)
     # With equal logits, classification has no gradient, so only the upright loss trains.

@@ -131,8 +131,9 @@ def test_a_head_of_several_parts_is_named(tmp_path: Path) -> None:
     assert lines[1] == "scale and logits start from scratch: 3 classes in place of 10."
 
 
-def around(*places: str, network: object = SMALL) -> object:
-    return partial(TransformerNetwork, network=network, transformer=SpatialTransformer, places=list(places))
+def around(*places: str, network: object = SMALL, transform: str = "affine") -> object:
+    transformer = partial(SpatialTransformer, transform=transform)
+    return partial(TransformerNetwork, network=network, transformer=transformer, places=list(places))
 
 
 @pytest.mark.parametrize("places", [("input",), ("blocks.1",), ("input", "blocks", "blocks.1")])
@@ -166,10 +167,10 @@ def test_transformers_at_the_same_place_are_loaded(tmp_path: Path) -> None:
 
 
 def test_a_transformer_of_another_kind_is_refused(tmp_path: Path) -> None:
-    rotation = partial(TransformerNetwork, network=SMALL, transformer=partial(SpatialTransformer, transform="rotation"))
-    text = r"of another network: transformer at input: localisation.2.weight is 1x\d+ in place of 6x"
+    attention = around("input", transform="attention")
+    text = r"of another network: transformer at input: localisation.2.weight is 3x\d+ in place of 6x"
     with pytest.raises(UprightError, match=text):
-        start_from(classifier(around("input")), save(classifier(rotation), tmp_path / "one.ckpt"))
+        start_from(classifier(around("input")), save(classifier(attention), tmp_path / "one.ckpt"))
 
 
 def test_another_normalisation_is_reported(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
 
 def observe(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
     """Return the observation of a transformer that rotates by ``angles``."""
-    theta = angles[:, None]
+    theta = torch.stack([angles.cos() - 1, angles.sin()], dim=1)
     matrices = rotation(angles)[:, :2] - torch.eye(2, 3)
     zeros = torch.zeros(len(angles), 3)
     if kind == "similarity":

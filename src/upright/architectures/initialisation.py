@@ -34,7 +34,9 @@ def initialise(network: nn.Module, scheme: Scheme) -> None:
     layer of a spatial transformer, which starts at the identity.
     """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.RNNBase) and not getattr(module, "starts_fixed", False):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear | nn.RNNBase) and not getattr(
+            module, "starts_fixed", False
+        ):
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim == 1:
                     init.zeros_(parameter)

@@ -5,14 +5,15 @@ the transform before the image is classified. The classification loss alone trai
 
 Differences from the paper:
 
-- The regression layer is our own and follows any localisation network. It starts at zero, so that every transformer
-  starts exactly at the identity.
+- By default, the transform is a rotation and the localiser votes for its angle (`upright.architectures.voting`). So
+  the transformer is upright by construction. The paper's is ``transform="affine"``.
+- The regression layer is our own and follows any other localisation network. It starts at zero, so that such a
+  transformer starts exactly at the identity.
 - Sampling points are one matrix product.
 - Border pixels follow ``align_corners=False``.
 - ``rotation`` and ``similarity`` are not in the paper's list; they are sufficient for a rotated digit.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,84 +24,15 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.layers import check_choice, check_size
+from upright.architectures.initialisation import initialise
+from upright.architectures.layers import check_choice
+from upright.architectures.localisers import ConvLocaliser, DenseLocaliser, Network, Shape, VotingLocaliser
 from upright.architectures.transforms import MATRIX_TRANSFORMS, ThinPlate, TransformName
+from upright.architectures.voting import SLOPE, PolarLocaliser
 from upright.warp import Padding, Sampling, full_precision, pixel_centres, sample
 
-Shape = tuple[int, int, int]
-Network = Callable[[Shape, int], nn.Module]
-"""A factory of networks: it is called with ``(input_shape, num_classes)``."""
-
-
-class ConvLocaliser(nn.Module):
-    """The paper's localiser for images (appendix A): half the size, two 5 x 5 convolutions, one linear layer.
-
-    Max pooling follows each convolution.
-
-    Args:
-        input_shape: ``(C, H, W)``, at least 8 x 8.
-        num_outputs: number of output features.
-        width: maps of each convolution.
-    """
-
-    def __init__(self, input_shape: Shape, num_outputs: int, *, width: int = 20) -> None:
-        super().__init__()
-        check_size(self, input_shape, 8)
-        channels, height, columns = input_shape
-        self.layers = nn.Sequential(
-            nn.AvgPool2d(2),
-            nn.Conv2d(channels, width, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(width, width, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(width * (height // 8) * (columns // 8), num_outputs),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.layers(images)
-        return features
-
-
-class DenseLocaliser(nn.Module):
-    """The paper's localiser for fully connected networks (appendix A). It also suits very small feature maps.
-
-    Args:
-        input_shape: ``(C, H, W)``.
-        num_outputs: number of output features.
-        widths: units of the hidden layers.
-    """
-
-    def __init__(self, input_shape: Shape, num_outputs: int, *, widths: Sequence[int] = (32, 32)) -> None:
-        super().__init__()
-        channels, height, columns = input_shape
-        self.layers = nn.Sequential(nn.Flatten())
-        inputs = channels * height * columns
-        for width in widths:
-            self.layers.extend([nn.Linear(inputs, width), nn.ReLU()])
-            inputs = width
-        self.layers.append(nn.Linear(inputs, num_outputs))
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.layers(images)
-        return features
-
-
-class VotingLocaliser(nn.Module, ABC):
-    """A localiser that votes for one of ``N`` candidates: it returns features of each, ``(B, num_outputs, N)``.
-
-    The transformer computes a score of each candidate from its features. The softmax of the scores is a distribution,
-    the votes. ``theta`` is the mean of the candidates under the votes.
-    """
-
-    transform: TransformName
-    """The family of transforms that the candidates belong to."""
-
-    @abstractmethod
-    def candidates(self) -> Tensor:
-        """Return ``theta`` of each candidate, ``(N, P)``."""
+# Checkpoints of version 0.2 name the paper's localisers as classes of this module.
+__all__ = ["ConvLocaliser", "DenseLocaliser", "Observation", "SpatialTransformer", "last_of", "observe", "observing"]
 
 
 class SpatialTransformer(nn.Module):
@@ -112,7 +44,8 @@ class SpatialTransformer(nn.Module):
         input_shape: ``(C, H, W)`` of the images or feature maps that are transformed.
         transform: family of the transforms.
         control_points: control points of the thin-plate spline, per axis.
-        localiser: factory of the localiser; it is called with ``(input_shape, num_outputs)``.
+        localiser: factory of the localiser; it is called with ``(input_shape, num_outputs)``. By default a
+            `PolarLocaliser` for ``rotation``, else a `ConvLocaliser`.
         features: number of features between the localiser and the regression of ``theta``, or its votes.
         sampling: interpolation between pixels; ``nearest`` gives the localiser no gradient.
         padding: values beyond the border.
@@ -129,9 +62,9 @@ class SpatialTransformer(nn.Module):
         self,
         input_shape: Shape,
         *,
-        transform: TransformName = "affine",
+        transform: TransformName = "rotation",
         control_points: int = 4,
-        localiser: Network = ConvLocaliser,
+        localiser: Network | None = None,
         features: int = 32,
         sampling: Sampling = "bilinear",
         padding: Padding = "zeros",
@@ -157,8 +90,9 @@ class SpatialTransformer(nn.Module):
         size = int(self.transform.size)
         if start is not None and len(start) != size:
             raise ValueError(f"start needs {size} numbers for '{transform}', got {len(start)}.")
+        localiser = localiser or (PolarLocaliser if transform == "rotation" else ConvLocaliser)
         body = localiser(input_shape, features)
-        head: list[nn.Module] = [Regression(features, start or [0.0] * size)]
+        head: list[nn.Module] = [nn.ReLU(), Regression(features, start or [0.0] * size)]
         if isinstance(body, VotingLocaliser):
             if transform != body.transform or start is not None:
                 raise ValueError(
@@ -166,8 +100,9 @@ class SpatialTransformer(nn.Module):
                     f"got transform '{transform}' and start {start}."
                 )
             # Without a bias: the softmax would cancel it.
-            head = [nn.Conv1d(features, 1, 1, bias=False), nn.Flatten()]
-        self.localisation = nn.Sequential(body, nn.ReLU(), *head)
+            head = [nn.LeakyReLU(SLOPE), nn.Conv1d(features, 1, 1, bias=False), nn.Flatten()]
+            initialise(nn.Sequential(*head), "he_normal")
+        self.localisation = nn.Sequential(body, *head)
         candidates = body.candidates() if isinstance(body, VotingLocaliser) else None
         self.register_buffer("candidates", candidates, persistent=False)
 
@@ -203,7 +138,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Transform images ``(B, C, H, W)``: ``(B, C, H', W')``."""
         theta, votes = self.locate(images)
-        return observe(self, theta, votes, lambda: self.sample(images, partial(self.points, theta)))
+        return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)), votes)
 
 
 class Regression(nn.Linear):
@@ -225,16 +160,16 @@ class Observation:
     Args:
         transformer: the transformer.
         theta: parameters of the transform, ``(B, P)``.
-        votes: distribution over the bins of a `VotingLocaliser`, ``(B, N)``; None for other localisers.
         output: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
         before: observation of the transformer before it, if there is one.
+        votes: distribution over the candidates of a `VotingLocaliser`, ``(B, N)``; None for other localisers.
     """
 
     transformer: SpatialTransformer
     theta: Tensor
-    votes: Tensor | None
     output: Tensor
     before: "Observation | None"
+    votes: Tensor | None = None
 
     def points(self, reference: Tensor) -> Tensor:
         """Map ``reference`` points ``(N, 2)`` of this output to the input of the first transformer: ``(B, N, 2)``."""
@@ -243,7 +178,7 @@ class Observation:
 
     @property
     def confidence(self) -> Tensor | None:
-        """Concentration of the votes, ``(B,)``: 0 for equal votes of all bins, 1 if all votes are for one bin.
+        """Concentration of the votes, ``(B,)``: 0 for equal votes of all candidates, 1 if one candidate has all votes.
 
         It is the root of 1 - variance of the votes / variance of equal votes. For a rotation this is the length of the
         mean direction. None for a localiser that does not vote.
@@ -305,22 +240,22 @@ def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
 
 
 def observe(
-    transformer: SpatialTransformer, theta: Tensor, votes: Tensor | None, sample_output: Callable[[], Tensor]
+    transformer: SpatialTransformer, theta: Tensor, sample_output: Callable[[], Tensor], votes: Tensor | None = None
 ) -> Tensor:
     """Return ``sample_output()``, and record it as an `Observation` inside `observing`.
 
     Args:
         transformer: the transformer.
         theta: its parameters, ``(B, P)``.
-        votes: its votes, ``(B, N)``, if its localiser votes.
         sample_output: function that samples its output.
+        votes: its votes, ``(B, N)``, if its localiser votes.
     """
     observer = _observer.get()
     if observer is None:
         return sample_output()
     last = len(observer.observations) + 1 == observer.stop_after
     output = theta.new_empty(0) if last else sample_output()
-    observer.before = Observation(transformer, theta, votes, output, observer.before)
+    observer.before = Observation(transformer, theta, output, observer.before, votes)
     observer.observations.append(observer.before)
     if last:
         raise _StopForward

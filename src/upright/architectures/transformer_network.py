@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.spatial_transformer import Network, Shape, SpatialTransformer, observe, run_branch
+from upright.architectures.localisers import Network, Shape
+from upright.architectures.spatial_transformer import SpatialTransformer, observe, run_branch
 
 TransformerFactory = Callable[[Shape], nn.Module]
 """A factory of transformers: it is called with ``(input_shape)``; its result has an ``output_shape``."""
@@ -45,7 +46,7 @@ class SeriesTransformer(nn.Module):
             assert isinstance(transformer, SpatialTransformer)
             theta, votes = transformer.locate(output)
             steps.append((transformer, theta))
-            output = observe(transformer, theta, votes, partial(self._sample, images, steps))
+            output = observe(transformer, theta, partial(self._sample, images, steps), votes)
         return output
 
     @staticmethod

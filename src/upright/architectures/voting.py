@@ -16,8 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_size
-from upright.architectures.spatial_transformer import Shape, VotingLocaliser
+from upright.architectures.localisers import Shape, VotingLocaliser
 from upright.warp import resize, sample
 
 POINTS_PER_ANGLE = 2
@@ -25,12 +26,15 @@ POINTS_PER_ANGLE = 2
 PIXELS_PER_RADIUS = 3
 """Largest number of pixels of the image's side per radius. Larger images are resized first, against aliasing."""
 
+SLOPE = 0.1
+"""Slope of the activations below 0. With 0, all maps died in some trainings, and the transformer stood still."""
+
 
 class PolarLocaliser(VotingLocaliser):
     """Votes for the angle of a rotation, on a polar grid around the centre.
 
     A rotation of the image by ``360 / angles`` degrees shifts the votes by one angle. Nothing outside of the largest
-    centred disc changes them.
+    centred disc, and one pixel around it, changes them.
 
     Args:
         input_shape: ``(C, H, W)``, at least 4 x 4.
@@ -51,27 +55,29 @@ class PolarLocaliser(VotingLocaliser):
         angles: int = 32,
         radii: int = 12,
         widths: Sequence[int] = (8, 8),
-        kernel: int = 5,
+        kernel: int = 3,
     ) -> None:
         super().__init__()
         check_size(self, input_shape, 4)
         if angles < 4 or radii < 1:
             raise ValueError(f"A polar grid needs at least 4 angles and 1 radius, got {angles} and {radii}.")
-        if kernel % 2 == 0 or kernel > angles or not widths:
+        if kernel % 2 == 0 or kernel < 1 or not widths:
             raise ValueError(
-                f"A polar grid needs at least one convolution with an odd kernel of at most {angles} (angles), got "
-                f"widths {list(widths)} and kernel {kernel}."
+                f"A polar grid needs at least one convolution with an odd kernel, got widths {list(widths)} and "
+                f"kernel {kernel}."
             )
-        self.grid = PolarGrid(input_shape, (torch.arange(radii) + 0.5) / radii, angles)
+        self.angles, margin = angles, len(widths) * (kernel // 2)
+        self.grid = PolarGrid(input_shape, (torch.arange(radii) + 0.5) / radii, angles, margin)
         self.layers = nn.Sequential()
         for inputs, width in pairwise([input_shape[0], *widths]):
-            self.layers.extend([CircularConv(inputs, width, (kernel, kernel)), nn.ReLU()])
-        # Every angle then sees the whole disc, as the first linear layer of other localisers sees the whole image.
-        self.layers.extend([nn.Conv2d(width, width, (radii, 1)), nn.ReLU()])
-        self.layers.extend([CircularConv(width, num_outputs, (1, angles)), nn.Flatten(2)])
+            self.layers.extend([nn.Conv2d(inputs, width, kernel, padding=(kernel // 2, 0)), nn.LeakyReLU(SLOPE)])
+        self.layers.extend([nn.Conv2d(width, width, (radii, 1)), nn.LeakyReLU(SLOPE), Circle(width, angles)])
+        self.layers.extend([nn.Conv2d(width, num_outputs, 1), nn.Flatten(2)])
+        # With torch's own scheme the votes are almost equal, and rounding would decide the angle of some images.
+        initialise(self, "he_normal")
 
     def candidates(self) -> Tensor:
-        return directions(self.grid.angles) - torch.tensor([1.0, 0.0])
+        return directions(self.angles) - torch.tensor([1.0, 0.0])
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(self.grid(images))
@@ -79,49 +85,48 @@ class PolarLocaliser(VotingLocaliser):
 
 
 class PolarGrid(nn.Module):
-    """Sample images on a polar grid around their centre: ``(B, C, H, W)`` to ``(B, C, radii, angles)``.
+    """Sample images on a polar grid around their centre: ``(B, C, H, W)`` to ``(B, C, radii, angles + 2 * margin)``.
 
     Args:
         input_shape: ``(C, H, W)``.
         radii: radius of each row, in halves of the shorter side, ascending.
-        angles: number of columns: the middles of equal arcs, clockwise from the right.
+        angles: number of angles: the middles of equal arcs, clockwise from the right.
+        margin: number of columns that are repeated on each side, for convolutions without padding.
     """
 
     points: Tensor
 
-    def __init__(self, input_shape: Shape, radii: Tensor, angles: int) -> None:
+    def __init__(self, input_shape: Shape, radii: Tensor, angles: int, margin: int) -> None:
         super().__init__()
         _, *size = input_shape
-        self.radii, self.angles = len(radii), angles
+        self.shape = len(radii), angles + 2 * margin
         self.side = min(*size, PIXELS_PER_RADIUS * len(radii))
         self.resizes = [self.side, self.side] != size
-        points = directions(POINTS_PER_ANGLE * angles) * radii[:, None, None]
+        columns = torch.arange(-POINTS_PER_ANGLE * margin, POINTS_PER_ANGLE * (angles + margin))
+        points = directions(POINTS_PER_ANGLE * angles)[columns % (POINTS_PER_ANGLE * angles)] * radii[:, None, None]
         self.register_buffer("points", points.reshape(1, -1, 2), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.float()
         if self.resizes:
             images = resize(images, self.side, self.side, "crop")
-        points = self.points.expand(len(images), -1, -1)
-        return sample(images, points, self.radii, self.angles, shrink=(1, POINTS_PER_ANGLE))
+        points = self.points.expand(images.shape[0], -1, -1)
+        return sample(images, points, *self.shape, shrink=(1, POINTS_PER_ANGLE))
 
 
-class CircularConv(nn.Conv2d):
-    """A convolution that keeps the size: it pads rows with zeros, and columns circularly.
+class Circle(nn.Conv2d):
+    """A convolution of each map ``(B, width, 1, angles)`` over the full circle: every angle sees all angles.
 
     Args:
-        channels: channels of the input.
-        width: maps of the output.
-        kernel: size of the kernel, ``(rows, columns)``; an odd number of rows.
+        width: number of maps.
+        angles: number of angles.
     """
 
-    def __init__(self, channels: int, width: int, kernel: tuple[int, int]) -> None:
-        super().__init__(channels, width, kernel, padding=(kernel[0] // 2, 0))
-        self.before, self.after = (kernel[1] - 1) // 2, kernel[1] // 2
+    def __init__(self, width: int, angles: int) -> None:
+        super().__init__(width, width, (1, angles), groups=width)
 
-    def forward(self, images: Tensor) -> Tensor:
-        padded = torch.cat([images[..., images.shape[-1] - self.before :], images, images[..., : self.after]], dim=-1)
-        return super().forward(padded)
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(torch.cat([features, features[..., :-1]], dim=-1))
 
 
 def directions(count: int) -> Tensor:

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from upright.architectures.lenet import LeNet
-from upright.architectures.spatial_transformer import Network, SpatialTransformer
+from upright.architectures.localisers import Network
+from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.transforms import TransformName
 from upright.data.batch import Batch

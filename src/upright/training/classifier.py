@@ -16,9 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from upright.architectures.initialisation import Scheme, initialise
-from upright.architectures.spatial_transformer import Network, Observation, SpatialTransformer, observing
+from upright.architectures.localisers import Network
+from upright.architectures.spatial_transformer import Observation, SpatialTransformer, observing
 from upright.checkpoint import FORMAT, KEY, git_commit, read_checkpoint
-from upright.data.batch import Batch, View
+from upright.data.batch import Batch, Points
 from upright.data.datamodule import ImageDataModule, seed_generators
 from upright.data.loader import global_seed
 from upright.errors import CheckpointError, UserError
@@ -48,7 +49,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         init: scheme of the initial weights; by default the network's own.
         upright_weight: weight of the upright loss: two views of an image should end in one pose, whichever it is.
         prior_weight: weight of the identity prior: every view should end as the image was before augmentation. Use it
-            for data that have an up of their own.
+            for data that have an up of their own. A localiser that votes needs no rotated views for it.
     """
 
     def __init__(
@@ -165,11 +166,13 @@ class ImageClassifier(Recorded, L.LightningModule):
             loss.balance(_train_counts(data, self.spec.classes))
         if isinstance(data, ImageDataModule):
             self._check_augmentation(data)
-        elif self._pose_loss:
+        elif self.upright_weight:
             raise UserError(
-                f"{self._pose_loss} needs augmented views of each image with their transforms, which only an "
-                "ImageDataModule yields: use one, or set upright_weight and prior_weight 0."
+                "The upright loss needs two augmented views of each image, which only an ImageDataModule yields: use "
+                "one, or set upright_weight 0."
             )
+        elif self.prior_weight:
+            self._check_rotation(False)
 
     def _check_augmentation(self, data: ImageDataModule) -> None:
         augmentation = data.augmentation
@@ -179,14 +182,9 @@ class ImageClassifier(Recorded, L.LightningModule):
                 f"{mixing} gives an image several classes, but {type(self.loss).__name__} takes one label: use "
                 f"upright.training.losses.CrossEntropy, or remove {mixing} from data.init_args.augment."
             )
-        if not (loss := self._pose_loss):
+        if not (self.upright_weight or self.prior_weight):
             return
-        option = "upright_weight" if self.upright_weight else "prior_weight"
-        if not augmentation.moves:
-            raise UserError(
-                f"{loss} compares poses of an image, but the data are not rotated: add "
-                f"upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set {option} 0."
-            )
+        loss, option = self._check_rotation(augmentation.moves)
         if mixing:
             raise UserError(
                 f"{loss} compares poses of one image, but {mixing} mixes two images: remove it from "
@@ -198,11 +196,18 @@ class ImageClassifier(Recorded, L.LightningModule):
                 f"upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set {option} 0."
             )
 
-    @property
-    def _pose_loss(self) -> str | None:
-        if self.upright_weight:
-            return "The upright loss"
-        return "The identity prior" if self.prior_weight else None
+    def _check_rotation(self, moves: bool) -> tuple[str, str]:
+        """Refuse data without rotations for a loss that needs them; return the loss and its option."""
+        loss, option = ("The upright loss", "upright_weight") if self.upright_weight else ("The prior", "prior_weight")
+        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        # Votes follow every rotation, also of images that were never rotated.
+        follows = not self.upright_weight and all(each.candidates is not None for each in transformers)
+        if not (moves or follows):
+            raise UserError(
+                f"{loss} compares poses of an image, but the data are not rotated: add "
+                f"upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set {option} 0."
+            )
+        return loss, option
 
     def _takes_probabilities(self) -> bool:
         classes = len(self.spec.classes)
@@ -225,25 +230,24 @@ class ImageClassifier(Recorded, L.LightningModule):
             logits = self.model(batch.images)
         loss: Tensor = self.loss(logits, batch.labels)
         self._means.add("train/loss", loss, len(logits))
-        if self._pose_loss:
-            seen = [observations]
+        if self.upright_weight or self.prior_weight:
+            # Batches of other loaders have no views: their images are as they are.
+            transforms, seen = [view.transforms for view in batch.views] or [_unchanged], [observations]
             for view in batch.views[1:]:
                 with observing(stop_after=len(observations)) as others:
                     self.model(view.images)
                 seen.append(others)
-            loss = loss + self._weigh_poses(batch.views, seen)
+            loss = loss + self._weigh_poses(transforms, seen)
         return loss
 
-    def _weigh_poses(self, views: Sequence[View], seen: Sequence[list[Observation]]) -> Tensor:
+    def _weigh_poses(self, transforms: Sequence[Points], seen: Sequence[list[Observation]]) -> Tensor:
         points, aspect = pixel_centres(4, 4, device=self.device), self.spec.width / self.spec.height
-        poses = [
-            torch.cat(final_points(view.transforms, observations, points))
-            for view, observations in zip(views, seen, strict=True)
-        ]
+        poses = [torch.cat(final_points(*view, points)) for view in zip(transforms, seen, strict=True)]
         total = torch.zeros((), device=self.device)
         if self.upright_weight:
-            disagreement = upright_loss(*poses, points, aspect)
-            self._means.add("train/upright_loss", disagreement, len(poses[0]))
+            first, second = poses
+            disagreement = upright_loss(first, second, points, aspect)
+            self._means.add("train/upright_loss", disagreement, len(first))
             total = total + self.upright_weight * disagreement
         if self.prior_weight:
             final = torch.cat(poses)
@@ -399,6 +403,10 @@ class ImageClassifier(Recorded, L.LightningModule):
             raise CheckpointError(f"'{path}' holds the weights of another network: {reasons}") from None
         ours = checkpoint[KEY]
         self.start, self.start_hashes = ours["run"].get("start"), ours.get("seen")
+
+
+def _unchanged(points: Tensor) -> Tensor:
+    return points
 
 
 def as_batch(batch: Any) -> Batch:

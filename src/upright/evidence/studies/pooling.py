@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from upright.architectures.lenet import LeNet
+from upright.architectures.localisers import Network, Shape
 from upright.architectures.nin import NiN
 from upright.architectures.resnet import SmallResNet
-from upright.architectures.spatial_transformer import Network, Shape
 from upright.evidence.bench import LENET, Bench, Experiment
 from upright.evidence.distortions import Curve, Kinds, curves, rotate, shift, zoom
 from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads

@@ -32,8 +32,8 @@ from functools import partial
 
 from torch.optim import AdamW
 
+from upright.architectures.localisers import ConvLocaliser
 from upright.architectures.resnet import SmallResNet
-from upright.architectures.spatial_transformer import ConvLocaliser
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import Task
 from upright.evidence.bench import Bench, Experiment, transformed
