@@ -147,14 +147,21 @@ def test_the_residual_of_a_transformer_that_undoes_a_share_of_the_rotation(share
     model = Model(ImageSpec(1, SIDE, SIDE, ("a", "b"), (0.5,), (0.5,)), torch.nn.Flatten())
 
     def predict(images: Tensor) -> BatchOutput:
-        theta = -share * spot_angles(images)[:, None]
-        return BatchOutput(np.ones((len(images), 2)), [Observation(transformer, theta, images, None)])
+        angles = -share * spot_angles(images)
+        theta = torch.stack([angles.cos() - 1, angles.sin()], dim=1)
+        return BatchOutput(np.ones((len(images), 2)), [Observation(transformer, theta, None, images, None)])
 
     model_subject, sample = subject(predict, model), blobs(9)
     (invariance,) = measure_invariance([model_subject], sample, [FAMILIES["rotation"]], [(-90.0, 90.0)])
     response = invariance.rotation_response
-    assert response is not None and response.uprightness == pytest.approx(1 - share, abs=5e-3)
+    assert response is not None and response.uprightness is not None
+    assert response.uprightness["uprightness"] == pytest.approx(1 - share, abs=5e-3)
     within = np.abs(response.angles) <= 90
+    # The transformer rotates a spot to the right. The stored spots have angles from -60 to 60 degrees.
+    angles = np.add.outer((1 - share) * np.array(response.angles)[within], -share * np.linspace(-60, 60, 9))
+    assert response.uprightness["absolute_degrees_mean"] == pytest.approx(np.abs(angles).mean(), abs=0.5)
+    relative = np.abs((1 - share) * np.array(response.angles)[within]).mean()
+    assert response.uprightness["relative_degrees_mean"] == pytest.approx(relative, abs=0.5)
     expected = (1 - share) * np.array(response.angles)
     for quartile in response.quartiles:
         np.testing.assert_allclose(quartile[within], expected[within], atol=1)
@@ -168,7 +175,7 @@ def test_residual_angles_are_unwrapped_beyond_180_degrees() -> None:
     # Quartiles around 180 degrees are close to each other, not 360 degrees apart.
     angles = (-90.0, -45.0, 0.0, 45.0, 90.0)
     residual = np.array([[-179, 179, 178.0], [-90, -91, -92], [0, 0, 0], [90, 91, 92], [179, -179, -178]])
-    quartiles = RotationResponse(angles, residual, 0.5, (-90, 90)).quartiles
+    quartiles = RotationResponse(angles, residual, None, (-90, 90)).quartiles
     np.testing.assert_allclose(quartiles[1], [-181, -91, 0, 91, 181], atol=0.1)
     np.testing.assert_allclose(quartiles[2] - quartiles[0], [1.5, 1, 0, 1, 1.5], atol=0.1)
 

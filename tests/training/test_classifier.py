@@ -29,9 +29,11 @@ from upright.training.schedules import OneCycle
 
 SPEC = Digits(size=12, margin=0).spec
 ADAM = partial(torch.optim.Adam, lr=0.01)
-METRICS = {
-    f"test/{name}"
-    for name in ("loss", "accuracy", "top5", "precision", "recall", "f1", "calibration_error", "uprightness")
+COMMON = {f"test/{name}" for name in ("loss", "accuracy", "top5", "precision", "recall", "f1", "calibration_error")}
+UPRIGHT = {"test/uprightness"} | {
+    f"test/{deviation}_degrees_{statistic}"
+    for deviation in ("relative", "absolute")
+    for statistic in ("median", "mean", "p95")
 }
 STN = partial(TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, lr_factor=0.1))
 
@@ -110,9 +112,10 @@ def test_the_upright_loss_runs_the_localiser_twice_and_the_network_once() -> Non
 def test_metrics_of_each_stage() -> None:
     data, classifier = digits(), ImageClassifier(SPEC, STN, ADAM)
     metrics = trainer().test(classifier, data, verbose=False)[0]
-    assert set(metrics) == METRICS
-    # An untrained transformer is the identity.
+    assert set(metrics) == COMMON | UPRIGHT
+    # An untrained transformer is the identity: the views stay at -30 and 30 degrees.
     assert metrics["test/uprightness"] == pytest.approx(1, abs=1e-3)
+    assert [metrics[name] for name in UPRIGHT - {"test/uprightness"}] == pytest.approx([30] * 6, abs=0.01)
     samples = data.samples("test")[:]
     with torch.no_grad():
         logits = classifier(samples.images)
@@ -123,7 +126,7 @@ def test_metrics_of_each_stage() -> None:
 def test_uprightness_needs_views_and_a_transformer() -> None:
     for network, data in ((STN, Digits(size=12, margin=0)), (LeNet, digits())):
         metrics = trainer().test(ImageClassifier(SPEC, network, ADAM), data, verbose=False)[0]
-        assert "test/uprightness" not in metrics
+        assert set(metrics) == COMMON
 
 
 def test_images_of_any_size_and_type() -> None:
@@ -164,8 +167,9 @@ class UndoesRotation(SpatialTransformer):
         super().__init__(input_shape, transform="rotation", localiser=AngleOfBrightHalf)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        theta = 0 * self.localisation(images) - self.localisation[0](images)[:, :1]
-        return observe(self, theta, lambda: self.sample(images, partial(self.points, theta)))
+        angles = self.localisation[0](images)[:, 0]
+        theta = 0 * self.localisation(images) + torch.stack([angles.cos() - 1, -angles.sin()], dim=1)
+        return observe(self, theta, None, lambda: self.sample(images, partial(self.points, theta)))
 
 
 @pytest.mark.parametrize(
