@@ -35,6 +35,7 @@ UPRIGHT = {"test/uprightness"} | {
     for deviation in ("relative", "absolute")
     for statistic in ("median", "mean", "p95")
 }
+METRICS = COMMON | UPRIGHT
 STN = partial(TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, lr_factor=0.1))
 
 
@@ -112,7 +113,7 @@ def test_the_upright_loss_runs_the_localiser_twice_and_the_network_once() -> Non
 def test_metrics_of_each_stage() -> None:
     data, classifier = digits(), ImageClassifier(SPEC, STN, ADAM)
     metrics = trainer().test(classifier, data, verbose=False)[0]
-    assert set(metrics) == COMMON | UPRIGHT
+    assert set(metrics) == METRICS
     # An untrained transformer is the identity: the views stay at -30 and 30 degrees.
     assert metrics["test/uprightness"] == pytest.approx(1, abs=1e-3)
     assert [metrics[name] for name in UPRIGHT - {"test/uprightness"}] == pytest.approx([30] * 6, abs=0.01)

@@ -128,14 +128,24 @@ def test_deviations_are_in_degrees_and_wrap_around(
     assert degrees(residual) == pytest.approx(expected, abs=0.01)
 
 
-def test_no_rotation_on_a_full_circle_deviates_by_90_degrees_on_average() -> None:
-    applied = torch.arange(-160, 161, 40).float()
-    values = measures(applied.deg2rad(), torch.zeros(9), torch.zeros(9, dtype=torch.long))
-    # The circular means are arbitrary here, because the directions cancel.
-    assert values["uprightness"] == pytest.approx(1, abs=0.02)
-    assert values["relative_degrees_mean"] == pytest.approx(90, abs=1.2)
-    assert values["absolute_degrees_mean"] == pytest.approx(800 / 9)
-    assert values["absolute_degrees_median"] == pytest.approx(80)
+@pytest.mark.parametrize("count", [3, 8, 9, 36])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_on_a_full_circle_the_measures_do_not_depend_on_the_order_of_the_views(count: int, share: float) -> None:
+    applied = torch.arange(count) * 360 / count - 160
+    residual = (1 - share) * applied
+    results = []
+    for seed in range(3):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        undone = (residual - applied)[order].deg2rad()
+        results.append(measures(applied[order].deg2rad(), undone, torch.zeros(count, dtype=torch.long)))
+    assert results[0] == pytest.approx(results[1], abs=1e-3) and results[0] == pytest.approx(results[2], abs=1e-3)
+    if share == 0:
+        # The directions cancel. Deviations are measured from 0, and so the relative ones are the absolute ones.
+        wrapped = np.abs(np.remainder(applied.numpy() + 180, 360) - 180)
+        assert results[0]["uprightness"] == pytest.approx(1)
+        for name in ("relative", "absolute"):
+            assert results[0][f"{name}_degrees_mean"] == pytest.approx(wrapped.mean(), abs=1e-3)
+            assert results[0][f"{name}_degrees_median"] == pytest.approx(np.median(wrapped), abs=1e-3)
 
 
 def test_the_applied_transform_may_be_projective() -> None:

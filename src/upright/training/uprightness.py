@@ -130,8 +130,12 @@ class Uprightness(Metric):
 
 
 def _circular_deviation(angles: Tensor, groups: Tensor) -> Tensor:
-    """Return the difference of each angle to the circular mean of its group, in radians from -pi to pi."""
+    """Return the difference of each angle to the circular mean of its group, in radians from -pi to pi.
+
+    The mean is undefined if the directions cancel, as those of equal steps around the full circle do. It is then 0.
+    """
     sums = torch.zeros(int(groups.max()) + 1, 2, device=angles.device)
     sums.index_add_(0, groups, torch.stack([angles.cos(), angles.sin()], dim=1))
-    deviation = angles - torch.atan2(sums[:, 1], sums[:, 0])[groups]
-    return torch.remainder(deviation + math.pi, 2 * math.pi) - math.pi
+    # Shorter sums are rounding, whose direction would depend on the order of the views.
+    means = torch.where(sums.norm(dim=1) > 1e-4, torch.atan2(sums[:, 1], sums[:, 0]), 0.0)
+    return torch.remainder(angles - means[groups] + math.pi, 2 * math.pi) - math.pi
