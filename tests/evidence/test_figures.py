@@ -55,7 +55,7 @@ def test_one_model_needs_no_legend_and_four_fit() -> None:
 
 def test_the_rotation_response_is_compared_with_the_diagonal() -> None:
     angles = tuple(range(-180, 181, 15))
-    response = RotationResponse(angles, np.zeros((len(angles), 3)), 0.0, (-60, 60))
+    response = RotationResponse(angles, np.zeros((len(angles), 3)), None, (-60, 60))
     panel = draw_rotation_response([1], ["a"], [response]).axes[0]
     diagonal, line = panel.lines
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [-180, 180]

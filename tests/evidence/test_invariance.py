@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from torch.nn.functional import one_hot
 
 from tests.conftest import ROOT
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
+from upright.architectures.voting import PolarLocaliser
 from upright.data.augmentation import RandomAffine
 from upright.data.configs import read_data
+from upright.data.digits import Digits
 from upright.evidence.reporting.invariance import (
     RotationResponse,
     Sample,
@@ -20,6 +23,7 @@ from upright.evidence.reporting.invariance import (
     trained_ranges,
     transformer_views,
 )
+from upright.evidence.reporting.measures import evaluate
 from upright.evidence.reporting.subjects import BatchOutput, Origin, Subject
 from upright.images import ImageSpec
 from upright.training.model import Model
@@ -154,8 +158,14 @@ def test_the_residual_of_a_transformer_that_undoes_a_share_of_the_rotation(share
     model_subject, sample = subject(predict, model), blobs(9)
     (invariance,) = measure_invariance([model_subject], sample, [FAMILIES["rotation"]], [(-90.0, 90.0)])
     response = invariance.rotation_response
-    assert response is not None and response.uprightness == pytest.approx(1 - share, abs=5e-3)
+    assert response is not None and response.uprightness is not None
+    assert response.uprightness["uprightness"] == pytest.approx(1 - share, abs=5e-3)
     within = np.abs(response.angles) <= 90
+    # The transformer rotates a spot to the right. The stored spots have angles from -60 to 60 degrees.
+    angles = np.add.outer((1 - share) * np.array(response.angles)[within], -share * np.linspace(-60, 60, 9))
+    assert response.uprightness["absolute_degrees_mean"] == pytest.approx(np.abs(angles).mean(), abs=0.5)
+    relative = np.abs((1 - share) * np.array(response.angles)[within]).mean()
+    assert response.uprightness["relative_degrees_mean"] == pytest.approx(relative, abs=0.5)
     expected = (1 - share) * np.array(response.angles)
     for quartile in response.quartiles:
         np.testing.assert_allclose(quartile[within], expected[within], atol=1)
@@ -165,11 +175,35 @@ def test_the_residual_of_a_transformer_that_undoes_a_share_of_the_rotation(share
     assert residual == pytest.approx((1 - share) * (-60 + 90), abs=1.5)
 
 
+def test_the_confidence_of_votes_is_a_mean_over_all_views() -> None:
+    data = Digits(size=SIDE, margin=0, angles=(-90, 0, 90))
+    voting = SpatialTransformer((1, SIDE, SIDE), transform="rotation", localiser=PolarLocaliser)
+    model = Model(data.spec, torch.nn.Flatten())
+    assert voting.candidates is not None
+    candidates = voting.candidates
+
+    def predict(images: Tensor, votes: bool) -> BatchOutput:
+        # A third of the images has all votes for one candidate, and the others have equal votes.
+        decided = torch.arange(len(images)) % 3 == 0
+        shares = torch.full((len(images), len(candidates)), 1 / len(candidates))
+        shares[decided] = torch.eye(len(candidates))[0]
+        observation = Observation(voting, shares @ candidates, shares if votes else None, images, None)
+        return BatchOutput(np.full((len(images), 10), 0.1), [observation])
+
+    subjects = [subject(partial(predict, votes=votes), model) for votes in (True, False)]
+    voted, silent = evaluate(subjects, data, "test")
+    # The loader yields complete batches of 64 and a rest.
+    sizes = [len(batch.images) for batch in data.loader("test")]
+    assert voted.votes_confidence == pytest.approx(sum(-(-size // 3) for size in sizes) / sum(sizes), abs=1e-3)
+    assert silent.votes_confidence is None
+    assert voted.uprightness is not None and voted.uprightness == silent.uprightness
+
+
 def test_residual_angles_are_unwrapped_beyond_180_degrees() -> None:
     # Quartiles around 180 degrees are close to each other, not 360 degrees apart.
     angles = (-90.0, -45.0, 0.0, 45.0, 90.0)
     residual = np.array([[-179, 179, 178.0], [-90, -91, -92], [0, 0, 0], [90, 91, 92], [179, -179, -178]])
-    quartiles = RotationResponse(angles, residual, 0.5, (-90, 90)).quartiles
+    quartiles = RotationResponse(angles, residual, None, (-90, 90)).quartiles
     np.testing.assert_allclose(quartiles[1], [-181, -91, 0, 91, 181], atol=0.1)
     np.testing.assert_allclose(quartiles[2] - quartiles[0], [1.5, 1, 0, 1, 1.5], atol=0.1)
 

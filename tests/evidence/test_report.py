@@ -87,7 +87,10 @@ def test_a_checkpoint_and_its_bundle_have_the_same_numbers(record: Any) -> None:
     for part in ("accuracy", "top", "macro", "classes", "confusion", "mistakes", "calibration", "invariance"):
         assert numbers(run[part]) == pytest.approx(numbers(bundle[part]), abs=1e-4), part
     ours, theirs = run["uprightness"], bundle["uprightness"]
-    assert ours["value"] == pytest.approx(theirs["value"], abs=1e-4) and ours["within"] == [-60, 60]
+    assert set(ours["in_range"]) == set(ours["on_split"]) and ours["within"] == theirs["within"] == [-60, 60]
+    for views in ("in_range", "on_split"):
+        assert ours[views] == pytest.approx(theirs[views], abs=0.1)
+        assert ours[views]["uprightness"] == pytest.approx(theirs[views]["uprightness"], abs=1e-4)
     for quartile in ("lower_quartile", "median", "upper_quartile"):
         assert ours["left"][quartile] == pytest.approx(theirs["left"][quartile], abs=0.1)
 
@@ -113,7 +116,7 @@ def test_numbers_match_scikit_learn_and_upright_test(record: Any, run_folder: Pa
         ("top5", ours["top"]["5"]["value"]),
         ("f1", ours["macro"]["f1"]),
         ("calibration_error", ours["calibration"]["error"]),
-        ("uprightness", ours["uprightness"]["on_split"]),
+        *ours["uprightness"]["on_split"].items(),
     ):
         assert value == pytest.approx(metrics[f"test/{name}"], abs=1e-5), name
     wrong = np.flatnonzero(labels != classes)
@@ -156,6 +159,9 @@ def test_the_page_shows_the_numbers_of_the_json(pair: Path, record: Any) -> None
     assert "There are too few images to decide which one is better." in text
     # The page does not write only "error", which could also be the error rate.
     assert "ECE, %" in text and "expected calibration error (ECE) in 15 bins" in text
+    for values in (run["uprightness"]["in_range"], run["uprightness"]["on_split"]):
+        degrees = [f"{value:.1f}°" for name, value in values.items() if name != "uprightness"]
+        assert len(degrees) == 6 and f"{values['uprightness']:.3f} {' '.join(degrees)}" in text
     for row in run["classes"]:
         assert f"{row['precision']:.4f}" in text and f"{row['f1']:.4f}" in text
 

@@ -53,8 +53,11 @@ def test_a_sheet_without_images_has_its_title() -> None:
     assert draw_tiles("no mistakes among 12 images", [], []).width > 150
 
 
-@pytest.mark.parametrize(("count", "columns", "size"), [(1, 1, 28), (3, 5, 28), (6, 2, 160)])
-def test_every_view_is_drawn_once_in_its_block(count: int, columns: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "columns", "size", "side"),
+    [(1, 1, 28, 112), (3, 5, 28, 112), (6, 2, 160, 112), (2, 9, 28, 112), (2, 20, 28, 56)],
+)
+def test_every_view_is_drawn_once_in_its_block(count: int, columns: int, size: int, side: int) -> None:
     # Each image has a different colour.
     levels = np.arange(2 * count * columns).reshape(count, 2, columns) + 100
     blocks = [
@@ -65,7 +68,7 @@ def test_every_view_is_drawn_once_in_its_block(count: int, columns: int, size: i
         for rows in levels
     ]
     sheet = np.asarray(draw_blocks("a title", ["a heading"] * columns, blocks))
-    side = 112
+    assert sheet.shape[1] < 1300
     places = {level: np.argwhere((sheet == (level, 50, 0)).all(axis=2)) for level in levels.flat}
     corners = {level: tuple(place.min(axis=0)) for level, place in places.items() if len(place) >= side * side}
     assert len(corners) == levels.size and all(
@@ -100,6 +103,11 @@ def test_curves_of_one_epoch_of_many_and_of_a_resumed_run(tmp_path: Path) -> Non
         assert [line.get_label() for line in figure.axes[1].lines] == ["lr", "lr/1"]
         save_png(figure, tmp_path / "curves.png")
         assert read_png(tmp_path / "curves.png").width > 400
+    degrees = {f"val/{name}_degrees_{part}": "3" for name in ("relative", "absolute") for part in ("median", "p95")}
+    figure = draw_curves("a run", [rows[0] | degrees])
+    assert [axis.get_title() for axis in figure.axes] == ["loss", "median deviation (degrees)", "learning rate"]
+    labels = [line.get_label() for line in figure.axes[1].lines]
+    assert labels == ["val/relative_degrees_median", "val/absolute_degrees_median"]
     # A column that only the resumed part has, and groups that always had the same rate.
     figure = draw_curves("a run", [rows[0] | {"lr/1": "0.1"}, rows[1] | {"lr/1": "0.1", "val/accuracy": "0.5"}])
     assert [line.get_xdata().tolist() for line in figure.axes[1].lines] == [[2]]

@@ -29,10 +29,13 @@ from upright.training.schedules import OneCycle
 
 SPEC = Digits(size=12, margin=0).spec
 ADAM = partial(torch.optim.Adam, lr=0.01)
-METRICS = {
-    f"test/{name}"
-    for name in ("loss", "accuracy", "top5", "precision", "recall", "f1", "calibration_error", "uprightness")
+COMMON = {f"test/{name}" for name in ("loss", "accuracy", "top5", "precision", "recall", "f1", "calibration_error")}
+UPRIGHT = {"test/uprightness"} | {
+    f"test/{deviation}_degrees_{statistic}"
+    for deviation in ("relative", "absolute")
+    for statistic in ("median", "mean", "p95")
 }
+METRICS = COMMON | UPRIGHT
 STN = partial(
     TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, transform="affine", lr_factor=0.1)
 )
@@ -113,8 +116,9 @@ def test_metrics_of_each_stage() -> None:
     data, classifier = digits(), ImageClassifier(SPEC, STN, ADAM)
     metrics = trainer().test(classifier, data, verbose=False)[0]
     assert set(metrics) == METRICS
-    # An untrained transformer is the identity.
+    # An untrained transformer is the identity: the views stay at -30 and 30 degrees.
     assert metrics["test/uprightness"] == pytest.approx(1, abs=1e-3)
+    assert [metrics[name] for name in UPRIGHT - {"test/uprightness"}] == pytest.approx([30] * 6, abs=0.01)
     samples = data.samples("test")[:]
     with torch.no_grad():
         logits = classifier(samples.images)
@@ -125,7 +129,7 @@ def test_metrics_of_each_stage() -> None:
 def test_uprightness_needs_views_and_a_transformer() -> None:
     for network, data in ((STN, Digits(size=12, margin=0)), (LeNet, digits())):
         metrics = trainer().test(ImageClassifier(SPEC, network, ADAM), data, verbose=False)[0]
-        assert "test/uprightness" not in metrics
+        assert set(metrics) == COMMON
 
 
 def test_images_of_any_size_and_type() -> None:

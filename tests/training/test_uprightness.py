@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,11 @@ from upright.warp import pixel_centres, rotation, transform_points
 
 POINTS = pixel_centres(4, 4)
 ANGLES = torch.tensor([-60.0, -30, 0, 30, 60]).deg2rad()
+MEASURES = {"uprightness"} | {
+    f"{deviation}_degrees_{statistic}"
+    for deviation in ("relative", "absolute")
+    for statistic in ("median", "mean", "p95")
+}
 
 
 def observe(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
@@ -25,13 +31,19 @@ def observe(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
         theta = (controls @ matrices[:, :, :2].mT).flatten(1)
     elif kind != "rotation":
         theta = torch.cat([matrices.flatten(1), zeros[:, 1:]], dim=1)[:, : {"affine": 6, "projective": 8}[kind]]
-    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, torch.empty(0), None)]
+    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, None, torch.empty(0), None)]
+
+
+def measures(
+    applied: torch.Tensor, angles_undone: torch.Tensor, groups: torch.Tensor, kind: str = "rotation"
+) -> dict[str, float]:
+    metric = Uprightness()
+    metric.update(groups, rotation(applied), observe(angles_undone, kind), 1.0)
+    return {name: float(value) for name, value in metric.compute().items()}
 
 
 def measure(applied: torch.Tensor, angles_undone: torch.Tensor, groups: torch.Tensor, kind: str = "rotation") -> float:
-    metric = Uprightness()
-    metric.update(groups, rotation(applied), observe(angles_undone, kind), 1.0)
-    return float(metric.compute())
+    return measures(applied, angles_undone, groups, kind)["uprightness"]
 
 
 @pytest.mark.parametrize("kind", ["rotation", "similarity", "affine", "projective", "thin_plate"])
@@ -52,7 +64,12 @@ def test_parallel_transformers_are_measured_one_by_one() -> None:
     upright, idle = observe(-ANGLES), observe(torch.zeros(5))
     metric = Uprightness()
     metric.update(torch.zeros(5, dtype=torch.long), rotation(ANGLES), upright + idle, 1.0)
-    assert float(metric.compute()) == pytest.approx(0.5**0.5, abs=1e-3)
+    values = metric.compute()
+    assert float(values["uprightness"]) == pytest.approx(0.5**0.5, abs=1e-3)
+    # Five deviations of 0 degrees, and 60, 30, 0, 30 and 60.
+    assert [float(values[f"relative_degrees_{name}"]) for name in ("median", "mean")] == pytest.approx(
+        [0, 18], abs=0.01
+    )
 
 
 def test_angles_wrap_around() -> None:
@@ -65,12 +82,70 @@ def test_the_views_of_an_image_may_be_in_several_batches() -> None:
     angles_undone = -0.8 * ANGLES
     for part in (slice(0, 2), slice(2, 5)):
         metric.update(groups[part], rotation(ANGLES[part]), observe(angles_undone[part]), 1.0)
-    assert float(metric.compute()) == pytest.approx(measure(ANGLES, angles_undone, groups), abs=1e-6)
+    values = {name: float(value) for name, value in metric.compute().items()}
+    assert values == pytest.approx(measures(ANGLES, angles_undone, groups), abs=1e-6)
 
 
-def test_one_view_per_image_gives_nan() -> None:
-    for applied in (torch.zeros(50), torch.rand(50)):
-        assert math.isnan(measure(applied, torch.randn(50), torch.arange(50)))
+def test_without_views_at_different_angles_every_measure_is_nan() -> None:
+    for applied, groups in (
+        (torch.zeros(50), torch.arange(50)),
+        (torch.rand(50), torch.arange(50)),
+        (torch.full((50,), 0.5), torch.arange(50) // 2),
+    ):
+        values = measures(applied, torch.randn(50), groups)
+        assert set(values) == MEASURES and all(map(math.isnan, values.values()))
+
+
+def degrees(residual: list[list[float]]) -> dict[str, float]:
+    """Return the measures in degrees of images whose views have these residual angles in degrees."""
+    applied = torch.cat([torch.linspace(-90, 90, len(views)) for views in residual])
+    angles = torch.tensor([angle for views in residual for angle in views])
+    groups = torch.repeat_interleave(torch.arange(len(residual)), torch.tensor([*map(len, residual)]))
+    values = measures(applied.deg2rad(), (angles - applied).deg2rad(), groups)
+    return {name: value for name, value in values.items() if "degrees" in name}
+
+
+@pytest.mark.parametrize(
+    ("residual", "relative", "absolute"),
+    [
+        # Residual angles of each image; relative and absolute deviation of each view.
+        ([[20, 20, 20], [-50, -50, -50]], [0] * 6, [20] * 3 + [50] * 3),
+        ([[10, 20, 30], [-5, 0, 5]], [10, 0, 10, 5, 0, 5], [10, 20, 30, 5, 0, 5]),
+        ([[179, -179]], [1, 1], [179, 179]),
+        ([[-170, 150, 170]], [20, 20, 0], [170, 150, 170]),
+        ([[180, 180], [0, 0]], [0] * 4, [180, 180, 0, 0]),
+        ([[-30, 30], *[[0, 0]] * 19], [30] * 2 + [0] * 38, [30] * 2 + [0] * 38),
+    ],
+)
+def test_deviations_are_in_degrees_and_wrap_around(
+    residual: list[list[float]], relative: list[float], absolute: list[float]
+) -> None:
+    expected = {}
+    for name, deviations in (("relative", relative), ("absolute", absolute)):
+        expected[f"{name}_degrees_median"] = float(np.median(deviations))
+        expected[f"{name}_degrees_mean"] = float(np.mean(deviations))
+        expected[f"{name}_degrees_p95"] = float(np.percentile(deviations, 95))
+    assert degrees(residual) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [3, 8, 9, 36])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_on_a_full_circle_the_measures_do_not_depend_on_the_order_of_the_views(count: int, share: float) -> None:
+    applied = torch.arange(count) * 360 / count - 160
+    residual = (1 - share) * applied
+    results = []
+    for seed in range(3):
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        undone = (residual - applied)[order].deg2rad()
+        results.append(measures(applied[order].deg2rad(), undone, torch.zeros(count, dtype=torch.long)))
+    assert results[0] == pytest.approx(results[1], abs=1e-3) and results[0] == pytest.approx(results[2], abs=1e-3)
+    if share == 0:
+        # The directions cancel. Deviations are measured from 0, and so the relative ones are the absolute ones.
+        wrapped = np.abs(np.remainder(applied.numpy() + 180, 360) - 180)
+        assert results[0]["uprightness"] == pytest.approx(1)
+        for name in ("relative", "absolute"):
+            assert results[0][f"{name}_degrees_mean"] == pytest.approx(wrapped.mean(), abs=1e-3)
+            assert results[0][f"{name}_degrees_median"] == pytest.approx(np.median(wrapped), abs=1e-3)
 
 
 def test_the_applied_transform_may_be_projective() -> None:
@@ -78,7 +153,7 @@ def test_the_applied_transform_may_be_projective() -> None:
     slanted[:, 2, 0] = 0.3
     metric = Uprightness()
     metric.update(torch.zeros(5, dtype=torch.long), slanted, observe(torch.zeros(5)), 1.0)
-    assert float(metric.compute()) == pytest.approx(1, abs=1e-3)
+    assert float(metric.compute()["uprightness"]) == pytest.approx(1, abs=1e-3)
 
 
 def sources(applied: torch.Tensor, angles_undone: torch.Tensor, kind: str = "rotation") -> torch.Tensor:

@@ -133,8 +133,9 @@ def _rates(trainer: L.Trainer) -> dict[str, float]:
 
 def brief(metrics: Mapping[str, float]) -> str:
     """Return the most important metrics on one line: all of training, and `BRIEF` of validation."""
-    selected = {name: value for name, value in metrics.items() if name.startswith("train/") or name[4:] in BRIEF}
-    return "  ".join(f"{name} {value:.4f}" for name, value in selected.items())
+    validation = [f"val/{name}" for name in BRIEF if f"val/{name}" in metrics]
+    names = [*(name for name in metrics if name.startswith("train/")), *validation]
+    return "  ".join(f"{name} {metrics[name]:.{1 if 'degrees' in name else 4}f}" for name in names)
 
 
 class Divergence(Callback):

@@ -27,6 +27,8 @@ GAP, MARGIN, LINE, TITLE = 6, 10, 15, 26
 """Pixels between tiles, pixels around them, height of a line of text, and height of a title."""
 MAX_TILE = 112
 """Maximum side of a tile in pixels."""
+MAX_WIDTH = 1240
+"""Maximum width of blocks of images in pixels, as long as a tile has a quarter of its maximum side."""
 MAX_MATRIX = 720
 """Maximum side of a confusion matrix in pixels, as long as each class has at least one pixel."""
 MAX_COLUMNS = 12
@@ -89,26 +91,28 @@ def draw_tiles(
 def draw_blocks(
     title: str, headings: Sequence[str], blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Line]]]
 ) -> Image.Image:
-    """Draw blocks of images, two side by side.
+    """Draw blocks of images, two side by side, or one if two are wider than `MAX_WIDTH`.
 
     Args:
         title: the title of the sheet.
-        headings: headings of the columns, the same in each block.
+        headings: headings of the columns, the same for all blocks.
         blocks: for each block its rows of images, one image per heading, and a line of text below each column.
     """
-    side = _tile_side([pixels for rows, _ in blocks for row in rows for pixels in row])
+    room = min(MAX_TILE, max(MAX_TILE // 4, MAX_WIDTH // len(headings) - GAP))
+    side = _tile_side([pixels for rows, _ in blocks for row in rows for pixels in row], room)
     step = side + GAP
-    width, height = len(headings) * step + 2 * GAP, len(blocks[0][0]) * step + 2 * LINE + GAP
-    across = min(2, len(blocks))
-    sheet, pen = _sheet(title, across * width - 3 * GAP, -(-len(blocks) // across) * height - GAP)
+    width, height = len(headings) * step + 2 * GAP, len(blocks[0][0]) * step + LINE + 2 * GAP
+    across = min(2, len(blocks), max(1, MAX_WIDTH // width))
+    sheet, pen = _sheet(title, across * width - 3 * GAP, LINE + 2 + -(-len(blocks) // across) * height - GAP)
     for number, (rows, lines) in enumerate(blocks):
-        corner, top = MARGIN + number % across * width, TITLE + number // across * height
+        corner, top = MARGIN + number % across * width, TITLE + LINE + 2 + number // across * height
         for column, (heading, line) in enumerate(zip(headings, lines, strict=True)):
             x = corner + column * step
-            pen.text((x + side // 2, top), _truncate(heading, side), GREY, _font(), anchor="ma")
+            if number < across:
+                pen.text((x + side // 2, TITLE), _truncate(heading, side), GREY, _font(), anchor="ma")
             stack = draw_column([row[column] for row in rows], side)
-            sheet.paste(stack, (x, top + LINE + 2))
-            below = top + LINE + 2 + stack.height + 2
+            sheet.paste(stack, (x, top))
+            below = top + stack.height + 2
             pen.text((x + side // 2, below), _truncate(line.text, side), line.colour, _font(), anchor="ma")
     return sheet
 
@@ -203,10 +207,10 @@ def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.
     return sheet, pen
 
 
-def _tile_side(images: Sequence[Pixels]) -> int:
-    """Return the side of a square that all images fit in; small images are enlarged by whole numbers."""
-    largest = max((max(pixels.shape[:2]) for pixels in images), default=MAX_TILE)
-    return largest * (MAX_TILE // largest) or MAX_TILE
+def _tile_side(images: Sequence[Pixels], room: int = MAX_TILE) -> int:
+    """Return the side of a square of at most ``room`` pixels; small images are enlarged by whole numbers."""
+    largest = max((max(pixels.shape[:2]) for pixels in images), default=room)
+    return largest * (room // largest) or room
 
 
 def flat(pixels: Pixels) -> Pixels:
@@ -245,7 +249,7 @@ def _truncate(text: str, width: int) -> str:
 
 
 def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
-    """Draw loss, accuracy, uprightness, gradient norm and learning rates over the epochs, as far as they are recorded.
+    """Draw the losses, the main metrics, gradient norm and learning rates over the epochs, as far as they are recorded.
 
     Args:
         title: the title of the figure.
@@ -257,9 +261,10 @@ def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
     names = list(dict.fromkeys(name for row in rows for name in row))
     rates = {tuple(row.get(name) for row in rows): name for name in reversed(names) if name.split("/")[0] == "lr"}
     panels = {
-        "loss": ["train/loss", "val/loss", "train/upright_loss"],
+        "loss": ["train/loss", "val/loss", "train/upright_loss", "train/prior_loss"],
         "accuracy": ["val/accuracy"],
         "uprightness": ["val/uprightness"],
+        "median deviation (degrees)": ["val/relative_degrees_median", "val/absolute_degrees_median"],
         "gradient norm": ["grad_norm/mean", "grad_norm/max"],
         # Groups that always had the same rate share one line.
         "learning rate": sorted(rates.values()),

@@ -35,6 +35,9 @@ from upright.runs.loggers import log_picture
 from upright.tables import read_rows
 from upright.training.classifier import ImageClassifier
 
+MAX_VIEWS = 36
+"""Maximum number of views in `draw_transformer`, as long as it draws one image."""
+
 
 def plot_epochs(epochs: int) -> set[int]:
     """Return the epochs, from 0, after which plots are drawn: at most ten, evenly spread, including first and last."""
@@ -227,12 +230,14 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
         title: the title, to which an explanation of the rows is added.
         classifier: a classifier with a spatial transformer.
         data: the datamodule, whose test split is drawn.
-        count: maximum number of images, one per class.
+        count: maximum number of images, of as many classes; images with many views are fewer (`MAX_VIEWS`).
     """
     samples, views = data.samples("test"), data.views("test")
     columns, classes = len(views.names), data.spec.classes
+    labels = torch.unique(samples.labels)
+    count = min(count, len(labels), max(1, MAX_VIEWS // columns))
     blocks = []
-    for label in torch.unique(samples.labels)[:count].tolist():
+    for label in labels[torch.linspace(0, len(labels) - 1, count).round().long()].tolist():
         first = int((samples.labels == label).nonzero()[0])
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as observations:
@@ -241,5 +246,5 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
             outputs = [classifier.model.denormalise(last.view(normalised)) for last in last_of(observations)]
         rows = [pixels_of(batch) for batch in (images, *outputs)]
         blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
-    title = f"{title}: input above, output of the spatial transformer below, with the prediction"
+    title = f"{title}: input above, output of the spatial transformer below, with the prediction, red if wrong"
     return draw_blocks(title, [name + views.unit for name in views.names], blocks)

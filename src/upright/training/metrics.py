@@ -22,8 +22,8 @@ from upright.files import write_text
 from upright.training.uprightness import Uprightness
 
 TOP_K = 5
-BRIEF = ("loss", "accuracy", "uprightness")
-"""Metrics to print after every epoch; metrics.csv has all of them."""
+BRIEF = ("accuracy", "loss", "uprightness", "relative_degrees_median", "absolute_degrees_median")
+"""Metrics to print, in this order, after every epoch; metrics.csv has all of them."""
 UPDATE_IMAGES = 4096
 """Number of images per update of the classification metrics: an update takes a millisecond, even for a small batch."""
 
@@ -34,6 +34,7 @@ class StageMetrics(nn.Module):
     ``precision``, ``recall`` and ``f1`` are means over the classes that occur as labels or predictions. ``top5`` exists
     for more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
     arXiv:1706.04599). ``confusion`` ``(K, K)`` counts the images of the row's class predicted as the column's class.
+    A network with a transformer also has the measures of `Uprightness`.
 
     Args:
         num_classes: ``K``.
@@ -82,7 +83,7 @@ class StageMetrics(nn.Module):
         """Return every metric by its name, over all processes; NaN if it cannot be computed."""
         self._classify()
         metrics = {"loss": self.loss.compute(), **self.classification.compute()}
-        return metrics | ({"uprightness": self.uprightness.compute()} if self.uprightness is not None else {})
+        return metrics | (self.uprightness.compute() if self.uprightness is not None else {})
 
     def reset(self) -> None:
         self._batches = []

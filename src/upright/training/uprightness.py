@@ -1,4 +1,4 @@
-"""Uprightness, Upright's own measure of a spatial transformer, and the upright loss, which trains for it.
+"""Uprightness, Upright's own measures of a spatial transformer, and the upright loss, which trains for them.
 
 Both use the composition of two transforms: the one applied to the image, and the transformer's own. Two views of one
 image should have the same composition. The network is free to choose which orientation is upright.
@@ -64,11 +64,21 @@ def _spread(points: Tensor) -> Tensor:
 
 
 class Uprightness(Metric):
-    """Spread of the angle after the transformer, over that before it: 0 if all outputs are upright, 1 for no rotation.
+    """Spread of the angle after the transformer, over that before it, and deviations of that angle in degrees.
 
-    Update it with several views of each image at known angles. For each image, the metric computes the variance of the
-    residual angle around its circular mean, and the variance of the applied angle. The result is the square root of the
-    ratio of their means over all images. With several parallel transformers, each one counts as a separate image.
+    Update it with several views of each image at known angles. The residual angle of a view is the rotation of the
+    transformer's output against the undistorted image. With several parallel transformers, each one counts as a
+    separate image.
+
+    - ``uprightness``: 0 if all outputs are upright, 1 for no rotation. For each image, the metric computes the variance
+      of the residual angle around its circular mean, and the variance of the applied angle. The result is the square
+      root of the ratio of their means over all images.
+    - ``relative_degrees_*``: the relative deviation of a view is the distance of its residual angle to the circular
+      mean of its image.
+    - ``absolute_degrees_*``: the absolute deviation of a view is the distance of its residual angle to 0, the angle of
+      the undistorted image. It is meaningful if these images have a common up.
+
+    Deviations are between 0 and 180 degrees. Their ``median``, ``mean`` and 95th percentile ``p95`` are over all views.
     """
 
     full_state_update = False
@@ -99,21 +109,33 @@ class Uprightness(Metric):
             self.applied.append(applied)
             self.residual.append(rotation_angle(sources, points, aspect))
 
-    def compute(self) -> Tensor:
-        """Return the measure, a scalar; NaN if no image has views at different angles."""
+    def compute(self) -> dict[str, Tensor]:
+        """Return every measure by its name, a scalar; all are NaN if no image has views at different angles."""
         groups, applied, residual = (dim_zero_cat(part) for part in (self.groups, self.applied, self.residual))
-        _, groups = torch.unique(groups, return_inverse=True)
-        before, after = (_circular_variance(angles, groups).mean() for angles in (applied, residual))
+        _, groups, views = torch.unique(groups, return_inverse=True, return_counts=True)
+        before, after = (_circular_deviation(angles, groups) for angles in (applied, residual))
+        # Every image has the same weight, whatever its number of views.
+        weights = 1 / (len(views) * views[groups])
+        spread, remaining = ((weights * deviation.square()).sum() for deviation in (before, after))
+        measures = {"uprightness": (remaining / spread).sqrt()}
+        for name, deviation in (("relative", after), ("absolute", residual)):
+            degrees = deviation.abs().rad2deg()
+            measures |= {
+                f"{name}_degrees_median": degrees.quantile(0.5),
+                f"{name}_degrees_mean": degrees.mean(),
+                f"{name}_degrees_p95": degrees.quantile(0.95),
+            }
         # A spread below a hundredth of a degree is rounding.
-        return (after / before).sqrt() if before > 1e-8 else torch.full_like(before, torch.nan)
+        return measures if spread > 1e-8 else dict.fromkeys(measures, torch.full_like(spread, torch.nan))
 
 
-def _circular_variance(angles: Tensor, groups: Tensor) -> Tensor:
-    """Return the mean squared deviation from each group's circular mean, in square radians: one number per group."""
-    count = int(groups.max()) + 1
-    sums = torch.zeros(count, 2, device=angles.device)
+def _circular_deviation(angles: Tensor, groups: Tensor) -> Tensor:
+    """Return the difference of each angle to the circular mean of its group, in radians from -pi to pi.
+
+    The mean is undefined if the directions cancel, as those of equal steps around the full circle do. It is then 0.
+    """
+    sums = torch.zeros(int(groups.max()) + 1, 2, device=angles.device)
     sums.index_add_(0, groups, torch.stack([angles.cos(), angles.sin()], dim=1))
-    deviation = angles - torch.atan2(sums[:, 1], sums[:, 0])[groups]
-    deviation = torch.remainder(deviation + math.pi, 2 * math.pi) - math.pi
-    squares = torch.zeros(count, device=angles.device).index_add_(0, groups, deviation.square())
-    return squares / groups.bincount(minlength=count)
+    # Shorter sums are rounding, whose direction would depend on the order of the views.
+    means = torch.where(sums.norm(dim=1) > 1e-4, torch.atan2(sums[:, 1], sums[:, 0]), 0.0)
+    return torch.remainder(angles - means[groups] + math.pi, 2 * math.pi) - math.pi

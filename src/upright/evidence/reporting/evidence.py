@@ -1,6 +1,5 @@
 """Gather the measurements of a report, and convert them to plain data."""
 
-import math
 import platform
 from dataclasses import is_dataclass
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from upright.evidence.reporting.subjects import Group, Subject
 from upright.files import file_hash
 from upright.runs.seal import content_digest, count, count_in_sweep
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("upright", "torch", "onnxruntime", "numpy", "kornia")
 DEFAULT_ROTATION_DEGREES = 180.0
 """Range of angles for the uprightness, in each direction, if the training data declare no rotation."""
@@ -182,12 +181,11 @@ def _uprightness_record(subject: Subject, invariance: Invariance, predictions: P
     if response is None:
         return {"silent": subject.unobserved_reason}
     low, middle, high = response.quartiles.tolist()
-    inside = [response.within[0] <= angle <= response.within[1] for angle in response.angles]
     return {
-        "value": None if math.isnan(response.uprightness) else response.uprightness,
         "within": response.within,
+        "in_range": response.uprightness,
         "on_split": predictions.uprightness,
-        "mean_left": float(np.abs(response.residual[inside]).mean()),
+        "votes_confidence": predictions.votes_confidence,
         "angles": response.angles,
         "left": {"lower_quartile": low, "median": middle, "upper_quartile": high},
     }

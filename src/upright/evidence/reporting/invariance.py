@@ -19,6 +19,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
 from upright.evidence.distortions import rotate, shift, zoom
 from upright.evidence.intervals import Share, wilson
+from upright.evidence.reporting.measures import uprightness_values
 from upright.evidence.reporting.subjects import BatchOutput, Floats, Subject
 from upright.images import Pixels
 from upright.recipes import Recipe, recipe
@@ -203,13 +204,13 @@ class RotationResponse(NamedTuple):
         angles: angles of the rotation, in degrees.
         residual: angle after the transformer, minus that angle without rotation, in degrees from -180 to 180,
             ``(A, N)``.
-        uprightness: uprightness over the angles ``within``.
-        within: range of angles for the uprightness, see `evidence.gather`.
+        uprightness: measures of `Uprightness` over the angles ``within``, by name.
+        within: range of angles for the measures, see `evidence.gather`.
     """
 
     angles: tuple[float, ...]
     residual: Floats
-    uprightness: float
+    uprightness: dict[str, float] | None
     within: tuple[float, float]
 
     @property
@@ -313,7 +314,7 @@ def _rotation_response(
         residual.append(torch.cat(batch_angles, dim=1).flatten().double().numpy())
     angles = tuple(observations)
     residual_degrees = _wrap(np.degrees(np.stack(residual) - residual[angles.index(0)]))
-    return RotationResponse(angles, residual_degrees, float(measure.compute()), within)
+    return RotationResponse(angles, residual_degrees, uprightness_values(measure), within)
 
 
 def transformer_views(subject: Subject, image: Tensor) -> list[Pixels]:

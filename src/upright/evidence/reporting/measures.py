@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from upright.data.datamodule import ImageDataModule
@@ -37,13 +38,16 @@ class Predictions:
         probabilities: probabilities of the classes, ``(N, K)``.
         labels: true classes, ``(N,)``.
         groups: index of the source image of each prediction, ``(N,)``.
-        uprightness: uprightness over the views of the split; None without rotated views or without observations.
+        uprightness: measures of `Uprightness` over the views of the split, by name; None without rotated views or
+            without observations.
+        votes_confidence: mean confidence of the transformers' votes; None without votes.
     """
 
     probabilities: Floats
     labels: Integers
     groups: Integers
-    uprightness: float | None = None
+    uprightness: dict[str, float] | None = None
+    votes_confidence: float | None = None
 
     @cached_property
     def classes(self) -> Integers:
@@ -110,25 +114,39 @@ def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list
         UserError: if a model predicts NaN or infinity.
     """
     measures = [Uprightness() if subject.model else None for subject in subjects]
+    confidences = [MeanMetric() for _ in subjects]
     probabilities: list[list[Floats]] = [[] for _ in subjects]
     labels, groups = [], []
     aspect = data.spec.width / data.spec.height
     for batch in tqdm(data.loader(split), desc=f"evaluating {split}", unit="batch", disable=None, leave=False):
         labels.append(batch.labels)
         groups.append(batch.group)
-        for subject, rows, measure in zip(subjects, probabilities, measures, strict=True):
+        for subject, rows, measure, confidence in zip(subjects, probabilities, measures, confidences, strict=True):
             output = subject.predict(batch.images)
             if not np.isfinite(output.probabilities).all():
                 raise UserError(f"'{subject.origin.path}' predicts NaN or infinity; train or export it again.")
             rows.append(output.probabilities)
             if measure:
                 measure.update(batch.group, batch.transforms, output.observations, aspect)
-    uprightness = [float(measure.compute()) if measure else float("nan") for measure in measures]
+            for observation in output.observations:
+                if observation.confidence is not None:
+                    confidence.update(observation.confidence)
     common = (torch.cat(labels).numpy(), torch.cat(groups).numpy())
     return [
-        Predictions(np.concatenate(rows), *common, None if np.isnan(value) else value)
-        for rows, value in zip(probabilities, uprightness, strict=True)
+        Predictions(
+            np.concatenate(rows),
+            *common,
+            uprightness_values(measure) if measure else None,
+            float(confidence.compute()) if confidence.update_called else None,
+        )
+        for rows, measure, confidence in zip(probabilities, measures, confidences, strict=True)
     ]
+
+
+def uprightness_values(measure: Uprightness) -> dict[str, float] | None:
+    """Return the measures by name; None if no image has views at different angles."""
+    values = {name: float(value) for name, value in measure.compute().items()}
+    return None if np.isnan(values["uprightness"]) else values
 
 
 def difference(first: Predictions, other: Predictions) -> dict[str, Any]:

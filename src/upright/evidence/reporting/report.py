@@ -78,8 +78,12 @@ def _summary(model: dict[str, Any]) -> str:
     )
     if calibration["temperature"]:
         line += f", {calibration['error_after']:.4f} at temperature {calibration['temperature']:.3f}"
-    if model["uprightness"].get("value") is not None:
-        line += f", uprightness {model['uprightness']['value']:.3f}"
+    if upright := model["uprightness"].get("in_range"):
+        line += (
+            f", uprightness {upright['uprightness']:.3f}, median deviation "
+            f"{upright['relative_degrees_median']:.1f} degrees relative and "
+            f"{upright['absolute_degrees_median']:.1f} absolute"
+        )
     if change := model["difference"]:
         line += f"; {change['points']:+.2f} points to the first model ({change['low']:+.2f} to {change['high']:+.2f})"
     return f"{line}."
