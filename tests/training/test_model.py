@@ -84,18 +84,18 @@ def test_the_disc_hides_exactly_the_pixels_at_its_radius_and_beyond() -> None:
 
 
 @pytest.mark.parametrize("side", [27, 28])
-def test_quarter_turns_and_the_mask_commute_exactly(side: int) -> None:
+def test_quarter_rotations_and_the_mask_commute_exactly(side: int) -> None:
     model = Model(replace(SPEC, height=side, width=side), nn.Identity())
     for turns in (1, 2, 3):
-        turned = partial(torch.rot90, k=turns, dims=(2, 3))
-        assert torch.equal(model.normalise(turned(images(side, side))), turned(model.normalise(images(side, side))))
+        rotate = partial(torch.rot90, k=turns, dims=(2, 3))
+        assert torch.equal(model.normalise(rotate(images(side, side))), rotate(model.normalise(images(side, side))))
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 46), (46, 20), (21, 29)])
 def test_the_mask_of_an_oblong_input_is_a_circle(height: int, width: int) -> None:
     mask, side = disc(height, width), min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = mask[top : top + side, left : left + side]
+    row, column = (height - side) // 2, (width - side) // 2
+    square = mask[row : row + side, column : column + side]
     assert torch.equal(square, disc(side, side)) and torch.equal(square, square.T)
     assert mask.count_nonzero() == square.count_nonzero()
     assert square.sum() == pytest.approx(torch.pi * (side / 2 - 1) ** 2, rel=0.01)
