@@ -1,5 +1,6 @@
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,13 @@ def png(image: Image.Image, **options: object) -> bytes:
 
 
 def test_spec_survives_plain_data() -> None:
-    assert ImageSpec.from_dict(RGB.to_dict()) == RGB
+    masked = replace(RGB, mask="disc")
+    assert ImageSpec.from_dict(RGB.to_dict()) == RGB and ImageSpec.from_dict(masked.to_dict()) == masked
+
+
+def test_a_spec_of_an_older_version_has_no_mask() -> None:
+    old = RGB.to_dict()
+    assert old.pop("mask") == "none" and ImageSpec.from_dict(old) == RGB
 
 
 @pytest.mark.parametrize(
@@ -33,6 +40,12 @@ def test_spec_survives_plain_data() -> None:
         ({"classes": ("a", "a")}, "at least two different names"),
         ({"resize": "fit"}, "resize must be one of stretch, crop, none; got 'fit'"),
         ({"background": 256}, "from 0 to 255, got 256"),
+        ({"mask": "ring"}, "mask must be one of none, disc; got 'ring'"),
+        (
+            {"mask": "disc", "resize": "none"},
+            "mask disc needs images of one size, and resize none allows any size: use resize stretch or crop, or mask "
+            "none.",
+        ),
     ],
 )
 def test_spec_refuses(change: dict[str, object], message: str) -> None:

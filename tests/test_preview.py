@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
+from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
-from upright.preview import _of_many_classes
+from upright.preview import _of_many_classes, draw
 
 DATA = sorted(path for path in ROOT.glob("configs/data/*.yaml") if path.stem not in ("folder", "table"))
 
@@ -70,6 +72,27 @@ def test_a_config_a_run_and_a_checkpoint_give_the_same_preview(run_folder: Path,
     from_config = upright("preview", ROOT / "configs/stn_lenet.yaml").out
     assert from_config == upright("preview", run_folder).out == upright("preview", run_folder / "last.ckpt").out
     assert "views per image" in from_config
+
+
+def test_the_images_behind_a_mask_are_drawn_as_the_network_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corners: dict[str, set[int]] = {}
+
+    def record(title: str, images: list, captions: list, columns: int) -> Image.Image:
+        for image, (line, _) in zip(images, captions, strict=True):
+            corners.setdefault(line.text, set()).add(int(image[0, 0, 0]))
+        return Image.new("L", (1, 1))
+
+    monkeypatch.setattr("upright.preview.draw_tiles", record)
+    data = Digits(mask="disc", augment=[partial(RandomAffine, rotate=60)])
+    draw(data, tmp_path / "preview.png")
+    mean = round(255 * data.spec.mean[0])
+    assert mean > 0 and corners == {
+        **{split: {0} for split in ("train", "val", "test")},
+        **{f"augmented {number}": {mean} for number in (1, 2, 3)},
+        "input": {mean},
+    }
 
 
 def test_the_seed_changes_the_augmented_images(upright: Upright) -> None:

@@ -117,6 +117,8 @@ def change(bundle: Path, path: str, value: Any) -> None:
         ("format", 3, "Install a newer Upright"),
         ("spec.depth", 1, "unexpected keyword argument 'depth'"),
         ("spec.resize", "squeeze", "resize must be one of"),
+        ("spec.mask", "disc", "multiple values for keyword argument 'mask'"),
+        ("mask", "ring", "mask must be one of none, disc; got 'ring'"),
         ("precisions.fp8", {"tolerance": 1.0}, "fp8"),
     ],
 )
@@ -131,6 +133,13 @@ def test_a_reader_accepts_unknown_keys_and_files(bundle: Path) -> None:
     for path in ("licence", "provenance.machine", "precisions.fp32.seconds"):
         change(bundle, path, "unknown")
     assert Bundle.open(bundle).manifest["licence"] == "unknown"
+
+
+def test_a_missing_mask_means_none(bundle: Path) -> None:
+    assert "mask" not in json.loads((ROOT / "export/digits/manifest.json").read_text())
+    assert Bundle.open(ROOT / "export/digits").spec.mask == Bundle.open(bundle).spec.mask == "none"
+    change(bundle, "mask", "disc")
+    assert Bundle.open(bundle).spec.mask == "disc"
 
 
 def test_every_public_name_has_its_documentation() -> None:

@@ -19,6 +19,7 @@ Pixels = npt.NDArray[np.uint8]
 
 Item = TypeVar("Item")
 Resize = Literal["stretch", "crop", "none"]
+Mask = Literal["none", "disc"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -47,6 +48,8 @@ class ImageSpec:
         resize: ``stretch`` resizes to ``height`` x ``width``; ``crop`` first takes the largest centred box with that
             aspect ratio; ``none`` is for a network that takes any size.
         background: grey level (0 to 255) behind transparent pixels.
+        mask: ``disc`` replaces all pixels outside the largest centred disc by the mean, so that no corner shows the
+            angle of a rotated image; ``none`` shows the complete image.
 
     Raises:
         UserError: if a value is out of range.
@@ -60,6 +63,7 @@ class ImageSpec:
     std: tuple[float, ...]
     resize: Resize = "stretch"
     background: int = 0
+    mask: Mask = "none"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -77,6 +81,13 @@ class ImageSpec:
             raise UserError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
         if not 0 <= self.background <= 255:
             raise UserError(f"background must be a grey level from 0 to 255, got {self.background}.")
+        if self.mask not in get_args(Mask):
+            raise UserError(f"mask must be one of {', '.join(get_args(Mask))}; got '{self.mask}'.")
+        if self.mask == "disc" and self.resize == "none":
+            raise UserError(
+                "mask disc needs images of one size, and resize none allows any size: use resize stretch or crop, or "
+                "mask none."
+            )
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -96,7 +107,7 @@ class ImageSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageSpec":
-        """Return the spec of `to_dict`."""
+        """Return the spec of `to_dict`. A missing field has its default."""
         arguments: dict[str, Any] = {}
         for key, value in data.items():
             arguments[key] = tuple(value) if isinstance(value, list) else value

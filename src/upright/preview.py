@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from upright.checkpoint import KEY, read_checkpoint
 from upright.data.augmentation import Augmentation, Distortion
@@ -15,6 +16,7 @@ from upright.errors import UserError
 from upright.files import check_exists
 from upright.images import Pixels
 from upright.runs.drawing import Line, draw_tiles, pixels_of, save_png
+from upright.training.model import Model
 
 COLUMNS = 12
 AUGMENTED_ROWS = 3
@@ -82,6 +84,8 @@ def _table(data: ImageDataModule) -> str:
         f"  measured  mean {_numbers(mean)}  std {_numbers(std)}",
         f"  declared  mean {_numbers(spec.mean)}  std {_numbers(spec.std)}",
     ]
+    if spec.mask != "none":
+        lines.append(f"The network sees every image through a mask: {spec.mask}.")
     return "\n".join(lines)
 
 
@@ -115,7 +119,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     """Draw images of as many classes as possible for each split.
 
     The caption of an original is the name of its split. Augmented versions follow below the training images; the other
-    splits are followed by their views at the size of the network.
+    splits are followed by their views. Both are drawn as the network sees them.
 
     Args:
         data: the datamodule.
@@ -125,10 +129,14 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
     images: list[Pixels] = []
     captions: list[list[Line]] = []
+    model = Model(data.spec, nn.Identity())
 
     def add(title: str, row: list[Pixels], labels: list[str]) -> None:
         images.extend(row)
         captions.extend([Line(title), Line(label)] for label in labels)
+
+    def inputs(batch: Tensor) -> list[Pixels]:
+        return pixels_of(model.denormalise(model.normalise(batch)))
 
     for split in SPLITS:
         places = _of_many_classes(data, split, columns)
@@ -140,11 +148,11 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
             batch = samples[torch.tensor(places)]
             torch.manual_seed(seed)
             for number in range(1, AUGMENTED_ROWS + 1):
-                add(f"augmented {number}", pixels_of(data.augmentation(batch.images).images), labels)
+                add(f"augmented {number}", inputs(data.augmentation(batch.images).images), labels)
         else:
             for number, view in enumerate(views.names[:MAX_VIEW_ROWS]):
                 batch = samples[torch.tensor(places) * len(views.names) + number]
-                add(f"input, {view}{views.unit}" if view else "input", pixels_of(batch.images), labels)
+                add(f"input, {view}{views.unit}" if view else "input", inputs(batch.images), labels)
     save_png(draw_tiles(type(data).__name__, images, captions, columns), path)
 
 

@@ -1,6 +1,8 @@
 """Contracts of every dataset, and the content of each one."""
 
-from functools import partial
+import pickle
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +207,49 @@ def test_a_dataset_of_the_users_own() -> None:
     assert len(data.augmentation.parts) == 2
     assert data.recipe["init_args"]["width"] == 20
     assert build(data.recipe)().manifest.digest == data.manifest.digest
+
+
+def test_every_dataset_has_the_option_mask(data: ImageDataModule) -> None:
+    assert data.spec.mask == "none"
+    masked = build(data.recipe)(mask="disc")
+    assert masked.spec == replace(data.spec, mask="disc") and build(masked.recipe)().spec == masked.spec
+
+
+class Constant(Stripes):
+    """Declares its spec as a constant."""
+
+    spec = ImageSpec(1, 16, 16, ("across", "down"), (0.5,), (0.5,))
+
+
+class Cached(Stripes):
+    """Declares its spec as a cached property, from the one of its base, with an attribute of its own."""
+
+    mask = "an attribute that is not ours"
+
+    @cached_property
+    def spec(self) -> ImageSpec:
+        return replace(super().spec, mean=(0.25,))
+
+
+class AlwaysMasked(Stripes):
+    """Declares a mask of its own."""
+
+    @property
+    def spec(self) -> ImageSpec:
+        """The docstring stays."""
+        return replace(super().spec, mask="disc")
+
+
+@pytest.mark.parametrize("dataset", [Stripes, Constant, Cached])
+def test_a_dataset_of_the_users_own_has_the_option_mask(dataset: type[Stripes]) -> None:
+    assert dataset().spec.mask == "none" and dataset(mask="disc").spec == replace(dataset().spec, mask="disc")
+    assert pickle.loads(pickle.dumps(dataset(mask="disc"))).spec.mask == "disc"
+    with pytest.raises(UprightError, match="mask must be one of none, disc; got 'ring'"):
+        _ = dataset(mask="ring").spec
+
+
+def test_the_option_keeps_a_mask_that_the_dataset_declares() -> None:
+    assert AlwaysMasked().spec.mask == "disc" and AlwaysMasked.spec.__doc__ == "The docstring stays."
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from upright.exporting.graph import Form, write_graph
 from upright.exporting.parity import Reference
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
-from upright.runtime.predictor import open_session, run_session
+from upright.runtime.predictor import Predictor, open_session, run_session
 from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
 from upright.training.restoring import restore
@@ -353,3 +353,28 @@ def test_an_image_that_the_model_does_not_accept_is_one_line(tmp_path: Path) -> 
     write_graph(Model(spec, network).eval(), tmp_path / "model.onnx")
     with pytest.raises(UprightError, match=r"onnxruntime failed on 1 images of \(H, W, C\) 2x2x1: "):
         list(run_session(open_session(tmp_path / "model.onnx"), [np.zeros((2, 2, 1), np.uint8)], 1))
+
+
+@pytest.mark.slow
+def test_a_mask_goes_from_training_to_the_predictions_of_the_bundle(upright: Upright) -> None:
+    config, data = ROOT / "configs/lenet.yaml", ROOT / "configs/data/digits.yaml"
+    masked = ("--data", data, "--data.mask", "disc")
+    quick = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 5, "--wandb", "off")
+    assert upright("fit", "--config", config, *masked, "--name", "disc", *quick).code == 0
+    # These data have no mask, but the bundle has the mask of the model.
+    assert upright("export", "checkpoints/disc", "--data", data, "--precision", "int8", "fp16").code == 0
+    manifest = json.loads(Path("export/disc/manifest.json").read_text())
+    assert manifest["mask"] == "disc" and "mask" not in manifest["spec"]
+    assert "normalisation, mask disc |" in Path("export/disc/README.md").read_text(encoding="utf-8")
+    assert upright("verify", "export/disc").code == 0
+    pixels = np.array(Image.open("export/disc/samples/00.png"))
+    for precision in ("fp32", "fp16", "int8"):
+        predict = Predictor("export/disc", precision)
+        before = predict(pixels).probabilities
+        changed = pixels.copy()
+        changed[:4, :4] = changed[-4:, -4:] = 255
+        assert predict(changed).probabilities == before
+        changed[12:16, 12:16] ^= 255
+        assert predict(changed).probabilities != before
+    answer = upright("preview", "checkpoints/disc")
+    assert answer.code == 0 and "The network sees every image through a mask: disc." in answer.out

@@ -1,4 +1,5 @@
 import csv
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -8,8 +9,13 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
+from upright.architectures.lenet import LeNet
+from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.transformer_network import TransformerNetwork
+from upright.data.digits import Digits
 from upright.runs.drawing import Line, draw_blocks, draw_confusion, draw_curves, draw_tiles, save_png
-from upright.runs.plots import RunPlots, plot_epochs
+from upright.runs.plots import RunPlots, draw_transformer, plot_epochs
+from upright.training.classifier import ImageClassifier
 
 LENET, STN = ROOT / "configs/lenet.yaml", ROOT / "configs/stn_lenet.yaml"
 QUICK = ("--trainer.limit_train_batches", 2, "--wandb", "off")
@@ -191,3 +197,23 @@ def test_plots_use_the_averaged_weights(upright: Upright, tmp_path: Path, monkey
     assert right == pytest.approx(
         [float(row["val/accuracy"]) for row in read_rows(tmp_path / "checkpoints/stn_lenet")], abs=1e-5
     )
+
+
+def test_the_input_of_a_transformer_is_drawn_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(title: str, headings: list[str], blocks: list) -> Image.Image:
+        corners = {int(image[0, 0, 0]) for rows, _ in blocks for image in rows[0]}
+        centres = [image[7:21, 7:21, 0] for rows, _ in blocks for image in rows[0]]
+        originals = [image[7:21, 7:21, 0] for image in map(np.asarray, inputs)]
+        assert corners == {round(255 * data.spec.mean[0])} and np.array_equal(centres, originals)
+        return Image.new("RGB", (1, 1))
+
+    data = Digits(mask="disc", angles=[0, 45])
+    samples = data.samples("test")
+    firsts = [int((samples.labels == label).nonzero()[0]) for label in range(6)]
+    inputs = [
+        image.permute(1, 2, 0) for first in firsts for image in samples[torch.arange(2 * first, 2 * first + 2)].images
+    ]
+    network = partial(TransformerNetwork, network=LeNet, transformer=SpatialTransformer)
+    monkeypatch.setattr("upright.runs.plots.draw_blocks", draw)
+    classifier = ImageClassifier(data.spec, network, partial(torch.optim.Adam, lr=0.1)).eval()
+    assert draw_transformer("Test", classifier, data).size == (1, 1)

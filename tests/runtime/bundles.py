@@ -47,10 +47,12 @@ def write_bundle(
         (probabilities,) = run_session(session, [pixels], 1)
         file = f"{SAMPLES}/{number:02d}.png"
         samples.append({"file": file, "label": spec.classes[0], "probabilities": {"fp32": probabilities.tolist()}})
+    plain_spec = spec.to_dict()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,
-        "spec": spec.to_dict(),
+        "mask": plain_spec.pop("mask"),
+        "spec": plain_spec,
         "input": {"shape": [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]},
         "other_outputs": Graph(model, form).names[1:],
         "precisions": {"fp32": {"tolerance": 1e-4}},

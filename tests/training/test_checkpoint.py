@@ -119,6 +119,20 @@ def test_other_data_with_training_images_are_refused(run_folder: Path) -> None:
         restore(run_folder, data=Digits(split_seed=5))
 
 
+def test_a_checkpoint_of_an_older_version_has_no_mask(run_folder: Path) -> None:
+    checkpoint = read_checkpoint(run_folder)
+    spec, data = checkpoint["upright"]["spec"], checkpoint["upright"]["data"]["init_args"]
+    assert spec.pop("mask") == data.pop("mask") == "none"
+    restored = restore(run_folder, content=checkpoint)
+    assert restored.classifier.spec.mask == restored.data.spec.mask == "none"
+
+
+def test_the_mask_of_the_checkpoint_counts_and_not_that_of_other_data(run_folder: Path) -> None:
+    """The same rule as for mean, deviation and resizing: the model was trained with its own."""
+    masked = restore(run_folder, Digits(mask="disc"), evaluated_on=())
+    assert masked.data.spec.mask == "disc" and masked.classifier.model.spec.mask == "none"
+
+
 def test_data_of_other_classes_are_refused(run_folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 

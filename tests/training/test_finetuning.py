@@ -280,6 +280,11 @@ def test_a_vgg_is_adapted_to_the_image_size_and_recognises_imagenets_classes(tmp
     assert torch.allclose(model.model.network(images), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
+def test_another_mask_is_reported(tmp_path: Path) -> None:
+    lines = start_from(classifier(spec=replace(SPEC, mask="disc")), save(classifier(), tmp_path / "one.ckpt"))
+    assert lines[-1] == "The weights were trained on images with mask none; these data have mask disc."
+
+
 @pytest.mark.parametrize(
     ("network", "spec", "text"),
     [

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -27,7 +28,7 @@ from upright.data.split import (
 )
 from upright.data.views import Angles, Views
 from upright.errors import UprightError, UserError
-from upright.images import ImageSpec
+from upright.images import ImageSpec, Mask
 from upright.recipes import Recipe, Recorded, recipe
 from upright.warp import Padding
 
@@ -51,11 +52,27 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         augment: augmentation of a training batch, in order: each part is `Geometric`, `Mixing`, or any ``nn.Module`` on
             a float batch in [0, 1], for example kornia's.
         padding: values beyond the border, for `Geometric` parts: ``zeros``, ``border`` or ``reflection``.
+        mask: ``disc`` shows the network only the largest centred disc of every image, in training, evaluation and
+            export; see `ImageSpec`.
         cache: place of the decoded images: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files on
             access; ``auto`` is disk for images from files that take more than 64 MiB.
         num_workers: processes that decode files; by default one per core, at most 8, for more than 1,000 images.
         max_unreadable: number of images that may be unreadable; they are left out, and reported.
     """
+
+    _mask: Mask = "none"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Add the option `mask` to the ``spec`` that a subclass declares, so that no dataset repeats it."""
+        super().__init_subclass__(**options)
+        declared: Any = vars(cls).get("spec")
+
+        def spec(self: ImageDataModule) -> ImageSpec:
+            own: ImageSpec = declared.__get__(self, cls) if hasattr(declared, "__get__") else declared
+            return own if self._mask == "none" else replace(own, mask=self._mask)
+
+        if declared:
+            cls.spec = property(spec, doc=declared.__doc__)  # type: ignore[assignment,method-assign]
 
     def __init__(
         self,
@@ -70,6 +87,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         angles: Sequence[float] = (0.0,),
         augment: Sequence[Callable[[], nn.Module]] = (),
         padding: Padding = "zeros",
+        mask: Mask = "none",
         cache: Storage = "auto",
         num_workers: int | None = None,
         max_unreadable: int = 0,
@@ -93,6 +111,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         self.split_seed, self.angles = split_seed, tuple(angles)
         self.val_fraction, self.test_fraction, self.train_fraction = val_fraction, test_fraction, train_fraction
         self.folds, self.fold = folds, fold
+        self._mask = mask
         self.cache, self.num_workers, self.max_unreadable = cache, num_workers, max_unreadable
         self.augmentation = Augmentation((part() for part in augment), padding=padding)
         self._arguments: dict[str, Any] = recipe(self.arguments)  # raises here, not when a checkpoint is written

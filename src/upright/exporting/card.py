@@ -55,7 +55,8 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     batch, height, width, channels = manifest["input"]["shape"]
     own_size = (height, width) == (spec["height"], spec["width"])
     resizing = "" if spec["resize"] == "none" or own_size else f"{spec['resize']} to {spec['height']} x {spec['width']}"
-    preprocessing = f"{resizing} and normalisation" if resizing else "normalisation"
+    mask = "" if manifest["mask"] == "none" else f", mask {manifest['mask']}"
+    preprocessing = (f"{resizing} and normalisation" if resizing else "normalisation") + mask
     sizes = "any size" if height == "height" else "only this size"
     others = "".join(f", `{other}`" for other in manifest["other_outputs"])
     metrics = markdown([["metric", "value"], *([key, f"{value:.4f}"] for key, value in provenance["metrics"].items())])

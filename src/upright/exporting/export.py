@@ -239,12 +239,13 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisions: dict[str, Any]) -> dict[str, Any]:
-    data, form = reference.data, reference.form
+    data, form, spec = reference.data, reference.form, reference.graph.model.spec.to_dict()
     batch, (height, width) = form.batch or "batch", form.size or ("height", "width")
     return {
         "format": FORMAT,
         "name": name,
-        "spec": data.spec.to_dict(),
+        "mask": spec.pop("mask"),
+        "spec": spec,
         "input": {"name": "images", "dtype": "uint8", "shape": [batch, height, width, data.spec.channels]},
         "output": {"name": "probabilities", "dtype": "float32", "shape": [batch, len(data.spec.classes)]},
         "other_outputs": reference.graph.names[1:],

@@ -114,10 +114,9 @@ class RunPlots(Callback):
             here = batch.position.tolist()
             self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
         for place, row in self._places[batch_idx]:
-            image = batch.images[place, None]
-            normalised = pl_module.model.normalise(image)
+            normalised = pl_module.model.normalise(batch.images[place, None])
             views = [pl_module.model.denormalise(_select_image(each, place).view(normalised)) for each in last]
-            self._views[row] = [image, *views]
+            self._views[row] = [pl_module.model.denormalise(normalised), *views]
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -244,7 +243,7 @@ def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataMod
             predicted = classifier(images).argmax(dim=1).tolist()
             normalised = classifier.model.normalise(images)
             outputs = [classifier.model.denormalise(last.view(normalised)) for last in last_of(observations)]
-        rows = [pixels_of(batch) for batch in (images, *outputs)]
+        rows = [pixels_of(batch) for batch in (classifier.model.denormalise(normalised), *outputs)]
         blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
     title = f"{title}: input above, output of the spatial transformer below, with the prediction, red if wrong"
     return draw_blocks(title, [name + views.unit for name in views.names], blocks)

@@ -122,7 +122,8 @@ class Bundle:
     @cached_property
     def spec(self) -> ImageSpec:
         """Format of the images."""
-        return ImageSpec.from_dict(self.manifest["spec"])
+        # The graph holds the mask, and an older reader refuses a new key in `spec`. So the key stands outside of it.
+        return ImageSpec.from_dict(dict(mask=self.manifest.get("mask", "none"), **self.manifest["spec"]))
 
     @property
     def precisions(self) -> list[str]:

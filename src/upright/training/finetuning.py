@@ -164,6 +164,7 @@ def _upright_weights(checkpoint: dict[str, Any], spec: ImageSpec) -> StartWeight
     state = {name.removeprefix(prefix): v for name, v in checkpoint["state_dict"].items() if name.startswith(prefix)}
     keys = _weight_names(state, ours["model"]["init_args"]["network"])
     run = {name: ours["run"][name] for name in ("name", "id")}
+    remark = f"The weights were trained on images with mask {theirs.mask}; these data have mask {spec.mask}."
     return StartWeights(
         {key: state[name] for key, name in keys.items()},
         f"run {run['name']}, {run['id']}",
@@ -171,6 +172,7 @@ def _upright_weights(checkpoint: dict[str, Any], spec: ImageSpec) -> StartWeight
         theirs.classes == spec.classes,
         run,
         training_hashes(ours),
+        () if theirs.mask == spec.mask else (remark,),
     )
 
 
