@@ -187,7 +187,7 @@ def test_the_confidence_of_votes_is_a_mean_over_all_views() -> None:
         decided = torch.arange(len(images)) % 3 == 0
         shares = torch.full((len(images), len(candidates)), 1 / len(candidates))
         shares[decided] = torch.eye(len(candidates))[0]
-        observation = Observation(voting, shares @ candidates, shares if votes else None, images, None)
+        observation = Observation(voting, shares @ candidates, images, None, shares if votes else None)
         return BatchOutput(np.full((len(images), 10), 0.1), [observation])
 
     subjects = [subject(partial(predict, votes=votes), model) for votes in (True, False)]

@@ -36,6 +36,7 @@ UPRIGHT = {"test/uprightness"} | {
     for statistic in ("median", "mean", "p95")
 }
 METRICS = COMMON | UPRIGHT
+VOTING = partial(TransformerNetwork, network=LeNet)
 STN = partial(
     TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, transform="affine", lr_factor=0.1)
 )
@@ -112,6 +113,35 @@ def test_the_upright_loss_runs_the_localiser_twice_and_the_network_once() -> Non
     assert {"train/loss", "train/upright_loss"} <= set(fit.callback_metrics)
 
 
+def test_the_prior_brings_every_view_to_the_pose_of_the_stored_image() -> None:
+    network = partial(TransformerNetwork, network=LeNet, transformer=UndoesRotation)
+    data = digits(augment=[partial(RandomAffine, rotate=180)], batch_size=256)
+    images = data.images.pixels.pixels
+    images[..., :6, :], images[..., 6:, :] = 255, 0
+    for weights, views in (({"prior_weight": 1.0}, 1), ({"prior_weight": 2.0, "upright_weight": 1.0}, 2)):
+        classifier = ImageClassifier(SPEC, network, ADAM, **weights)
+        assert classifier.views == views
+        fit = trainer(max_steps=1, limit_val_batches=0)
+        fit.fit(classifier, data)
+        assert float(fit.callback_metrics["train/prior_loss"]) < 0.03
+    # Bright halves that are below are upside down: the prior knows the data's own up, and the upright loss does not.
+    images[..., :6, :], images[..., 6:, :] = 0, 255
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(ImageClassifier(SPEC, network, ADAM, upright_weight=1.0, prior_weight=1.0), data)
+    assert float(fit.callback_metrics["train/prior_loss"]) == pytest.approx(2, abs=0.05)
+    assert float(fit.callback_metrics["train/upright_loss"]) < 0.03
+
+
+def test_votes_learn_the_up_of_images_that_were_never_rotated() -> None:
+    data = Digits(angles=(-160, -120, -80, -40, 0, 40, 80, 120, 160), batch_size=32, cache="memory")
+    torch.manual_seed(0)
+    classifier = ImageClassifier(data.spec, VOTING, partial(torch.optim.Adam, lr=0.003), prior_weight=2.0)
+    fit = trainer(max_epochs=8)
+    fit.fit(classifier, data)
+    # Half a circle apart on average, if the angle were arbitrary.
+    assert fit.callback_metrics["val/absolute_degrees_median"] < 45
+
+
 def test_metrics_of_each_stage() -> None:
     data, classifier = digits(), ImageClassifier(SPEC, STN, ADAM)
     metrics = trainer().test(classifier, data, verbose=False)[0]
@@ -142,6 +172,8 @@ def test_images_of_any_size_and_type() -> None:
 def test_an_upright_loss_without_a_transformer_is_refused() -> None:
     with pytest.raises(UprightError, match=r"upright_weight 1.0 needs a SpatialTransformer"):
         ImageClassifier(SPEC, LeNet, ADAM, upright_weight=1.0)
+    with pytest.raises(UprightError, match=r"prior_weight -1.0 needs a SpatialTransformer"):
+        ImageClassifier(SPEC, LeNet, ADAM, prior_weight=-1.0)
 
 
 def test_an_upright_loss_without_rotated_data_is_refused() -> None:
@@ -246,7 +278,10 @@ def test_mixed_images_are_trained_with_soft_targets(part: type[nn.Module]) -> No
             {"upright_weight": 1.0},
             "needs the transform of each image, but RandomElasticTransform does not report it: use",
         ),
-        (STN, [kornia.ColorJitter], {"upright_weight": 1.0}, "the data are not rotated: add"),
+        (STN, [kornia.ColorJitter], {"upright_weight": 1.0}, "The upright loss .* the data are not rotated: add"),
+        (VOTING, [kornia.ColorJitter], {"upright_weight": 1.0}, "The upright loss .* the data are not rotated: add"),
+        (STN, [], {"prior_weight": 1.0}, "The prior compares .* not rotated: add .* or set prior_weight 0"),
+        (VOTING, [RandomAffine, CutMix], {"prior_weight": 1.0}, "The prior .* but CutMix mixes two images"),
     ],
 )
 def test_an_augmentation_that_the_loss_does_not_support_is_refused(

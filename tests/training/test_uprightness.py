@@ -31,7 +31,7 @@ def observe(angles: torch.Tensor, kind: str = "rotation") -> list[Observation]:
         theta = (controls @ matrices[:, :, :2].mT).flatten(1)
     elif kind != "rotation":
         theta = torch.cat([matrices.flatten(1), zeros[:, 1:]], dim=1)[:, : {"affine": 6, "projective": 8}[kind]]
-    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, None, torch.empty(0), None)]
+    return [Observation(SpatialTransformer((1, 8, 8), transform=kind), theta, torch.empty(0), None)]
 
 
 def measures(

@@ -102,6 +102,9 @@ class SpatialTransformer(nn.Module):
             # Without a bias: the softmax would cancel it.
             head = [nn.LeakyReLU(SLOPE), nn.Conv1d(features, 1, 1, bias=False), nn.Flatten()]
             initialise(nn.Sequential(*head), "he_normal")
+            # Small scores spread the votes: sharp ones would jump between two good angles of an image.
+            with torch.no_grad():
+                head[1].weight.mul_(0.1)
         self.localisation = nn.Sequential(body, *head)
         candidates = body.candidates() if isinstance(body, VotingLocaliser) else None
         self.register_buffer("candidates", candidates, persistent=False)
