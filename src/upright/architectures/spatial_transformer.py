@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,18 @@ class Regression(nn.Linear):
         nn.init.zeros_(self.weight)
         with torch.no_grad():
             self.bias.copy_(torch.tensor(start))
+        self.register_load_state_dict_pre_hook(_refuse_angles)  # type: ignore[no-untyped-call]
+
+
+def _refuse_angles(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Explain why the weights of a rotation with an angle in place of a direction cannot be loaded."""
+    *_, errors = rest
+    bias = state.get(f"{prefix}bias")
+    assert isinstance(module, Regression)
+    if bias is not None and (len(bias), module.out_features) in ((1, 2), (4, 5)):
+        errors.append(
+            "Upright 0.2 described a rotation by one angle, and now it is a direction: train it again, or use 0.2"
+        )
 
 
 @dataclass(eq=False)
