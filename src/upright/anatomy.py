@@ -16,7 +16,7 @@ from upright.internals.torch import ADAPTIVE_POOLS, BATCH_NORM, OperatorObserver
 Shape = tuple[int, ...]
 
 MAX_REDUCTION = 8
-"""A layer gets a warning if it divides the number of positions by more than this and keeps more than one position."""
+"""A layer gets a warning if it divides the number of positions by more than this, unless it reduces an axis to one."""
 ELSEWHERE = "(elsewhere)"
 """Name of the row for operations and parameters outside of all layers."""
 
@@ -133,7 +133,7 @@ def describe(network: nn.Module, input_shape: Shape) -> Description:
         earlier_parameters.update(parameters)
         if image.ndim == output.ndim == 4:
             inputs, outputs = prod(image.shape[2:]), prod(output.shape[2:])
-            if 1 < outputs < inputs / MAX_REDUCTION:
+            if min(output.shape[2:]) > 1 and outputs < inputs / MAX_REDUCTION:
                 warnings.append(
                     f"{layer.name} ({layer.kind}) keeps {outputs:,} of {inputs:,} positions, "
                     f"1 in {inputs / outputs:.0f}; smaller strides in several layers lose less detail."

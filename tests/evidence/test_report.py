@@ -87,7 +87,7 @@ def test_a_checkpoint_and_its_bundle_have_the_same_numbers(record: Any) -> None:
     for part in ("accuracy", "top", "macro", "classes", "confusion", "mistakes", "calibration", "invariance"):
         assert numbers(run[part]) == pytest.approx(numbers(bundle[part]), abs=1e-4), part
     ours, theirs = run["uprightness"], bundle["uprightness"]
-    assert set(ours["in_range"]) == set(ours["on_split"]) and ours["within"] == theirs["within"] == [-60, 60]
+    assert set(ours["in_range"]) == set(ours["on_split"]) and ours["within"] == theirs["within"] == [-180, 180]
     for views in ("in_range", "on_split"):
         assert ours[views] == pytest.approx(theirs[views], abs=0.1)
         assert ours[views]["uprightness"] == pytest.approx(theirs[views]["uprightness"], abs=1e-4)
@@ -155,7 +155,8 @@ def test_the_page_shows_the_numbers_of_the_json(pair: Path, record: Any) -> None
     text = Page((pair / "report/report.html").read_text()).text
     run = record["models"][0]
     assert f"{100 * run['accuracy']['value']:.2f}" in text and f"{run['calibration']['temperature']:.3f}" in text
-    assert "359 images of 10 classes, each in 5 views (-60°, -30°, 0°, +30°, +60°), so 1,795 predictions" in text
+    views = "-160°, -120°, -80°, -40°, 0°, +40°, +80°, +120°, +160°"
+    assert f"359 images of 10 classes, each in 9 views ({views}), so 3,231 predictions" in text
     assert "There are too few images to decide which one is better." in text
     # The page does not write only "error", which could also be the error rate.
     assert "ECE, %" in text and "expected calibration error (ECE) in 15 bins" in text
@@ -169,7 +170,7 @@ def test_the_page_shows_the_numbers_of_the_json(pair: Path, record: Any) -> None
 def test_the_range_of_training_is_recorded(record: Any) -> None:
     invariance = record["models"][0]["invariance"]
     assert list(invariance) == ["rotation", "scale", "shift", "shear", "blur", "noise"]
-    assert invariance["rotation"]["trained"] == [-60, 60] and invariance["scale"]["trained"] == [0.9, 1.1]
+    assert invariance["rotation"]["trained"] == [-180, 180] and invariance["scale"]["trained"] == [0.9, 1.1]
     assert invariance["shift"]["trained"] == pytest.approx([0, 0.05 * 28]) and invariance["shear"]["trained"] is None
     for family in invariance.values():
         at = family["strengths"].index(family["none"])

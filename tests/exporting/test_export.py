@@ -20,10 +20,10 @@ from upright.architectures.localisers import Network
 from upright.architectures.nin import NiN
 from upright.architectures.resnet import ResNet, SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer, observing
-from upright.architectures.transformer_network import TransformerNetwork
-from upright.errors import GateError, UprightError
+from upright.architectures.transformer_network import SeriesTransformer, TransformerNetwork
+from upright.errors import GateError, UprightError, UserError
 from upright.exporting import export as export_module
-from upright.exporting.graph import Form, write_graph
+from upright.exporting.graph import Form, Graph, write_graph
 from upright.exporting.parity import Reference
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
@@ -156,7 +156,8 @@ def test_a_network_with_a_global_mean_accepts_any_size(network: Network, tmp_pat
 def test_several_transformers_are_numbered(tmp_path: Path) -> None:
     torch.manual_seed(0)
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
-    network = TransformerNetwork(spec.input_shape, 2, network=LeNet, places=["input", "features.3"])
+    affine = partial(SpatialTransformer, transform="affine")
+    network = TransformerNetwork(spec.input_shape, 2, network=LeNet, transformer=affine, places=["input", "features.3"])
     write_graph(Model(spec, network).eval(), tmp_path / "model.onnx", Form(outputs=("theta", "warped")))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
@@ -172,6 +173,29 @@ def test_several_transformers_are_numbered(tmp_path: Path) -> None:
     assert np.abs(outputs["warped_1"] - pixels).max() < 0.01
     halves = pixels.reshape(2, 14, 2, 14, 2, 1).mean(axis=(2, 4))
     assert np.abs(outputs["warped_2"] - halves).max() < 0.01
+
+
+def test_votes_have_the_number_of_their_transformer(tmp_path: Path) -> None:
+    affine, rotation = (partial(SpatialTransformer, transform=name) for name in ("affine", "rotation"))
+    series = partial(SeriesTransformer, transformers=[affine, rotation])
+    spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
+    network = TransformerNetwork(spec.input_shape, 2, network=LeNet, transformer=series)
+    write_graph(Model(spec, network).eval(), tmp_path / "model.onnx", Form(outputs=("theta", "votes", "confidence")))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["probabilities", "theta_1", "theta_2", "votes_2", "confidence_2"]
+    votes, confidence = session.run(names[-2:], {"images": np.full((3, 28, 28, 1), 100, np.uint8)})
+    assert votes.shape == (3, 32) and confidence.shape == (3,)
+    # A blank image has equal votes.
+    assert np.abs(votes - 1 / 32).max() < 1e-5 and confidence.max() < 0.02
+
+
+def test_votes_need_a_localiser_that_votes() -> None:
+    affine = partial(SpatialTransformer, transform="affine")
+    spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
+    network = TransformerNetwork(spec.input_shape, 2, network=LeNet, transformer=affine)
+    with pytest.raises(UserError, match="has a localiser that votes, so it has no output votes; upright"):
+        Graph(Model(spec, network), Form(outputs=("votes",)))
 
 
 def test_the_hashes_are_in_the_format_of_sha256sum(bundle: Path) -> None:
@@ -197,7 +221,7 @@ def test_inputs_outputs_and_metadata_of_the_graph(bundle: Path) -> None:
 def test_parity_covers_the_complete_validation_split(bundle: Path, trained: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
     data = restore(trained / "checkpoints/small").data
-    assert parity["images"] == 5 * len(data.splits["val"]) and parity["sources"] == len(data.splits["val"])
+    assert parity["images"] == 9 * len(data.splits["val"]) and parity["sources"] == len(data.splits["val"])
     exact = parity["precisions"]["fp32"]
     assert exact["agreement"] == 1 and 0 <= exact["largest_difference"] < 1e-4 and exact["flipped"] == []
     metrics = torch.load(trained / "checkpoints/small/best.ckpt", weights_only=True)["upright"]["metrics"]
@@ -230,7 +254,7 @@ def test_the_gate_fails_for_a_graph_with_a_wrong_mean(trained: Path, tmp_path: P
     comparison = Reference(restored.classifier.model, restored.data, Form()).compare(session)
     assert comparison.differences.max() > 1e-3
     assert comparison.names == [original.name for original in restored.data.originals("val")]
-    with pytest.raises(GateError, match=f"disagree on {(comparison.differences > 1e-4).sum()} of 1350 validation"):
+    with pytest.raises(GateError, match=f"disagree on {(comparison.differences > 1e-4).sum()} of 2430 validation"):
         export_module.check_exact(comparison, restored.data.spec.classes)
 
 
@@ -246,7 +270,7 @@ def test_the_gate_fails_for_nan(trained: Path, tmp_path: Path) -> None:
             parameter.copy_(value)
     session = onnxruntime.InferenceSession(tmp_path / "nan.onnx", providers=["CPUExecutionProvider"])
     comparison = Reference(model, restored.data, Form()).compare(session)
-    with pytest.raises(GateError, match="disagree on 1350 of 1350"):
+    with pytest.raises(GateError, match="disagree on 2430 of 2430"):
         export_module.check_exact(comparison, restored.data.spec.classes)
 
 

@@ -202,18 +202,13 @@ def test_plots_use_the_averaged_weights(upright: Upright, tmp_path: Path, monkey
 def test_the_input_of_a_transformer_is_drawn_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(title: str, headings: list[str], blocks: list) -> Image.Image:
         corners = {int(image[0, 0, 0]) for rows, _ in blocks for image in rows[0]}
-        centres = [image[7:21, 7:21, 0] for rows, _ in blocks for image in rows[0]]
-        originals = [image[7:21, 7:21, 0] for image in map(np.asarray, inputs)]
-        assert corners == {round(255 * data.spec.mean[0])} and np.array_equal(centres, originals)
+        centres = {image[7:21, 7:21, 0].tobytes() for rows, _ in blocks for image in rows[0]}
+        assert corners == {round(255 * data.spec.mean[0])} and len(centres) > 2 and centres <= originals
         return Image.new("RGB", (1, 1))
 
     data = Digits(mask="disc", angles=[0, 45])
-    samples = data.samples("test")
-    firsts = [int((samples.labels == label).nonzero()[0]) for label in range(6)]
-    inputs = [
-        image.permute(1, 2, 0) for first in firsts for image in samples[torch.arange(2 * first, 2 * first + 2)].images
-    ]
-    network = partial(TransformerNetwork, network=LeNet, transformer=SpatialTransformer)
+    originals = {image[0, 7:21, 7:21].numpy().tobytes() for image in data.samples("test")[:].images}
+    network = partial(TransformerNetwork, network=LeNet, transformer=partial(SpatialTransformer, transform="affine"))
     monkeypatch.setattr("upright.runs.plots.draw_blocks", draw)
     classifier = ImageClassifier(data.spec, network, partial(torch.optim.Adam, lr=0.1)).eval()
     assert draw_transformer("Test", classifier, data).size == (1, 1)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import kornia.augmentation as kornia
 import lightning as L
@@ -22,7 +23,7 @@ from upright.architectures.transformer_network import TransformerNetwork
 from upright.data.augmentation import RandomAffine, RandomElastic, RandomPerspective
 from upright.data.digits import Digits
 from upright.data.mixing import CutMix, MixUp
-from upright.errors import UprightError
+from upright.errors import CheckpointError, UprightError
 from upright.training.classifier import ImageClassifier
 from upright.training.losses import CrossEntropy, PerceptronLoss
 from upright.training.schedules import OneCycle
@@ -140,6 +141,23 @@ def test_votes_learn_the_up_of_images_that_were_never_rotated() -> None:
     fit.fit(classifier, data)
     # Half a circle apart on average, if the angle were arbitrary.
     assert fit.callback_metrics["val/absolute_degrees_median"] < 45
+
+
+@pytest.mark.parametrize(("transform", "size"), [("rotation", 2), ("similarity", 5)])
+def test_weights_of_an_angle_are_refused(transform: str, size: int, tmp_path: Path) -> None:
+    transformer = partial(SpatialTransformer, transform=transform, localiser=DenseLocaliser)
+    classifier = ImageClassifier(SPEC, partial(TransformerNetwork, network=LeNet, transformer=transformer), ADAM)
+    fit = trainer(max_steps=1, limit_val_batches=0)
+    fit.fit(classifier, digits())
+    fit.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    for name in ("weight", "bias"):
+        key = f"model.network.transformer.localisation.2.{name}"
+        assert len(checkpoint["state_dict"][key]) == size
+        checkpoint["state_dict"][key] = checkpoint["state_dict"][key][1:]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"another network: Upright 0.2 described a rotation by one angle, and"):
+        ImageClassifier.load_from_checkpoint(tmp_path / "old.ckpt")
 
 
 def test_metrics_of_each_stage() -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -99,24 +99,26 @@ class SpatialTransformer(nn.Module):
                     f"{type(body).__name__} votes for the transform '{body.transform}' and has no start; "
                     f"got transform '{transform}' and start {start}."
                 )
-            # Without a bias: the softmax would cancel it.
-            head = [nn.LeakyReLU(SLOPE), nn.Conv1d(features, 1, 1, bias=False), nn.Flatten()]
-            initialise(nn.Sequential(*head), "he_normal")
+            score = nn.Conv1d(features, 1, 1, bias=False)  # the softmax would cancel a bias
+            initialise(score, "he_normal")
             # Small scores spread the votes: sharp ones would jump between two good angles of an image.
             with torch.no_grad():
-                head[1].weight.mul_(0.1)
+                score.weight.mul_(0.1)
+            head = [nn.LeakyReLU(SLOPE), score, nn.Flatten()]
         self.localisation = nn.Sequential(body, *head)
         candidates = body.candidates() if isinstance(body, VotingLocaliser) else None
         self.register_buffer("candidates", candidates, persistent=False)
 
     def locate(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``theta`` ``(B, P)`` of images ``(B, C, H, W)``, and the votes ``(B, N)`` if the localiser votes."""
-        output: Tensor = self.localisation(images)
-        if self.candidates is None:
-            return output, None
-        votes = output.float().softmax(dim=1)
-        with full_precision(votes.device):
-            return votes @ self.candidates, votes
+        candidates = self.candidates
+        if candidates is None:
+            theta: Tensor = self.localisation(images)
+            return theta, None
+        # Eight bits resolve an angle only to a degree or two.
+        with full_precision(images.device):
+            votes: Tensor = self.localisation(images.float()).softmax(dim=1)
+            return votes @ candidates, votes
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
         """Map output points ``(N, 2)`` or ``(B, N, 2)`` to the input by ``theta`` ``(B, P)``: ``(B, N, 2)``."""
@@ -154,6 +156,18 @@ class Regression(nn.Linear):
         nn.init.zeros_(self.weight)
         with torch.no_grad():
             self.bias.copy_(torch.tensor(start))
+        self.register_load_state_dict_pre_hook(_refuse_angles)  # type: ignore[no-untyped-call]
+
+
+def _refuse_angles(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Explain why the weights of a rotation with an angle in place of a direction cannot be loaded."""
+    *_, errors = rest
+    bias = state.get(f"{prefix}bias")
+    assert isinstance(module, Regression)
+    if bias is not None and (len(bias), module.out_features) in ((1, 2), (4, 5)):
+        errors.append(
+            "Upright 0.2 described a rotation by one angle, and now it is a direction: train it again, or use 0.2"
+        )
 
 
 @dataclass(eq=False)

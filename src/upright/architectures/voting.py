@@ -15,17 +15,17 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_size
 from upright.architectures.localisers import Shape, VotingLocaliser
 from upright.warp import resize, sample
 
-POINTS_PER_ANGLE = 2
-"""Number of sampling points that are averaged for each angle, against aliasing."""
-PIXELS_PER_RADIUS = 3
+PIXELS_PER_RADIUS = 4
 """Largest number of pixels of the image's side per radius. Larger images are resized first, against aliasing."""
-
+BLUR = 3
+"""Side in pixels of the box that is averaged before sampling, against aliasing."""
 SLOPE = 0.1
 """Slope of the activations below 0. With 0, all maps died in some trainings, and the transformer stood still."""
 
@@ -34,7 +34,7 @@ class PolarLocaliser(VotingLocaliser):
     """Votes for the angle of a rotation, on a polar grid around the centre.
 
     A rotation of the image by ``360 / angles`` degrees shifts the votes by one angle. Nothing outside of the largest
-    centred disc, and one pixel around it, changes them.
+    centred disc, and two pixels around it, changes them.
 
     Args:
         input_shape: ``(C, H, W)``, at least 4 x 4.
@@ -53,7 +53,7 @@ class PolarLocaliser(VotingLocaliser):
         num_outputs: int,
         *,
         angles: int = 32,
-        radii: int = 12,
+        radii: int = 8,
         widths: Sequence[int] = (8, 8),
         kernel: int = 3,
     ) -> None:
@@ -102,16 +102,16 @@ class PolarGrid(nn.Module):
         self.shape = len(radii), angles + 2 * margin
         self.side = min(*size, PIXELS_PER_RADIUS * len(radii))
         self.resizes = [self.side, self.side] != size
-        columns = torch.arange(-POINTS_PER_ANGLE * margin, POINTS_PER_ANGLE * (angles + margin))
-        points = directions(POINTS_PER_ANGLE * angles)[columns % (POINTS_PER_ANGLE * angles)] * radii[:, None, None]
+        columns = torch.arange(-margin, angles + margin) % angles
+        points = directions(angles)[columns] * radii[:, None, None]
         self.register_buffer("points", points.reshape(1, -1, 2), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.float()
         if self.resizes:
             images = resize(images, self.side, self.side, "crop")
-        points = self.points.expand(images.shape[0], -1, -1)
-        return sample(images, points, *self.shape, shrink=(1, POINTS_PER_ANGLE))
+        images = avg_pool2d(images, BLUR, 1, BLUR // 2, count_include_pad=False)
+        return sample(images, self.points.expand(images.shape[0], -1, -1), *self.shape)
 
 
 class Circle(nn.Conv2d):
@@ -130,9 +130,6 @@ class Circle(nn.Conv2d):
 
 
 def directions(count: int) -> Tensor:
-    """Return ``count`` unit vectors (cos, sin), ``(count, 2)``: the middles of equal arcs.
-
-    The middle of two neighbouring arcs of ``2 * count`` is the middle of an arc of ``count``.
-    """
+    """Return ``count`` unit vectors (cos, sin), ``(count, 2)``: the middles of equal arcs."""
     angles = 2 * math.pi * (torch.arange(count) + 0.5) / count
     return torch.stack([angles.cos(), angles.sin()], dim=1)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from upright.architectures.lenet import LeNet
-from upright.architectures.localisers import Network
+from upright.architectures.localisers import ConvLocaliser, Network
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.transforms import TransformName
@@ -46,8 +46,12 @@ LENET = partial(LeNet, activation="relu", pooling="max")
 
 
 def transformed(transform: TransformName, network: Network = LENET, **options: Any) -> Network:
-    """Return a factory of ``network`` behind a spatial transformer; ``options`` are those of `SpatialTransformer`."""
-    transformer = partial(SpatialTransformer, transform=transform, padding="border", **options)
+    """Return a factory of ``network`` behind a spatial transformer; ``options`` are those of `SpatialTransformer`.
+
+    By default, the localiser is the paper's.
+    """
+    own: dict[str, Any] = {"localiser": ConvLocaliser, "padding": "border"} | options
+    transformer = partial(SpatialTransformer, transform=transform, **own)
     return partial(TransformerNetwork, transformer=transformer, network=network)
 
 
@@ -62,6 +66,7 @@ class Experiment(NamedTuple):
         loss: the loss; it is called with ``(num_classes)``.
         init: initialisation scheme; by default that of the network.
         upright_weight: weight of the upright loss.
+        prior_weight: weight of the identity prior.
         callbacks: callbacks of the trainer.
         validate_every: number of epochs between validations.
         start_from: checkpoint with the initial weights.
@@ -76,6 +81,7 @@ class Experiment(NamedTuple):
     loss: Callable[..., Any] = CrossEntropy
     init: str | None = None
     upright_weight: float = 0.0
+    prior_weight: float = 0.0
     callbacks: tuple[Callable[[], Any], ...] = ()
     validate_every: int = 1
     start_from: Path | None = None
@@ -85,7 +91,7 @@ class Experiment(NamedTuple):
         """Return the YAML for ``upright fit``."""
         parts = {"network": self.network, "optimizer": self.optimizer, "scheduler": OneCycle, "loss": self.loss}
         model = {name: recipe(part) for name, part in parts.items()}
-        model |= {"init": self.init, "upright_weight": self.upright_weight}
+        model |= {"init": self.init, "upright_weight": self.upright_weight, "prior_weight": self.prior_weight}
         callbacks = [recipe(callback) for callback in self.callbacks]
         trainer = {"max_epochs": self.epochs, "enable_progress_bar": False, "callbacks": callbacks}
         trainer |= {"check_val_every_n_epoch": self.validate_every, "precision": self.precision}
