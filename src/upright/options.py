@@ -167,8 +167,8 @@ class Export(Options):
     data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
     outputs: Sequence[Literal["theta", "warped", "votes", "confidence", "logits", "features"]] = option(
         (),
-        "outputs of the graph beside the probabilities: parameters and output image of each spatial transformer, "
-        "logits, input of the head",
+        "outputs of the graph beside the probabilities: parameters, output image, votes and confidence of each spatial "
+        "transformer, logits, input of the head",
     )
     wandb: Literal["offline", "online", "off"] | None = option(
         None, "record the bundle in Weights & Biases; by default offline if its run is tracked, else off"

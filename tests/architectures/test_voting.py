@@ -110,12 +110,14 @@ def test_gradients_are_finite_and_a_blank_image_stays_as_it_is() -> None:
     assert poses(transformer, blank.detach()).abs().max() < 6
 
 
-def test_theta_is_the_mean_of_the_candidates_under_the_votes() -> None:
+def test_theta_is_the_direction_of_the_mean_vote() -> None:
     transformer, images = SpatialTransformer((1, 28, 28)), torch.rand(3, 1, 28, 28)
     theta, votes = transformer.locate(images)
     torch.testing.assert_close(votes.sum(dim=1), torch.ones(3))
-    torch.testing.assert_close(theta, votes @ transformer.candidates)
-    assert transformer.candidates.shape == (32, 2)
+    angles = 2 * math.pi * (torch.arange(32) + 0.5) / 32
+    x, y = votes @ angles.cos(), votes @ angles.sin()
+    torch.testing.assert_close(torch.atan2(theta[:, 1], theta[:, 0] + 1), torch.atan2(y, x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theta.add(torch.tensor([1.0, 0.0])).norm(dim=1), torch.ones(3))
     with observing() as observations:
         transformer(images)
     assert torch.equal(observations[0].votes, votes) and torch.equal(observations[0].theta, theta)
@@ -124,7 +126,7 @@ def test_theta_is_the_mean_of_the_candidates_under_the_votes() -> None:
 def test_confidence_is_the_concentration_of_the_votes() -> None:
     transformer = SpatialTransformer((1, 28, 28))
     votes = torch.stack([torch.full((32,), 1 / 32), torch.eye(32)[5], (torch.eye(32)[0] + torch.eye(32)[16]) / 2])
-    seen = Observation(transformer, votes @ transformer.candidates, torch.empty(0), None, votes)
+    seen = Observation(transformer, transformer.localiser.theta(votes), torch.empty(0), None, votes)
     torch.testing.assert_close(seen.confidence, torch.tensor([0.0, 1.0, 0.0]), atol=1e-3, rtol=0)
     assert Observation(transformer, seen.theta, torch.empty(0), None).confidence is None
 

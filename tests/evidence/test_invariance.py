@@ -179,15 +179,13 @@ def test_the_confidence_of_votes_is_a_mean_over_all_views() -> None:
     data = Digits(size=SIDE, margin=0, angles=(-90, 0, 90))
     voting = SpatialTransformer((1, SIDE, SIDE), transform="rotation", localiser=PolarLocaliser)
     model = Model(data.spec, torch.nn.Flatten())
-    assert voting.candidates is not None
-    candidates = voting.candidates
 
     def predict(images: Tensor, votes: bool) -> BatchOutput:
         # A third of the images has all votes for one candidate, and the others have equal votes.
         decided = torch.arange(len(images)) % 3 == 0
-        shares = torch.full((len(images), len(candidates)), 1 / len(candidates))
-        shares[decided] = torch.eye(len(candidates))[0]
-        observation = Observation(voting, shares @ candidates, images, None, shares if votes else None)
+        shares = torch.full((len(images), 32), 1 / 32)
+        shares[decided] = torch.eye(32)[0]
+        observation = Observation(voting, voting.localiser.theta(shares), images, None, shares if votes else None)
         return BatchOutput(np.full((len(images), 10), 0.1), [observation])
 
     subjects = [subject(partial(predict, votes=votes), model) for votes in (True, False)]

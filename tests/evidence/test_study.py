@@ -26,7 +26,17 @@ from upright.evidence.study import claim_and_protocol, run
 from upright.tables import read_rows
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
-LONG = ("any_angle", "depth", "pooling", "regularisation", "residual", "sampling", "transfer", "transformer", "uprightness")
+LONG = (
+    "any_angle",
+    "depth",
+    "pooling",
+    "regularisation",
+    "residual",
+    "sampling",
+    "transfer",
+    "transformer",
+    "uprightness",
+)
 PERCEPTRON = Experiment(Perceptron, partial(Digits, angles=(0, 30)), epochs=1)
 
 

@@ -185,7 +185,7 @@ def test_votes_have_the_number_of_their_transformer(tmp_path: Path) -> None:
     names = [output.name for output in session.get_outputs()]
     assert names == ["probabilities", "theta_1", "theta_2", "votes_2", "confidence_2"]
     votes, confidence = session.run(names[-2:], {"images": np.full((3, 28, 28, 1), 100, np.uint8)})
-    assert votes.shape == (3, 32) and confidence.shape == (3,)
+    assert votes.shape == (3, 32) and confidence.shape == (3, 1)
     # A blank image has equal votes.
     assert np.abs(votes - 1 / 32).max() < 1e-5 and confidence.max() < 0.02
 

@@ -78,12 +78,16 @@ class VotingLocaliser(nn.Module, ABC):
     """A localiser that votes for one of ``N`` candidates: it returns features of each, ``(B, num_outputs, N)``.
 
     The transformer computes a score of each candidate from its features. The softmax of the scores is a distribution,
-    the votes. ``theta`` is the mean of the candidates under the votes.
+    the votes ``(B, N)``.
     """
 
     transform: TransformName
     """The family of transforms that the candidates belong to."""
 
     @abstractmethod
-    def candidates(self) -> Tensor:
-        """Return ``theta`` of each candidate, ``(N, P)``."""
+    def theta(self, votes: Tensor) -> Tensor:
+        """Return the mean of the candidates under the votes, as parameters of the transform, ``(B, P)``."""
+
+    @abstractmethod
+    def confidence(self, votes: Tensor) -> Tensor:
+        """Return the concentration of the votes, ``(B,)``: 0 if they are equal, 1 if one candidate has all."""

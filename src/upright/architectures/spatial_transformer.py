@@ -54,9 +54,10 @@ class SpatialTransformer(nn.Module):
         start: ``theta`` before training, by default the identity. Parallel transformers can start at different places
             of the image. A `VotingLocaliser` has no start: it follows the image before training, too.
         lr_factor: learning rate of the transformer, as a multiple of the network's.
-    """
 
-    candidates: Tensor | None
+    Attributes:
+        votes: True if the localiser is a `VotingLocaliser`.
+    """
 
     def __init__(
         self,
@@ -106,19 +107,24 @@ class SpatialTransformer(nn.Module):
                 score.weight.mul_(0.1)
             head = [nn.LeakyReLU(SLOPE), score, nn.Flatten()]
         self.localisation = nn.Sequential(body, *head)
-        candidates = body.candidates() if isinstance(body, VotingLocaliser) else None
-        self.register_buffer("candidates", candidates, persistent=False)
+        self.votes = isinstance(body, VotingLocaliser)
 
     def locate(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``theta`` ``(B, P)`` of images ``(B, C, H, W)``, and the votes ``(B, N)`` if the localiser votes."""
-        candidates = self.candidates
-        if candidates is None:
+        if not self.votes:
             theta: Tensor = self.localisation(images)
             return theta, None
         # Eight bits resolve an angle only to a degree or two.
         with full_precision(images.device):
             votes: Tensor = self.localisation(images.float()).softmax(dim=1)
-            return votes @ candidates, votes
+            return self.localiser.theta(votes), votes
+
+    @property
+    def localiser(self) -> VotingLocaliser:
+        """The localiser, if ``votes`` is True."""
+        localiser = self.localisation[0]
+        assert isinstance(localiser, VotingLocaliser)
+        return localiser
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
         """Map output points ``(N, 2)`` or ``(B, N, 2)`` to the input by ``theta`` ``(B, P)``: ``(B, N, 2)``."""
@@ -195,19 +201,8 @@ class Observation:
 
     @property
     def confidence(self) -> Tensor | None:
-        """Concentration of the votes, ``(B,)``: 0 for equal votes of all candidates, 1 if one candidate has all votes.
-
-        It is the root of 1 - variance of the votes / variance of equal votes. For a rotation this is the length of the
-        mean direction. None for a localiser that does not vote.
-        """
-        if self.votes is None:
-            return None
-        candidates = self.transformer.candidates
-        assert candidates is not None
-        squares = candidates.square().sum(dim=1)
-        variance = self.votes @ squares - (self.votes @ candidates).square().sum(dim=1)
-        equal = squares.mean() - candidates.mean(dim=0).square().sum()
-        return (1 - variance / equal).clamp(0, 1).sqrt()
+        """Concentration of the votes, ``(B,)``, from 0 to 1; None for a localiser that does not vote."""
+        return None if self.votes is None else self.transformer.localiser.confidence(self.votes)
 
     def view(self, images: Tensor) -> Tensor:
         """Sample the input ``images`` ``(B, C, H, W)`` of the first transformer at this output's points and size.

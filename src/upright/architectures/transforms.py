@@ -29,6 +29,9 @@ from upright.warp import direction_rotation, project_points, spline_points, spli
 
 TransformName = Literal["translation", "rotation", "attention", "similarity", "affine", "projective", "thin_plate"]
 
+MIN_LENGTH = 1e-5
+"""Length of the shortest direction that has an angle of its own. Shorter ones are rounding errors."""
+
 
 class Transform(nn.Module, ABC):
     """A family of transforms.
@@ -151,7 +154,11 @@ def _identity(theta: Tensor) -> Tensor:
     return torch.eye(2, 3, device=theta.device)
 
 
+def unit(directions: Tensor) -> Tensor:
+    """Return ``directions`` ``(B, 2)`` with length 1. One without length, as of a blank image, becomes (1, 0)."""
+    lack = (MIN_LENGTH - directions.norm(dim=1, keepdim=True)).relu()
+    return normalize(directions + pad(lack, (0, 1)), eps=MIN_LENGTH / 2)
+
+
 def _rotation(theta: Tensor, aspect: float) -> Tensor:
-    # The millionth makes a blank image, whose direction has no length, stay as it is.
-    direction = theta + torch.tensor([1 + 1e-6, 0.0], device=theta.device)
-    return direction_rotation(normalize(direction, eps=1e-6), aspect)
+    return direction_rotation(unit(theta + torch.tensor([1.0, 0.0], device=theta.device)), aspect)

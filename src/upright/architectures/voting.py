@@ -20,6 +20,7 @@ from torch.nn.functional import avg_pool2d
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_size
 from upright.architectures.localisers import Shape, VotingLocaliser
+from upright.architectures.transforms import unit
 from upright.warp import resize, sample
 
 PIXELS_PER_RADIUS = 4
@@ -46,6 +47,7 @@ class PolarLocaliser(VotingLocaliser):
     """
 
     transform = "rotation"
+    directions: Tensor
 
     def __init__(
         self,
@@ -66,7 +68,8 @@ class PolarLocaliser(VotingLocaliser):
                 f"A polar grid needs at least one convolution with an odd kernel, got widths {list(widths)} and "
                 f"kernel {kernel}."
             )
-        self.angles, margin = angles, len(widths) * (kernel // 2)
+        margin = len(widths) * (kernel // 2)
+        self.register_buffer("directions", directions(angles), persistent=False)
         self.grid = PolarGrid(input_shape, (torch.arange(radii) + 0.5) / radii, angles, margin)
         self.layers = nn.Sequential()
         for inputs, width in pairwise([input_shape[0], *widths]):
@@ -76,8 +79,14 @@ class PolarLocaliser(VotingLocaliser):
         # With torch's own scheme the votes are almost equal, and rounding would decide the angle of some images.
         initialise(self, "he_normal")
 
-    def candidates(self) -> Tensor:
-        return directions(self.angles) - torch.tensor([1.0, 0.0])
+    def theta(self, votes: Tensor) -> Tensor:
+        # The mean has the length of the confidence. Of a short one, the difference from (1, 0) would be rounded.
+        return unit(votes @ self.directions) - torch.tensor([1.0, 0.0], device=votes.device)
+
+    def confidence(self, votes: Tensor) -> Tensor:
+        """Return the length of the mean direction, ``(B,)``."""
+        length: Tensor = (votes @ self.directions).norm(dim=1)
+        return length
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(self.grid(images))

@@ -64,7 +64,8 @@ def export(
         name: name of the bundle; the run's name by default.
         force: replace an existing bundle.
         data: a YAML of data to use instead of the checkpoint's.
-        outputs: outputs beside the probabilities: ``theta``, ``warped``, ``logits``, ``features``.
+        outputs: outputs beside the probabilities: ``theta``, ``warped``, ``votes``, ``confidence``, ``logits``,
+            ``features``.
         opset: ONNX opset, from 18 to 25.
         batch: the only batch size that the graph takes; None for any.
         size: the only ``(H, W)`` that the graph takes; None for any.

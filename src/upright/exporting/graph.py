@@ -39,7 +39,7 @@ class Form:
         size: ``(H, W)`` of the images; None for any size. At the network's own size the graph does not resize.
         outputs: additional outputs. Every spatial transformer has ``theta`` ``(B, P)`` and ``warped``, its output for
             the image, float32 ``(B, H', W', C)`` from 0 to 255. If its localiser votes, it has ``votes`` ``(B, N)`` and
-            ``confidence`` ``(B,)``. The network has ``logits`` ``(B, K)`` and ``features``, the input of its head.
+            ``confidence`` ``(B, 1)``. The network has ``logits`` ``(B, K)`` and ``features``, the input of its head.
         head: names of the network's modules that form its head (`finetuning.head`), for ``features``.
 
     Raises:
@@ -80,7 +80,7 @@ class Graph(nn.Module):
         self.model, self.form = model, form
         transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
         numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
-        voting = [number for number, each in zip(numbers, transformers, strict=True) if each.candidates is not None]
+        voting = [number for number, each in zip(numbers, transformers, strict=True) if each.votes]
         self.names = ["probabilities"]
         for name in form.outputs:
             if name in ("logits", "features"):
@@ -119,7 +119,9 @@ class Graph(nn.Module):
             elif name == "votes":
                 outputs += [observation.votes for observation in observations if observation.votes is not None]
             elif name == "confidence":
-                outputs += [each for observation in observations if (each := observation.confidence) is not None]
+                outputs += [
+                    each[:, None] for observation in observations if (each := observation.confidence) is not None
+                ]
             elif name == "warped":
                 outputs += [
                     self.model.denormalise(observation.view(normalised)).permute(0, 2, 3, 1)

@@ -30,8 +30,8 @@ OTHER_TOLERANCES = {
     "logits": 1e-2,
     "features": 1e-2,
 }
-"""Largest allowed difference of each other output. The units are: half the image size and radians for ``theta``, grey
-levels for ``warped``, and a share of the largest value for ``logits`` and ``features``."""
+"""Largest allowed difference of each other output. The units are: half the image size, or the length of a direction,
+for ``theta``, grey levels for ``warped``, and a share of the largest value for ``logits`` and ``features``."""
 CALIBRATION_IMAGES = 512
 MAX_BATCH = 64
 """Images per batch of a graph with a free batch size."""
