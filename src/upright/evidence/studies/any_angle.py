@@ -4,8 +4,8 @@ Protocol: The data are the digits of configs/data/digits_rotated.yaml (1,797 ima
 rotated by any angle, scaled by up to a tenth and shifted slightly. Every test image has nine angles, 40 degrees apart.
 Train LeNet alone and behind five transformers, for 60 epochs each. The first is affine, as in the paper. The second is
 affine, with the upright loss (weight 2). The third regresses the direction of a rotation, with the upright loss. The
-fourth votes for a rotation on a polar grid, without a loss for its pose. The fifth does the same with the upright loss
-and the identity prior (weight 1 each), as in configs/stn_lenet.yaml. Test the checkpoint with the lowest validation
+fourth votes for a rotation on a polar grid, without a loss for its pose, as in configs/stn_lenet.yaml. The fifth does
+the same with the upright loss and the identity prior (weight 1 each). Test the checkpoint with the lowest validation
 loss. There is one split; the seeds change weights, order and augmentation.
 
 The claim holds if every run with votes has a lower uprightness (0: all images upright, 1: no rotation) than every run
@@ -56,7 +56,7 @@ def run(bench: Bench) -> Finding:
         for name in ("accuracy", "uprightness", "relative_degrees_median", "absolute_degrees_median")
     )
     worst = max(max(uprightness[name]) for name in VOTES)
-    best = min(min(values) for name, values in uprightness.items() if name not in VOTES)
+    best = min(min(values) for name, values in uprightness.items() if values and name not in VOTES)
     mean = means(uprightness)
     sentence = (
         f"The uprightness is {mean['votes']:.3f} with votes, and {mean['votes-prior']:.3f} with votes and both losses. "
