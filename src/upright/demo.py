@@ -45,14 +45,13 @@ def demo(name: str = "demo") -> int:
     predictions = Predictor(bundle).predict(list(labels))
     correct = sum(prediction.label == label for prediction, label in zip(predictions, labels.values(), strict=True))
     metrics = json.loads((run / "test.json").read_text())["metrics"]
-    relative, absolute = (metrics[f"test/{name}_degrees_median"] for name in ("relative", "absolute"))
+    deviation = metrics["test/relative_degrees_median"]
     print(f"""
 Accuracy on {len(labels)} test images
   PyTorch, from the datamodule    {metrics["test/accuracy"]:.4f}
   ONNX Runtime, from PNG files    {correct / len(labels):.4f}
 Uprightness                       {metrics["test/uprightness"]:.3f}   (0: rotates all images upright, 1: rotates none)
-Median deviation, relative        {relative:.1f} degrees   (from the mean angle of the image's views)
-Median deviation, absolute        {absolute:.1f} degrees   (from the angle of the stored image)
+Median deviation                  {deviation:.1f}     (degrees, from the mean angle of the image's views)
 
 Run      {run}
 Bundle   {bundle}

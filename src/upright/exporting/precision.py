@@ -2,7 +2,7 @@
 
 A layer is a module of the network, with its name in PyTorch. Resizing, normalisation and softmax stay float32. Every
 spatial transformer with its localiser stays float32, too: in int8 the 8 bits of an angle cost 13 points of accuracy
-(configs/stn_lenet.yaml, 10 epochs, 1,350 validation images), and float16 rounds the sampling points.
+(an affine transformer on digits, 10 epochs, 1,350 validation images), and float16 rounds the sampling points.
 """
 
 from abc import ABC, abstractmethod
