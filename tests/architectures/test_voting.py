@@ -126,9 +126,9 @@ def test_theta_is_the_direction_of_the_mean_vote() -> None:
 def test_confidence_is_the_concentration_of_the_votes() -> None:
     transformer = SpatialTransformer((1, 28, 28))
     votes = torch.stack([torch.full((32,), 1 / 32), torch.eye(32)[5], (torch.eye(32)[0] + torch.eye(32)[16]) / 2])
-    seen = Observation(transformer, transformer.localiser.theta(votes), torch.empty(0), None, votes)
-    torch.testing.assert_close(seen.confidence, torch.tensor([0.0, 1.0, 0.0]), atol=1e-3, rtol=0)
-    assert Observation(transformer, seen.theta, torch.empty(0), None).confidence is None
+    observation = Observation(transformer, transformer.localiser.theta(votes), torch.empty(0), None, votes)
+    torch.testing.assert_close(observation.confidence, torch.tensor([0.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+    assert Observation(transformer, observation.theta, torch.empty(0), None).confidence is None
 
 
 def test_a_rotation_needs_no_training_to_be_upright_on_digits() -> None:

@@ -232,17 +232,17 @@ class ImageClassifier(Recorded, L.LightningModule):
         self._means.add("train/loss", loss, len(logits))
         if self.upright_weight or self.prior_weight:
             # Batches of other loaders have no views: their images are as they are.
-            transforms, seen = [view.transforms for view in batch.views] or [_unchanged], [observations]
+            transforms, observed = [view.transforms for view in batch.views] or [_unchanged], [observations]
             for view in batch.views[1:]:
                 with observing(stop_after=len(observations)) as others:
                     self.model(view.images)
-                seen.append(others)
-            loss = loss + self._weigh_poses(transforms, seen)
+                observed.append(others)
+            loss = loss + self._weigh_poses(transforms, observed)
         return loss
 
-    def _weigh_poses(self, transforms: Sequence[Points], seen: Sequence[list[Observation]]) -> Tensor:
+    def _weigh_poses(self, transforms: Sequence[Points], observed: Sequence[list[Observation]]) -> Tensor:
         points, aspect = pixel_centres(4, 4, device=self.device), self.spec.width / self.spec.height
-        poses = [torch.cat(final_points(*view, points)) for view in zip(transforms, seen, strict=True)]
+        poses = [torch.cat(final_points(*view, points)) for view in zip(transforms, observed, strict=True)]
         total = torch.zeros((), device=self.device)
         if self.upright_weight:
             first, second = poses
@@ -321,7 +321,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             "data": data_recipe(data),
             "split": data.manifest.to_dict() if isinstance(data, ImageDataModule) else None,
             "run": dict(self.run or {}) | ({"start": self.start} if self.start else {}),
-            "seen": self.start_hashes,
+            "observed": self.start_hashes,
             "metrics": dict(metrics),
         }
 
@@ -346,7 +346,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         If the number of processes has changed, each one gets their mean.
         """
         ours = checkpoint.get(KEY, {})
-        self.start, self.start_hashes = ours.get("run", {}).get("start"), ours.get("seen")
+        self.start, self.start_hashes = ours.get("run", {}).get("start"), ours.get("observed")
         self.run = self.run or {key: value for key, value in ours.get("run", {}).items() if key != "start"} or None
         rank, size = self.trainer.global_rank, self.trainer.world_size
         sums = checkpoint.get("train_means", {}).items()
@@ -402,7 +402,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             reasons = "; ".join(f"{line.strip():.160}" for line in str(error).splitlines()[1:4])
             raise CheckpointError(f"'{path}' holds the weights of another network: {reasons}") from None
         ours = checkpoint[KEY]
-        self.start, self.start_hashes = ours["run"].get("start"), ours.get("seen")
+        self.start, self.start_hashes = ours["run"].get("start"), ours.get("observed")
 
 
 def _unchanged(points: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""At any angle, a spatial transformer that votes is more upright than transformers that regress their parameters.
+"""A spatial transformer that votes is more upright, at any angle, than transformers that regress their parameters.
 
 Protocol: The data are the digits of configs/data/digits_rotated.yaml (1,797 images). Training images are randomly
 rotated by any angle, scaled by up to a tenth and shifted slightly. Every test image has nine angles, 40 degrees apart.
