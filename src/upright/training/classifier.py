@@ -321,7 +321,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             "data": data_recipe(data),
             "split": data.manifest.to_dict() if isinstance(data, ImageDataModule) else None,
             "run": dict(self.run or {}) | ({"start": self.start} if self.start else {}),
-            "observed": self.start_hashes,
+            "seen": self.start_hashes,
             "metrics": dict(metrics),
         }
 
@@ -346,7 +346,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         If the number of processes has changed, each one gets their mean.
         """
         ours = checkpoint.get(KEY, {})
-        self.start, self.start_hashes = ours.get("run", {}).get("start"), ours.get("observed")
+        self.start, self.start_hashes = ours.get("run", {}).get("start"), ours.get("seen")
         self.run = self.run or {key: value for key, value in ours.get("run", {}).items() if key != "start"} or None
         rank, size = self.trainer.global_rank, self.trainer.world_size
         sums = checkpoint.get("train_means", {}).items()
@@ -402,7 +402,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             reasons = "; ".join(f"{line.strip():.160}" for line in str(error).splitlines()[1:4])
             raise CheckpointError(f"'{path}' holds the weights of another network: {reasons}") from None
         ours = checkpoint[KEY]
-        self.start, self.start_hashes = ours["run"].get("start"), ours.get("observed")
+        self.start, self.start_hashes = ours["run"].get("start"), ours.get("seen")
 
 
 def _unchanged(points: Tensor) -> Tensor:
