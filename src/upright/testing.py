@@ -201,7 +201,7 @@ def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in sorted(head(classifier))))
     transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
     names: tuple[Output, ...] = ("logits", "features", *(("theta",) if transformers else ()))
-    if any(transformer.votes for transformer in transformers):
+    if any(transformer.voting for transformer in transformers):
         names += ("votes", "confidence")
     form = Form(batch=3, size=shape[1:], outputs=names, head=modules)
     pixels = np.random.default_rng(0).integers(0, 256, (3, *shape[1:], spec.channels), dtype=np.uint8)

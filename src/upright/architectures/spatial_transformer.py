@@ -56,7 +56,7 @@ class SpatialTransformer(nn.Module):
         lr_factor: learning rate of the transformer, as a multiple of the network's.
 
     Attributes:
-        votes: True if the localiser is a `VotingLocaliser`.
+        voting: True if the localiser is a `VotingLocaliser`.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class SpatialTransformer(nn.Module):
                 score.weight.mul_(0.1)
             head = [nn.LeakyReLU(SLOPE), score, nn.Flatten()]
         self.localisation = nn.Sequential(body, *head)
-        self.votes = isinstance(body, VotingLocaliser)
+        self.voting = isinstance(body, VotingLocaliser)
 
     def locate(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``theta`` ``(B, P)`` of images ``(B, C, H, W)``, and the votes ``(B, N)`` if the localiser votes."""
-        if not self.votes:
+        if not self.voting:
             theta: Tensor = self.localisation(images)
             return theta, None
         # Eight bits resolve an angle only to a degree or two.
@@ -121,7 +121,7 @@ class SpatialTransformer(nn.Module):
 
     @property
     def localiser(self) -> VotingLocaliser:
-        """The localiser, if ``votes`` is True."""
+        """The localiser, if ``voting`` is True."""
         localiser = self.localisation[0]
         assert isinstance(localiser, VotingLocaliser)
         return localiser

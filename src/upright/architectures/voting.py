@@ -1,9 +1,8 @@
-"""Localisers that are upright by construction: they vote on a grid that moves with the image.
+"""A localiser that is upright by construction: its votes for the angle of a rotation rotate with the image.
 
-The idea: sample the image on a grid on which the transform becomes a shift. For a rotation it is a polar grid, for a
-rotation and a scale a log-polar grid, for a translation the image itself. Convolutions shift their output with their
-input. So the votes shift with the image, and the transformer brings all versions of an image to one pose, before any
-training. Training only chooses the pose.
+The idea: sample the image on a polar grid, where a rotation is a shift along the angles. Convolutions with circular
+padding shift their output with their input. So the votes shift with the image, and the transformer rotates all versions
+of an image to one pose, before any training. Training only chooses the pose.
 
 Related work: polar transformer networks (Esteves et al. 2018, arXiv:1709.01889) sample a classifier's input on such a
 grid; learned canonicalisation (Kaba et al. 2023, arXiv:2211.06489) chooses among the elements of a discrete group.

@@ -80,7 +80,7 @@ class Graph(nn.Module):
         self.model, self.form = model, form
         transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
         numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
-        voting = [number for number, each in zip(numbers, transformers, strict=True) if each.votes]
+        voting = [number for number, each in zip(numbers, transformers, strict=True) if each.voting]
         self.names = ["probabilities"]
         for name in form.outputs:
             if name in ("logits", "features"):

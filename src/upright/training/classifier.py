@@ -201,7 +201,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         loss, option = ("The upright loss", "upright_weight") if self.upright_weight else ("The prior", "prior_weight")
         transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
         # Votes follow every rotation, also of images that were never rotated.
-        follows = not self.upright_weight and all(each.votes for each in transformers)
+        follows = not self.upright_weight and all(each.voting for each in transformers)
         if not (moves or follows):
             raise UserError(
                 f"{loss} compares poses of an image, but the data are not rotated: add "
