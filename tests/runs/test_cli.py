@@ -89,7 +89,7 @@ def test_test_writes_metrics_tables_and_plots(upright: Upright, run_folder: Path
     assert set(record["metrics"]) == METRICS
     confusion, classes = (read_csv(run_folder / f"test_{name}.csv") for name in ("confusion", "classes"))
     right, images = sum(int(row[row["label"]]) for row in confusion), sum(int(row["support"]) for row in classes)
-    assert right / images == pytest.approx(record["metrics"]["test/accuracy"], abs=1e-6) and images == 9 * 359
+    assert right / images == pytest.approx(record["metrics"]["test/accuracy"], abs=1e-6) and images == 3 * 359
     means = {name: sum(float(row[name]) for row in classes) / 10 for name in ("precision", "recall", "f1")}
     assert means == pytest.approx({name: record["metrics"][f"test/{name}"] for name in means}, abs=1e-5)
     for name in ("confusion", "transformer"):
@@ -233,7 +233,7 @@ def test_training_images_are_evaluated_only_with_the_option(upright: Upright, ru
 def test_predict_writes_every_image(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     assert upright("predict", "--ckpt_path", run_folder, "--output", tmp_path / "p.csv").code == 0
     rows = read_csv(tmp_path / "p.csv")
-    assert len(rows) == 9 * 359 and len({row["name"] for row in rows}) == len(rows)
+    assert len(rows) == 3 * 359 and len({row["name"] for row in rows}) == len(rows)
     upright("test", "--ckpt_path", run_folder)
     accuracy = json.loads((run_folder / "test.json").read_text())["metrics"]["test/accuracy"]
     assert sum(row["label"] == row["prediction"] for row in rows) / len(rows) == pytest.approx(accuracy, abs=1e-6)
