@@ -125,16 +125,26 @@ class PolarGrid(nn.Module):
 class Circle(nn.Conv2d):
     """A convolution of each map ``(B, width, 1, angles)`` over the full circle: every angle sees all angles.
 
+    It is computed as one matrix per map. As a convolution in bfloat16, which OpenVINO chooses on some processors,
+    oneDNN had not finished one call after a minute.
+
     Args:
         width: number of maps.
         angles: number of angles.
     """
 
+    positions: Tensor
+
     def __init__(self, width: int, angles: int) -> None:
         super().__init__(width, width, (1, angles), groups=width)
+        line = torch.arange(angles)
+        self.register_buffer("positions", (line[:, None] - line) % angles, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(torch.cat([features, features[..., :-1]], dim=-1))
+        assert self.bias is not None
+        matrices = self.weight[:, 0, 0][:, self.positions]  # (width, angles, angles)
+        products = features.squeeze(2).transpose(0, 1) @ matrices
+        return (products.transpose(0, 1) + self.bias[:, None])[:, :, None]
 
 
 def directions(count: int) -> Tensor:
