@@ -165,7 +165,7 @@ def test_operations_outside_of_layers_are_counted() -> None:
 
 
 def test_after_a_spatial_transformer_the_field_is_the_complete_image() -> None:
-    rows = layers(nn.Sequential(SpatialTransformer((1, 28, 28)), LeNet((1, 28, 28), 10)), 1, 28, 28)
+    rows = layers(nn.Sequential(SpatialTransformer((1, 28, 28), transform="affine"), LeNet((1, 28, 28), 10)), 1, 28, 28)
     inside, *_, after = (row for row in rows if row.kind == "Conv2d" and row.name.endswith(("layers.1", "features.0")))
     assert inside.receptive_field == (10, 10)
     assert after.receptive_field == (28, 28) and after.jump == (0, 0)

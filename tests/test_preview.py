@@ -69,7 +69,7 @@ def test_duplicates_and_unreadable_images_are_reported(pictures: Path, upright: 
 
 
 def test_a_config_a_run_and_a_checkpoint_give_the_same_preview(run_folder: Path, upright: Upright) -> None:
-    from_config = upright("preview", ROOT / "configs/stn_lenet.yaml").out
+    from_config = upright("preview", run_folder / "config.yaml").out
     assert from_config == upright("preview", run_folder).out == upright("preview", run_folder / "last.ckpt").out
     assert "views per image" in from_config
 

@@ -294,7 +294,7 @@ def test_the_spread_of_one_or_none() -> None:
         (["xor", "--seeds", "1"], "--seeds must be at least 2 to show a spread, got 1."),
         (["xor", "--quick", "--full"], "--quick and --full exclude each other"),
         (["xor", "--full"], "Study 'xor' has no larger scale; omit --full."),
-        (["--quick"], "--quick needs the name of a study, one of capacity,"),
+        (["--quick"], "--quick needs the name of a study, one of any_angle, capacity,"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, upright: Upright) -> None:

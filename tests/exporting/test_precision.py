@@ -163,8 +163,8 @@ def test_layers_that_are_quantized(several: Path) -> None:
     producers = {
         name: {output: node for node in graph.node for output in node.output} for name, graph in graphs.items()
     }
-    # The four layers of the transformer stay float32.
-    for name, floats in (("cnn", 0), ("stn", 4)):
+    # The convolutions of the transformer stay float32.
+    for name, floats in (("cnn", 0), ("stn", 5)):
         weights = {tensor.name: tensor for tensor in graphs[name].initializer}
         layers = [node for node in graphs[name].node if node.op_type in ("Conv", "Gemm")]
         by_name = producers[name]
@@ -223,7 +223,7 @@ def test_a_precision_that_loses_too_much_writes_no_bundle(
 
     def compare_wrongly(*arguments) -> Comparison:
         comparison = compare(*arguments)
-        same = comparison.differences.max() < 1e-5
+        same = comparison.differences.max() < 5e-5
         return comparison if same else replace(comparison, actual=1 - comparison.actual)
 
     monkeypatch.setattr(Reference, "compare", compare_wrongly)

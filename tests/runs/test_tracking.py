@@ -82,7 +82,7 @@ def test_the_complete_config_is_logged(tracked: Path, records: list[dict[str, An
     for record in records[:2]:
         config = record["config"]
         assert config["split_digest"] == ours["split"]["digest"] and config["git_commit"] == ours["git_commit"]
-        assert config["model"]["upright_weight"] == 2.0 and config["data"]["init_args"]["batch_size"] == 64
+        assert config["model"]["prior_weight"] == 0.0 and config["data"]["init_args"]["batch_size"] == 64
         # The resumed run has the same option.
         assert config["log_grad_norm"] is True
 
