@@ -135,7 +135,7 @@ def brief(metrics: Mapping[str, float]) -> str:
     """Return the most important metrics on one line: all of training, and `BRIEF` of validation."""
     validation = [f"val/{name}" for name in BRIEF if f"val/{name}" in metrics]
     names = [*(name for name in metrics if name.startswith("train/")), *validation]
-    return "  ".join(f"{name} {metrics[name]:.{1 if 'degrees' in name else 4}f}" for name in names)
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
 
 
 class Divergence(Callback):
