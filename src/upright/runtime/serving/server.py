@@ -1,8 +1,8 @@
 """``upright serve``: classify images over HTTP.
 
 Starlette routes requests, and uvicorn handles HTTP (httptools, on uvloop). `Batcher` runs the model in one thread, and
-a pool of threads decodes images, so neither blocks the event loop. The proxy in front is responsible for keys, TLS,
-routing, and clients that send their headers slowly.
+a pool of threads decodes images, so neither blocks the event loop. The proxy in front is responsible for keys, TLS
+and routing.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from upright.errors import UserError
 from upright.options import Serve
 from upright.runtime.predictor import Predictor
 from upright.runtime.serving.batching import log
+from upright.runtime.serving.connection import Connection
 from upright.runtime.serving.service import Service, request_log
 
 GRACE_SECONDS = 1.0
@@ -96,7 +97,13 @@ def serve(options: Serve) -> int:
     predictor(predictor.bundle.sample_paths[0])
     service = Service(predictor, options)
     config = uvicorn.Config(
-        service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False
+        service.app(),
+        http=Connection,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        backlog=2048,
+        server_header=False,
     )
     # Each image gets an error or a prediction, so Pillow's warnings are not useful.
     warnings.filterwarnings("ignore", module="PIL")

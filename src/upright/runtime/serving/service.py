@@ -1,10 +1,10 @@
-"""The routes of `upright serve`, their limits, and their metrics."""
+"""The routes of `upright serve`, and their limits."""
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -31,6 +31,7 @@ from upright.runtime.predictor import Predictor, fixed_batch
 from upright.runtime.serving import protocol
 from upright.runtime.serving.batching import Batcher, Images, Rows
 from upright.runtime.serving.description import ClassifyResponse, RankedClass, Result, openapi, page
+from upright.runtime.serving.metrics import Metrics
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MAX_BODIES = 16
@@ -39,26 +40,6 @@ SMALL_BODY = 64 * 1024
 """Largest request in bytes that the event loop parses itself, because a thread would take longer in total."""
 
 request_log = logging.getLogger("upright.serve.requests")
-
-
-class Metrics:
-    """Metrics of ``/metrics``, in a separate registry."""
-
-    def __init__(self, waiting: Callable[[], float]) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        common: dict[str, Any] = {"namespace": "upright", "registry": self.registry}
-        self.requests = Counter("requests", "Requests with a response.", ["route", "status"], **common)
-        self.seconds = Histogram("request_seconds", "Time from the headers to the response.", ["route"], **common)
-        self.images = Counter("images", "Images: answered, bad, refused, failed.", ["outcome"], **common)
-        sizes = [2**n for n in range(11)]
-        self.batch = Histogram("batch_images", "Images per run of the model.", buckets=sizes, **common)
-        self.model = Histogram("model_seconds", "Time per run of the model.", **common)
-        Gauge("waiting_images", "Accepted images without a response.", **common).set_function(waiting)
-
-    def observe_run(self, images: int, seconds: float) -> None:
-        self.batch.observe(images)
-        self.model.observe(seconds)
 
 
 class Service:
@@ -108,10 +89,10 @@ class Service:
         return self._observed(app)
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[dict[str, Any]]:
         self.batcher.start()
         self.started = True
-        yield
+        yield {"metrics": self.metrics}  # for connections
         self.decoders.shutdown()
         self.batcher.close()
 
