@@ -303,9 +303,10 @@ def test_invalid_inference_requests_are_one_line(server: Running, content: Any, 
     assert message in reply.json["error"] and "\n" not in reply.json["error"]
 
 
-def test_random_bytes_are_a_request_or_an_upright_error() -> None:
-    from upright.runtime.serving.protocol import read
+def test_random_bytes_are_a_request_or_an_upright_error(predictor: Predictor) -> None:
+    from upright.runtime.serving.protocol import Model
 
+    model = Model("small", "1", predictor.session, predictor.spec.classes)
     body = json.dumps(tensor() | {"id": "1", "outputs": [{"name": "labels"}]}).encode()
     draw = random.Random(0)
     outcomes = Counter[str]()
@@ -318,7 +319,7 @@ def test_random_bytes_are_a_request_or_an_upright_error() -> None:
             )
         header = draw.choice([None, None, str(draw.randint(0, 300)), "-1", "x"])
         try:
-            read(bytes(changed), header, 1)
+            model.read(bytes(changed), header)
             outcomes["read"] += 1
         except UprightError as error:
             assert "\n" not in str(error)
@@ -340,7 +341,7 @@ def test_metrics_and_logs_count_every_request(trained: Path, samples: list[bytes
         assert "process_resident_memory_bytes" in text
     requests = [line for line in running.lines if line.get("path") == "/v1/classify"]
     assert [line["status"] for line in requests] == [200, 422]
-    assert set(requests[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client"}
+    assert set(requests[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client", "request_id"}
     assert [running.lines[0]["message"], running.lines[-1]["message"]] == ["serving", "stopped"]
 
 
@@ -533,32 +534,32 @@ def test_a_slow_or_failing_model_is_an_error(trained: Path, predictor: Predictor
 
     async def scenario() -> None:
         service = Service(predictor, Serve("small", timeout_s=0.5, max_queue=2, max_batch=1))
-        service.batcher.start()
-        model, slow = service.batcher.model, threading.Event()
+        service.loaded.batcher.start()
+        model, slow = service.loaded.batcher.model, threading.Event()
 
-        def waits(images: Pixels) -> Any:
+        def waits(images: Pixels, names: Any) -> Any:
             slow.wait(20)
-            return model(images)
+            return model(images, names)
 
-        service.batcher.model = waits
+        service.loaded.batcher.model = waits
         replies = await asyncio.gather(*(request(service, "/v1/classify", samples[0]) for _ in range(3)))
         assert [reply.status for reply in replies] == [503, 503, 429]
         assert replies[0].json["error"] == "The model did not finish within 0.5 s; try again later."
         assert replies[2].json["error"] == "The queue holds 2 of at most 2 images; try again later."
         slow.set()
 
-        def fails(images: Pixels) -> Any:
+        def fails(images: Pixels, names: Any) -> Any:
             raise MemoryError
 
-        service.batcher.model = fails
+        service.loaded.batcher.model = fails
         reply = await request(service, "/v1/classify", samples[0])
         assert reply.status == 500 and reply.json["error"] == "The server failed; see its log."
-        service.batcher.model = model
+        service.loaded.batcher.model = model
         reply = await request(service, "/v1/classify", samples[0])
         assert reply.status == 200 and is_prediction(reply.json["results"][0], samples[0], predictor)
         assert service.waiting == service.held_bytes == 0
         service.decoders.shutdown()
-        service.batcher.close()
+        service.loaded.batcher.close()
 
     asyncio.run(scenario())
 
@@ -626,7 +627,7 @@ def test_an_image_of_a_wrong_size_is_a_mistake_of_the_client(tmp_path: Path, fix
 
     async def scenario() -> None:
         service = Service(Predictor(bundle), Serve(str(bundle)))
-        service.batcher.start()
+        service.loaded.batcher.start()
         infer = "/v2/models/made/infer"
         for size, statuses in ((allowed, (200, 200)), (2, (422, 400)), (allowed, (200, 200))):
             image = await request(service, "/v1/classify", noise(size, size, 0))
@@ -635,7 +636,7 @@ def test_an_image_of_a_wrong_size_is_a_mistake_of_the_client(tmp_path: Path, fix
             for reply in (image, raw):
                 assert reply.status == 200 or "2x2" in reply.json["error"]
         service.decoders.shutdown()
-        service.batcher.close()
+        service.loaded.batcher.close()
 
     asyncio.run(scenario())
 
