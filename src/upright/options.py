@@ -221,10 +221,23 @@ class Infer(Options):
     )
     format: Literal["table", "jsonl", "csv"] = option("table", "output format")
     top: int = option(1, "number of classes per image, the most probable ones", metavar="K")
+    outputs: Sequence[str] = option(
+        (), "further outputs of the graph, such as theta, for --format jsonl or --npz", metavar="NAME"
+    )
+    npz: str | None = option(
+        None, "also write paths, probabilities and outputs of all images to this file of NumPy", metavar="FILE"
+    )
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
     threads: int | None = option(None, "threads per run; by default as many as there are cores", metavar="N")
     providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
     max_pixels: int = option(64_000_000, "limit for one image; larger images are refused", metavar="N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outputs and self.format != "jsonl" and self.npz is None:
+            raise UserError(f"--outputs needs --format jsonl or --npz FILE, got --format {self.format}.")
+        if self.npz is not None and not self.npz.endswith(".npz"):
+            raise UserError(f"--npz must be a file whose name ends in .npz, got '{self.npz}'.")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from upright.errors import ImageError, UserError
+from upright.files import replacing_file
 from upright.images import Pixels, find_images
 from upright.options import Infer
 from upright.runtime.predictor import Prediction, Predictor, session_batches
@@ -40,6 +43,9 @@ def infer(options: Infer) -> int:
     classes = predictor.spec.classes
     if not 1 <= options.top <= len(classes):
         raise UserError(f"--top must be from 1 to {len(classes)} (the number of classes), got {options.top}.")
+    predictor.check_outputs(options.outputs)
+    names = list(dict.fromkeys(["probabilities", *options.outputs]))
+    table = Table(names) if options.npz else None
     # Paths on standard input may arrive one by one, so do not wait for all of them.
     paths = _find(options.images) if "-" in options.images else list(_find(options.images))
     progress = Progress(len(paths) if isinstance(paths, list) else None)
@@ -74,17 +80,26 @@ def infer(options: Infer) -> int:
         try:
             for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
                 try:
-                    rows = predictor.run(np.stack([pixels for _, pixels in batch]))
+                    outputs = predictor.run_outputs(np.stack([pixels for _, pixels in batch]), names)
                 except ImageError as error:
                     for path, _ in batch:
                         report(ImageError(f"'{path}': {error}"))
                     continue
-                for (path, _), row in zip(batch, rows, strict=True):
-                    print(FORMATS[options.format](path, predictor.prediction(row), options.top))
+                if table:
+                    table.add([path for path, _ in batch], outputs)
+                for number, (path, _) in enumerate(batch):
+                    prediction = predictor.prediction(outputs["probabilities"][number])
+                    if options.format == "jsonl":
+                        extra = {name: outputs[name][number].tolist() for name in options.outputs}
+                        print(_jsonl(path, prediction, options.top, extra))
+                    else:
+                        print(FORMATS[options.format](path, prediction, options.top))
                     progress.step()
                 sys.stdout.flush()
         finally:
             progress.clear()
+    if options.npz and table:
+        table.write(Path(options.npz), classes)
     return 2 if failures else 0
 
 
@@ -97,6 +112,35 @@ def _find(images: Sequence[str]) -> Iterator[Path | UserError]:
                 yield from find_images([name])
             except UserError as error:
                 yield error
+
+
+class Table:
+    """Outputs of all images, in the order of their paths. They stay in memory until they are written.
+
+    Args:
+        names: names of the outputs.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.paths: list[str] = []
+        self.parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+
+    def add(self, paths: Sequence[Path], outputs: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.paths += map(str, paths)
+        for name, parts in self.parts.items():
+            parts.append(outputs[name])
+
+    def write(self, target: Path, classes: Sequence[str]) -> None:
+        """Write ``paths``, ``classes``, and an array with one row per image for each output.
+
+        Raises:
+            UserError: if no image could be read.
+        """
+        if not self.paths:
+            raise UserError(f"No image could be read, so '{target}' is not written.")
+        arrays = {name: np.concatenate(parts) for name, parts in self.parts.items()}
+        with replacing_file(target) as new, open(new, "wb") as file:
+            np.savez_compressed(file, paths=self.paths, classes=list(classes), **arrays)
 
 
 class Progress:
@@ -135,10 +179,12 @@ def _table(path: Path, prediction: Prediction, top: int) -> str:
     return "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in prediction.top(top)) + f"  {path}"
 
 
-def _jsonl(path: Path, prediction: Prediction, top: int) -> str:
-    record = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
+def _jsonl(path: Path, prediction: Prediction, top: int, outputs: Mapping[str, Any]) -> str:
+    record: dict[str, Any] = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
     if top > 1:
         record["top"] = [{"label": label, "probability": p} for label, p in prediction.top(top)]
+    if outputs:
+        record["outputs"] = outputs
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -158,4 +204,4 @@ def _csv_line(*cells: object) -> str:
     return text.getvalue().removesuffix("\n")
 
 
-FORMATS: dict[str, Callable[[Path, Prediction, int], str]] = {"table": _table, "jsonl": _jsonl, "csv": _csv}
+FORMATS: dict[str, Callable[[Path, Prediction, int], str]] = {"table": _table, "csv": _csv}
