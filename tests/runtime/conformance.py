@@ -198,15 +198,14 @@ def same(outputs: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
     """Return whether two lists of outputs are equal, apart from rounding."""
 
     def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        if one["name"] != other["name"]:
+            return False
         if one["datatype"] == "BYTES":
             return bool(one.get("data") == other.get("data"))
         values = np.ravel(one.get("data", [])), np.ravel(other.get("data", []))
         return values[0].shape == values[1].shape and np.allclose(*values, atol=1e-4)
 
-    pairs = list(zip(outputs, others, strict=False))
-    return len(outputs) == len(others) and all(
-        one["name"] == other["name"] and equal(one, other) for one, other in pairs
-    )
+    return len(outputs) == len(others) and all(map(equal, outputs, others))
 
 
 def generated_violations(server: Server, cases: int) -> Iterator[str]:

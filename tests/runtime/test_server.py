@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +24,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from tests.conftest import Upright
+from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_bundle, write_unresized_bundle
 from upright.architectures.lenet import LeNet
+from upright.architectures.mlp import MLP
 from upright.errors import UprightError
 from upright.exporting.graph import Form
-from upright.images import ImageSpec, Pixels
-from upright.options import Serve
+from upright.images import DECODE_BYTES, ImageSpec, Pixels
+from upright.options import Serve, parse
+from upright.runtime.bundle import SUMS, checksums
 from upright.runtime.predictor import Predictor
 
 
@@ -327,6 +332,168 @@ def test_random_bytes_are_a_request_or_an_upright_error(predictor: Predictor) ->
     assert min(outcomes.values()) > 100 and len(outcomes) == 2
 
 
+@pytest.fixture(scope="module")
+def outputs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a small network with further outputs."""
+    spec = ImageSpec(1, 16, 16, ("a", "b"), (0.5,), (0.5,))
+    folder = tmp_path_factory.mktemp("outputs") / "made"
+    return write_bundle(folder, spec, MLP, Form(outputs=("logits",)))
+
+
+def test_every_output_is_reachable(outputs_bundle: Path, upright: Upright) -> None:
+    from upright.runtime.serving.service import Service
+
+    predictor, paths = Predictor(outputs_bundle), sorted(outputs_bundle.glob("samples/*.png"))
+    expected = predictor.outputs(paths)
+    assert list(expected) == predictor.output_names == ["probabilities", "logits"]
+    softmax = np.exp(expected["logits"]) / np.exp(expected["logits"]).sum(axis=1, keepdims=True)
+    assert softmax == pytest.approx(expected["probabilities"], abs=1e-5) and len(softmax) == 4
+    with pytest.raises(UprightError, match=r"has no output 'theta', only probabilities, logits; `upright export --out"):
+        predictor.outputs(paths, ["theta"])
+    with pytest.raises(UprightError, match="at least one image, got none"):
+        predictor.outputs([])
+
+    async def scenario() -> None:
+        service = Service(predictor, Serve(str(outputs_bundle)))
+        service.loaded.batcher.start()
+        images = [path.read_bytes() for path in paths]
+        # Requests with and without outputs share a batch.
+        replies = await asyncio.gather(
+            *(request(service, "/v1/classify", image, b"outputs=logits") for image in images),
+            request(service, "/v1/classify", images[0]),
+        )
+        for reply, logits in zip(replies, expected["logits"], strict=False):
+            (result,) = reply.json["results"]
+            assert result["outputs"] == {"logits": pytest.approx(logits.tolist(), abs=1e-4)}
+        assert "outputs" not in replies[-1].json["results"][0]
+        reply = await request(service, "/v1/classify", images[0], b"outputs=x")
+        assert reply.status == 400 and "has no output 'x'" in reply.json["error"]
+        data = [base64.b64encode(image).decode() for image in images]
+        encoded = {"name": "images", "shape": [4], "datatype": "BYTES", "data": data}
+        reply = await request(service, "/v2/models/made/infer", json.dumps({"inputs": [encoded]}).encode())
+        arrays = {output["name"]: output["data"] for output in reply.json["outputs"]}
+        assert list(arrays) == ["probabilities", "logits", "labels"]
+        assert arrays["logits"] == pytest.approx(expected["logits"].ravel().tolist(), abs=1e-4)
+        service.decoders.shutdown()
+        service.loaded.batcher.close()
+
+    asyncio.run(scenario())
+    answer = upright("infer", outputs_bundle, *paths, "--outputs", "logits", "--format", "jsonl", "--npz", "all.npz")
+    lines = [json.loads(line)["outputs"]["logits"] for line in answer.out.splitlines()]
+    with np.load("all.npz") as arrays:
+        assert arrays["paths"].tolist() == list(map(str, paths)) and arrays["classes"].tolist() == ["a", "b"]
+        for actual in (arrays["logits"], lines):
+            assert np.array(actual) == pytest.approx(expected["logits"], abs=1e-4)
+    for options, message in (
+        (["--outputs", "logits"], "--outputs needs --format jsonl or --npz FILE, got --format table."),
+        (["--outputs", "theta", "--format", "jsonl"], "The model has no output 'theta'"),
+        (["--npz", "x"], "--npz must be a file whose name ends in .npz, got 'x'."),
+    ):
+        answer = upright("infer", outputs_bundle, paths[0], *options)
+        assert answer.code == 2 and message in answer.err
+
+
+def test_compressed_bodies(server: Running, samples: list[bytes]) -> None:
+    expected = server.classify(samples[0]).json
+    for encoding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)):
+        assert server.classify(compress(samples[0]), Content_Encoding=encoding).json == expected
+    for encoding, body, status, message in (
+        ("br", samples[0], 415, "Content-Encoding must be gzip or deflate, or absent; got 'br'."),
+        ("gzip", samples[0], 400, "The body cannot be decompressed: "),
+        ("gzip", gzip.compress(samples[0])[:-9], 400, "it is truncated, or bytes follow its end."),
+        ("gzip", gzip.compress(bytes(20_000_000)), 413, "The decompressed body has more than 16000000 bytes"),
+    ):
+        reply = server.classify(body, Content_Encoding=encoding)
+        assert reply.status == status and message in reply.json["error"]
+
+
+def test_text_fields_of_multipart_are_ignored(server: Running, samples: list[bytes]) -> None:
+    body, kind = multipart({"a.png": samples[0]})
+    text = b'--edge\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n'
+    assert server.classify(text + body, Content_Type=kind).json == server.classify(body, Content_Type=kind).json
+
+
+# Operation.
+
+
+def test_ids_of_requests_and_traces(trained: Path, samples: list[bytes]) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with serving(trained / "export/small", "--cors", "https://a.org", "--root-path", "/digits") as running:
+        reply = running.classify(samples[0], X_Request_Id="mine", traceparent=f"00-{trace}-b7ad6b7169203331-01")
+        assert reply.headers["x-request-id"] == "mine"
+        made = running.classify(samples[0], X_Request_Id="with space", traceparent="00-0-0-0")
+        assert len(made.headers["x-request-id"]) == 32 and "access-control-allow-origin" not in made.headers
+        reply = running.classify(samples[0], Origin="https://a.org")
+        assert reply.headers["access-control-allow-origin"] == "https://a.org"
+        assert running.ask("GET", "/openapi.json").json["servers"] == [{"url": "/digits"}]
+        text = running.ask("GET", "/metrics").body.decode()
+        assert f'upright_model_info{{name="small",precision="fp32",version="{running.version}"}} 1.0' in text
+        assert running.metric("upright_predictions_total") == running.metric("upright_confidence_count") == 3
+    lines = [line for line in running.lines if line.get("path") == "/digits/v1/classify"]
+    assert [line.get("trace_id") for line in lines] == [trace, None, None]
+    assert [line["request_id"] for line in lines][:2] == ["mine", made.headers["x-request-id"]]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_reload_is_complete_or_keeps_the_old_bundle(bundle: Path, samples: list[bytes]) -> None:
+    with serving(bundle, "--quiet") as running:
+
+        def reload(message: str) -> dict[str, Any]:
+            running.process.send_signal(signal.SIGHUP)
+            while not (lines := [line for line in running.lines if line["message"] == message]):
+                assert running.classify(samples[0]).status == 200
+            return lines[-1]
+
+        (bundle / "README.md").write_text("changed")
+        line = reload("reload failed")
+        assert "is damaged or was changed: README.md" in line["error"] and line["version"] == running.version
+        assert running.classify(samples[0]).json["version"] == running.version
+        (bundle / SUMS).write_text(checksums(bundle))
+        version = reload("reloaded")["version"]
+        assert version != running.version and running.classify(samples[0]).json["version"] == version
+
+
+def test_the_deployments_of_the_docs_fit_the_server(server: Running) -> None:
+    page = (ROOT / "docs/how-to/serve.md").read_text(encoding="utf-8")
+
+    def files(name: str) -> list[Any]:
+        return list(yaml.safe_load_all(page.partition(f'title="{name}"\n')[2].partition("```")[0]))
+
+    (deployment, service), (kserve,), (compose,) = map(files, ("k8s.yaml", "kserve.yaml", "compose.yaml"))
+    template = deployment["spec"]["template"]
+    assert service["spec"]["selector"] == template["metadata"]["labels"]
+    assert service["spec"]["ports"][0]["targetPort"] == Serve("x").port
+    for (container,) in (template["spec"]["containers"], kserve["spec"]["predictor"]["containers"]):
+        assert parse("serve", Serve, container["args"]).port == container["ports"][0]["containerPort"]
+        for probe in {"readinessProbe", "livenessProbe"} & set(container):
+            assert server.ask("GET", container[probe]["httpGet"]["path"]).status == 200
+    (local,) = compose["services"].values()
+    assert local["ports"] == [f"{parse('serve', Serve, local['command']).port}:{Serve('x').port}"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_memory_stays_within_the_formula_of_the_docs(trained: Path) -> None:
+    with serving(trained / "export/small", "--quiet", "--timeout-s", 2000, "--decoders", 4) as running:
+
+        def memory(key: str) -> float:
+            lines = Path(f"/proc/{running.process.pid}/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+        running.classify(noise(2000, 2000, 0))
+        idle = memory("VmRSS")
+        for kind, mode, color in (("PNG", "RGBA", (1, 2, 3, 4)), ("WEBP", "RGBA", (1, 2, 3, 4)), ("PNG", "L", 1)):
+            file = io.BytesIO()
+            Image.new(mode, (4000, 4000), color).save(file, kind)
+            with ThreadPoolExecutor(32) as pool:
+                replies = list(pool.map(running.classify, [file.getvalue()] * 40))
+            assert {reply.status for reply in replies} == {200}
+            bodies = 3 * 32 * len(file.getvalue())
+            assert memory("VmHWM") - idle < bodies + DECODE_BYTES * 32e6 + 6 * 16e6
+            time.sleep(2)
+            assert memory("VmRSS") - idle < 150e6
+
+
 # Metrics, logs and the description.
 
 
@@ -511,10 +678,10 @@ def test_slow_heads_are_a_408(narrow: Running) -> None:
         assert 0.9 < time.monotonic() - begin < 4
 
 
-async def request(service: Any, path: str, body: bytes) -> Reply:
+async def request(service: Any, path: str, body: bytes, query: bytes = b"") -> Reply:
     """Send a request without a socket, for tests that need exact timing."""
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
-    scope |= {"query_string": b"", "headers": [], "server": ("x", 80), "client": None, "scheme": "http"}
+    scope |= {"query_string": query, "headers": [], "server": ("x", 80), "client": None, "scheme": "http"}
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -758,6 +925,10 @@ def test_a_minute_of_overload(trained: Path, predictor: Predictor, tmp_path: Pat
         (["--max-batch", "0"], "--max-batch must be at least 1, got 0."),
         (["--timeout-s", "0"], "--timeout-s must be above 0"),
         (["--host", "nowhere.invalid"], "Cannot listen on nowhere.invalid, port 8000: "),
+        (["--pixel-budget", "100"], "--pixel-budget must be at least --max-pixels (16000000), got 100."),
+        (["--name", "a/b"], "--name must consist of letters, digits, '_', '-' and '.', got 'a/b'."),
+        (["--root-path", "x/"], "--root-path must be like /digits, without a slash at its end, got 'x/'."),
+        (["--providers", "nix"], "has no provider 'nix'"),
         (["--port", "70000"], "Cannot listen on 127.0.0.1, port 70000: "),
         (["--precision", "int8"], "not int8"),
     ],
