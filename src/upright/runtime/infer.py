@@ -138,7 +138,7 @@ class Table:
         """
         if not self.paths:
             raise UserError(f"No image could be read, so '{target}' is not written.")
-        arrays = {name: np.concatenate(parts) for name, parts in self.parts.items()}
+        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         with replacing_file(target) as new, open(new, "wb") as file:
             np.savez_compressed(file, paths=self.paths, classes=list(classes), **arrays)
 
