@@ -309,7 +309,7 @@ def _identity(file: Path) -> int:
 def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
     """Return the name of the cache folder, a hash of the dataset and of the options that decode it."""
     spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
-    pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.names]
+    pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.key]
     decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
     key = [FORMAT, os.path.commonpath(files), decoding, pixels if with_pixels else None]
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
