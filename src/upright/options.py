@@ -310,6 +310,7 @@ class Report(Options):
     split: Literal["test", "val"] = option("test", "split to evaluate on")
     images: int = option(500, "number of images to distort for the invariance curves", metavar="N")
     precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(("fp32",), "models of a bundle, one row each")
+    vector: Literal["pdf", "svg"] | None = option(None, "also write the plots in this format, for print")
     to: str | None = option(None, "folder of the report; by default checkpoints/report-NAME", metavar="FOLDER")
     force: bool = option(False, "replace an existing report")
 
