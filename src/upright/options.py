@@ -348,6 +348,10 @@ class Fit(Options):
         None, "weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG"
     )
     allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
+    monitor: str = option("val/loss", "the metric of validation that chooses best.ckpt")
+    mode: Literal["min", "max"] | None = option(
+        None, "whether the smallest or the largest value is the best; needed for another metric than val/loss"
+    )
     wandb: Literal["offline", "online", "off"] = option(
         "offline", "log to Weights & Biases: on this disk (`wandb sync` uploads it later), on its server, or not at all"
     )

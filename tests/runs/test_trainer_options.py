@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import callbacks as lightning_callbacks
 
 from tests.conftest import ROOT, Answer, Upright
+from upright.tables import read_rows
 
 FIT = (
     *("fit", "--config", ROOT / "configs/lenet.yaml", "--data.train_fraction", 0.1, "--data.val_fraction", 0.1),
@@ -187,3 +188,23 @@ def test_the_checkpoint_has_the_averaged_weights(upright: Upright, tmp_path: Pat
     checkpoint = torch.load(tmp_path / "checkpoints/run/last.ckpt", weights_only=True)
     current = checkpoint["current_model_state"]
     assert any(not torch.equal(value, current[name]) for name, value in checkpoint["state_dict"].items())
+
+
+def test_the_chosen_metric_decides_the_best_epoch(upright: Upright) -> None:
+    assert upright(*FIT, "--monitor", "val/calibration_error", "--mode", "max").code == 0
+    best = torch.load("checkpoints/run/best.ckpt", weights_only=True)
+    rows = read_rows(Path("checkpoints/run/metrics.csv"))
+    values = [float(row["val/calibration_error"]) for row in rows]
+    assert best["epoch"] == values.index(max(values))
+    assert yaml.safe_load(Path("checkpoints/run/config.yaml").read_text())["mode"] == "max"
+    resumed = upright(*FIT, "--ckpt_path", "last", "--monitor", "val/loss", "--trainer.max_epochs", 3)
+    assert resumed.code == 2
+    assert "was chosen by val/calibration_error, and val/loss cannot be compared with it: resume with" in resumed.err
+
+
+def test_a_metric_that_cannot_choose_is_refused(upright: Upright) -> None:
+    answer = upright(*FIT, "--monitor", "val/f1")
+    assert answer.code == 2 and "--monitor val/f1 needs --mode min or --mode max." in answer.err
+    answer = upright(*FIT, "--monitor", "val/f2", "--mode", "max")
+    assert answer.code == 2 and "could not find the monitored key" in answer.err and "'val/f1'" in answer.err
+    assert not Path("checkpoints/run").exists()

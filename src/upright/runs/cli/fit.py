@@ -84,6 +84,8 @@ class Fit(Command):
         """Plan the run and lock its folder, before anything is built."""
         if self.config.data is None:
             raise UserError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
+        if self.config.monitor != "val/loss" and self.config.mode is None:
+            raise UserError(f"--monitor {self.config.monitor} needs --mode min or --mode max.")
         options, root = self.config, Path(self.config.trainer.default_root_dir)
         folder = root / run_name(options.name, [str(path) for path in options.config or ()])
         if is_first_process():
@@ -160,7 +162,7 @@ class Fit(Command):
         return [
             RunConfig(folder / "config.yaml", self.recorded()),
             Divergence(folder),
-            *checkpoints(folder, self.config.save_every_n_steps),
+            *checkpoints(folder, self.config.monitor, self.config.mode or "min", self.config.save_every_n_steps),
             self.interruption,
             # Before the callbacks that write its metrics.
             *([GradientNorm()] if self.config.log_grad_norm else []),
