@@ -208,3 +208,19 @@ def test_a_metric_that_cannot_choose_is_refused(upright: Upright) -> None:
     answer = upright(*FIT, "--monitor", "val/f2", "--mode", "max")
     assert answer.code == 2 and "could not find the monitored key" in answer.err and "'val/f1'" in answer.err
     assert not Path("checkpoints/run").exists()
+
+
+def test_a_plateau_lowers_the_rate_and_resumes_exactly(upright: Upright) -> None:
+    plateau = ("--model.scheduler", "upright.training.schedules.Plateau", "--model.scheduler.patience", 0)
+    falling = (*plateau, "--model.scheduler.threshold", 0.9, "--trainer.max_epochs")  # no epoch is ten times better
+    assert upright(*FIT, *falling, 3).code == 0
+    complete = [float(row["lr"]) for row in read_rows(Path("checkpoints/run/metrics.csv"))]
+    assert complete == pytest.approx([0.003, 0.0003, 0.00003])
+    weights = torch.load("checkpoints/run/last.ckpt", weights_only=True)["state_dict"]
+    assert upright(*FIT, *falling, 1, "--force").code == 0
+    assert (
+        upright("fit", "--ckpt_path", "checkpoints/run/best.ckpt", "--trainer.max_epochs", 3, "--wandb", "off").code
+        == 0
+    )
+    resumed = torch.load("checkpoints/run/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
