@@ -53,10 +53,6 @@ import tract
 model = tract.onnx().load(model).into_model().into_runnable()
 probabilities = model.run([images])[0].to_numpy()
 """
-REFERENCE = """
-from onnx.reference import ReferenceEvaluator
-(probabilities,) = ReferenceEvaluator(model).run(["probabilities"], {"images": images})
-"""
 
 
 class Engine(NamedTuple):
@@ -99,7 +95,6 @@ ENGINES = [
     Engine("OpenCV dnn", "opencv-python-headless==5.0.0.93", OPENCV, agrees=["fp32"]),
     Engine("MNN", "mnn==3.6.1", MNN, agrees=["fp32"]),
     Engine("tract", "tract==0.23.9", TRACT),
-    Engine("ONNX reference", "onnx==1.23.2", REFERENCE),
 ]
 QUICK = ("onnxruntime==1.17.3", "tract==0.23.9")
 
@@ -134,7 +129,7 @@ def run(engine: Engine, folder: Path, model: Path, images: np.ndarray) -> np.nda
 
 def compare(engine: Engine, bundle: Bundle) -> Iterator[tuple[str, str, bool]]:
     """Yield each precision, its largest difference or the reason why there is none, and whether the engine agrees."""
-    images = np.stack([decode(path, bundle.spec) for path in bundle.sample_paths])
+    images = np.stack([decode(path, bundle.spec) for path in bundle.sample_files])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
@@ -144,7 +139,7 @@ def compare(engine: Engine, bundle: Bundle) -> Iterator[tuple[str, str, bool]]:
             return
         for precision in bundle.precisions:
             try:
-                probabilities = run(engine, folder, bundle.model(precision).resolve(), images)
+                probabilities = run(engine, folder, Path(str(bundle.model(precision))).resolve(), images)
             except subprocess.CalledProcessError as error:
                 yield precision, f"fails: {reason(error)}", False
             else:

@@ -309,9 +309,15 @@ def test_only_force_replaces_an_existing_bundle(upright: Upright, bundle: Path, 
     answer = upright("export", run_folder)
     assert answer.code == 2 and "export/small' exists: --force replaces it" in answer.err
     assert (bundle / "README.md").read_text() == "mine"
-    assert upright("export", run_folder, "--force").code == 0
-    assert upright("verify", bundle).code == 0
-    assert [path.name for path in bundle.parent.iterdir()] == ["small"]
+    archive = bundle.parent / "small.upright.zip"
+    archive.write_bytes(b"mine")
+    answer = upright("export", run_folder, "--name", "small", "--archive")
+    assert answer.code == 2 and "exists: --force replaces it" in answer.err and archive.read_bytes() == b"mine"
+    answer = upright("export", run_folder, "--force", "--archive")
+    assert answer.code == 0 and "Archive: export/small.upright.zip\n" in answer.out
+    for path in (bundle, archive):
+        assert upright("verify", path).code == 0
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["small", "small.upright.zip"]
 
 
 def test_a_bundles_name_is_a_plain_folder_name(upright: Upright, run_folder: Path, tmp_path: Path) -> None:

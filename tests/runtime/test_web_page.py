@@ -350,7 +350,9 @@ def test_a_thousand_classes_and_a_large_image(look: Any, made: Any, tmp_path: Pa
     assert len(listed) == 5 and (np.diff(listed) <= 0).all()
     # No class reaches the probability of a curve, except the one that the text names.
     legend = tab.locator("#legend span").all_inner_texts()
-    assert len(legend) == tab.locator("#curves .curve").count() == 1 and f"Stays “{legend[0]}”" in tab.inner_text("#share")
+    assert len(legend) == tab.locator("#curves .curve").count() == 1 and f"Stays “{legend[0]}”" in tab.inner_text(
+        "#share"
+    )
     assert canvas(tab, "input").shape == (512, 1024, 3) and "1024 x 512 of 3000 x 1500" in tab.inner_text("#remark")
 
 
