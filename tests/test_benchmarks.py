@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 # Arguments in addition to --quick. The default suite runs FAST, which takes a few seconds.
 FAST = {"augmentation": [], "serving": []}
 SLOW = {
+    "engines": [],  # installs two engines
     "loading": [],
     "recipes": [],
     "runtime": [],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import IO, Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from upright.errors import ImageError, UserError
 
 Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
+
+ImageSource: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Image | npt.ArrayLike
+"""Anything that `decode` reads: a path, the content of a file, an open file, a PIL image, or a uint8 array."""
 
 Item = TypeVar("Item")
 Resize = Literal["stretch", "crop", "none"]
@@ -114,14 +117,12 @@ class ImageSpec:
         return cls(**arguments)
 
 
-def decode(
-    source: str | Path | bytes | Image.Image | npt.ArrayLike, spec: ImageSpec, max_pixels: int = MAX_PIXELS
-) -> Pixels:
+def decode(source: ImageSource, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode an image to uint8 of shape ``(H, W, spec.channels)``, at its own size.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or a uint8 array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or
-            4 (RGBA) channels.
+        source: a path, the content of a file as ``bytes`` or ``bytearray``, a binary file, a PIL image, or a uint8
+            array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 (RGBA) channels.
         spec: format that sets the channels and the background.
         max_pixels: largest number of pixels; a larger image is refused before it is decoded.
 
@@ -130,8 +131,8 @@ def decode(
     """
     name = f"'{source}'" if isinstance(source, str | Path) else "The image"
     try:
-        if isinstance(source, str | Path | bytes):
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
+        if isinstance(source, str | Path | bytes | bytearray) or hasattr(source, "read"):
+            file: Any = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
             with Image.open(file, formats=FORMATS) as image:
                 return _to_pixels(image, spec, max_pixels)
         return _to_pixels(source if isinstance(source, Image.Image) else _from_array(source), spec, max_pixels)

@@ -191,6 +191,7 @@ class Export(Options):
         metavar="HxW",
     )
     to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
+    archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
     triton: str | None = option(
         None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
     )
@@ -200,14 +201,14 @@ class Export(Options):
 class Verify(Options):
     """Check a bundle on this machine."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
 
 
 @dataclass(frozen=True)
 class Infer(Options):
     """Classify images with a bundle."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     images: Sequence[str] = argument(
         "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
         "IMAGE",
@@ -228,7 +229,7 @@ class Infer(Options):
 class Benchmark(Options):
     """Measure how fast a bundle is on this machine."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     checkpoint: str | None = option(
         None, "the bundle's checkpoint or run; adds rows for PyTorch, eager and compiled", metavar="CKPT"
     )
@@ -249,7 +250,7 @@ class Serve(Options):
     reverse proxy in front for authentication, TLS and routing.
     """
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
@@ -267,7 +268,7 @@ class Serve(Options):
 class Web(Options):
     """Write a web page that runs a bundle in the browser."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     to: str = option("web", "parent folder of the page's folder", metavar="FOLDER")
     runtime: str | None = option(
         None,

@@ -93,7 +93,7 @@ def serve(options: Serve) -> int:
         options.bundle, options.precision, threads=options.threads or None, max_pixels=options.max_pixels
     )
     # Load Pillow's plugins and allocate the model's memory before the first request.
-    predictor(predictor.bundle.sample_paths[0])
+    predictor(predictor.bundle.sample_files[0])
     service = Service(predictor, options)
     config = uvicorn.Config(
         service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False

@@ -71,10 +71,9 @@ class Service:
 
     def __init__(self, predictor: Predictor, options: Serve) -> None:
         self.predictor, self.options, self.spec = predictor, options, predictor.spec
-        self.folder = predictor.bundle.folder
-        self.name = self.folder.resolve().name
+        self.name = predictor.bundle.name
         # The version is a hash, so the same files have the same version on every server.
-        self.version = sha256((self.folder / SUMS).read_bytes()).hexdigest()[:12]
+        self.version = sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
         self.max_body = int(options.max_body_mb * 1e6)
         self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
         self.waiting, self.held_bytes, self.draining, self.started = 0, 0, False, False
