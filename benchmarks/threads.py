@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-import joblib
 import torch
 from shared import command_line, heading, row
 from torch import nn
@@ -24,6 +23,7 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.resnet import SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
+from upright.cores import count_cores
 from upright.images import ImageSpec
 from upright.runs.process import keep_freed_memory
 from upright.training.model import Model
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement; default: 3")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds; default: 5")
     options = parser.parse_args()
-    cores = joblib.cpu_count()
+    cores = count_cores()
     networks, counts = list(NETWORKS), sorted({1, max(1, cores - 1), cores})
     if options.quick:
         networks, counts, options.seconds, options.rounds = networks[:1], [cores], 0.1, 1

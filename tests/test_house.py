@@ -16,7 +16,7 @@ from upright.options import LIGHTNING
 PACKAGE = ROOT / "src/upright"
 # A module may import modules of its own group and of earlier groups (CONTRIBUTING.md).
 ORDER = (
-    ("errors", "files", "options", "recipes", "tables"),
+    ("cores", "errors", "files", "options", "recipes", "tables"),
     ("images",),
     ("runtime",),
     ("internals",),

@@ -29,6 +29,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that Pillow may read. Its other plugins are less tested against attacks, and one of them runs Ghostscript."""
 MAX_PIXELS = 64_000_000
 """Default limit for one image, in pixels."""
+DECODE_BYTES = 24
+"""Memory for decoding one image, per pixel: a transparent WebP needs 23 bytes, other formats less."""
 MAX_BATCH_PIXELS = 4_000_000
 """Limit for one batch, in pixels, so that a folder of photographs fits into memory."""
 LISTED_CLASSES = 12
@@ -117,7 +119,12 @@ class ImageSpec:
         return cls(**arguments)
 
 
-def decode(source: ImageSource, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(
+    source: ImageSource,
+    spec: ImageSpec,
+    max_pixels: int = MAX_PIXELS,
+    reserve: Callable[[int], None] | None = None,
+) -> Pixels:
     """Decode an image to uint8 of shape ``(H, W, spec.channels)``, at its own size.
 
     Args:
@@ -125,6 +132,8 @@ def decode(source: ImageSource, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -
             array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 (RGBA) channels.
         spec: format that sets the channels and the background.
         max_pixels: largest number of pixels; a larger image is refused before it is decoded.
+        reserve: function that gets the number of pixels of a file before it is decoded, and may wait for memory.
+            Decoding needs up to `DECODE_BYTES` per pixel.
 
     Raises:
         ImageError: if the source cannot be read as an image.
@@ -134,6 +143,8 @@ def decode(source: ImageSource, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -
         if isinstance(source, str | Path | bytes | bytearray) or hasattr(source, "read"):
             file: Any = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
             with Image.open(file, formats=FORMATS) as image:
+                if reserve and image.width * image.height <= max_pixels:
+                    reserve(image.width * image.height)
                 return _to_pixels(image, spec, max_pixels)
         return _to_pixels(source if isinstance(source, Image.Image) else _from_array(source), spec, max_pixels)
     except FileNotFoundError:

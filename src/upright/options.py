@@ -1,6 +1,7 @@
 """The options of each command: names, types, defaults, limits and help texts. This module imports nothing heavy."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
@@ -127,6 +128,12 @@ def image_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+PROVIDERS_DEFAULT = ("cpu",)
+PROVIDERS_HELP = (
+    "execution providers of onnxruntime, best first: cuda, tensorrt, coreml, openvino, ..., if this build has them"
+)
+
+
 @dataclass(frozen=True)
 class New(Options):
     """Write a project of your own.
@@ -217,11 +224,7 @@ class Infer(Options):
     top: int = option(1, "number of classes per image, the most probable ones", metavar="K")
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
     threads: int | None = option(None, "threads per run; by default as many as there are cores", metavar="N")
-    providers: Sequence[str] = option(
-        ("cpu",),
-        "execution providers of onnxruntime, best first: cuda, tensorrt, coreml, openvino, ..., if this build has them",
-        metavar="NAME",
-    )
+    providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
     max_pixels: int = option(64_000_000, "limit for one image; larger images are refused", metavar="N")
 
 
@@ -251,17 +254,48 @@ class Serve(Options):
     """
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")
+    name: str | None = option(None, "name of the model in routes and answers; by default that of the folder")
+    model_version: str | None = option(
+        None, "version of the model; by default the first 12 digits of the bundle's hash", metavar="VERSION"
+    )
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
     threads: int = option(0, "threads per run; 0 for as many as there are cores", metavar="N", minimum=0)
+    providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
+    decoders: int = option(0, "threads that decode images; 0 for as many as there are cores", metavar="N", minimum=0)
     max_batch: int = option(64, "images per run of the model", metavar="N", minimum=1)
     max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", metavar="MS", minimum=0)
     max_queue: int = option(256, "images in the queue; when it is full, requests get a 429", metavar="N", minimum=1)
     max_body_mb: float = option(16, "limit for one request, in megabytes", metavar="MB", above=0)
     max_pixels: int = option(16_000_000, "limit for one image, in pixels", metavar="N", minimum=1)
+    pixel_budget: int = option(
+        32_000_000, "limit for all images in memory together, in pixels; others wait", metavar="N", minimum=1
+    )
     timeout_s: float = option(30, "limit from a request to its response, in seconds", metavar="S", above=0)
+    grace_s: float = option(
+        1, "time from a stop signal until idle connections are closed, in seconds", metavar="S", minimum=0
+    )
+    root_path: str = option("", "path that a proxy removes from the address, for example /digits", metavar="PATH")
+    proxies: Sequence[str] = option(
+        (), "addresses of proxies whose X-Forwarded-For is the client in the log; * for all", metavar="ADDRESS"
+    )
+    cors: Sequence[str] = option(
+        (), "origins of web pages that may send requests, for example https://example.org; * for all", metavar="ORIGIN"
+    )
     quiet: bool = option(False, "do not log requests")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pixel_budget < self.max_pixels:
+            raise UserError(
+                f"--pixel-budget must be at least --max-pixels ({self.max_pixels}), got {self.pixel_budget}."
+            )
+        for flag, value in (("--name", self.name), ("--model-version", self.model_version)):
+            if value is not None and not re.fullmatch(r"[\w.-]+", value, re.ASCII):
+                raise UserError(f"{flag} must consist of letters, digits, '_', '-' and '.', got '{value}'.")
+        if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+", self.root_path, re.ASCII):
+            raise UserError(f"--root-path must be like /digits, without a slash at its end, got '{self.root_path}'.")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from upright.options import Infer, Verify
 from upright.runtime.bundle import EXPECTED, MANIFEST, SUMS, Bundle, checksums, file_names, write_archive
 from upright.runtime.infer import infer
 from upright.runtime.predictor import Predictor
-from upright.runtime.serving.protocol import read
+from upright.runtime.serving.protocol import Model
 from upright.runtime.verify import verify
 
 FULL_CASES = {"decoder": 50_000, "http": 30_000, "manifest": 15_000, "checkpoint": 10_000}
@@ -170,9 +170,10 @@ def test_text_among_numbers_needs_little_memory() -> None:
     """NumPy would allocate the size of the longest element for each: 20 GB."""
     data = ["a" * 250_000] + ["b"] * 20_000
     tensor = {"name": "images", "shape": [1, 1, 1, 1], "datatype": "UINT8", "data": data}
+    model = Model("digits", "1", Predictor(DIGITS, threads=1).session, ())
     before = peak()
     with pytest.raises(UprightError, match="must be integers from 0 to 255"):
-        read(json.dumps({"inputs": [tensor]}).encode(), None, 1)
+        model.read(json.dumps({"inputs": [tensor]}).encode(), None)
     assert peak() - before < 50
 
 

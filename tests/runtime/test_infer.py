@@ -109,10 +109,11 @@ def test_the_predictor_accepts_every_kind_of_source(bundle: Path, expected: dict
     predictor, path = Predictor(bundle), bundle / "samples/05.png"
     label, probability = best(expected["samples/05.png"])
     content = path.read_bytes()
-    sources = [path, str(path), content, bytearray(content), io.BytesIO(content), path.open("rb"), pipe_with(content)]
-    for source in (*sources, Image.open(path), np.asarray(Image.open(path))):
-        prediction = predictor(source)
-        assert prediction.label == label and prediction.probability == pytest.approx(probability, abs=1e-4)
+    with path.open("rb") as file, pipe_with(content) as pipe, Image.open(path) as image:
+        sources = [path, str(path), content, bytearray(content), io.BytesIO(content), file, pipe, np.asarray(image)]
+        for source in (*sources, image):
+            prediction = predictor(source)
+            assert prediction.label == label and prediction.probability == pytest.approx(probability, abs=1e-4)
     assert list(prediction.probabilities) == list("0123456789")
     assert prediction.top(1) == [(prediction.label, prediction.probability)]
 

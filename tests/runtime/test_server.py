@@ -303,9 +303,10 @@ def test_invalid_inference_requests_are_one_line(server: Running, content: Any, 
     assert message in reply.json["error"] and "\n" not in reply.json["error"]
 
 
-def test_random_bytes_are_a_request_or_an_upright_error() -> None:
-    from upright.runtime.serving.protocol import read
+def test_random_bytes_are_a_request_or_an_upright_error(predictor: Predictor) -> None:
+    from upright.runtime.serving.protocol import Model
 
+    model = Model("small", "1", predictor.session, predictor.spec.classes)
     body = json.dumps(tensor() | {"id": "1", "outputs": [{"name": "labels"}]}).encode()
     draw = random.Random(0)
     outcomes = Counter[str]()
@@ -318,7 +319,7 @@ def test_random_bytes_are_a_request_or_an_upright_error() -> None:
             )
         header = draw.choice([None, None, str(draw.randint(0, 300)), "-1", "x"])
         try:
-            read(bytes(changed), header, 1)
+            model.read(bytes(changed), header)
             outcomes["read"] += 1
         except UprightError as error:
             assert "\n" not in str(error)
@@ -340,7 +341,7 @@ def test_metrics_and_logs_count_every_request(trained: Path, samples: list[bytes
         assert "process_resident_memory_bytes" in text
     requests = [line for line in running.lines if line.get("path") == "/v1/classify"]
     assert [line["status"] for line in requests] == [200, 422]
-    assert set(requests[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client"}
+    assert set(requests[0]) == {"time", "level", "message", "method", "path", "status", "ms", "client", "request_id"}
     assert [running.lines[0]["message"], running.lines[-1]["message"]] == ["serving", "stopped"]
 
 
@@ -374,7 +375,8 @@ def test_the_openapi_description_is_complete(server: Running) -> None:
 @pytest.fixture(scope="module")
 def narrow(trained: Path) -> Iterator[Running]:
     limits = ["--max-queue", 4, "--max-body-mb", 0.5, "--max-pixels", 400_000, "--timeout-s", 2, "--max-batch", 2]
-    with serving(trained / "export/small", *limits) as running:
+    before = "from upright.runtime.serving import connection; connection.HEAD_SECONDS = 1"
+    with serving(trained / "export/small", *limits, before=before) as running:
         yield running
 
 
@@ -434,6 +436,81 @@ def test_slow_and_broken_clients_do_not_disturb_others(narrow: Running, samples:
     assert narrow.metric("upright_waiting_images") == 0
 
 
+HEADS = {
+    "a long value": (b"x: ", b"y" * 2**16),
+    "a long name": (b"", b"y" * 2**16),
+    "a long URL": (b"", b""),
+    "many headers": (b"", b"a: b\r\n" * 10_000),
+    "long trailers": (b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nx: ", b"y" * 2**16),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_large_heads_are_refused_and_do_not_block_others(narrow: Running, kind: str) -> None:
+    start, piece = HEADS[kind]
+    line = b"POST /v1/classify" + b"y" * 2**24 if kind == "a long URL" else b"POST /v1/classify HTTP/1.1\r\n" + start
+    seconds: list[float] = []
+
+    def send() -> None:
+        with socket.create_connection(("127.0.0.1", narrow.port)) as connection, suppress(OSError):
+            connection.sendall(line)
+            for _ in range(2_000):  # 120 MB, if the server does not close the connection
+                connection.sendall(piece)
+            pytest.fail("the server has read 120 MB")  # pragma: no cover
+
+    with ThreadPoolExecutor(4) as pool:
+        senders = [pool.submit(send) for _ in range(4)]
+        while not seconds or not all(sender.done() for sender in senders):
+            begin = time.monotonic()
+            assert narrow.ask("GET", "/v2/health/ready").status == 200
+            seconds.append(time.monotonic() - begin)
+        for sender in senders:
+            sender.result()
+    assert max(seconds) < 1
+
+
+def exchange(running: Running, content: bytes, later: bytes = b"") -> bytes:
+    """Send bytes, and return all that the server sends until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+        connection.sendall(content)
+        if later:
+            time.sleep(0.2)
+            connection.sendall(later)
+        return connection.makefile("rb").read()
+
+
+def test_limits_of_heads_are_exact(narrow: Running) -> None:
+    get = b"GET /v2/health/live HTTP/1.1\r\n"
+    end = b"Connection: close\r\n\r\n"
+    long = b"x: " + b"y" * (65_536 - 200) + b"\r\n"
+    # Pipelined requests have limits of their own.
+    for head in (long, b"a: b\r\n" * 99):
+        reply = exchange(narrow, get + head + b"\r\n" + get + head + end)
+        assert reply.count(b"HTTP/1.1 200") == 2
+    message = b'{"error": "Request line and headers may have up to 65536 bytes and 100 headers; send fewer."}'
+    refused = narrow.metric('upright_requests_total{route="none",status="431"}')
+    for head in (b"x: " + b"y" * 65_536 + b"\r\n", b"a: b\r\n" * 100):
+        reply = exchange(narrow, get + head + end)
+        assert reply.startswith(b"HTTP/1.1 431 ") and reply.endswith(message)
+    assert narrow.metric('upright_requests_total{route="none",status="431"}') == refused + 2
+    reply = exchange(narrow, b"\x16\x03\x01 no HTTP\r\n\r\n")
+    assert reply.startswith(b"HTTP/1.1 400 ") and reply.endswith(b'{"error": "The request is not valid HTTP."}')
+
+
+def test_slow_heads_are_a_408(narrow: Running) -> None:
+    head = b"GET /v2/health/live HTTP/1.1\r\nx: y"
+    live = b"GET /v2/health/live HTTP/1.1\r\n\r\n"
+    starts = [head, live + head, head[:5]]
+    with ThreadPoolExecutor(8) as pool:
+        begin = time.monotonic()
+        silent, trickle = pool.submit(exchange, narrow, b""), pool.submit(exchange, narrow, live, b"\r\n")
+        for start, reply in zip(starts, pool.map(lambda start: exchange(narrow, start), starts), strict=True):
+            assert b"HTTP/1.1 408 " in reply and reply.count(b"HTTP/1.1 200") == start.count(live)
+            assert reply.endswith(b'{"error": "The headers did not arrive within 1 s."}')
+        assert silent.result() == b"" and trickle.result().count(b"HTTP/1.1 200") == 1
+        assert 0.9 < time.monotonic() - begin < 4
+
+
 async def request(service: Any, path: str, body: bytes) -> Reply:
     """Send a request without a socket, for tests that need exact timing."""
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
@@ -457,32 +534,32 @@ def test_a_slow_or_failing_model_is_an_error(trained: Path, predictor: Predictor
 
     async def scenario() -> None:
         service = Service(predictor, Serve("small", timeout_s=0.5, max_queue=2, max_batch=1))
-        service.batcher.start()
-        model, slow = service.batcher.model, threading.Event()
+        service.loaded.batcher.start()
+        model, slow = service.loaded.batcher.model, threading.Event()
 
-        def waits(images: Pixels) -> Any:
+        def waits(images: Pixels, names: Any) -> Any:
             slow.wait(20)
-            return model(images)
+            return model(images, names)
 
-        service.batcher.model = waits
+        service.loaded.batcher.model = waits
         replies = await asyncio.gather(*(request(service, "/v1/classify", samples[0]) for _ in range(3)))
         assert [reply.status for reply in replies] == [503, 503, 429]
         assert replies[0].json["error"] == "The model did not finish within 0.5 s; try again later."
         assert replies[2].json["error"] == "The queue holds 2 of at most 2 images; try again later."
         slow.set()
 
-        def fails(images: Pixels) -> Any:
+        def fails(images: Pixels, names: Any) -> Any:
             raise MemoryError
 
-        service.batcher.model = fails
+        service.loaded.batcher.model = fails
         reply = await request(service, "/v1/classify", samples[0])
         assert reply.status == 500 and reply.json["error"] == "The server failed; see its log."
-        service.batcher.model = model
+        service.loaded.batcher.model = model
         reply = await request(service, "/v1/classify", samples[0])
         assert reply.status == 200 and is_prediction(reply.json["results"][0], samples[0], predictor)
         assert service.waiting == service.held_bytes == 0
         service.decoders.shutdown()
-        service.batcher.close()
+        service.loaded.batcher.close()
 
     asyncio.run(scenario())
 
@@ -550,7 +627,7 @@ def test_an_image_of_a_wrong_size_is_a_mistake_of_the_client(tmp_path: Path, fix
 
     async def scenario() -> None:
         service = Service(Predictor(bundle), Serve(str(bundle)))
-        service.batcher.start()
+        service.loaded.batcher.start()
         infer = "/v2/models/made/infer"
         for size, statuses in ((allowed, (200, 200)), (2, (422, 400)), (allowed, (200, 200))):
             image = await request(service, "/v1/classify", noise(size, size, 0))
@@ -559,7 +636,7 @@ def test_an_image_of_a_wrong_size_is_a_mistake_of_the_client(tmp_path: Path, fix
             for reply in (image, raw):
                 assert reply.status == 200 or "2x2" in reply.json["error"]
         service.decoders.shutdown()
-        service.batcher.close()
+        service.loaded.batcher.close()
 
     asyncio.run(scenario())
 

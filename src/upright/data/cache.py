@@ -14,7 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import joblib
 import numpy as np
 import numpy.typing as npt
 import pooch
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from upright.cores import count_cores
 from upright.data.source import Images
 from upright.data.split import Indices, content_hash
 from upright.data.views import Angles, Views
@@ -187,7 +187,7 @@ class Cache:
         if storage == "auto":
             storage = "memory" if files is None or count * self._row_bytes <= MAX_MEMORY_BYTES else "disk"
         if workers is None:
-            workers = min(joblib.cpu_count(), 8) if count > 1000 else 0
+            workers = min(count_cores(), 8) if count > 1000 else 0
         self.workers = workers if files is not None else 0
         self.pixels: PixelArray | Decoder = decoder
         if files is None or storage == "memory":

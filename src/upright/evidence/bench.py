@@ -22,6 +22,7 @@ from upright.architectures.localisers import ConvLocaliser, Network
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.transforms import TransformName
+from upright.cores import count_cores
 from upright.data.batch import Batch
 from upright.data.datamodule import ImageDataModule
 from upright.data.digits import Digits
@@ -204,7 +205,7 @@ class Bench:
 
     def __init__(self, folder: Path, seeds: int, scale: Scale) -> None:
         self.folder, self.seeds, self.scale = folder, seeds, scale
-        self.workers = 1 if scale == "quick" else joblib.cpu_count()
+        self.workers = 1 if scale == "quick" else count_cores()
         """Number of parallel processes."""
         self.seconds = 0.0
         """Processor time in other processes and before an interruption, in seconds."""

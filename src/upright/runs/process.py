@@ -4,8 +4,9 @@ import ctypes
 import os
 import platform
 
-import joblib
 import torch
+
+from upright.cores import count_cores
 
 M_TOP_PAD = -2
 
@@ -27,5 +28,4 @@ def leave_a_core() -> None:
     per core is many times slower (``benchmarks/threads.py``).
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        # joblib's count respects the limits of a container or a scheduler.
-        torch.set_num_threads(max(1, joblib.cpu_count() - 1))
+        torch.set_num_threads(max(1, count_cores() - 1))

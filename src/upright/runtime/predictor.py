@@ -1,5 +1,6 @@
 """Predictions from a bundle in Python."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.resources.abc import Traversable
@@ -11,14 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from upright.cores import count_cores
 from upright.errors import BundleError, EngineError, ImageError, UserError
-from upright.images import MAX_PIXELS, ImageSource, Pixels, batches_of_one_size, decode
+from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
 
 Item = TypeVar("Item")
 Probabilities = npt.NDArray[np.float32]
 Errors = Literal["raise", "return"]
 CPU = ("cpu",)
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 class Prediction(NamedTuple):
@@ -45,7 +48,7 @@ class Predictor:
     Args:
         bundle: the folder or the archive of a bundle, or an open one.
         precision: ``fp32``, or ``fp16`` or ``int8`` if the bundle has it.
-        threads: threads per run; by default the number of cores.
+        threads: threads per run; by default the number of cores that this process may use.
         providers: execution providers of onnxruntime, best first: ``cpu``, ``cuda``, ``tensorrt``, ``openvino``, ...
         max_pixels: limit on the pixels of an image; a larger image is refused before it is decoded.
 
@@ -67,7 +70,12 @@ class Predictor:
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
-        self._settings = {"precision": precision, "threads": threads, "providers": providers, "max_pixels": max_pixels}
+        self._settings: dict[str, Any] = {
+            "precision": precision,
+            "threads": threads,
+            "providers": providers,
+            "max_pixels": max_pixels,
+        }
         model = self.bundle.model(precision)
         self.session = open_session(model, threads, providers)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
@@ -146,13 +154,49 @@ class Predictor:
                 else:
                     yield from map(self.prediction, rows)
 
-    def decode(self, image: ImageSource) -> Pixels:
-        """Decode an image to uint8 ``(H, W, C)`` at its own size.
+    def outputs(
+        self, images: Sequence[Any], names: Sequence[str] | None = None, batch_size: int = 64
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return outputs of the graph for many images, each with one row per image.
+
+        Args:
+            images: at least one image, in the forms that a call takes.
+            names: names of outputs, such as ``theta``; by default all of `output_names`.
+            batch_size: images per run.
+
+        Raises:
+            ImageError: if an image cannot be decoded.
+            UserError: if the graph does not have an output, or there are no images.
+        """
+        if not len(images):
+            raise UserError("outputs needs at least one image, got none.")
+        self.check_outputs(names := self.output_names if names is None else names)
+        pixels = map(self.decode, images)
+        batches = session_batches(self.session, pixels, lambda image: image, batch_size)
+        parts = [self.run_outputs(np.stack(batch), names) for batch in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs of the graph. The first one is ``probabilities``."""
+        return [output.name for output in self.session.get_outputs()]
+
+    def check_outputs(self, names: Iterable[str]) -> None:
+        """Raise a `UserError` if the graph does not have one of these outputs."""
+        for name in names:
+            if name not in self.output_names:
+                raise UserError(
+                    f"The model has no output '{name}', only {', '.join(self.output_names)}; "
+                    "`upright export --outputs` adds outputs to a bundle."
+                )
+
+    def decode(self, image: ImageSource, reserve: Callable[[int], None] | None = None) -> Pixels:
+        """Decode an image to uint8 ``(H, W, C)`` at its own size. `upright.images.decode` explains ``reserve``.
 
         Raises:
             ImageError: if it cannot be decoded, or if the model accepts only images of another size.
         """
-        pixels = decode(image, self.spec, self.max_pixels)
+        pixels = decode(image, self.spec, self.max_pixels, reserve)
         _, *size, _ = self.session.get_inputs()[0].shape
         if all(isinstance(side, int) for side in size) and pixels.shape[:2] != tuple(size):
             name = f"'{image}'" if isinstance(image, str | Path) else "The image"
@@ -174,14 +218,18 @@ class Predictor:
             yield from self.run(np.stack(batch))
 
     def run(self, images: npt.NDArray[np.uint8]) -> Probabilities:
-        """Return probabilities ``(B, K)`` of decoded images ``(B, H, W, C)``.
+        """Return probabilities ``(B, K)`` of decoded images ``(B, H, W, C)``, see `run_outputs`."""
+        return self.run_outputs(images, ("probabilities",))["probabilities"]
+
+    def run_outputs(self, images: npt.NDArray[np.uint8], names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """Return outputs of the graph, each ``(B, ...)``, for decoded images ``(B, H, W, C)``.
 
         Raises:
             ImageError: if the network does not accept images of this size.
             EngineError: if onnxruntime fails.
         """
         try:
-            return run_batch(self.session, images)[0]
+            return dict(zip(names, run_batch(self.session, images, names), strict=True))
         except EngineError as error:
             if self._accepts_training_size(images.shape):
                 size = _size(images.shape[1:3])
@@ -213,7 +261,7 @@ def open_session(
 
     Args:
         model: path or content of the file, or a file in an archive.
-        threads: number of threads per run; by default the number of cores.
+        threads: number of threads per run; by default the number of cores that this process may use.
         providers: execution providers, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor
             runs the operators that none of them supports.
 
@@ -225,7 +273,9 @@ def open_session(
         raise UserError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
     full_names = find_providers(providers)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    # By default onnxruntime uses all physical cores of the machine, also in a container that may use fewer.
+    cores = count_cores()
+    options.intra_op_num_threads = threads or (cores if cores < (os.cpu_count() or 1) else 0)
     # Do not log constants that the optimiser could not fold. Errors are also raised as exceptions.
     options.log_severity_level = 4
     try:
@@ -256,6 +306,13 @@ def find_providers(names: Sequence[str]) -> list[str]:
                 "install another build of it in its place, such as onnxruntime-gpu or onnxruntime-openvino."
             )
     return [available[_short(name)] for name in names]
+
+
+def _shrinking() -> onnxruntime.RunOptions:
+    """Return options that let onnxruntime return its memory to the system after a run."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _short(provider: str) -> str:
@@ -303,7 +360,9 @@ def run_batch(
     if batch := fixed_batch(session):
         images = images[np.arange(batch) % count]
     try:
-        return [output[:count] for output in session.run(list(outputs), {"images": images})]
+        large = images[0].size > images.shape[-1] * MAX_BATCH_PIXELS and session.get_providers() == [CPU_PROVIDER]
+        results = session.run(list(outputs), {"images": images}, *([_shrinking()] if large else []))
+        return [output[:count] for output in results]
     except Exception as error:  # onnxruntime's exceptions have no other common base
         reason = " ".join(str(error).split())
         raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {shape}: {reason}") from error

@@ -5,8 +5,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +16,46 @@ from upright.images import MAX_BATCH_PIXELS
 
 Images = npt.NDArray[np.uint8]
 """Decoded images of one size, ``(B, H, W, C)``."""
-Rows = npt.NDArray[np.float32]
-"""Probabilities, ``(B, K)``."""
+Outputs = dict[str, npt.NDArray[Any]]
+"""Outputs of the graph by name, each ``(B, ...)``."""
 
 log = logging.getLogger("upright.serve")
 
 
+class Budget:
+    """A number of pixels that may be in memory at the same time. Threads wait for their share, the first one first."""
+
+    def __init__(self, pixels: int) -> None:
+        self.free = self.pixels = pixels
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+
+    def acquire(self, pixels: int) -> None:
+        """Wait for a share. A share of more than the whole budget waits until no other share is taken."""
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self.free >= min(pixels, self.pixels))
+            self.free -= pixels
+
+    def release(self, pixels: int) -> None:
+        with self._changed:
+            self.free += pixels
+            self._changed.notify_all()
+
+
 class Job(NamedTuple):
-    """Images that wait for the model, the future of their `Rows`, and the time of their arrival."""
+    """Images that wait for the model.
+
+    Args:
+        images: images of one size.
+        names: outputs that the client wants.
+        result: future of the outputs.
+        reserved: pixels of the budget, which are released after the run.
+        since: time of arrival.
+    """
 
     images: Images
-    result: "asyncio.Future[Rows]"
+    names: Sequence[str]
+    result: "asyncio.Future[Outputs]"
+    reserved: int
     since: float
 
 
@@ -61,25 +90,27 @@ class Batcher(threading.Thread):
     """A thread that runs the model on the jobs that arrived during its last run.
 
     Args:
-        model: ``(B, H, W, C)`` -> `Rows`.
+        model: function from ``(B, H, W, C)`` and names of outputs to `Outputs`.
         max_batch: images per run; batches of large images are also limited by `MAX_BATCH_PIXELS`.
         max_delay: seconds that a job may wait for announced jobs while the model is idle.
         observe: function that gets the number of images and the seconds of every run.
+        budget: budget of the pixels of images in memory.
     """
 
     def __init__(
         self,
-        model: Callable[[Images], Rows],
+        model: Callable[[Images, Sequence[str]], Outputs],
         max_batch: int,
         max_delay: float,
         observe: Callable[[int, float], None],
+        budget: Budget,
     ) -> None:
         super().__init__(name="model", daemon=True)
         self.model, self.max_batch, self.max_delay, self.observe = model, max_batch, max_delay, observe
+        self.budget = budget
         self._queues: dict[tuple[int, ...], Queue] = {}
-        self._pixels, self._announced, self._closed = 0, 0, False
-        lock = threading.Lock()
-        self._changed, self._room = threading.Condition(lock), threading.Condition(lock)
+        self._announced, self._closed = 0, False
+        self._changed = threading.Condition()
 
     def announce(self) -> None:
         """Announce calls of `submit`. The caller must call `arrived` after them."""
@@ -93,22 +124,18 @@ class Batcher(threading.Thread):
             if not self._announced:
                 self._changed.notify()
 
-    def submit(self, images: Images, result: "asyncio.Future[Rows]") -> None:
-        """Queue ``(B, H, W, C)`` with at most ``max_batch`` images, without waiting."""
+    def submit(
+        self, images: Images, names: Sequence[str], result: "asyncio.Future[Outputs]", reserved: int = 0
+    ) -> None:
+        """Queue ``(B, H, W, C)`` with at most ``max_batch`` images, without waiting. `Job` explains the arguments."""
         with self._changed:
             shape = images.shape[1:]
             if shape not in self._queues:
                 self._queues[shape] = Queue(shape[0], shape[1], self.max_batch)
             queue = self._queues[shape]
-            queue.add(Job(images, result, time.monotonic()))
-            self._pixels += images.size
+            queue.add(Job(images, names, result, reserved, time.monotonic()))
             if not self._announced or len(queue.jobs) == 1 or queue.full:
                 self._changed.notify()
-
-    def wait_for_room(self) -> None:
-        """Wait while too many decoded images are queued, so that a slow model does not fill the memory."""
-        with self._room:
-            self._room.wait_for(lambda: self._pixels < 4 * MAX_BATCH_PIXELS)
 
     def close(self) -> None:
         """Run the queued jobs, then stop the thread."""
@@ -118,22 +145,32 @@ class Batcher(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        while jobs := self._next():
-            # Skip jobs whose clients stopped waiting.
-            if jobs := [job for job in jobs if not job.result.cancelled()]:
-                outcome: Rows | Exception
-                start, count = time.perf_counter(), sum(len(job.images) for job in jobs)
-                try:
-                    outcome = self.model(
-                        jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
-                    )
-                except UserError as error:
-                    outcome = error
-                except Exception as error:  # the thread must not end; it reports any failure to every client
-                    log.exception("the model failed", extra={"fields": {"images": count}})
-                    outcome = error
-                self.observe(count, time.perf_counter() - start)
-                jobs[0].result.get_loop().call_soon_threadsafe(_deliver, jobs, outcome)
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """Wait for a batch and run it. Return False if there is none, see `_next`."""
+        jobs = self._next()
+        # Skip jobs whose clients stopped waiting.
+        if waiting := [job for job in jobs if not job.result.cancelled()]:
+            self._run_batch(waiting)
+        self.budget.release(sum(job.reserved for job in jobs))
+        return bool(jobs)
+
+    def _run_batch(self, jobs: list[Job]) -> None:
+        outcome: Outputs | Exception
+        start, count = time.perf_counter(), sum(len(job.images) for job in jobs)
+        names = sorted({name for job in jobs for name in job.names})
+        try:
+            images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
+            outcome = self.model(images, names)
+        except UserError as error:
+            outcome = error
+        except Exception as error:  # the thread must not end; it reports any failure to every client
+            log.exception("the model failed", extra={"fields": {"images": count}})
+            outcome = error
+        self.observe(count, time.perf_counter() - start)
+        jobs[0].result.get_loop().call_soon_threadsafe(_deliver, jobs, outcome)
 
     def _next(self) -> list[Job]:
         """Wait for a batch and return it, or an empty list once the thread is closed and all queues are empty."""
@@ -147,8 +184,6 @@ class Batcher(threading.Thread):
                         jobs = queue.take()
                         if not queue.jobs:
                             del self._queues[shape]
-                        self._pixels -= sum(job.images.size for job in jobs)
-                        self._room.notify_all()
                         return jobs
                     timeout = delay if timeout is None else timeout
                 if self._closed:
@@ -156,12 +191,13 @@ class Batcher(threading.Thread):
                 self._changed.wait(timeout)
 
 
-def _deliver(jobs: list[Job], outcome: Rows | Exception) -> None:
+def _deliver(jobs: list[Job], outcome: Outputs | Exception) -> None:
     start = 0
     for job in jobs:
+        end = start + len(job.images)
         if not job.result.done():
             if isinstance(outcome, Exception):
                 job.result.set_exception(outcome)
             else:
-                job.result.set_result(outcome[start : start + len(job.images)])
-        start += len(job.images)
+                job.result.set_result({name: outcome[name][start:end] for name in job.names})
+        start = end

@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 
-from upright.images import ImageSpec
-from upright.runtime.serving.protocol import InferenceRequest, InferenceResponse
+from upright.runtime.serving.protocol import HEADER, InferenceRequest, InferenceResponse, Model
 
 
 class RankedClass(msgspec.Struct):
@@ -24,6 +23,7 @@ class Result(msgspec.Struct, omit_defaults=True):
     label: str | None = None
     probability: float | None = None
     top: list[RankedClass] | None = None
+    outputs: dict[str, list[Any]] | None = None
     error: str | None = None
 
 
@@ -45,46 +45,76 @@ class Error(msgspec.Struct):
 SCHEMAS = "#/components/schemas/"
 
 
-def openapi(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of a server for the model ``name``, with ``limit`` images per request."""
-    classes = len(spec.classes)
+def openapi(model: Model, limit: int, root_path: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of a server.
+
+    Args:
+        model: the model.
+        limit: images per request.
+        root_path: path of the server behind a proxy.
+    """
+    classes = len(model.classes)
     binary = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
-    top = {"name": "top", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": classes, "default": 1}}
+    others = [name for name in model.outputs if name not in ("probabilities", "labels")]
+    top = _parameter("top", "query", {"type": "integer", "minimum": 1, "maximum": classes, "default": 1})
+    names = {"type": "array", "items": {"enum": ["probabilities", *others]}}
+    outputs = _parameter("outputs", "query", names, style="form", explode=False)
+    encoding = _parameter("Content-Encoding", "header", {"enum": ["gzip", "deflate", "identity"]})
+    length = _parameter(HEADER, "header", {"type": "integer", "minimum": 0})
     _, components = msgspec.json.schema_components(
         [ClassifyResponse, Error, InferenceRequest, InferenceResponse], ref_template=SCHEMAS + "{name}"
     )
-    model = f"/v2/models/{name}"
+    route = f"/v2/models/{model.name}"
+    version_route = f"{route}/versions/{model.version}"
+    lists = {kind: "; ".join(map(_tensor, model.metadata[kind])) for kind in ("inputs", "outputs")}
+    infer = _operation(
+        "Classify images by the Open Inference Protocol",
+        f"Input: {lists['inputs']}, or images BYTES [-1] (encoded; base64 in JSON). Outputs: {lists['outputs']}. "
+        f"-1 is any length. Binary tensors may follow the JSON, whose length is then in {HEADER}.",
+        "InferenceResponse",
+        f"curl --json @request.json ADDRESS{route}/infer",
+        bad=(400, 404, 408, 413, 415, 429, 431, 500, 503),
+        parameters=[encoding, length],
+        requestBody={
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": SCHEMAS + "InferenceRequest"}},
+                "application/octet-stream": binary,
+            },
+        },
+    )
+    infer["responses"]["200"]["content"]["application/octet-stream"] = binary
+    metadata = {"get": _operation("Inputs, outputs and version of the model", bad=(404,))}
+    ready = {"get": _operation("Readiness of the model", bad=(404, 503))}
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"{name}: an image classifier", "version": version("upright")},
+        "info": {"title": f"{model.name}: an image classifier", "version": version("upright")},
+        "servers": [{"url": root_path or "/"}],
         "paths": {
             "/v1/classify": {
                 "post": _operation(
                     f"Classify an image, or up to {limit}",
-                    "The body is one image, or multipart/form-data with one image per part. Each image has its own "
-                    "result: a label with its probability, or an error. `top` is the number of classes to return.",
+                    "The body is one image, of any content type, or multipart/form-data with one image per part that "
+                    "has a filename; parts without a filename are ignored. Each image has its own result: a label with "
+                    "its probability, or an error. `top` is the number of classes to return. `outputs` lists further "
+                    "outputs of the model, separated by commas.",
                     "ClassifyResponse",
                     f"curl --data-binary @image.png 'ADDRESS/v1/classify?top={min(3, classes)}'",
-                    bad=(400, 408, 413, 422, 429, 500, 503),
-                    parameters=[top],
-                    requestBody={"content": {"image/*": binary, "multipart/form-data": {"schema": files}}},
+                    bad=(400, 408, 413, 415, 422, 429, 431, 500, 503),
+                    parameters=[top, outputs, encoding],
+                    requestBody={
+                        "required": True,
+                        "content": {"*/*": binary, "multipart/form-data": {"schema": files}},
+                    },
                 )
             },
-            f"{model}/infer": {
-                "post": _operation(
-                    "Classify images by the Open Inference Protocol",
-                    f"Input `images`: UINT8 [B, H, W, {spec.channels}], or BYTES [B] (encoded; base64 in JSON). "
-                    f"Outputs: `probabilities` FP32 [B, {classes}], `labels` BYTES [B]. Binary tensors may follow the "
-                    "JSON (Inference-Header-Content-Length).",
-                    "InferenceResponse",
-                    f"curl --json @request.json ADDRESS{model}/infer",
-                    bad=(400, 404, 408, 413, 429, 500, 503),
-                    requestBody={"content": {"application/json": {"schema": {"$ref": SCHEMAS + "InferenceRequest"}}}},
-                )
-            },
-            model: {"get": _operation("Inputs, outputs and version of the model")},
-            f"{model}/ready": {"get": _operation("Readiness of the model", bad=(404, 503))},
+            f"{route}/infer": {"post": infer},
+            f"{version_route}/infer": {"post": infer},
+            route: metadata,
+            version_route: metadata,
+            f"{route}/ready": ready,
+            f"{version_route}/ready": ready,
             "/v2": {"get": _operation("Name, version and extensions of the server")},
             "/v2/health/live": {"get": _operation("Liveness of the server")},
             "/v2/health/ready": {"get": _operation("Readiness of the server; false while it stops", bad=(503,))},
@@ -94,13 +124,23 @@ def openapi(name: str, spec: ImageSpec, limit: int) -> dict[str, Any]:
     }
 
 
+def _parameter(name: str, place: str, schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"name": name, "in": place, "schema": schema, **more}
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['datatype']} {tensor['shape']}"
+
+
 MEANINGS = {
     400: "The request is wrong; see `error`.",
     404: "There is no such model or version.",
-    408: "The body did not arrive in time.",
+    408: "The headers or the body did not arrive in time.",
     413: "The request has more bytes or images than allowed.",
+    415: "The content encoding is unknown.",
     422: "No image could be read.",
     429: "The queue is full: try again after the seconds in Retry-After.",
+    431: "The headers are too many or too large.",
     500: "The model or the server failed; see the server's log.",
     503: "The server is stopping, or the model did not finish in time: try again after the seconds in Retry-After.",
 }

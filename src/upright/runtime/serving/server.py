@@ -1,8 +1,8 @@
 """``upright serve``: classify images over HTTP.
 
 Starlette routes requests, and uvicorn handles HTTP (httptools, on uvloop). `Batcher` runs the model in one thread, and
-a pool of threads decodes images, so neither blocks the event loop. The proxy in front is responsible for keys, TLS,
-routing, and clients that send their headers slowly.
+a pool of threads decodes images, so neither blocks the event loop. The proxy in front is responsible for keys, TLS
+and routing.
 """
 
 import asyncio
@@ -24,12 +24,9 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from upright.errors import UserError
 from upright.options import Serve
-from upright.runtime.predictor import Predictor
 from upright.runtime.serving.batching import log
-from upright.runtime.serving.service import Service, request_log
-
-GRACE_SECONDS = 1.0
-"""Time from a signal until idle connections are closed. Until then, responses have the header ``Connection: close``."""
+from upright.runtime.serving.connection import Connection
+from upright.runtime.serving.service import Service, open_predictor, request_log
 
 
 class JsonLines(logging.Formatter):
@@ -50,6 +47,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        self.reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -57,6 +55,9 @@ class Server(uvicorn.Server):
         fields = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
         fields |= {"model": self.service.name, "version": self.service.version}
         log.info("serving", extra={"fields": asdict(self.service.options) | fields})
+        if hasattr(signal, "SIGHUP"):
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -75,7 +76,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         """Answer accepted requests. The server still listens meanwhile, so that new requests get a 503."""
         log.info("stopping", extra={"fields": {"waiting": self.service.waiting}})
-        end = time.monotonic() + GRACE_SECONDS
+        # Until idle connections are closed, responses have the header ``Connection: close``.
+        end = time.monotonic() + self.service.options.grace_s
         while (self.service.waiting or time.monotonic() < end) and not self.force_exit:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
@@ -85,18 +87,21 @@ def serve(options: Serve) -> int:
     """Serve until SIGTERM or SIGINT, then answer accepted requests and return.
 
     Raises:
-        BundleError: if the bundle cannot be used. It is read once, at the start.
+        BundleError: if the bundle cannot be used. It is read at the start, and after SIGHUP.
         EngineError: if onnxruntime fails on the bundle's first sample.
         UserError: if the address is in use.
     """
-    predictor = Predictor(
-        options.bundle, options.precision, threads=options.threads or None, max_pixels=options.max_pixels
-    )
-    # Load Pillow's plugins and allocate the model's memory before the first request.
-    predictor(predictor.bundle.sample_files[0])
-    service = Service(predictor, options)
+    service = Service(open_predictor(options), options)
     config = uvicorn.Config(
-        service.app(), log_config=None, access_log=False, proxy_headers=False, backlog=2048, server_header=False
+        service.app(),
+        http=Connection,
+        log_config=None,
+        access_log=False,
+        proxy_headers=bool(options.proxies),
+        forwarded_allow_ips=list(options.proxies),
+        root_path=options.root_path,
+        backlog=2048,
+        server_header=False,
     )
     # Each image gets an error or a prediction, so Pillow's warnings are not useful.
     warnings.filterwarnings("ignore", module="PIL")

@@ -1,10 +1,11 @@
-"""The routes of `upright serve`, their limits, and their metrics."""
+"""The routes of `upright serve`, and their limits."""
 
 import asyncio
 import logging
-import os
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -12,53 +13,86 @@ from hashlib import sha256
 from importlib.metadata import version
 from operator import itemgetter
 from typing import Any, NoReturn
+from uuid import uuid4
 
 import msgspec
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from upright.cores import count_cores
 from upright.errors import ImageError, UprightError, UserError
 from upright.options import Serve
 from upright.runtime.bundle import SUMS
 from upright.runtime.predictor import Predictor, fixed_batch
 from upright.runtime.serving import protocol
-from upright.runtime.serving.batching import Batcher, Images, Rows
+from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs, log
 from upright.runtime.serving.description import ClassifyResponse, RankedClass, Result, openapi, page
+from upright.runtime.serving.metrics import Metrics
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MAX_BODIES = 16
 """Limit on the bodies in memory, as a number of bodies of the largest size. Further requests are refused."""
+ENCODINGS = ("gzip", "deflate")
 SMALL_BODY = 64 * 1024
 """Largest request in bytes that the event loop parses itself, because a thread would take longer in total."""
+
+PROBABILITIES = protocol.PROBABILITIES
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+TRACE_PARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+"""W3C Trace Context. The group is the trace id."""
 
 request_log = logging.getLogger("upright.serve.requests")
 
 
-class Metrics:
-    """Metrics of ``/metrics``, in a separate registry."""
+def open_predictor(options: Serve) -> Predictor:
+    """Open the bundle and classify its first sample.
 
-    def __init__(self, waiting: Callable[[], float]) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        common: dict[str, Any] = {"namespace": "upright", "registry": self.registry}
-        self.requests = Counter("requests", "Requests with a response.", ["route", "status"], **common)
-        self.seconds = Histogram("request_seconds", "Time from the headers to the response.", ["route"], **common)
-        self.images = Counter("images", "Images: answered, bad, refused, failed.", ["outcome"], **common)
-        sizes = [2**n for n in range(11)]
-        self.batch = Histogram("batch_images", "Images per run of the model.", buckets=sizes, **common)
-        self.model = Histogram("model_seconds", "Time per run of the model.", **common)
-        Gauge("waiting_images", "Accepted images without a response.", **common).set_function(waiting)
+    Raises:
+        BundleError: if the bundle cannot be used.
+        EngineError: if onnxruntime fails on the sample.
+    """
+    predictor = Predictor(
+        options.bundle,
+        options.precision,
+        threads=options.threads or None,
+        providers=options.providers,
+        max_pixels=options.max_pixels,
+    )
+    # Load Pillow's plugins and allocate the model's memory before the first request.
+    predictor(predictor.bundle.sample_files[0])
+    return predictor
 
-    def observe_run(self, images: int, seconds: float) -> None:
-        self.batch.observe(images)
-        self.model.observe(seconds)
+
+class Loaded:
+    """A bundle that answers requests.
+
+    Args:
+        predictor: predictor with the model.
+        options: options with the name, the version and the limits.
+        metrics: metrics of the server.
+        budget: budget of the pixels of images in memory.
+    """
+
+    def __init__(self, predictor: Predictor, options: Serve, metrics: Metrics, budget: Budget) -> None:
+        self.predictor, self.classes = predictor, predictor.spec.classes
+        # The version is a hash, so the same files have the same version on every server.
+        version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
+        name = options.name or predictor.bundle.name
+        self.protocol = protocol.Model(name, version, predictor.session, self.classes)
+        self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
+        delay = options.max_delay_ms / 1000
+        self.batcher = Batcher(predictor.run_outputs, self.max_batch, delay, metrics.observe_run, budget)
+        self.requests = 0
+        """Requests that use this bundle."""
 
 
 class Service:
@@ -70,17 +104,42 @@ class Service:
     """
 
     def __init__(self, predictor: Predictor, options: Serve) -> None:
-        self.predictor, self.options, self.spec = predictor, options, predictor.spec
-        self.name = predictor.bundle.name
-        # The version is a hash, so the same files have the same version on every server.
-        self.version = sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
+        self.options = options
         self.max_body = int(options.max_body_mb * 1e6)
-        self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
         self.waiting, self.held_bytes, self.draining, self.started = 0, 0, False, False
         self.metrics = Metrics(lambda: self.waiting)
-        delay = options.max_delay_ms / 1000
-        self.batcher = Batcher(predictor.run, self.max_batch, delay, self.metrics.observe_run)
-        self.decoders = ThreadPoolExecutor(CORES, "decode")
+        self.budget = Budget(options.pixel_budget)
+        self.decoder_count = options.decoders or count_cores()
+        self.decoders = ThreadPoolExecutor(self.decoder_count, "decode")
+        self.loaded = Loaded(predictor, options, self.metrics, self.budget)
+        self._set_model_info()
+
+    @property
+    def name(self) -> str:
+        return self.loaded.protocol.name
+
+    @property
+    def version(self) -> str:
+        return self.loaded.protocol.version
+
+    def _set_model_info(self) -> None:
+        self.metrics.set_model(self.name, self.version, self.options.precision, self.loaded.classes)
+
+    async def reload(self) -> None:
+        """Read the bundle again. Its requests are answered by the new one, or by the old one if the new one fails."""
+        loop, old = asyncio.get_running_loop(), self.loaded
+        try:
+            predictor = await loop.run_in_executor(None, open_predictor, self.options)
+        except (UprightError, OSError) as error:
+            log.error("reload failed", extra={"fields": {"error": str(error), "version": self.version}})
+            return
+        self.loaded = Loaded(predictor, self.options, self.metrics, self.budget)
+        self.loaded.batcher.start()
+        self._set_model_info()
+        log.info("reloaded", extra={"fields": {"model": self.name, "version": self.version}})
+        while old.requests:
+            await asyncio.sleep(0.05)
+        await loop.run_in_executor(None, old.batcher.close)
 
     def app(self) -> ASGIApp:
         """Return the ASGI application."""
@@ -101,18 +160,26 @@ class Service:
                 Route(model, self._metadata),
             ]
         handlers: dict[Any, Any] = dict.fromkeys((HTTPException, UprightError, ClientDisconnect, Exception), _failed)
-        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=self.options.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[protocol.HEADER, "Retry-After", "X-Request-Id"],
+        )
+        middleware = [cors] if self.options.cors else []
+        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan, middleware=middleware)
         # Starlette's redirect to a path without the slash fails on a query that is not UTF-8.
         app.router.redirect_slashes = False
         return self._observed(app)
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self.batcher.start()
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[dict[str, Any]]:
+        self.loaded.batcher.start()
         self.started = True
-        yield
+        yield {"metrics": self.metrics}  # for connections
         self.decoders.shutdown()
-        self.batcher.close()
+        self.loaded.batcher.close()
 
     # Limits.
 
@@ -126,13 +193,37 @@ class Service:
             size += len(chunk)
             if size > self.max_body:
                 _refuse(413, f"The body has more than {self.max_body} bytes, which is the limit.")
-            request.state.held_bytes += len(chunk)
-            self.held_bytes += len(chunk)
-            if self.held_bytes > MAX_BODIES * self.max_body:
-                total = MAX_BODIES * self.max_body
-                _refuse(429, f"The bodies of all requests together have more than {total} bytes; try again later.")
+            self._hold(request, len(chunk))
             chunks.append(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding == "identity":
+            return body
+        if encoding not in ENCODINGS:
+            _refuse(415, f"Content-Encoding must be {' or '.join(ENCODINGS)}, or absent; got {encoding!r}.")
+        body = await asyncio.get_running_loop().run_in_executor(self.decoders, self._decompress, body)
+        self._hold(request, len(body))
+        return body
+
+    def _hold(self, request: Request, size: int) -> None:
+        """Count bytes of bodies in memory."""
+        request.state.held_bytes += size
+        self.held_bytes += size
+        if self.held_bytes > MAX_BODIES * self.max_body:
+            total = MAX_BODIES * self.max_body
+            _refuse(429, f"The bodies of all requests together have more than {total} bytes; try again later.")
+
+    def _decompress(self, body: bytes) -> bytes:
+        decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
+        try:
+            content = decompressor.decompress(body, self.max_body + 1)
+        except zlib.error as error:
+            raise UserError(f"The body cannot be decompressed: {error}.") from None
+        if len(content) > self.max_body:
+            _refuse(413, f"The decompressed body has more than {self.max_body} bytes, which is the limit.")
+        if not decompressor.eof or decompressor.unused_data:
+            raise UserError("The body cannot be decompressed: it is truncated, or bytes follow its end.")
+        return content
 
     @asynccontextmanager
     async def _accepted(self, request: Request) -> AsyncIterator[bytes]:
@@ -178,73 +269,109 @@ class Service:
 
     # The model.
 
-    def _decode(self, files: "list[tuple[bytes, asyncio.Future[Rows]]]") -> None:
+    @contextmanager
+    def _using(self) -> Iterator[Loaded]:
+        """Yield the bundle that answers a request until its end, also if another one is loaded meanwhile."""
+        loaded = self.loaded
+        loaded.requests += 1
+        try:
+            yield loaded
+        finally:
+            loaded.requests -= 1
+
+    def _decode(
+        self, loaded: Loaded, names: Sequence[str], files: "list[tuple[bytes, asyncio.Future[Outputs]]]"
+    ) -> None:
         """Decode files and submit them, in a thread of `decoders`. Set errors on the futures."""
         for content, result in files:
-            try:
-                self.batcher.wait_for_room()
-                if not result.cancelled():
-                    self.batcher.submit(self.predictor.decode(content)[np.newaxis], result)
-            except Exception as error:
-                result.get_loop().call_soon_threadsafe(_set_exception, result, error)
-        self.batcher.arrived()
+            if not result.cancelled():
+                self._decode_one(loaded, names, content, result)
+        loaded.batcher.arrived()
 
-    async def _classify_files(self, files: list[bytes]) -> list[Rows | ImageError]:
-        """Return ``(1, K)`` or an error for each encoded image."""
+    def _decode_one(
+        self, loaded: Loaded, names: Sequence[str], content: bytes, result: "asyncio.Future[Outputs]"
+    ) -> None:
+        reserved = 0
+
+        def reserve(pixels: int) -> None:
+            nonlocal reserved
+            self.budget.acquire(pixels)
+            reserved = pixels
+            if result.cancelled():
+                raise TimeoutError
+
+        try:
+            image = loaded.predictor.decode(content, reserve)
+            loaded.batcher.submit(image[np.newaxis], names, result, reserved)
+        except Exception as error:
+            self.budget.release(reserved)
+            result.get_loop().call_soon_threadsafe(_set_exception, result, error)
+
+    async def _classify_files(
+        self, loaded: Loaded, names: Sequence[str], files: list[bytes]
+    ) -> list[Outputs | ImageError]:
+        """Return outputs ``(1, ...)`` or an error for each encoded image."""
         loop = asyncio.get_running_loop()
         jobs = [(content, loop.create_future()) for content in files]
         # Give each thread one share of the files: passing one to a thread costs as much as decoding a small image.
-        size = -(-len(jobs) // CORES)
+        size = -(-len(jobs) // self.decoder_count)
         for start in range(0, len(jobs), size):
-            self.batcher.announce()
-            self.decoders.submit(self._decode, jobs[start : start + size])
+            loaded.batcher.announce()
+            self.decoders.submit(self._decode, loaded, names, jobs[start : start + size])
         outcomes = await asyncio.gather(*(result for _, result in jobs), return_exceptions=True)
-        rows: list[Rows | ImageError] = []
+        answers: list[Outputs | ImageError] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, ImageError):
                 raise outcome
-            rows.append(outcome)
-        bad = sum(isinstance(row, ImageError) for row in rows)
-        self.metrics.images.labels("answered").inc(len(rows) - bad)
+            answers.append(outcome)
+        bad = sum(isinstance(answer, ImageError) for answer in answers)
+        self.metrics.images.labels("answered").inc(len(answers) - bad)
         self.metrics.images.labels("bad").inc(bad)
-        return rows
+        return answers
 
-    async def _classify_all_files(self, files: list[bytes]) -> Rows:
-        """Return ``(B, K)``, or raise the first `ImageError`."""
-        rows = []
-        for index, outcome in enumerate(await self._classify_files(files)):
+    async def _classify_all_files(self, loaded: Loaded, names: Sequence[str], files: list[bytes]) -> list[Outputs]:
+        """Return outputs ``(1, ...)`` for each encoded image, or raise the first `ImageError`."""
+        answers = []
+        for index, outcome in enumerate(await self._classify_files(loaded, names, files)):
             if isinstance(outcome, ImageError):
                 raise ImageError(f"Image {index} of {len(files)}: {outcome}")
-            rows.append(outcome)
-        return np.concatenate(rows)
+            answers.append(outcome)
+        return answers
 
-    async def _classify_pixels(self, images: Images) -> Rows:
-        """Return ``(B, K)`` for ``(B, H, W, C)``."""
+    async def _classify_pixels(self, loaded: Loaded, names: Sequence[str], images: Images) -> list[Outputs]:
+        """Return outputs of the parts of ``(B, H, W, C)``."""
         height, width = images.shape[1:3]
         if height * width > self.options.max_pixels:
             raise ImageError(f"Images of {width}x{height} pixels are over the limit of {self.options.max_pixels}.")
         loop = asyncio.get_running_loop()
-        results: list[asyncio.Future[Rows]] = []
-        for start in range(0, len(images), self.max_batch):
+        results: list[asyncio.Future[Outputs]] = []
+        for start in range(0, len(images), loaded.max_batch):
             results.append(loop.create_future())
-            self.batcher.submit(images[start : start + self.max_batch], results[-1])
-        rows = await asyncio.gather(*results)
+            loaded.batcher.submit(images[start : start + loaded.max_batch], names, results[-1])
+        parts = await asyncio.gather(*results)
         self.metrics.images.labels("answered").inc(len(images))
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return parts
 
     # Routes.
 
     async def _classify(self, request: Request) -> Response:
-        text, classes = request.query_params.get("top", "1"), len(self.spec.classes)
-        top = protocol.number(text)
-        if not 1 <= top <= classes:
-            raise UserError(f"top must be from 1 to {classes} (the number of classes), got {text!r}.")
-        async with self._accepted(request) as body:
-            files = await self._files(request, body)
-            with self._places(len(files)):
-                outcomes = await self._classify_files([content for _, content in files])
-        results = [self._result(name, outcome, top) for (name, _), outcome in zip(files, outcomes, strict=True)]
-        response = ClassifyResponse(self.name, self.version, results)
+        with self._using() as loaded:
+            text, classes = request.query_params.get("top", "1"), len(loaded.classes)
+            top = protocol.number(text)
+            if not 1 <= top <= classes:
+                raise UserError(f"top must be from 1 to {classes} (the number of classes), got {text!r}.")
+            names = list(filter(None, request.query_params.get("outputs", "").split(",")))
+            loaded.predictor.check_outputs(names)
+            async with self._accepted(request) as body:
+                files = await self._files(request, body)
+                with self._places(len(files)):
+                    contents = [content for _, content in files]
+                    outcomes = await self._classify_files(loaded, [PROBABILITIES, *names], contents)
+            results = [
+                self._result(loaded, name, outcome, top, names)
+                for (name, _), outcome in zip(files, outcomes, strict=True)
+            ]
+            response = ClassifyResponse(loaded.protocol.name, loaded.protocol.version, results)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
         if len(errors) < len(outcomes):
             return _json(response)
@@ -263,7 +390,7 @@ class Service:
             request.headers,
             stream(),  # type: ignore[arg-type]
             max_files=self.options.max_queue,
-            max_fields=0,
+            max_fields=self.options.max_queue,
         )
         # The body is already in memory, and within its limit.
         parser.spool_max_size = self.max_body
@@ -276,34 +403,64 @@ class Service:
             raise UserError("The multipart body has no files; send each image as a part with a filename.")
         return [(file.filename, await file.read()) for file in files]
 
-    def _result(self, name: str | None, outcome: Rows | ImageError, top: int) -> Result:
+    def _result(
+        self, loaded: Loaded, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]
+    ) -> Result:
         if isinstance(outcome, ImageError):
             return Result(name, error=str(outcome))
         # Sort plain floats: NumPy would release the interpreter lock and then wait for it.
-        (probabilities,) = outcome.tolist()
-        pairs = sorted(zip(probabilities, self.spec.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
+        (probabilities,) = outcome[PROBABILITIES].tolist()
+        pairs = sorted(zip(probabilities, loaded.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
         ranked = [RankedClass(label, probability) for probability, label in pairs]
-        return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None)
+        self.metrics.observe_prediction(ranked[0].label, ranked[0].probability)
+        outputs = {output: outcome[output][0].tolist() for output in names} or None
+        return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None, outputs)
 
     async def _infer(self, request: Request) -> Response:
-        self._check_model(request)
-        async with self._accepted(request) as body:
-            read = partial(protocol.read, body, request.headers.get(protocol.HEADER), self.spec.channels)
-            loop = asyncio.get_running_loop()
-            parsed, images = read() if len(body) <= SMALL_BODY else await loop.run_in_executor(self.decoders, read)
-            with self._places(len(images)):
-                try:
-                    if isinstance(images, list):
-                        rows = await self._classify_all_files(images)
-                    else:
-                        rows = await self._classify_pixels(images)
-                except ImageError as error:
-                    # One bad image fails the whole request, because the protocol has no errors for single images.
-                    raise UserError(str(error)) from None
-        content, end = protocol.write(parsed, rows, self.spec, self.name, self.version)
+        with self._using() as loaded:
+            self._check_model(request)
+            async with self._accepted(request) as body:
+                parsed, images = await self._parsed(loaded, request, body)
+                names = loaded.protocol.needed(parsed)
+                with self._places(len(images)):
+                    try:
+                        if isinstance(images, list):
+                            parts = await self._classify_all_files(loaded, names, images)
+                        else:
+                            parts = await self._classify_pixels(loaded, names, images)
+                    except ImageError as error:
+                        # One bad image fails the whole request: the protocol has no errors for single images.
+                        raise UserError(str(error)) from None
+            outputs = parts[0]
+            if len(parts) > 1:
+                outputs = {name: np.concatenate([part[name] for part in parts]) for name in names}
+            for row in outputs[PROBABILITIES].tolist() if PROBABILITIES in outputs else ():
+                probability = max(row)
+                self.metrics.observe_prediction(loaded.classes[row.index(probability)], probability)
+            content, end = loaded.protocol.write(parsed, outputs)
         if end is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={protocol.HEADER: str(end)}, media_type="application/octet-stream")
+
+    async def _parsed(
+        self, loaded: Loaded, request: Request, body: bytes
+    ) -> tuple[protocol.InferenceRequest, Images | list[bytes]]:
+        header = request.headers.get(protocol.HEADER)
+        if len(body) <= SMALL_BODY:
+            return loaded.protocol.read(body, header)
+        read = partial(self._read, loaded.protocol, body, header)
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, read)
+
+    def _read(
+        self, model: protocol.Model, body: bytes, header: str | None
+    ) -> tuple[protocol.InferenceRequest, Images | list[bytes]]:
+        # The lists of JSON take up to 27 times the size of their text, about as much as a pixel takes to decode.
+        pixels = len(body) if header is None else min(len(body), max(0, protocol.number(header)))
+        self.budget.acquire(pixels)
+        try:
+            return model.read(body, header)
+        finally:
+            self.budget.release(pixels)
 
     def _check_model(self, request: Request) -> None:
         name, number = request.path_params["name"], request.path_params.get("version", self.version)
@@ -326,7 +483,7 @@ class Service:
 
     async def _metadata(self, request: Request) -> Response:
         self._check_model(request)
-        return _json(protocol.metadata(self.spec, self.name, self.version))
+        return _json(self.loaded.protocol.metadata)
 
     async def _server(self, request: Request) -> Response:
         return _json({"name": "upright", "version": version("upright"), "extensions": ["binary_tensor_data"]})
@@ -334,11 +491,14 @@ class Service:
     async def _metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
+    def _description(self) -> dict[str, Any]:
+        return openapi(self.loaded.protocol, self.options.max_queue, self.options.root_path)
+
     async def _openapi(self, request: Request) -> Response:
-        return _json(openapi(self.name, self.spec, self.options.max_queue))
+        return _json(self._description())
 
     async def _docs(self, request: Request) -> Response:
-        return HTMLResponse(page(openapi(self.name, self.spec, self.options.max_queue)))
+        return HTMLResponse(page(self._description()))
 
     def _observed(self, app: ASGIApp) -> ASGIApp:
         """Count and log every request of ``app``."""
@@ -347,14 +507,19 @@ class Service:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            start, status = time.perf_counter(), _status(ClientDisconnect())
+            start, status, headers = time.perf_counter(), _status(ClientDisconnect()), Headers(scope=scope)
+            request_id = headers.get("x-request-id", "")
+            if not REQUEST_ID.fullmatch(request_id):
+                request_id = uuid4().hex
 
             async def send_and_record(message: Message) -> None:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = message["status"]
+                    more = [(b"x-request-id", request_id.encode())]
                     if self.draining:
-                        message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+                        more.append((b"connection", b"close"))
+                    message["headers"] = [*message.get("headers", ()), *more]
                 await send(message)
 
             try:
@@ -367,6 +532,9 @@ class Service:
                 if request_log.isEnabledFor(logging.INFO):
                     fields = {"method": scope["method"], "path": scope["path"], "status": status}
                     fields |= {"ms": round(1000 * seconds, 2), "client": (scope.get("client") or [None])[0]}
+                    fields["request_id"] = request_id
+                    if trace := TRACE_PARENT.fullmatch(headers.get("traceparent", "")):
+                        fields["trace_id"] = trace[1]
                     request_log.info("request", extra={"fields": fields})
 
         return observed
@@ -405,6 +573,6 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
-def _set_exception(result: "asyncio.Future[Rows]", error: Exception) -> None:
+def _set_exception(result: "asyncio.Future[Outputs]", error: Exception) -> None:
     if not result.done():
         result.set_exception(error)
