@@ -79,8 +79,9 @@ class ImageClassifier(Recorded, L.LightningModule):
             built = network(spec.input_shape, num_classes)
         except ValueError as error:
             raise UserError(str(error)) from error
-        except RuntimeError as error:
-            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {reason}") from error
         if init:
             initialise(built, init)
         self.model = Model(spec, built)
@@ -150,6 +151,13 @@ class ImageClassifier(Recorded, L.LightningModule):
         optimizer = grouped_optimizer(self.model, self.optimizer)
         scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Load the published weights of a pretrained network before training, unless it has other weights."""
+        if stage == "fit" and not self.start and not self.trainer.ckpt_path:
+            from upright.training.finetuning import start_from  # finetuning imports this module
+
+            start_from(self)
 
     def on_fit_start(self) -> None:
         """Balance the loss; refuse a precision or an augmentation that cannot train this model."""
