@@ -368,7 +368,7 @@ def test_wrappers_on_either_side_do_not_matter(tmp_path: Path) -> None:
 class Published(SmallResNet):
     """A network with published weights: all ones."""
 
-    loads = 0
+    loads, pretrained = 0, True
 
     def published(self) -> Pretrained:
         type(self).loads += 1

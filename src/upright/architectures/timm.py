@@ -69,16 +69,14 @@ class Timm(nn.Module):
         config = _config(name)
         return {"size": config.input_size[1], "mean": tuple(config.mean), "std": tuple(config.std)}
 
-    def published(self) -> Pretrained | None:
-        """Load the published weights; return None without ``pretrained``.
+    def published(self) -> Pretrained:
+        """Load the published weights.
 
         timm adapts them to the number of channels and, for networks of one image size, to that size.
 
         Raises:
             ValueError: if they can neither be downloaded nor found in the cache.
         """
-        if not self.pretrained:
-            return None
         config = _config(self.name)
         try:
             with torch.random.fork_rng(devices=[]):

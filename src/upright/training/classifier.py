@@ -152,15 +152,15 @@ class ImageClassifier(Recorded, L.LightningModule):
         scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def setup(self, stage: str) -> None:
-        """Load the published weights of a pretrained network before training, unless it has other weights."""
-        if stage == "fit" and not self.start and not self.trainer.ckpt_path:
+    def on_fit_start(self) -> None:
+        """Load published weights, balance the loss; refuse a precision or an augmentation that cannot train this model.
+
+        A run that resumes has its weights already, and `start` as its checkpoint records it.
+        """
+        if not self.start:
             from upright.training.finetuning import start_from  # finetuning imports this module
 
             start_from(self)
-
-    def on_fit_start(self) -> None:
-        """Balance the loss; refuse a precision or an augmentation that cannot train this model."""
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise UserError(

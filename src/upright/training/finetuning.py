@@ -168,25 +168,30 @@ def start_from(
 
 
 def _published_weights(classifier: ImageClassifier) -> StartWeights | None:
-    """Return the published weights of the first module of the network that has some, under the network's names."""
-    for place, module in classifier.model.network.named_modules():
-        if (load := getattr(module, "published", None)) is None:
-            continue
-        try:
-            published = load()
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if published is None:
-            continue
-        state = {f"{place}.{name}" if place else name: value for name, value in published.weights.items()}
-        names = _weight_names(state, classifier.recipe["init_args"]["network"])
-        return StartWeights(
-            {key: state[name] for key, name in names.items()},
-            published.origin,
-            (published.mean, published.std),
-            are_imagenet_classes(classifier.spec.classes),
-        )
-    return None
+    """Return the published weights of a pretrained network, under the names of the whole network."""
+    place, module = _pretrained(classifier.model.network)
+    if module is None:
+        return None
+    try:
+        published = module.published()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    state = {f"{place}{name}": value for name, value in published.weights.items()}
+    names = _weight_names(state, classifier.recipe["init_args"]["network"])
+    return StartWeights(
+        {key: state[name] for key, name in names.items()},
+        published.origin,
+        (published.mean, published.std),
+        are_imagenet_classes(classifier.spec.classes),
+    )
+
+
+def _pretrained(network: nn.Module) -> tuple[str, Any]:
+    """Return the prefix of the first module that is ``pretrained``, and the module; None if there is none."""
+    for place, module in network.named_modules():
+        if getattr(module, "pretrained", False) is True and hasattr(module, "published"):
+            return f"{place}." if place else "", module
+    return "", None
 
 
 def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
@@ -369,9 +374,10 @@ class Freeze(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, ImageClassifier)
-        pl_module.setup(stage)  # Lightning sets up callbacks first, and pretrained weights decide what is new
         network, new = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
-        self._body = {name for name, _ in network.named_parameters() if name not in new}
+        # With a stock Trainer, pretrained weights load later. They are those of one module.
+        prefix = "" if pl_module.start else _pretrained(network)[0]
+        self._body = {name for name, _ in network.named_parameters() if name not in new and name.startswith(prefix)}
         if not self._body:
             raise UserError(
                 f"Freeze has nothing to freeze: all parameters of {type(network).__name__} depend on the number of "
