@@ -33,30 +33,37 @@ class ImageFiles(ImageDataModule):
     """Images of any size and format. A subclass finds the files; it implements `classes`, `rows` and `where`.
 
     Args:
-        size: height and width of the network's input.
+        size: height and width of the network's input; by default that of a `Timm`, else 32.
         channels: 1 (grey) or 3 (RGB).
         resize: ``stretch``, ``crop`` (the largest centred square first), or ``none``, if all images have ``size`` and
             the network takes any size.
         background: grey level under transparent pixels.
-        mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all.
-        std: divisor of the pixels, likewise.
+        mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all; by default
+            that of a `Timm`, else 0.5.
+        std: divisor of the pixels, likewise; by default that of a `Timm`, else 0.25.
         **options: options of `ImageDataModule`.
     """
+
+    adopted = ("size", "mean", "std")
+    """Options whose defaults a network with an ``image_format`` sets; see `upright.data.configs.adopt_format`."""
 
     def __init__(
         self,
         *,
-        size: int = 32,
+        size: int | None = None,
         channels: int = 3,
         resize: Resize = "stretch",
         background: int = 0,
-        mean: Sequence[float] = (0.5,),
-        std: Sequence[float] = (0.25,),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **options: object,
     ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
+        size = 32 if size is None else size
         self.size, self.channels, self.resize, self.background = size, channels, resize, background
-        self.mean, self.std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
+        self.mean, self.std = (
+            tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean or (0.5,), std or (0.25,))
+        )
 
     @abstractmethod
     def classes(self) -> tuple[str, ...]:

@@ -78,8 +78,9 @@ class ImageClassifier(Recorded, L.LightningModule):
             built = network(spec.input_shape, num_classes)
         except ValueError as error:
             raise UserError(str(error)) from error
-        except RuntimeError as error:
-            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {reason}") from error
         if init:
             initialise(built, init)
         self.model = Model(spec, built)
@@ -153,7 +154,14 @@ class ImageClassifier(Recorded, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        """Balance the loss; refuse a precision or an augmentation that cannot train this model."""
+        """Load published weights, balance the loss; refuse a precision or an augmentation that cannot train this model.
+
+        A run that resumes has its weights already, and `start` as its checkpoint records it.
+        """
+        if not self.start:
+            from upright.training.finetuning import start_from  # finetuning imports this module
+
+            start_from(self)
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise UserError(
