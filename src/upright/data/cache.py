@@ -33,7 +33,8 @@ from upright.warp import resize
 
 Storage = Literal["auto", "memory", "disk", "none"]
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the cache; it changes when the same file decodes to other pixels."""
 FACTS = np.dtype([("identity", "<u8"), ("hash", "<i8"), ("height", "<u4"), ("width", "<u4"), ("state", "u1")])
 """Facts of an image: identity of its file (0 in memory), content hash, size, and `READ` or `UNREADABLE`."""
 READ, UNREADABLE = 1, 2

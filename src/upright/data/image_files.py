@@ -1,5 +1,6 @@
 """The base of datasets that are image files on disk."""
 
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Source
 from upright.errors import UserError, nearest
-from upright.images import ImageSpec, Pixels, Resize, decode
+from upright.images import MAX_PIXELS, ImageSpec, Pixels, Resize, decode
 
 
 class Row(NamedTuple):
@@ -40,6 +41,7 @@ class ImageFiles(ImageDataModule):
         background: grey level under transparent pixels.
         mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all.
         std: divisor of the pixels, likewise.
+        max_pixels: largest number of pixels of an image; a larger one counts as unreadable.
         **options: options of `ImageDataModule`.
     """
 
@@ -52,10 +54,12 @@ class ImageFiles(ImageDataModule):
         background: int = 0,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
+        max_pixels: int = MAX_PIXELS,
         **options: object,
     ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
         self.size, self.channels, self.resize, self.background = size, channels, resize, background
+        self.max_pixels = max_pixels
         self.mean, self.std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
 
     @abstractmethod
@@ -91,8 +95,17 @@ class ImageFiles(ImageDataModule):
             self.check_classes(split, {rows[index].label for index in indices})
         paths, labels, _, names, _ = zip(*rows, strict=True)
         return Source(
-            _Files(paths, spec), [numbers[label] for label in labels], names, None if "" in splits else splits, paths
+            _Files(paths, spec, self.max_pixels),
+            [numbers[label] for label in labels],
+            names,
+            None if "" in splits else splits,
+            paths,
+            self.remarks_on_rows(),
         )
+
+    def remarks_on_rows(self) -> list[str]:
+        """Return sentences for the user about the files, for example about those that are left out."""
+        return []
 
     def check_classes(self, split: str, labels: set[str]) -> None:
         """Refuse a split that lacks a class."""
@@ -103,11 +116,16 @@ class ImageFiles(ImageDataModule):
 class _Files(Sequence[Pixels]):  # its name is part of the cache's key
     """Images that are decoded at every access."""
 
-    def __init__(self, paths: Sequence[Path], spec: ImageSpec) -> None:
-        self.paths, self.spec = paths, spec
+    def __init__(self, paths: Sequence[Path], spec: ImageSpec, max_pixels: int) -> None:
+        self.paths, self.spec, self.max_pixels = paths, spec, max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]  # only one image at a time is used
-        return decode(self.paths[index], self.spec)
+        return decode(self.paths[index], self.spec, self.max_pixels)
+
+
+def class_name(text: str) -> str:
+    """Return the name of a class in Unicode's composed form (NFC): file systems and tables may decompose it."""
+    return unicodedata.normalize("NFC", text)
