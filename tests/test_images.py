@@ -41,13 +41,13 @@ def test_a_spec_of_an_older_version_has_no_mask() -> None:
         ({"mean": (0.1, 0.2)}, "one number per channel"),
         ({"std": (0.0,)}, "std above 0"),
         ({"classes": ("a", "a")}, "at least two different names"),
-        ({"resize": "fit"}, "resize must be one of stretch, crop, none; got 'fit'"),
+        ({"resize": "fit"}, "resize must be one of stretch, crop, pad, none; got 'fit'"),
         ({"background": 256}, "from 0 to 255, got 256"),
         ({"mask": "ring"}, "mask must be one of none, disc; got 'ring'"),
         (
             {"mask": "disc", "resize": "none"},
-            "mask disc needs images of one size, and resize none allows any size: use resize stretch or crop, or mask "
-            "none.",
+            "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, or "
+            "mask none.",
         ),
     ],
 )

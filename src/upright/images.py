@@ -19,7 +19,7 @@ Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
 
 Item = TypeVar("Item")
-Resize = Literal["stretch", "crop", "none"]
+Resize = Literal["stretch", "crop", "pad", "none"]
 Mask = Literal["none", "disc"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -58,8 +58,9 @@ class ImageSpec:
         mean: mean of each channel, on the scale of 0 to 1. The model subtracts it.
         std: standard deviation of each channel. The model divides by it.
         resize: ``stretch`` resizes to ``height`` x ``width``; ``crop`` first takes the largest centred box with that
-            aspect ratio; ``none`` is for a network that takes any size.
-        background: grey level (0 to 255) behind transparent pixels.
+            aspect ratio; ``pad`` shows the whole image and fills the rest with ``background`` (letterbox); ``none`` is
+            for a network that takes any size.
+        background: grey level (0 to 255) behind transparent pixels, and beyond the image with ``pad``.
         mask: ``disc`` replaces all pixels outside the largest centred disc by the mean, so that no corner shows the
             angle of a rotated image; ``none`` shows the complete image.
 
@@ -97,8 +98,8 @@ class ImageSpec:
             raise UserError(f"mask must be one of {', '.join(get_args(Mask))}; got '{self.mask}'.")
         if self.mask == "disc" and self.resize == "none":
             raise UserError(
-                "mask disc needs images of one size, and resize none allows any size: use resize stretch or crop, or "
-                "mask none."
+                "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, "
+                "or mask none."
             )
 
     @property

@@ -36,9 +36,9 @@ class ImageFiles(ImageDataModule):
     Args:
         size: height and width of the network's input.
         channels: 1 (grey) or 3 (RGB).
-        resize: ``stretch``, ``crop`` (the largest centred square first), or ``none``, if all images have ``size`` and
-            the network takes any size.
-        background: grey level under transparent pixels.
+        resize: ``stretch``, ``crop`` (the largest centred square first), ``pad`` (the whole image between bars of
+            ``background``), or ``none``, if all images have ``size`` and the network takes any size.
+        background: grey level (0 to 255) behind transparent pixels and of the bars.
         mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all.
         std: divisor of the pixels, likewise.
         max_pixels: largest number of pixels of an image; a larger one counts as unreadable.
