@@ -33,7 +33,8 @@ from upright.warp import resize
 
 Storage = Literal["auto", "memory", "disk", "none"]
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the cache; it changes when the same file decodes to other pixels."""
 FACTS = np.dtype([("identity", "<u8"), ("hash", "<i8"), ("height", "<u4"), ("width", "<u4"), ("state", "u1")])
 """Facts of an image: identity of its file (0 in memory), content hash, size, and `READ` or `UNREADABLE`."""
 READ, UNREADABLE = 1, 2
@@ -101,9 +102,10 @@ class Decoder:
             if self.spec.resize == "none":
                 raise UserError(
                     f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
-                    f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch or crop."
+                    f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch, crop or pad."
                 )
-            resized = resize(images.flatten(0, 1), *self.size, self.spec.resize).round().clamp(0, 255)
+            resized = resize(images.flatten(0, 1), *self.size, self.spec.resize, self.spec.background)
+            resized = resized.round().clamp(0, 255)
             images = resized.reshape(*images.shape[:2], *resized.shape[1:])
         return images.to(torch.uint8)
 

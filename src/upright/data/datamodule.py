@@ -200,7 +200,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             first, place = first_occurrences(self.images.facts["hash"][pool])
             labels = self._labels[pool][first]
             try:
-                split = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
+                split = stratified_split(
+                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self.spec.classes
+                )
             except UprightError as error:
                 more = len(pool) - len(first)
                 raise UserError(f"{error}{f' {more} duplicates of them are not counted.' if more else ''}") from None
@@ -221,7 +223,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     @cached_property
     def remarks(self) -> list[str]:
         """Sentences for the user about these data: duplicates, and unreadable images that are left out."""
-        remarks = describe_duplicates(
+        remarks = [*self.source.remarks]
+        remarks += describe_duplicates(
             self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names
         )
         if len(unreadable := np.flatnonzero(~self.images.readable)):

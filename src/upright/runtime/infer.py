@@ -6,14 +6,14 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from upright.errors import ImageError, UserError
-from upright.images import Pixels, find_images
+from upright.image_paths import find_images
+from upright.images import Pixels
 from upright.options import Infer
 from upright.runtime.predictor import Prediction, Predictor, session_batches
 
@@ -68,23 +68,20 @@ def infer(options: Infer) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if options.format == "csv":
         print(_csv_header(options.top))
-    with warnings.catch_warnings():
-        # Each image gets an error or a prediction, so Pillow's warnings are not useful.
-        warnings.filterwarnings("ignore", module="PIL")
-        try:
-            for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
-                try:
-                    rows = predictor.run(np.stack([pixels for _, pixels in batch]))
-                except ImageError as error:
-                    for path, _ in batch:
-                        report(ImageError(f"'{path}': {error}"))
-                    continue
-                for (path, _), row in zip(batch, rows, strict=True):
-                    print(FORMATS[options.format](path, predictor.prediction(row), options.top))
-                    progress.step()
-                sys.stdout.flush()
-        finally:
-            progress.clear()
+    try:
+        for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
+            try:
+                rows = predictor.run(np.stack([pixels for _, pixels in batch]))
+            except ImageError as error:
+                for path, _ in batch:
+                    report(ImageError(f"'{path}': {error}"))
+                continue
+            for (path, _), row in zip(batch, rows, strict=True):
+                print(FORMATS[options.format](path, predictor.prediction(row), options.top))
+                progress.step()
+            sys.stdout.flush()
+    finally:
+        progress.clear()
     return 2 if failures else 0
 
 

@@ -473,13 +473,14 @@ def _check_any_size(model: Model) -> None:
     channels, height, width = model.spec.input_shape
     if any(isinstance(module, SpatialTransformer) for module in model.modules()):
         raise UserError(
-            "resize none does not work with a spatial transformer, which needs images of one size. Use stretch or crop."
+            "resize none does not work with a spatial transformer, which needs images of one size. "
+            "Use stretch, crop or pad."
         )
     try:
         model.eval()(torch.zeros(1, channels, height + 5, width + 9))
     except RuntimeError:
         raise UserError(
             "resize none needs a network for images of any size, such as one that ends in a global mean; "
-            f"{type(model.network).__name__} takes only {height}x{width}. Use stretch or crop."
+            f"{type(model.network).__name__} takes only {height}x{width}. Use stretch, crop or pad."
         ) from None
     model.train()

@@ -126,16 +126,20 @@ async function showPage() {
     const [, height, width] = about.shape;
     let [x, y, w, h] = [0, 0, bitmap.width, bitmap.height];
     let goal = [width, height];
+    let place; // of the image on the canvas; by default all of it
     if (!height) {
       const factor = Math.min(1, MAX_PIXELS / Math.max(w, h));
       goal = [w, h].map((length) => Math.max(1, Math.round(length * factor)));
     } else if (about.resize === "crop") {
       const factor = Math.min(w / width, h / height);
       [x, y, w, h] = [(w - width * factor) / 2, (h - height * factor) / 2, width * factor, height * factor];
+    } else if (about.resize === "pad") {
+      const factor = Math.max(w / width, h / height);
+      place = [(width - w / factor) / 2, (height - h / factor) / 2, w / factor, h / factor];
     }
     const context = blank(...goal);
     context.imageSmoothingQuality = "high";
-    context.drawImage(bitmap, x, y, w, h, 0, 0, ...goal);
+    context.drawImage(bitmap, x, y, w, h, ...(place ?? [0, 0, ...goal]));
     if (about.channels === 1) {
       const imageData = context.getImageData(0, 0, ...goal);
       const { data } = imageData;
