@@ -27,8 +27,8 @@ Mask = Literal["none", "disc"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that Pillow may read. Its other plugins are less tested against attacks, and one of them runs Ghostscript."""
-# Pillow warns about damaged metadata without the name of the file. The pixels are either right or refused. The filter is
-# set once, because threads decode at the same time and `catch_warnings` is not safe there.
+# Pillow warns about damaged metadata without the name of the file. The pixels are either right or refused. The filter
+# is set once, because threads decode at the same time and `catch_warnings` is not safe there.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 64_000_000
 """Default limit for one image, in pixels."""
