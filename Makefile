@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+ECOSYSTEM := .venv-ecosystem
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo clean duration test lint types tests slow docs format lock
+.PHONY: help install demo clean duration test lint types tests slow test-ecosystem docs format lock
 
 ##@ To use Upright
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "%s%s\n", gap, substr($$0, 5); gap = "\n"} \
-		/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+		/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED)  ## make the environment in .venv (once)
 
@@ -24,8 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## fit -> test -> export -> verify -> infer on real digits
 	@$(BIN)/upright demo
 
-clean:  ## remove .venv and the caches of the tools
-	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+clean:  ## remove the environments and the caches of the tools
+	rm -rf .venv $(ECOSYSTEM) build .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 
 ##@ To contribute
 
@@ -46,6 +47,12 @@ tests: install  ## pytest, without the slow tests (about 8 minutes on 2 cores)
 
 slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of them
 	$(BIN)/pytest -n 2 -m slow
+
+test-ecosystem:  ## pytest with the index's torch, torchvision and timm, in an environment of its own (6 GB)
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,timm]' \
+		torchvision pytest pytest-timeout pytest-xdist
+	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem tests/ecosystem
 
 docs: install  ## build the documentation in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

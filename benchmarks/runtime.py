@@ -38,7 +38,7 @@ from upright.recipes import build
 from upright.runtime import speed
 from upright.runtime.predictor import open_session
 from upright.runtime.speed import Speed, machine, side_by_side, turn
-from upright.runtime.worker import openvino
+from upright.runtime.worker import openvino_model
 from upright.training.model import Model
 
 
@@ -145,7 +145,7 @@ def recipes(folder: Path, size: Size) -> None:
 
 
 def int8(folder: Path, size: Size) -> None:
-    """Compare int8 with fp32, and with OpenVINO at its default settings."""
+    """Compare int8 with fp32, and with OpenVINO."""
     peer = find_spec("openvino") is not None
     columns = ("network, 32 px", "batch", "fp32, ms", "int8, ms", "int8 / fp32", "int8, 8 bits of weights / fp32")
     head("int8 against fp32", *columns, *["int8 / OpenVINO, fp32 file", "int8 / OpenVINO, int8 file"] * peer)
@@ -164,7 +164,7 @@ def int8(folder: Path, size: Size) -> None:
             sessions[kind] = open_session(folder / f"{kind}.onnx", threads=1)
             (folder / "ranges.json").unlink()
         others = {"vino": path, "vino8": folder / "int8.onnx"} if peer else {}
-        loaded = {other: openvino(str(file), 1) for other, file in others.items()}
+        loaded = {other: openvino_model(file, 1) for other, file in others.items()}
         for batch in size.batches:
             images = pixels(model.spec, batch)
             runs: dict[str, Callable[[], object]] = {key: run_of(value, images) for key, value in sessions.items()}

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 # Arguments in addition to --quick. The default suite runs FAST, which takes a few seconds.
 FAST = {"augmentation": [], "serving": []}
 SLOW = {
+    "engines": [],  # installs two engines
     "loading": [],
     "recipes": [],
     "runtime": [],
@@ -21,17 +22,19 @@ SLOW = {
     "training": [],
     "transformer": [],
 }
+ELSEWHERE = {"backbones": "tests/ecosystem/test_timm.py"}
 
 
 def test_every_benchmark_is_tested() -> None:
     scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"__init__", "shared"}
-    assert scripts == FAST.keys() | SLOW.keys()
+    assert scripts == FAST.keys() | SLOW.keys() | ELSEWHERE.keys()
+    assert all(f"benchmarks/{name}.py" in (ROOT / test).read_text() for name, test in ELSEWHERE.items())
 
 
 def test_the_docs_name_benchmarks_that_exist() -> None:
     pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.yaml")]
     names = {name for page in pages for name in re.findall(r"benchmarks/(\w+)\.py", page.read_text(encoding="utf-8"))}
-    assert names and names <= FAST.keys() | SLOW.keys()
+    assert names and names <= FAST.keys() | SLOW.keys() | ELSEWHERE.keys()
 
 
 @pytest.mark.parametrize(

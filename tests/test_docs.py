@@ -40,7 +40,10 @@ SLOW = {
     "docs/tutorials/spatial-transformer.md",
     "docs/tutorials/your-training-step.md",
 }
-ELSEWHERE = {"docs/tutorials/your-project.md": "tests/test_new.py"}
+ELSEWHERE = {
+    "docs/how-to/timm.md": "tests/ecosystem/test_timm.py",
+    "docs/tutorials/your-project.md": "tests/test_new.py",
+}
 """Pages that another test executes."""
 
 LANGUAGES = {"python", "sh", "yaml", "csv", "json", "text", ""}

@@ -1,5 +1,7 @@
 import io
 import random
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 from PIL import Image
 
 from upright.errors import UprightError
-from upright.images import ImageSpec, decode, find_images
+from upright.image_paths import find_images
+from upright.images import ImageSpec, decode
 
 GREY = ImageSpec(1, 8, 8, ("a", "b"), (0.5,), (0.5,))
 RGB = ImageSpec(3, 8, 8, ("a", "b"), (0.5,) * 3, (0.5,) * 3)
@@ -38,13 +41,13 @@ def test_a_spec_of_an_older_version_has_no_mask() -> None:
         ({"mean": (0.1, 0.2)}, "one number per channel"),
         ({"std": (0.0,)}, "std above 0"),
         ({"classes": ("a", "a")}, "at least two different names"),
-        ({"resize": "fit"}, "resize must be one of stretch, crop, none; got 'fit'"),
+        ({"resize": "fit"}, "resize must be one of stretch, crop, pad, none; got 'fit'"),
         ({"background": 256}, "from 0 to 255, got 256"),
         ({"mask": "ring"}, "mask must be one of none, disc; got 'ring'"),
         (
             {"mask": "disc", "resize": "none"},
-            "mask disc needs images of one size, and resize none allows any size: use resize stretch or crop, or mask "
-            "none.",
+            "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, or "
+            "mask none.",
         ),
     ],
 )
@@ -72,16 +75,57 @@ def test_sixteen_bits_keep_their_range() -> None:
     assert decode(png(Image.fromarray(values)), GREY)[..., 0].tolist() == [[0, 1, 0x7F, 0xFF]]
 
 
-def test_a_32_bit_image_keeps_8_bits_and_is_refused_above_16() -> None:
-    def tiff(values: list[int]) -> bytes:
-        file = io.BytesIO()
-        Image.fromarray(np.array([values], dtype=np.int32)).save(file, "TIFF")
-        return file.getvalue()
+def tiff(values: np.ndarray, bits: int, *, photometric: int = 1, sample_format: int = 1, samples: int = 1) -> bytes:
+    """Write an uncompressed little-endian TIFF of the packed ``values`` ``(H, W)``."""
+    height, width = values.shape[:2]
+    pixels = values.tobytes()
+    if bits == 12:  # two values in three bytes
+        a, b = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+        pixels = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], axis=2).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 259: 1, 262: photometric, 273: 8, 277: samples, 278: height, 279: len(pixels)}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    entries += [struct.pack("<HHIHH", 258, 3, 1, bits, 0), struct.pack("<HHIHH", 339, 3, 1, sample_format, 0)]
+    directory = struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=lambda e: e[:2][::-1])) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
 
-    assert decode(tiff([0, 200]), GREY)[0, :, 0].tolist() == [0, 200]
-    assert decode(tiff([0, 0xFF00]), GREY)[0, :, 0].tolist() == [0, 255]
-    with pytest.raises(UprightError, match=r"more than 16 bits"):
-        decode(tiff([0, 70000]), GREY)
+
+@pytest.mark.parametrize("top", [255, 256])
+def test_the_type_sets_the_range_not_the_values(top: int) -> None:
+    values = np.array([[0, 16, top, top]])
+    assert decode(tiff(values.astype(np.uint16), 12), GREY)[0, :, 0].tolist() == (values >> 4)[0].tolist()
+    assert decode(tiff(values.astype("<u2"), 16), GREY)[0, :, 0].tolist() == (values >> 8)[0].tolist()
+    for content in (tiff(values.astype("<i2"), 16, sample_format=2), tiff(values.astype("<i4"), 32, sample_format=2)):
+        with pytest.raises(UprightError, match="signed or 32-bit images have no agreed range; convert it to 8 or 16"):
+            decode(content, GREY)
+
+
+def test_white_is_zero_in_8_and_in_16_bits() -> None:
+    values = np.array([[0, 1, 200, 255]], np.uint8)
+    eight = decode(tiff(values, 8, photometric=0), GREY)
+    assert eight[0, :, 0].tolist() == [255, 254, 55, 0]
+    assert np.array_equal(decode(tiff(values.astype("<u2") * 257, 16, photometric=0), GREY), eight)
+
+
+def test_lab_is_converted_through_rgb() -> None:
+    file = io.BytesIO()
+    Image.new("LAB", (2, 2), (255, 128, 128)).save(file, "TIFF")
+    assert decode(file.getvalue(), RGB).min() > 250 and decode(file.getvalue(), GREY).min() > 250
+
+
+@pytest.mark.parametrize(("bits", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_transparent_level_of_a_png_has_the_depth_of_its_pixels(bits: int, colour: int) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    channels, top = 3 if colour else 1, (1 << bits) - 1
+    row = np.repeat([[top], [0]], channels, axis=1).ravel()  # a transparent pixel of the highest level, then black
+    packed = "".join(f"{level:0{bits}b}" for level in row)
+    packed += "0" * (-len(packed) % 8)
+    row_bytes = bytes(int(packed[i : i + 8], 2) for i in range(0, len(packed), 8))
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0))
+    content += chunk(b"tRNS", struct.pack(">H", top) * channels)
+    content += chunk(b"IDAT", zlib.compress(b"\0" + row_bytes)) + chunk(b"IEND", b"")
+    assert decode(content, replace(GREY, background=77))[0, :, 0].tolist() == [77, 0]
 
 
 def test_a_changed_byte_raises_no_other_error_than_ours() -> None:
@@ -133,6 +177,28 @@ def test_exif_orientation_is_applied() -> None:
     assert decode(png(image, exif=exif), GREY)[0, 1, 0] == 255
 
 
+def test_damaged_exif_data_keep_their_orientation_and_warn_of_nothing() -> None:
+    """Warnings are errors in tests. Pillow refuses to write tags of the wrong type back, and warns about short ones."""
+    image = Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16))
+
+    def jpeg(entries: list[bytes], end: bytes = bytes(4)) -> bytes:
+        file = io.BytesIO()
+        data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + end
+        image.save(file, "JPEG", quality=100, exif=data)
+        return file.getvalue()
+
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    width_as_text = struct.pack("<HHI4s", 0x0100, 2, 3, b"16\0\0")
+    expected = decode(jpeg([orientation]), GREY)
+    assert expected.shape == (16, 8, 1)
+    assert np.array_equal(decode(jpeg([width_as_text, orientation]), GREY), expected)
+    assert decode(jpeg([orientation[:6]], end=b""), GREY).shape in ((8, 16, 1), (16, 8, 1))
+    for content in (b"Exif\0\0", b"Exif\0\0XX*\0", b"\0\xff" * 9):
+        file = io.BytesIO()
+        image.save(file, "JPEG", exif=content)
+        assert decode(file.getvalue(), GREY).shape == (8, 16, 1)
+
+
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("L", (3, 3), value) for value in (10, 200)]
     file = io.BytesIO()
@@ -157,8 +223,17 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
 
 
 def test_an_image_over_the_limit_is_not_decoded() -> None:
-    with pytest.raises(UprightError, match=r"20x10 pixels are more than the limit of 199"):
+    with pytest.raises(UprightError, match=r"20x10 pixels are more than the limit of 199 .max_pixels."):
         decode(png(Image.new("L", (20, 10))), GREY, max_pixels=199)
+
+
+def test_max_pixels_is_the_only_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = png(Image.new("L", (20, 10)))
+    for limit in (50, 150):  # Pillow refuses from twice its limit, and warns below
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UprightError, match=r"max_pixels"):
+            decode(large, GREY, max_pixels=limit)
+        assert decode(large, GREY, max_pixels=200).shape == (10, 20, 1)
 
 
 @pytest.mark.parametrize(

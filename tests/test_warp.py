@@ -70,9 +70,18 @@ def test_resize_equals_antialiased_interpolate(images: torch.Tensor, size: tuple
     torch.testing.assert_close(resize(images, *size), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rule", ["stretch", "crop"])
+@pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
 def test_resize_to_the_same_size_changes_no_bit(images: torch.Tensor, rule: str) -> None:
     assert torch.equal(resize(images, 9, 13, rule), images)
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(26, 26, 2), (13, 13, 1), (9, 21, 1)])
+def test_pad_is_a_stretch_between_bars(images: torch.Tensor, height: int, width: int, scale: int) -> None:
+    """The images have 9 x 13 pixels."""
+    resized = resize(images, 9 * scale, 13 * scale)
+    top, left = (height - 9 * scale) // 2, (width - 13 * scale) // 2
+    expected = torch.nn.functional.pad(resized, (left, left, top, top), value=7)
+    torch.testing.assert_close(resize(images, height, width, "pad", 7), expected)
 
 
 def test_crop_takes_the_largest_centred_box(images: torch.Tensor) -> None:

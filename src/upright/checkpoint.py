@@ -88,6 +88,8 @@ def load_file(path: Path, kind: str) -> Any:
     Raises:
         CheckpointError: if the file is damaged or contains code.
     """
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -107,6 +109,23 @@ def load_file(path: Path, kind: str) -> Any:
         raise CheckpointError(
             f"'{path}' is not a complete checkpoint; it is damaged or truncated ({_first_line(error)})."
         ) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as load
+    except ImportError as error:
+        if error.name != "safetensors":
+            raise
+        raise UserError(f"'{path}' needs the package safetensors: pip install 'upright[timm]'.") from None
+    try:
+        tensors: dict[str, torch.Tensor] = load(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"'{path}' is not a complete safetensors file; it is damaged or truncated ({_first_line(error)})."
+        ) from None
+    return tensors
 
 
 def _first_line(error: Exception) -> str:

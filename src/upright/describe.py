@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from upright.anatomy import ELSEWHERE, MAX_REDUCTION, Description, describe
+from upright.architectures.factory import wrap_foreign
 from upright.checkpoint import KEY, read_checkpoint
 from upright.data.configs import read_data, read_yaml
 from upright.errors import UserError
@@ -61,13 +62,15 @@ def network_and_spec(path: Path, data: str | None = None) -> tuple[Any, ImageSpe
         return ours["model"]["init_args"]["network"], read_data(data).spec if data else own_spec
     config = read_yaml(path)
     model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(model, dict):
+        wrap_foreign(model)
     # A subclass of ImageClassifier is a class_path and init_args.
     recipe = model.get("init_args", model).get("network") if isinstance(model, dict) else None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
         raise UserError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
     if not data and config.get("data") is None:
         raise UserError(f"'{path}' does not name its data; give a YAML of data with --data.")
-    return recipe, read_data(data or path).spec
+    return recipe, read_data(data or path, model).spec
 
 
 TEXT = ("layer", "type")

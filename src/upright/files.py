@@ -9,15 +9,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from upright.errors import UserError, nearest
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: Traversable) -> str:
     """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
 
 
 def check_exists(path: Path, expected: str) -> None:

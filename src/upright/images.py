@@ -1,29 +1,35 @@
 """`ImageSpec`, and a decoder from any image to uint8. This module does not import torch."""
 
-import glob
 import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import IO, Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from upright.errors import ImageError, UserError
 
 Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
 
+ImageSource: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Image | npt.ArrayLike
+"""Anything that `decode` reads: a path, the content of a file, an open file, a PIL image, or a uint8 array."""
+
 Item = TypeVar("Item")
-Resize = Literal["stretch", "crop", "none"]
+Resize = Literal["stretch", "crop", "pad", "none"]
 Mask = Literal["none", "disc"]
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that Pillow may read. Its other plugins are less tested against attacks, and one of them runs Ghostscript."""
+# Pillow warns about damaged metadata without the name of the file. The pixels are either right or refused. The filter
+# is set once, because threads decode at the same time and `catch_warnings` is not safe there.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 64_000_000
 """Default limit for one image, in pixels."""
 DECODE_BYTES = 24
@@ -32,6 +38,18 @@ MAX_BATCH_PIXELS = 4_000_000
 """Limit for one batch, in pixels, so that a folder of photographs fits into memory."""
 LISTED_CLASSES = 12
 """Largest number of classes in a message."""
+ORIENTATIONS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""Transposition by value of the EXIF orientation."""
+RAW_LEVELS = {"L;2": 85, "L;4": 17}
+"""Grey levels per raw level of a PNG, by Pillow's raw mode. Pillow scales the pixels, but not the transparent level."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +66,9 @@ class ImageSpec:
         mean: mean of each channel, on the scale of 0 to 1. The model subtracts it.
         std: standard deviation of each channel. The model divides by it.
         resize: ``stretch`` resizes to ``height`` x ``width``; ``crop`` first takes the largest centred box with that
-            aspect ratio; ``none`` is for a network that takes any size.
-        background: grey level (0 to 255) behind transparent pixels.
+            aspect ratio; ``pad`` shows the whole image and fills the rest with ``background`` (letterbox); ``none`` is
+            for a network that takes any size.
+        background: grey level (0 to 255) behind transparent pixels, and beyond the image with ``pad``.
         mask: ``disc`` replaces all pixels outside the largest centred disc by the mean, so that no corner shows the
             angle of a rotated image; ``none`` shows the complete image.
 
@@ -87,8 +106,8 @@ class ImageSpec:
             raise UserError(f"mask must be one of {', '.join(get_args(Mask))}; got '{self.mask}'.")
         if self.mask == "disc" and self.resize == "none":
             raise UserError(
-                "mask disc needs images of one size, and resize none allows any size: use resize stretch or crop, or "
-                "mask none."
+                "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, "
+                "or mask none."
             )
 
     @property
@@ -117,18 +136,23 @@ class ImageSpec:
 
 
 def decode(
-    source: str | Path | bytes | Image.Image | npt.ArrayLike,
+    source: ImageSource,
     spec: ImageSpec,
     max_pixels: int = MAX_PIXELS,
     reserve: Callable[[int], None] | None = None,
 ) -> Pixels:
     """Decode an image to uint8 of shape ``(H, W, spec.channels)``, at its own size.
 
+    The type of the pixels sets their range, never their values: 16 bits keep the high byte, 12 bits the upper 8.
+    Signed, 32-bit and floating-point pixels have no agreed range and are refused. An orientation in damaged EXIF data
+    is applied if it can be read.
+
     Args:
-        source: a path, the bytes of a file, a PIL image, or a uint8 array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or
-            4 (RGBA) channels.
+        source: a path, the content of a file as ``bytes`` or ``bytearray``, a binary file, a PIL image, or a uint8
+            array ``(H, W)`` or ``(H, W, C)`` with 1, 3 or 4 (RGBA) channels.
         spec: format that sets the channels and the background.
-        max_pixels: largest number of pixels; a larger image is refused before it is decoded.
+        max_pixels: largest number of pixels; a larger image is refused before it is decoded. A limit above Pillow's
+            own (89 million) raises that one too, for the whole process.
         reserve: function that gets the number of pixels of a file before it is decoded, and may wait for memory.
             Decoding needs up to `DECODE_BYTES` per pixel.
 
@@ -136,9 +160,11 @@ def decode(
         ImageError: if the source cannot be read as an image.
     """
     name = f"'{source}'" if isinstance(source, str | Path) else "The image"
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        if isinstance(source, str | Path | bytes):
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
+        if isinstance(source, str | Path | bytes | bytearray) or hasattr(source, "read"):
+            file: Any = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
             with Image.open(file, formats=FORMATS) as image:
                 if reserve and image.width * image.height <= max_pixels:
                     reserve(image.width * image.height)
@@ -148,6 +174,8 @@ def decode(
         raise ImageError(f"{name} does not exist.") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name} is in none of the formats that can be read: {', '.join(FORMATS)}.") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} cannot be decoded: it has more pixels than max_pixels ({max_pixels}).") from None
     except Exception as error:  # a broken file can lead Pillow's plugins to any exception
         raise ImageError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
 
@@ -165,18 +193,8 @@ def _from_array(source: npt.ArrayLike) -> Image.Image:
 
 def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
     if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.size and not 0 <= values.min() <= values.max() <= 0xFFFF:
-            raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits first")
-        # Pillow's own conversion of grey clips 16 bits at 255. Take the high byte, as Pillow does for 16-bit colour.
-        # Mode I can also hold 8 bits.
-        shift = 0 if image.mode == "I" and values.max() <= 0xFF else 8
-        image = Image.fromarray((values >> shift).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point images have no agreed range; convert it to 8 or 16 bits first")
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels} (max_pixels)")
+    image = _oriented(_in_8_bits(image))
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
         image = Image.alpha_composite(background, image.convert("RGBA"))
@@ -184,29 +202,50 @@ def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], spec.channels)
 
 
-def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Yield the image files for a list of files, folders and patterns.
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits per channel that Pillow can convert to RGB. It loads the image."""
+    raw_mode = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""  # type: ignore[attr-defined]
+    image.load()
+    if image.mode in ("I", "F"):
+        kind = "signed or 32-bit" if image.mode == "I" else "floating-point"
+        raise ValueError(f"{kind} images have no agreed range; convert it to 8 or 16 unsigned bits first")
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        return _high_byte(image, transparent)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB")) or image
+    if raw_mode in RAW_LEVELS and isinstance(transparent, int):
+        image.info["transparency"] = transparent * RAW_LEVELS[raw_mode]
+    elif raw_mode.startswith("RGB;16") and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    return image
 
-    A folder stands for all files below it with the suffix of an image, sorted. A pattern is a path that does not exist
-    and contains ``*``, ``?`` or ``[``; ``**`` matches all folders.
 
-    Raises:
-        UserError: for a path that does not exist, a folder without images, and a pattern that matches no file.
-    """
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not files:
-                raise UserError(f"Folder '{path}' holds no images ({' '.join(sorted(SUFFIXES))}).")
-        elif path.exists():
-            files = [path]
-        elif glob.has_magic(str(path)):
-            files = [match for match in map(Path, sorted(glob.iglob(str(path), recursive=True))) if match.is_file()]
-            if not files:
-                raise UserError(f"'{path}' does not exist, and no file matches it as a pattern.")
-        else:
-            raise UserError(f"'{path}' does not exist.")
-        yield from files
+def _high_byte(image: Image.Image, transparent: int | None) -> Image.Image:
+    """Return the upper 8 bits of a grey image of 12 or 16 bits, as Pillow does for 16-bit colour."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    values = np.asarray(image)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero; Pillow inverts only up to 8 bits
+        values = ((1 << bits) - 1) - values
+    grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    if transparent is None:
+        result = grey
+    else:
+        alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+        result = Image.merge("LA", (grey, alpha))
+    result.info = {key: value for key, value in image.info.items() if key != "transparency"}  # EXIF data
+    return result
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. Damaged EXIF data may have none."""
+    try:
+        method = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation) or 1)
+    except Exception:  # damaged data can lead Pillow's parser to any exception
+        method = None
+    return image if method is None else image.transpose(method)
 
 
 def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int) -> Iterator[list[Item]]:

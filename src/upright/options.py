@@ -198,6 +198,7 @@ class Export(Options):
         metavar="HxW",
     )
     to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
+    archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
     triton: str | None = option(
         None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
     )
@@ -207,14 +208,14 @@ class Export(Options):
 class Verify(Options):
     """Check a bundle on this machine."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
 
 
 @dataclass(frozen=True)
 class Infer(Options):
     """Classify images with a bundle."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     images: Sequence[str] = argument(
         "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
         "IMAGE",
@@ -244,7 +245,7 @@ class Infer(Options):
 class Benchmark(Options):
     """Measure how fast a bundle is on this machine."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     checkpoint: str | None = option(
         None, "the bundle's checkpoint or run; adds rows for PyTorch, eager and compiled", metavar="CKPT"
     )
@@ -265,7 +266,7 @@ class Serve(Options):
     reverse proxy in front for authentication, TLS and routing.
     """
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     name: str | None = option(None, "name of the model in routes and answers; by default that of the folder")
     model_version: str | None = option(
         None, "version of the model; by default the first 12 digits of the bundle's hash", metavar="VERSION"
@@ -314,7 +315,7 @@ class Serve(Options):
 class Web(Options):
     """Write a web page that runs a bundle in the browser."""
 
-    bundle: str = argument("a folder that `upright export` wrote")
+    bundle: str = argument("a folder or an archive that `upright export` wrote")
     to: str = option("web", "parent folder of the page's folder", metavar="FOLDER")
     runtime: str | None = option(
         None,
@@ -357,6 +358,7 @@ class Report(Options):
     split: Literal["test", "val"] = option("test", "split to evaluate on")
     images: int = option(500, "number of images to distort for the invariance curves", metavar="N")
     precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(("fp32",), "models of a bundle, one row each")
+    vector: Literal["pdf", "svg"] | None = option(None, "also write the plots in this format, for print")
     to: str | None = option(None, "folder of the report; by default checkpoints/report-NAME", metavar="FOLDER")
     force: bool = option(False, "replace an existing report")
 
@@ -394,6 +396,10 @@ class Fit(Options):
         None, "weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG"
     )
     allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
+    monitor: str = option("val/loss", "the metric of validation that chooses best.ckpt")
+    mode: Literal["min", "max"] | None = option(
+        None, "whether the smallest or the largest value is the best; needed for another metric than val/loss"
+    )
     wandb: Literal["offline", "online", "off"] = option(
         "offline", "log to Weights & Biases: on this disk (`wandb sync` uploads it later), on its server, or not at all"
     )

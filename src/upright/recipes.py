@@ -10,6 +10,7 @@ import inspect
 import sys
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Self
 
 from upright.errors import UserError, nearest
@@ -42,8 +43,9 @@ def recipe(part: Any) -> Any:
         if isinstance(cls, type) and not any(isinstance(other, type) for other in others):
             return recipe(cls) | {"init_args": recipe(part.keywords)}
     raise UserError(
-        f"{part!r} cannot be written into a checkpoint, so the model could not be rebuilt from it: "
+        f"{shorten(repr(part), 80)} cannot be written into a checkpoint, so the model could not be rebuilt from it: "
         "give a class of an importable module (not of a script or a function), or functools.partial(Class, name=value)."
+        " For a network of a function, give partial(upright.architectures.factory.Factory, path='module.function')."
     )
 
 

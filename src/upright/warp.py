@@ -180,7 +180,13 @@ def rotation_angle(points: Tensor, reference: Tensor, aspect: float = 1.0) -> Te
     return torch.atan2(cross, (r * p).sum(dim=(-2, -1)))
 
 
-def resize(images: Tensor, height: int, width: int, rule: Literal["stretch", "crop"] = "stretch") -> Tensor:
+def resize(
+    images: Tensor,
+    height: int,
+    width: int,
+    rule: Literal["stretch", "crop", "pad"] = "stretch",
+    background: float = 0,
+) -> Tensor:
     """Resize float ``images`` ``(B, C, h, w)`` to ``height`` x ``width`` with antialiasing: rows x image x columns.
 
     It is the triangle filter of ``interpolate(mode="bilinear", antialias=True)`` as two matrix products. Every ONNX
@@ -190,23 +196,35 @@ def resize(images: Tensor, height: int, width: int, rule: Literal["stretch", "cr
         images: images of any float dtype and any size.
         height: rows of the result.
         width: columns of the result.
-        rule: ``stretch`` takes the whole image, ``crop`` the largest centred box of the new aspect.
+        rule: ``stretch`` takes the whole image, ``crop`` the largest centred box of the new aspect, and ``pad`` the
+            smallest centred box of the new aspect that holds the whole image.
+        background: value of the pixels of that box whose centres lie beyond the image.
     """
     # Sizes are computed from tensors, because torch.export refuses to divide symbolic integers.
     rows = torch.arange(images.shape[-2], device=images.device, dtype=images.dtype)
     columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
     h, w = rows[-1:] + 1, columns[-1:] + 1
     box_h, box_w = h, w
-    if rule == "crop":
-        scale = torch.minimum(h / height, w / width)
+    if rule != "stretch":
+        scale = (torch.minimum if rule == "crop" else torch.maximum)(h / height, w / width)
         box_h, box_w = scale * height, scale * width
-    return _filter(rows, h, box_h, height) @ images @ _filter(columns, w, box_w, width).T
+    if rule != "pad":
+        return _filter(rows, h, box_h, height) @ images @ _filter(columns, w, box_w, width).T
+    # Beyond the image the weights are zero, so there the difference from the background is zero.
+    down, across = (_filter(*line, beyond=True) for line in ((rows, h, box_h, height), (columns, w, box_w, width)))
+    return down @ (images - background) @ across.T + background
 
 
-def _filter(positions: Tensor, size: Tensor, box: Tensor, new_size: int) -> Tensor:
-    """Return the weights ``(new_size, size)`` that resample the centred ``box`` of a line of ``size`` pixels."""
+def _filter(positions: Tensor, size: Tensor, box: Tensor, new_size: int, *, beyond: bool = False) -> Tensor:
+    """Return the weights ``(new_size, size)`` that resample the centred ``box`` of a line of ``size`` pixels.
+
+    With ``beyond``, the weights of a pixel whose centre lies beyond the line are zero.
+    """
     step = box / new_size
     centres = (torch.arange(new_size, device=positions.device, dtype=positions.dtype) + 0.5) * step + (size - box) / 2
     distance = (positions + 0.5 - centres[:, None]).abs() / step.clamp(min=1)
     weights = torch.relu(1 - distance)
-    return weights / weights.sum(dim=1, keepdim=True)
+    if not beyond:
+        return weights / weights.sum(dim=1, keepdim=True)
+    inside = ((centres >= 0) & (centres <= size)).to(weights.dtype)[:, None]
+    return inside * weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)

@@ -365,6 +365,7 @@ def test_each_background_set_of_angles_and_decoder_has_its_own_cache(photos: Pat
     for cls, options in (
         (Folder, {"angles": (-30, 30)}),
         (Folder, {"angles": (-60, 60)}),
+        (Folder, {"angles": (-60, 60), "padding": "border"}),
         (Folder, {"background": 200}),
         (Inverted, {}),
         (Folder, {}),

@@ -126,7 +126,7 @@ def test_folder_reads_any_sizes_and_names(photos: Path) -> None:
 
 
 def test_without_resizing_a_batch_has_one_size(photos: Path) -> None:
-    with pytest.raises(UprightError, match=r"must have one size, 16x16; one has \d+x\d+. Use stretch or crop"):
+    with pytest.raises(UprightError, match=r"must have one size, 16x16; one has \d+x\d+. Use stretch, crop or pad"):
         Folder(root=str(photos), size=16, resize="none").samples("val")
     data = Folder(root=str(photos), size=16, resize="none")
     assert data.spec.resize == "none" and ImageSpec.from_dict(data.spec.to_dict()) == data.spec

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from upright.data.folder import Folder
+from upright.data.split import split_of
 from upright.errors import UprightError
+from upright.image_paths import find_images
 
 GREY = 100
 COLOUR = (200, 100, 50)
@@ -148,3 +150,96 @@ def test_a_split_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     with pytest.raises(UprightError, match=r"No image in class \['a', 'b'\] of '.*/val'"):
         _ = Folder(root=str(tmp_path)).source
+
+
+@pytest.mark.parametrize(
+    ("spellings", "split"),
+    [
+        ("train Train TRAINING train_set training-data images_train train2017", "train"),
+        ("val Valid validation Validation_Set dev val2017", "val"),
+        ("test Test testing test_images", "test"),
+        ("cat trainer tests holdout station_train testimony value", None),
+    ],
+)
+def test_usual_spellings_of_a_split(spellings: str, split: str | None) -> None:
+    assert {split_of(name) for name in spellings.split()} == {split}
+
+
+def fill(root: Path, *folders: str, count: int = 1) -> None:
+    for folder in folders:
+        for number in range(count):
+            save(root / folder / f"{number}.png", Image.new("L", (8, 8)))
+
+
+def test_folders_of_splits_in_other_spellings(tmp_path: Path) -> None:
+    fill(tmp_path, "Training/a", "Training/b", "valid/a", "valid/b", "extra/a", "extra/b")
+    source = Folder(root=str(tmp_path)).source
+    assert source.splits == {"train": [0, 1], "val": [2, 3]}
+    assert source.remarks == [
+        f"Folders 'extra' in '{tmp_path}' are left out: their names are not those of splits (train, val, test)."
+    ]
+    fill(tmp_path, "dev/a")
+    with pytest.raises(UprightError, match=r"'.*/dev' and '.*/valid' are both split 'val'\. Rename or merge"):
+        _ = Folder(root=str(tmp_path)).source
+
+
+def test_splits_without_classes_are_no_classes(tmp_path: Path) -> None:
+    fill(tmp_path, "Train", "Test")
+    with pytest.raises(UprightError, match=r"has splits 'Test', 'Train', but no folder per class in them"):
+        _ = Folder(root=str(tmp_path)).source
+    fill(tmp_path, "control")  # laboratory data: test and control
+    (tmp_path / "Train/0.png").unlink()
+    (tmp_path / "Train").rmdir()
+    source = Folder(root=str(tmp_path)).source
+    assert source.labels == [0, 1] and source.remarks == [f"'{tmp_path}/Test' is a class, because it holds no folders."]
+
+
+def test_a_note_names_folders_that_may_be_splits_and_images_without_a_class(tmp_path: Path) -> None:
+    fill(tmp_path, "seg_one/a", "seg_one/b", "seg_two/a", "seg_two/b", ".")
+    source = Folder(root=str(tmp_path)).source
+    assert source.remarks == [
+        "Folders 'seg_one', 'seg_two' are classes, and all hold the same folders ['a', 'b']. If they are splits, "
+        "rename them to train, val and test.",
+        f"1 images lie in no folder of a class and are left out, for example '{tmp_path}/0.png'.",
+    ]
+
+
+def test_training_and_inference_agree_on_what_an_image_is(
+    mixed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Content decides where the suffix is unknown. Hidden files and remains of archives do not count. Links do."""
+    jpeg = (mixed / "a/cmyk.jpg").read_bytes()
+    for name in ("b/photo.jfif", "b/photo", "b/photo.JPG.bak", "b/._0.png", "b/.cache/0.png", "b/Thumbs.db"):
+        (mixed / name).parent.mkdir(exist_ok=True)
+        (mixed / name).write_bytes(jpeg)
+    (mixed / "__MACOSX/b").mkdir(parents=True)
+    (mixed / "__MACOSX/b/0.png").write_bytes(jpeg)
+    for name in ("b/photo.avif", "b/photo.nef", "b/notes"):
+        (mixed / name).write_bytes(b"II*\0 and more")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    fill(elsewhere, "c")
+    (mixed / "c").symlink_to(elsewhere / "c")
+    source = Folder(root=str(mixed)).source
+    assert source.files and list(source.files) == list(find_images([mixed]))
+    names = {name for name in source.names if "photo" in name or name.startswith("c")}
+    assert names == {"b/photo.jfif", "b/photo", "b/photo.JPG.bak", "c/0.png"}
+    assert source.remarks == [
+        f"3 files are not in a format that can be read (1 no suffix, 1 .avif, 1 .nef), for example '{mixed}/b/notes'. "
+        "They are left out."
+    ]
+
+
+def test_both_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    fill(tmp_path, "train/cafe\u0301", "train/tea", "test/caf\u00e9", "test/tea")
+    data = Folder(root=str(tmp_path))
+    assert data.classes() == ("caf\u00e9", "tea") and data.source.labels == [0, 1, 0, 1]
+
+
+def test_a_class_that_is_too_small_to_split_is_named(tmp_path: Path) -> None:
+    for name, count in (("cat", 12), ("dog", 1)):
+        for number in range(count):
+            save(tmp_path / name / f"{number}.png", Image.new("L", (8, 8), number + 20 * (name == "dog")))
+    with pytest.raises(
+        UprightError, match=r"too few images of 'dog' \(1\)\. Every class needs at least 7\. Add images"
+    ):
+        _ = Folder(root=str(tmp_path)).splits

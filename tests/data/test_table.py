@@ -128,7 +128,7 @@ A, B = "größe/2-0.png,a", "größe/2-1.png,b"
         (
             [A + ",train", B + ",trian"],
             "path,label,split",
-            "line 3: split must be one of train, val, test; got 'trian'",
+            r"line 3: split must be one of train, val, test \(validation, Test, \.\.\. also count\); got 'trian'",
         ),
         ([A + ",train", B + ",trian"], "path,label,split", "Did you mean 'train'?"),
         ([A + ",train", B + ","], "path,label,split", "line 3 has no split, and other lines have one"),

@@ -1,6 +1,7 @@
 """Figures of a report: legends, ranges of training, and names with special characters."""
 
 import numpy as np
+import pytest
 
 from upright.evidence.intervals import wilson
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_rotation_response
@@ -36,7 +37,7 @@ def test_the_range_of_training_is_one_area_or_one_bar_per_model() -> None:
     same = draw_invariance("accuracy", NAMES[:2], [curves(0.9), curves(0.5)], FAMILIES, [ranges, ranges])
     rotation, scale = same.axes[:2]
     (area,) = rotation.patches
-    assert area.get_extents().transformed(rotation.transData.inverted()).intervalx.tolist() == [-30, 30]
+    assert area.get_extents().transformed(rotation.transData.inverted()).intervalx == pytest.approx([-30, 30])
     assert not scale.patches and len(rotation.lines) == 2
     differ = draw_invariance("accuracy", NAMES[:2], [curves(0.9), curves(0.5)], FAMILIES, [{}, ranges]).axes[0]
     assert not differ.patches and len(differ.lines) == 3

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch.nn.functional import one_hot
 from tests.conftest import ROOT
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
 from upright.architectures.voting import PolarLocaliser
-from upright.data.augmentation import RandomAffine
+from upright.data.augmentation import Augmentation, RandomAffine
 from upright.data.configs import read_data
 from upright.data.digits import Digits
+from upright.evidence.distortions import rotate
 from upright.evidence.reporting.invariance import (
     RotationResponse,
     Sample,
@@ -121,6 +123,19 @@ def test_distortions_match_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         trained = warp(images.float(), part.draw(1, 20, SIDE)).round().to(torch.uint8)
         assert torch.equal(families[name](images, strength), trained), name
+
+
+@pytest.mark.parametrize("padding", get_args(Padding))
+def test_evaluation_rotates_as_training_and_reports_do(padding: Padding) -> None:
+    data = Digits(angles=(0, 40), padding=padding)
+    samples = data.samples("val")
+    unrotated, rotated = samples[0::2].images, samples[1::2].images
+    families = {family.name: family for family in distortions(SIDE, SIDE, padding)}
+    torch.testing.assert_close(families["rotation"].change(unrotated.float(), 40).round().byte(), rotated)
+    augment = RandomAffine(rotate=40)
+    augment.draw = lambda count, *size: rotate(40).expand(count, 3, 3)  # type: ignore[method-assign]
+    trained = Augmentation([augment], padding=padding)(unrotated).images.float()
+    torch.testing.assert_close(trained, rotated.float(), atol=0.51, rtol=0)
 
 
 def test_noise_has_its_deviation_and_is_always_the_same() -> None:

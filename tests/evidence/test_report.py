@@ -61,7 +61,8 @@ def pair(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     run, bundle = trained / "checkpoints/small", folder / "export/small"
     assert main(["export", str(run), "--outputs", "theta", "--to", str(folder / "export")]) == 0
-    assert main(["report", str(run), str(bundle), "--images", "40", "--to", str(folder / "report")]) == 0
+    options = ["--images", "40", "--vector", "pdf", "--to", str(folder / "report")]
+    assert main(["report", str(run), str(bundle), *options]) == 0
     return folder
 
 
@@ -126,13 +127,25 @@ def test_numbers_match_scikit_learn_and_upright_test(record: Any, run_folder: Pa
     assert ours["worst_mistakes"][0]["confidence"] == pytest.approx(probabilities[worst].max(), abs=1e-6)
 
 
+def test_the_tables_for_papers_have_the_numbers_of_the_page(pair: Path, record: Any) -> None:
+    text, latex = ((pair / "report" / f"tables.{suffix}").read_text() for suffix in ("md", "tex"))
+    share, f1 = record["models"][0]["accuracy"], 100 * record["models"][0]["macro"]["f1"]
+    value, low, high = (f"{100 * share[key]:.2f}" for key in ("value", "low", "high"))
+    assert re.search(rf"\| small \(PyTorch\) +\| {value} \({low} to {high}\) \| .* {f1:.2f} \|", text)
+    assert f"small (PyTorch) & {value} ({low} to {high}) & " in latex
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\midrule") == text.count("\n| ---") == 7
+
+
 def test_the_page_is_self_contained_and_accessible(pair: Path) -> None:
     folder = pair / "report"
     text = (folder / "report.html").read_text()
     page = Page(text)
     assert not page.open
     expected = {f"{name}.png" for name in FIGURES | {"confusion-2", "mistakes-2"}}
-    assert {path.name for path in folder.iterdir()} == expected | {"report.html", "report.json"}
+    beside = {"report.html", "report.json", "tables.md", "tables.tex"}
+    plots = {f"{name}.pdf" for name in ("accuracy", "consistency", "reliability", "turning")}
+    assert {path.name for path in folder.iterdir()} == expected | beside | plots
+    assert all((folder / plot).read_bytes().startswith(b"%PDF-") for plot in plots)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == len(expected)
     for attributes in images:

@@ -1,4 +1,5 @@
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -208,13 +209,14 @@ def test_the_hashes_are_in_the_format_of_sha256sum(bundle: Path) -> None:
 
 def test_inputs_outputs_and_metadata_of_the_graph(bundle: Path) -> None:
     model = onnx.load(bundle / "model.onnx")
-    (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
-    assert opset == 18
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)] and model.ir_version == 8
+    names = {axis.dim_param for info in model.graph.value_info for axis in info.type.tensor_type.shape.dim} - {""}
+    assert {re.sub(r"\d+\*", "", name) for name in names} == {"batch", "height", "width"}
     session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
     (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
-    assert (images.name, images.type, len(images.shape), images.shape[3]) == ("images", "tensor(uint8)", 4, 1)
-    assert not any(isinstance(size, int) for size in images.shape[:3])
-    assert (probabilities.name, probabilities.type, probabilities.shape[1]) == ("probabilities", "tensor(float)", 10)
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", "height", "width", 1])
+    assert (probabilities.name, probabilities.type) == ("probabilities", "tensor(float)")
+    assert probabilities.shape == ["batch", 10]
     assert json.loads(session.get_modelmeta().custom_metadata_map["upright"])["classes"] == list("0123456789")
 
 
@@ -307,9 +309,15 @@ def test_only_force_replaces_an_existing_bundle(upright: Upright, bundle: Path, 
     answer = upright("export", run_folder)
     assert answer.code == 2 and "export/small' exists: --force replaces it" in answer.err
     assert (bundle / "README.md").read_text() == "mine"
-    assert upright("export", run_folder, "--force").code == 0
-    assert upright("verify", bundle).code == 0
-    assert [path.name for path in bundle.parent.iterdir()] == ["small"]
+    archive = bundle.parent / "small.upright.zip"
+    archive.write_bytes(b"mine")
+    answer = upright("export", run_folder, "--name", "small", "--archive")
+    assert answer.code == 2 and "exists: --force replaces it" in answer.err and archive.read_bytes() == b"mine"
+    answer = upright("export", run_folder, "--force", "--archive")
+    assert answer.code == 0 and "Archive: export/small.upright.zip\n" in answer.out
+    for path in (bundle, archive):
+        assert upright("verify", path).code == 0
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["small", "small.upright.zip"]
 
 
 def test_a_bundles_name_is_a_plain_folder_name(upright: Upright, run_folder: Path, tmp_path: Path) -> None:

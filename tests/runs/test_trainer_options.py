@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import callbacks as lightning_callbacks
 
 from tests.conftest import ROOT, Answer, Upright
+from upright.tables import read_rows
 
 FIT = (
     *("fit", "--config", ROOT / "configs/lenet.yaml", "--data.train_fraction", 0.1, "--data.val_fraction", 0.1),
@@ -187,3 +188,39 @@ def test_the_checkpoint_has_the_averaged_weights(upright: Upright, tmp_path: Pat
     checkpoint = torch.load(tmp_path / "checkpoints/run/last.ckpt", weights_only=True)
     current = checkpoint["current_model_state"]
     assert any(not torch.equal(value, current[name]) for name, value in checkpoint["state_dict"].items())
+
+
+def test_the_chosen_metric_decides_the_best_epoch(upright: Upright) -> None:
+    assert upright(*FIT, "--monitor", "val/calibration_error", "--mode", "max").code == 0
+    best = torch.load("checkpoints/run/best.ckpt", weights_only=True)
+    rows = read_rows(Path("checkpoints/run/metrics.csv"))
+    values = [float(row["val/calibration_error"]) for row in rows]
+    assert best["epoch"] == values.index(max(values))
+    assert yaml.safe_load(Path("checkpoints/run/config.yaml").read_text())["mode"] == "max"
+    resumed = upright(*FIT, "--ckpt_path", "last", "--monitor", "val/loss", "--trainer.max_epochs", 3)
+    assert resumed.code == 2
+    assert "was chosen by val/calibration_error, and val/loss cannot be compared with it: resume with" in resumed.err
+
+
+def test_a_metric_that_cannot_choose_is_refused(upright: Upright) -> None:
+    answer = upright(*FIT, "--monitor", "val/f1")
+    assert answer.code == 2 and "--monitor val/f1 needs --mode min or --mode max." in answer.err
+    answer = upright(*FIT, "--monitor", "val/f2", "--mode", "max")
+    assert answer.code == 2 and "could not find the monitored key" in answer.err and "'val/f1'" in answer.err
+    assert not Path("checkpoints/run").exists()
+
+
+def test_a_plateau_lowers_the_rate_and_resumes_exactly(upright: Upright) -> None:
+    plateau = ("--model.scheduler", "upright.training.schedules.Plateau", "--model.scheduler.patience", 0)
+    falling = (*plateau, "--model.scheduler.threshold", 0.9, "--trainer.max_epochs")  # no epoch is ten times better
+    assert upright(*FIT, *falling, 3).code == 0
+    complete = [float(row["lr"]) for row in read_rows(Path("checkpoints/run/metrics.csv"))]
+    assert complete == pytest.approx([0.003, 0.0003, 0.00003])
+    weights = torch.load("checkpoints/run/last.ckpt", weights_only=True)["state_dict"]
+    assert upright(*FIT, *falling, 1, "--force").code == 0
+    assert (
+        upright("fit", "--ckpt_path", "checkpoints/run/best.ckpt", "--trainer.max_epochs", 3, "--wandb", "off").code
+        == 0
+    )
+    resumed = torch.load("checkpoints/run/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from upright.images import ImageSpec
 from upright.runtime import benchmark as benchmark_module
 from upright.runtime import speed
 from upright.runtime.benchmark import Runtime, find_runtimes
@@ -89,8 +88,8 @@ def test_runtimes_that_fail_are_named_and_the_others_are_measured(
 ) -> None:
     exact = find_runtimes(Bundle.open(DIGITS), None)[0]
     broken = [
-        Runtime("Raising", "numpy", "upright.runtime.worker:openvino", {"model": 5}, exact.file),
-        Runtime("Ending", "numpy", "os:_exit", {"status": 3}, exact.file),
+        Runtime("Raising", "numpy", "upright.runtime.worker:openvino", {"bundle": 5}, 0),
+        Runtime("Ending", "numpy", "os:_exit", {"status": 3}, 0),
     ]
     monkeypatch.setattr(benchmark_module, "find_runtimes", lambda *_: [exact, *broken])
     answer = upright("benchmark", DIGITS, "--batches", 1)
@@ -103,7 +102,7 @@ def test_the_last_message_of_a_dead_worker_is_reported(tmp_path: Path, monkeypat
     (tmp_path / "dying.py").write_text("import os, sys\ndef load():\n  sys.stderr.write('no more\\n')\n  os._exit(3)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'src'}")
     with pytest.raises(RuntimeError, match="its process ended with 3: no more"):
-        Worker("dying:load", {}, ImageSpec(1, 2, 2, ("a", "b"), (0.5,), (0.5,)), [])
+        Worker("dying:load", {}, Bundle(DIGITS))
 
 
 def test_a_bundle_of_a_fixed_batch(upright: Upright, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

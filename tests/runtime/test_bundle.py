@@ -1,5 +1,9 @@
 import json
+import os
+import pickle
 import random
+import zipfile
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 
 from tests.conftest import Upright
 from upright.errors import UprightError
-from upright.runtime.bundle import SUMS, Bundle, checksums
+from upright.runtime.bundle import SUMS, Bundle, checksums, write_archive
 
 
 def files(bundle: Path) -> list[Path]:
@@ -76,6 +80,47 @@ def test_no_bundle(upright: Upright, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nope"):
         answer = upright("verify", path)
         assert answer.code == 2 and "is not a bundle: it has no SHA256SUMS" in answer.err
+
+
+def test_files_that_systems_add_are_ignored_and_links_of_a_cache_are_followed(bundle: Path, upright: Upright) -> None:
+    """The cache of huggingface_hub has links to blobs, named by their hash, and each repository has .gitattributes."""
+    blobs, snapshot = bundle.parent / "blobs", bundle.parent / "snapshots/1f0c"
+    blobs.mkdir()
+    for path in files(bundle):
+        blob, link = blobs / sha256(path.read_bytes()).hexdigest(), snapshot / path.relative_to(bundle)
+        path.rename(blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (snapshot / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    for folder in (snapshot, snapshot / "samples"):
+        (folder / ".DS_Store").write_bytes(b"Bud1")
+        (folder / "Thumbs.db").touch()
+    assert upright("verify", snapshot).code == 0
+
+
+def test_an_archive_is_read_in_place(bundle: Path, upright: Upright, tmp_path: Path) -> None:
+    archive = tmp_path / "one.upright.zip"
+    write_archive(bundle, archive)
+    content = archive.read_bytes()
+    write_archive(bundle, archive)
+    assert archive.read_bytes() == content  # no dates
+    before = set(tmp_path.rglob("*"))
+    for path in (archive, bundle):
+        answer = upright("verify", path)
+        assert answer.code == 0 and f"Verified '{path}': hashes, format 2, 16 samples; fp32 within" in answer.out
+    lines = [upright("infer", path, bundle / "samples").out for path in (archive, bundle)]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 16
+    again = pickle.loads(pickle.dumps(Bundle.open(archive)))
+    assert again.name == "one" and again.spec == Bundle.open(bundle).spec
+    assert set(tmp_path.rglob("*")) == before
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(tmp_path / "unpacked")
+    assert upright("verify", tmp_path / "unpacked").code == 0
+
+
+def test_a_file_that_is_no_archive(upright: Upright, bundle: Path) -> None:
+    answer = upright("verify", bundle / "README.md")
+    assert answer.code == 2 and "is neither a folder nor an archive of a bundle: File is not a zip file." in answer.err
 
 
 def test_verify_accepts_a_complete_bundle(upright: Upright, bundle: Path) -> None:

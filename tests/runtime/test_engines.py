@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from upright.images import decode
+from upright.runtime import worker
 from upright.runtime.bundle import Bundle
 
 Images = npt.NDArray[np.uint8]
@@ -23,11 +24,7 @@ Engine = Callable[[Path, Images], npt.NDArray[np.float32]]
 
 
 def openvino(model: Path, images: Images) -> npt.NDArray[np.float32]:
-    from openvino import Core
-
-    # On a processor with bfloat16, OpenVINO's default is bfloat16, which agrees less.
-    compiled = Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return compiled({"images": images})[compiled.output("probabilities")]
+    return worker.openvino_model(model, threads=1)(images)
 
 
 def node(package: str) -> Engine:

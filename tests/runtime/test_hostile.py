@@ -29,7 +29,7 @@ from upright.checkpoint import read_checkpoint
 from upright.errors import UprightError
 from upright.images import ImageSpec, decode
 from upright.options import Infer, Verify
-from upright.runtime.bundle import EXPECTED, MANIFEST, SUMS, Bundle, checksums
+from upright.runtime.bundle import EXPECTED, MANIFEST, SUMS, Bundle, checksums, file_names, write_archive
 from upright.runtime.infer import infer
 from upright.runtime.predictor import Predictor
 from upright.runtime.serving.protocol import Model
@@ -224,7 +224,8 @@ def test_samples_outside_of_the_bundle_are_refused(
         opened.append(str(path))
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", record)
+    for module in (builtins, io):  # `Path.open` calls `io.open`
+        monkeypatch.setattr(module, "open", record)
     for command in (["verify", made], ["infer", made, made / "samples"], ["serve", made]):
         answer = upright(*command)
         assert answer.code == 2 and "the file or the label of sample" in answer.err
@@ -232,24 +233,102 @@ def test_samples_outside_of_the_bundle_are_refused(
     assert opened and not any(path.endswith("secret.png") for path in opened)
 
 
-def test_links_and_pipes_are_not_followed(made: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "secret.png"
-    shutil.copy(made / "samples/00.png", secret)
-    sample = made / "samples/00.png"
+def test_a_link_to_other_content_a_link_to_a_folder_and_a_pipe_are_refused(made: Path, tmp_path: Path) -> None:
+    original, secret, sample = tmp_path / "original.png", tmp_path / "secret.png", made / "samples/00.png"
+    shutil.copy(sample, original)
+    secret.write_bytes(b"secret")
     sample.unlink()
     sample.symlink_to(secret)
-    with_new_sums(made)
-    with pytest.raises(UprightError, match=r"holds '00\.png', which is not a plain file; replace it by a copy"):
+    with pytest.raises(UprightError, match=r"is damaged or was changed: samples/00\.png"):
         Bundle.open(made)
     sample.unlink()
     os.mkfifo(sample)
-    with pytest.raises(UprightError, match=r"holds '00\.png', which is not a plain file"):
+    with pytest.raises(UprightError, match=r"holds '00\.png', which is not a file; replace it by a copy"):
         Bundle.open(made)
     sample.unlink()
-    shutil.copy(secret, sample)
+    sample.symlink_to(original)
+    Bundle.open(made)
     (made / "more").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(UprightError, match=r"holds 'more', which is not a plain file"):
+    with pytest.raises(UprightError, match=r"holds 'more', which is not a file"):
         Bundle.open(made)
+
+
+@pytest.fixture
+def archive(made: Path, tmp_path: Path) -> Path:
+    write_archive(made, tmp_path / "made.upright.zip")
+    return tmp_path / "made.upright.zip"
+
+
+def linked(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o120777 << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    ("entry", "compression", "message"),
+    [
+        ("bomb.bin", zipfile.ZIP_DEFLATED, "holds 'bomb.bin', which is compressed or encrypted; `upright export"),
+        ("../x", 0, "holds '../x', which has a path that leads outside of the archive"),
+        ("/etc/x", 0, "holds '/etc/x', which has a path that leads outside"),
+        ("a//x", 0, "holds 'a//x', which has a path that leads outside"),
+        ("a\\x", 0, r"holds 'a\\x', which has a path that leads outside"),
+        ("./x", 0, "holds './x', which has a path that leads outside"),
+        ("x\0y", 0, "holds 'x', which has a path that leads outside"),
+        (linked("link"), 0, "holds 'link', which is not a file"),
+        ("manifest.json", 0, "holds 'manifest.json', which is in it several times"),
+        ("more.txt", 0, "is damaged or was changed: more.txt"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_hostile_archive(
+    archive: Path, entry: str | zipfile.ZipInfo, compression: int, message: str, upright: Upright
+) -> None:
+    name = "x!y" if entry == "x\0y" else entry
+    with zipfile.ZipFile(archive, "a", compression) as opened:
+        opened.writestr(name, bytes(100_000))
+    if name == "x!y":
+        archive.write_bytes(archive.read_bytes().replace(b"x!y", b"x\0y"))
+    for command in (["verify", archive], ["infer", archive, archive]):
+        answer = upright(*command)
+        assert answer.code == 2 and message in answer.err and len(answer.err.splitlines()) == 1
+
+
+def test_an_archive_of_overlapping_files(archive: Path) -> None:
+    """The bomb of David Fifield (2019): many entries of the directory share the same bytes."""
+    with zipfile.ZipFile(archive, "a") as opened:
+        for number in range(2000):
+            info = zipfile.ZipInfo(f"{number}.onnx")
+            first = opened.infolist()[0]
+            info.header_offset, info.CRC = first.header_offset, first.CRC
+            info.file_size = info.compress_size = max(each.file_size for each in opened.infolist())
+            opened.filelist.append(info)
+        opened._didModify = True
+    with pytest.raises(UprightError, match="holds files that overlap"):
+        Bundle.open(archive)
+
+
+def test_every_changed_byte_of_an_archive_is_refused_or_has_no_effect(archive: Path) -> None:
+    """Only the date and the attributes of a file, which nobody reads, may differ."""
+    choose, content = random.Random(0), archive.read_bytes()
+    before = Bundle.open(archive)
+    expected = {name: (before.files / name).read_bytes() for name in file_names(before.files)}
+    outcomes = set()
+    for _ in range(200):
+        changed = bytearray(content)
+        # Half of the changes are in the directory at the end.
+        start = choose.choice((0, len(content) - 1500))
+        changed[choose.randrange(start, len(content))] ^= 1 << choose.randrange(8)
+        archive.write_bytes(changed)
+        try:
+            bundle = Bundle.open(archive)
+        except UprightError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+        else:
+            assert {name: (bundle.files / name).read_bytes() for name in file_names(bundle.files)} == expected
+            outcomes.add("equal")
+    assert "refused" in outcomes
 
 
 def test_a_file_name_that_is_not_text(made: Path) -> None:

@@ -2,12 +2,15 @@ import csv
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +20,12 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from PIL import Image
 
-from tests.conftest import Upright
+from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_unresized_bundle
-from upright.errors import EngineError
+from upright.errors import BundleError, EngineError, ImageError
 from upright.runtime import infer as infer_module
-from upright.runtime.predictor import Predictor
+from upright.runtime.bundle import write_archive
+from upright.runtime.predictor import Prediction, Predictor
 
 
 @pytest.fixture
@@ -93,12 +97,23 @@ def test_images_of_any_kind_and_size(upright: Upright, bundle: Path, tmp_path: P
     assert max(same) - min(same) < 1e-4
 
 
+def pipe_with(content: bytes) -> io.BufferedReader:
+    """Return a file that cannot seek."""
+    reader, writer = map(os.fdopen, os.pipe(), ("rb", "wb"))
+    with writer:
+        writer.write(content)
+    return reader
+
+
 def test_the_predictor_accepts_every_kind_of_source(bundle: Path, expected: dict) -> None:
     predictor, path = Predictor(bundle), bundle / "samples/05.png"
     label, probability = best(expected["samples/05.png"])
-    for source in (path, str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))):
-        prediction = predictor(source)
-        assert prediction.label == label and prediction.probability == pytest.approx(probability, abs=1e-4)
+    content = path.read_bytes()
+    with path.open("rb") as file, pipe_with(content) as pipe, Image.open(path) as image:
+        sources = [path, str(path), content, bytearray(content), io.BytesIO(content), file, pipe, np.asarray(image)]
+        for source in (*sources, image):
+            prediction = predictor(source)
+            assert prediction.label == label and prediction.probability == pytest.approx(probability, abs=1e-4)
     assert list(prediction.probabilities) == list("0123456789")
     assert prediction.top(1) == [(prediction.label, prediction.probability)]
 
@@ -111,6 +126,86 @@ def test_batches_do_not_change_predictions(bundle: Path) -> None:
     for batch_size in (1, 2, 7, 64):
         for one, other in zip(expected, predictor.predict(images, batch_size), strict=True):
             assert one == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_a_stream_without_an_end_yields_after_each_batch(bundle: Path) -> None:
+    predictor, paths = Predictor(bundle), sorted((bundle / "samples").glob("*.png"))
+    for batch_size, count in ((4, 10), (1, 10)):
+        read = []
+        stream = predictor.stream((read.append(path) or path for path in cycle(paths)), batch_size)
+        labels = [prediction.label for prediction in islice(stream, count)]
+        assert labels == [each.label for each in predictor.predict(paths)][:count]
+        assert len(read) == {4: 12, 1: 10}[batch_size]
+
+
+def test_errors_of_images_as_values(bundle: Path) -> None:
+    predictor, path = Predictor(bundle), bundle / "samples/05.png"
+    images = [path, "nope.png", b"no image", path, io.StringIO("text"), np.zeros((2, 2)), path]
+    answers = predictor.predict(images, errors="return")
+    messages = {1: "'nope.png' does not exist.", 2: "The image is in none of the formats", 4: "cannot be", 5: "uint8"}
+    for i, answer in enumerate(answers):
+        if i in messages:
+            assert isinstance(answer, ImageError) and messages[i] in str(answer)
+        else:
+            assert answer == answers[0] and answer.label == predictor(path).label
+    with pytest.raises(ImageError, match=r"nope\.png"):
+        predictor.predict(images)
+    # Only onnxruntime finds out that these images are too small.
+    unresized = Predictor(write_unresized_bundle(bundle.parent / "unresized"))
+    small, large = np.zeros((2, 2), np.uint8), np.zeros((20, 20), np.uint8)
+    kinds = [type(each) for each in unresized.predict([large, small, small, large], errors="return")]
+    assert kinds == [Prediction, ImageError, ImageError, Prediction]
+
+
+def test_another_process_gets_the_predictor(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle.parent)
+    write_archive(bundle, tmp_path / "one.upright.zip")
+    paths = sorted((bundle / "samples").glob("*.png"))
+    predictor = Predictor(bundle.name, threads=1, max_pixels=5000)
+    expected = [prediction.label for prediction in predictor.predict(paths)]
+    with ProcessPoolExecutor(1, get_context("spawn"), os.chdir, ("/",)) as processes:
+        for each in (predictor, Predictor(tmp_path / "one.upright.zip", threads=1)):
+            assert [prediction.label for prediction in processes.map(each, paths, chunksize=8)] == expected
+    again = pickle.loads(pickle.dumps(predictor))
+    assert again.max_pixels == 5000 and again.session.get_session_options().intra_op_num_threads == 1
+    (bundle / "model.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"damaged or was changed: model\.onnx"):
+        pickle.loads(pickle.dumps(predictor))
+
+
+PROGRAM = """
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import assert_type
+
+from upright.errors import ImageError
+from upright.runtime.predictor import Prediction, Predictor
+
+def paths() -> Iterator[Path]:
+    yield Path("x.png")
+
+predictor = Predictor("export/digits")
+assert_type(predictor(bytearray(b"")), Prediction)
+assert_type(predictor.predict([BytesIO(b"")]), list[Prediction])
+assert_type(predictor.stream(paths()), Iterator[Prediction])
+assert_type(predictor.stream(paths(), errors="return"), Iterator[Prediction | ImageError])
+for answer in predictor.stream(paths(), errors="return"):
+    print(answer if isinstance(answer, ImageError) else answer.label)
+predictor.predict(paths(), errors="ignore")
+"""
+
+
+@pytest.mark.slow
+def test_the_types_of_a_program(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    options = ["--strict", "--follow-imports", "silent", "--config-file", ROOT / "pyproject.toml", "program.py"]
+    command = [sys.executable, "-m", "mypy", *options]
+    environment = os.environ | {"MYPYPATH": str(ROOT / "src")}
+    checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    lines = checked.stdout.splitlines()
+    assert "program.py:20: error: No overload variant" in lines[0], checked.stdout
+    assert lines[-1].startswith("Found 1 error")
 
 
 def test_large_images_form_small_batches(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

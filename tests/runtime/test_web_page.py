@@ -25,7 +25,7 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.nin import NiN
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.exporting.graph import Form
-from upright.images import ImageSpec
+from upright.images import ImageSpec, Resize
 from upright.runtime.predictor import Predictor, open_session, run_batch
 from upright.runtime.web import RUNTIME_VERSION
 
@@ -330,11 +330,16 @@ def test_bad_images_are_reported_and_the_next_one_is_classified(look: Any, made:
     tab.wait_for_selector("#status.bad")
     assert tab.inner_text("#status") == "This browser cannot read “text.png” as an image."
     Image.new("L", (40, 1)).save(tmp_path / "thin.png")
+    until(tab, SETTLED)
     tab.set_input_files("#file", tmp_path / "thin.png")
     until(tab, "document.getElementById('state').textContent.startsWith('The model does not accept')")
     assert "40 x 1 pixels" in tab.inner_text("#status")
+    # Nothing of the answer for the image before is left.
+    assert not tab.is_visible("#probabilities") and not tab.locator("#curves .curve").count()
+    assert not tab.inner_text("#share").strip() and not tab.inner_text("#legend")
     tab.click("#samples button")
     tab.wait_for_selector("#status.good")
+    assert tab.is_visible("#probabilities")
     assert "Non-zero status code" in look.complaints.pop() and not look.complaints  # a message of onnxruntime
 
 
@@ -343,19 +348,27 @@ def test_a_thousand_classes_and_a_large_image(look: Any, made: Any, tmp_path: Pa
     Image.new("RGB", (3000, 1500), (200, 10, 10)).save(tmp_path / "large.jpg")
     listed = settled(tab, lambda: tab.set_input_files("#file", tmp_path / "large.jpg"))
     assert len(listed) == 5 and (np.diff(listed) <= 0).all()
+    # No class reaches the probability of a curve, except the one that the text names.
+    legend = tab.locator("#legend span").all_inner_texts()
+    assert len(legend) == tab.locator("#curves .curve").count() == 1 and f"Stays “{legend[0]}”" in tab.inner_text(
+        "#share"
+    )
     assert canvas(tab, "input").shape == (512, 1024, 3) and "1024 x 512 of 3000 x 1500" in tab.inner_text("#remark")
 
 
-@pytest.mark.parametrize("resize", ["stretch", "crop"])
-def test_a_model_of_fixed_size_and_batch(look: Any, made: Any, tmp_path: Path, resize: str) -> None:
-    spec = ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,), resize=resize)
+@pytest.mark.parametrize(("resize", "top", "left"), [("stretch", 0, 0), ("crop", 255, 255), ("pad", 99, 0)])
+def test_a_model_of_fixed_size_and_batch(
+    look: Any, made: Any, tmp_path: Path, resize: Resize, top: int, left: int
+) -> None:
+    """The image is twice as wide as high, black with a white middle half."""
+    spec = ImageSpec(1, 28, 28, ("a", "b"), (0.4,), (0.5,), resize=resize, background=99)
     tab = look(made(spec, LeNet, Form(batch=3, size=(28, 28))))
     halves = np.zeros((60, 120), np.uint8)
     halves[:, 30:90] = 255
     Image.fromarray(halves).save(tmp_path / "wide.png")
     settled(tab, lambda: tab.set_input_files("#file", tmp_path / "wide.png"))
     pixels = canvas(tab, "input")[..., 0]
-    assert pixels.shape == (28, 28) and (pixels[:, 2] == (0 if resize == "stretch" else 255)).all()
+    assert pixels.shape == (28, 28) and (pixels[9:19, 2] == left).all() and (pixels[2, 2:4] == top).all()
     tab.click("#clear")
     assert canvas(tab, "input").shape == (28, 28, 3)
 

@@ -25,6 +25,7 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.perceptron import Perceptron
 from upright.architectures.resnet import ResNet, SmallResNet
 from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.timm import Pretrained
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
 from upright.checkpoint import read_checkpoint
@@ -166,11 +167,17 @@ def test_transformers_at_the_same_place_are_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_a_transformer_of_another_kind_is_refused(tmp_path: Path) -> None:
-    attention = around("input", transform="attention")
-    text = r"of another network: transformer at input: localisation.2.weight is 3x\d+ in place of 6x"
-    with pytest.raises(UprightError, match=text):
-        start_from(classifier(around("input")), save(classifier(attention), tmp_path / "one.ckpt"))
+def test_layers_of_another_shape_start_from_scratch(tmp_path: Path) -> None:
+    attention, affine = classifier(around("input", transform="attention")), classifier(around("input"), seed=1)
+    own = network_state(affine)
+    lines = start_from(affine, save(attention, tmp_path / "one.ckpt"))
+    assert lines[1] == (
+        "From scratch, because of another shape: transformer at input: localisation.2.weight is 3x32 in place of 6x32, "
+        "transformer at input: localisation.2.bias is 3 in place of 6."
+    )
+    new = ["transformer.localisation.2.bias", "transformer.localisation.2.weight"]
+    assert affine.start["anew"] == new
+    assert all(torch.equal(own[name], network_state(affine)[name]) for name in new)
 
 
 def test_another_normalisation_is_reported(tmp_path: Path) -> None:
@@ -209,11 +216,11 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
         (lambda path: torch.save({"weight": Exploit()}, path), "would run code"),
         (lambda path: torch.save([torch.zeros(1)], path), "holds neither an Upright checkpoint nor a state dict"),
         (lambda path: torch.save({}, path), "holds neither"),
-        (lambda path: torch.save({"model": {"weight": torch.zeros(1)}}, path), "holds neither"),
+        (lambda path: torch.save({"model": {"weight": "a string"}}, path), "holds neither"),
         (lambda path: torch.save({"upright": 3}, path), "not a checkpoint that `upright fit` wrote"),
         (
             lambda path: torch.save({"w": torch.zeros(1)}, path),
-            "only a ResNet or a VGG; the network is a SmallResNet.",
+            "of another network: it lacks stem.0.0.weight, .* has no w. 0% of the tensors .*, and at least 80% must.",
         ),
         (lambda path: None, "does not exist"),
     ],
@@ -289,8 +296,6 @@ def test_another_mask_is_reported(tmp_path: Path) -> None:
     ("network", "spec", "text"),
     [
         (partial(ResNet, depth=34), RGB, "it lacks .* and 92 more; the network has no blocks.2.shortcut"),
-        (partial(ResNet, stem="small"), RGB, "stem.0.0.weight is 64x3x7x7 in place of 64x3x3x3"),
-        (ResNet, replace(SPEC, height=64, width=64), "stem.0.0.weight is 64x3x7x7 in place of 64x1x7x7"),
         (partial(VGG, depth=11, units=(8, 8)), RGB, "it lacks .*; the network has no conv1.weight"),
     ],
 )
@@ -299,6 +304,113 @@ def test_other_published_weights_are_refused(tmp_path: Path, network: object, sp
     with pytest.raises(UprightError, match=text) as refusal:
         start_from(classifier(network, spec), tmp_path / "x.pth")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "spec", "text"),
+    [
+        (partial(ResNet, stem="small"), RGB, "stem.0.0.weight is 64x3x7x7 in place of 64x3x3x3."),
+        (ResNet, replace(SPEC, height=64, width=64), "stem.0.0.weight is 64x3x7x7 in place of 64x1x7x7."),
+    ],
+)
+def test_another_stem_starts_from_scratch(tmp_path: Path, network: object, spec: ImageSpec, text: str) -> None:
+    torch.save({name: torch.zeros(shape) for name, shape in RESNET_18.items()}, tmp_path / "x.pth")
+    model = classifier(network, spec)
+    assert start_from(model, tmp_path / "x.pth")[2] == f"From scratch, because of another shape: {text}"
+    assert "stem.0.0.weight" in model.start["anew"] and not model.model.network.blocks[0].body[0][0].weight.any()
+
+
+# --- From any state dict ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "model._orig_mod.", "module.network."])
+@pytest.mark.parametrize("container", [None, "state_dict", "model"])
+def test_a_state_dict_of_any_training_script(tmp_path: Path, prefix: str, container: str | None) -> None:
+    theirs, ours = classifier(spec=FEW, seed=1), classifier(around("input"))
+    state = {prefix + name: value for name, value in network_state(theirs).items()}
+    state |= {f"{prefix}queue": torch.zeros(3)}
+    torch.save({container: state, "epoch": 3, "args": {"lr": 0.1}} if container else state, tmp_path / "x.pth")
+    before, after = network_state(ours), start_from(ours, tmp_path / "x.pth")
+    body = [name for name in network_state(theirs) if not name.startswith("classifier")]
+    assert after == [
+        f"Start: '{tmp_path}/x.pth' (a state dict), {len(body)} of {len(before)} tensors.",
+        "network.classifier starts from scratch: 10 classes in place of 3.",
+        "Not used, because the network has none of this name: queue.",
+        "The transformer at input starts from scratch.",
+    ]
+    assert all(torch.equal(network_state(theirs)[name], network_state(ours)[f"network.{name}"]) for name in body)
+
+
+class Wrapped(nn.Module):
+    """A network that holds the layers of another one under a name of its own."""
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.backbone = SMALL(input_shape, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone(images)
+
+
+def test_wrappers_on_either_side_do_not_matter(tmp_path: Path) -> None:
+    bare, wrapped = classifier(), classifier(Wrapped, seed=1)
+    torch.save(network_state(bare), tmp_path / "bare.pth")
+    start_from(wrapped, tmp_path / "bare.pth")
+    back = classifier(seed=2)
+    start_from(back, save(wrapped, tmp_path / "wrapped.ckpt"))
+    body = [name for name in network_state(bare) if not name.startswith("classifier")]
+    assert all(torch.equal(network_state(bare)[name], network_state(back)[name]) for name in body)
+
+
+# --- Published weights of a network -----------------------------------------------------------------------------------
+
+
+class Published(SmallResNet):
+    """A network with published weights: all ones."""
+
+    loads, pretrained = 0, True
+
+    def published(self) -> Pretrained:
+        type(self).loads += 1
+        weights = {name: torch.ones_like(value) for name, value in self.state_dict().items()}
+        return Pretrained(weights, "ones", (0.5,), (0.25,))
+
+
+def test_published_weights_load_when_training_begins_and_never_again(tmp_path: Path) -> None:
+    Published.loads = 0
+    model = classifier(around("input", network=partial(Published, depth=8, width=4)))
+    assert Published.loads == 0 and not (model.model.network.network.stem[0][0].weight == 1).all()
+    data = Digits(size=12, margin=0, batch_size=500)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    options |= {"enable_checkpointing": False}
+    frozen = Freeze(until_epoch=1)
+    trainer = L.Trainer(default_root_dir=tmp_path, callbacks=[frozen], log_every_n_steps=1, **options)
+    trainer.fit(model, data)
+    stem = "network.stem.0.0.weight"
+    assert Published.loads == 1 and model.start["path"] == "ones" and (network_state(model)[stem] == 1).all()
+    assert any(name.startswith("transformer.") for name in model.start["anew"])
+    assert frozen._body and not any(name.startswith("transformer.") for name in frozen._body)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    restored = restore(tmp_path / "x.ckpt").classifier
+    assert Published.loads == 1 and torch.equal(network_state(restored)[stem], network_state(model)[stem])
+    options |= {"max_epochs": 2}
+    resumed = L.Trainer(default_root_dir=tmp_path, log_every_n_steps=1, callbacks=[Freeze(until_epoch=1)], **options)
+    again = classifier(around("input", network=partial(Published, depth=8, width=4)))
+    resumed.fit(again, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert Published.loads == 1 and again.start == model.start
+    lines = start_from(classifier(partial(Published, depth=8, width=4), FEW))
+    assert lines[0].startswith("Start: ones, ") and lines[1] == "classifier starts from scratch: 3 other classes."
+
+
+def test_weights_that_cannot_be_loaded_are_one_line() -> None:
+    class Missing(Published):
+        def published(self) -> Pretrained:
+            raise ValueError("No network.")
+
+    model = classifier()
+    model.model.network = Missing((1, 12, 12), 10, depth=8, width=4)
+    with pytest.raises(UprightError, match=r"^No network\.$"):
+        start_from(model)
 
 
 # --- Freeze -----------------------------------------------------------------------------------------------------------

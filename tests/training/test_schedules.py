@@ -5,10 +5,19 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
-from upright.errors import UprightError
-from upright.training.schedules import Constant, Cosine, OneCycle, Step
+from upright.errors import UprightError, UserError
+from upright.training.schedules import Constant, Cosine, OneCycle, Step, check_schedule
 
 ALL = (Constant, Step, Cosine, OneCycle)
 
@@ -102,3 +111,10 @@ def test_a_warmup_that_is_no_fraction_is_refused(schedule: type[LRScheduler]) ->
 def test_milestones_that_are_no_fractions_are_refused() -> None:
     with pytest.raises(UprightError, match=r"milestones are fractions of the run.*got \[30, 60\]"):
         Step(optimizer(), 100, milestones=(30, 60))
+
+
+@pytest.mark.parametrize("kind", [StepLR, OneCycleLR, ReduceLROnPlateau])
+def test_a_schedule_of_torch_that_does_not_take_the_number_of_steps_is_refused(kind: type) -> None:
+    with pytest.raises(UserError, match=f"the second argument of {kind.__name__} is .*: use Constant, Step, .*Plateau"):
+        check_schedule(kind)  # type: ignore[arg-type]
+    check_schedule(partial(CosineAnnealingLR, eta_min=0.1))

@@ -33,7 +33,8 @@ from upright.warp import resize
 
 Storage = Literal["auto", "memory", "disk", "none"]
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the cache; it changes when the same file decodes to other pixels."""
 FACTS = np.dtype([("identity", "<u8"), ("hash", "<i8"), ("height", "<u4"), ("width", "<u4"), ("state", "u1")])
 """Facts of an image: identity of its file (0 in memory), content hash, size, and `READ` or `UNREADABLE`."""
 READ, UNREADABLE = 1, 2
@@ -101,9 +102,10 @@ class Decoder:
             if self.spec.resize == "none":
                 raise UserError(
                     f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
-                    f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch or crop."
+                    f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch, crop or pad."
                 )
-            resized = resize(images.flatten(0, 1), *self.size, self.spec.resize).round().clamp(0, 255)
+            resized = resize(images.flatten(0, 1), *self.size, self.spec.resize, self.spec.background)
+            resized = resized.round().clamp(0, 255)
             images = resized.reshape(*images.shape[:2], *resized.shape[1:])
         return images.to(torch.uint8)
 
@@ -309,7 +311,7 @@ def _identity(file: Path) -> int:
 def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
     """Return the name of the cache folder, a hash of the dataset and of the options that decode it."""
     spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
-    pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.names]
+    pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.key]
     decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
     key = [FORMAT, os.path.commonpath(files), decoding, pixels if with_pixels else None]
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()

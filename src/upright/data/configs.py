@@ -1,5 +1,7 @@
 """Datamodules from a YAML or from a recipe."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import yaml
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
-from upright.recipes import Recipe, build
+from upright.recipes import Recipe, build, load_class
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -24,11 +26,12 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
-def read_data(path: str | Path, **options: object) -> ImageDataModule:
+def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDataModule:
     """Build the datamodule of a YAML like those in ``configs/data``, or of an experiment's YAML.
 
     Args:
         path: path of the YAML.
+        model: config of the model, for `adopt_format`; by default that of an experiment's YAML.
         **options: options of the datamodule that replace those of the YAML.
 
     Raises:
@@ -36,14 +39,67 @@ def read_data(path: str | Path, **options: object) -> ImageDataModule:
     """
     content = read_yaml(path)
     if isinstance(content, dict) and "model" in content:
-        content = content.get("data")
+        model, content = content["model"] if model is None else model, content.get("data")
         if content is None:
             raise UserError(f"'{path}' does not name its data; give the YAML of a dataset.")
         if isinstance(content, str):
-            return read_data(Path(path).parent / content, **options)
+            path = Path(path).parent / content
+            content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("class_path"), str):
         raise UserError(f"'{path}' needs a class_path and init_args, like configs/data/digits.yaml.")
+    adopt_format(model, content)
     return build_data(content, path, **options)
+
+
+def adopt_format(model: Any, data: Any) -> None:
+    """Set missing data options, in place, to the image size and normalisation of the network's published weights.
+
+    The network states them in a classmethod ``image_format``; `ImageFiles.adopted` lists the options.
+
+    Args:
+        model: config of the model: a dictionary, or jsonargparse's Namespace.
+        data: config of a dataset, likewise.
+
+    Raises:
+        UserError: if the network has no such format.
+    """
+    image_format, entries = _image_format(model), _entries(data)
+    if image_format is None or not isinstance(entries.get("class_path"), str):
+        return
+    if entries.get("init_args") is None:
+        entries["init_args"] = type(data)()
+    arguments = _entries(entries["init_args"])
+    missing = [
+        each for each in getattr(load_class(entries["class_path"]), "adopted", ()) if arguments.get(each) is None
+    ]
+    if missing:
+        try:
+            values = image_format()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if arguments.get("channels") == 1:
+            values |= {name: (sum(values[name]) / len(values[name]),) for name in ("mean", "std")}
+        arguments.update({name: values[name] for name in missing})
+
+
+def _image_format(model: Any) -> Callable[[], dict[str, Any]] | None:
+    """Return the ``image_format`` of the first network in a config that has one, with its arguments."""
+    for key, value in _entries(model).items():
+        entries = _entries(value)
+        if key == "network" and isinstance(class_path := entries.get("class_path"), str):
+            image_format = getattr(load_class(class_path), "image_format", None)
+            if image_format:
+                return partial(image_format, **_entries(entries.get("init_args")))
+        if entries and (image_format := _image_format(value)):
+            return image_format
+    return None
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    """Return the entries of a dictionary or of jsonargparse's Namespace, to read or change; of others, an empty one."""
+    if isinstance(config, dict):
+        return config
+    return vars(config) if type(config).__name__ == "Namespace" else {}
 
 
 def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataModule:

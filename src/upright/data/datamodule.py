@@ -51,7 +51,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         angles: rotations of every validation and test image, in degrees anticlockwise, as uint8.
         augment: augmentation of a training batch, in order: each part is `Geometric`, `Mixing`, or any ``nn.Module`` on
             a float batch in [0, 1], for example kornia's.
-        padding: values beyond the border, for `Geometric` parts: ``zeros``, ``border`` or ``reflection``.
+        padding: values beyond the border, for `Geometric` parts and for ``angles``, so that validation and test show
+            what training shows: ``zeros``, ``border`` or ``reflection``.
         mask: ``disc`` shows the network only the largest centred disc of every image, in training, evaluation and
             export; see `ImageSpec`.
         cache: place of the decoded images: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files on
@@ -199,7 +200,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             first, place = first_occurrences(self.images.facts["hash"][pool])
             labels = self._labels[pool][first]
             try:
-                split = stratified_split(labels, fractions, self.split_seed, folds=self.folds, fold=self.fold)
+                split = stratified_split(
+                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self.spec.classes
+                )
             except UprightError as error:
                 more = len(pool) - len(first)
                 raise UserError(f"{error}{f' {more} duplicates of them are not counted.' if more else ''}") from None
@@ -220,7 +223,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     @cached_property
     def remarks(self) -> list[str]:
         """Sentences for the user about these data: duplicates, and unreadable images that are left out."""
-        remarks = describe_duplicates(
+        remarks = [*self.source.remarks]
+        remarks += describe_duplicates(
             self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names
         )
         if len(unreadable := np.flatnonzero(~self.images.readable)):
@@ -232,7 +236,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     def views(self, split: str) -> Views:
         """Return the views of every image of ``split``."""
-        return Angles((0.0,) if split == "train" else self.angles)
+        return Angles((0.0,) if split == "train" else self.angles, self.augmentation.padding)
 
     def originals(self, split: str) -> Iterator[Original]:
         """Yield decoded images at their own sizes, in the order of the loader, never from the cache."""

@@ -31,6 +31,7 @@ class Source:
         names: short unique names, for messages and files.
         splits: indices of ``train``, ``val`` and ``test``, if the dataset defines some of them.
         files: the file of each image; ``None`` if they are in memory.
+        remarks: sentences for the user about the dataset.
     """
 
     images: Images
@@ -38,6 +39,7 @@ class Source:
     names: Sequence[str]
     splits: Mapping[str, Sequence[int]] | None = None
     files: Sequence[Path] | None = None
+    remarks: Sequence[str] = ()
 
 
 class Original(NamedTuple):

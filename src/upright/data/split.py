@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,14 +14,33 @@ import torch
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from upright.errors import UserError
-from upright.images import Pixels
+from upright.images import LISTED_CLASSES, Pixels
 
 Indices = npt.NDArray[np.int64]
 SPLITS = ("train", "val", "test")
+SPELLINGS = {
+    split: re.compile(rf"(?:images?|data)?(?:{words})(?:set|data|dataset|images?|split)?")
+    for split, words in {
+        "train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing"
+    }.items()
+}  # fmt: skip
+"""Usual spellings of each split in lower case, without digits and punctuation."""
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a name stands for, such as ``val`` for ``Validation`` or ``valid_set``, or None."""
+    letters = re.sub(r"[\W\d_]+", "", name.casefold())
+    return next((split for split, spelling in SPELLINGS.items() if spelling.fullmatch(letters)), None)
 
 
 def stratified_split(
-    labels: npt.ArrayLike, fractions: Mapping[str, float], seed: int, *, folds: int = 0, fold: int = 0
+    labels: npt.ArrayLike,
+    fractions: Mapping[str, float],
+    seed: int,
+    *,
+    folds: int = 0,
+    fold: int = 0,
+    classes: Sequence[str] = (),
 ) -> dict[str, Indices]:
     """Return sorted indices per split, with the same share of every class in each; ``train`` gets the rest.
 
@@ -29,35 +50,44 @@ def stratified_split(
         seed: seed of the split.
         folds: if not 0, ``val`` is one of this many equal parts of the remaining images.
         fold: number of that part, from 0.
+        classes: names of the classes, for messages; by default their numbers.
 
     Raises:
         UserError: if the fractions leave nothing, or a class is too small for all splits.
     """
     if min(fractions.values(), default=0.5) <= 0 or sum(fractions.values()) >= 1:
         raise UserError(f"Split fractions must be above 0 and leave a part for training, got {dict(fractions)}.")
-    classes = np.asarray(labels)
-    rest = np.arange(len(classes), dtype=np.int64)
+    numbers = np.asarray(labels)
+    rest = np.arange(len(numbers), dtype=np.int64)
     splits: dict[str, Indices] = {}
     try:
         for name, fraction in fractions.items():
-            size = round(fraction * len(classes))
-            rest, splits[name] = train_test_split(rest, test_size=size, stratify=classes[rest], random_state=seed)
+            size = round(fraction * len(numbers))
+            rest, splits[name] = train_test_split(rest, test_size=size, stratify=numbers[rest], random_state=seed)
         if folds:
-            smallest = np.unique(classes[rest], return_counts=True)[1].min()
-            if smallest < folds:
-                raise ValueError(f"{folds} folds need as many images of every class, and one class has {smallest}")
-            parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rest, classes[rest])
+            if np.unique(numbers[rest], return_counts=True)[1].min() < folds:
+                raise ValueError
+            parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rest, numbers[rest])
             train, val = list(parts)[fold]
             rest, splits["val"] = rest[train], rest[val]
-    except ValueError as error:
-        by = dict(fractions) | ({"folds": folds} if folds else {})
+        splits["train"] = rest
+        if any(len(np.unique(numbers[part])) < len(np.unique(numbers)) for part in splits.values()):
+            raise ValueError
+    except ValueError:  # scikit-learn names no class; the smallest one has too few images
+        by = [f"{name} {fraction}" for name, fraction in fractions.items()] + ([f"folds {folds}"] if folds else [])
+        rest_fraction = 1 - sum(fractions.values())
+        least = math.ceil(max([1 / fraction for fraction in (*fractions.values(), rest_fraction / max(folds, 1))]))
+        kinds, counts = np.unique(numbers, return_counts=True)
+        smallest = [
+            f"'{classes[kind] if classes else kind}' ({count})"
+            for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)
+            if count < max(least, counts.min() + 1)
+        ]
         raise UserError(
-            f"{len(classes)} images of {len(np.unique(classes))} classes cannot be split by {by}: {error}"
+            f"{len(numbers)} images of {len(kinds)} classes cannot be split by {', '.join(by)}: too few images of "
+            f"{', '.join(smallest[:LISTED_CLASSES])}. Every class needs at least {least}. Add images, raise the "
+            "smallest fraction, remove the class, or split the images yourself."
         ) from None
-    splits["train"] = rest
-    for name, part in splits.items():
-        if missing := set(classes.tolist()) - set(classes[part].tolist()):
-            raise UserError(f"No image of class {sorted(missing)} in split '{name}': the class has too few images.")
     return {name: np.sort(part) for name, part in splits.items()}
 
 

@@ -3,13 +3,14 @@
 import csv
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from upright.data.download import absolute
-from upright.data.image_files import ImageFiles, Row
-from upright.data.split import SPLITS
+from upright.data.image_files import ImageFiles, Row, class_name
+from upright.data.split import SPLITS, split_of
 from upright.errors import UserError, nearest
 
 COLUMNS = ("path", "label", "split")
@@ -21,7 +22,8 @@ class Table(ImageFiles):
     """A CSV or Parquet file with the columns ``path``, ``label`` and optionally ``split``; other columns are ignored.
 
     Paths are absolute, or relative to the table's folder. Labels are the names of the classes: text or whole numbers.
-    Splits are train, val and test; a missing split is taken from the training images.
+    Splits are train, val and test, in any spelling that `split_of` reads; a missing split is taken from the training
+    images.
 
     Args:
         file: the table: ``.csv`` (UTF-8, commas, column names in the first line) or ``.parquet`` (needs pyarrow).
@@ -50,8 +52,8 @@ class Table(ImageFiles):
                 raise UserError(f"{self._place(line)} has no {'label' if path else 'path'}.")
             if split not in ("", *SPLITS):
                 raise UserError(
-                    f"{self._place(line)}: split must be one of {', '.join(SPLITS)}; got '{split}'."
-                    + nearest(split, SPLITS)
+                    f"{self._place(line)}: split must be one of {', '.join(SPLITS)} (validation, Test, ... "
+                    f"also count); got '{split}'." + nearest(split, SPLITS)
                 )
             if not split and len(splits) > 1:
                 raise UserError(f"{self._place(line)} has no split, and other lines have one.")
@@ -74,7 +76,7 @@ class Table(ImageFiles):
         lines: dict[str, int] = {}
         rows = []
         for line, (name, label, split) in self._cells.items():
-            path = os.path.normpath(self.file.parent / name)
+            path = _existing_form(os.path.normpath(self.file.parent / name))
             if lines.setdefault(path, line) != line:
                 raise UserError(
                     f"{self._place(line)}: '{name}' is already in line {lines[path]}; "
@@ -140,4 +142,13 @@ def _check_header(header: list[str], file: Path) -> None:
 
 
 def _cells(row: dict[str, str]) -> Cells:
-    return row["path"], row["label"].strip(), row.get("split", "").strip()
+    split = row.get("split", "").strip()
+    return row["path"], class_name(row["label"].strip()), split_of(split) or split
+
+
+def _existing_form(path: str) -> str:
+    """Return the path in the Unicode form (composed or decomposed) in which it exists, or unchanged."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next(filter(os.path.lexists, forms), path)

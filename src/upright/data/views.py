@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upright.warp import pixel_centres, rotation, sample, transform_points
+from upright.warp import Padding, pixel_centres, rotation, sample, transform_points
 
 
 class Views(ABC):
@@ -26,6 +26,11 @@ class Views(ABC):
     def plain(self) -> bool:
         """True if the only view of an image is the unchanged image."""
         return self.names == ("",)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the pixels of the views depend on, to find them in a cache."""
+        return self.names
 
     @abstractmethod
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
@@ -47,16 +52,20 @@ class Views(ABC):
 
 
 class Angles(Views):
-    """Images rotated anticlockwise by each of ``angles``, in degrees."""
+    """Images rotated anticlockwise by each of ``angles``, in degrees, with ``padding`` beyond their border."""
 
     unit = "°"
 
-    def __init__(self, angles: Sequence[float]) -> None:
+    def __init__(self, angles: Sequence[float], padding: Padding = "zeros") -> None:
         super().__init__([""] if list(angles) == [0] else [f"{angle:+g}" if angle else "0" for angle in angles])
-        self.angles = tuple(angles)
+        self.angles, self.padding = tuple(angles), padding
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.names, self.padding)
 
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
-        return torch.stack([_rotate(images, angle) for angle in self.angles], dim=1)
+        return torch.stack([_rotate(images, angle, self.padding) for angle in self.angles], dim=1)
 
     def transforms(self, indices: Tensor, aspects: Tensor) -> Tensor:
         count = len(self.angles)
@@ -64,10 +73,10 @@ class Angles(Views):
         return rotation(angles, aspects.repeat_interleave(count)).reshape(len(indices), count, 3, 3)
 
 
-def _rotate(images: Tensor, angle: float) -> Tensor:
+def _rotate(images: Tensor, angle: float, padding: Padding) -> Tensor:
     if angle == 0:
         return images
     height, width = images.shape[-2:]
     matrix = rotation(torch.tensor([angle]).deg2rad(), width / height)
     points = transform_points(matrix, pixel_centres(height, width)).expand(len(images), -1, -1)
-    return sample(images, points, height, width).round().clamp(0, 255)
+    return sample(images, points, height, width, padding).round().clamp(0, 255)

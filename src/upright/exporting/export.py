@@ -30,7 +30,18 @@ from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, Pr
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, check_replaceable, replacing_folder
 from upright.runs.tracking import Mode, bundle_mode, log_bundle
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, Bundle, checksums
+from upright.runtime.bundle import (
+    ARCHIVE_SUFFIX,
+    EXPECTED,
+    FORMAT,
+    MANIFEST,
+    MODELS,
+    SAMPLES,
+    SUMS,
+    Bundle,
+    checksums,
+    write_archive,
+)
 from upright.runtime.predictor import open_session, run_batch, run_session
 from upright.runtime.speed import machine, side_by_side, turn
 from upright.training.finetuning import head
@@ -54,6 +65,7 @@ def export(
     max_drop: float = 0.5,
     full_range: bool = False,
     to: str = "export",
+    archive: bool = False,
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
@@ -73,6 +85,7 @@ def export(
         max_drop: points of accuracy, from 0 to 100, that each precision may lose.
         full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
+        archive: also write the bundle as one file, ``NAME.upright.zip``.
         triton: a Triton model repository that gets copies of the models.
         wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
 
@@ -106,6 +119,9 @@ def export(
     check_replaceable(target, "a bundle", SUMS)
     if target.exists() and not force:
         raise UserError(f"Bundle '{target}' exists: --force replaces it, --name writes another one.")
+    archive_path = target.with_name(name + ARCHIVE_SUFFIX)
+    if archive and archive_path.exists() and not force:
+        raise UserError(f"Archive '{archive_path}' exists: --force replaces it, --name writes another one.")
     folders = {}
     if triton is not None:
         folders = model_folders(Path(triton), name, ("fp32", *precisions), target, force)
@@ -130,6 +146,9 @@ def export(
     if folders:
         write_models(Bundle.open(target), folders)
         print(f"Triton: {', '.join(map(str, folders.values()))}")
+    if archive:
+        write_archive(target, archive_path)
+        print(f"Archive: {archive_path}")
     print(f"Bundle: {target}\nNext:   upright verify {target}")
     return 0
 

@@ -161,7 +161,8 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
                 graph(example)
         except RuntimeError as error:
             raise UserError(f"The network does not accept images of {height}x{width}: {error}") from None
-    free = {axis: torch.export.Dim.DYNAMIC for axis, n in enumerate((form.batch, form.size, form.size)) if not n}
+    axes = zip(("batch", "height", "width"), (form.batch, form.size, form.size), strict=True)
+    free = {number: name for number, (name, length) in enumerate(axes) if not length}
     with warnings.catch_warnings():
         # torch's exporter calls its own deprecated functions.
         warnings.simplefilter("ignore")
@@ -178,14 +179,28 @@ def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
         )
     assert program is not None
     proto = program.model_proto
-    for node in proto.graph.node:
-        # Remove the lines of source code that the exporter records, because they contain paths of this machine.
-        scopes = [entry for entry in node.metadata_props if entry.key == SCOPES]
-        del node.metadata_props[:]
-        node.metadata_props.extend(scopes)
+    graph_proto = proto.graph
+    for part in (graph_proto, *graph_proto.input, *graph_proto.output, *graph_proto.value_info, *graph_proto.node):
+        # Remove the exporter's notes. Its lines of source code contain paths of this machine.
+        scopes = [entry for entry in part.metadata_props if entry.key == SCOPES]
+        del part.metadata_props[:]
+        part.metadata_props.extend(scopes)
+    lower_requirements(proto)
     onnx.helper.set_model_props(proto, {"upright": json.dumps({"classes": list(spec.classes), "format": FORMAT})})
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
+
+
+def lower_requirements(model: onnx.ModelProto) -> None:
+    """Remove the imports of unused opsets, and set the IR version to the oldest one that has the others.
+
+    An old runtime refuses a newer IR version or opset, even if no operator needs it.
+    """
+    domains = {node.domain for node in model.graph.node}
+    imports = [each for each in model.opset_import if each.domain in domains]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    model.ir_version = onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
 
 
 def module_of(node: onnx.NodeProto) -> str:

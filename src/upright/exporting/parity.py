@@ -42,7 +42,7 @@ def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pix
     if size is None or pixels.shape[:2] == size:
         return pixels
     rule = "stretch" if spec.resize == "none" else spec.resize
-    resized = resize(to_tensor(pixels[None]).float(), *size, rule).round().clamp(0, 255).to(torch.uint8)
+    resized = resize(to_tensor(pixels[None]), *size, rule, spec.background).round().clamp(0, 255).to(torch.uint8)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 

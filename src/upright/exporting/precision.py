@@ -27,7 +27,7 @@ from torch import nn
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import SeriesTransformer
 from upright.errors import UserError
-from upright.exporting.graph import module_of
+from upright.exporting.graph import lower_requirements, module_of
 
 PrecisionName = Literal["fp32", "fp16", "int8"]
 
@@ -92,6 +92,7 @@ class Converter(ABC):
     def convert(self, layers: Collection[str]) -> bytes:
         """Return the content of an ONNX file with these layers converted."""
         model = self.convert_nodes({node for layer in layers for node in self.layers[layer]})
+        lower_requirements(model)
         del model.metadata_props[:]
         onnx.helper.set_model_props(model, {entry.key: entry.value for entry in self.model.metadata_props})
         onnx.checker.check_model(model)

@@ -5,7 +5,6 @@ repositories and configuration. The inputs and outputs come from onnxruntime, as
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import onnxruntime
 
 from upright.errors import UserError
 from upright.files import check_replaceable, replacing_folder
-from upright.runtime.bundle import MODELS, Bundle
+from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import open_session
 
 CONFIG, LABELS, MODEL = "config.pbtxt", "labels.txt", "1/model.onnx"
@@ -62,7 +61,7 @@ def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
         with replacing_folder(target) as folder:
             model = folder / MODEL
             model.parent.mkdir()
-            shutil.copyfile(bundle.folder / MODELS[precision], model)
+            model.write_bytes(bundle.model(precision).read_bytes())
             (folder / LABELS).write_text("".join(f"{name}\n" for name in bundle.spec.classes), encoding="utf-8")
             (folder / CONFIG).write_text(configuration(target.name, open_session(model)), encoding="utf-8")
 

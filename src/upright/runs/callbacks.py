@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -46,18 +46,18 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})
 
 
-def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
-    """Return callbacks that write ``best.ckpt`` by validation loss, and ``last.ckpt`` after every epoch.
-
-    Accuracy on a few thousand images is coarse: the best epoch by accuracy is often an early one that was lucky.
+def checkpoints(folder: Path, monitor: str, mode: Literal["min", "max"], every_n_steps: int) -> list[Callback]:
+    """Return callbacks that write ``best.ckpt`` by a metric of validation, and ``last.ckpt`` after every epoch.
 
     Args:
         folder: the folder of the run.
+        monitor: name of the metric.
+        mode: whether the smallest or the largest value is the best.
         every_n_steps: number of steps between further writes of ``last.ckpt`` within an epoch; 0 for none.
     """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
     callbacks: list[Callback] = [
-        RunCheckpoint(**common, filename="best", monitor="val/loss", mode="min"),
+        RunCheckpoint(**common, filename="best", monitor=monitor, mode=mode),
         RunCheckpoint(**common, filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
     ]
     if every_n_steps:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from upright.checkpoint import KEY
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
+from upright.runs.callbacks import RunCheckpoint
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze
 from upright.training.optimisation import grouped_optimizer
@@ -99,6 +100,15 @@ def check_resumable(
             raise UserError(
                 f"'{path}' was trained with data.batch_size {theirs} and cannot resume with {data.batch_size}, because "
                 f"the schedule counts batches; to train its weights with another one: --start_from {path}."
+            )
+    monitors = [state["monitor"] for key, state in checkpoint["callbacks"].items() if key.startswith("RunCheckpoint")]
+    for callback in trainer.callbacks:
+        if not isinstance(callback, RunCheckpoint) or callback.monitor in [None, *monitors]:
+            continue
+        if monitors and (best := Path(str(callback.dirpath)) / "best.ckpt").is_file():
+            raise UserError(
+                f"'{best}' was chosen by {monitors[0]}, and {callback.monitor} cannot be compared with it: resume with "
+                f"--monitor {monitors[0]}, or start a new run with another --name."
             )
     theirs = checkpoint["callbacks"].get(Freeze.__name__, {}).get("lr_factor", 1.0)
     ours = next((callback.lr_factor for callback in trainer.callbacks if isinstance(callback, Freeze)), 1.0)

@@ -7,6 +7,7 @@ unbiased estimate of its accuracy. This module forbids no access; it counts them
 import hashlib
 import json
 from datetime import UTC, datetime
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ LOG_FILE = "test_openings.jsonl"
 """File in the run's folder, one line per opening: date (UTC), model and its SHA-256, split, and command."""
 
 
-def open_test_split(model: Path, run: Path, data: ImageDataModule, by: str) -> None:
+def open_test_split(model: Traversable, run: Path, data: ImageDataModule, by: str) -> None:
     """Record that a model is about to be evaluated on the test split, and print how often that has happened.
 
     With several processes, only the first one calls it.

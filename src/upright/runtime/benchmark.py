@@ -47,14 +47,14 @@ class Runtime:
         package: the Python package.
         load: see `Worker`.
         arguments: arguments of ``load``, besides ``threads``.
-        file: the model's file.
+        bytes: size of the model's file.
     """
 
     name: str
     package: str
     load: str
     arguments: dict[str, Any]
-    file: Path
+    bytes: int
 
 
 Row = dict[str, Any]
@@ -105,20 +105,19 @@ def benchmark(options: Benchmark) -> int:
 
 def find_runtimes(bundle: Bundle, checkpoint: str | None) -> list[Runtime]:
     """Return the installed runtimes, ONNX Runtime in fp32 first."""
-    folder, module = str(bundle.folder), "upright.runtime.worker"
-    models = {precision: bundle.model(precision) for precision in bundle.precisions}
+    folder = str(bundle.folder)
     runtimes = []
-    for name, file in models.items():
-        arguments = {"bundle": folder, "precision": name}
-        runtimes.append(Runtime(f"ONNX Runtime {name}", "onnxruntime", f"{module}:onnx_runtime", arguments, file))
-    if find_spec("openvino"):
-        for name, file in models.items():
-            runtimes.append(Runtime(f"OpenVINO {name}", "openvino", f"{module}:openvino", {"model": str(file)}, file))
+    for name, package in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
+        for precision in bundle.precisions if find_spec(package) else ():
+            load, size = f"upright.runtime.worker:{package}", len(bundle.model(precision).read_bytes())
+            settings: dict[str, Any] = {"bundle": folder, "precision": precision}
+            runtimes.append(Runtime(f"{name} {precision}", package, load, settings, size))
     if checkpoint:
         file = Path(checkpoint) / "best.ckpt" if Path(checkpoint).is_dir() else Path(checkpoint)
         for name, compiled in (("eager", False), ("compiled", True)):
             settings = {"bundle": folder, "checkpoint": checkpoint, "compiled": compiled}
-            runtimes.append(Runtime(f"PyTorch {name}", "torch", "upright.exporting.eager:pytorch", settings, file))
+            load, size = "upright.exporting.eager:pytorch", file.stat().st_size
+            runtimes.append(Runtime(f"PyTorch {name}", "torch", load, settings, size))
     return runtimes
 
 
@@ -133,7 +132,7 @@ def _measure(
         for runtime in runtimes:
             print(f"Starting {runtime.name} ({threads} thread{'s' * (threads > 1)}) ...", file=sys.stderr, flush=True)
             arguments = runtime.arguments | {"threads": threads}
-            start = partial(Worker, runtime.load, arguments, bundle.spec, bundle.sample_paths, bundle.fixed_batch or 1)
+            start = partial(Worker, runtime.load, arguments, bundle)
             seconds = []
             try:
                 for _ in range(STARTS - 1):
@@ -164,7 +163,7 @@ def _measure(
                     "images_per_second": batch * speed.per_second,
                     "times_fp32": speed.times,
                     "quartiles": speed.quartiles,
-                    "bytes": runtime.file.stat().st_size,
+                    "bytes": runtime.bytes,
                     "agreement": f"{agreement}/{len(actual)}",
                     "largest_difference": float(np.abs(actual - reference).max()),
                     "peak_memory": workers[name].memory,

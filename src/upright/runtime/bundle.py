@@ -1,10 +1,16 @@
-"""A bundle: a folder with a model, samples, and results of checks. `Bundle.open` compares hashes before it parses."""
+"""A bundle: a folder or an archive with a model, samples, and results of checks.
+
+`Bundle.open` compares hashes before it parses. An archive is a ZIP without compression, which is read in place.
+"""
 
 import json
 import math
 import mmap
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from upright.errors import BundleError, UserError
-from upright.files import file_hash
+from upright.files import file_hash, replacing_file
 from upright.images import ImageSpec
 
 FORMAT = 2
@@ -22,12 +28,91 @@ MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.o
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
+ARCHIVE_SUFFIX = ".upright.zip"
+ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
+"""Date of all files in an archive, so that equal bundles have equal archives."""
+NOT_CONTENT = ("Thumbs.db", "desktop.ini")
+"""Files that Windows adds to folders."""
 
 
-def checksums(folder: Path) -> str:
-    """Return the text of ``SHA256SUMS`` for all other files in ``folder``, in the format of ``sha256sum``."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+def checksums(folder: Traversable) -> str:
+    """Return the text of ``SHA256SUMS`` for all other files in ``folder``, in the format of ``sha256sum``.
+
+    Raises:
+        BundleError: see `file_names`.
+    """
+    names = sorted(file_names(folder))
     return "".join(f"{file_hash(folder / name)}  {name}\n" for name in names if name != SUMS)
+
+
+def file_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    """Yield the path of each file in a bundle, relative to it.
+
+    Names that start with a dot, such as ``.DS_Store`` and ``.gitattributes``, are no part of a bundle. A link to a file
+    is followed, because the hash of its content is checked. Reading a pipe would block, and a link to a folder may
+    contain itself.
+
+    Raises:
+        BundleError: if an entry is neither a file nor a folder.
+    """
+    for entry in folder.iterdir():
+        if entry.name.startswith(".") or entry.name in NOT_CONTENT:
+            continue
+        if entry.is_file():
+            yield prefix + entry.name
+        elif entry.is_dir() and not (isinstance(entry, Path) and entry.is_symlink()):
+            yield from file_names(entry, f"{prefix}{entry.name}/")
+        else:
+            raise BundleError(f"Bundle '{folder}' holds '{entry.name}', which is not a file; replace it by a copy.")
+
+
+def write_archive(folder: Path, target: Path) -> None:
+    """Write a bundle's folder as one file without compression."""
+    from zipfile import ZipFile, ZipInfo
+
+    with replacing_file(target) as new, ZipFile(new, "w") as archive:
+        for name in sorted(file_names(folder)):
+            info = ZipInfo(name, ARCHIVE_DATE)
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            archive.writestr(info, (folder / name).read_bytes())
+
+
+def open_archive(path: Path) -> Traversable:
+    """Return the top of an archive. Nothing is written to the disk.
+
+    An archive without compression cannot expand, and reading all its files takes no more memory than its size.
+
+    Raises:
+        BundleError: if the file is not a ZIP, if a file in it is compressed, encrypted or a link, or if files overlap,
+            have one name, or have a path that leads outside.
+    """
+    from zipfile import ZIP_STORED, ZipFile
+    from zipfile import Path as ZipPath
+
+    try:
+        archive = ZipFile(path)
+        infos = archive.infolist()
+        top: Traversable = ZipPath(archive)
+    except Exception as error:  # a broken archive can lead zipfile to any exception
+        reason = " ".join(str(error).split())
+        raise BundleError(f"'{path}' is neither a folder nor an archive of a bundle: {reason}.") from None
+    names = [info.filename for info in infos]
+    for info in infos:
+        parts = info.filename.removesuffix("/").split("/")
+        if info.orig_filename != info.filename or not all(parts) or {".", ".."} & set(parts) or "\\" in info.filename:
+            problem = "has a path that leads outside of the archive"
+        elif info.compress_type != ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            problem = "is compressed or encrypted"
+        elif stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "is not a file"
+        elif names.count(info.filename) > 1:
+            problem = "is in it several times"
+        else:
+            continue
+        raise BundleError(f"'{path}' holds {info.filename!r}, which {problem}; `upright export --archive` writes one.")
+    if sum(info.file_size for info in infos) > path.stat().st_size:
+        raise BundleError(f"'{path}' holds files that overlap; `upright export --archive` writes an archive.")
+    return top
 
 
 @dataclass(frozen=True)
@@ -35,29 +120,43 @@ class Bundle:
     """A bundle. `Bundle.open` checks it; the constructor does not.
 
     Args:
-        folder: the bundle's folder.
+        folder: the bundle's folder, or its archive.
     """
 
     folder: Path
+
+    def __reduce__(self) -> tuple[type["Bundle"], tuple[Path]]:
+        # An open archive cannot be pickled.
+        return Bundle, (self.folder,)
+
+    @cached_property
+    def files(self) -> Traversable:
+        """The bundle's folder, or the top of its archive."""
+        return open_archive(self.folder) if self.folder.is_file() else self.folder
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, or of the archive without its suffix."""
+        return self.folder.resolve().name.removesuffix(ARCHIVE_SUFFIX)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Bundle":
         """Check the hash of every file, then the format, then the content.
 
         Raises:
-            BundleError: if the folder is not a bundle, if any bit of it changed, if it contains a link or refers to a
-                file outside, or if this version cannot read its format.
+            BundleError: if the folder or the archive is not a bundle, if any bit of a file changed, if it contains
+                anything but files, if it refers to a file outside, or if this version cannot read its format.
         """
-        folder = Path(folder)
-        if not (folder / SUMS).is_file():
+        bundle, folder = cls(Path(folder)), Path(folder)
+        if not (bundle.files / SUMS).is_file():
             raise BundleError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` writes one.")
-        for path in folder.rglob("*"):
-            # Reading a pipe would block, and a link may point outside the folder.
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise BundleError(
-                    f"Bundle '{folder}' holds '{path.name}', which is not a plain file; replace it by a copy."
-                )
-        recorded, actual = (folder / SUMS).read_bytes(), checksums(folder).encode(errors="surrogateescape")
+        try:
+            recorded = (bundle.files / SUMS).read_bytes()
+            actual = checksums(bundle.files).encode(errors="surrogateescape")
+        except (BundleError, OSError):
+            raise
+        except Exception as error:  # a damaged archive can lead zipfile to any exception
+            raise BundleError(f"Bundle '{folder}' is damaged: {error}. Export or copy it again.") from None
         if recorded != actual:
             lines = (set(text.decode(errors="replace").splitlines()) for text in (recorded, actual))
             differing = set.symmetric_difference(*lines)
@@ -65,7 +164,6 @@ class Bundle:
             raise BundleError(
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
-        bundle = cls(folder)
         try:
             version, writer = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
             advice = "Export it again." if version < FORMAT else "Install a newer Upright."
@@ -99,7 +197,7 @@ class Bundle:
                 pass
             case _:
                 raise ValueError(f"a key of {MANIFEST} is missing, or its value has the wrong type")
-        files = {f"{SAMPLES}/{path.name}" for path in (self.folder / SAMPLES).iterdir()}
+        files = {f"{SAMPLES}/{file.name}" for file in (self.files / SAMPLES).iterdir()}
         for sample in samples:
             if sample["file"] not in files or not isinstance(sample["label"], str):
                 raise ValueError(f"the file or the label of sample {sample['file']!r} is missing")
@@ -116,7 +214,7 @@ class Bundle:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Content of ``manifest.json``."""
-        manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((self.files / MANIFEST).read_text(encoding="utf-8"))
         return manifest
 
     @cached_property
@@ -136,8 +234,8 @@ class Bundle:
         batch = self.manifest["input"]["shape"][0]
         return batch if isinstance(batch, int) else None
 
-    def model(self, precision: str) -> Path:
-        """Return the ONNX file of one precision.
+    def model(self, precision: str) -> Traversable:
+        """Return the ONNX file of one precision: a path, or a file in the archive.
 
         Raises:
             BundleError: if the bundle does not hold it.
@@ -147,7 +245,7 @@ class Bundle:
                 f"Bundle '{self.folder}' holds {', '.join(self.precisions)}, not {precision}; "
                 f"`upright export CHECKPOINT --precision {precision}` writes one that does."
             )
-        return self.folder / MODELS[precision]
+        return self.files / MODELS[precision]
 
     def tolerance(self, precision: str) -> float:
         """Return the largest difference of a probability that `verify` allows."""
@@ -156,24 +254,29 @@ class Bundle:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """Validation images with their predictions: ``file``, ``label``, ``probabilities`` by precision."""
-        samples: list[dict[str, Any]] = json.loads((self.folder / EXPECTED).read_text(encoding="utf-8"))
+        samples: list[dict[str, Any]] = json.loads((self.files / EXPECTED).read_text(encoding="utf-8"))
         return samples
 
     @property
-    def sample_paths(self) -> list[Path]:
-        """Files of the samples."""
-        return [self.folder / sample["file"] for sample in self.samples]
+    def sample_files(self) -> list[Path | bytes]:
+        """The image files of the samples: paths, or the contents of files in the archive."""
+        files = [self.files / sample["file"] for sample in self.samples]
+        return [file if isinstance(file, Path) else file.read_bytes() for file in files]
 
     def expected(self, precision: str) -> npt.NDArray[np.float32]:
         """Return the probabilities of the samples ``(N, K)`` that `export` recorded for one precision."""
         return np.array([sample["probabilities"][precision] for sample in self.samples], dtype=np.float32)
 
 
-def _has_external_data(model: Path) -> bool:
+def _has_external_data(model: Traversable) -> bool:
     """Return whether an ONNX file stores a tensor in another file. Old versions of onnxruntime would read that file.
 
     Such a tensor has the key ``location``. A protobuf writes the length of the key, 8, in front of it, in one of two
     encodings. In front of a longer name that ends in this word, the length is different.
     """
-    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return any(content.find(length + b"location") >= 0 for length in (b"\x08", b"\x00"))
+    keys = (b"\x08location", b"\x00location")
+    if not isinstance(model, Path):
+        content = model.read_bytes()
+        return any(key in content for key in keys)
+    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return any(mapped.find(key) >= 0 for key in keys)

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy.typing as npt
 
 from upright.errors import ImageError, UserError
 from upright.files import replacing_file
-from upright.images import Pixels, find_images
+from upright.image_paths import find_images
+from upright.images import Pixels
 from upright.options import Infer
 from upright.runtime.predictor import Prediction, Predictor, session_batches
 
@@ -74,30 +74,27 @@ def infer(options: Infer) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if options.format == "csv":
         print(_csv_header(options.top))
-    with warnings.catch_warnings():
-        # Each image gets an error or a prediction, so Pillow's warnings are not useful.
-        warnings.filterwarnings("ignore", module="PIL")
-        try:
-            for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
-                try:
-                    outputs = predictor.run_outputs(np.stack([pixels for _, pixels in batch]), names)
-                except ImageError as error:
-                    for path, _ in batch:
-                        report(ImageError(f"'{path}': {error}"))
-                    continue
-                if table:
-                    table.add([path for path, _ in batch], outputs)
-                for number, (path, _) in enumerate(batch):
-                    prediction = predictor.prediction(outputs["probabilities"][number])
-                    if options.format == "jsonl":
-                        extra = {name: outputs[name][number].tolist() for name in options.outputs}
-                        print(_jsonl(path, prediction, options.top, extra))
-                    else:
-                        print(FORMATS[options.format](path, prediction, options.top))
-                    progress.step()
-                sys.stdout.flush()
-        finally:
-            progress.clear()
+    try:
+        for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
+            try:
+                outputs = predictor.run_outputs(np.stack([pixels for _, pixels in batch]), names)
+            except ImageError as error:
+                for path, _ in batch:
+                    report(ImageError(f"'{path}': {error}"))
+                continue
+            if table:
+                table.add([path for path, _ in batch], outputs)
+            for number, (path, _) in enumerate(batch):
+                prediction = predictor.prediction(outputs["probabilities"][number])
+                if options.format == "jsonl":
+                    extra = {name: outputs[name][number].tolist() for name in options.outputs}
+                    print(_jsonl(path, prediction, options.top, extra))
+                else:
+                    print(FORMATS[options.format](path, prediction, options.top))
+                progress.step()
+            sys.stdout.flush()
+    finally:
+        progress.clear()
     if options.npz and table:
         table.write(Path(options.npz), classes)
     return 2 if failures else 0

@@ -2,21 +2,24 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib.resources.abc import Traversable
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from PIL import Image
 
 from upright.cores import count_cores
 from upright.errors import BundleError, EngineError, ImageError, UserError
-from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, Pixels, batches_of_one_size, decode
+from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
 
 Item = TypeVar("Item")
 Probabilities = npt.NDArray[np.float32]
+Errors = Literal["raise", "return"]
 CPU = ("cpu",)
 CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -40,10 +43,10 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """Classify images with a bundle. Threads may share a predictor.
+    """Classify images with a bundle. Threads may share a predictor, and another process can unpickle it.
 
     Args:
-        bundle: the folder of a bundle, or an open one.
+        bundle: the folder or the archive of a bundle, or an open one.
         precision: ``fp32``, or ``fp16`` or ``int8`` if the bundle has it.
         threads: threads per run; by default the number of cores that this process may use.
         providers: execution providers of onnxruntime, best first: ``cpu``, ``cuda``, ``tensorrt``, ``openvino``, ...
@@ -67,6 +70,12 @@ class Predictor:
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
+        self._settings: dict[str, Any] = {
+            "precision": precision,
+            "threads": threads,
+            "providers": providers,
+            "max_pixels": max_pixels,
+        }
         model = self.bundle.model(precision)
         self.session = open_session(model, threads, providers)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
@@ -77,14 +86,73 @@ class Predictor:
         if [(end.name, end.type, len(end.shape), end.shape[-1]) for end in ends] != expected:
             raise BundleError(f"The inputs and outputs of '{model}' do not match the manifest.")
 
-    def __call__(self, image: str | Path | bytes | Image.Image | npt.ArrayLike) -> Prediction:
-        """Classify one path, bytes of a file, PIL image, or uint8 array ``(H, W)`` or ``(H, W, C)``."""
+    def __reduce__(self) -> tuple[Callable[[], "Predictor"], tuple[()]]:
+        # A session cannot be pickled. The other process opens the bundle and checks it again.
+        return partial(type(self), self.bundle.folder.absolute(), **self._settings), ()
+
+    def __call__(self, image: ImageSource) -> Prediction:
+        """Classify one image: a path, the content of a file, an open file, a PIL image, or a uint8 array."""
         return self.predict([image])[0]
 
-    def predict(self, images: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
-        """Classify many images, in their order."""
-        pixels = map(self.decode, images)
-        return [self.prediction(row) for row in self.probabilities(pixels, batch_size)]
+    @overload
+    def predict(self, images: Iterable[ImageSource], batch_size: int = 64) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors
+    ) -> list[Prediction | ImageError]: ...
+
+    def predict(
+        self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors = "raise"
+    ) -> Sequence[Prediction | ImageError]:
+        """Classify many images, in their order. `stream` has the arguments."""
+        return list(self.stream(images, batch_size, errors=errors))
+
+    @overload
+    def stream(self, images: Iterable[ImageSource], batch_size: int = 64) -> Iterator[Prediction]: ...
+
+    @overload
+    def stream(
+        self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors
+    ) -> Iterator[Prediction | ImageError]: ...
+
+    def stream(
+        self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors = "raise"
+    ) -> Iterator[Prediction | ImageError]:
+        """Yield the prediction for each image of an iterable, in their order. Only one batch is in memory.
+
+        Args:
+            images: the images, see `upright.images.decode`. They may come from a generator without an end.
+            batch_size: largest batch; neighbours of the same size form one. With 1, each image is classified at once.
+            errors: ``raise`` the error of an image that cannot be classified, or ``return`` it in the place of its
+                prediction.
+
+        Raises:
+            ImageError: if an image cannot be classified, unless ``errors`` is ``return``.
+            EngineError: if onnxruntime fails.
+        """
+
+        def decode_or_error(image: ImageSource) -> Pixels | ImageError:
+            try:
+                return self.decode(image)
+            except ImageError as error:
+                if errors == "raise":
+                    raise
+                return error
+
+        for broken, group in groupby(map(decode_or_error, images), lambda item: isinstance(item, ImageError)):
+            if broken:
+                yield from cast(Iterator[ImageError], group)
+                continue
+            for batch in session_batches(self.session, cast(Iterator[Pixels], group), lambda image: image, batch_size):
+                try:
+                    rows = self.run(np.stack(batch))
+                except ImageError as error:
+                    if errors == "raise":
+                        raise
+                    yield from [error] * len(batch)
+                else:
+                    yield from map(self.prediction, rows)
 
     def outputs(
         self, images: Sequence[Any], names: Sequence[str] | None = None, batch_size: int = 64
@@ -122,11 +190,7 @@ class Predictor:
                     "`upright export --outputs` adds outputs to a bundle."
                 )
 
-    def decode(
-        self,
-        image: str | Path | bytes | Image.Image | npt.ArrayLike,
-        reserve: Callable[[int], None] | None = None,
-    ) -> Pixels:
+    def decode(self, image: ImageSource, reserve: Callable[[int], None] | None = None) -> Pixels:
         """Decode an image to uint8 ``(H, W, C)`` at its own size. `upright.images.decode` explains ``reserve``.
 
         Raises:
@@ -191,12 +255,12 @@ class Predictor:
 
 
 def open_session(
-    model: Path | bytes, threads: int | None = None, providers: Sequence[str] = CPU
+    model: Traversable | bytes, threads: int | None = None, providers: Sequence[str] = CPU
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX file with onnxruntime.
 
     Args:
-        model: path or content of the file.
+        model: path or content of the file, or a file in an archive.
         threads: number of threads per run; by default the number of cores that this process may use.
         providers: execution providers, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor
             runs the operators that none of them supports.
@@ -215,7 +279,7 @@ def open_session(
     # Do not log constants that the optimiser could not fold. Errors are also raised as exceptions.
     options.log_severity_level = 4
     try:
-        content = model if isinstance(model, bytes) else str(model)
+        content = model if isinstance(model, bytes) else str(model) if isinstance(model, Path) else model.read_bytes()
         session = onnxruntime.InferenceSession(content, options, providers=full_names)
     except Exception as error:  # onnxruntime's exceptions have no other common base
         name = "the model" if isinstance(model, bytes) else f"'{model}'"

@@ -10,7 +10,11 @@ import numpy as np
 
 ROUNDS = 9
 TURN_SECONDS = 0.1
-INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+INSTRUCTIONS = (
+    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
+    *("avx512_bf16", "amx_bf16", "bf16"),
+)
+"""Instructions for wide vectors, for products of 8 bits, and for bfloat16."""
 
 Turn = Callable[[], list[float]]
 """A function that runs one implementation for one turn, and returns the seconds of each call."""

@@ -37,7 +37,7 @@ def _check(bundle: Bundle, precision: str) -> str:
     metadata = json.loads(predictor.session.get_modelmeta().custom_metadata_map.get("upright", "null"))
     if metadata != {"classes": list(spec.classes), "format": bundle.manifest["format"]}:
         raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {metadata}.")
-    pixels = [decode(path, spec) for path in bundle.sample_paths]
+    pixels = [decode(path, spec) for path in bundle.sample_files]
     expected, tolerance = bundle.expected(precision), bundle.tolerance(precision)
     # Run the samples one by one and in one batch, because the batch size must not change a prediction.
     for batch_size in (1, len(pixels)):

@@ -4,13 +4,15 @@ The process imports only the packages of this runtime, so other runtimes do not 
 """
 
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -19,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from upright.errors import UprightError, UserError
-from upright.images import ImageSpec, decode
+from upright.images import decode
+from upright.runtime.bundle import Bundle
 from upright.runtime.speed import turn
 
 LoadedModel = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
@@ -32,9 +35,7 @@ class Worker:
     Args:
         load: ``module:function``; the function returns a `LoadedModel`.
         arguments: arguments of that function, as plain data.
-        spec: format of the images.
-        images: paths of image files.
-        batch: smallest batch size of the model.
+        bundle: bundle with the samples to classify.
 
     Raises:
         UserError: if the function raises one.
@@ -46,11 +47,8 @@ class Worker:
     memory: int | None
     """Peak memory of the process so far, in bytes; None if the system does not report it."""
 
-    def __init__(
-        self, load: str, arguments: Mapping[str, Any], spec: ImageSpec, images: Sequence[Path], batch: int = 1
-    ) -> None:
-        settings = {"load": load, "arguments": dict(arguments), "spec": spec.to_dict(), "batch": batch}
-        settings["images"] = [str(path) for path in images]
+    def __init__(self, load: str, arguments: Mapping[str, Any], bundle: Bundle) -> None:
+        settings = {"load": load, "arguments": dict(arguments), "bundle": str(bundle.folder)}
         start = perf_counter()
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -75,11 +73,11 @@ class Worker:
         self._log.close()
 
     def probabilities(self) -> npt.NDArray[np.float32]:
-        """Return the probabilities of each image, ``(N, K)``."""
+        """Return the probabilities of each sample, ``(N, K)``."""
         return np.array(self._ask("probabilities")["probabilities"], dtype=np.float32)
 
     def turn(self, batch: int) -> list[float]:
-        """Run batches of copies of the first image for one turn, see `speed.turn`."""
+        """Run batches of copies of the first sample for one turn, see `speed.turn`."""
         reply = self._ask("turn", batch=batch)
         self.memory = reply["memory"]
         seconds: list[float] = reply["seconds"]
@@ -103,18 +101,30 @@ class Worker:
         raise RuntimeError(f"its process ended with {code}: {last_line[:300]}")
 
 
-def onnx_runtime(bundle: str, precision: str, threads: int) -> LoadedModel:
+def onnxruntime(bundle: str, precision: str, threads: int) -> LoadedModel:
     """Load a bundle in ONNX Runtime, with all the checks of `upright infer`."""
     from upright.runtime.predictor import Predictor
 
     return Predictor(bundle, precision, threads=threads).run
 
 
-def openvino(model: str, threads: int) -> LoadedModel:
-    """Load an ONNX file in OpenVINO, on the processor, with default options."""
+def openvino(bundle: str, precision: str, threads: int) -> LoadedModel:
+    """Load a bundle in OpenVINO."""
+    return openvino_model(Bundle(Path(bundle)).model(precision), threads)
+
+
+def openvino_model(model: Traversable, threads: int) -> LoadedModel:
+    """Load an ONNX file in OpenVINO, on the processor.
+
+    By default, OpenVINO computes float32 files in bfloat16 on a processor that has it. The bundle's probabilities then
+    change by more than their tolerance, so this function sets float32.
+    """
     from openvino import Core
 
-    compiled = Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    core = Core()
+    network = core.read_model(model if isinstance(model, Path) else io.BytesIO(model.read_bytes()))
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(network, "CPU", settings)
     output = compiled.output("probabilities")
 
     def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -152,20 +162,21 @@ def main() -> None:
 def _work(settings: dict[str, Any], reply: Callable[..., None]) -> None:
     module, _, name = settings["load"].partition(":")
     run: LoadedModel = getattr(importlib.import_module(module), name)(**settings["arguments"])
-    spec = ImageSpec.from_dict(settings["spec"])
+    bundle = Bundle(Path(settings["bundle"]))
+    samples, smallest_batch = bundle.sample_files, bundle.fixed_batch or 1
 
-    def copies(image: str, count: int) -> npt.NDArray[np.uint8]:
-        return np.repeat(decode(image, spec)[None], count, axis=0)
+    def copies(sample: Path | bytes, count: int) -> npt.NDArray[np.uint8]:
+        return np.repeat(decode(sample, bundle.spec)[None], count, axis=0)
 
-    run(copies(settings["images"][0], settings["batch"]))
+    run(copies(samples[0], smallest_batch))
     reply(memory=peak_memory())
     for line in sys.stdin:
         match json.loads(line):
             case {"question": "probabilities"}:
-                rows = [run(copies(image, settings["batch"]))[0].tolist() for image in settings["images"]]
+                rows = [run(copies(sample, smallest_batch))[0].tolist() for sample in samples]
                 reply(probabilities=rows)
             case {"question": "turn", "batch": batch}:
-                images = copies(settings["images"][0], batch)
+                images = copies(samples[0], batch)
                 reply(seconds=turn(partial(run, images)), memory=peak_memory())
 
 

@@ -11,8 +11,6 @@ from typing import Any, Self, cast
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from upright.architectures.initialisation import Scheme, initialise
@@ -29,7 +27,7 @@ from upright.training.losses import CrossEntropy
 from upright.training.metrics import Means, StageMetrics
 from upright.training.model import Model
 from upright.training.optimisation import MakeOptimizer, grouped_optimizer
-from upright.training.schedules import OneCycle
+from upright.training.schedules import MakeScheduler, OneCycle, Plateau, check_schedule
 from upright.training.uprightness import final_points, upright_loss
 from upright.warp import identity, pixel_centres
 
@@ -57,7 +55,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         spec: ImageSpec,
         network: Network,
         optimizer: MakeOptimizer,
-        scheduler: Callable[[Optimizer, int], LRScheduler] = OneCycle,
+        scheduler: MakeScheduler = OneCycle,
         loss: Callable[[int], nn.Module] = CrossEntropy,
         init: Scheme | None = None,
         upright_weight: float = 0.0,
@@ -68,6 +66,7 @@ class ImageClassifier(Recorded, L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.upright_weight, self.prior_weight = upright_weight, prior_weight
         _ = self.recipe  # refuses parts that a checkpoint could not rebuild, before training
+        check_schedule(scheduler)
         self.run: dict[str, Any] | None = None
         """Name and id of the training run; a stock Trainer's run is named after the network."""
         self.start: dict[str, Any] | None = None
@@ -79,8 +78,9 @@ class ImageClassifier(Recorded, L.LightningModule):
             built = network(spec.input_shape, num_classes)
         except ValueError as error:
             raise UserError(str(error)) from error
-        except RuntimeError as error:
-            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {error}") from error
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise UserError(f"The network cannot be built for images of {spec.input_shape}: {reason}") from error
         if init:
             initialise(built, init)
         self.model = Model(spec, built)
@@ -149,10 +149,19 @@ class ImageClassifier(Recorded, L.LightningModule):
             raise UserError("A schedule needs the length of the run: give --trainer.max_epochs or max_steps.")
         optimizer = grouped_optimizer(self.model, self.optimizer)
         scheduler = self.scheduler(optimizer, int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        # on_validation_epoch_end calls a `Plateau` with the loss.
+        schedule = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        """Balance the loss; refuse a precision or an augmentation that cannot train this model."""
+        """Load published weights, balance the loss; refuse a precision or an augmentation that cannot train this model.
+
+        A run that resumes has its weights already, and `start` as its checkpoint records it.
+        """
+        if not self.start:
+            from upright.training.finetuning import start_from  # finetuning imports this module
+
+            start_from(self)
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise UserError(
@@ -276,7 +285,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             metrics.uprightness.update(batch.group, batch.transforms, observations, aspect)
         return {"probabilities": probabilities, "observations": observations}
 
-    def _report(self, stage: str) -> None:
+    def _report(self, stage: str) -> dict[str, Tensor]:
         metrics: Any = self.metrics[f"_{stage}"]
         values = metrics.compute()
         self.confusion = values.pop("confusion", None)
@@ -284,6 +293,7 @@ class ImageClassifier(Recorded, L.LightningModule):
             if not value.isnan():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
         metrics.reset()
+        return cast(dict[str, Tensor], values)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Update the validation metrics; return ``probabilities`` ``(B, K)`` and the transformers' ``observations``."""
@@ -294,7 +304,10 @@ class ImageClassifier(Recorded, L.LightningModule):
         return self._evaluate(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        loss = self._report("val")["loss"]
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, Plateau) and not self.trainer.sanity_checking:
+            schedule.step(float(loss))
         self._validated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
@@ -460,13 +473,14 @@ def _check_any_size(model: Model) -> None:
     channels, height, width = model.spec.input_shape
     if any(isinstance(module, SpatialTransformer) for module in model.modules()):
         raise UserError(
-            "resize none does not work with a spatial transformer, which needs images of one size. Use stretch or crop."
+            "resize none does not work with a spatial transformer, which needs images of one size. "
+            "Use stretch, crop or pad."
         )
     try:
         model.eval()(torch.zeros(1, channels, height + 5, width + 9))
     except RuntimeError:
         raise UserError(
             "resize none needs a network for images of any size, such as one that ends in a global mean; "
-            f"{type(model.network).__name__} takes only {height}x{width}. Use stretch or crop."
+            f"{type(model.network).__name__} takes only {height}x{width}. Use stretch, crop or pad."
         ) from None
     model.train()

@@ -3,12 +3,16 @@
 **Finding the head.** `head` builds the network again with one extra class. The parameters whose shape changes are the
 *head*; the other parameters are the *body*. Spatial transformers of a `TransformerNetwork` are separate parts: weights
 that were trained without a transformer can start a network with one, and the other way round.
+
+**Matching weights.** Tensors are matched by name and shape, whatever wrappers (`PREFIXES`) begin their names. At least
+`MIN_FIT` of the body's tensors must fit; the others start from scratch.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -37,7 +41,16 @@ from upright.training.published_weights import (
 )
 from upright.training.restoring import check_unseen
 
+T = TypeVar("T")
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+MIN_FIT = 0.8
+"""Smallest share of the body's tensors for which weights must have a tensor of the same name and shape."""
+PREFIXES = ("module", "model", "network", "net", "backbone")
+"""Attributes that hold a network in a wrapper: DataParallel's, those of common LightningModules, and our own."""
+WRAPPERS = re.compile(rf"^(({'|'.join(PREFIXES)})\.)+")
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+"""Keys under which training scripts store a state dict beside other things."""
 
 PUBLISHED_HEADS = {ResNet: "classifier.weight", VGG: "classifier.layers.7.weight"}
 
@@ -59,7 +72,8 @@ class StartWeights(NamedTuple):
     weights: dict[WeightName, Tensor]
     origin: str
     """Author of the weights, for messages."""
-    normalisation: Normalisation
+    normalisation: Normalisation | None
+    """Normalisation of the images that the weights were trained on; None if unknown."""
     same_classes: bool
     """True if the classes are the same in the same order, so that the head can be used."""
     run: dict[str, Any] | None = None
@@ -83,40 +97,55 @@ def head(classifier: ImageClassifier) -> set[str]:
 
 
 def start_from(
-    classifier: ImageClassifier, path: str | Path, data: ImageDataModule | None = None, *, allow_seen: bool = False
+    classifier: ImageClassifier,
+    path: str | Path | None = None,
+    data: ImageDataModule | None = None,
+    *,
+    allow_seen: bool = False,
 ) -> list[str]:
     """Load weights into a classifier by name and shape, before training, and record their origin in its ``start``.
 
     Args:
         classifier: a new classifier. Only its network's weights, ``start`` and ``start_hashes`` change.
-        path: an Upright checkpoint, a run's folder, or a state dict of torchvision's ResNet or VGG.
+        path: an Upright checkpoint, a run's folder, or a state dict (``.pth``, ``.safetensors``); by default the
+            published weights of a network that is ``pretrained``, such as `Timm`.
         data: the datamodule of training and evaluation.
         allow_seen: whether validation and test images may be ones that the weights were trained on.
 
     Returns:
-        Messages for the user, one per line.
+        Messages for the user, one per line; none if there are no weights to load.
 
     Raises:
         UserError: for a file that cannot be read, weights of another network, or data whose validation or test
             images the weights were trained on; the classifier is then unchanged.
     """
-    path = find_checkpoint(path)
-    source = _read(path, classifier, data, allow_seen)
-    network, weights = classifier.model.network, source.weights
+    if path is None:
+        source, digest = _published_weights(classifier), None
+        if source is None:
+            return []
+        name = source.origin
+    else:
+        path = find_checkpoint(path)
+        source, digest, name = _read(path, classifier, data, allow_seen), file_hash(path), str(path)
+    network = classifier.model.network
     state, head_names = network.state_dict(), head(classifier)
-    names = _weight_names(state, classifier.recipe["init_args"]["network"])
+    names = _unwrapped(_weight_names(state, classifier.recipe["init_args"]["network"]))
+    weights = {key: source.weights[own] for key, own in _unwrapped({key: key for key in source.weights}).items()}
     missing_places, unused_places = _places(names) - _places(weights), _places(weights) - _places(names)
     new = {name for key, name in names.items() if key.place in missing_places}
     new |= set() if source.same_classes else head_names
-    loaded = {
-        key: value for key, value in weights.items() if key.place not in unused_places and names.get(key) not in new
-    }
-    _check_fit(path, loaded, {key: state[name] for key, name in names.items() if name not in new})
-    network.load_state_dict(state | {names[key]: value for key, value in loaded.items()})
-    classifier.start = {"path": str(path), "sha256": file_hash(path), "run": source.run, "anew": sorted(new)}
+    wanted = {key: state[name] for key, name in names.items() if name not in new}
+    offered = {k: v for k, v in weights.items() if k.place not in unused_places and names.get(k) not in new}
+    fitting = {key for key, value in wanted.items() if key in offered and offered[key].shape == value.shape}
+    misfits = _check_fit(name, offered, wanted, fitting)
+    # torchvision's first files lack the number of batches, which is not used.
+    new |= {names[key] for key in wanted.keys() - fitting if not key.name.endswith("num_batches_tracked")}
+    network.load_state_dict(state | {names[key]: offered[key] for key in fitting})
+    classifier.start = {"path": name, "sha256": digest, "run": source.run, "anew": sorted(new)}
     classifier.start_hashes = source.image_hashes
 
-    lines = [f"Start: '{path}' ({source.origin}), {len(loaded)} of {len(state)} tensors."]
+    origin = name if path is None else f"'{name}' ({source.origin})"
+    lines = [f"Start: {origin}, {len(fitting)} of {len(state)} tensors."]
     if not source.same_classes:
         modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name in head_names))
         rows = next(
@@ -125,11 +154,12 @@ def start_from(
         count = len(classifier.spec.classes)
         classes = f"{count} classes in place of {rows[0]}" if rows and rows[0] != count else f"{count} other classes"
         lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} from scratch: {classes}.")
+    lines += misfits
     lines += [f"The transformer at {place} starts from scratch." for place in sorted(missing_places)]
     lines += [f"The transformer at {place} is ignored: the network has none there." for place in sorted(unused_places)]
     lines += source.remarks
     theirs, ours = source.normalisation, (classifier.spec.mean, classifier.spec.std)
-    if theirs != ours:
+    if theirs is not None and theirs != ours:
         lines.append(
             f"The weights were trained on images of mean {list(theirs[0])} and std {list(theirs[1])}; "
             f"these data have mean {list(ours[0])} and std {list(ours[1])}."
@@ -137,25 +167,59 @@ def start_from(
     return lines
 
 
+def _published_weights(classifier: ImageClassifier) -> StartWeights | None:
+    """Return the published weights of a pretrained network, under the names of the whole network."""
+    place, module = _pretrained(classifier.model.network)
+    if module is None:
+        return None
+    try:
+        published = module.published()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    state = {f"{place}{name}": value for name, value in published.weights.items()}
+    names = _weight_names(state, classifier.recipe["init_args"]["network"])
+    return StartWeights(
+        {key: state[name] for key, name in names.items()},
+        published.origin,
+        (published.mean, published.std),
+        are_imagenet_classes(classifier.spec.classes),
+    )
+
+
+def _pretrained(network: nn.Module) -> tuple[str, Any]:
+    """Return the prefix of the first module that is ``pretrained``, and the module; None if there is none."""
+    for place, module in network.named_modules():
+        if getattr(module, "pretrained", False) is True and hasattr(module, "published"):
+            return f"{place}." if place else "", module
+    return "", None
+
+
 def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
-    loaded = load_file(path, "an Upright checkpoint or a state dict")
-    if isinstance(loaded, dict) and KEY in loaded:
-        check_format(loaded, path)
+    content = load_file(path, "an Upright checkpoint or a state dict")
+    if isinstance(content, dict) and KEY in content:
+        check_format(content, path)
         if data is not None and not allow_seen:
-            check_unseen(loaded[KEY], data, path)
-        return _upright_weights(loaded, classifier.spec)
-    weights = loaded.items() if isinstance(loaded, dict) else ()
-    if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights):
+            check_unseen(content[KEY], data, path)
+        return _upright_weights(content, classifier.spec)
+    state = _state_dict(content)
+    if state is None:
         raise UserError(f"'{path}' holds neither an Upright checkpoint nor a state dict (names and their tensors).")
     network: Any = classifier.model.network
     while isinstance(network, TransformerNetwork):
         network = network.network
-    if not isinstance(network, ResNet | VGG):
-        raise UserError(
-            f"'{path}' is not an Upright checkpoint, and torchvision's weights fit only a ResNet or a VGG; "
-            f"the network is a {type(network).__name__}."
-        )
-    return _torchvision_weights(loaded, network, classifier)
+    state = {WRAPPERS.sub("", name.replace("_orig_mod.", "")): value for name, value in state.items()}
+    if isinstance(network, ResNet | VGG):
+        return _torchvision_weights(state, network, classifier)
+    return StartWeights({WeightName("", name): v for name, v in state.items()}, "a state dict", None, False)
+
+
+def _state_dict(content: Any) -> dict[str, Tensor] | None:
+    """Return the state dict in the content of a file; None if there is none."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        return dict(content)
+    return next((state for key in CONTAINERS if (state := _state_dict(content.get(key))) is not None), None)
 
 
 def _upright_weights(checkpoint: dict[str, Any], spec: ImageSpec) -> StartWeights:
@@ -204,20 +268,41 @@ def _places(keys: Iterable[WeightName]) -> set[str]:
     return {key.place for key in keys} - {""}
 
 
-def _check_fit(path: Path, weights: Mapping[WeightName, Tensor], wanted: Mapping[WeightName, Tensor]) -> None:
-    # torchvision's first files lack the number of batches, which is not used.
-    missing = [key for key in wanted if key not in weights and not key.name.endswith("num_batches_tracked")]
+def _unwrapped(keys: Mapping[WeightName, T]) -> dict[WeightName, T]:
+    """Remove wrappers from the beginning of all names, unless two names would then be equal."""
+    short = {key._replace(name=WRAPPERS.sub("", key.name)): value for key, value in keys.items()}
+    return short if len(short) == len(keys) else dict(keys)
+
+
+def _check_fit(
+    name: str, weights: Mapping[WeightName, Tensor], wanted: Mapping[WeightName, Tensor], fitting: set[WeightName]
+) -> list[str]:
+    """Return sentences about tensors that do not fit.
+
+    Raises:
+        UserError: if too few fit.
+    """
+    counted = [key for key in wanted if not key.name.endswith("num_batches_tracked")]
+    missing = [key for key in counted if key not in weights]
     unexpected = [key for key in weights if key not in wanted]
     others = [
-        f"{key} is {_shape(weights[key])} in place of {_shape(value)}"
-        for key, value in wanted.items()
-        if key in weights and weights[key].shape != value.shape
+        f"{key} is {_shape(weights[key])} in place of {_shape(wanted[key])}"
+        for key in counted
+        if key in weights and key not in fitting
     ]
     problems = [f"it lacks {_list_some(missing)}"] if missing else []
     problems += [f"the network has no {_list_some(unexpected)}"] if unexpected else []
     problems += [_list_some(others)] if others else []
-    if problems:
-        raise UserError(f"'{path}' holds the weights of another network: {'; '.join(problems)}.")
+    share = len(fitting.intersection(counted)) / max(1, len(counted))
+    if share < MIN_FIT:
+        raise UserError(
+            f"'{name}' holds the weights of another network: {'; '.join(problems)}. {share:.0%} of the tensors before "
+            f"the head fit, and at least {MIN_FIT:.0%} must."
+        )
+    lines = [f"From scratch, because the weights have none of this name: {_list_some(missing)}."] if missing else []
+    lines += [f"From scratch, because of another shape: {_list_some(others)}."] if others else []
+    lines += [f"Not used, because the network has none of this name: {_list_some(unexpected)}."] if unexpected else []
+    return lines
 
 
 def _list_some(items: Sequence[object], limit: int = 3) -> str:
@@ -231,6 +316,8 @@ def _shape(value: Tensor) -> str:
 
 def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> StartWeights:
     weights = resnet_weights(state) if isinstance(network, ResNet) else vgg_weights(state)
+    if weights.keys() == state.keys():  # they already have our names
+        return StartWeights({WeightName("", name): v for name, v in state.items()}, "a state dict", None, False)
     remarks: list[str] = []
     linear = weights.get(VGG_FIRST_LINEAR)
     if isinstance(network, VGG) and linear is not None:
@@ -288,7 +375,9 @@ class Freeze(Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         network, new = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
-        self._body = {name for name, _ in network.named_parameters() if name not in new}
+        # With a stock Trainer, pretrained weights load later. They are those of one module.
+        prefix = "" if pl_module.start else _pretrained(network)[0]
+        self._body = {name for name, _ in network.named_parameters() if name not in new and name.startswith(prefix)}
         if not self._body:
             raise UserError(
                 f"Freeze has nothing to freeze: all parameters of {type(network).__name__} depend on the number of "

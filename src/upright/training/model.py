@@ -34,7 +34,7 @@ class Model(nn.Module):
         size, input_size = (self.spec.height, self.spec.width), images.shape[-2:]
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
         if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
-            images = resize(images.float(), *size, self.spec.resize)
+            images = resize(images.float(), *size, self.spec.resize, self.spec.background)
         normalised = (images - self.mean) / self.std
         return normalised if self.mask is None else normalised * self.mask
 

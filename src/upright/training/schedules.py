@@ -5,13 +5,34 @@ The first ``w = round(warmup * n)`` of ``n`` steps are the warm-up. At step ``s 
 each schedule has its own formula. `OneCycle` rises along a cosine instead.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from upright.errors import UserError
+from upright.recipes import load_class, recipe
+
+MakeScheduler = Callable[[Optimizer, int], LRScheduler]
+"""A factory of schedules: it is called with ``(optimizer, total_steps)``."""
+
+
+def check_schedule(make: MakeScheduler) -> None:
+    """Refuse a schedule of torch whose second argument is not the number of steps.
+
+    Raises:
+        UserError: for such a schedule, for example ``StepLR``, whose second argument is ``step_size``.
+    """
+    kind = load_class(recipe(make)["class_path"])
+    second = list(inspect.signature(kind).parameters)[1]
+    if kind.__module__ == LRScheduler.__module__ and second not in ("total_steps", "T_max"):
+        raise UserError(
+            f"A schedule gets the optimiser and the number of steps, but the second argument of {kind.__name__} is "
+            f"{second}: use Constant, Step, Cosine, OneCycle or Plateau of {__name__}, or override "
+            "configure_optimizers in a subclass of ImageClassifier."
+        )
 
 
 class Constant(LambdaLR):
@@ -102,6 +123,39 @@ class OneCycle(LambdaLR):
             return _fall(min(1.0, (step - rise) / max(1.0, total_steps - rise)))
 
         super().__init__(optimizer, multiplier)
+
+
+class Plateau(ReduceLROnPlateau):
+    """Lower the rate when the validation loss has not fallen for some validations.
+
+    The classifier calls ``step`` with the loss of each validation, before a checkpoint is written. Lightning would do
+    so after it, and a resumed run would miss one.
+
+    Args:
+        optimizer: the optimiser; its rates are the first.
+        total_steps: not used.
+        factor: factor on the rate.
+        patience: number of validations without a lower loss that change nothing.
+        threshold: a loss is lower if it is below the best one by this fraction of it.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+    ) -> None:
+        if not 0 < factor < 1:
+            raise UserError(f"factor must be above 0 and below 1, got {factor}.")
+        super().__init__(optimizer, factor=factor, patience=patience, threshold=threshold)
+
+    def step(self, metrics: float | None = None, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Follow the loss of a validation; without a loss, which is Lightning's call after a batch, change nothing."""
+        if metrics is not None:
+            super().step(metrics)
 
 
 def _fall(progress: float) -> float:

@@ -128,7 +128,7 @@ def _model_record(evidence: Evidence, index: int) -> dict[str, Any]:
         "name": subject.name,
         "kind": subject.kind,
         "path": origin.path,
-        "bytes": subject.file.stat().st_size,
+        "bytes": len(subject.file.read_bytes()),
         "sha256": file_hash(subject.file),
         "network": origin.network["class_path"] if origin.network else "unknown",
         "run": origin.run,

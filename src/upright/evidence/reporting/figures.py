@@ -47,7 +47,7 @@ def _styled_figure(height: float, width: float = PAGE_INCHES) -> Iterator["Figur
     style |= {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5, "axes.axisbelow": True}
     style |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
-        yield Figure(figsize=(width, height), dpi=200, layout="constrained")
+        yield Figure(figsize=(width, height), dpi=300, layout="constrained")
 
 
 def _add_legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from upright.evidence.reporting.evidence import Evidence
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_rotation_response, draw_strips
 from upright.evidence.reporting.invariance import ROTATION
 from upright.evidence.reporting.measures import LISTED_MISTAKES, Predictions
+from upright.evidence.reporting.tables import write_tables
 from upright.runs.drawing import RED, Line, draw_confusion, draw_tiles, pixels_of, save_png
 
 if TYPE_CHECKING:
@@ -37,8 +38,13 @@ class EmbeddedFigure(NamedTuple):
     width: int
 
 
-def draw_all(evidence: Evidence, folder: Path) -> dict[str, EmbeddedFigure]:
-    """Write all figures into ``folder``.
+def draw_all(evidence: Evidence, folder: Path, vector: str | None = None) -> dict[str, EmbeddedFigure]:
+    """Write all figures into ``folder`` as PNG, and plots as vector graphics too.
+
+    Args:
+        evidence: the measurements.
+        folder: the folder of the report.
+        vector: ``pdf`` or ``svg``; None writes no vector graphics.
 
     Returns:
         The figures by name. All reports have ``accuracy``, ``consistency`` and ``reliability``. Each model has a
@@ -52,7 +58,12 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, EmbeddedFigure]:
     def add(name: str, figure: "Image.Image | Figure") -> None:
         path = folder / f"{name}.png"
         save_png(figure, path)
-        width = figure.width if isinstance(figure, Image.Image) else round(figure.get_figwidth() * CSS_DPI)
+        if isinstance(figure, Image.Image):
+            width = figure.width
+        else:
+            width = round(figure.get_figwidth() * CSS_DPI)
+            if vector:
+                figure.savefig(path.with_suffix(f".{vector}"))
         figures[name] = EmbeddedFigure(base64.b64encode(path.read_bytes()).decode(), width)
 
     curves = [invariance.curves for invariance in evidence.invariances]
@@ -91,7 +102,7 @@ def _draw_mistakes(evidence: Evidence, predictions: Predictions) -> Image.Image:
 
 
 def write_page(path: Path, record: Mapping[str, Any], figures: Mapping[str, EmbeddedFigure]) -> None:
-    """Write the HTML with embedded figures. All text from models and data is escaped.
+    """Write the HTML with embedded figures, and its tables beside it. All text from models and data is escaped.
 
     Args:
         path: path of the HTML file.
@@ -103,6 +114,7 @@ def write_page(path: Path, record: Mapping[str, Any], figures: Mapping[str, Embe
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     text = template.render(**record, figures=figures, class_rows=CLASS_ROWS)
     path.write_text(text, encoding="utf-8")
+    write_tables(text, path.parent)
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upright.errors import UserError
 from upright.evidence.reporting.evidence import gather, to_record
@@ -24,8 +24,9 @@ def report(
     precision: Sequence[str] = ("fp32",),
     to: str | None = None,
     force: bool = False,
+    vector: Literal["pdf", "svg"] | None = None,
 ) -> int:
-    """Evaluate models on the same images, and write ``report.html``, its figures, and ``report.json``.
+    """Evaluate models on the same images, and write ``report.html``, its figures and tables, and ``report.json``.
 
     Args:
         models: checkpoints, folders of runs, and bundles. Each one is compared with the first one.
@@ -35,6 +36,7 @@ def report(
         precision: precisions of bundles.
         to: folder of the report; by default ``checkpoints/report-NAME``.
         force: replace an existing report.
+        vector: also write the plots in this format.
 
     Raises:
         UserError: if a model or the data cannot be used (see `open_subjects`), or the report exists.
@@ -55,7 +57,7 @@ def report(
     with replacing_folder(target) as folder:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
-        write_page(folder / PAGE, record, draw_all(evidence, folder))
+        write_page(folder / PAGE, record, draw_all(evidence, folder, vector))
     for model in record["models"]:
         print(_summary(model))
     print(f"Page: {target / PAGE}")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from upright.exporting.parity import fitted
 from upright.images import ImageSpec
 from upright.recipes import Recipe, build
 from upright.runs.folder import ROOT
-from upright.runtime.bundle import MANIFEST, SUMS, Bundle
+from upright.runtime.bundle import ARCHIVE_SUFFIX, MANIFEST, SUMS, Bundle
 from upright.runtime.predictor import open_session, run_batch
 from upright.training.model import Model
 from upright.training.restoring import check_task, restore
@@ -90,7 +91,7 @@ class Subject:
 
     origin: Origin
     kind: str
-    file: Path
+    file: Traversable
     folder: Path | None
     unseen: bool
     model: Model | None
@@ -153,12 +154,12 @@ def open_subjects(
 
 def _origin(path: str) -> Origin:
     folder = Path(path)
-    if (folder / SUMS).is_file() or (folder / MANIFEST).is_file():
+    if folder.name.endswith(ARCHIVE_SUFFIX) or (folder / SUMS).is_file() or (folder / MANIFEST).is_file():
         bundle = Bundle.open(folder)
         provenance = bundle.manifest["provenance"]
         return Origin(
             path,
-            folder.resolve().name,
+            bundle.name,
             bundle.spec,
             _recipe_or_none(_dict_or_empty(provenance["model"].get("init_args")).get("network")),
             _recipe_or_none(provenance.get("data")),

@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
+from upright.architectures.factory import wrap_foreign
 from upright.checkpoint import KEY, git_commit, read_checkpoint
+from upright.data.configs import adopt_format
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.files import write_text
@@ -84,6 +86,10 @@ class Fit(Command):
         """Plan the run and lock its folder, before anything is built."""
         if self.config.data is None:
             raise UserError("No data: add `data: data/digits.yaml` to the config, or --data configs/data/digits.yaml.")
+        if self.config.monitor != "val/loss" and self.config.mode is None:
+            raise UserError(f"--monitor {self.config.monitor} needs --mode min or --mode max.")
+        wrap_foreign(self.config.model)
+        adopt_format(self.config.model, self.config.data)
         options, root = self.config, Path(self.config.trainer.default_root_dir)
         folder = root / run_name(options.name, [str(path) for path in options.config or ()])
         if is_first_process():
@@ -160,7 +166,7 @@ class Fit(Command):
         return [
             RunConfig(folder / "config.yaml", self.recorded()),
             Divergence(folder),
-            *checkpoints(folder, self.config.save_every_n_steps),
+            *checkpoints(folder, self.config.monitor, self.config.mode or "min", self.config.save_every_n_steps),
             self.interruption,
             # Before the callbacks that write its metrics.
             *([GradientNorm()] if self.config.log_grad_norm else []),
@@ -193,10 +199,11 @@ class Fit(Command):
                 self._print(f"Run '{plan.folder}' is complete: all its epochs are done.")
                 return
             check_resumable(self.checkpoint, model, data, self.trainer, plan.checkpoint)
-        elif plan.start:
+        else:
             images = data if isinstance(data, ImageDataModule) else None
             lines = start_from(model, plan.start, images, allow_seen=self.config.allow_seen_images)
-            self._print(*lines, sep="\n")
+            if lines:
+                self._print(*lines, sep="\n")
         first = self.trainer.is_global_zero
         new = first and not plan.resumes_in_place
         with replacing_run(plan.folder) if new else nullcontext(), self.interruption.listening():

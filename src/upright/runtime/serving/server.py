@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -103,8 +102,6 @@ def serve(options: Serve) -> int:
         backlog=2048,
         server_header=False,
     )
-    # Each image gets an error or a prediction, so Pillow's warnings are not useful.
-    warnings.filterwarnings("ignore", module="PIL")
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -68,7 +68,7 @@ def open_predictor(options: Serve) -> Predictor:
         max_pixels=options.max_pixels,
     )
     # Load Pillow's plugins and allocate the model's memory before the first request.
-    predictor(predictor.bundle.sample_paths[0])
+    predictor(predictor.bundle.sample_files[0])
     return predictor
 
 
@@ -84,10 +84,9 @@ class Loaded:
 
     def __init__(self, predictor: Predictor, options: Serve, metrics: Metrics, budget: Budget) -> None:
         self.predictor, self.classes = predictor, predictor.spec.classes
-        folder = predictor.bundle.folder
         # The version is a hash, so the same files have the same version on every server.
-        version = options.model_version or sha256((folder / SUMS).read_bytes()).hexdigest()[:12]
-        name = options.name or folder.resolve().name
+        version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
+        name = options.name or predictor.bundle.name
         self.protocol = protocol.Model(name, version, predictor.session, self.classes)
         self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
         delay = options.max_delay_ms / 1000

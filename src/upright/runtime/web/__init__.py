@@ -54,7 +54,7 @@ def web(options: Web) -> int:
     """
     bundle = Bundle.open(options.bundle)
     model = bundle.model(options.precision)
-    target = Path(options.to) / bundle.folder.resolve().name
+    target = Path(options.to) / bundle.name
     if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
         raise UserError(
             f"'{target}' is not a page that `upright web` wrote, so it is not replaced; give another folder with --to."
@@ -64,10 +64,9 @@ def web(options: Web) -> int:
         (folder / RUNTIME_FOLDER).mkdir()
         for name, content in runtime.items():
             (folder / RUNTIME_FOLDER / name).write_bytes(content)
-        shutil.copy(model, folder / model.name)
         (folder / SAMPLES).mkdir()
-        for path in bundle.sample_paths:
-            shutil.copy(path, folder / SAMPLES)
+        for name in (model.name, *(sample["file"] for sample in bundle.samples)):
+            (folder / name).write_bytes((bundle.files / name).read_bytes())
         (folder / MODEL).write_text(json.dumps(_facts(bundle, options.precision, folder)), encoding="utf-8")
         for name in PAGE:
             text = files(__package__).joinpath(name).read_text(encoding="utf-8")

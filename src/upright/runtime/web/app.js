@@ -126,16 +126,20 @@ async function showPage() {
     const [, height, width] = about.shape;
     let [x, y, w, h] = [0, 0, bitmap.width, bitmap.height];
     let goal = [width, height];
+    let place; // of the image on the canvas; by default all of it
     if (!height) {
       const factor = Math.min(1, MAX_PIXELS / Math.max(w, h));
       goal = [w, h].map((length) => Math.max(1, Math.round(length * factor)));
     } else if (about.resize === "crop") {
       const factor = Math.min(w / width, h / height);
       [x, y, w, h] = [(w - width * factor) / 2, (h - height * factor) / 2, width * factor, height * factor];
+    } else if (about.resize === "pad") {
+      const factor = Math.max(w / width, h / height);
+      place = [(width - w / factor) / 2, (height - h / factor) / 2, w / factor, h / factor];
     }
     const context = blank(...goal);
     context.imageSmoothingQuality = "high";
-    context.drawImage(bitmap, x, y, w, h, 0, 0, ...goal);
+    context.drawImage(bitmap, x, y, w, h, ...(place ?? [0, 0, ...goal]));
     if (about.channels === 1) {
       const imageData = context.getImageData(0, 0, ...goal);
       const { data } = imageData;
@@ -240,6 +244,7 @@ async function showPage() {
       curve.clear();
       colours.clear();
       unswept = SWEEP.slice();
+      drawCurves();
     }
     wake();
   }
@@ -253,8 +258,8 @@ async function showPage() {
     $("degrees").textContent = `${Math.round(angle)}°`.replace("-", "−");
     $("scale").value = Math.round(100 * size);
     $("percent").textContent = `${Math.round(100 * size)} %`;
-    drawCurves();
     changed(keepCurve);
+    drawCurves();
   }
 
   // -- tasks for the model: first the visible image, then the samples, then the curve
@@ -288,6 +293,7 @@ async function showPage() {
         }
       } catch (error) {
         unswept = [];
+        forgetAnswer();
         const { width, height } = input.canvas;
         setStatus(`The model does not accept this image of ${width} x ${height} pixels: ${error.message}`, "bad");
       }
@@ -314,7 +320,7 @@ async function showPage() {
 
   // -- the probabilities
 
-  const colours = new Map(); // class -> number of its colour, for the classes of the curve
+  const colours = new Map(); // class -> number of its colour, for the classes with a curve
   let rows = [];
   let latest;
   let speaking;
@@ -351,8 +357,18 @@ async function showPage() {
     });
   }
 
+  // Remove the answer for the image before.
+  function forgetAnswer() {
+    latest = undefined;
+    clearTimeout(speaking);
+    $("spoken").textContent = "";
+    $("probabilities").classList.add("unknown");
+    for (const canvas of $("views").querySelectorAll("canvas")) canvas.width = canvas.width;
+  }
+
   function showAnswer(outputs) {
     latest = outputs.probabilities;
+    $("probabilities").classList.remove("unknown");
     showRows();
     clearTimeout(speaking);
     if (!spinning) {
@@ -384,7 +400,9 @@ async function showPage() {
     return path;
   }
 
+  // Choose the classes with a curve: that of the upright image, which the text names, and those with the largest area.
   function chooseColours() {
+    const upright = curve.size ? best(curve.get(0)) : -1;
     const top = [...about.classes.keys()]
       .map((k) => {
         let [sum, most] = [0, 0];
@@ -394,8 +412,8 @@ async function showPage() {
         }
         return { k, sum, most };
       })
-      .filter(({ most }) => most > 0.1)
-      .sort((a, b) => b.sum - a.sum)
+      .filter(({ k, most }) => k === upright || most > 0.1)
+      .sort((a, b) => (b.k === upright) - (a.k === upright) || b.sum - a.sum)
       .slice(0, CURVES)
       .map(({ k }) => k);
     for (const k of [...colours.keys()]) if (!top.includes(k)) colours.delete(k);
@@ -430,7 +448,7 @@ async function showPage() {
         return entry;
       }),
     );
-    $("share").textContent = unswept.length || !curve.size ? "\u00a0" : share();
+    $("share").textContent = curve.size < SWEEP.length ? "\u00a0" : share();
     if (latest) showRows();
   }
 
