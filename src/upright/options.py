@@ -139,6 +139,17 @@ class New(Options):
 
 
 @dataclass(frozen=True)
+class Configs(Options):
+    """List or copy the configs that come with Upright.
+
+    `--config NAME` of other commands finds them by name, for example `upright fit --config stn_lenet`.
+    """
+
+    action: Literal["list", "copy"] = argument("list the configs, or copy them and the example bundle")
+    to: str = option(".", "folder that gets the copies, configs/ and export/digits/", metavar="FOLDER")
+
+
+@dataclass(frozen=True)
 class Describe(Options):
     """Print the layers of a network."""
 
