@@ -213,6 +213,11 @@ class Verify(Options):
     """Check a bundle on this machine."""
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")
+    expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", metavar="HASH")
+    speed: bool = option(False, "also compare the speed on one thread with that of the export")
+    speed_factor: float = option(
+        1.5, "warn with --speed if a batch takes more than FACTOR times as long", metavar="FACTOR", above=1
+    )
 
 
 @dataclass(frozen=True)
