@@ -29,7 +29,7 @@ def configs(options: Configs) -> int:
             comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
             # The first comment of an experiment is its command.
             about = next((text for text in comments if not text.startswith("upright ")), "")
-            print(f"{name:<{width}}  {about}")
+            print(f"{name:<{width}}  {about.removesuffix(' Measured by:')}")
         print(f"\nUse one: upright fit --config stn_lenet\nExample bundle: {ROOT / BUNDLE}")
         return 0
     targets = [Path(options.to, folder) for folder in folders]

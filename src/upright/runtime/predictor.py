@@ -67,7 +67,12 @@ class Predictor:
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
-        self._settings = {"precision": precision, "threads": threads, "providers": providers, "max_pixels": max_pixels}
+        self._settings: dict[str, Any] = {
+            "precision": precision,
+            "threads": threads,
+            "providers": providers,
+            "max_pixels": max_pixels,
+        }
         model = self.bundle.model(precision)
         self.session = open_session(model, threads, providers)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
