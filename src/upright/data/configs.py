@@ -56,7 +56,7 @@ def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDa
 def adopt_format(model: Any, data: Any) -> None:
     """Set missing data options, in place, to the image size and normalisation of the network's published weights.
 
-    The network states them in a classmethod ``image_format``; `ImageFiles.adopted` lists the options.
+    The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options.
 
     Args:
         model: config of the model: a dictionary, or jsonargparse's Namespace.
