@@ -377,9 +377,7 @@ class Augmentation(nn.Module):
                 continue
             size = images.shape[-2:]
             try:
-                images = torch.cat(
-                    [part(each) for each in torch.split(images, 1 if behaviour.draws_once else len(images))]
-                )
+                images = torch.cat([part(image[None]) for image in images]) if behaviour.draws_once else part(images)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise UserError(
                     f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
