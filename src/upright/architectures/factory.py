@@ -144,14 +144,14 @@ def _arguments(
     parameters = inspect.signature(function).parameters
     others = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     channels, *size = input_shape
-    known: dict[tuple[str, ...], Any] = {
+    values: dict[tuple[str, ...], Any] = {
         ("input_shape",): input_shape,
         CLASSES: num_classes,
         CHANNELS: channels,
         SIZES: size[0] if size[0] == size[1] else tuple(size),
     }
     arguments: dict[str, Any] = {}
-    for names, value in known.items():
+    for names, value in values.items():
         name = next((name for name in names if name in parameters), None)
         if name is None and names is CLASSES and others:
             name = CLASSES[0]  # torchvision's functions pass their keyword arguments on to the class
