@@ -401,7 +401,9 @@ def test_published_weights_load_when_training_begins_and_never_again(tmp_path: P
     resumed.fit(again, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
     assert Published.loads == 1 and again.start == model.start
     lines = start_from(classifier(partial(Published, depth=8, width=4), FEW))
-    assert lines[0].startswith("Start: ones, ") and lines[1] == "classifier starts from scratch: 3 classes in place of 10."
+    assert (
+        lines[0].startswith("Start: ones, ") and lines[1] == "classifier starts from scratch: 3 classes in place of 10."
+    )
 
 
 def test_weights_that_cannot_be_loaded_are_one_line() -> None:
