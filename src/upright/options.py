@@ -409,7 +409,7 @@ class Fit(Options):
         "exists and otherwise starts a new run",
     )
     start_from: str | None = option(
-        None, "weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG"
+        None, "weights to start with: an Upright checkpoint or run, or a state dict of any network (.pth, .safetensors)"
     )
     allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
     monitor: str = option("val/loss", "the metric of validation that chooses best.ckpt")

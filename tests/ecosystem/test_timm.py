@@ -183,7 +183,7 @@ def test_torchvision_loads_weights_only_from_a_file(images: Path) -> None:
     googlenet = ("--model.network", "torchvision.models.googlenet", "--data.size", 96, "--force")
     answer = upright(images, "fit", "--config", CONFIG, *options, *googlenet)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert "returns a GoogLeNetOutputs in forward, not a tensor of logits" in answer.err
+    assert "returns a GoogLeNetOutputs in forward, not logits (B, 2)" in answer.err
 
 
 @pytest.mark.usefixtures("timm")
