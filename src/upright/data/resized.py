@@ -13,6 +13,8 @@ class ResizedImages(ImageDataModule):
 
     Args:
         size: height and width of the network's input; by default that of a `Timm`, else 32.
+        stored: height and width of the stored training images, by default ``size``. A larger one keeps details for
+            `RandomResizedCrop`; the model resizes the augmented images.
         channels: 1 (grey) or 3 (RGB).
         resize: ``stretch``, ``crop`` (the largest centred square first), ``pad`` (the whole image between bars of
             ``background``), or ``none``, if all images have ``size`` and the network takes any size.
@@ -31,6 +33,7 @@ class ResizedImages(ImageDataModule):
         self,
         *,
         size: int | None = None,
+        stored: int | None = None,
         channels: int = 3,
         resize: Resize = "stretch",
         background: int = 0,
@@ -41,6 +44,12 @@ class ResizedImages(ImageDataModule):
     ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
         size = 32 if size is None else size
+        if stored is not None and (stored < size or resize == "none"):
+            raise UserError(
+                f"stored must be at least size, and needs a resize other than none; got stored {stored}, size {size} "
+                f"and resize {resize}."
+            )
+        self.stored = stored
         self.size, self.channels, self.resize, self.background = size, channels, resize, background
         self.max_pixels = max_pixels
         self.mean, self.std = (
@@ -60,6 +69,11 @@ class ResizedImages(ImageDataModule):
         return ImageSpec(
             self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background
         )
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        side = self.stored or self.size
+        return side, side
 
     def check_classes(self, split: str, labels: set[str]) -> None:
         """Refuse a split that lacks a class."""
