@@ -129,6 +129,11 @@ def test_a_folder_without_read_permission_is_named(mixed: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: refuse(f"{path}/eins"))
+        patch.setattr(os, "scandir", lambda path: refuse(f"{path}/eins"))
+        with pytest.raises(UprightError, match=r"Folder '.*/eins' cannot be read: Permission denied\."):
+            _ = Folder(root=str(mixed)).classes()
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UprightError, match=r"Folder '.*/a/eins' cannot be read: Permission denied\."):
         _ = Folder(root=str(mixed)).source

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from upright.checkpoint import read_checkpoint
 from upright.training.restoring import restore
 
-pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(1800)]
 
 CONFIG = ROOT / "configs/finetuning/timm.yaml"
 MEAN = [0.485, 0.456, 0.406]
