@@ -2,7 +2,7 @@
 
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,9 @@ from torchmetrics import Metric
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.localisers import Network
-from upright.architectures.spatial_transformer import Observation, SpatialTransformer, observing
+from upright.architectures.spatial_transformer import SpatialTransformer, observing
 from upright.checkpoint import FORMAT, KEY, git_commit, read_checkpoint
-from upright.data.batch import Batch, Points
+from upright.data.batch import Batch
 from upright.data.datamodule import ImageDataModule, seed_generators
 from upright.data.loader import global_seed
 from upright.errors import CheckpointError, UserError
@@ -27,9 +27,9 @@ from upright.training.losses import CrossEntropy
 from upright.training.metrics import Means, StageMetrics
 from upright.training.model import Model
 from upright.training.optimisation import MakeOptimizer, grouped_optimizer
+from upright.training.poses import PoseLosses
 from upright.training.schedules import MakeScheduler, OneCycle, Plateau, check_schedule
-from upright.training.uprightness import final_points, upright_loss
-from upright.warp import identity, pixel_centres
+from upright.warp import identity
 
 
 class ImageClassifier(Recorded, L.LightningModule):
@@ -88,12 +88,8 @@ class ImageClassifier(Recorded, L.LightningModule):
             _check_any_size(self.model)
         self.loss = loss(num_classes)
         self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
-        for name, weight in (("upright_weight", upright_weight), ("prior_weight", prior_weight)):
-            if weight < 0 or (weight > 0 and not self.transformers):
-                raise UserError(
-                    f"{name} {weight} needs a SpatialTransformer in the network; "
-                    "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
-                )
+        self.pose_losses = PoseLosses(upright_weight, prior_weight)
+        self.pose_losses.check_network(self.model)
         self.metrics = nn.ModuleDict(
             {
                 f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0, extra=self.extra_metrics())
@@ -173,50 +169,13 @@ class ImageClassifier(Recorded, L.LightningModule):
         loss: Any = self.loss
         if getattr(loss, "balanced", False):
             loss.balance(_train_counts(data, self.spec.classes))
-        if isinstance(data, ImageDataModule):
-            self._check_augmentation(data)
-        elif self.upright_weight:
+        augmentation = data.augmentation if isinstance(data, ImageDataModule) else None
+        if augmentation and augmentation.mixes and not self._takes_probabilities():
             raise UserError(
-                "The upright loss needs two augmented views of each image, which only an ImageDataModule yields: use "
-                "one, or set upright_weight 0."
+                f"{augmentation.mixes} gives an image several classes, but {type(self.loss).__name__} takes one label: "
+                f"use upright.training.losses.CrossEntropy, or remove {augmentation.mixes} from data.init_args.augment."
             )
-        elif self.prior_weight:
-            self._check_rotation(False)
-
-    def _check_augmentation(self, data: ImageDataModule) -> None:
-        augmentation = data.augmentation
-        mixing = augmentation.mixes
-        if mixing and not self._takes_probabilities():
-            raise UserError(
-                f"{mixing} gives an image several classes, but {type(self.loss).__name__} takes one label: use "
-                f"upright.training.losses.CrossEntropy, or remove {mixing} from data.init_args.augment."
-            )
-        if not (self.upright_weight or self.prior_weight):
-            return
-        loss, option = self._check_rotation(augmentation.moves)
-        if mixing:
-            raise UserError(
-                f"{loss} compares poses of one image, but {mixing} mixes two images: remove it from "
-                f"data.init_args.augment, or set {option} 0."
-            )
-        if augmentation.unreported:
-            raise UserError(
-                f"{loss} needs the transform of each image, but {augmentation.unreported} does not report it: use "
-                f"upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set {option} 0."
-            )
-
-    def _check_rotation(self, moves: bool) -> tuple[str, str]:
-        """Refuse data without rotations for a loss that needs them; return the loss and its option."""
-        loss, option = ("The upright loss", "upright_weight") if self.upright_weight else ("The prior", "prior_weight")
-        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
-        # Votes follow every rotation, also of images that were never rotated.
-        follows = not self.upright_weight and all(each.voting for each in transformers)
-        if not (moves or follows):
-            raise UserError(
-                f"{loss} compares poses of an image, but the data are not rotated: add "
-                f"upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set {option} 0."
-            )
-        return loss, option
+        self.pose_losses.check_data(self.model, augmentation)
 
     def _takes_probabilities(self) -> bool:
         classes = len(self.spec.classes)
@@ -239,31 +198,18 @@ class ImageClassifier(Recorded, L.LightningModule):
             logits = self.model(batch.images)
         loss: Tensor = self.loss(logits, batch.labels)
         self._means.add("train/loss", loss, len(logits))
-        if self.upright_weight or self.prior_weight:
+        if self.pose_losses:
             # Batches of other loaders have no views: their images are as they are.
             transforms, observed = [view.transforms for view in batch.views] or [_unchanged], [observations]
             for view in batch.views[1:]:
                 with observing(stop_after=len(observations)) as others:
                     self.model(view.images)
                 observed.append(others)
-            loss = loss + self._weigh_poses(transforms, observed)
+            aspect = self.spec.width / self.spec.height
+            for name, (weight, value, count) in self.pose_losses(transforms, observed, aspect).items():
+                self._means.add(f"train/{name}", value, count)
+                loss = loss + weight * value
         return loss
-
-    def _weigh_poses(self, transforms: Sequence[Points], observed: Sequence[list[Observation]]) -> Tensor:
-        points, aspect = pixel_centres(4, 4, device=self.device), self.spec.width / self.spec.height
-        poses = [torch.cat(final_points(*view, points)) for view in zip(transforms, observed, strict=True)]
-        total = torch.zeros((), device=self.device)
-        if self.upright_weight:
-            first, second = poses
-            disagreement = upright_loss(first, second, points, aspect)
-            self._means.add("train/upright_loss", disagreement, len(first))
-            total = total + self.upright_weight * disagreement
-        if self.prior_weight:
-            final = torch.cat(poses)
-            deviation = upright_loss(final, points.expand_as(final), points, aspect)
-            self._means.add("train/prior_loss", deviation, len(final))
-            total = total + self.prior_weight * deviation
-        return total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the epoch's means after its last batch.

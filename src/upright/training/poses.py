@@ -1,0 +1,105 @@
+"""The losses of poses: the upright loss of two views, and the identity prior; and what the data must have for them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from upright.architectures.spatial_transformer import Observation, SpatialTransformer
+from upright.data.augmentation import Augmentation
+from upright.data.batch import Points
+from upright.errors import UserError
+from upright.training.uprightness import final_points, upright_loss
+from upright.warp import pixel_centres
+
+
+@dataclass(frozen=True)
+class PoseLosses:
+    """Weights of the losses that compare poses; see `ImageClassifier`.
+
+    Args:
+        upright_weight: weight of the upright loss.
+        prior_weight: weight of the identity prior.
+    """
+
+    upright_weight: float
+    prior_weight: float
+
+    def __bool__(self) -> bool:
+        return bool(self.upright_weight or self.prior_weight)
+
+    def check_network(self, network: nn.Module) -> None:
+        """Refuse a negative weight, and a network without a spatial transformer.
+
+        Raises:
+            UserError: which says so.
+        """
+        present = any(isinstance(module, SpatialTransformer) for module in network.modules())
+        for name in ("upright_weight", "prior_weight"):
+            weight = getattr(self, name)
+            if weight < 0 or (weight > 0 and not present):
+                raise UserError(
+                    f"{name} {weight} needs a SpatialTransformer in the network; "
+                    "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
+                )
+
+    def check_data(self, network: nn.Module, augmentation: Augmentation | None) -> None:
+        """Refuse data that the losses cannot use.
+
+        Args:
+            network: the network with its transformers.
+            augmentation: the augmentation of an `ImageDataModule`; None for other data.
+
+        Raises:
+            UserError: if the data have no second view, no rotation, mixed images, or an unknown transform.
+        """
+        if not self:
+            return
+        if self.upright_weight and augmentation is None:
+            raise UserError(
+                "The upright loss needs two augmented views of each image, which only an ImageDataModule yields: use "
+                "one, or set upright_weight 0."
+            )
+        loss, option = ("The upright loss", "upright_weight") if self.upright_weight else ("The prior", "prior_weight")
+        transformers = [module for module in network.modules() if isinstance(module, SpatialTransformer)]
+        # Votes follow every rotation, also of images that were never rotated.
+        follows = not self.upright_weight and all(each.voting for each in transformers)
+        if not (follows or (augmentation and augmentation.moves)):
+            raise UserError(
+                f"{loss} compares poses of an image, but the data are not rotated: add "
+                f"upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set {option} 0."
+            )
+        if augmentation and augmentation.mixes:
+            raise UserError(
+                f"{loss} compares poses of one image, but {augmentation.mixes} mixes two images: remove it from "
+                f"data.init_args.augment, or set {option} 0."
+            )
+        if augmentation and augmentation.unreported:
+            raise UserError(
+                f"{loss} needs the transform of each image, but {augmentation.unreported} does not report it: use "
+                f"upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set {option} 0."
+            )
+
+    def __call__(
+        self, transforms: Sequence[Points], observed: Sequence[list[Observation]], aspect: float
+    ) -> Mapping[str, tuple[float, Tensor, int]]:
+        """Return each loss with a weight by its name: the weight, its value, and the number of poses of its mean.
+
+        Args:
+            transforms: the transform of each view of the images.
+            observed: the observations of the transformers for each view.
+            aspect: width / height of the images.
+        """
+        views = list(zip(transforms, observed, strict=True))
+        points = pixel_centres(4, 4, device=observed[0][0].theta.device)
+        poses = [torch.cat(final_points(*view, points)) for view in views]
+        losses: dict[str, tuple[float, Tensor, int]] = {}
+        if self.upright_weight:
+            first, second = poses
+            losses["upright_loss"] = (self.upright_weight, upright_loss(first, second, points, aspect), len(first))
+        if self.prior_weight:
+            final = torch.cat(poses)
+            deviation = upright_loss(final, points.expand_as(final), points, aspect)
+            losses["prior_loss"] = (self.prior_weight, deviation, len(final))
+        return losses
