@@ -55,13 +55,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
+        if hasattr(signal, "SIGHUP"):
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         fields = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
         fields |= {"model": self.service.name, "version": self.service.version}
         log.info("serving", extra={"fields": asdict(self.service.options) | fields})
-        if hasattr(signal, "SIGHUP"):
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
