@@ -122,7 +122,8 @@ def run(engine: Engine, folder: Path, model: Path, images: np.ndarray) -> np.nda
     # -S hides the packages of this environment.
     command = [sys.executable, "-S", "-c", START + engine.program + END, str(model), str(inputs), str(outputs)]
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    # Some engines leave files in the working directory.
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
     probabilities: np.ndarray = np.load(outputs)
     return probabilities
 

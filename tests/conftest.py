@@ -161,6 +161,8 @@ def upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
     # Restore the path after the test, because commands append to it.
     monkeypatch.setattr(sys, "path", list(sys.path))
+    # `export` measures speed; tests need no exact one.
+    monkeypatch.setattr("upright.runtime.speed.TURN_SECONDS", 0.0)
 
     def run(*arguments: object) -> Answer:
         capsys.readouterr()

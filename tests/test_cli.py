@@ -40,7 +40,6 @@ def test_version(upright: Upright) -> None:
         (("infer", "b", "x.png", "--format", "xml"), "invalid choice: 'xml'"),
         (("study", "uprightnes"), "There is no study 'uprightnes'. Did you mean 'uprightness'?"),
         (("study", "uprightness", "--seeds", "1"), "--seeds must be at least 2 to show a spread, got 1"),
-        (("demo",), "run `upright demo` in the root folder of the checkout"),
     ],
 )
 def test_a_mistake_prints_one_line_and_writes_no_files(

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "src/upright"
 # A module may import modules of its own group and of earlier groups (CONTRIBUTING.md).
 ORDER = (
     ("cores", "errors", "files", "options", "recipes", "tables"),
+    ("examples",),
     ("images", "image_paths"),
     ("runtime",),
     ("internals",),

@@ -1,11 +1,13 @@
 """Tests of the lock, the sdist, the release notes, and the files that GitHub reads."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,7 @@ def tracked() -> list[str]:
     return [name for name in listed if (ROOT / name).is_file()]
 
 
-def test_the_sdist_has_every_file(tracked: list[str], tmp_path: Path) -> None:
+def test_the_sdist_has_every_file_and_the_wheel_stands_alone(tracked: list[str], tmp_path: Path) -> None:
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
@@ -78,6 +80,23 @@ def test_the_sdist_has_every_file(tracked: list[str], tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         packed = {member.name.partition("/")[2] for member in tar if member.isfile()}
     assert set(tracked) - packed == set(), "MANIFEST.in leaves these out"
+    # The wheel has all that a user without a checkout needs.
+    program = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(tmp_path / "site")
+    commands = "main(['configs', 'list']); main(['configs', 'copy']); sys.exit(main(['verify', 'export/digits']))"
+    command = [sys.executable, "-c", f"import sys; from upright.cli import main; {commands}"]
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    names = {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in ROOT.glob("configs/**/*.yaml")}
+    assert names <= {line.split("  ")[0] for line in result.stdout.splitlines()}
+    assert "site/upright/examples_data/export/digits\n" in result.stdout and "Verified 'export/digits'" in result.stdout
+    assert {path.name for path in folder.glob("configs/*.yaml")} == {path.name for path in ROOT.glob("configs/*.yaml")}
     generated = re.compile(r"PKG-INFO|setup\.cfg|src/upright\.egg-info/")
     assert [name for name in packed - set(tracked) if not generated.match(name)] == []
 

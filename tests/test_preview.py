@@ -12,7 +12,7 @@ from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.preview import _of_many_classes, draw
 
-DATA = sorted(path for path in ROOT.glob("configs/data/*.yaml") if path.stem not in ("folder", "table"))
+DATA = sorted(path for path in ROOT.glob("configs/data/*.yaml") if path.stem not in ("folder", "table", "hub"))
 
 
 @pytest.fixture

@@ -79,8 +79,8 @@ def test_resize_to_the_same_size_changes_no_bit(images: torch.Tensor, rule: str)
 def test_pad_is_a_stretch_between_bars(images: torch.Tensor, height: int, width: int, scale: int) -> None:
     """The images have 9 x 13 pixels."""
     resized = resize(images, 9 * scale, 13 * scale)
-    top, left = (height - 9 * scale) // 2, (width - 13 * scale) // 2
-    expected = torch.nn.functional.pad(resized, (left, left, top, top), value=7)
+    above, beside = (height - 9 * scale) // 2, (width - 13 * scale) // 2
+    expected = torch.nn.functional.pad(resized, (beside, beside, above, above), value=7)
     torch.testing.assert_close(resize(images, height, width, "pad", 7), expected)
 
 

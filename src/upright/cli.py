@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "new": Command(options.New, "upright.new:new"),
+    "configs": Command(options.Configs, "upright.examples:configs"),
     "describe": Command(options.Describe, "upright.describe:run", True, True),
     "preview": Command(options.Preview, "upright.preview:preview", True, True),
     "export": Command(options.Export, "upright.exporting.export:export", True, True),

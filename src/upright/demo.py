@@ -6,7 +6,6 @@ from pathlib import Path
 
 from upright.cli import main
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UserError
 from upright.exporting.export import write_png
 from upright.runtime.predictor import Predictor
 from upright.training.restoring import restore
@@ -17,20 +16,11 @@ def demo(name: str = "demo") -> int:
 
     Args:
         name: name of the run and of the bundle; both are replaced.
-
-    Raises:
-        UserError: if the working directory has no configs.
     """
-    config = Path("configs/stn_lenet.yaml")
-    if not config.is_file():
-        raise UserError(
-            f"There is no '{config}' here; run `upright demo` in the root folder of the checkout, "
-            "or make a project of your own: `upright new my-project`."
-        )
     run, bundle = Path("checkpoints", name), Path("export", name)
     images = run / "test-images"
     steps = (
-        ["fit", "--config", str(config), "--name", name, "--force"],
+        ["fit", "--config", "stn_lenet", "--name", name, "--force"],
         ["test", "--ckpt_path", str(run / "best.ckpt")],
         ["export", str(run), "--name", name, "--force"],
         ["verify", str(bundle)],

@@ -12,6 +12,7 @@ from upright.architectures.factory import wrap_foreign
 from upright.checkpoint import KEY, read_checkpoint
 from upright.data.configs import read_data, read_yaml
 from upright.errors import UserError
+from upright.examples import find_config
 from upright.files import check_exists
 from upright.images import ImageSpec
 from upright.recipes import build
@@ -33,7 +34,7 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
     Raises:
         UserError: if ``source`` or its data cannot be used, or the network does not accept images of this shape.
     """
-    recipe, spec = network_and_spec(Path(source), data)
+    recipe, spec = network_and_spec(find_config(source), data)
     network = build(recipe)
     try:
         try:

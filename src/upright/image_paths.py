@@ -55,7 +55,10 @@ def list_files(folder: Path, *, recursive: bool = True) -> Listing:
 
 def list_folders(folder: Path) -> list[Path]:
     """List the visible folders in a folder, sorted, links included."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_visible(path.name))
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and _is_visible(path.name))
+    except OSError as error:
+        _raise(error)
 
 
 def describe_others(others: Sequence[Path]) -> str:

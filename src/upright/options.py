@@ -146,6 +146,17 @@ class New(Options):
 
 
 @dataclass(frozen=True)
+class Configs(Options):
+    """List or copy the configs that come with Upright.
+
+    `--config NAME` of other commands finds them by name, for example `upright fit --config stn_lenet`.
+    """
+
+    action: Literal["list", "copy"] = argument("list the configs, or copy them and the example bundle")
+    to: str = option(".", "folder that gets the copies, configs/ and export/digits/", metavar="FOLDER")
+
+
+@dataclass(frozen=True)
 class Describe(Options):
     """Print the layers of a network."""
 
@@ -209,6 +220,11 @@ class Verify(Options):
     """Check a bundle on this machine."""
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")
+    expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", metavar="HASH")
+    speed: bool = option(False, "also compare the speed on one thread with that of the export")
+    speed_factor: float = option(
+        1.5, "warn with --speed if a batch takes more than FACTOR times as long", metavar="FACTOR", above=1
+    )
 
 
 @dataclass(frozen=True)
@@ -393,7 +409,7 @@ class Fit(Options):
         "exists and otherwise starts a new run",
     )
     start_from: str | None = option(
-        None, "weights to start with: an Upright checkpoint or run, or torchvision's .pth of a ResNet or VGG"
+        None, "weights to start with: an Upright checkpoint or run, or a state dict of any network (.pth, .safetensors)"
     )
     allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
     monitor: str = option("val/loss", "the metric of validation that chooses best.ckpt")

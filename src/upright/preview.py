@@ -13,6 +13,7 @@ from upright.data.configs import build_data, read_data
 from upright.data.datamodule import ImageDataModule
 from upright.data.split import SPLITS
 from upright.errors import UserError
+from upright.examples import find_config
 from upright.files import check_exists
 from upright.images import Pixels
 from upright.runs.drawing import Line, draw_tiles, pixels_of, save_png
@@ -38,7 +39,7 @@ def preview(source: str, root: str | None = None, output: str = "preview.png", s
     Raises:
         UserError: if the data do not exist or cannot be read.
     """
-    data = _data(Path(source), root)
+    data = _data(find_config(source), root)
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output '{output}': there is no folder '{Path(output).parent}'; create it first.")
     print(_table(data), flush=True)

@@ -1,5 +1,6 @@
 """Networks of other packages: arguments by name, configs, and one line for what cannot be built."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 
 from tests.conftest import Upright
 from upright.architectures.factory import Factory, wrap_foreign
+from upright.errors import UserError
+from upright.recipes import recipe
 
 OWN = """
 from torch import nn
@@ -52,8 +55,6 @@ number = 3
 @pytest.fixture
 def own(tmp_path: Path, upright: Upright) -> None:
     (tmp_path / "own_factories.py").write_text(OWN)
-    import sys
-
     sys.path.insert(0, str(tmp_path))
 
 
@@ -64,7 +65,7 @@ def own(tmp_path: Path, upright: Upright) -> None:
         ("Convolutional", {}),
         ("Convolutional", {"width": 5}),
         ("Patches", {"patch_size": 4}),
-        ("convolutional", {"in_channels": 1}),
+        ("convolutional", {"in_channels": 3, "num_classes": 1000}),
         ("untyped", {}),
     ],
 )
@@ -81,7 +82,7 @@ def test_parameters_are_matched_by_name(name: str, options: dict[str, Any]) -> N
         ("nope.nope", {}, r"'nope.nope' cannot be imported \(No module named 'nope'\)"),
         ("own_factories.number", {}, "'own_factories.number' is a int, not a class or a function."),
         ("own_factories.no_classes", {}, "has no parameter for the number of classes; it needs one named num_classes"),
-        ("own_factories.no_module", {"num_classes": 7}, "returns a int; a network is a torch.nn.Module."),
+        ("own_factories.no_module", {}, "returns a int; a network is a torch.nn.Module."),
         ("own_factories.Patches", {}, "cannot be built with num_classes, channels, image_size: .*'patch_size'"),
         (
             "own_factories.convolutional",
@@ -107,8 +108,11 @@ def test_what_cannot_be_built_is_one_line(path: str, options: dict[str, Any], te
 def test_logits_must_be_a_tensor() -> None:
     network = Factory((1, 12, 12), 7, path="own_factories.Auxiliary")
     assert network.eval()(torch.zeros(2, 1, 12, 12)).shape == (2, 7)
-    with pytest.raises(ValueError, match=r"Auxiliary returns a tuple in forward, not a tensor of logits"):
+    with pytest.raises(UserError, match=r"Auxiliary returns a tuple in forward, not logits \(B, 7\)\."):
         network.train()(torch.zeros(2, 1, 12, 12))
+    network.num_classes = 8
+    with pytest.raises(UserError, match=r"Auxiliary returns a tensor \(B, 7\) in forward, not logits \(B, 8\)\."):
+        network.eval()(torch.zeros(2, 1, 12, 12))
 
 
 @pytest.mark.usefixtures("own")
@@ -140,7 +144,12 @@ trainer: {max_epochs: 1}
 
 @pytest.mark.usefixtures("own", "fewer_digits")
 @pytest.mark.parametrize(
-    "network", ["own_factories.Convolutional", "{class_path: own_factories.untyped, init_args: {in_chans: 1}}"]
+    "network",
+    [
+        "own_factories.Convolutional",
+        "{class_path: own_factories.untyped, init_args: {in_chans: 3}}",
+        "{class_path: own_factories.convolutional, init_args: {in_channels: 3}}",
+    ],
 )
 def test_a_config_names_them_directly(upright: Upright, tmp_path: Path, network: str) -> None:
     (tmp_path / "own.yaml").write_text(CONFIG.replace("NETWORK", network))
@@ -156,12 +165,12 @@ def test_a_config_names_them_directly(upright: Upright, tmp_path: Path, network:
     (tmp_path / "own.yaml").write_text(CONFIG.replace("NETWORK", "own_factories.no_classes"))
     answer = upright("fit", "--config", "own.yaml", "--force", "--wandb", "off")
     assert answer.code == 2 and answer.err.count("\n") == 1 and "no parameter for the number of classes" in answer.err
+    answer = upright("fit", "--config", "own.yaml", "--model.network", "own_factories.untyped", "--force")
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "'own_factories.untyped' is a function that is not annotated to return a Module" in answer.err
 
 
 def test_a_network_in_place_of_its_class_is_not_printed() -> None:
-    from upright.errors import UserError
-    from upright.recipes import recipe
-
     with pytest.raises(UserError, match="For a network of a function, give partial") as error:
         recipe(nn.Sequential(*(nn.Linear(3, 3) for _ in range(100))))
     assert "\n" not in str(error.value) and len(str(error.value)) < 450

@@ -17,6 +17,7 @@ from upright.data.augmentation import (
     RandomElastic,
     RandomPerspective,
     RandomResizedCrop,
+    probe,
     quadrilateral,
 )
 from upright.errors import UprightError
@@ -285,6 +286,72 @@ def test_a_part_that_does_not_report_its_transform_is_named() -> None:
     several = kornia.AugmentationSequential(kornia.RandomRotation(30.0), kornia.RandomThinPlateSpline())
     assert Augmentation([several]).unreported == "AugmentationSequential"
     assert Augmentation([nn.Identity(), kornia.ColorJitter()]).unreported is None
+
+
+class Flip(nn.Module):
+    """torchvision's RandomHorizontalFlip: one draw for all images."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.flip(3) if torch.rand(()) < 0.5 else batch
+
+
+class Brightness(nn.Module):
+    """A factor for all images, or for each."""
+
+    def __init__(self, *, each: bool) -> None:
+        super().__init__()
+        self.each = each
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch * torch.rand(len(batch) if self.each else 1)[:, None, None, None]
+
+
+class Shift(nn.Module):
+    """A shift for each image, by up to a quarter."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return torch.stack([image.roll(int(torch.randint(batch.shape[-1] // 4, ())), 2) for image in batch])
+
+
+class Halve(nn.Module):
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch[..., ::2, ::2]
+
+
+class Refuse(nn.Module):
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        raise ValueError("only images of 224 x 224")
+
+
+@pytest.mark.parametrize(
+    ("part", "draws_once", "moves"),
+    [
+        (Flip(), True, True),
+        (Brightness(each=False), True, False),
+        (Brightness(each=True), False, False),
+        (Shift(), False, True),
+        (Halve(), False, True),
+        (nn.AvgPool2d(3, 1, 1), False, False),
+        (nn.Dropout2d(0.5), False, False),
+        (nn.Sequential(Brightness(each=True), Flip()), False, True),
+        (Refuse(), False, False),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_module_of_the_user_is_tried(part: nn.Module, draws_once: bool, moves: bool) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    augmentation = Augmentation([part])
+    assert probe(part) == (draws_once, moves) and torch.equal(torch.get_rng_state(), before)
+    assert augmentation.moves == moves and augmentation.unreported == (type(part).__name__ if moves else None)
+
+
+def test_a_module_that_draws_once_per_batch_is_applied_to_each_image(images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    flipped = Augmentation([Flip()])(images[:1].expand(64, -1, -1, -1)).images
+    same = (flipped - images[0].float()).abs().flatten(1).max(dim=1).values < 0.01
+    mirrored = (flipped - images[0].float().flip(2)).abs().flatten(1).max(dim=1).values < 0.01
+    assert 16 < same.sum() < 48 and (same | mirrored).all()
 
 
 def test_an_option_does_not_change_the_random_numbers_of_another() -> None:

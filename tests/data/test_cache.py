@@ -46,9 +46,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of all decoded files."""
     names: list[str] = []
 
-    def counting(path: Path, spec: object) -> object:
+    def counting(path: Path, spec: object, max_pixels: int) -> object:
         names.append(Path(path).name)
-        return decode(path, spec)
+        return decode(path, spec, max_pixels)
 
     monkeypatch.setattr(image_files, "decode", counting)
     return names
@@ -134,10 +134,10 @@ def test_small_sets_stay_in_memory_and_large_ones_do_not(
 def test_an_interrupted_run_continues_where_it_stopped(
     photos: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopping(path: Path, spec: object) -> object:
+    def stopping(path: Path, spec: object, max_pixels: int) -> object:
         if len(decoded) == 35:
             raise KeyboardInterrupt
-        return counting(path, spec)
+        return counting(path, spec, max_pixels)
 
     counting = image_files.decode
     monkeypatch.setattr(image_files, "decode", stopping)
@@ -375,10 +375,10 @@ def test_each_background_set_of_angles_and_decoder_has_its_own_cache(photos: Pat
 
 
 def test_unreadable_images_are_tried_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(path: Path, spec: object) -> object:
+    def failing(path: Path, spec: object, max_pixels: int) -> object:
         if Path(path).name == "007.png":
             raise UserError(f"'{path}' cannot be decoded: too many open files")
-        return decode(path, spec)
+        return decode(path, spec, max_pixels)
 
     with monkeypatch.context() as patch:
         patch.setattr(image_files, "decode", failing)
@@ -403,10 +403,10 @@ def test_few_large_originals_are_in_memory_at_once(tmp_path: Path, monkeypatch: 
             nonlocal alive
             alive -= 1
 
-    def large(path: Path, spec: object) -> np.ndarray:
+    def large(path: Path, spec: object, max_pixels: int) -> np.ndarray:
         nonlocal alive, peak
         alive, peak = alive + 1, max(peak, alive + 1)
-        return decode(path, spec).view(Large)
+        return decode(path, spec, max_pixels).view(Large)
 
     for number in range(20):
         file = tmp_path / f"{number % 2}" / f"{number}.png"

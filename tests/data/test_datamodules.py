@@ -6,6 +6,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -39,6 +41,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(root / name / f"é {number:02d}.png")
     lines = [f"{file.relative_to(root)},{file.parent.name}" for file in sorted(root.glob("*/*"))]
     (root / "table.csv").write_text("\n".join(["path,label", *lines]), encoding="utf-8")
+    files = sorted(root.glob("*/*.png"))
+    columns = {"image": [{"bytes": file.read_bytes()} for file in files], "label": [file.parent.name for file in files]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), root / "data.parquet")
     return root
 
 
@@ -46,6 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(request: pytest.FixtureRequest, photos: Path) -> ImageDataModule:
     recipe = yaml.safe_load(request.param.read_text())
     ours = {"root": ("my-images", photos), "file": ("my-images.csv", photos / "table.csv")}
+    ours["name"] = ("my-parquet", photos / "data.parquet")
     for name, (theirs, here) in ours.items():
         if recipe["init_args"].get(name) == theirs:
             recipe["init_args"][name] = str(here)

@@ -2,16 +2,19 @@
 
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from upright.data.augmentation import RandomResizedCrop
 from upright.data.folder import Folder
 from upright.data.split import split_of
-from upright.errors import UprightError
+from upright.errors import UprightError, UserError
 from upright.image_paths import find_images
+from upright.warp import resize
 
 GREY = 100
 COLOUR = (200, 100, 50)
@@ -126,6 +129,11 @@ def test_a_folder_without_read_permission_is_named(mixed: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: refuse(f"{path}/eins"))
+        patch.setattr(os, "scandir", lambda path: refuse(f"{path}/eins"))
+        with pytest.raises(UprightError, match=r"Folder '.*/eins' cannot be read: Permission denied\."):
+            _ = Folder(root=str(mixed)).classes()
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UprightError, match=r"Folder '.*/a/eins' cannot be read: Permission denied\."):
         _ = Folder(root=str(mixed)).source
@@ -243,3 +251,26 @@ def test_a_class_that_is_too_small_to_split_is_named(tmp_path: Path) -> None:
         UprightError, match=r"too few images of 'dog' \(1\)\. Every class needs at least 7\. Add images"
     ):
         _ = Folder(root=str(tmp_path)).splits
+
+
+def test_crops_from_larger_stored_images_keep_their_details(tmp_path: Path) -> None:
+    stripes = np.zeros((128, 128), np.uint8)
+    stripes[:, ::4] = stripes[:, 1::4] = 255
+    for number in range(16):
+        stripes[0, 0] = number  # no two images are equal
+        save(tmp_path / "ab"[number % 2] / f"{number}.png", Image.fromarray(stripes))
+    contrast = {}
+    for stored in (None, 128):
+        crop = partial(RandomResizedCrop, scale=(1 / 16, 1 / 16), ratio=(1, 1))
+        data = Folder(root=str(tmp_path), size=32, stored=stored, channels=1, augment=[crop], val_fraction=0.25)
+        images = data.augment(data.samples("train")[:]).images
+        contrast[stored] = resize(images, 32, 32, "stretch").std()
+        assert data.samples("val")[:].images.shape[-2:] == (32, 32)
+    # A crop of a quarter of the side has 32 pixels of the original: the stripes are there, or a mean grey.
+    assert contrast[None] < 5 and contrast[128] > 70
+
+
+@pytest.mark.parametrize("options", [{"stored": 16}, {"stored": 64, "resize": "none"}])
+def test_stored_images_are_at_least_as_large_as_the_input(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="stored must be at least size, and needs a resize other than none; got stored"):
+        Folder(root="anywhere", size=32, **options)

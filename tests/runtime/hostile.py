@@ -78,7 +78,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 def image_files() -> list[bytes]:
     """Return small images in every format, with most options of the format."""
     draw = np.random.default_rng(0)
-    modes = {"1": 1, "L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I;16": 1, "I": 1}
+    modes = {"1": 1, "L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I;16": 1, "LAB": 3}
     options: dict[str, list[dict[str, Any]]] = {
         "PNG": [{}, {"interlace": 1}],
         "JPEG": [

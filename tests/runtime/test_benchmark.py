@@ -1,6 +1,7 @@
 """`upright benchmark`: its table, its requirements, and its notes on runtimes that could not be measured."""
 
 import json
+import re
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -49,11 +50,25 @@ def test_a_table_of_the_base_install(upright: Upright, monkeypatch: pytest.Monke
         exact = row["runtime"] == "ONNX Runtime fp32"
         assert not exact or (row["agreement"], row["largest_difference"], row["times_fp32"]) == ("16/16", 0.0, 1.0)
         assert exact or 1e-6 < row["largest_difference"] < 0.1
+        assert row["agrees"]
+    assert re.search(r"within the tolerance of the bundle: ONNX Runtime \w+ for batches of 1 on 1 thread; ", answer.out)
     assert report["machine"]["processor"] and {"python", "upright", "onnxruntime"} == set(report["versions"])
     assert answer.out == Path("report/benchmark.md").read_text()
     assert answer.out.count("| ONNX Runtime ") == 8 and report["machine"]["processor"] in answer.out
     with Image.open("report/benchmark.png") as plot:
         assert plot.format == "PNG" and plot.width > plot.height
+
+
+def test_the_fastest_runtime_must_agree() -> None:
+    values = [
+        ("a", 1, 1.0, True),
+        ("b", 1, 3.0, False),
+        ("c", 1, 2.0, True),
+        ("a", 64, 1.0, True),
+        ("c", 64, 0.5, True),
+    ]
+    rows = [dict(zip(("runtime", "batch", "times_fp32", "agrees"), each, strict=True), threads=1) for each in values]
+    assert benchmark_module._fastest(rows).endswith(": c for batches of 1; a for batches of 64")
 
 
 def test_pytorch_is_measured_with_a_checkpoint(
@@ -88,8 +103,8 @@ def test_runtimes_that_fail_are_named_and_the_others_are_measured(
 ) -> None:
     exact = find_runtimes(Bundle.open(DIGITS), None)[0]
     broken = [
-        Runtime("Raising", "numpy", "upright.runtime.worker:openvino", {"bundle": 5}, 0),
-        Runtime("Ending", "numpy", "os:_exit", {"status": 3}, 0),
+        Runtime("Raising", "numpy", "upright.runtime.worker:openvino", {"bundle": 5}, 0, 0.0),
+        Runtime("Ending", "numpy", "os:_exit", {"status": 3}, 0, 0.0),
     ]
     monkeypatch.setattr(benchmark_module, "find_runtimes", lambda *_: [exact, *broken])
     answer = upright("benchmark", DIGITS, "--batches", 1)

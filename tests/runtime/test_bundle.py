@@ -128,6 +128,39 @@ def test_verify_accepts_a_complete_bundle(upright: Upright, bundle: Path) -> Non
     assert answer.code == 0 and "hashes, format 2, 16 samples; fp32 within" in answer.out
 
 
+def test_verify_compares_the_speed_with_that_of_the_export(upright: Upright, bundle: Path) -> None:
+    path = bundle / "parity.json"
+    parity = json.loads(path.read_text())
+    speeds = parity["precisions"]["fp32"]["speed"]
+    assert set(speeds) == {"1", "64"}
+
+    def rewritten(milliseconds: float) -> Path:
+        for speed in speeds.values():
+            speed["milliseconds"] = milliseconds
+        path.write_text(json.dumps(parity))
+        (bundle / SUMS).write_text(checksums(bundle))
+        return bundle
+
+    answer = upright("verify", rewritten(1e6), "--speed")
+    assert answer.code == 0 and "fp32, batch 64: " in answer.out and "Warning" not in answer.out
+    assert f"Export: {parity['machine']['processor']}, onnxruntime " in answer.out
+    answer = upright("verify", rewritten(1e-6), "--speed", "--speed-factor", "3")
+    assert answer.code == 0 and "Warning: slower than at the export by more than 3: fp32 at batch 1 (" in answer.out
+    del parity["precisions"]["fp32"]["speed"]
+    answer = upright("verify", rewritten(0), "--speed")
+    assert answer.code == 2 and "does not record the speed of its export; export it again" in answer.err
+    assert upright("verify", bundle).code == 0
+
+
+def test_verify_expects_a_hash(upright: Upright, bundle: Path) -> None:
+    digest = sha256((bundle / SUMS).read_bytes()).hexdigest()
+    assert upright("verify", bundle, "--expect", digest).code == 0
+    (bundle / "README.md").write_text("forged")
+    (bundle / SUMS).write_text(checksums(bundle))
+    answer = upright("verify", bundle, "--expect", digest)
+    assert answer.code == 2 and "is not the expected bundle: SHA256SUMS has the SHA-256 " in answer.err
+
+
 def test_verify_detects_other_predictions(upright: Upright, bundle: Path) -> None:
     expected = json.loads((bundle / "samples/expected.json").read_text())
     expected[3]["probabilities"]["fp32"].reverse()

@@ -16,7 +16,7 @@ from tests.runtime.bundles import write_bundle
 from upright.architectures.lenet import LeNet
 from upright.images import ImageSpec
 from upright.runtime import web
-from upright.runtime.bundle import EXPECTED, SUMS, checksums
+from upright.runtime.bundle import EXPECTED, SUMS, checksums, write_archive
 
 SCRIPT, WASM = web.RUNTIME
 
@@ -49,6 +49,10 @@ def test_the_page_has_the_files_it_needs_and_no_others(upright: Upright, bundle:
     assert facts["bytes"][facts["model"]] == (page / "model.onnx").stat().st_size
     assert "<title>small · Upright</title>" in (page / "index.html").read_text()
     assert list(Path("web").iterdir()) == [page]
+    before = {name: (page / name).read_bytes() for name in files_in(page)}
+    write_archive(bundle, Path("small.upright.zip"))
+    assert upright("web", "small.upright.zip", "--runtime", dist).code == 0
+    assert {name: (page / name).read_bytes() for name in files_in(page)} == before
 
 
 def test_a_page_contains_no_paths_of_the_training_machine(upright: Upright, tmp_path: Path, dist: Path) -> None:

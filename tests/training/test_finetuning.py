@@ -372,13 +372,14 @@ class Published(SmallResNet):
 
     def published(self) -> Pretrained:
         type(self).loads += 1
-        weights = {name: torch.ones_like(value) for name, value in self.state_dict().items()}
+        weights = {name: torch.ones_like(value) for name, value in SMALL((1, 12, 12), 10).state_dict().items()}
         return Pretrained(weights, "ones", (0.5,), (0.25,))
 
 
 def test_published_weights_load_when_training_begins_and_never_again(tmp_path: Path) -> None:
     Published.loads = 0
-    model = classifier(around("input", network=partial(Published, depth=8, width=4)))
+    network = around("input", "blocks.1", network=partial(Published, depth=8, width=4))
+    model = classifier(network)
     assert Published.loads == 0 and not (model.model.network.network.stem[0][0].weight == 1).all()
     data = Digits(size=12, margin=0, batch_size=500)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
@@ -388,18 +389,21 @@ def test_published_weights_load_when_training_begins_and_never_again(tmp_path: P
     trainer.fit(model, data)
     stem = "network.stem.0.0.weight"
     assert Published.loads == 1 and model.start["path"] == "ones" and (network_state(model)[stem] == 1).all()
-    assert any(name.startswith("transformer.") for name in model.start["anew"])
-    assert frozen._body and not any(name.startswith("transformer.") for name in frozen._body)
+    assert {"transformer.localisation.2.bias", "network.blocks.1.0.localisation.2.bias"} < set(model.start["anew"])
+    assert "network.blocks.1.1.body.0.0.weight" in frozen._body and not any("localis" in name for name in frozen._body)
+    assert (network_state(model)["network.blocks.1.1.body.0.0.weight"] == 1).all()
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     restored = restore(tmp_path / "x.ckpt").classifier
     assert Published.loads == 1 and torch.equal(network_state(restored)[stem], network_state(model)[stem])
     options |= {"max_epochs": 2}
     resumed = L.Trainer(default_root_dir=tmp_path, log_every_n_steps=1, callbacks=[Freeze(until_epoch=1)], **options)
-    again = classifier(around("input", network=partial(Published, depth=8, width=4)))
+    again = classifier(network)
     resumed.fit(again, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
     assert Published.loads == 1 and again.start == model.start
     lines = start_from(classifier(partial(Published, depth=8, width=4), FEW))
-    assert lines[0].startswith("Start: ones, ") and lines[1] == "classifier starts from scratch: 3 other classes."
+    assert (
+        lines[0].startswith("Start: ones, ") and lines[1] == "classifier starts from scratch: 3 classes in place of 10."
+    )
 
 
 def test_weights_that_cannot_be_loaded_are_one_line() -> None:

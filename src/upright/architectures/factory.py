@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from upright.errors import UserError
+
 CLASSES = ("num_classes", "n_classes", "classes")
 CHANNELS = ("in_chans", "in_channels", "input_channels", "num_channels", "channels")
 SIZES = ("img_size", "image_size", "input_size")
@@ -38,7 +40,7 @@ class Factory(nn.Module):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.num_classes = path, num_classes
         function, options = resolve(path), dict(options or {})
         if loading := [name for name in PRETRAINED if options.get(name)]:
             raise ValueError(
@@ -59,10 +61,12 @@ class Factory(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.network(images)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"{self.path} returns a {type(logits).__name__} in forward, not a tensor of logits (B, K)."
+        if not isinstance(logits, Tensor) or logits.shape[1:] != (self.num_classes,):
+            kind = type(logits).__name__
+            result = (
+                f"a tensor (B, {', '.join(map(str, logits.shape[1:]))})" if isinstance(logits, Tensor) else f"a {kind}"
             )
+            raise UserError(f"{self.path} returns {result} in forward, not logits (B, {self.num_classes}).")
         return logits
 
 
@@ -95,7 +99,7 @@ def wrap_foreign(config: Any) -> None:
             part, arguments = _parse(value)
             if part is not None and _is_foreign(part):
                 parameters = inspect.signature(part).parameters
-                # jsonargparse fills in the defaults.
+                # jsonargparse fills in the defaults, also those of a class that gets the keyword arguments.
                 options = {k: v for k, v in arguments.items() if k not in parameters or v != parameters[k].default}
                 own = make(path=f"{part.__module__}.{part.__qualname__}", options=options)
                 entries[key] = make(class_path=f"{Factory.__module__}.{Factory.__qualname__}", init_args=own)
@@ -140,30 +144,31 @@ def _arguments(
     num_classes: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the arguments of ``function`` by name; ``options`` replace those that come from the data."""
+    """Return the arguments of ``function`` by name; those that come from the data replace ``options``."""
     parameters = inspect.signature(function).parameters
+    names_of_all = {*parameters, *options}
     others = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     channels, *size = input_shape
-    known: dict[tuple[str, ...], Any] = {
+    values: dict[tuple[str, ...], Any] = {
         ("input_shape",): input_shape,
         CLASSES: num_classes,
         CHANNELS: channels,
         SIZES: size[0] if size[0] == size[1] else tuple(size),
     }
     arguments: dict[str, Any] = {}
-    for names, value in known.items():
-        name = next((name for name in names if name in parameters), None)
+    for names, value in values.items():
+        name = next((name for name in names if name in names_of_all), None)
         if name is None and names is CLASSES and others:
             name = CLASSES[0]  # torchvision's functions pass their keyword arguments on to the class
         if name is not None:
             arguments[name] = value
-        elif names is CLASSES and not set(names) & set(options):
+        elif names is CLASSES:
             raise ValueError(
                 f"{path} has no parameter for the number of classes; it needs one named {' or '.join(CLASSES)}."
             )
-        elif names is CHANNELS and channels != 3 and "input_shape" not in arguments and not set(names) & set(options):
+        elif names is CHANNELS and channels != 3 and "input_shape" not in arguments:
             raise ValueError(
                 f"{path} has no parameter for the {channels} channel(s) of these images ({', '.join(CHANNELS)}): use "
-                "RGB images (--data.channels 3), or give it in `options`."
+                "RGB images (--data.channels 3), or name it in `options`."
             )
-    return {**arguments, **options}
+    return {**options, **arguments}

@@ -5,12 +5,13 @@ An augmentation is a list of parts, applied in order. `Geometric` parts are defi
 module draw on the CPU, so that one seed gives one batch on every device.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,10 @@ from upright.warp import (
 CHUNK_IMAGES = 128
 """Number of images that a CPU samples at a time, so that they stay in its cache. 2,048 images of 3 x 32 x 32 took a
 third of the time of one call for all."""
+
+PROBE_SIDE = 32
+PROBES = 16
+"""Number of seeds that `probe` tries."""
 
 CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
 """Corners of an image, clockwise from the top left."""
@@ -301,7 +306,8 @@ class Augmentation(nn.Module):
 
     Args:
         parts: `Geometric`, `Distortion` and `Mixing` parts, or any ``nn.Module`` from a float batch ``(B, C, H, W)`` in
-            [0, 1] to another, for example kornia's. Transforms of kornia's parts are returned with the others.
+            [0, 1] to another, for example kornia's. Transforms of kornia's parts are returned with the others. A module
+            that draws once per batch, as torchvision's do, is applied to one image at a time; see `probe`.
         padding: values beyond the border, for the geometric parts.
     """
 
@@ -310,6 +316,7 @@ class Augmentation(nn.Module):
         if padding not in get_args(Padding):
             raise UserError(f"padding must be one of {', '.join(get_args(Padding))}; got '{padding}'.")
         self.parts, self.padding = nn.ModuleList(parts), padding
+        self._probes = [_UNKNOWN if _reports(part) else probe(part) for part in self.parts]
         for part in self.parts:
             if has_part(part, "mix"):
                 raise UserError(
@@ -320,7 +327,8 @@ class Augmentation(nn.Module):
     @property
     def moves(self) -> bool:
         """True if any part moves pixels."""
-        return any(isinstance(part, Geometric | Distortion) or has_part(part, "geometric") for part in self.parts)
+        ours = any(isinstance(part, Geometric | Distortion) or has_part(part, "geometric") for part in self.parts)
+        return ours or any(part.moves for part in self._probes)
 
     @property
     def mixes(self) -> str | None:
@@ -330,10 +338,10 @@ class Augmentation(nn.Module):
     @property
     def unreported(self) -> str | None:
         """The name of the first part that moves pixels without reporting its transform, if there is one."""
-        for part in self.parts:
+        for part, behaviour in zip(self.parts, self._probes, strict=True):
             # Modules that move pixels, and the containers around them.
             moving = [module for module in part.modules() if has_part(module, "geometric")]
-            if not all(hasattr(module, "transform_matrix") for module in moving):
+            if behaviour.moves or not all(hasattr(module, "transform_matrix") for module in moving):
                 return type(part).__name__
         return None
 
@@ -352,7 +360,7 @@ class Augmentation(nn.Module):
     def _view(self, images: Tensor, targets: Tensor | None) -> View:
         applied = pending = empty = Composition(len(images))
         scale = 1.0
-        for part in self.parts:
+        for part, behaviour in zip(self.parts, self._probes, strict=True):
             if isinstance(part, Geometric):
                 pending = pending.then(part.draw(len(images), *images.shape[-2:]))
                 continue
@@ -369,7 +377,7 @@ class Augmentation(nn.Module):
                 continue
             size = images.shape[-2:]
             try:
-                images = part(images)
+                images = torch.cat([part(image[None]) for image in images]) if behaviour.draws_once else part(images)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise UserError(
                     f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
@@ -394,6 +402,62 @@ class Augmentation(nn.Module):
             part = slice(start, start + chunk)
             sampled[part] = sample(images[part].float(), points[part], height, width, self.padding)
         return sampled
+
+
+class Behaviour(NamedTuple):
+    """Behaviour of a module that does not report its transforms.
+
+    Args:
+        draws_once: True if it draws random numbers once for all images of a batch.
+        moves: True if it moves pixels.
+    """
+
+    draws_once: bool
+    moves: bool
+
+
+_UNKNOWN = Behaviour(draws_once=False, moves=False)
+
+
+def _reports(part: nn.Module) -> bool:
+    """Return whether a part is of this package or of kornia, whose modules draw for each image."""
+    return isinstance(part, Geometric | Distortion | Mixing) or any(
+        type(module).__module__.startswith("kornia.") for module in part.modules()
+    )
+
+
+def probe(part: nn.Module) -> Behaviour:
+    """Try a module on two equal images of noise, with and without a bright spot, under several seeds.
+
+    It draws once per batch if its results vary with the seed, but never between the two images. It moves pixels if the
+    spot appears elsewhere, or if the size changes. A rare or small effect may be missed. A module that fails here is
+    not judged: it may need another size.
+    """
+    image = torch.rand(3, PROBE_SIDE, PROBE_SIDE, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
+    spot = image.clone()
+    spot[:, 6:10, 3:7] = 1.0
+    centre = torch.tensor([7.5, 4.5])  # row and column
+    varies = differs = moves = False
+    first: Tensor | None = None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for seed in range(PROBES):
+            try:
+                part = copy.deepcopy(part)  # it may have a state
+                torch.manual_seed(seed)
+                without = part(torch.stack([image, image]))
+                torch.manual_seed(seed)
+                one, other = part(torch.stack([spot, spot]))
+            except Exception:  # the module may need another size, or more images
+                return _UNKNOWN
+            first = one if first is None else first
+            varies |= not torch.equal(one, first)
+            moves |= one.shape != spot.shape
+            if not moves:
+                change = (one - without[0]).abs().sum(dim=0)
+                positions = (change > change.max() / 2).nonzero().float()
+                moves |= bool(change.max() > 0.1) and bool((positions.mean(dim=0) - centre).abs().max() > 2)
+            differs |= not torch.equal(one, other)
+    return Behaviour(draws_once=varies and not differs, moves=moves)
 
 
 def _normalised(matrices: Tensor, size: torch.Size, new_size: torch.Size) -> Points:

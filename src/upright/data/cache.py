@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from upright.cores import count_cores
-from upright.data.source import Images
+from upright.data.source import Images, Source
 from upright.data.split import Indices, content_hash
 from upright.data.views import Angles, Views
 from upright.data.workers import fetch
@@ -164,20 +164,21 @@ class Cache:
 
     Args:
         decoder: the images to store.
-        files: files of the images; ``None`` if the source is in memory.
-        storage: ``memory``, ``disk``, or ``none``, which stores only the facts and decodes files on access; ``auto``
+        source: the source of the images.
+        storage: ``memory``, ``disk``, or ``none``, which stores only the facts and decodes images on access; ``auto``
             is ``memory`` for a small dataset and for images in memory, else ``disk``.
         workers: processes that decode; by default one per core, at most 8, for more than 1,000 images.
         max_unreadable: number of images that may be unreadable.
 
     Raises:
-        UserError: if more images than ``max_unreadable`` cannot be decoded, or the cache cannot be written.
+        UserError: if more images than ``max_unreadable`` cannot be decoded, the cache cannot be written, or images in
+            memory should have another storage.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        files: Sequence[Path] | None,
+        source: Source,
         storage: Storage = "auto",
         *,
         workers: int | None = None,
@@ -187,15 +188,17 @@ class Cache:
         count, self._row_bytes = len(decoder.indices), int(np.prod(decoder.row_shape))
         self.facts = np.zeros(count, FACTS)
         if storage == "auto":
-            storage = "memory" if files is None or count * self._row_bytes <= MAX_MEMORY_BYTES else "disk"
+            storage = "memory" if not source.lazy or count * self._row_bytes <= MAX_MEMORY_BYTES else "disk"
+        if storage != "memory" and not source.lazy:
+            raise UserError(f"cache {storage}: the images of this dataset are in memory; use cache auto or memory.")
         if workers is None:
             workers = min(count_cores(), 8) if count > 1000 else 0
-        self.workers = workers if files is not None else 0
+        self.workers = workers if source.lazy else 0
         self.pixels: PixelArray | Decoder = decoder
-        if files is None or storage == "memory":
+        if storage == "memory":
             self.pixels = PixelArray(self._in_memory())
         else:
-            self._on_disk([files[i] for i in decoder.indices.tolist()], with_pixels=storage == "disk")
+            self._on_disk(source, with_pixels=storage == "disk")
         self._check()
 
     @property
@@ -238,13 +241,19 @@ class Cache:
             pixels[chunk] = decoded.numpy()
         return pixels
 
-    def _on_disk(self, files: list[Path], *, with_pixels: bool) -> None:
+    def _on_disk(self, source: Source, *, with_pixels: bool) -> None:
         """Append the missing rows. A second process that needs the same cache waits for the first one."""
-        folder = cache_folder() / _key(self.decoder, files, with_pixels=with_pixels)
+        indices = self.decoder.indices.tolist()
+        if source.files is not None:
+            files = [source.files[index] for index in indices]
+            identities, place = list(map(_identity, files)), os.path.commonpath(files)
+        else:
+            identities, place = [_digest(f"{source.fingerprint}\0{i}") for i in indices], str(source.fingerprint)
+        folder = cache_folder() / _key(self.decoder, place, with_pixels=with_pixels)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _acquire_lock(folder):
-                rows = self._append_missing(folder, list(map(_identity, files)), with_pixels=with_pixels)
+            with acquire_lock(folder):
+                rows = self._append_missing(folder, identities, with_pixels=with_pixels)
             if with_pixels and self.readable.any():
                 shape = (int(rows.max()) + 1, *self.decoder.row_shape)
                 self.pixels = PixelFile(folder / "pixels", shape, rows)
@@ -252,7 +261,7 @@ class Cache:
             if with_pixels:
                 raise UserError(
                     f"The cache '{folder}' cannot be used: {error.strerror or error}. Set UPRIGHT_CACHE to a folder "
-                    "with more space, or decode files on access with --data.cache none."
+                    "with more space, or decode images on access with --data.cache none."
                 ) from error
             # The facts are small enough to compute them again in the next run.
             for _ in self._decode(np.flatnonzero(self.facts["state"] == 0)):
@@ -304,20 +313,24 @@ def _identity(file: Path) -> int:
         state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
     except OSError:  # for example a dangling link, which decoding reports
         state = ""
-    digest = blake2b(f"{file}\0{state}".encode(errors="surrogateescape"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
+    return _digest(f"{file}\0{state}")
 
 
-def _key(decoder: Decoder, files: list[Path], *, with_pixels: bool) -> str:
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _key(decoder: Decoder, place: str, *, with_pixels: bool) -> str:
     """Return the name of the cache folder, a hash of the dataset and of the options that decode it."""
     spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
     pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.key]
     decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
-    key = [FORMAT, os.path.commonpath(files), decoding, pixels if with_pixels else None]
+    key = [FORMAT, place, decoding, pixels if with_pixels else None]
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
 
 
-def _acquire_lock(folder: Path) -> AbstractContextManager[object]:
+def acquire_lock(folder: Path) -> AbstractContextManager[object]:
+    """Return a lock of a cache folder. While another process holds it, print a line and wait."""
     lock = FileLock(folder / "lock")
     try:
         return lock.acquire(timeout=0)

@@ -9,6 +9,7 @@ import yaml
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
+from upright.examples import find_config
 from upright.recipes import Recipe, build, load_class
 
 
@@ -19,7 +20,7 @@ def read_yaml(path: str | Path) -> Any:
         UserError: if it cannot be read.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -40,6 +41,7 @@ def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDa
     content = read_yaml(path)
     if isinstance(content, dict) and "model" in content:
         model, content = content["model"] if model is None else model, content.get("data")
+        path = find_config(path)
         if content is None:
             raise UserError(f"'{path}' does not name its data; give the YAML of a dataset.")
         if isinstance(content, str):
@@ -54,7 +56,7 @@ def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDa
 def adopt_format(model: Any, data: Any) -> None:
     """Set missing data options, in place, to the image size and normalisation of the network's published weights.
 
-    The network states them in a classmethod ``image_format``; `ImageFiles.adopted` lists the options.
+    The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options.
 
     Args:
         model: config of the model: a dictionary, or jsonargparse's Namespace.

@@ -55,8 +55,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             what training shows: ``zeros``, ``border`` or ``reflection``.
         mask: ``disc`` shows the network only the largest centred disc of every image, in training, evaluation and
             export; see `ImageSpec`.
-        cache: place of the decoded images: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes files on
-            access; ``auto`` is disk for images from files that take more than 64 MiB.
+        cache: place of the decoded images: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes images on
+            access; ``auto`` is disk for lazy images that take more than 64 MiB. A dataset in memory allows only
+            ``auto`` and ``memory``.
         num_workers: processes that decode files; by default one per core, at most 8, for more than 1,000 images.
         max_unreadable: number of images that may be unreadable; they are left out, and reported.
     """
@@ -167,7 +168,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         return self._cache(Decoder(source.images, indices, self.spec, self.stored_size), self.max_unreadable)
 
     def _cache(self, decoder: Decoder, max_unreadable: int = 0) -> Cache:
-        return Cache(decoder, self.source.files, self.cache, workers=self.num_workers, max_unreadable=max_unreadable)
+        return Cache(decoder, self.source, self.cache, workers=self.num_workers, max_unreadable=max_unreadable)
 
     @cached_property
     def _labels(self) -> Indices:
@@ -265,8 +266,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         size = (spec.height, spec.width)
         if split != "train" and not (views.plain and size == self.stored_size):
             decoder = Decoder(self.source.images, indices, spec, size, views)
-            streamed = self.cache == "none" and self.source.files is not None
-            pixels, positions = decoder if streamed else self._cache(decoder).pixels, np.arange(len(indices))
+            pixels = decoder if self.cache == "none" else self._cache(decoder).pixels
+            positions = np.arange(len(indices))
         aspects = torch.full((len(indices),), spec.width / spec.height)
         if spec.resize == "stretch":
             # Stretching keeps normalised coordinates, in which a rotation depends on the original's own aspect.

@@ -27,7 +27,7 @@ class Folder(ImageFiles):
 
     Args:
         root: the folder. A missing split is taken from the training images.
-        **options: options of `ImageFiles`.
+        **options: options of `ResizedImages`.
     """
 
     def __init__(self, *, root: str, **options: object) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from upright.data.datamodule import ImageDataModule
+from upright.data.resized import ResizedImages
 from upright.data.source import Source
 from upright.errors import UserError, nearest
-from upright.images import MAX_PIXELS, ImageSpec, Pixels, Resize, decode
+from upright.images import ImageSpec, Pixels, decode
 
 
 class Row(NamedTuple):
@@ -30,62 +30,16 @@ class Row(NamedTuple):
     place: str
 
 
-class ImageFiles(ImageDataModule):
-    """Images of any size and format. A subclass finds the files; it implements `classes`, `rows` and `where`.
+class ImageFiles(ResizedImages):
+    """Images of any size and format in files. A subclass finds them; it implements `classes`, `rows` and `where`.
 
     Args:
-        size: height and width of the network's input; by default that of a `Timm`, else 32.
-        channels: 1 (grey) or 3 (RGB).
-        resize: ``stretch``, ``crop`` (the largest centred square first), ``pad`` (the whole image between bars of
-            ``background``), or ``none``, if all images have ``size`` and the network takes any size.
-        background: grey level (0 to 255) behind transparent pixels and of the bars.
-        mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all; by default
-            that of a `Timm`, else 0.5.
-        std: divisor of the pixels, likewise; by default that of a `Timm`, else 0.25.
-        max_pixels: largest number of pixels of an image; a larger one counts as unreadable.
-        **options: options of `ImageDataModule`.
+        **options: options of `ResizedImages`.
     """
-
-    adopted = ("size", "mean", "std")
-    """Options whose defaults a network with an ``image_format`` sets; see `upright.data.configs.adopt_format`."""
-
-    def __init__(
-        self,
-        *,
-        size: int | None = None,
-        channels: int = 3,
-        resize: Resize = "stretch",
-        background: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        max_pixels: int = MAX_PIXELS,
-        **options: object,
-    ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
-        size = 32 if size is None else size
-        self.size, self.channels, self.resize, self.background = size, channels, resize, background
-        self.max_pixels = max_pixels
-        self.mean, self.std = (
-            tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean or (0.5,), std or (0.25,))
-        )
-
-    @abstractmethod
-    def classes(self) -> tuple[str, ...]:
-        """Return the labels of the training images, in order."""
 
     @abstractmethod
     def rows(self) -> Sequence[Row]:
         """Find all images."""
-
-    @abstractmethod
-    def where(self, split: str) -> str:
-        """Return the name of a split for messages."""
-
-    @property
-    def spec(self) -> ImageSpec:
-        return ImageSpec(
-            self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background
-        )
 
     def read(self) -> Source:
         spec, rows = self.spec, self.rows()
@@ -113,11 +67,6 @@ class ImageFiles(ImageDataModule):
     def remarks_on_rows(self) -> list[str]:
         """Return sentences for the user about the files, for example about those that are left out."""
         return []
-
-    def check_classes(self, split: str, labels: set[str]) -> None:
-        """Refuse a split that lacks a class."""
-        if empty := [name for name in self.spec.classes if name not in labels]:
-            raise UserError(f"No image in class {empty} of {self.where(split)}.")
 
 
 class _Files(Sequence[Pixels]):  # its name is part of the cache's key

@@ -9,7 +9,7 @@ from upright.images import Pixels
 
 
 class Images(Protocol):
-    """A list of images, an array ``(N, H, W, C)``, or a lazy sequence that decodes a file on access."""
+    """A list of images, an array ``(N, H, W, C)``, or a lazy sequence that decodes an image on access."""
 
     def __len__(self) -> int: ...
 
@@ -30,7 +30,9 @@ class Source:
         labels: indices into the classes of the spec.
         names: short unique names, for messages and files.
         splits: indices of ``train``, ``val`` and ``test``, if the dataset defines some of them.
-        files: the file of each image; ``None`` if they are in memory.
+        files: the file of each image; ``None`` if they have no files of their own.
+        fingerprint: identifies the content of lazy images that have no files of their own. With neither ``files`` nor
+            ``fingerprint`` the images are in memory.
         remarks: sentences for the user about the dataset.
     """
 
@@ -40,6 +42,12 @@ class Source:
     splits: Mapping[str, Sequence[int]] | None = None
     files: Sequence[Path] | None = None
     remarks: Sequence[str] = ()
+    fingerprint: str | None = None
+
+    @property
+    def lazy(self) -> bool:
+        """True if images are decoded on access, false if they are in memory."""
+        return self.files is not None or self.fingerprint is not None
 
 
 class Original(NamedTuple):

@@ -27,7 +27,7 @@ class Table(ImageFiles):
 
     Args:
         file: the table: ``.csv`` (UTF-8, commas, column names in the first line) or ``.parquet`` (needs pyarrow).
-        **options: options of `ImageFiles`.
+        **options: options of `ResizedImages`.
     """
 
     def __init__(self, *, file: str, **options: object) -> None:

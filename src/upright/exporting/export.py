@@ -6,7 +6,6 @@ write samples, manifest, card and hashes.
 
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,19 +35,20 @@ from upright.runtime.bundle import (
     FORMAT,
     MANIFEST,
     MODELS,
+    PARITY,
     SAMPLES,
     SUMS,
     Bundle,
     checksums,
     write_archive,
 )
-from upright.runtime.predictor import open_session, run_batch, run_session
-from upright.runtime.speed import machine, side_by_side, turn
+from upright.runtime.predictor import open_session, run_session
+from upright.runtime.speed import machine
+from upright.runtime.verify import speeds_by_batch
 from upright.training.finetuning import head
 from upright.training.restoring import restore
 
 SAMPLE_COUNT = 16
-SPEED_BATCHES = (1, 64)
 PACKAGES = ("upright", "torch", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -135,7 +135,7 @@ def export(
         parity, descriptions = _write_graphs(folder, reference, precisions, max_drop, full_range, excluded)
         manifest = _manifest(name, contents, reference, descriptions)
         _write_samples(folder, reference, list(descriptions))
-        _write_json(folder / "parity.json", parity)
+        _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
@@ -197,10 +197,11 @@ def _write_graphs(
     metrics = {name: comparison.metrics(classes) for name, comparison in comparisons.items()}
     for each, values in metrics.items():
         values["bytes"] = (folder / MODELS[each]).stat().st_size
-    if precisions:
-        print("Measuring the speed of all precisions ...", flush=True)
-        for each, speeds in _speeds(folder, list(metrics), reference).items():
-            metrics[each]["speed"] = speeds
+    print("Measuring the speed ...", flush=True)
+    image = next(fitted_originals(data, form)).pixels
+    sessions = {name: open_session(folder / MODELS[name], threads=1) for name in metrics}
+    for each, speeds in speeds_by_batch(sessions, image).items():
+        metrics[each]["speed"] = speeds
     return {
         "split": "val",
         "images": len(exact.names),
@@ -211,23 +212,6 @@ def _write_graphs(
         "machine": machine() | {"threads": 1},
         "precisions": metrics,
     }, descriptions
-
-
-def _speeds(folder: Path, precisions: Sequence[str], reference: Reference) -> dict[str, dict[str, Any]]:
-    """Return the speed of each precision by batch size, on one thread, relative to the first precision."""
-    image = next(fitted_originals(reference.data, reference.form)).pixels
-    sessions = {name: open_session(folder / MODELS[name], threads=1) for name in precisions}
-    speeds: dict[str, dict[str, Any]] = {name: {} for name in precisions}
-    for batch in [reference.form.batch] if reference.form.batch else SPEED_BATCHES:
-        images = np.repeat(image[None], batch, axis=0)
-        turns = {
-            name: partial(turn, partial(run_batch, session, images), time.process_time)
-            for name, session in sessions.items()
-        }
-        for name, speed in side_by_side(turns).items():
-            values = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
-            speeds[name][str(batch)] = values
-    return speeds
 
 
 def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]) -> None:

@@ -48,6 +48,7 @@ class Runtime:
         load: see `Worker`.
         arguments: arguments of ``load``, besides ``threads``.
         bytes: size of the model's file.
+        tolerance: largest difference of a probability from ONNX Runtime in fp32 that the bundle allows.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Runtime:
     load: str
     arguments: dict[str, Any]
     bytes: int
+    tolerance: float
 
 
 Row = dict[str, Any]
@@ -111,13 +113,14 @@ def find_runtimes(bundle: Bundle, checkpoint: str | None) -> list[Runtime]:
         for precision in bundle.precisions if find_spec(package) else ():
             load, size = f"upright.runtime.worker:{package}", len(bundle.model(precision).read_bytes())
             settings: dict[str, Any] = {"bundle": folder, "precision": precision}
-            runtimes.append(Runtime(f"{name} {precision}", package, load, settings, size))
+            tolerance = bundle.tolerance(precision)
+            runtimes.append(Runtime(f"{name} {precision}", package, load, settings, size, tolerance))
     if checkpoint:
         file = Path(checkpoint) / "best.ckpt" if Path(checkpoint).is_dir() else Path(checkpoint)
         for name, compiled in (("eager", False), ("compiled", True)):
             settings = {"bundle": folder, "checkpoint": checkpoint, "compiled": compiled}
             load, size = "upright.exporting.eager:pytorch", file.stat().st_size
-            runtimes.append(Runtime(f"PyTorch {name}", "torch", load, settings, size))
+            runtimes.append(Runtime(f"PyTorch {name}", "torch", load, settings, size, bundle.tolerance("fp32")))
     return runtimes
 
 
@@ -154,6 +157,7 @@ def _measure(
                     continue
                 name, speed, actual = runtime.name, speeds[runtime.name], probabilities[runtime.name]
                 agreement = int((actual.argmax(axis=1) == reference.argmax(axis=1)).sum())
+                difference = float(np.abs(actual - reference).max())
                 row = {
                     "runtime": name,
                     "threads": threads,
@@ -165,11 +169,26 @@ def _measure(
                     "quartiles": speed.quartiles,
                     "bytes": runtime.bytes,
                     "agreement": f"{agreement}/{len(actual)}",
-                    "largest_difference": float(np.abs(actual - reference).max()),
+                    "largest_difference": difference,
+                    "agrees": difference <= runtime.tolerance,
                     "peak_memory": workers[name].memory,
                 }
                 rows.append(row | cold[name])
     return rows
+
+
+def _fastest(rows: Sequence[Row]) -> str:
+    """Return the fastest runtime within its tolerance, for each batch size and number of threads."""
+    fastest: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        key = row["threads"], row["batch"]
+        if row["agrees"] and (key not in fastest or row["times_fp32"] > fastest[key]["times_fp32"]):
+            fastest[key] = row
+    several = len({threads for threads, _ in fastest}) > 1
+    return "Fastest within the tolerance of the bundle: " + "; ".join(
+        f"{row['runtime']} for batches of {batch}" + (f" on {threads} thread{'s' * (threads > 1)}" if several else "")
+        for (threads, batch), row in fastest.items()
+    )
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -203,7 +222,7 @@ def _markdown(report: dict[str, Any]) -> str:
     instructions = ", ".join(computer["instructions"])
     lines = [f"# {report['bundle']}", "", table]
     lines += [f"{computer['processor']} ({instructions}), {computer['cores']} cores, {computer['system']};"]
-    lines += [f"{versions}."]
+    lines += [f"{versions}.", "", f"{_fastest(report['rows'])}."]
     lines += [f"- {name} was not measured: {reason}" for name, reason in report["not_measured"].items()]
     return "\n".join(lines) + "\n" + LEGEND.format(starts=STARTS)
 

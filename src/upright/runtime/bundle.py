@@ -26,6 +26,7 @@ SUMS = "SHA256SUMS"
 MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 """File of each precision. The manifest lists only precisions, never files."""
 MANIFEST = "manifest.json"
+PARITY = "parity.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
 ARCHIVE_SUFFIX = ".upright.zip"

@@ -168,30 +168,37 @@ def start_from(
 
 
 def _published_weights(classifier: ImageClassifier) -> StartWeights | None:
-    """Return the published weights of a pretrained network, under the names of the whole network."""
-    place, module = _pretrained(classifier.model.network)
-    if module is None:
+    """Return the published weights of a pretrained network; None if no part of the network is pretrained."""
+    part = _pretrained(classifier.model.network)
+    if part is None:
         return None
+    place, module = part
     try:
         published = module.published()
     except ValueError as error:
         raise UserError(str(error)) from None
-    state = {f"{place}{name}": value for name, value in published.weights.items()}
-    names = _weight_names(state, classifier.recipe["init_args"]["network"])
     return StartWeights(
-        {key: state[name] for key, name in names.items()},
+        {WeightName("", f"{place}{name}"): value for name, value in published.weights.items()},
         published.origin,
         (published.mean, published.std),
         are_imagenet_classes(classifier.spec.classes),
     )
 
 
-def _pretrained(network: nn.Module) -> tuple[str, Any]:
-    """Return the prefix of the first module that is ``pretrained``, and the module; None if there is none."""
-    for place, module in network.named_modules():
+def _pretrained(network: nn.Module) -> tuple[str, Any] | None:
+    """Return the first module that is ``pretrained``, after the prefix of its names in the innermost network."""
+    for place, module in _innermost(network).named_modules():
         if getattr(module, "pretrained", False) is True and hasattr(module, "published"):
             return f"{place}." if place else "", module
-    return "", None
+    return None
+
+
+def _innermost(network: Any) -> nn.Module:
+    """Return the network inside all `TransformerNetwork`."""
+    while isinstance(network, TransformerNetwork):
+        network = network.network
+    inner: nn.Module = network
+    return inner
 
 
 def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
@@ -204,9 +211,7 @@ def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None,
     state = _state_dict(content)
     if state is None:
         raise UserError(f"'{path}' holds neither an Upright checkpoint nor a state dict (names and their tensors).")
-    network: Any = classifier.model.network
-    while isinstance(network, TransformerNetwork):
-        network = network.network
+    network = _innermost(classifier.model.network)
     state = {WRAPPERS.sub("", name.replace("_orig_mod.", "")): value for name, value in state.items()}
     if isinstance(network, ResNet | VGG):
         return _torchvision_weights(state, network, classifier)
@@ -375,9 +380,10 @@ class Freeze(Callback):
             return
         assert isinstance(pl_module, ImageClassifier)
         network, new = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
-        # With a stock Trainer, pretrained weights load later. They are those of one module.
-        prefix = "" if pl_module.start else _pretrained(network)[0]
-        self._body = {name for name, _ in network.named_parameters() if name not in new and name.startswith(prefix)}
+        if not pl_module.start and _pretrained(network):  # with a stock Trainer, these weights load later
+            names = _weight_names(network.state_dict(), pl_module.recipe["init_args"]["network"])
+            new |= {name for key, name in names.items() if key.place}
+        self._body = {name for name, _ in network.named_parameters() if name not in new}
         if not self._body:
             raise UserError(
                 f"Freeze has nothing to freeze: all parameters of {type(network).__name__} depend on the number of "

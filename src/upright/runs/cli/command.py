@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from upright.errors import UserError
+from upright.examples import find_config
 from upright.options import LIGHTNING
 from upright.runs.checkpoint_io import AtomicCheckpointIO
 from upright.runs.cli.parser import OneLineParser, explain, user_error
@@ -27,6 +28,9 @@ TRAINER_DEFAULTS = {
     # Metrics are logged per epoch; Lightning warns if an epoch has fewer steps than this.
     "log_every_n_steps": 1,
 }
+
+
+CONFIG_OPTIONS = ("--config", "-c", "--data")
 
 
 class EarlyOptions(argparse.Namespace):
@@ -71,7 +75,7 @@ class Command(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             run=False,
-            args=replacing_data(arguments),
+            args=replacing_data(finding_configs(arguments)),
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -131,6 +135,18 @@ class Command(LightningCLI):
         except ValueError as error:
             raise UserError(f"An option cannot be recorded as YAML: {explain(str(error))}") from error
         return options
+
+
+def finding_configs(arguments: Sequence[str]) -> list[str]:
+    """Replace the names of configs that come with Upright by their paths."""
+    resolved: list[str] = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if equals and option in CONFIG_OPTIONS:
+            resolved.append(f"{option}={find_config(value)}")
+        else:
+            resolved.append(str(find_config(argument)) if previous in CONFIG_OPTIONS else argument)
+    return resolved
 
 
 def replacing_data(arguments: Sequence[str]) -> list[str]:

@@ -58,6 +58,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         names_in_module = [name for name, value in vars(module).items() if isinstance(value, type)]
         names_in_module += [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
         return f"module '{match[1]}' has no '{match[2]}'.{nearest(match[2], names_in_module)}"
+    if match := re.search(r"Expected '([^']+)' to be a function that returns <class '(\w+)'>", message):
+        return f"'{match[1]}' is a function that is not annotated to return a {match[2]}: annotate it, or give a class."
     if match := re.search(r"\S+ requires .+[Ii]nstall.*", message):
         return match[0]
     if match := re.search(r"No module named '([^']+)'", message):

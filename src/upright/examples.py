@@ -1,0 +1,57 @@
+"""``upright configs``: the configs and the example bundle that come with Upright.
+
+They are in the wheel (``setup.py`` copies them), and in the root folder of a checkout.
+"""
+
+import shutil
+from pathlib import Path
+
+from upright.errors import UserError
+from upright.options import Configs
+
+BUNDLE = Path("export/digits")
+INSTALLED = Path(__file__).parent / "examples_data"
+ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2]
+"""The folder that contains ``configs`` and `BUNDLE`."""
+
+
+def configs(options: Configs) -> int:
+    """List the configs with the comment at their top, or copy them and the example bundle.
+
+    Raises:
+        UserError: if a target exists.
+    """
+    folders = (Path("configs"), BUNDLE)
+    if options.action == "list":
+        names = known_configs()
+        width = max(map(len, names))
+        for name, path in names.items():
+            comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+            # The first comment of an experiment is its command.
+            about = next((text for text in comments if not text.startswith("upright ")), "")
+            print(f"{name:<{width}}  {about.removesuffix(' Measured by:')}")
+        print(f"\nUse one: upright fit --config stn_lenet\nExample bundle: {ROOT / BUNDLE}")
+        return 0
+    targets = [Path(options.to, folder) for folder in folders]
+    if existing := [str(target) for target in targets if target.exists()]:
+        raise UserError(f"'{existing[0]}' exists and is not replaced; give another folder with --to.")
+    for folder, target in zip(folders, targets, strict=True):
+        shutil.copytree(ROOT / folder, target)
+        print(f"Copied: {target}")
+    return 0
+
+
+def known_configs() -> dict[str, Path]:
+    """Return the configs that come with Upright, by their name below ``configs/`` without suffix."""
+    folder = ROOT / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_config(name: str | Path) -> Path:
+    """Return an existing path, or else the config of this name that comes with Upright, or else the path.
+
+    ``stn_lenet``, ``stn_lenet.yaml`` and ``configs/stn_lenet.yaml`` name the same config, and so do ``data/digits`` and
+    ``configs/data/digits.yaml``.
+    """
+    path, key = Path(name), str(name).removeprefix("configs/").removesuffix(".yaml")
+    return path if path.exists() else known_configs().get(key, path)
