@@ -6,8 +6,10 @@ and routing.
 """
 
 import asyncio
+import ctypes
 import json
 import logging
+import platform
 import signal
 import socket
 import sys
@@ -26,6 +28,9 @@ from upright.options import Serve
 from upright.runtime.serving.batching import log
 from upright.runtime.serving.connection import Connection
 from upright.runtime.serving.service import Service, open_predictor, request_log
+
+M_MMAP_THRESHOLD = -3
+LARGE_BLOCK = 4 * 2**20
 
 
 class JsonLines(logging.Formatter):
@@ -50,13 +55,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
+        if hasattr(signal, "SIGHUP"):
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         fields = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
         fields |= {"model": self.service.name, "version": self.service.version}
         log.info("serving", extra={"fields": asdict(self.service.options) | fields})
-        if hasattr(signal, "SIGHUP"):
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -82,6 +87,15 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def return_freed_memory() -> None:
+    """Let glibc return blocks of at least `LARGE_BLOCK` bytes to the system as soon as they are free.
+
+    By default it raises this limit to 32 MB when it frees such a block, and then keeps the memory for each thread.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 def serve(options: Serve) -> int:
     """Serve until SIGTERM or SIGINT, then answer accepted requests and return.
 
@@ -90,6 +104,7 @@ def serve(options: Serve) -> int:
         EngineError: if onnxruntime fails on the bundle's first sample.
         UserError: if the address is in use.
     """
+    return_freed_memory()
     service = Service(open_predictor(options), options)
     config = uvicorn.Config(
         service.app(),
