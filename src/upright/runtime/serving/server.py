@@ -27,7 +27,8 @@ from upright.errors import UserError
 from upright.options import Serve
 from upright.runtime.serving.batching import log
 from upright.runtime.serving.connection import Connection
-from upright.runtime.serving.service import Service, open_predictor, request_log
+from upright.runtime.serving.loaded import open_predictor
+from upright.runtime.serving.service import Service, request_log
 
 M_MMAP_THRESHOLD = -3
 LARGE_BLOCK = 4 * 2**20

@@ -5,13 +5,11 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
-from operator import itemgetter
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -29,14 +27,13 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from upright.cores import count_cores
 from upright.errors import ImageError, UprightError, UserError
 from upright.options import Serve
-from upright.runtime.bundle import SUMS
-from upright.runtime.predictor import Predictor, fixed_batch
+from upright.runtime.predictor import Predictor
 from upright.runtime.serving import protocol
-from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs, log
-from upright.runtime.serving.description import ClassifyResponse, RankedClass, Result, openapi, page
+from upright.runtime.serving.batching import Budget, Images, log
+from upright.runtime.serving.description import ClassifyResponse, openapi, page
+from upright.runtime.serving.loaded import Loaded, decoder_count, open_predictor
 from upright.runtime.serving.metrics import Metrics
 
 MAX_BODIES = 16
@@ -53,48 +50,6 @@ TRACE_PARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-
 request_log = logging.getLogger("upright.serve.requests")
 
 
-def open_predictor(options: Serve) -> Predictor:
-    """Open the bundle and classify its first sample.
-
-    Raises:
-        BundleError: if the bundle cannot be used.
-        EngineError: if onnxruntime fails on the sample.
-    """
-    predictor = Predictor(
-        options.bundle,
-        options.precision,
-        threads=options.threads or None,
-        providers=options.providers,
-        max_pixels=options.max_pixels,
-    )
-    # Load Pillow's plugins and allocate the model's memory before the first request.
-    predictor(predictor.bundle.sample_files[0])
-    return predictor
-
-
-class Loaded:
-    """A bundle that answers requests.
-
-    Args:
-        predictor: predictor with the model.
-        options: options with the name, the version and the limits.
-        metrics: metrics of the server.
-        budget: budget of the pixels of images in memory.
-    """
-
-    def __init__(self, predictor: Predictor, options: Serve, metrics: Metrics, budget: Budget) -> None:
-        self.predictor, self.classes = predictor, predictor.spec.classes
-        # The version is a hash, so the same files have the same version on every server.
-        version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
-        name = options.name or predictor.bundle.name
-        self.protocol = protocol.Model(name, version, predictor.session, self.classes)
-        self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
-        delay = options.max_delay_ms / 1000
-        self.batcher = Batcher(predictor.run_outputs, self.max_batch, delay, metrics.observe_run, budget)
-        self.requests = 0
-        """Requests that use this bundle."""
-
-
 class Service:
     """The routes and their shared state.
 
@@ -109,9 +64,8 @@ class Service:
         self.waiting, self.held_bytes, self.draining, self.started = 0, 0, False, False
         self.metrics = Metrics(lambda: self.waiting)
         self.budget = Budget(options.pixel_budget)
-        self.decoder_count = options.decoders or count_cores()
-        self.decoders = ThreadPoolExecutor(self.decoder_count, "decode")
-        self.loaded = Loaded(predictor, options, self.metrics, self.budget)
+        self.decoders = ThreadPoolExecutor(decoder_count(options), "decode")
+        self.loaded = self._load(predictor)
         self._set_model_info()
 
     @property
@@ -121,6 +75,9 @@ class Service:
     @property
     def version(self) -> str:
         return self.loaded.protocol.version
+
+    def _load(self, predictor: Predictor) -> Loaded:
+        return Loaded(predictor, self.options, self.metrics, self.budget, self.decoders)
 
     def _set_model_info(self) -> None:
         self.metrics.set_model(self.name, self.version, self.options.precision, self.loaded.classes)
@@ -133,7 +90,7 @@ class Service:
         except (UprightError, OSError) as error:
             log.error("reload failed", extra={"fields": {"error": str(error), "version": self.version}})
             return
-        self.loaded = Loaded(predictor, self.options, self.metrics, self.budget)
+        self.loaded = self._load(predictor)
         self.loaded.batcher.start()
         self._set_model_info()
         log.info("reloaded", extra={"fields": {"model": self.name, "version": self.version}})
@@ -279,79 +236,6 @@ class Service:
         finally:
             loaded.requests -= 1
 
-    def _decode(
-        self, loaded: Loaded, names: Sequence[str], files: "list[tuple[bytes, asyncio.Future[Outputs]]]"
-    ) -> None:
-        """Decode files and submit them, in a thread of `decoders`. Set errors on the futures."""
-        for content, result in files:
-            if not result.cancelled():
-                self._decode_one(loaded, names, content, result)
-        loaded.batcher.arrived()
-
-    def _decode_one(
-        self, loaded: Loaded, names: Sequence[str], content: bytes, result: "asyncio.Future[Outputs]"
-    ) -> None:
-        reserved = 0
-
-        def reserve(pixels: int) -> None:
-            nonlocal reserved
-            self.budget.acquire(pixels)
-            reserved = pixels
-            if result.cancelled():
-                raise TimeoutError
-
-        try:
-            image = loaded.predictor.decode(content, reserve)
-            loaded.batcher.submit(image[np.newaxis], names, result, reserved)
-        except Exception as error:
-            self.budget.release(reserved)
-            result.get_loop().call_soon_threadsafe(_set_exception, result, error)
-
-    async def _classify_files(
-        self, loaded: Loaded, names: Sequence[str], files: list[bytes]
-    ) -> list[Outputs | ImageError]:
-        """Return outputs ``(1, ...)`` or an error for each encoded image."""
-        loop = asyncio.get_running_loop()
-        jobs = [(content, loop.create_future()) for content in files]
-        # Give each thread one share of the files: passing one to a thread costs as much as decoding a small image.
-        size = -(-len(jobs) // self.decoder_count)
-        for start in range(0, len(jobs), size):
-            loaded.batcher.announce()
-            self.decoders.submit(self._decode, loaded, names, jobs[start : start + size])
-        outcomes = await asyncio.gather(*(result for _, result in jobs), return_exceptions=True)
-        answers: list[Outputs | ImageError] = []
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException) and not isinstance(outcome, ImageError):
-                raise outcome
-            answers.append(outcome)
-        bad = sum(isinstance(answer, ImageError) for answer in answers)
-        self.metrics.images.labels("answered").inc(len(answers) - bad)
-        self.metrics.images.labels("bad").inc(bad)
-        return answers
-
-    async def _classify_all_files(self, loaded: Loaded, names: Sequence[str], files: list[bytes]) -> list[Outputs]:
-        """Return outputs ``(1, ...)`` for each encoded image, or raise the first `ImageError`."""
-        answers = []
-        for index, outcome in enumerate(await self._classify_files(loaded, names, files)):
-            if isinstance(outcome, ImageError):
-                raise ImageError(f"Image {index} of {len(files)}: {outcome}")
-            answers.append(outcome)
-        return answers
-
-    async def _classify_pixels(self, loaded: Loaded, names: Sequence[str], images: Images) -> list[Outputs]:
-        """Return outputs of the parts of ``(B, H, W, C)``."""
-        height, width = images.shape[1:3]
-        if height * width > self.options.max_pixels:
-            raise ImageError(f"Images of {width}x{height} pixels are over the limit of {self.options.max_pixels}.")
-        loop = asyncio.get_running_loop()
-        results: list[asyncio.Future[Outputs]] = []
-        for start in range(0, len(images), loaded.max_batch):
-            results.append(loop.create_future())
-            loaded.batcher.submit(images[start : start + loaded.max_batch], names, results[-1])
-        parts = await asyncio.gather(*results)
-        self.metrics.images.labels("answered").inc(len(images))
-        return parts
-
     # Routes.
 
     async def _classify(self, request: Request) -> Response:
@@ -366,10 +250,9 @@ class Service:
                 files = await self._files(request, body)
                 with self._places(len(files)):
                     contents = [content for _, content in files]
-                    outcomes = await self._classify_files(loaded, [PROBABILITIES, *names], contents)
+                    outcomes = await loaded.classify_files([PROBABILITIES, *names], contents)
             results = [
-                self._result(loaded, name, outcome, top, names)
-                for (name, _), outcome in zip(files, outcomes, strict=True)
+                loaded.result(name, outcome, top, names) for (name, _), outcome in zip(files, outcomes, strict=True)
             ]
             response = ClassifyResponse(loaded.protocol.name, loaded.protocol.version, results)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
@@ -403,19 +286,6 @@ class Service:
             raise UserError("The multipart body has no files; send each image as a part with a filename.")
         return [(file.filename, await file.read()) for file in files]
 
-    def _result(
-        self, loaded: Loaded, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]
-    ) -> Result:
-        if isinstance(outcome, ImageError):
-            return Result(name, error=str(outcome))
-        # Sort plain floats: NumPy would release the interpreter lock and then wait for it.
-        (probabilities,) = outcome[PROBABILITIES].tolist()
-        pairs = sorted(zip(probabilities, loaded.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
-        ranked = [RankedClass(label, probability) for probability, label in pairs]
-        self.metrics.observe_prediction(ranked[0].label, ranked[0].probability)
-        outputs = {output: outcome[output][0].tolist() for output in names} or None
-        return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None, outputs)
-
     async def _infer(self, request: Request) -> Response:
         with self._using() as loaded:
             self._check_model(request)
@@ -425,9 +295,9 @@ class Service:
                 with self._places(len(images)):
                     try:
                         if isinstance(images, list):
-                            parts = await self._classify_all_files(loaded, names, images)
+                            parts = await loaded.classify_all_files(names, images)
                         else:
-                            parts = await self._classify_pixels(loaded, names, images)
+                            parts = await loaded.classify_pixels(names, images)
                     except ImageError as error:
                         # One bad image fails the whole request: the protocol has no errors for single images.
                         raise UserError(str(error)) from None
@@ -571,8 +441,3 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), status, headers, "application/json")
-
-
-def _set_exception(result: "asyncio.Future[Outputs]", error: Exception) -> None:
-    if not result.done():
-        result.set_exception(error)

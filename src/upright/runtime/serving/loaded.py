@@ -1,0 +1,155 @@
+"""The bundle that a server has loaded: it decodes images, and classifies them in batches."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from operator import itemgetter
+
+import numpy as np
+
+from upright.cores import count_cores
+from upright.errors import ImageError
+from upright.options import Serve
+from upright.runtime.bundle import SUMS
+from upright.runtime.predictor import Predictor, fixed_batch
+from upright.runtime.serving import protocol
+from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs
+from upright.runtime.serving.description import RankedClass, Result
+from upright.runtime.serving.metrics import Metrics
+from upright.runtime.serving.protocol import PROBABILITIES
+
+
+def open_predictor(options: Serve) -> Predictor:
+    """Open the bundle and classify its first sample.
+
+    Raises:
+        BundleError: if the bundle cannot be used.
+        EngineError: if onnxruntime fails on the sample.
+    """
+    predictor = Predictor(
+        options.bundle,
+        options.precision,
+        threads=options.threads or None,
+        providers=options.providers,
+        max_pixels=options.max_pixels,
+    )
+    # Load Pillow's plugins and allocate the model's memory before the first request.
+    predictor(predictor.bundle.sample_files[0])
+    return predictor
+
+
+def decoder_count(options: Serve) -> int:
+    """Return the number of threads that decode images."""
+    return options.decoders or count_cores()
+
+
+class Loaded:
+    """A bundle that answers requests.
+
+    Args:
+        predictor: predictor with the model.
+        options: options with the name, the version and the limits.
+        metrics: metrics of the server.
+        budget: budget of the pixels of images in memory.
+        decoders: threads that decode images.
+    """
+
+    def __init__(
+        self, predictor: Predictor, options: Serve, metrics: Metrics, budget: Budget, decoders: ThreadPoolExecutor
+    ) -> None:
+        self.predictor, self.classes = predictor, predictor.spec.classes
+        self.options, self.metrics, self.budget, self.decoders = options, metrics, budget, decoders
+        # The version is a hash, so the same files have the same version on every server.
+        version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
+        name = options.name or predictor.bundle.name
+        self.protocol = protocol.Model(name, version, predictor.session, self.classes)
+        self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
+        delay = options.max_delay_ms / 1000
+        self.batcher = Batcher(predictor.run_outputs, self.max_batch, delay, metrics.observe_run, budget)
+        self.requests = 0
+        """Requests that use this bundle."""
+
+    def _decode(self, names: Sequence[str], files: "list[tuple[bytes, asyncio.Future[Outputs]]]") -> None:
+        """Decode files and submit them, in a thread of `decoders`. Set errors on the futures."""
+        for content, result in files:
+            if not result.cancelled():
+                self._decode_one(names, content, result)
+        self.batcher.arrived()
+
+    def _decode_one(self, names: Sequence[str], content: bytes, result: "asyncio.Future[Outputs]") -> None:
+        reserved = 0
+
+        def reserve(pixels: int) -> None:
+            nonlocal reserved
+            self.budget.acquire(pixels)
+            reserved = pixels
+            if result.cancelled():
+                raise TimeoutError
+
+        try:
+            image = self.predictor.decode(content, reserve)
+            self.batcher.submit(image[np.newaxis], names, result, reserved)
+        except Exception as error:
+            self.budget.release(reserved)
+            result.get_loop().call_soon_threadsafe(_set_exception, result, error)
+
+    async def classify_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs | ImageError]:
+        """Return outputs ``(1, ...)`` or an error for each encoded image."""
+        loop = asyncio.get_running_loop()
+        jobs = [(content, loop.create_future()) for content in files]
+        # Give each thread one share of the files: passing one to a thread costs as much as decoding a small image.
+        size = -(-len(jobs) // decoder_count(self.options))
+        for start in range(0, len(jobs), size):
+            self.batcher.announce()
+            self.decoders.submit(self._decode, names, jobs[start : start + size])
+        outcomes = await asyncio.gather(*(result for _, result in jobs), return_exceptions=True)
+        answers: list[Outputs | ImageError] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, ImageError):
+                raise outcome
+            answers.append(outcome)
+        bad = sum(isinstance(answer, ImageError) for answer in answers)
+        self.metrics.images.labels("answered").inc(len(answers) - bad)
+        self.metrics.images.labels("bad").inc(bad)
+        return answers
+
+    async def classify_all_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs]:
+        """Return outputs ``(1, ...)`` for each encoded image, or raise the first `ImageError`."""
+        answers = []
+        for index, outcome in enumerate(await self.classify_files(names, files)):
+            if isinstance(outcome, ImageError):
+                raise ImageError(f"Image {index} of {len(files)}: {outcome}")
+            answers.append(outcome)
+        return answers
+
+    async def classify_pixels(self, names: Sequence[str], images: Images) -> list[Outputs]:
+        """Return outputs of the parts of ``(B, H, W, C)``."""
+        height, width = images.shape[1:3]
+        if height * width > self.predictor.max_pixels:
+            raise ImageError(f"Images of {width}x{height} pixels are over the limit of {self.predictor.max_pixels}.")
+        loop = asyncio.get_running_loop()
+        results: list[asyncio.Future[Outputs]] = []
+        for start in range(0, len(images), self.max_batch):
+            results.append(loop.create_future())
+            self.batcher.submit(images[start : start + self.max_batch], names, results[-1])
+        parts = await asyncio.gather(*results)
+        self.metrics.images.labels("answered").inc(len(images))
+        return parts
+
+    def result(self, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]) -> Result:
+        """Return the answer for one image, with the ``top`` classes and the outputs in ``names``, and count it."""
+        if isinstance(outcome, ImageError):
+            return Result(name, error=str(outcome))
+        # Sort plain floats: NumPy would release the interpreter lock and then wait for it.
+        (probabilities,) = outcome[PROBABILITIES].tolist()
+        pairs = sorted(zip(probabilities, self.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
+        ranked = [RankedClass(label, probability) for probability, label in pairs]
+        self.metrics.observe_prediction(ranked[0].label, ranked[0].probability)
+        outputs = {output: outcome[output][0].tolist() for output in names} or None
+        return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None, outputs)
+
+
+def _set_exception(result: "asyncio.Future[Outputs]", error: Exception) -> None:
+    if not result.done():
+        result.set_exception(error)
