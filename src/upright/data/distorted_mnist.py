@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from upright.data.augmentation import (
     CORNERS,
+    Augmentation,
     Composition,
     Distortion,
     Geometric,
@@ -241,7 +242,7 @@ class DistortedMNIST(MNIST):
         if self.angles != (0.0,):
             raise UserError(f"The task defines the distortion, so angles must be [0], got {self.angles}.")
         self.task, self.distortion, self.draws, self.task_seed = task, MNISTDistortion(task), draws, task_seed
-        self.augmentation.parts.insert(0, self.distortion)
+        self.augmentation = Augmentation([self.distortion, *self.augmentation.parts], padding=self.augmentation.padding)
         self._views: dict[str, FixedDraws] = {}
 
     @property
