@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from tests.conftest import ROOT
 from upright.checkpoint import read_checkpoint
 from upright.training.restoring import restore
 
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
 pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(1800)]
 
 CONFIG = ROOT / "configs/finetuning/timm.yaml"
@@ -36,8 +39,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def timm() -> Any:
-    pytest.importorskip("torchvision")
-    return pytest.importorskip("timm")
+    return import_module("timm")
 
 
 @pytest.fixture
