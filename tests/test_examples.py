@@ -31,6 +31,12 @@ def test_commands_find_configs_by_name(upright: Upright) -> None:
     assert answer.code == 2 and "lenett" in answer.err
 
 
+def test_a_misspelt_name_has_a_hint(upright: Upright) -> None:
+    answer = upright("fit", "--config", "stn_lenett", "--wandb", "off")
+    assert answer.code == 2
+    assert "There is no config 'stn_lenett'. Did you mean 'stn_lenet'? `upright configs list` lists all." in answer.err
+
+
 def test_existing_folders_are_not_replaced(upright: Upright) -> None:
     assert upright("configs", "copy", "--to", "here").code == 0
     assert Path("here/configs/data/digits.yaml").is_file() and Path("here/export/digits/model.onnx").is_file()

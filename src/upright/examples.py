@@ -6,7 +6,7 @@ They are in the wheel (``setup.py`` copies them), and in the root folder of a ch
 import shutil
 from pathlib import Path
 
-from upright.errors import UserError
+from upright.errors import UserError, nearest
 from upright.options import Configs
 
 BUNDLE = Path("export/digits")
@@ -52,6 +52,15 @@ def find_config(name: str | Path) -> Path:
 
     ``stn_lenet``, ``stn_lenet.yaml`` and ``configs/stn_lenet.yaml`` name the same config, and so do ``data/digits`` and
     ``configs/data/digits.yaml``.
+
+    Raises:
+        UserError: for a name that is almost one of them.
     """
     path, key = Path(name), str(name).removeprefix("configs/").removesuffix(".yaml")
-    return path if path.exists() else known_configs().get(key, path)
+    if path.exists():
+        return path
+    known = known_configs()
+    is_name = not path.suffix and not key.startswith((".", "/"))
+    if is_name and key not in known and (similar := nearest(key, known)):
+        raise UserError(f"There is no config '{name}'.{similar} `upright configs list` lists all.")
+    return known.get(key, path)
