@@ -59,8 +59,8 @@ def find_config(name: str | Path) -> Path:
     path, key = Path(name), str(name).removeprefix("configs/").removesuffix(".yaml")
     if path.exists():
         return path
-    known = known_configs()
+    configs_by_name = known_configs()
     is_name = not path.suffix and not key.startswith((".", "/"))
-    if is_name and key not in known and (similar := nearest(key, known)):
+    if is_name and key not in configs_by_name and (similar := nearest(key, configs_by_name)):
         raise UserError(f"There is no config '{name}'.{similar} `upright configs list` lists all.")
-    return known.get(key, path)
+    return configs_by_name.get(key, path)

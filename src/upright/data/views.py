@@ -29,7 +29,7 @@ class Views(ABC):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What the pixels of the views depend on, to find them in a cache."""
+        """The part of the name of a cache that depends on the views."""
         return self.names
 
     @abstractmethod

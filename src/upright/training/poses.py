@@ -33,7 +33,7 @@ class PoseLosses:
         """Refuse a negative weight, and a network without a spatial transformer.
 
         Raises:
-            UserError: which says so.
+            UserError: for such a weight or network.
         """
         present = any(isinstance(module, SpatialTransformer) for module in network.modules())
         for name in ("upright_weight", "prior_weight"):
