@@ -100,10 +100,9 @@ def load_file(path: Path, kind: str) -> Any:
             # torch warns about the protocol of a pickle before it refuses the content.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         raise CheckpointError(
-            f"'{path}' is not {kind}: it is damaged, or a pickle that would run code when loaded "
-            f"({_first_line(error)})."
+            f"'{path}' is not {kind}: it is another kind of file, damaged, or a pickle that would run code when loaded."
         ) from None
     except Exception as error:  # a broken file can lead torch's unpickler to any exception
         raise CheckpointError(
