@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    LambdaLR,
     LinearLR,
     LRScheduler,
     MultiStepLR,
@@ -118,3 +119,12 @@ def test_a_schedule_of_torch_that_does_not_take_the_number_of_steps_is_refused(k
     with pytest.raises(UserError, match=f"the second argument of {kind.__name__} is .*: use Constant, Step, .*Plateau"):
         check_schedule(kind)  # type: ignore[arg-type]
     check_schedule(partial(CosineAnnealingLR, eta_min=0.1))
+
+
+class OfOneParameter(LambdaLR):
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer, lambda step: 1.0)
+
+
+def test_only_schedules_of_torch_are_checked() -> None:
+    check_schedule(OfOneParameter)  # type: ignore[arg-type]
