@@ -19,6 +19,7 @@ _MODULES = {
     "ImageSpec": "upright.images",
     "LeNet": "upright.architectures.lenet",
     "MNIST": "upright.data.mnist",
+    "OrientationPredictor": "upright.runtime.predictor",
     "Predictor": "upright.runtime.predictor",
     "RandomAffine": "upright.data.augmentation",
     "SmallResNet": "upright.architectures.resnet",

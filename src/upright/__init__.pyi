@@ -10,6 +10,7 @@ from upright.data.mnist import MNIST as MNIST
 from upright.errors import UprightError as UprightError
 from upright.exporting.export import export as export
 from upright.images import ImageSpec as ImageSpec
+from upright.runtime.predictor import OrientationPredictor as OrientationPredictor
 from upright.runtime.predictor import Predictor as Predictor
 from upright.training.classifier import ImageClassifier as ImageClassifier
 from upright.training.restoring import restore as restore

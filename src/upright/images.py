@@ -24,6 +24,7 @@ ImageSource: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Imag
 Item = TypeVar("Item")
 Resize = Literal["stretch", "crop", "pad", "none"]
 Mask = Literal["none", "disc"]
+TaskName = Literal["classification", "orientation"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that Pillow may read. Its other plugins are less tested against attacks, and one of them runs Ghostscript."""
@@ -62,7 +63,7 @@ class ImageSpec:
         channels: 1 (grey, ITU-R 601) or 3 (RGB).
         height: rows of the network's input; with ``resize`` none, rows of the training images.
         width: columns, likewise.
-        classes: names of the classes, in the order of the labels.
+        classes: names of the classes, in the order of the labels. Without classes, the task is the orientation.
         mean: mean of each channel, on the scale of 0 to 1. The model subtracts it.
         std: standard deviation of each channel. The model divides by it.
         resize: ``stretch`` resizes to ``height`` x ``width``; ``crop`` first takes the largest centred box with that
@@ -96,7 +97,7 @@ class ImageSpec:
                 f"mean and std need one number per channel ({self.channels}), std above 0; "
                 f"got mean {list(self.mean)}, std {list(self.std)}."
             )
-        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
             raise UserError(f"classes must be at least two different names, got {list(self.classes)}.")
         if self.resize not in get_args(Resize):
             raise UserError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
@@ -116,8 +117,15 @@ class ImageSpec:
         return self.channels, self.height, self.width
 
     @property
-    def task(self) -> str:
+    def task(self) -> TaskName:
+        """``classification``, or ``orientation`` if there are no classes."""
+        return "classification" if self.classes else "orientation"
+
+    @property
+    def summary(self) -> str:
         """Channels and the first classes, for messages."""
+        if not self.classes:
+            return f"{self.channels} channel(s) and the orientation, without classes"
         more = len(self.classes) - LISTED_CLASSES
         text = f"{self.channels} channel(s) and the classes {list(self.classes[:LISTED_CLASSES])}"
         return text + (f" and {more} more" if more > 0 else "")

@@ -25,7 +25,8 @@ from tests.runtime.bundles import write_unresized_bundle
 from upright.errors import BundleError, EngineError, ImageError
 from upright.runtime import infer as infer_module
 from upright.runtime.bundle import write_archive
-from upright.runtime.predictor import Prediction, Predictor
+from upright.runtime.predictor import Predictor
+from upright.runtime.task import Prediction
 
 
 @pytest.fixture
@@ -180,7 +181,8 @@ from pathlib import Path
 from typing import assert_type
 
 from upright.errors import ImageError
-from upright.runtime.predictor import Prediction, Predictor
+from upright.runtime.predictor import Predictor
+from upright.runtime.task import Prediction
 
 def paths() -> Iterator[Path]:
     yield Path("x.png")
@@ -303,7 +305,7 @@ def test_only_one_batch_of_images_is_in_memory(bundle: Path) -> None:
             yield pixels
             del pixels
 
-    assert sum(1 for _ in Predictor(bundle).probabilities(images(), 32)) == 1000
+    assert sum(1 for _ in Predictor(bundle).rows(images(), 32)) == 1000
     assert 32 <= peak <= 66
 
 

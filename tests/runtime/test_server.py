@@ -243,8 +243,8 @@ def test_infer_accepts_pixels_and_files_in_json_and_in_binary(
     server: Running, predictor: Predictor, samples: list[bytes]
 ) -> None:
     pixels = np.stack([predictor.decode(sample) for sample in samples])
-    expected = np.stack(list(predictor.probabilities(pixels)))
-    labels = [predictor.prediction(row).label for row in expected]
+    expected = np.stack(list(predictor.rows(pixels)))
+    labels = [predictor.task.result(row).label for row in expected]
     shape = list(pixels.shape)
     encoded = {"name": "images", "shape": [len(samples)], "datatype": "BYTES"}
     inputs = [

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from upright.errors import BundleError, UserError
 from upright.files import file_hash, replacing_file
 from upright.images import ImageSpec
+from upright.runtime.task import Classification, OrientationEstimation, task_of
 
 FORMAT = 2
 SUMS = "SHA256SUMS"
@@ -205,8 +206,8 @@ class Bundle:
         for precision in ("fp32", *self.precisions):
             with np.errstate(over="ignore"):
                 expected = self.expected(precision)
-            if expected.shape != (len(samples), len(spec.classes)) or not np.isfinite(expected).all():
-                raise ValueError(f"the probabilities of {precision} in {EXPECTED} are missing or wrong")
+            if expected.shape != (len(samples), self.task.columns) or not np.isfinite(expected).all():
+                raise ValueError(f"the {self.task.output} of {precision} in {EXPECTED} is missing or wrong")
             if not math.isfinite(self.tolerance(precision)):
                 raise ValueError(f"the tolerance of {precision} is {self.tolerance(precision)}")
             if _has_external_data(self.model(precision)):
@@ -223,6 +224,11 @@ class Bundle:
         """Format of the images."""
         # The graph holds the mask, and an older reader refuses a new key in `spec`. So the key stands outside of it.
         return ImageSpec.from_dict(dict(mask=self.manifest.get("mask", "none"), **self.manifest["spec"]))
+
+    @property
+    def task(self) -> Classification | OrientationEstimation:
+        """The task, which follows from the classes of the spec."""
+        return task_of(self.spec)
 
     @property
     def precisions(self) -> list[str]:
@@ -249,12 +255,12 @@ class Bundle:
         return self.files / MODELS[precision]
 
     def tolerance(self, precision: str) -> float:
-        """Return the largest difference of a probability that `verify` allows."""
+        """Return the largest difference of an answer that `verify` allows; see `Task.differences`."""
         return float(self.manifest["precisions"][precision]["tolerance"])
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Validation images with their predictions: ``file``, ``label``, ``probabilities`` by precision."""
+        """Validation images with their predictions: ``file``, ``label``, and the main output by precision."""
         samples: list[dict[str, Any]] = json.loads((self.files / EXPECTED).read_text(encoding="utf-8"))
         return samples
 
@@ -265,8 +271,8 @@ class Bundle:
         return [file if isinstance(file, Path) else file.read_bytes() for file in files]
 
     def expected(self, precision: str) -> npt.NDArray[np.float32]:
-        """Return the probabilities of the samples ``(N, K)`` that `export` recorded for one precision."""
-        return np.array([sample["probabilities"][precision] for sample in self.samples], dtype=np.float32)
+        """Return the main output for the samples ``(N, columns)`` that `export` recorded for one precision."""
+        return np.array([sample[self.task.output][precision] for sample in self.samples], dtype=np.float32)
 
 
 def _has_external_data(model: Traversable) -> bool:

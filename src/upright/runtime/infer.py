@@ -18,7 +18,8 @@ from upright.files import replacing_file
 from upright.image_paths import find_images
 from upright.images import Pixels
 from upright.options import Infer
-from upright.runtime.predictor import Prediction, Predictor, session_batches
+from upright.runtime.predictor import Predictor, session_batches
+from upright.runtime.task import Prediction
 
 BATCH = 64
 
@@ -85,7 +86,7 @@ def infer(options: Infer) -> int:
             if table:
                 table.add([path for path, _ in batch], outputs)
             for number, (path, _) in enumerate(batch):
-                prediction = predictor.prediction(outputs["probabilities"][number])
+                prediction = predictor.task.result(outputs["probabilities"][number])
                 if options.format == "jsonl":
                     extra = {name: outputs[name][number].tolist() for name in options.outputs}
                     print(_jsonl(path, prediction, options.top, extra))

@@ -1,12 +1,13 @@
 """Predictions from a bundle in Python."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.resources.abc import Traversable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,34 +17,24 @@ from upright.cores import count_cores
 from upright.errors import BundleError, EngineError, ImageError, UserError
 from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
+from upright.runtime.task import (
+    Classification,
+    Orientation,
+    OrientationEstimation,
+    Prediction,
+    Result,
+    Rows,
+    Task,
+)
 
 Item = TypeVar("Item")
-Probabilities = npt.NDArray[np.float32]
 Errors = Literal["raise", "return"]
 CPU = ("cpu",)
 CPU_PROVIDER = "CPUExecutionProvider"
 
 
-class Prediction(NamedTuple):
-    """The prediction for one image.
-
-    Args:
-        label: the most probable class.
-        probability: probability of that class.
-        probabilities: probabilities of all classes, in the order of the spec.
-    """
-
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-    def top(self, count: int) -> list[tuple[str, float]]:
-        """Return the ``count`` most probable classes with their probabilities, the most probable first."""
-        return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
-
-
-class Predictor:
-    """Classify images with a bundle. Threads may share a predictor, and another process can unpickle it.
+class BundlePredictor(ABC, Generic[Result]):
+    """Predict with a bundle. Threads may share a predictor, and another process can unpickle it.
 
     Args:
         bundle: the folder or the archive of a bundle, or an open one.
@@ -54,8 +45,10 @@ class Predictor:
 
     Raises:
         BundleError: if the bundle is damaged, has no model of that precision, or its model does not fit its manifest.
-        UserError: if a provider is not installed, or a number is out of range.
+        UserError: if a provider is not installed, a number is out of range, or the bundle is for another task.
     """
+
+    task: Task[Result]
 
     def __init__(
         self,
@@ -70,6 +63,7 @@ class Predictor:
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
+        self.task = self._task()
         self._settings: dict[str, Any] = {
             "precision": precision,
             "threads": threads,
@@ -81,54 +75,58 @@ class Predictor:
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
         expected = [
             ("images", "tensor(uint8)", 4, self.spec.channels),
-            ("probabilities", "tensor(float)", 2, len(self.spec.classes)),
+            (self.task.output, "tensor(float)", 2, self.task.columns),
         ]
         if [(end.name, end.type, len(end.shape), end.shape[-1]) for end in ends] != expected:
             raise BundleError(f"The inputs and outputs of '{model}' do not match the manifest.")
 
-    def __reduce__(self) -> tuple[Callable[[], "Predictor"], tuple[()]]:
+    @abstractmethod
+    def _task(self) -> Task[Result]:
+        """Return the task of the spec, or refuse it."""
+
+    def __reduce__(self) -> tuple[Callable[[], "BundlePredictor[Result]"], tuple[()]]:
         # A session cannot be pickled. The other process opens the bundle and checks it again.
         return partial(type(self), self.bundle.folder.absolute(), **self._settings), ()
 
-    def __call__(self, image: ImageSource) -> Prediction:
-        """Classify one image: a path, the content of a file, an open file, a PIL image, or a uint8 array."""
+    def __call__(self, image: ImageSource) -> Result:
+        """Return the result for one image: a path, the content of a file, an open file, a PIL image, an array."""
         return self.predict([image])[0]
 
     @overload
-    def predict(self, images: Iterable[ImageSource], batch_size: int = 64) -> list[Prediction]: ...
+    def predict(self, images: Iterable[ImageSource], batch_size: int = 64) -> list[Result]: ...
 
     @overload
     def predict(
         self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors
-    ) -> list[Prediction | ImageError]: ...
+    ) -> list[Result | ImageError]: ...
 
     def predict(
         self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors = "raise"
-    ) -> Sequence[Prediction | ImageError]:
-        """Classify many images, in their order. `stream` has the arguments."""
+    ) -> Sequence[Result | ImageError]:
+        """Return the results for many images, in their order. `stream` has the arguments."""
         return list(self.stream(images, batch_size, errors=errors))
 
     @overload
-    def stream(self, images: Iterable[ImageSource], batch_size: int = 64) -> Iterator[Prediction]: ...
+    def stream(self, images: Iterable[ImageSource], batch_size: int = 64) -> Iterator[Result]: ...
 
     @overload
     def stream(
         self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors
-    ) -> Iterator[Prediction | ImageError]: ...
+    ) -> Iterator[Result | ImageError]: ...
 
     def stream(
         self, images: Iterable[ImageSource], batch_size: int = 64, *, errors: Errors = "raise"
-    ) -> Iterator[Prediction | ImageError]:
-        """Yield the prediction for each image of an iterable, in their order. Only one batch is in memory.
+    ) -> Iterator[Result | ImageError]:
+        """Yield the result for each image of an iterable, in their order. Only one batch is in memory.
 
         Args:
             images: the images, see `upright.images.decode`. They may come from a generator without an end.
-            batch_size: largest batch; neighbours of the same size form one. With 1, each image is classified at once.
-            errors: ``raise`` the error of an image that cannot be classified, or ``return`` it in the place of its
-                prediction.
+            batch_size: largest batch; neighbours of the same size form one. With 1, each image is answered at once.
+            errors: ``raise`` the error of an image that cannot be used, or ``return`` it in the place of its
+                result.
 
         Raises:
-            ImageError: if an image cannot be classified, unless ``errors`` is ``return``.
+            ImageError: if an image cannot be used, unless ``errors`` is ``return``.
             EngineError: if onnxruntime fails.
         """
 
@@ -152,7 +150,7 @@ class Predictor:
                         raise
                     yield from [error] * len(batch)
                 else:
-                    yield from map(self.prediction, rows)
+                    yield from map(self.task.result, rows)
 
     def outputs(
         self, images: Sequence[Any], names: Sequence[str] | None = None, batch_size: int = 64
@@ -178,7 +176,7 @@ class Predictor:
 
     @property
     def output_names(self) -> list[str]:
-        """Names of the outputs of the graph. The first one is ``probabilities``."""
+        """Names of the outputs of the graph. The first one is that of the task."""
         return [output.name for output in self.session.get_outputs()]
 
     def check_outputs(self, names: Iterable[str]) -> None:
@@ -206,20 +204,14 @@ class Predictor:
             )
         return pixels
 
-    def prediction(self, probabilities: Probabilities) -> Prediction:
-        """Return the prediction for one row of probabilities ``(K,)``."""
-        by_class = dict(zip(self.spec.classes, map(float, probabilities), strict=True))
-        label = max(by_class, key=by_class.__getitem__)
-        return Prediction(label, by_class[label], by_class)
-
-    def probabilities(self, pixels: Iterable[Pixels], batch_size: int = 64) -> Iterator[Probabilities]:
-        """Yield one row ``(K,)`` per decoded image. Neighbours of the same size form a batch."""
+    def rows(self, pixels: Iterable[Pixels], batch_size: int = 64) -> Iterator[Rows]:
+        """Yield the row ``(columns,)`` of the main output for each decoded image. Neighbours of a size form a batch."""
         for batch in session_batches(self.session, pixels, lambda image: image, batch_size):
             yield from self.run(np.stack(batch))
 
-    def run(self, images: npt.NDArray[np.uint8]) -> Probabilities:
-        """Return probabilities ``(B, K)`` of decoded images ``(B, H, W, C)``, see `run_outputs`."""
-        return self.run_outputs(images, ("probabilities",))["probabilities"]
+    def run(self, images: npt.NDArray[np.uint8]) -> Rows:
+        """Return the main output ``(B, columns)`` for decoded images ``(B, H, W, C)``, see `run_outputs`."""
+        return self.run_outputs(images, (self.task.output,))[self.task.output]
 
     def run_outputs(self, images: npt.NDArray[np.uint8], names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
         """Return outputs of the graph, each ``(B, ...)``, for decoded images ``(B, H, W, C)``.
@@ -252,6 +244,33 @@ class Predictor:
         except EngineError:
             return False
         return True
+
+
+class Predictor(BundlePredictor[Prediction]):
+    """Classify images with a bundle; see `BundlePredictor`."""
+
+    def _task(self) -> Task[Prediction]:
+        if self.spec.task != "classification":
+            raise UserError(
+                f"Bundle '{self.bundle.folder}' estimates the orientation; use upright.OrientationPredictor for it."
+            )
+        return Classification(self.spec.classes)
+
+
+class OrientationPredictor(BundlePredictor[Orientation]):
+    """Estimate the orientation of images with a bundle; see `BundlePredictor`."""
+
+    def _task(self) -> Task[Orientation]:
+        if self.spec.task != "orientation":
+            raise UserError(f"Bundle '{self.bundle.folder}' classifies images; use upright.Predictor for it.")
+        return OrientationEstimation()
+
+
+def open_predictor(bundle: str | Path | Bundle, *arguments: Any, **options: Any) -> Predictor | OrientationPredictor:
+    """Open a bundle with the predictor of its task; `BundlePredictor` has the arguments."""
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    kind = Predictor if bundle.spec.task == "classification" else OrientationPredictor
+    return kind(bundle, *arguments, **options)
 
 
 def open_session(
@@ -336,18 +355,18 @@ def session_batches(
     return batches_of_one_size(items, pixels, min(batch_size, fixed_batch(session) or batch_size))
 
 
-def run_session(
-    session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int
-) -> Iterator[Probabilities]:
-    """Yield one row of probabilities ``(K,)`` per decoded image, see `run_batch`."""
+def run_session(session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int) -> Iterator[Rows]:
+    """Yield one row of the main output per decoded image, see `run_batch`."""
     for batch in session_batches(session, pixels, lambda image: image, batch_size):
         yield from run_batch(session, np.stack(batch))[0]
 
 
 def run_batch(
-    session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], outputs: Sequence[str] = ("probabilities",)
+    session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], outputs: Sequence[str] = ()
 ) -> list[npt.NDArray[Any]]:
     """Run a model on ``images`` ``(B, H, W, C)``. Images are repeated to fill the batch of a fixed batch size.
+
+    Without ``outputs``, it returns the first one.
 
     Raises:
         ImageError: if the model was exported for another size or another number of channels.
@@ -361,7 +380,9 @@ def run_batch(
         images = images[np.arange(batch) % count]
     try:
         large = images[0].size > images.shape[-1] * MAX_BATCH_PIXELS and session.get_providers() == [CPU_PROVIDER]
-        results = session.run(list(outputs), {"images": images}, *([_shrinking()] if large else []))
+        results = session.run(
+            list(outputs) or [session.get_outputs()[0].name], {"images": images}, *([_shrinking()] if large else [])
+        )
         return [output[:count] for output in results]
     except Exception as error:  # onnxruntime's exceptions have no other common base
         reason = " ".join(str(error).split())

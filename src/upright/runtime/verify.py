@@ -14,7 +14,7 @@ from upright.errors import BundleError, GateError, UserError
 from upright.images import Pixels, decode
 from upright.options import Verify
 from upright.runtime.bundle import PARITY, SUMS, Bundle
-from upright.runtime.predictor import Predictor, fixed_batch, open_session, run_batch
+from upright.runtime.predictor import fixed_batch, open_predictor, open_session, run_batch
 from upright.runtime.speed import machine, side_by_side, turn
 
 SPEED_BATCHES = (1, 64)
@@ -101,7 +101,7 @@ def speeds_by_batch(
 
 
 def _check(bundle: Bundle, precision: str) -> str:
-    predictor, spec = Predictor(bundle, precision), bundle.spec
+    predictor, spec, task = open_predictor(bundle, precision), bundle.spec, bundle.task
     metadata = json.loads(predictor.session.get_modelmeta().custom_metadata_map.get("upright", "null"))
     if metadata != {"classes": list(spec.classes), "format": bundle.manifest["format"]}:
         raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {metadata}.")
@@ -109,18 +109,16 @@ def _check(bundle: Bundle, precision: str) -> str:
     expected, tolerance = bundle.expected(precision), bundle.tolerance(precision)
     # Run the samples one by one and in one batch, because the batch size must not change a prediction.
     for batch_size in (1, len(pixels)):
-        probabilities = np.stack(list(predictor.probabilities(pixels, batch_size)))
-        differences = np.abs(probabilities - expected).max(axis=1)
-        # Two classes that were closer than the tolerance may swap.
-        second, first = np.sort(expected, axis=1)[:, -2:].T
-        flipped = (probabilities.argmax(axis=1) != expected.argmax(axis=1)) & (first - second > tolerance)
+        actual = np.stack(list(predictor.rows(pixels, batch_size)))
+        differences = task.differences(expected, actual)
+        flipped = task.changed(expected, actual, tolerance)
         wrong = flipped | ~(differences <= tolerance)
         if wrong.any():
             files = [sample["file"] for sample, is_wrong in zip(bundle.samples, wrong, strict=True) if is_wrong]
             raise GateError(
                 f"Bundle '{bundle.folder}' gives other predictions on this machine ({precision}, batches of "
                 f"{batch_size}): {len(files)} of {len(pixels)} samples differ by up to {differences.max():.2g} "
-                f"(allowed {tolerance:.2g}), {int(flipped.sum())} of them in the first class: {', '.join(files)}."
+                f"(allowed {tolerance:.2g}), {int(flipped.sum())} of them in {task.answer}: {', '.join(files)}."
                 f"{HINTS.get(precision, '')}"
             )
     return f"{precision} within {differences.max():.1e} (allowed {tolerance:.0e})"

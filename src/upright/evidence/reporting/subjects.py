@@ -128,8 +128,8 @@ def open_subjects(
     for other in origins[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UserError(
-                f"'{other.path}' has {other.spec.task}; '{first.path}' has {first.spec.task}. Give models with the "
-                "same channels and classes."
+                f"'{other.path}' has {other.spec.summary}; '{first.path}' has {first.spec.summary}. Give models with "
+                "the same channels and classes."
             )
         if not data and other.digest != first.digest:
             raise UserError(

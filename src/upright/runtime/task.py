@@ -1,0 +1,153 @@
+"""Tasks: what the main output of a bundle's graph holds, and how two such outputs are compared."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from upright.images import ImageSpec, TaskName
+
+Rows = npt.NDArray[np.floating[Any]]
+"""The main output of a graph for ``N`` images, ``(N, columns)``."""
+
+
+class Prediction(NamedTuple):
+    """The prediction for one image.
+
+    Args:
+        label: the most probable class.
+        probability: probability of that class.
+        probabilities: probabilities of all classes, in the order of the spec.
+    """
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """Return the ``count`` most probable classes with their probabilities, the most probable first."""
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
+
+
+class Orientation(NamedTuple):
+    """The orientation of one image.
+
+    Args:
+        angle: rotation of the image in degrees anticlockwise, from -180 to 180. A rotation by the same angle clockwise
+            makes the image upright.
+        confidence: concentration of the votes for the angle, from 0 to 1.
+    """
+
+    angle: float
+    confidence: float
+
+
+Result = TypeVar("Result", bound=Prediction | Orientation)
+
+
+class Task(ABC, Generic[Result]):
+    """The meaning of the main output of a graph."""
+
+    name: TaskName
+    output: str
+    """Name of the main output."""
+    columns: int
+    """Length of its second axis."""
+    answer: str
+    """Name of what `changed` compares, for messages."""
+
+    @abstractmethod
+    def result(self, row: Rows) -> Result:
+        """Return the result for one image, from one row of the main output ``(columns,)``."""
+
+    @abstractmethod
+    def differences(self, expected: Rows, actual: Rows) -> Rows:
+        """Return the difference of two outputs for each image, ``(N,)``, on a scale where 1 is large."""
+
+    @abstractmethod
+    def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
+        """Return whether the answer for each image is another one, ``(N,)``.
+
+        Args:
+            expected: the first output.
+            actual: the second output.
+            tolerance: answers that were closer than this may swap.
+        """
+
+
+class Classification(Task[Prediction]):
+    """The output ``probabilities`` has one column per class.
+
+    Args:
+        classes: names of the classes.
+    """
+
+    name = "classification"
+    output = "probabilities"
+    answer = "the first class"
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.classes, self.columns = classes, len(classes)
+
+    def result(self, row: Rows) -> Prediction:
+        by_class = dict(zip(self.classes, map(float, row), strict=True))
+        label = max(by_class, key=by_class.__getitem__)
+        return Prediction(label, by_class[label], by_class)
+
+    def differences(self, expected: Rows, actual: Rows) -> Rows:
+        """Return the largest difference of a probability."""
+        differences: Rows = np.abs(actual - expected).max(axis=1)
+        return differences
+
+    def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
+        second, first = np.sort(expected, axis=1)[:, -2:].T
+        other: npt.NDArray[np.bool_] = actual.argmax(axis=1) != expected.argmax(axis=1)
+        return other & (first - second > tolerance) if tolerance else other
+
+
+class OrientationEstimation(Task[Orientation]):
+    """The output ``orientation`` has two columns: the angle in degrees, and the confidence; see `Orientation`."""
+
+    name = "orientation"
+    output = "orientation"
+    columns = 2
+    answer = "the angle"
+
+    def result(self, row: Rows) -> Orientation:
+        return Orientation(*map(float, row))
+
+    def differences(self, expected: Rows, actual: Rows) -> Rows:
+        """Return the distance of the mean directions, whose lengths are the confidences.
+
+        An angle counts as little as its confidence: without any, the angle is a matter of rounding.
+        """
+        distances: Rows = np.linalg.norm(_directions(actual) - _directions(expected), axis=1)
+        return distances
+
+    def degrees(self, expected: Rows, actual: Rows) -> Rows:
+        """Return the difference of the angles in degrees, from 0 to 180, ``(N,)``."""
+        return deviation(actual[:, 0] - expected[:, 0])
+
+    def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
+        """Return whether the angles lie more than 1 degree apart, for images whose direction is longer than this."""
+        certain = np.minimum(expected[:, 1], actual[:, 1]) > tolerance
+        changed: npt.NDArray[np.bool_] = certain & (self.degrees(expected, actual) > 1)
+        return changed
+
+
+def task_of(spec: ImageSpec) -> Classification | OrientationEstimation:
+    """Return the task of a bundle's spec."""
+    return Classification(spec.classes) if spec.classes else OrientationEstimation()
+
+
+def deviation(degrees: Rows) -> Rows:
+    """Return the size of an angle in degrees, from 0 to 180, whatever its number of turns."""
+    sizes: Rows = np.abs((degrees + 180) % 360 - 180)
+    return sizes
+
+
+def _directions(rows: Rows) -> Rows:
+    angles = np.deg2rad(rows[:, 0])
+    directions: Rows = rows[:, 1, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return directions
