@@ -7,10 +7,12 @@ from upright.data.datamodule import ImageDataModule as ImageDataModule
 from upright.data.digits import Digits as Digits
 from upright.data.folder import Folder as Folder
 from upright.data.mnist import MNIST as MNIST
+from upright.data.pictures import Pictures as Pictures
 from upright.errors import UprightError as UprightError
 from upright.exporting.export import export as export
 from upright.images import ImageSpec as ImageSpec
 from upright.runtime.predictor import OrientationPredictor as OrientationPredictor
 from upright.runtime.predictor import Predictor as Predictor
 from upright.training.classifier import ImageClassifier as ImageClassifier
+from upright.training.orientation import OrientationEstimator as OrientationEstimator
 from upright.training.restoring import restore as restore

@@ -131,6 +131,15 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
+def output_count(ours: Mapping[str, Any]) -> int:
+    """Return the number of outputs of a checkpoint's network. Before version 0.3 it was not recorded.
+
+    Args:
+        ours: Upright's part of the checkpoint.
+    """
+    return int(ours.get("outputs", len(ours["spec"]["classes"])))
+
+
 def training_hashes(ours: Mapping[str, Any]) -> torch.Tensor | None:
     """Return content hashes of all images that the weights were trained on, by this run and by those it started from.
 

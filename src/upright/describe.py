@@ -9,7 +9,7 @@ import torch
 
 from upright.anatomy import ELSEWHERE, MAX_REDUCTION, Description, describe
 from upright.architectures.factory import wrap_foreign
-from upright.checkpoint import KEY, read_checkpoint
+from upright.checkpoint import KEY, output_count, read_checkpoint
 from upright.data.configs import read_data, read_yaml
 from upright.errors import UserError
 from upright.examples import find_config
@@ -17,6 +17,7 @@ from upright.files import check_exists
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.tables import markdown
+from upright.training.orientation import TURNS
 
 TABLE_WIDTH = 120
 """Width of the table in characters."""
@@ -34,14 +35,14 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
     Raises:
         UserError: if ``source`` or its data cannot be used, or the network does not accept images of this shape.
     """
-    recipe, spec = network_and_spec(find_config(source), data)
+    recipe, spec, outputs = network_and_spec(find_config(source), data)
     network = build(recipe)
     try:
         try:
             with torch.device("meta"):
-                description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
+                description = describe(network(spec.input_shape, outputs), spec.input_shape)
         except Exception:  # a network that depends on its values cannot run on meta tensors
-            description = describe(network(spec.input_shape, len(spec.classes)), spec.input_shape)
+            description = describe(network(spec.input_shape, outputs), spec.input_shape)
     except ValueError as error:
         raise UserError(str(error)) from error
     except TypeError as error:
@@ -54,24 +55,26 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
     return 0
 
 
-def network_and_spec(path: Path, data: str | None = None) -> tuple[Any, ImageSpec]:
-    """Return the recipe of the network, and the spec of its images."""
+def network_and_spec(path: Path, data: str | None = None) -> tuple[Any, ImageSpec, int]:
+    """Return the recipe of the network, the spec of its images, and the number of its outputs."""
     check_exists(path, "a YAML like configs/lenet.yaml, a checkpoint, or the folder of a run")
     if path.suffix not in (".yaml", ".yml"):
         ours = read_checkpoint(path)[KEY]
-        own_spec = ImageSpec.from_dict(ours["spec"])
-        return ours["model"]["init_args"]["network"], read_data(data).spec if data else own_spec
+        spec = read_data(data).spec if data else ImageSpec.from_dict(ours["spec"])
+        return ours["model"]["init_args"]["network"], spec, len(spec.classes) or output_count(ours)
     config = read_yaml(path)
     model = config.get("model") if isinstance(config, dict) else None
     if isinstance(model, dict):
         wrap_foreign(model)
-    # A subclass of ImageClassifier is a class_path and init_args.
-    recipe = model.get("init_args", model).get("network") if isinstance(model, dict) else None
+    # Another class than ImageClassifier is a class_path and init_args.
+    arguments = model.get("init_args", model) if isinstance(model, dict) else {}
+    recipe = arguments.get("network")
     if not isinstance(recipe, dict) or not isinstance(recipe.get("class_path"), str):
         raise UserError(f"'{path}' needs a model.network with class_path and init_args, like configs/lenet.yaml.")
     if not data and config.get("data") is None:
         raise UserError(f"'{path}' does not name its data; give a YAML of data with --data.")
-    return recipe, read_data(data or path, model).spec
+    spec = read_data(data or path, model).spec
+    return recipe, spec, len(spec.classes) or arguments.get("turns", TURNS)
 
 
 TEXT = ("layer", "type")

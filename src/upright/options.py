@@ -197,6 +197,12 @@ class Export(Options):
     max_drop: float = option(
         0.5, "largest loss of accuracy on the validation split by a lower precision", metavar="POINTS"
     )
+    max_wrong: float = option(
+        1.0,
+        "percentage of wrong sides that an orientation model may choose on the validation split; it sets the threshold "
+        "of its confidence",
+        metavar="PERCENT",
+    )
     full_range: bool = option(
         False, "use 8 instead of 7 bits for int8 weights, for processors with instructions for it (VNNI, AMX, ARM)"
     )

@@ -55,7 +55,7 @@ def check_network(config: str | Path) -> None:
         AssertionError: if a contract is broken.
         UserError: if the network or its data cannot be built.
     """
-    recipe, spec = network_and_spec(Path(config))
+    recipe, spec, _ = network_and_spec(Path(config))
     spec = example_spec(spec.input_shape)
     with torch.random.fork_rng(devices=[]):
         for check in (check_logits, check_rows, check_gradients, check_memory, check_state, check_graph):

@@ -54,7 +54,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     if isinstance(request.param, Variant):
         recipe, shape = request.param.recipe, request.param.input_shape
     else:
-        recipe, spec = network_and_spec(request.param)
+        recipe, spec, _ = network_and_spec(request.param)
         shape = spec.input_shape
     return Case(name_of(request.param), build(recipe)(shape, CLASSES), example_spec(shape))
 

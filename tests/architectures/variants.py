@@ -84,6 +84,7 @@ NETWORKS = [
     Variant("small-resnet-110", A + "resnet.SmallResNet", {"depth": 110, "width": 4}, RGB, slow=True),
     Variant("small-resnet", A + "resnet.SmallResNet", {"depth": 8, "width": 8}, RGB),
     Variant("small-resnet-plain", A + "resnet.SmallResNet", {"depth": 14, "width": 8, "shortcuts": False}, GREY),
+    Variant("polar", A + "polar.PolarNetwork", {"widths": [8, 16], "strides": [2, 2], "angles": 32, "blocks": 1}, RGB),
     Variant("lstm-rows", A + "recurrent.Recurrent", {"hidden": 32}, GREY),
     Variant(
         "gru-columns", A + "recurrent.Recurrent", {"cell": "gru", "order": "columns", "hidden": 32, "layers": 2}, RGB

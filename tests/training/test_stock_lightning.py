@@ -16,7 +16,8 @@ import upright
 from upright.data.batch import Batch
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
-from upright.training.classifier import ImageClassifier, as_batch
+from upright.training.classifier import ImageClassifier
+from upright.training.module import as_batch
 from upright.training.restoring import restore
 
 ROTATED = [partial(upright.RandomAffine, rotate=60)]

@@ -174,6 +174,11 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def _labels(self) -> Indices:
         return np.asarray(self.source.labels, dtype=np.int64)
 
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Names of the labels. Without classes, every label is 0."""
+        return self.spec.classes or ("images",)
+
     @cached_property
     def splits(self) -> dict[str, Indices]:
         """Indices into the source, by split. Splits that the source does not define are taken from its training images.
@@ -202,7 +207,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             labels = self._labels[pool][first]
             try:
                 split = stratified_split(
-                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self.spec.classes
+                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self._kinds
                 )
             except UprightError as error:
                 more = len(pool) - len(first)
@@ -219,14 +224,14 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def manifest(self) -> SplitManifest:
         """The content of each split: counts per class, and hashes."""
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        return SplitManifest.of(name, self.splits, self._labels, self.images.facts["hash"], self.spec.classes)
+        return SplitManifest.of(name, self.splits, self._labels, self.images.facts["hash"], self._kinds)
 
     @cached_property
     def remarks(self) -> list[str]:
         """Sentences for the user about these data: duplicates, and unreadable images that are left out."""
         remarks = [*self.source.remarks]
         remarks += describe_duplicates(
-            self.splits, self._labels, self.images.facts["hash"], self.spec.classes, self.source.names
+            self.splits, self._labels, self.images.facts["hash"], self._kinds, self.source.names
         )
         if len(unreadable := np.flatnonzero(~self.images.readable)):
             remarks.append(

@@ -79,7 +79,8 @@ class Folder(ImageFiles):
         if len(names) < 2:
             raise UserError(
                 f"Folder '{training}' must hold at least two folders, one per class; found {len(names)}"
-                f"{f' ({names[0]})' if names else ''}."
+                f"{f' ({names[0]})' if names else ''}. For pictures without classes: upright.data.pictures.Pictures "
+                "(configs/orientation.yaml)."
             )
         return tuple(names)
 

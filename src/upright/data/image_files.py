@@ -43,7 +43,7 @@ class ImageFiles(ResizedImages):
 
     def read(self) -> Source:
         spec, rows = self.spec, self.rows()
-        numbers = {name: number for number, name in enumerate(spec.classes)}
+        numbers = {name: number for number, name in enumerate(spec.classes or ("",))}
         splits: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
             if row.label not in numbers:

@@ -33,6 +33,7 @@ from upright.images import ImageSpec
 from upright.recipes import recipe
 from upright.runs.cli.run import run as run_command
 from upright.tables import read_rows
+from upright.training.classifier import ImageClassifier
 from upright.training.losses import CrossEntropy
 from upright.training.model import Model
 from upright.training.restoring import Restored, restore
@@ -129,6 +130,7 @@ class Run(NamedTuple):
     def loss_and_accuracy(self, split: str) -> tuple[float, float]:
         """Return loss and accuracy of ``best.ckpt`` on a split, without augmentation."""
         classifier, data, *_ = self.restored()
+        assert isinstance(classifier, ImageClassifier)
         pairs = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return float(classifier.loss(logits, labels)), float((logits.argmax(1) == labels).float().mean())

@@ -5,31 +5,36 @@ from typing import Any
 
 from upright.exporting.precision import TOLERANCES
 from upright.runtime.bundle import MODELS
+from upright.runtime.task import Classification, OrientationEstimation, Task
 from upright.tables import markdown
 
 WORTHWHILE = 1.1
 """Smallest speed relative to float32 that is larger than the noise of the measurement."""
 
 
-def summary(parity: dict[str, Any]) -> Iterator[str]:
+def summary(parity: dict[str, Any], task: Task[Any]) -> Iterator[str]:
     """Yield the results of an export, line by line.
 
     Args:
         parity: content of the bundle's ``parity.json``.
+        task: task of the bundle.
     """
     exact, max_drop = parity["precisions"]["fp32"], parity["max_drop"]
+    degrees = f" ({exact['largest_difference_degrees']:.1e} degrees)" if "orientation" in parity else ""
     yield (
         f"{parity['images']} images: agreement {exact['agreement']:.2%}, largest difference "
-        f"{exact['largest_difference']:.1e}; accuracy {parity['accuracy']['pytorch']:.4f} by PyTorch, "
+        f"{exact['largest_difference']:.1e}{degrees}; {task.score} {parity['accuracy']['pytorch']:.4f} by PyTorch, "
         f"{exact['accuracy']:.4f} by ONNX Runtime."
     )
+    if orientation := parity.get("orientation"):
+        yield _threshold(orientation, exact)
     lower = {name: metrics for name, metrics in parity["precisions"].items() if name != "fp32"}
     for name, metrics in lower.items():
         low, high = metrics["drop_interval"]
         speeds = {batch: speed["times_fp32"] for batch, speed in metrics["speed"].items()}
         yield (
-            f"{name}: accuracy {metrics['accuracy']:.4f}, a drop of {metrics['drop']:.2f} points (95 %: {low:.2f} to "
-            f"{high:.2f}), {len(metrics['flipped'])} images with another class; "
+            f"{name}: {task.score} {metrics['accuracy']:.4f}, a drop of {metrics['drop']:.2f} points (95 %: "
+            f"{low:.2f} to {high:.2f}), {len(metrics['flipped'])} images with another answer; "
             f"{metrics['bytes'] / exact['bytes']:.2f} times the size of fp32, "
             f"{' and '.join(f'{value:.2f}' for value in speeds.values())} times its speed "
             f"(batch {' and '.join(speeds)})."
@@ -41,6 +46,20 @@ def summary(parity: dict[str, Any]) -> Iterator[str]:
             f"Warning: {parity['sources']} source images are too few to detect a drop of {max_drop:g} points (the "
             f"smallest is {parity['smallest_drop_to_tell']:.2f}), so only the measured drop had to be within the limit."
         )
+
+
+def _threshold(orientation: dict[str, Any], exact: dict[str, Any]) -> str:
+    """Return a sentence about the threshold of the confidence of an orientation model."""
+    found = f"{exact['four_way']:.2%} of the answers choose the right side"
+    if not orientation["share"]:
+        return (
+            f"{found}. No threshold of the confidence leaves at most {orientation['max_wrong']:g} % of wrong sides, "
+            "so `straighten` leaves every picture as it is; train longer, or raise --max-wrong."
+        )
+    return (
+        f"{found}. Threshold of the confidence: {orientation['threshold']:.3f}; {orientation['share']:.1%} of the "
+        f"images are above it, {orientation['wrong']:.2%} of them with a wrong side."
+    )
 
 
 def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
@@ -59,34 +78,41 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     preprocessing = (f"{resizing} and normalisation" if resizing else "normalisation") + mask
     sizes = "any size" if height == "height" else "only this size"
     others = "".join(f", `{other}`" for other in manifest["other_outputs"])
+    classes = manifest["spec"]["classes"]
+    task = Classification(tuple(classes)) if classes else OrientationEstimation()
+    kind = "An image classifier" if classes else "A model that estimates by which angle an image is rotated"
+    class_row = f"| Classes | {', '.join(classes)} |\n" if classes else ""
+    predictor = ("Predictor", "label") if classes else ("OrientationPredictor", "angle")
+    score = task.score.capitalize()
+    confidence = f"\n{_threshold(parity['orientation'], exact)}\n" if "orientation" in parity else ""
+    turned = "" if classes else " They were turned by 0, 90, 180 and 270 degrees, without a change of a pixel."
     metrics = markdown([["metric", "value"], *([key, f"{value:.4f}"] for key, value in provenance["metrics"].items())])
     return f"""# {name}
 
-An image classifier, exported by Upright {provenance["versions"]["upright"]} from run `{provenance["run"]["name"]}`
+{kind}, exported by Upright {provenance["versions"]["upright"]} from run `{provenance["run"]["name"]}`
 (id {provenance["run"]["id"]}, git {provenance["git_commit"] or "unknown"}).
 
 | | |
 |---|---|
 | Network | `{provenance["model"]["init_args"]["network"]["class_path"]}` |
 | Data | `{provenance["data"]["class_path"]}`, split `{provenance["split"]["digest"][:16]}` |
-| Classes | {", ".join(spec["classes"])} |
-| Input | `images`: uint8 ({batch}, {height}, {width}, {channels}), {sizes} |
+{class_row}| Input | `images`: uint8 ({batch}, {height}, {width}, {channels}), {sizes} |
 | Preprocessing inside the model | {preprocessing} |
-| Output | `probabilities`: float32 ({batch}, {len(spec["classes"])}){others} |
+| Output | `{task.output}`: float32 ({batch}, {task.columns}){others} |
 | ONNX opset | {manifest["opset"]} |
 
 ## Parity on the validation split
 
-PyTorch and ONNX Runtime classified all {parity["images"]} original images. `parity.json` has more details.
+PyTorch and ONNX Runtime answered all {parity["images"]} original images.{turned} `parity.json` has more details.
 
 | | |
 |---|---|
-| Agreement on the most probable class | {exact["agreement"]:.4%} |
-| Largest difference of a probability | {exact["largest_difference"]:.2e} (allowed {TOLERANCES["fp32"]:.0e}) |
-| Accuracy, PyTorch | {accuracy["pytorch"]:.4f} |
-| Accuracy, ONNX Runtime | {exact["accuracy"]:.4f} |
-| Accuracy, PyTorch on the cached images that training used | {accuracy["cached_pipeline"]:.4f} |
-{_precisions(manifest, parity)}
+| Agreement on {task.answer} | {exact["agreement"]:.4%} |
+| Largest difference of an answer | {exact["largest_difference"]:.2e} (allowed {TOLERANCES["fp32"]:.0e}) |
+| {score}, PyTorch | {accuracy["pytorch"]:.4f} |
+| {score}, ONNX Runtime | {exact["accuracy"]:.4f} |
+| {score}, PyTorch on the cached images that training used | {accuracy["cached_pipeline"]:.4f} |
+{confidence}{_precisions(manifest, parity, task)}
 ## Metrics of the training run
 
 {metrics}
@@ -97,17 +123,17 @@ Install Upright; its base install needs no PyTorch. Then:
     upright verify {name}          # check the files, and compare predictions on this machine
     upright infer {name} IMAGE ...
 
-In Python: `from upright.runtime.predictor import Predictor; Predictor("{name}")("image.png").label`
+In Python: `from upright import {predictor[0]}; {predictor[0]}("{name}")("image.png").{predictor[1]}`
 """
 
 
-def _precisions(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
+def _precisions(manifest: dict[str, Any], parity: dict[str, Any], task: Task[Any]) -> str:
     """Return the section that compares the precisions, if there are several."""
     precisions = parity["precisions"]
     if len(precisions) == 1:
         return ""
     batches = list(precisions["fp32"]["speed"])
-    rows = [["precision", "file", "kB", "accuracy", "points lost (95 %)", *(f"speed, batch {n}" for n in batches)]]
+    rows = [["precision", "file", "kB", task.score, "points lost (95 %)", *(f"speed, batch {n}" for n in batches)]]
     notes = ""
     for name, metrics in precisions.items():
         low, high = metrics["drop_interval"]

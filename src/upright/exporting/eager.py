@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from upright.checkpoint import KEY, read_checkpoint
+from upright.checkpoint import KEY, output_count, read_checkpoint
 from upright.errors import CheckpointError
 from upright.images import ImageSpec
 from upright.recipes import build
@@ -37,7 +37,7 @@ def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) 
             f"was exported from '{source['name']}' ({source['id']}); give the checkpoint of that run."
         )
     spec = ImageSpec.from_dict(record["spec"])
-    model = Model(spec, build(record["model"]["init_args"]["network"])(spec.input_shape, len(spec.classes))).eval()
+    model = Model(spec, build(record["model"]["init_args"]["network"])(spec.input_shape, output_count(record))).eval()
     prefix = "model."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)})
     forward = torch.compile(model) if compiled else model
@@ -45,7 +45,7 @@ def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) 
     @torch.inference_mode()
     def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         logits: torch.Tensor = forward(torch.from_numpy(images).permute(0, 3, 1, 2))
-        probabilities: npt.NDArray[np.float32] = logits.softmax(dim=1).numpy()
-        return probabilities
+        answers: npt.NDArray[np.float32] = model.answers(logits).numpy()
+        return answers
 
     return run

@@ -24,7 +24,7 @@ from upright.errors import UserError
 from upright.exporting.card import card, summary
 from upright.exporting.gate import check_exact, convert_within
 from upright.exporting.graph import Form, Output, write_graph
-from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, fitted_originals
+from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, choose_threshold, fitted_originals
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, check_replaceable, replacing_folder
@@ -44,6 +44,7 @@ from upright.runtime.bundle import (
 )
 from upright.runtime.predictor import open_session, run_session
 from upright.runtime.speed import machine
+from upright.runtime.task import task_of
 from upright.runtime.verify import speeds_by_batch
 from upright.training.finetuning import head
 from upright.training.restoring import restore
@@ -63,6 +64,7 @@ def export(
     size: tuple[int, int] | None = None,
     precision: Sequence[PrecisionName] = (),
     max_drop: float = 0.5,
+    max_wrong: float = 1.0,
     full_range: bool = False,
     to: str = "export",
     archive: bool = False,
@@ -83,6 +85,7 @@ def export(
         size: the only ``(H, W)`` that the graph takes; None for any.
         precision: precisions besides float32, which every bundle has: ``fp16``, ``int8``.
         max_drop: points of accuracy, from 0 to 100, that each precision may lose.
+        max_wrong: percentage of wrong sides that an orientation model may choose above its threshold of confidence.
         full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
         archive: also write the bundle as one file, ``NAME.upright.zip``.
@@ -100,6 +103,8 @@ def export(
     precisions: list[PrecisionName] = [each for each in ("fp16", "int8") if each in precision]
     if not 0 <= max_drop <= 100:
         raise UserError(f"--max-drop must be from 0 to 100 points of accuracy, got {max_drop:g}.")
+    if not 0 <= max_wrong <= 100:
+        raise UserError(f"--max-wrong must be from 0 to 100 percent, got {max_wrong:g}.")
     if full_range and "int8" not in precisions:
         raise UserError("--full-range changes the weights of int8; give --precision int8, too.")
     if name is not None:
@@ -132,8 +137,10 @@ def export(
         reference = Reference(restored.classifier.cpu().model.eval(), images, form)
         split = contents["split"]
         excluded = torch.cat([split["hashes"][part] for part in ("val", "test")]) if split else torch.empty(0).long()
-        parity, descriptions = _write_graphs(folder, reference, precisions, max_drop, full_range, excluded)
+        parity, descriptions = _write_graphs(folder, reference, precisions, max_drop, max_wrong, full_range, excluded)
         manifest = _manifest(name, contents, reference, descriptions)
+        if orientation := parity.get("orientation"):
+            manifest["orientation"] = {"threshold": orientation["threshold"]}
         _write_samples(folder, reference, list(descriptions))
         _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
@@ -141,7 +148,7 @@ def export(
         (folder / SUMS).write_text(checksums(folder))
 
     log_bundle(tracking, path, target)
-    for line in summary(parity):
+    for line in summary(parity, task_of(images.spec)):
         print(line)
     if folders:
         write_models(Bundle.open(target), folders)
@@ -158,6 +165,7 @@ def _write_graphs(
     reference: Reference,
     precisions: Sequence[PrecisionName],
     max_drop: float,
+    max_wrong: float,
     full_range: bool,
     excluded: torch.Tensor,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,12 +175,12 @@ def _write_graphs(
         The content of ``parity.json``, and the precisions of the manifest.
     """
     model, data, form = reference.graph.model, reference.data, reference.form
-    classes, path = data.spec.classes, folder / MODELS["fp32"]
+    path = folder / MODELS["fp32"]
     write_graph(model, path, form)
     session = open_session(path)
     print("Comparing with PyTorch on the originals of the validation split ...", flush=True)
     exact = reference.compare(session)
-    check_exact(exact, classes)
+    check_exact(exact)
     comparisons = {"fp32": exact}
     descriptions: dict[str, Any] = {
         "fp32": {"tolerance": TOLERANCES["fp32"], "how": "float32 throughout", "float_layers": {}}
@@ -194,7 +202,7 @@ def _write_graphs(
             "how": converter.description,
             "float_layers": result.float_layers,
         }
-    metrics = {name: comparison.metrics(classes) for name, comparison in comparisons.items()}
+    metrics = {name: comparison.metrics() for name, comparison in comparisons.items()}
     for each, values in metrics.items():
         values["bytes"] = (folder / MODELS[each]).stat().st_size
     print("Measuring the speed ...", flush=True)
@@ -202,7 +210,7 @@ def _write_graphs(
     sessions = {name: open_session(folder / MODELS[name], threads=1) for name in metrics}
     for each, speeds in speeds_by_batch(sessions, image).items():
         metrics[each]["speed"] = speeds
-    return {
+    parity: dict[str, Any] = {
         "split": "val",
         "images": len(exact.names),
         "sources": int(exact.groups[-1]) + 1,
@@ -211,12 +219,15 @@ def _write_graphs(
         "accuracy": {"pytorch": exact.accuracy(exact.expected), "cached_pipeline": cached_accuracy(model, data)},
         "machine": machine() | {"threads": 1},
         "precisions": metrics,
-    }, descriptions
+    }
+    if not data.spec.classes:
+        parity["orientation"] = {"max_wrong": max_wrong} | choose_threshold(exact, max_wrong)._asdict()
+    return parity, descriptions
 
 
 def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]) -> None:
-    """Write validation images as PNG, with the probabilities of each graph."""
-    data = reference.data
+    """Write validation images as PNG, with the answers of each graph."""
+    data, task = reference.data, task_of(reference.data.spec)
     sessions = {name: open_session(folder / MODELS[name]) for name in precisions}
     count = len(list(data.names("val")))
     sample_indices = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
@@ -226,9 +237,9 @@ def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]
         if i in sample_indices:
             file = f"{SAMPLES}/{len(samples):02d}.png"
             write_png(folder / file, original)
-            sample = {"file": file, "name": original.name, "label": data.spec.classes[original.label]}
+            sample = {"file": file, "name": original.name, "label": task.label(original.label)}
             rows = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
-            samples.append(sample | {"probabilities": rows})
+            samples.append(sample | {task.output: rows})
     _write_json(folder / EXPECTED, samples)
 
 
@@ -245,13 +256,15 @@ def _write_json(path: Path, data: Any) -> None:
 def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisions: dict[str, Any]) -> dict[str, Any]:
     data, form, spec = reference.data, reference.form, reference.graph.model.spec.to_dict()
     batch, (height, width) = form.batch or "batch", form.size or ("height", "width")
+    task = task_of(data.spec)
     return {
         "format": FORMAT,
         "name": name,
+        "task": task.name,
         "mask": spec.pop("mask"),
         "spec": spec,
         "input": {"name": "images", "dtype": "uint8", "shape": [batch, height, width, data.spec.channels]},
-        "output": {"name": "probabilities", "dtype": "float32", "shape": [batch, len(data.spec.classes)]},
+        "output": {"name": task.output, "dtype": "float32", "shape": [batch, task.columns]},
         "other_outputs": reference.graph.names[1:],
         "opset": form.opset,
         "precisions": precisions,

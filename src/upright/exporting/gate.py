@@ -5,7 +5,7 @@ If a graph of lower precision loses too much, its most harmful layers are set ba
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from upright.errors import GateError
 from upright.exporting.parity import Comparison
 from upright.exporting.precision import TOLERANCES, Converter
 from upright.runtime.predictor import open_session, run_batch
+from upright.runtime.task import Task
 
 Batches = Callable[[], Iterator[npt.NDArray[np.uint8]]]
 
@@ -23,12 +24,11 @@ RANKING_SECONDS = 300.0
 """Time limit of the ranking. Layers that are not measured within it rank as the least harmful ones."""
 
 
-def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
+def check_exact(comparison: Comparison) -> None:
     """Refuse a float32 graph that does not reproduce PyTorch.
 
     Args:
         comparison: comparison of the two on the validation split.
-        classes: names of the classes, for messages.
 
     Raises:
         GateError: if they differ. The images are printed.
@@ -38,7 +38,7 @@ def check_exact(comparison: Comparison, classes: tuple[str, ...]) -> None:
     offending = np.flatnonzero(~(comparison.differences <= limit))
     if not len(offending) and comparison.others_agree:
         return
-    for image in comparison.image_records(offending, classes):
+    for image in comparison.image_records(offending):
         print("  {name}: PyTorch {pytorch}, ONNX Runtime {onnxruntime}, difference {difference:.2g}".format(**image))
     raise GateError(
         f"ONNX Runtime and PyTorch disagree on {len(offending)} of {len(comparison.names)} validation images (allowed "
@@ -90,26 +90,28 @@ def convert_within(
         drop = comparison.drop
         if drop.is_within(max_drop):
             return GatedGraph(content, comparison, float_layers)
-        harms = harms or rank_layers(converter, reference, images)
+        harms = harms or rank_layers(converter, reference, images, comparison.task)
         print(f"  {name} loses {drop.points:.2f} points (95 %: {drop.low:.2f} to {drop.high:.2f}).", flush=True)
         if len(layers) <= len(converter.layers) / 2:
             worst = ", ".join(f"{layer} {harm:.2g}" for layer, harm in list(harms.items())[:10])
             raise GateError(
-                f"{name} loses {drop.points:.2f} points of accuracy (95 %: {drop.low:.2f} to {drop.high:.2f}; "
-                f"allowed --max-drop {max_drop:g}), even with {len(float_layers)} of {len(converter.layers)} layers in "
-                f"float32. No bundle was written. Omit {name}, or allow a larger drop. "
-                f"Mean change of a probability by each single layer: {worst}."
+                f"{name} loses {drop.points:.2f} points of {comparison.task.score} (95 %: {drop.low:.2f} to "
+                f"{drop.high:.2f}; allowed --max-drop {max_drop:g}), even with {len(float_layers)} of "
+                f"{len(converter.layers)} layers in float32. No bundle was written. Omit {name}, or allow a larger "
+                f"drop. Mean change of an answer by each single layer: {worst}."
             )
         layer = next(layer for layer in harms if layer in layers)
         layers.remove(layer)
         float_layers[layer] = harms[layer]
-        print(f"  {layer} stays float32: it changes probabilities by {harms[layer]:.2g}.", flush=True)
+        print(f"  {layer} stays float32: it changes answers by {harms[layer]:.2g}.", flush=True)
 
 
-def rank_layers(converter: Converter, reference: onnxruntime.InferenceSession, images: Batches) -> dict[str, float]:
+def rank_layers(
+    converter: Converter, reference: onnxruntime.InferenceSession, images: Batches, task: Task[Any]
+) -> dict[str, float]:
     """Return the harm of each layer, the worst first.
 
-    The harm is the largest change of a probability if only this layer is converted, averaged over images.
+    The harm is the difference if only this layer is converted, see `Task.differences`, averaged over images.
     """
     batches = list(images())
     expected = [run_batch(reference, batch)[0] for batch in batches]
@@ -119,8 +121,7 @@ def rank_layers(converter: Converter, reference: onnxruntime.InferenceSession, i
             break
         session = open_session(converter.convert([layer]))
         changes = [
-            np.abs(run_batch(session, batch)[0] - probabilities).max(axis=1)
-            for batch, probabilities in zip(batches, expected, strict=True)
+            task.differences(rows, run_batch(session, batch)[0]) for batch, rows in zip(batches, expected, strict=True)
         ]
         harms[layer] = float(np.nan_to_num(np.concatenate(changes), nan=1.0).mean())
     return dict(sorted(harms.items(), key=lambda item: -item[1]))

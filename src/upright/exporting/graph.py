@@ -1,4 +1,4 @@
-"""Export a model to one ONNX graph, from uint8 images ``(B, H, W, C)`` of any size to probabilities ``(B, K)``."""
+"""Export a model to one ONNX graph, from uint8 images ``(B, H, W, C)`` of any size to the answers of its task."""
 
 import ast
 import json
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from upright.architectures.spatial_transformer import SpatialTransformer, observing
 from upright.errors import UserError
 from upright.runtime.bundle import FORMAT
+from upright.runtime.task import task_of
 from upright.training.model import Model
 
 Output = Literal["theta", "warped", "votes", "confidence", "logits", "features"]
@@ -62,7 +63,7 @@ class Form:
 
 
 class Graph(nn.Module):
-    """The deployed form of a model: from channels-last images to probabilities.
+    """The deployed form of a model: from channels-last images to probabilities, or to an orientation.
 
     Args:
         model: the module that was trained.
@@ -81,7 +82,7 @@ class Graph(nn.Module):
         transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
         numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
         voting = [number for number, each in zip(numbers, transformers, strict=True) if each.voting]
-        self.names = ["probabilities"]
+        self.names = [task_of(model.spec).output]
         for name in form.outputs:
             if name in ("logits", "features"):
                 self.names.append(name)
@@ -101,7 +102,7 @@ class Graph(nn.Module):
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Map uint8 ``(B, H, W, C)`` to probabilities ``(B, K)`` and the additional outputs."""
+        """Map uint8 ``(B, H, W, C)`` to `Model.answers` and the additional outputs."""
         normalised = self.model.normalise(images.permute(0, 3, 1, 2))
         head_inputs: list[Tensor] = []
         hooks = [
@@ -112,7 +113,7 @@ class Graph(nn.Module):
             logits = self.model.network(normalised)
         for hook in hooks:
             hook.remove()
-        outputs = [logits.softmax(dim=1)]
+        outputs = [self.model.answers(logits)]
         for name in self.form.outputs:
             if name == "theta":
                 outputs += [observation.theta for observation in observations]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from upright.data.source import Original
 from upright.exporting.graph import Form, Graph
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
+from upright.runtime.task import QUARTER, Classification, OrientationEstimation, task_of
 from upright.training.model import Model
 from upright.warp import resize
 
@@ -47,8 +49,11 @@ def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pix
 
 
 def fitted_originals(data: ImageDataModule, form: Form) -> Iterator[Original]:
-    """Yield the originals of the validation split at the input size of a graph."""
-    for original in data.originals("val"):
+    """Yield the originals of the validation split at the input size of a graph. For an orientation, they are turned."""
+    for turns, original in zip(cycle(range(4)), data.originals("val"), strict=False):
+        if not data.spec.classes:
+            # The label is the number of quarter turns, which change no pixel.
+            original = original._replace(pixels=np.rot90(original.pixels, turns), label=turns)
         yield original._replace(pixels=fitted(original.pixels, form.size, data.spec))
 
 
@@ -128,15 +133,16 @@ class Drop(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Probabilities by PyTorch and by a graph for all originals of the validation split.
+    """Main outputs by PyTorch and by a graph for all originals of the validation split.
 
     Args:
         names: names of the images.
-        labels: true classes, ``(N,)``.
+        labels: true answers, see `Task.right`, ``(N,)``.
         groups: index of the source image of each image, ``(N,)``.
-        expected: probabilities by PyTorch, ``(N, K)``.
-        actual: probabilities by the graph, ``(N, K)``.
+        expected: main output by PyTorch, ``(N, columns)``.
+        actual: main output by the graph, ``(N, columns)``.
         others: largest difference of each other output, in the unit of `OTHER_TOLERANCES`.
+        task: task of the model.
     """
 
     names: list[str]
@@ -145,11 +151,12 @@ class Comparison:
     expected: Floats
     actual: Floats
     others: dict[str, float]
+    task: Classification | OrientationEstimation
 
     @property
     def differences(self) -> Floats:
-        """Largest difference of the probabilities of each image, ``(N,)``."""
-        differences: Floats = np.abs(self.expected - self.actual).max(axis=1)
+        """Difference for each image, see `Task.differences`, ``(N,)``."""
+        differences: Floats = self.task.differences(self.expected, self.actual).astype(float)
         return differences
 
     @property
@@ -160,31 +167,31 @@ class Comparison:
     @property
     def drop(self) -> Drop:
         """Loss of accuracy from PyTorch to the graph."""
-        was_right, is_right = (each.argmax(axis=1) == self.labels for each in (self.expected, self.actual))
+        was_right, is_right = (self.task.right(each, self.labels) for each in (self.expected, self.actual))
         return Drop.of(was_right, is_right, self.groups)
 
-    def accuracy(self, probabilities: Floats) -> float:
-        """Return the accuracy of ``expected`` or of ``actual``."""
-        return float((probabilities.argmax(axis=1) == self.labels).mean())
+    def accuracy(self, rows: Floats) -> float:
+        """Return the share of right answers in ``expected`` or in ``actual``."""
+        return float(self.task.right(rows, self.labels).mean())
 
-    def image_records(self, images: npt.NDArray[np.int64], classes: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Return name, label, both predictions and the difference for each of these images."""
+    def image_records(self, images: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return name, label, both answers and the difference for each of these images."""
         differences = self.differences
         return [
             {
                 "name": self.names[i],
-                "label": classes[self.labels[i]],
-                "pytorch": classes[self.expected[i].argmax()],
-                "onnxruntime": classes[self.actual[i].argmax()],
+                "label": self.task.label(self.labels[i]),
+                "pytorch": self.task.text(self.expected[i]),
+                "onnxruntime": self.task.text(self.actual[i]),
                 "difference": float(differences[i]),
             }
             for i in images.tolist()
         ]
 
-    def metrics(self, classes: tuple[str, ...]) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Return the entry of one precision in ``parity.json``."""
         drop, differences = self.drop, self.differences
-        flips = np.flatnonzero(self.expected.argmax(axis=1) != self.actual.argmax(axis=1))
+        flips = np.flatnonzero(self.task.changed(self.expected, self.actual))
         metrics: dict[str, Any] = {
             "agreement": 1 - len(flips) / len(self.names),
             "largest_difference": float(differences.max()),
@@ -192,8 +199,15 @@ class Comparison:
             "accuracy": self.accuracy(self.actual),
             "drop": drop.points,
             "drop_interval": [drop.low, drop.high],
-            "flipped": self.image_records(flips, classes),
+            "flipped": self.image_records(flips),
         }
+        if isinstance(self.task, OrientationEstimation):
+            errors = self.task.errors(self.actual, self.labels)
+            metrics |= {
+                "largest_difference_degrees": float(self.task.degrees(self.expected, self.actual).max()),
+                "error_degrees_median": float(np.median(errors)),
+                "four_way": float((errors < QUARTER).mean()),
+            }
         return metrics | ({"other_outputs": self.others} if self.others else {})
 
 
@@ -255,14 +269,51 @@ class Reference:
             np.concatenate(expected).astype(float),
             np.concatenate(actual).astype(float),
             others,
+            task_of(self.data.spec),
         )
 
 
 @torch.no_grad()
 def cached_accuracy(model: Model, data: ImageDataModule) -> float:
-    """Return the accuracy on the cached validation images, which are rounded to uint8 at the network's size.
+    """Return the share of right answers for the cached validation images, rounded to uint8 at the network's size.
 
     This value is only reported. As a gate, it would reject a correct graph because of the rounding.
     """
-    right = [model(batch.images).argmax(dim=1) == batch.labels for batch in data.loader("val")]
-    return float(torch.cat(right).double().mean())
+    task = task_of(data.spec)
+    right = [
+        task.right(model.answers(model(batch.images)).numpy(), batch.labels.numpy()) for batch in data.loader("val")
+    ]
+    return float(np.concatenate(right).mean())
+
+
+class Threshold(NamedTuple):
+    """Confidence from which the angles of a model are used, chosen on the validation split.
+
+    Args:
+        threshold: the confidence.
+        share: share of the images with at least this confidence.
+        wrong: share of the answers for them that choose a wrong side: errors of 45 degrees and more.
+    """
+
+    threshold: float
+    share: float
+    wrong: float
+
+
+def choose_threshold(comparison: Comparison, max_wrong: float) -> Threshold:
+    """Return the smallest threshold above which at most ``max_wrong`` percent of the answers choose a wrong side.
+
+    If there is none, the threshold is above every confidence.
+    """
+    task, rows = comparison.task, comparison.actual
+    assert isinstance(task, OrientationEstimation)
+    order = np.argsort(-rows[:, 1], kind="stable")
+    confidences, wrong = rows[order, 1], task.errors(rows, comparison.labels)[order] >= QUARTER
+    shares = np.cumsum(wrong) / np.arange(1, len(rows) + 1)
+    # Images of equal confidence are used together.
+    last = np.append(confidences[1:] < confidences[:-1], True)
+    allowed = np.flatnonzero(last & (100 * shares <= max_wrong))
+    if not len(allowed):
+        return Threshold(1.0, 0.0, 0.0)
+    count = int(allowed[-1]) + 1
+    return Threshold(float(confidences[count - 1]), count / len(rows), float(shares[count - 1]))

@@ -26,6 +26,7 @@ from torch import nn
 
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.architectures.transformer_network import SeriesTransformer
+from upright.architectures.voting import PolarGrid
 from upright.errors import UserError
 from upright.exporting.graph import lower_requirements, module_of
 
@@ -56,18 +57,22 @@ class Converter(ABC):
     name: PrecisionName
     description: str
     """Description of the method, for the manifest and the card."""
+    ranks: dict[str, int]
+    """Number of axes of each tensor, where the graph states it."""
     layers: dict[str, list[str]]
     """For each layer, the names of its nodes that can be converted, in the order of the graph."""
 
     def __init__(self, path: Path, network: nn.Module) -> None:
         self.model = onnx.load(path)
         nodes = self.model.graph.node
-        kinds = (SpatialTransformer, SeriesTransformer)
+        kinds = (SpatialTransformer, SeriesTransformer, PolarGrid)
         transformers = [f"{name}." for name, module in network.named_modules() if isinstance(module, kinds)]
         constants = {"", *(tensor.name for tensor in self.model.graph.initializer)}
         for node in nodes:
             # The graph reshapes and slices large weights.
             constants |= set(node.output) if node.input and constants.issuperset(node.input) else set()
+        shapes = {info.name: len(info.type.tensor_type.shape.dim) for info in self.model.graph.value_info}
+        self.ranks = shapes | {tensor.name: len(tensor.dims) for tensor in self.model.graph.initializer}
         self.layers = defaultdict(list)
         for node in nodes:
             module = module_of(node)
@@ -197,7 +202,9 @@ class Int8(Converter):
     def can_convert(self, node: NodeProto, constants: Collection[str]) -> bool:
         """Accept nodes that multiply by constant weights."""
         kinds = ("Conv", "LSTM") if self.recurrent else LINEAR_LAYERS
-        return node.op_type in kinds and node.input[1] in constants
+        # onnxruntime has no scale per channel for a stack of matrices.
+        stack = node.op_type == "MatMul" and self.ranks.get(node.input[1], 0) > 2
+        return node.op_type in kinds and node.input[1] in constants and not stack
 
     def convert_nodes(self, nodes: Collection[str]) -> ModelProto:
         """Quantize statically, then the LSTM dynamically."""

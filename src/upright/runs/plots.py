@@ -33,8 +33,11 @@ from upright.runs.drawing import (
 )
 from upright.runs.loggers import log_picture
 from upright.tables import read_rows
-from upright.training.classifier import ImageClassifier
+from upright.training.module import ImageModule
+from upright.warp import rotation, warp
 
+COMPASS = 8
+"""Number of angles in `draw_orientation`."""
 MAX_VIEWS = 36
 """Maximum number of views in `draw_transformer`, as long as it draws one image."""
 
@@ -100,9 +103,9 @@ class RunPlots(Callback):
     ) -> None:
         """Store the predictions, and the last transformers' outputs for the images that have rows."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.sanity_checking or not isinstance(data, ImageDataModule):
+        if trainer.sanity_checking or not isinstance(data, ImageDataModule) or not data.spec.classes:
             return
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, ImageModule)
         self._predictions.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))
         if not (last := last_of(outputs["observations"])):
             return
@@ -141,7 +144,7 @@ class RunPlots(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not self._predictions or not isinstance(data, ImageDataModule):
             return
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, ImageModule)
         self._drawn = self._epoch
         when = f"Validation, epoch {self._epoch + 1} of {epochs_of(trainer)}"
         position, labels, confidence, predicted = (
@@ -219,7 +222,34 @@ def _png(images: Sequence[Pixels | None], side: int) -> bytes:
     return buffer.getvalue()
 
 
-def draw_transformer(title: str, classifier: ImageClassifier, data: ImageDataModule, count: int = 6) -> Image.Image:
+def draw_orientation(title: str, model: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:
+    """Draw test images at eight angles, and below each the image after a rotation by its estimated angle.
+
+    Args:
+        title: the title, to which an explanation of the rows is added.
+        model: a model whose answers are angles.
+        data: the datamodule, whose test split is drawn.
+        count: maximum number of images, evenly spread over the split.
+    """
+    samples, step = data.samples("test"), 360 // COMPASS
+    angles = torch.arange(COMPASS) * step
+    blocks = []
+    for place in torch.linspace(0, len(samples) - 1, min(count, len(samples))).round().long().tolist():
+        image = samples[place : place + 1].images.to(model.device).float()
+        with torch.no_grad():
+            turned = warp(image.expand(COMPASS, -1, -1, -1), rotation(angles.deg2rad()).to(image.device), "reflection")
+            estimated, confidence = model.model.answers(model(turned)).unbind(dim=1)
+            upright = warp(turned, rotation(-estimated.deg2rad()), "reflection")
+        shown = [pixels_of(model.model.denormalise(model.model.normalise(each))) for each in (turned, upright)]
+        errors = torch.remainder(estimated.cpu() - angles + 180, 360) - 180
+        answers = zip(estimated.tolist(), confidence.tolist(), errors.abs().tolist(), strict=True)
+        lines = [Line(f"{angle:.0f}°, {sure:.0%}", BLACK if error < step else RED) for angle, sure, error in answers]
+        blocks.append((shown, lines))
+    title = f"{title}: images at eight angles, and rotated back by the estimated angle, which is red if it is wrong"
+    return draw_blocks(title, [f"{angle}°" for angle in angles.tolist()], blocks)
+
+
+def draw_transformer(title: str, classifier: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:
     """Draw the test split's views of some images, and below each view the output of the last transformer.
 
     Each of several parallel transformers has its own row. For a transformer inside the network, the figure shows the

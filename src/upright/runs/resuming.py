@@ -18,8 +18,8 @@ from upright.checkpoint import KEY
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.runs.callbacks import RunCheckpoint
-from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze
+from upright.training.module import ImageModule
 from upright.training.optimisation import grouped_optimizer
 
 UNSUPPORTED = {
@@ -67,7 +67,7 @@ def _epochs(checkpoint: Mapping[str, Any]) -> int:
 
 def check_resumable(
     checkpoint: Mapping[str, Any],
-    model: ImageClassifier,
+    model: ImageModule,
     data: L.LightningDataModule,
     trainer: Any,
     path: str | Path,

@@ -46,6 +46,12 @@ class Orientation(NamedTuple):
 Result = TypeVar("Result", bound=Prediction | Orientation)
 
 
+QUARTER = 45.0
+"""Error in degrees from which an angle chooses a wrong one of four sides."""
+NEAR = 10.0
+"""Largest error of a right angle in degrees."""
+
+
 class Task(ABC, Generic[Result]):
     """The meaning of the main output of a graph."""
 
@@ -56,6 +62,8 @@ class Task(ABC, Generic[Result]):
     """Length of its second axis."""
     answer: str
     """Name of what `changed` compares, for messages."""
+    score: str
+    """Name of the share of right answers, for messages."""
 
     @abstractmethod
     def result(self, row: Rows) -> Result:
@@ -64,6 +72,23 @@ class Task(ABC, Generic[Result]):
     @abstractmethod
     def differences(self, expected: Rows, actual: Rows) -> Rows:
         """Return the difference of two outputs for each image, ``(N,)``, on a scale where 1 is large."""
+
+    @abstractmethod
+    def right(self, rows: Rows, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether the answer for each image is right, ``(N,)``.
+
+        Args:
+            rows: the main output.
+            labels: the labels: classes, or quarter turns anticlockwise.
+        """
+
+    @abstractmethod
+    def text(self, row: Rows) -> str:
+        """Return the answer for one image as text."""
+
+    @abstractmethod
+    def label(self, number: int) -> str:
+        """Return a label as text."""
 
     @abstractmethod
     def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
@@ -86,6 +111,7 @@ class Classification(Task[Prediction]):
     name = "classification"
     output = "probabilities"
     answer = "the first class"
+    score = "accuracy"
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes, self.columns = classes, len(classes)
@@ -100,6 +126,16 @@ class Classification(Task[Prediction]):
         differences: Rows = np.abs(actual - expected).max(axis=1)
         return differences
 
+    def right(self, rows: Rows, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        right: npt.NDArray[np.bool_] = rows.argmax(axis=1) == labels
+        return right
+
+    def text(self, row: Rows) -> str:
+        return self.classes[int(row.argmax())]
+
+    def label(self, number: int) -> str:
+        return self.classes[number]
+
     def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
         second, first = np.sort(expected, axis=1)[:, -2:].T
         other: npt.NDArray[np.bool_] = actual.argmax(axis=1) != expected.argmax(axis=1)
@@ -113,6 +149,7 @@ class OrientationEstimation(Task[Orientation]):
     output = "orientation"
     columns = 2
     answer = "the angle"
+    score = f"share within {NEAR:g} degrees"
 
     def result(self, row: Rows) -> Orientation:
         return Orientation(*map(float, row))
@@ -124,6 +161,20 @@ class OrientationEstimation(Task[Orientation]):
         """
         distances: Rows = np.linalg.norm(_directions(actual) - _directions(expected), axis=1)
         return distances
+
+    def right(self, rows: Rows, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether the angle is at most 10 degrees from the label's, ``(N,)``."""
+        return self.errors(rows, labels) <= NEAR
+
+    def errors(self, rows: Rows, labels: npt.NDArray[np.int64]) -> Rows:
+        """Return the error of each angle in degrees, from 0 to 180, ``(N,)``."""
+        return deviation(rows[:, 0] - 90 * labels)
+
+    def text(self, row: Rows) -> str:
+        return f"{row[0]:+.2f}°"
+
+    def label(self, number: int) -> str:
+        return f"{90 * number}°"
 
     def degrees(self, expected: Rows, actual: Rows) -> Rows:
         """Return the difference of the angles in degrees, from 0 to 180, ``(N,)``."""

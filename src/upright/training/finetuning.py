@@ -28,7 +28,7 @@ from upright.errors import UserError
 from upright.files import file_hash
 from upright.images import ImageSpec
 from upright.recipes import Recipe, recipe
-from upright.training.classifier import ImageClassifier
+from upright.training.module import ImageModule
 from upright.training.published_weights import (
     MEAN,
     STD,
@@ -82,10 +82,10 @@ class StartWeights(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def head(classifier: ImageClassifier) -> set[str]:
-    """Return the names of the network's parameters and buffers that depend on the number of classes."""
+def head(classifier: ImageModule) -> set[str]:
+    """Return the names of the network's parameters and buffers that depend on the number of outputs."""
     network, shape = classifier.arguments["network"], classifier.spec.input_shape
-    more = len(classifier.spec.classes) + 1
+    more = classifier.outputs + 1
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
@@ -97,7 +97,7 @@ def head(classifier: ImageClassifier) -> set[str]:
 
 
 def start_from(
-    classifier: ImageClassifier,
+    classifier: ImageModule,
     path: str | Path | None = None,
     data: ImageDataModule | None = None,
     *,
@@ -167,7 +167,7 @@ def start_from(
     return lines
 
 
-def _published_weights(classifier: ImageClassifier) -> StartWeights | None:
+def _published_weights(classifier: ImageModule) -> StartWeights | None:
     """Return the published weights of a pretrained network; None if no part of the network is pretrained."""
     part = _pretrained(classifier.model.network)
     if part is None:
@@ -201,7 +201,7 @@ def _innermost(network: Any) -> nn.Module:
     return inner
 
 
-def _read(path: Path, classifier: ImageClassifier, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
+def _read(path: Path, classifier: ImageModule, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
     content = load_file(path, "an Upright checkpoint or a state dict")
     if isinstance(content, dict) and KEY in content:
         check_format(content, path)
@@ -319,7 +319,7 @@ def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "one number"
 
 
-def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageClassifier) -> StartWeights:
+def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageModule) -> StartWeights:
     weights = resnet_weights(state) if isinstance(network, ResNet) else vgg_weights(state)
     if weights.keys() == state.keys():  # they already have our names
         return StartWeights({WeightName("", name): v for name, v in state.items()}, "a state dict", None, False)
@@ -344,7 +344,7 @@ def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classi
 
 
 @torch.no_grad()
-def _maps(network: VGG, classifier: ImageClassifier) -> tuple[int, ...]:
+def _maps(network: VGG, classifier: ImageModule) -> tuple[int, ...]:
     """Return the shape of the convolutions' output, ``(C, H, W)``, with the classifier's transformer in front."""
     shapes: list[tuple[int, ...]] = []
     handle = network.features.register_forward_hook(lambda _module, _inputs, maps: shapes.append(tuple(maps.shape[1:])))
@@ -378,7 +378,7 @@ class Freeze(Callback):
         """Find the body and set its ``lr_factor``, before the optimiser makes its groups."""
         if stage != "fit":
             return
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, ImageModule)
         network, new = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
         if not pl_module.start and _pretrained(network):  # with a stock Trainer, these weights load later
             names = _weight_names(network.state_dict(), pl_module.recipe["init_args"]["network"])
@@ -406,7 +406,7 @@ class Freeze(Callback):
                 parameter.grad = None
 
     def _parameters(self, classifier: L.LightningModule) -> list[nn.Parameter]:
-        assert isinstance(classifier, ImageClassifier)
+        assert isinstance(classifier, ImageModule)
         return [value for name, value in classifier.model.network.named_parameters() if name in self._body]
 
     def _freeze(self, trainer: L.Trainer, classifier: L.LightningModule) -> None:
@@ -416,7 +416,7 @@ class Freeze(Callback):
         if trainer.world_size == 1:
             for parameter in self._parameters(classifier):
                 parameter.requires_grad_(not frozen)
-        assert isinstance(classifier, ImageClassifier)
+        assert isinstance(classifier, ImageModule)
         for name, module in classifier.model.network.named_modules():
             own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
             if hasattr(module, "running_mean") and own <= self._body:

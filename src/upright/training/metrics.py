@@ -22,7 +22,7 @@ from upright.files import write_text
 from upright.training.uprightness import Uprightness
 
 TOP_K = 5
-BRIEF = ("accuracy", "loss", "uprightness")
+BRIEF = ("accuracy", "loss", "uprightness", "four_way", "degrees_median")
 """Metrics to print, in this order, after every epoch; metrics.csv has all of them."""
 UPDATE_IMAGES = 4096
 """Number of images per update of the classification metrics: an update takes a millisecond, even for a small batch."""

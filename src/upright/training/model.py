@@ -1,4 +1,6 @@
-"""Module that training, evaluation and export share: resize -> normalise -> mask -> network -> logits."""
+"""Module that training, evaluation and export share: resize -> normalise -> mask -> network -> logits -> answers."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ class Model(nn.Module):
 
     Args:
         spec: shape, classes and normalisation of an image.
-        network: maps normalised images ``(B, C, H, W)`` to logits ``(B, K)``.
+        network: maps normalised images ``(B, C, H, W)`` to logits ``(B, K)``. Without classes, these are the scores of
+            ``K`` rotations, see `orientation`.
     """
 
     mean: Tensor
@@ -29,14 +32,19 @@ class Model(nn.Module):
         mask = disc(spec.height, spec.width) if spec.mask == "disc" else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Resize, normalise and mask images ``(B, C, h, w)`` of any size, values 0 to 255, for the network."""
+    def normalise(self, images: Tensor, *, masked: bool = True) -> Tensor:
+        """Resize, normalise and mask images ``(B, C, h, w)`` of any size, values 0 to 255, for the network.
+
+        Args:
+            images: the images.
+            masked: whether to apply the mask of the spec.
+        """
         size, input_size = (self.spec.height, self.spec.width), images.shape[-2:]
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
         if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
             images = resize(images.float(), *size, self.spec.resize, self.spec.background)
         normalised = (images - self.mean) / self.std
-        return normalised if self.mask is None else normalised * self.mask
+        return normalised if self.mask is None or not masked else normalised * self.mask
 
     def denormalise(self, normalised: Tensor) -> Tensor:
         """Return normalised images with their original values, 0 to 255; outside of a mask, with the mean."""
@@ -46,6 +54,30 @@ class Model(nn.Module):
         """Map images ``(B, C, h, w)`` of any size, values 0 to 255 (uint8 or float), to logits ``(B, K)``."""
         logits: Tensor = self.network(self.normalise(images))
         return logits
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Return the main output of a deployed model: probabilities ``(B, K)``, or `orientation` ``(B, 2)``."""
+        return logits.softmax(dim=1) if self.spec.classes else orientation(logits)
+
+
+def orientation(scores: Tensor) -> Tensor:
+    """Return the angle and the confidence of images, ``(B, 2)``, from the scores of rotations ``(B, N)``.
+
+    Score ``k`` is that of a rotation by ``k * 360 / N`` degrees anticlockwise. The softmax of the scores are the votes.
+    The angle, from -180 to 180 degrees, is the mean direction of the votes less than 45 degrees from their peak. Votes
+    for another side of the image would pull the mean over all away from every side. The confidence, from 0 to 1, is
+    the share of these votes.
+    """
+    count = scores.shape[1]
+    steps = torch.arange(count, device=scores.device)
+    angles = 2 * math.pi * steps / count
+    # Entry (k, n) tells whether vote n counts if the peak is k.
+    distances = torch.remainder(steps - steps[:, None] + count // 2, count) - count // 2
+    near = (8 * distances.abs() < count).to(scores.dtype)
+    votes = scores.softmax(dim=1)
+    counted = votes * near[votes.argmax(dim=1)]
+    x, y = (counted @ torch.stack([angles.cos(), angles.sin()], dim=1).to(scores.dtype)).unbind(dim=1)
+    return torch.stack([torch.atan2(y, x).rad2deg(), counted.sum(dim=1)], dim=1)
 
 
 def disc(height: int, width: int) -> Tensor:

@@ -12,17 +12,17 @@ from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.images import ImageSpec
 from upright.recipes import build
-from upright.training.classifier import ImageClassifier
+from upright.training.module import ImageModule
 
 
 class Restored(NamedTuple):
     """A checkpoint's model and data."""
 
-    classifier: ImageClassifier
+    classifier: ImageModule
     data: Any
     """The datamodule; None if the checkpoint does not record one."""
     contents: dict[str, Any]
-    """Upright's part of the checkpoint; see `ImageClassifier.on_save_checkpoint`."""
+    """Upright's part of the checkpoint; see `ImageModule.on_save_checkpoint`."""
     epoch: int
     """Number of epochs that the weights were trained for."""
 
@@ -68,7 +68,7 @@ def restore(
     """
     checkpoint = read_checkpoint(path) if content is None else content
     ours = checkpoint[KEY]
-    classifier = ImageClassifier.rebuild(checkpoint, path)
+    classifier = ImageModule.rebuild(checkpoint, path)
     same_split = data is None if same_split is None else same_split
     if data is None and ours["data"] is not None:
         data = build(ours["data"])()

@@ -17,7 +17,7 @@ from upright.files import write_text
 from upright.recipes import Recipe
 from upright.runs.cli.command import Command, early_options
 from upright.runs.drawing import draw_confusion, save_png
-from upright.runs.plots import draw_transformer
+from upright.runs.plots import draw_orientation, draw_transformer
 from upright.runs.seal import open_test_split
 from upright.training.metrics import write_tables
 from upright.training.restoring import restore
@@ -87,28 +87,39 @@ class Evaluation(Command):
         record = {"checkpoint": str(self.path), "data": getattr(data, "recipe", None), "metrics": metrics}
         write_text(folder / "test.json", json.dumps(record, indent=2) + "\n")
         print(f"Written: {folder / 'test.json'}")
-        assert model.confusion is not None
-        print(f"Tables:  {', '.join(map(str, write_tables(folder, model.confusion, model.spec.classes)))}")
-        title = f"Test, epoch {self.epoch}"
-        plots = {"confusion": draw_confusion(title, model.confusion, model.spec.classes)}
-        if model.transformers and isinstance(data, ImageDataModule):
-            plots["transformer"] = draw_transformer(title, model, data)
+        title, plots = f"Test, epoch {self.epoch}", {}
+        if model.confusion is not None:
+            print(f"Tables:  {', '.join(map(str, write_tables(folder, model.confusion, model.spec.classes)))}")
+            plots["confusion"] = draw_confusion(title, model.confusion, model.spec.classes)
+        if isinstance(data, ImageDataModule):
+            if not model.spec.classes:
+                plots["orientation"] = draw_orientation(title, model, data)
+            elif model.transformers:
+                plots["transformer"] = draw_transformer(title, model, data)
         for name, plot in plots.items():
             save_png(plot, folder / f"test_{name}.png")
             print(f"Plot:    {folder / f'test_{name}.png'}")
 
     def _write_predictions(self, batches: list[Any]) -> None:
-        labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
         data, classes = self.datamodule, self.model.spec.classes
-        names = list(data.names("test")) if isinstance(data, ImageDataModule) else map(str, range(len(labels)))
+        if classes:
+            labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            header = ["label", "prediction", *classes]
+            rows = [
+                [classes[label], classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())]
+                for label, row in zip(labels.tolist(), probabilities, strict=True)
+            ]
+        else:
+            header = ["angle", "confidence"]
+            rows = [[f"{angle:.2f}", f"{confidence:.6f}"] for angle, confidence in torch.cat(batches).tolist()]
+        names = list(data.names("test")) if isinstance(data, ImageDataModule) else map(str, range(len(rows)))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", "label", "prediction", *classes])
-        for name, label, row in zip(names, labels.tolist(), probabilities, strict=True):
-            writer.writerow([name, classes[label], classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
+        writer.writerow(["name", *header])
+        writer.writerows([name, *row] for name, row in zip(names, rows, strict=True))
         path = Path(self.config_init.output or self.path.parent / "predictions.csv")
         write_text(path, text.getvalue())
-        print(f"Written: {path} ({len(labels)} images)")
+        print(f"Written: {path} ({len(rows)} images)")
 
 
 def evaluate(command: str, arguments: Sequence[str]) -> None:

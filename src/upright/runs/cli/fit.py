@@ -31,8 +31,8 @@ from upright.runs.plots import RunPlots
 from upright.runs.resuming import check_resumable, check_supported, is_complete
 from upright.runs.tracking import Artifacts, finish_wandb, wandb_logger
 from upright.tables import read_rows
-from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import start_from
+from upright.training.module import ImageModule
 from upright.training.restoring import check_data
 
 MODEL = "upright.ImageClassifier"
@@ -44,11 +44,11 @@ NOT_RECORDED = (
 """Options that are not part of the experiment, and so not of ``config.yaml``."""
 
 
-def experiment(model: Callable[[ImageSpec], ImageClassifier]) -> None:
+def experiment(model: Callable[[ImageSpec], ImageModule]) -> None:
     """Declare the option ``--model``; its types do not have to be annotated.
 
     Args:
-        model: Arguments of ImageClassifier, or class_path and init_args of a subclass.
+        model: Arguments of ImageClassifier, or class_path and init_args of another ImageModule.
     """
 
 
@@ -257,7 +257,7 @@ class RunConfig(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, ImageModule)
         facts: dict[str, Any] = {"git_commit": git_commit()}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ImageDataModule):
