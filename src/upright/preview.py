@@ -142,7 +142,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     for split in SPLITS:
         places = _of_many_classes(data, split, columns)
         indices = [int(data.splits[split][place]) for place in places]
-        labels = [data.spec.classes[data.source.labels[index]] for index in indices]
+        labels = [data.kinds[data.source.labels[index]] for index in indices]
         add(split, [data.source.images[index] for index in indices], labels)
         views, samples = data.views(split), data.samples(split)
         if split == "train":

@@ -24,6 +24,7 @@ from upright.warp import rotation
 
 SPEC = ImageSpec(3, 32, 32, (), (0.5,) * 3, (0.25,) * 3, "crop", mask="disc")
 SGD = partial(torch.optim.SGD, lr=0.1)
+SMALL = tuple(["--model.network.widths", "[8,16]", "--model.network.strides", "[2,2]", "--model.network.blocks", "1"])
 
 
 def landscape(generator: np.random.Generator, height: int = 40, width: int = 48) -> Image.Image:
@@ -46,16 +47,8 @@ def test_from_a_folder_to_a_bundle(pictures: Path, upright: Upright, capsys: pyt
     answer = upright(
         *("fit", "--config", ROOT / "configs/orientation.yaml", "--name", "up", "--wandb", "off"),
         *("--data.root", pictures, "--data.size", "32", "--data.batch_size", "16", "--trainer.max_epochs", "4"),
-        *(
-            "--model.network.widths",
-            "[8,16]",
-            "--model.network.strides",
-            "[2,2]",
-            "--model.network.blocks",
-            "1",
-            "--model.turns",
-            "32",
-        ),
+        *SMALL,
+        *("--model.turns", "32"),
     )
     assert answer.code == 0, answer.err
     answer = upright("test", "--ckpt_path", "checkpoints/up")
@@ -84,6 +77,15 @@ def test_from_a_folder_to_a_bundle(pictures: Path, upright: Upright, capsys: pyt
     assert upright("verify", "export/up").code == 0
     assert "estimates by which angle" in Path("export/up/README.md").read_text()
 
+    for command in (("report", "checkpoints/up"), ("select", "checkpoints/up")):
+        answer = upright(*command)
+        assert answer.code == 2 and "'checkpoints/up" in answer.err and "estimates the orientation" in answer.err
+    assert upright("describe", "checkpoints/up").code == 0
+    recorded = "checkpoints/up/last.ckpt"
+    assert upright("preview", recorded).code == 0
+    answer = upright("fit", "--ckpt_path", recorded, "--trainer.max_epochs", "5", "--wandb", "off")
+    assert answer.code == 0, answer.err
+
     from upright.runtime.predictor import OrientationPredictor, Predictor
 
     predict = OrientationPredictor("export/up")
@@ -99,16 +101,8 @@ def test_four_turns_never_resample(pictures: Path, upright: Upright) -> None:
     answer = upright(
         *("fit", "--config", ROOT / "configs/orientation.yaml", "--name", "four", "--wandb", "off"),
         *("--data.root", pictures, "--data.size", "32", "--data.batch_size", "16", "--trainer.max_epochs", "2"),
-        *(
-            "--model.network.widths",
-            "[8,16]",
-            "--model.network.strides",
-            "[2,2]",
-            "--model.network.blocks",
-            "1",
-            "--model.turns",
-            "4",
-        ),
+        *SMALL,
+        *("--model.turns", "4"),
     )
     assert answer.code == 0, answer.err
     assert upright("test", "--ckpt_path", "checkpoints/four").code == 0

@@ -175,7 +175,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         return np.asarray(self.source.labels, dtype=np.int64)
 
     @property
-    def _kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[str, ...]:
         """Names of the labels. Without classes, every label is 0."""
         return self.spec.classes or ("images",)
 
@@ -207,7 +207,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             labels = self._labels[pool][first]
             try:
                 split = stratified_split(
-                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self._kinds
+                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self.kinds
                 )
             except UprightError as error:
                 more = len(pool) - len(first)
@@ -224,14 +224,14 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def manifest(self) -> SplitManifest:
         """The content of each split: counts per class, and hashes."""
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        return SplitManifest.of(name, self.splits, self._labels, self.images.facts["hash"], self._kinds)
+        return SplitManifest.of(name, self.splits, self._labels, self.images.facts["hash"], self.kinds)
 
     @cached_property
     def remarks(self) -> list[str]:
         """Sentences for the user about these data: duplicates, and unreadable images that are left out."""
         remarks = [*self.source.remarks]
         remarks += describe_duplicates(
-            self.splits, self._labels, self.images.facts["hash"], self._kinds, self.source.names
+            self.splits, self._labels, self.images.facts["hash"], self.kinds, self.source.names
         )
         if len(unreadable := np.flatnonzero(~self.images.readable)):
             remarks.append(

@@ -125,6 +125,10 @@ def open_subjects(
     first = origins[0]
     if tuple(precisions) != DEFAULT_PRECISIONS and not any(origin.bundle for origin in origins):
         raise UserError("--precision chooses among the models of a bundle, but none of these models is a bundle.")
+    if not first.spec.classes:
+        raise UserError(
+            f"'{first.path}' estimates the orientation, and a report compares classifiers; `upright test` measures it."
+        )
     for other in origins[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UserError(

@@ -172,6 +172,8 @@ def predictions_of(runs: Sequence[Candidate], data: ImageDataModule | None = Non
 
 def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]]) -> None:
     first = contents[0]
+    if not first["spec"]["classes"]:
+        raise UserError(f"'{runs[0].checkpoint}' estimates the orientation, and select compares classifiers.")
     for run, record in zip(runs, contents, strict=True):
         if not record["data"] or not record["split"]:
             raise UserError(
