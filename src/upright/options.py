@@ -278,10 +278,10 @@ class Benchmark(Options):
 
 @dataclass(frozen=True)
 class Serve(Options):
-    """Classify images over HTTP.
+    """Classify images over HTTP, or estimate their orientation.
 
-    POST /v1/classify, and the Open Inference Protocol (/v2). /docs describes both, /metrics is for Prometheus. Put a
-    reverse proxy in front for authentication, TLS and routing.
+    POST /v1/classify or, for a bundle without classes, /v1/orientation; and the Open Inference Protocol (/v2). /docs
+    describes both, /metrics is for Prometheus. Put a reverse proxy in front for authentication, TLS and routing.
     """
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")

@@ -209,7 +209,7 @@ class Bundle:
             with np.errstate(over="ignore"):
                 expected = self.expected(precision)
             if expected.shape != (len(samples), self.task.columns) or not np.isfinite(expected).all():
-                raise ValueError(f"the {self.task.output} of {precision} in {EXPECTED} is missing or wrong")
+                raise ValueError(f"the output {self.task.output} of {precision} in {EXPECTED} is missing or wrong")
             if not math.isfinite(self.tolerance(precision)):
                 raise ValueError(f"the tolerance of {precision} is {self.tolerance(precision)}")
             if _has_external_data(self.model(precision)):
