@@ -235,7 +235,7 @@ class Verify(Options):
 
 @dataclass(frozen=True)
 class Infer(Options):
-    """Classify images with a bundle."""
+    """Classify images with a bundle, or estimate their orientation."""
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")
     images: Sequence[str] = argument(
@@ -243,12 +243,14 @@ class Infer(Options):
         "IMAGE",
     )
     format: Literal["table", "jsonl", "csv"] = option("table", "output format")
-    top: int = option(1, "number of classes per image, the most probable ones", metavar="K")
+    top: int | None = option(
+        None, "number of classes per image, the most probable ones; by default 1; only for classifiers", metavar="K"
+    )
     outputs: Sequence[str] = option(
         (), "further outputs of the graph, such as theta, for --format jsonl or --npz", metavar="NAME"
     )
     npz: str | None = option(
-        None, "also write paths, probabilities and outputs of all images to this file of NumPy", metavar="FILE"
+        None, "also write paths, main output and further outputs of all images to this file of NumPy", metavar="FILE"
     )
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
     threads: int | None = option(None, "threads per run; by default as many as there are cores", metavar="N")
@@ -282,10 +284,10 @@ class Benchmark(Options):
 
 @dataclass(frozen=True)
 class Serve(Options):
-    """Classify images over HTTP.
+    """Classify images over HTTP, or estimate their orientation.
 
-    POST /v1/classify, and the Open Inference Protocol (/v2). /docs describes both, /metrics is for Prometheus. Put a
-    reverse proxy in front for authentication, TLS and routing.
+    POST /v1/classify or, for a bundle without classes, /v1/orientation; and the Open Inference Protocol (/v2). /docs
+    describes both, /metrics is for Prometheus. Put a reverse proxy in front for authentication, TLS and routing.
     """
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")

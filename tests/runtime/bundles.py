@@ -1,19 +1,22 @@
-"""Bundles of untrained networks, with any spec and any form."""
+"""Bundles for tests: of untrained networks with any spec and any form, and of a graph that computes an orientation."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from onnxscript import FLOAT, UINT8, script
+from onnxscript import opset18 as op
 from PIL import Image
 from torch import nn
 
 from upright.architectures.nin import NiN
 from upright.exporting.graph import Form, Graph, write_graph
-from upright.images import ImageSpec
+from upright.images import ImageSpec, Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
 from upright.runtime.predictor import open_session, run_session
 from upright.training.model import Model
@@ -38,27 +41,95 @@ def write_bundle(
             parameter.add_(0.05 * torch.randn_like(parameter))
     (folder / SAMPLES).mkdir(parents=True)
     write_graph(model, folder / MODELS["fp32"], form)
-    session = open_session(folder / MODELS["fp32"])
     height, width = form.size or (spec.height + 3, spec.width + 7)
+    noise = [np.random.default_rng(n).integers(0, 256, (height, width, spec.channels), np.uint8) for n in range(4)]
+    shape = [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]
+    return _complete(folder, spec, noise, shape, Graph(model, form).names, type(model.network).__name__)
+
+
+@script(default_opset=op)
+def brightness(images):  # type: ignore[no-untyped-def]
+    """Estimate the orientation of images whose upper half is the bright one.
+
+    ``theta`` points from the centre of an image to its centre of brightness. This is up in an upright image. The angle
+    of ``theta`` to this is the orientation, and its length the confidence.
+    """
+    grey = op.ReduceMean(op.Cast(images, to=1), [-1], keepdims=0)
+    height, width = op.Split(op.Cast(op.Shape(images, start=1, end=3), to=1), num_outputs=2)
+    x = 2.0 * (op.Range(0.0, op.Squeeze(width), 1.0) + 0.5) / width - 1.0
+    y = 1.0 - 2.0 * (op.Range(0.0, op.Squeeze(height), 1.0) + 0.5) / height
+    total = op.Max(op.ReduceSum(grey, [1, 2], keepdims=0), 1e-9)
+    sine = -op.ReduceSum(grey * x, [1, 2], keepdims=0) / total
+    cosine = op.ReduceSum(grey * op.Unsqueeze(y, [1]), [1, 2], keepdims=0) / total
+    theta = op.Concat(op.Unsqueeze(sine, [1]), op.Unsqueeze(cosine, [1]), axis=1)
+    length = op.Sqrt(sine * sine + cosine * cosine)
+    size = op.Acos(cosine / op.Max(length, 1e-9)) * 57.29577951308232
+    angle = op.Where(sine < 0.0, -size, size)
+    orientation = op.Concat(op.Unsqueeze(angle, [1]), op.Unsqueeze(op.Min(length, 1.0), [1]), axis=1)
+    return orientation, theta
+
+
+def photograph(angle: float, side: int = 40, channels: int = 1) -> Pixels:
+    """Return a picture that is bright at the top, rotated by ``angle`` degrees anticlockwise."""
+    y, x = ((2 * np.indices((side, side)) + 1) / side - 1) * [[[-1]], [[1]]]
+    slope = -x * np.sin(np.deg2rad(angle)) + y * np.cos(np.deg2rad(angle))
+    return np.repeat((127 + 85 * slope).round().astype(np.uint8)[..., None], channels, axis=2)
+
+
+ANGLES = (0.0, 30.0, -90.0, 180.0)
+"""Angles of the samples of an orientation bundle."""
+
+
+def write_orientation_bundle(
+    folder: Path, channels: int = 1, side: int | None = None, batch: int | None = None
+) -> Path:
+    """Write a complete bundle of `brightness` into ``folder``, with a photograph for each of `ANGLES`.
+
+    Args:
+        folder: folder of the bundle.
+        channels: 1 or 3.
+        side: side of the images, if it is fixed.
+        batch: number of images in a batch, if it is fixed.
+    """
+    spec = ImageSpec(channels, 32, 32, (), (0.5,) * channels, (0.5,) * channels)
+    (folder / SAMPLES).mkdir(parents=True)
+    shape = [batch or "batch", *((side, side) if side else ("height", "width")), channels]
+    model = brightness.to_model_proto(input_types=[UINT8[tuple(shape)]], output_types=[FLOAT[shape[0], 2]] * 2)
+    onnx.helper.set_model_props(model, {"upright": json.dumps({"classes": [], "format": FORMAT})})
+    onnx.save(model, folder / MODELS["fp32"])
+    photographs = [photograph(angle, side or 40, channels) for angle in ANGLES]
+    return _complete(folder, spec, photographs, shape, ["orientation", "theta"], "Brightness")
+
+
+def _complete(
+    folder: Path,
+    spec: ImageSpec,
+    images: Sequence[Pixels],
+    shape: list[Any],
+    outputs: list[str],
+    network: str,
+) -> Path:
+    """Add samples, manifest and hashes to the folder of a model."""
+    rows = run_session(open_session(folder / MODELS["fp32"]), images, 1)
     samples = []
-    for number in range(4):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, spec.channels), dtype=np.uint8)
-        Image.fromarray(pixels.squeeze()).save(folder / SAMPLES / f"{number:02d}.png")
-        (probabilities,) = run_session(session, [pixels], 1)
+    for number, (pixels, row) in enumerate(zip(images, rows, strict=True)):
         file = f"{SAMPLES}/{number:02d}.png"
-        samples.append({"file": file, "label": spec.classes[0], "probabilities": {"fp32": probabilities.tolist()}})
+        Image.fromarray(pixels.squeeze()).save(folder / file)
+        label = {"label": spec.classes[0]} if spec.classes else {}
+        samples.append({"file": file, outputs[0]: {"fp32": row.tolist()}} | label)
     plain_spec = spec.to_dict()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,
+        "task": spec.task,
         "mask": plain_spec.pop("mask"),
         "spec": plain_spec,
-        "input": {"shape": [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]},
-        "other_outputs": Graph(model, form).names[1:],
+        "input": {"shape": shape},
+        "other_outputs": outputs[1:],
         "precisions": {"fp32": {"tolerance": 1e-4}},
         "provenance": {
             "versions": {"upright": "0.1.0"},
-            "model": {"network": type(model.network).__name__},
+            "model": {"network": network},
             "data": {"root": "/home/somebody"},
         },
     }

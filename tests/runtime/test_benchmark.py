@@ -7,14 +7,17 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
+from tests.runtime.bundles import write_orientation_bundle
 from upright.runtime import benchmark as benchmark_module
 from upright.runtime import speed
 from upright.runtime.benchmark import Runtime, find_runtimes
 from upright.runtime.bundle import Bundle
+from upright.runtime.task import OrientationEstimation
 from upright.runtime.worker import Worker
 
 DIGITS = ROOT / "export/digits"
@@ -57,6 +60,20 @@ def test_a_table_of_the_base_install(upright: Upright, monkeypatch: pytest.Monke
     assert answer.out.count("| ONNX Runtime ") == 8 and report["machine"]["processor"] in answer.out
     with Image.open("report/benchmark.png") as plot:
         assert plot.format == "PNG" and plot.width > plot.height
+
+
+def test_an_orientation_bundle_is_compared_in_degrees(upright: Upright, tmp_path: Path) -> None:
+    answer = upright("benchmark", write_orientation_bundle(tmp_path / "export/sky"), "--batches", 2, "--to", "report")
+    assert answer.code == 0, answer.err
+    rows = json.loads(Path("report/benchmark.json").read_text())["rows"]
+    assert [row["runtime"] for row in rows] == ["ONNX Runtime fp32", "OpenVINO fp32"][: 1 + bool(find_spec("openvino"))]
+    for row in rows:
+        assert row["agreement"] == "4/4" and row["agrees"] and row["largest_degrees"] < 0.1
+    assert "4/4, 0.00\N{DEGREE SIGN} |" in answer.out and "degrees" in answer.out and "probability" not in answer.out
+    task, rows = OrientationEstimation(), np.array([[179.9, 0.5], [10, 0.5]])
+    agreement = benchmark_module._agreement(task, rows, np.array([[-179.9, 0.5], [13, 0.5]]), tolerance=0.02)
+    assert agreement.pop("largest_difference") == pytest.approx(2 * 0.5 * np.sin(np.deg2rad(1.5)))
+    assert agreement == {"agreement": "1/2", "agrees": False, "largest_degrees": pytest.approx(3)}
 
 
 def test_the_fastest_runtime_must_agree() -> None:

@@ -3,6 +3,8 @@ import os
 import pickle
 import random
 import zipfile
+from collections.abc import Callable
+from copy import deepcopy
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +14,9 @@ import onnx
 import pytest
 
 from tests.conftest import Upright
+from tests.runtime.bundles import write_orientation_bundle
 from upright.errors import UprightError
-from upright.runtime.bundle import SUMS, Bundle, checksums, write_archive
+from upright.runtime.bundle import EXPECTED, SUMS, Bundle, checksums, write_archive
 
 
 def files(bundle: Path) -> list[Path]:
@@ -64,6 +67,44 @@ def test_another_format_is_refused(bundle: Path, upright: Upright) -> None:
         answer = upright("verify", bundle)
         expected = f"has format {number}, written by Upright {version('upright')}; this version reads 2. {advice}"
         assert answer.code == 2 and expected in answer.err
+
+
+def test_the_task_follows_from_the_classes(bundle: Path, upright: Upright, tmp_path: Path) -> None:
+    sky = write_orientation_bundle(tmp_path / "export/sky")
+    answer = upright("verify", sky)
+    assert answer.code == 0 and "hashes, format 2, 4 samples; fp32 within" in answer.out
+    # Older bundles do not name their task, and are classifiers.
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest.pop("task", None)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(bundle)
+    assert upright("verify", bundle).code == 0
+    for folder, task, other in ((sky, "classification", "orientation"), (bundle, "orientation", "classification")):
+        rewrite(folder, task=task)
+        answer = upright("verify", folder)
+        assert answer.code == 2 and f"the task is '{task}', but its spec is one of {other}" in answer.err
+
+
+def test_verify_compares_orientations(upright: Upright, tmp_path: Path) -> None:
+    sky = write_orientation_bundle(tmp_path / "export/sky")
+    original = json.loads((sky / EXPECTED).read_text())
+
+    def verify(change: Callable[[list[list[float]]], object]) -> tuple[int, str]:
+        samples = deepcopy(original)
+        change([sample["orientation"]["fp32"] for sample in samples])
+        (sky / EXPECTED).write_text(json.dumps(samples))
+        (sky / SUMS).write_text(checksums(sky))
+        answer = upright("verify", sky)
+        return answer.code, answer.err
+
+    # 180 and -180 degrees are the same angle.
+    assert verify(lambda rows: rows[3].__setitem__(0, -rows[3][0])) == (0, "")
+    code, error = verify(lambda rows: rows[1].__setitem__(0, rows[1][0] + 2))
+    assert code == 1 and "1 of 4 samples differ by up to 0.0078 (allowed 0.0001), 1 of them in the angle: " in error
+    code, error = verify(lambda rows: rows[1].__setitem__(1, rows[1][1] + 0.01))
+    assert code == 1 and "1 of 4 samples differ by up to 0.01 (allowed 0.0001), 0 of them in the angle: " in error
+    code, error = verify(lambda rows: rows[1].append(0))
+    assert code == 2 and "is not a bundle" in error
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"format": 2}', '{"format": "x", "provenance": {}}'])

@@ -342,7 +342,7 @@ def test_a_file_name_that_is_not_text(made: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["spec"].update(classes=["a", "b"]), "the probabilities of fp32 in samples/expected.json are"),
+        (lambda m: m["spec"].update(classes=["a", "b"]), "the output probabilities of fp32 in"),
         (lambda m: m["spec"].update(classes=[1, 2, 3]), "a key of manifest.json is missing, or its value has the"),
         (lambda m: m["spec"].update(channels=3), "mean and std need one number per channel"),
         (lambda m: m["spec"].update(height="28"), "not supported between instances"),

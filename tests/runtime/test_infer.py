@@ -21,12 +21,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from tests.runtime.bundles import write_unresized_bundle
-from upright.errors import BundleError, EngineError, ImageError
+from tests.runtime.bundles import ANGLES, photograph, write_orientation_bundle, write_unresized_bundle
+from upright.errors import BundleError, EngineError, ImageError, UserError
 from upright.runtime import infer as infer_module
 from upright.runtime.bundle import write_archive
-from upright.runtime.predictor import Predictor
-from upright.runtime.task import Prediction
+from upright.runtime.predictor import OrientationPredictor, Predictor, open_predictor
+from upright.runtime.task import Orientation, Prediction
 
 
 @pytest.fixture
@@ -61,6 +61,47 @@ def test_top(upright: Upright, bundle: Path) -> None:
     assert header == "path,label_1,probability_1,label_2,probability_2" and len(row.split(",")) == 5
     answer = upright("infer", bundle, bundle / "samples/00.png", "--top", 11)
     assert answer.code == 2 and "--top must be from 1 to 10" in answer.err
+
+
+def test_the_orientation_in_every_format(upright: Upright, tmp_path: Path) -> None:
+    bundle = write_orientation_bundle(tmp_path / "export/sky")
+    images = [bundle / f"samples/{number:02d}.png" for number in range(len(ANGLES))]
+    jsonl = upright("infer", bundle, *images, "--format", "jsonl", "--outputs", "theta", "--npz", "all.npz").out
+    rows = list(csv.DictReader(upright("infer", bundle, *images, "--format", "csv").out.splitlines()))
+    table = upright("infer", bundle, *images).out.splitlines()
+    with np.load("all.npz") as arrays:
+        assert set(arrays) == {"paths", "orientation", "theta"}
+        stored = arrays["orientation"], arrays["theta"]
+    for angle, path, text, row, line, (stored_angle, confidence), theta in zip(
+        ANGLES, images, jsonl.splitlines(), rows, table, *stored, strict=True
+    ):
+        record = json.loads(text)
+        assert list(record) == ["path", "angle", "confidence", "outputs"] and record["path"] == str(path)
+        # 180 and -180 degrees are the same angle.
+        assert abs(record["angle"] - angle) % 360 == pytest.approx(0, abs=0.01)
+        assert (record["angle"], record["confidence"]) == (stored_angle, confidence)
+        assert record["outputs"]["theta"] == pytest.approx(theta.tolist())
+        assert row == {"path": str(path), "angle": f"{stored_angle:z.4f}", "confidence": f"{confidence:.6f}"}
+        assert line.split() == [f"{stored_angle:z.2f}°", f"{confidence:.4f}", str(path)]
+    answer = upright("infer", bundle, images[0], "--top", 1)
+    message = f"--top is for bundles with classes, and '{bundle}' estimates the orientation; omit --top."
+    assert (answer.code, answer.out, answer.err) == (2, "", f"upright: error: {message}\n")
+
+
+def test_each_task_has_its_predictor(bundle: Path, tmp_path: Path) -> None:
+    sky = write_orientation_bundle(tmp_path / "export/sky")
+    with pytest.raises(UserError, match=f"'{sky}' estimates the orientation; use upright.OrientationPredictor for it"):
+        Predictor(sky)
+    with pytest.raises(UserError, match=f"'{bundle}' classifies images; use upright.Predictor for it"):
+        OrientationPredictor(bundle)
+    predictor = open_predictor(sky, threads=1)
+    assert isinstance(predictor, OrientationPredictor) and isinstance(open_predictor(bundle), Predictor)
+    angles = [-135, -20, 75, 160]
+    results = pickle.loads(pickle.dumps(predictor)).predict([*map(photograph, angles), b""], errors="return")
+    assert isinstance(results.pop(), ImageError) and {type(result) for result in results} == {Orientation}
+    assert [result.angle for result in results] == pytest.approx(angles, abs=0.05)
+    assert predictor(photograph(30)).confidence == pytest.approx(predictor(photograph(0)).confidence, abs=1e-3)
+    assert predictor(np.zeros((8, 8), np.uint8)).confidence == 0
 
 
 def test_bad_images_are_reported_and_the_others_are_classified(upright: Upright, bundle: Path, tmp_path: Path) -> None:
@@ -180,9 +221,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import assert_type
 
+from upright import OrientationPredictor, Predictor
 from upright.errors import ImageError
-from upright.runtime.predictor import Predictor
-from upright.runtime.task import Prediction
+from upright.runtime.task import Orientation, Prediction
 
 def paths() -> Iterator[Path]:
     yield Path("x.png")
@@ -194,6 +235,8 @@ assert_type(predictor.stream(paths()), Iterator[Prediction])
 assert_type(predictor.stream(paths(), errors="return"), Iterator[Prediction | ImageError])
 for answer in predictor.stream(paths(), errors="return"):
     print(answer if isinstance(answer, ImageError) else answer.label)
+angle: float = OrientationPredictor("export/sky")("x.png").angle
+assert_type(OrientationPredictor("export/sky").predict([b""], errors="return"), list[Orientation | ImageError])
 predictor.predict(paths(), errors="ignore")
 """
 
@@ -206,7 +249,7 @@ def test_the_types_of_a_program(tmp_path: Path) -> None:
     environment = os.environ | {"MYPYPATH": str(ROOT / "src")}
     checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     lines = checked.stdout.splitlines()
-    assert "program.py:20: error: No overload variant" in lines[0], checked.stdout
+    assert "program.py:23: error: No overload variant" in lines[0], checked.stdout
     assert lines[-1].startswith("Found 1 error")
 
 

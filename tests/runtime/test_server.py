@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from tests.runtime.bundles import write_bundle, write_unresized_bundle
+from tests.runtime.bundles import photograph, write_bundle, write_orientation_bundle, write_unresized_bundle
+from tests.runtime.conformance import Server, protocol_violations, triton_violations
 from upright.architectures.lenet import LeNet
 from upright.errors import UprightError
 from upright.exporting.graph import Form
@@ -207,6 +209,65 @@ def test_concurrent_requests_get_their_own_predictions(server: Running, predicto
         assert reply.status == 200 and is_prediction(reply.json["results"][0], image, predictor)
     runs = server.metric("upright_batch_images_count") - before[0]
     assert server.metric("upright_batch_images_sum") - before[1] == 96 and runs < 96
+
+
+def test_an_orientation_bundle(bundle: Path, tmp_path: Path, samples: list[bytes]) -> None:
+    sky = write_orientation_bundle(tmp_path / "sky")
+    angles = [20.0, -170.0, 100.0, 30.0]
+    images = [png(photograph(angle)[..., 0]) for angle in angles]
+
+    with serving(sky, "--quiet") as running:
+        send = lambda body, query="", **headers: running.ask("POST", f"/v1/orientation{query}", body, **headers)  # noqa: E731
+        reply = send(images[0], "?outputs=theta")
+        (result,) = reply.json["results"]
+        assert reply.status == 200 and list(result) == ["angle", "confidence", "outputs"]
+        assert result["angle"] == pytest.approx(20, abs=0.05) and 0.2 < result["confidence"] < 0.3
+        assert np.hypot(*result["outputs"]["theta"]) == pytest.approx(result["confidence"])
+        body, kind = multipart({"a.png": images[1], "text.png": b"hello", "b.png": images[2]})
+        first, bad, last = send(body, Content_Type=kind).json["results"]
+        assert [first["name"], bad["name"], last["name"]] == ["a.png", "text.png", "b.png"] and "error" in bad
+        assert [first["angle"], last["angle"]] == pytest.approx(angles[1:3], abs=0.05)
+        assert send(b"hello").status == 422
+        # The wrong route names the right one.
+        reply = running.classify(images[0])
+        message = "The task of this model is orientation: send images to /v1/orientation."
+        assert (reply.status, reply.json) == (404, {"error": message})
+        reply = send(images[0], "?top=1")
+        message = "top is for models with classes, and this one estimates the orientation; omit top."
+        assert (reply.status, reply.json) == (400, {"error": message})
+
+        data = [base64.b64encode(image).decode() for image in images]
+        encoded = {"inputs": [{"name": "images", "shape": [4], "datatype": "BYTES", "data": data}]}
+        reply = running.ask("POST", "/v2/models/sky/infer", json.dumps(encoded).encode())
+        outputs = {output["name"]: output["data"] for output in reply.json["outputs"]}
+        assert list(outputs) == ["orientation", "theta"]
+        assert outputs["orientation"][::2] == pytest.approx(angles, abs=0.05)
+        assert running.ask("GET", "/v2/models/sky").json["outputs"] == [
+            {"name": name, "datatype": "FP32", "shape": [-1, 2]} for name in ("orientation", "theta")
+        ]
+        # Each image was sent twice, except the last one.
+        assert {angle: running.metric(f'upright_angles_total{{degrees="{angle}"}}') for angle in (0, 45, 90, 180)} == {
+            0: 2,
+            45: 1,
+            90: 2,
+            180: 2,
+        }
+        assert running.metric("upright_angles_total") == running.metric("upright_confidence_count") == 7
+        assert running.metric('upright_confidence_bucket{le="0.2"}') == running.metric("upright_predictions_total") == 0
+
+        conforming = Server(f"http://127.0.0.1:{running.port}", "sky")
+        assert list(protocol_violations(conforming)) == []
+        if find_spec("geventhttpclient"):
+            assert list(triton_violations(conforming)) == []
+        check_description(running)
+        # A new bundle may have another task.
+        shutil.rmtree(sky)
+        shutil.copytree(bundle, sky)
+        running.process.send_signal(signal.SIGHUP)
+        while running.classify(samples[0]).status == 404:
+            time.sleep(0.05)
+        message = "The task of this model is classification: send images to /v1/classify."
+        assert send(images[0]).json == {"error": message}
 
 
 # The Open Inference Protocol. The expected keys come from its specification.
@@ -457,6 +518,11 @@ def test_quiet_logs_no_requests(trained: Path, samples: list[bytes]) -> None:
 
 
 def test_the_openapi_description_is_complete(server: Running) -> None:
+    check_description(server)
+
+
+def check_description(server: Running) -> None:
+    """Check that the description has the schema of each reference, and only routes of the server."""
     description = server.ask("GET", "/openapi.json").json
     schemas = description["components"]["schemas"]
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from upright.errors import UserError
 from upright.files import replacing_file, write_text
 from upright.options import Benchmark
 from upright.runtime.bundle import Bundle
 from upright.runtime.speed import machine, side_by_side
+from upright.runtime.task import OrientationEstimation, Rows, Task
 from upright.runtime.worker import Worker
 from upright.tables import markdown
 
@@ -29,13 +28,18 @@ STARTS = 3
 """Processes per runtime; the table shows the median of their cold starts."""
 LEGEND = """
 - Each runtime has its own process. The runtimes take turns, round by round.
-- p50, p95: duration of one run of a batch, from decoded uint8 images to probabilities.
+- p50, p95: duration of one run of a batch, from decoded uint8 images to the answers.
 - x fp32: speed relative to ONNX Runtime in fp32, the median of the ratios of all rounds, and their quartiles.
-- agree: samples of the bundle with the same first class as ONNX Runtime in fp32, and the largest difference of a
-  probability.
+- agree: samples of the bundle with {agree}.
 - peak: largest memory of the process, up to this batch.
 - cold: time from the start of a process to its first prediction, the median of {starts} starts, and memory at that
   time."""
+
+AGREE = {
+    "classification": "the same first class as ONNX Runtime in fp32, and the largest difference of a\n  probability",
+    "orientation": "an angle within 1 degree of that of ONNX Runtime in fp32, and the largest\n  difference in degrees",
+}
+"""Meaning of the column ``agree`` by task."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Runtime:
         load: see `Worker`.
         arguments: arguments of ``load``, besides ``threads``.
         bytes: size of the model's file.
-        tolerance: largest difference of a probability from ONNX Runtime in fp32 that the bundle allows.
+        tolerance: largest difference from ONNX Runtime in fp32 that the bundle allows, see `Task.differences`.
     """
 
     name: str
@@ -86,6 +90,7 @@ def benchmark(options: Benchmark) -> int:
     packages = dict.fromkeys(["upright", *(runtime.package for runtime in runtimes)])
     report = {
         "bundle": bundle.manifest["name"],
+        "task": bundle.task.name,
         "machine": machine() | {"cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "rows": rows,
@@ -147,17 +152,15 @@ def _measure(
                 continue
             workers[runtime.name] = worker
             cold[runtime.name] = {"cold_seconds": median([*seconds, worker.seconds]), "cold_memory": worker.memory}
-        probabilities = {name: worker.probabilities() for name, worker in workers.items()}
-        reference = probabilities[runtimes[0].name]
+        outputs = {name: worker.rows() for name, worker in workers.items()}
+        reference = outputs[runtimes[0].name]
         for batch in batches:
             print(f"Timing batches of {batch} ...", file=sys.stderr, flush=True)
             speeds = side_by_side({name: partial(worker.turn, batch) for name, worker in workers.items()})
             for runtime in runtimes:
                 if runtime.name not in workers:
                     continue
-                name, speed, actual = runtime.name, speeds[runtime.name], probabilities[runtime.name]
-                agreement = int((actual.argmax(axis=1) == reference.argmax(axis=1)).sum())
-                difference = float(np.abs(actual - reference).max())
+                name, speed = runtime.name, speeds[runtime.name]
                 row = {
                     "runtime": name,
                     "threads": threads,
@@ -168,13 +171,23 @@ def _measure(
                     "times_fp32": speed.times,
                     "quartiles": speed.quartiles,
                     "bytes": runtime.bytes,
-                    "agreement": f"{agreement}/{len(actual)}",
-                    "largest_difference": difference,
-                    "agrees": difference <= runtime.tolerance,
                     "peak_memory": workers[name].memory,
                 }
-                rows.append(row | cold[name])
+                rows.append(row | _agreement(bundle.task, reference, outputs[name], runtime.tolerance) | cold[name])
     return rows
+
+
+def _agreement(task: Task[Any], reference: Rows, actual: Rows, tolerance: float) -> Row:
+    """Compare two main outputs for the samples."""
+    difference = float(task.differences(reference, actual).max())
+    row = {
+        "agreement": f"{(~task.changed(reference, actual)).sum()}/{len(actual)}",
+        "largest_difference": difference,
+        "agrees": difference <= tolerance,
+    }
+    if isinstance(task, OrientationEstimation):
+        row["largest_degrees"] = float(task.degrees(reference, actual).max())
+    return row
 
 
 def _fastest(rows: Sequence[Row]) -> str:
@@ -198,6 +211,9 @@ def _cells(row: Row) -> dict[str, str]:
         return "-" if row[name] is None else f"{row[name] / 1e6:.0f}"
 
     low, high = row["quartiles"]
+    difference = f"{row['largest_difference']:.0e}"
+    if "largest_degrees" in row:
+        difference = f"{row['largest_degrees']:.2f}\N{DEGREE SIGN}"
     return {
         "runtime": row["runtime"],
         "threads": str(row["threads"]),
@@ -207,7 +223,7 @@ def _cells(row: Row) -> dict[str, str]:
         "images/s": f"{row['images_per_second']:,.0f}",
         "x fp32": f"{row['times_fp32']:.2f} ({low:.2f} to {high:.2f})",
         "file, kB": f"{row['bytes'] / 1000:.0f}",
-        "agree": f"{row['agreement']}, {row['largest_difference']:.0e}",
+        "agree": f"{row['agreement']}, {difference}",
         "peak, MB": megabytes("peak_memory"),
         "cold, s": f"{row['cold_seconds']:.2f}",
         "cold, MB": megabytes("cold_memory"),
@@ -224,7 +240,7 @@ def _markdown(report: dict[str, Any]) -> str:
     lines += [f"{computer['processor']} ({instructions}), {computer['cores']} cores, {computer['system']};"]
     lines += [f"{versions}.", "", f"{_fastest(report['rows'])}."]
     lines += [f"- {name} was not measured: {reason}" for name, reason in report["not_measured"].items()]
-    return "\n".join(lines) + "\n" + LEGEND.format(starts=STARTS)
+    return "\n".join(lines) + "\n" + LEGEND.format(starts=STARTS, agree=AGREE[report["task"]])
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:

@@ -199,15 +199,17 @@ class Bundle:
                 pass
             case _:
                 raise ValueError(f"a key of {MANIFEST} is missing, or its value has the wrong type")
+        if (task := self.manifest.get("task", "classification")) != spec.task:
+            raise ValueError(f"the task is {task!r}, but its spec is one of {spec.task}")
         files = {f"{SAMPLES}/{file.name}" for file in (self.files / SAMPLES).iterdir()}
         for sample in samples:
-            if sample["file"] not in files or not isinstance(sample["label"], str):
+            if sample["file"] not in files or (spec.classes and not isinstance(sample["label"], str)):
                 raise ValueError(f"the file or the label of sample {sample['file']!r} is missing")
         for precision in ("fp32", *self.precisions):
             with np.errstate(over="ignore"):
                 expected = self.expected(precision)
             if expected.shape != (len(samples), self.task.columns) or not np.isfinite(expected).all():
-                raise ValueError(f"the {self.task.output} of {precision} in {EXPECTED} is missing or wrong")
+                raise ValueError(f"the output {self.task.output} of {precision} in {EXPECTED} is missing or wrong")
             if not math.isfinite(self.tolerance(precision)):
                 raise ValueError(f"the tolerance of {precision} is {self.tolerance(precision)}")
             if _has_external_data(self.model(precision)):
@@ -260,7 +262,7 @@ class Bundle:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Validation images with their predictions: ``file``, ``label``, and the main output by precision."""
+        """Validation images: ``file``, ``label`` if there are classes, and the main output by precision."""
         samples: list[dict[str, Any]] = json.loads((self.files / EXPECTED).read_text(encoding="utf-8"))
         return samples
 

@@ -1,4 +1,4 @@
-"""``upright infer``: classify images with a bundle."""
+"""``upright infer``: classify images with a bundle, or estimate their orientation."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from upright.files import replacing_file
 from upright.image_paths import find_images
 from upright.images import Pixels
 from upright.options import Infer
-from upright.runtime.predictor import Predictor, session_batches
-from upright.runtime.task import Prediction
+from upright.runtime.predictor import OrientationPredictor, Predictor, open_predictor, session_batches
+from upright.runtime.task import Orientation, Prediction
 
 BATCH = 64
 
@@ -34,18 +34,17 @@ def infer(options: Infer) -> int:
         BundleError: see `Predictor`.
         EngineError: if onnxruntime fails.
     """
-    predictor = Predictor(
+    predictor = open_predictor(
         options.bundle,
         options.precision,
         threads=options.threads,
         providers=options.providers,
         max_pixels=options.max_pixels,
     )
-    classes = predictor.spec.classes
-    if not 1 <= options.top <= len(classes):
-        raise UserError(f"--top must be from 1 to {len(classes)} (the number of classes), got {options.top}.")
+    text = _text(predictor, options.top)
     predictor.check_outputs(options.outputs)
-    names = list(dict.fromkeys(["probabilities", *options.outputs]))
+    main = predictor.task.output
+    names = list(dict.fromkeys([main, *options.outputs]))
     table = Table(names) if options.npz else None
     # Paths on standard input may arrive one by one, so do not wait for all of them.
     paths = _find(options.images) if "-" in options.images else list(_find(options.images))
@@ -74,7 +73,7 @@ def infer(options: Infer) -> int:
     # Escape bytes of file names that are not text.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if options.format == "csv":
-        print(_csv_header(options.top))
+        print(_csv_line("path", *text.columns))
     try:
         for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
             try:
@@ -86,18 +85,22 @@ def infer(options: Infer) -> int:
             if table:
                 table.add([path for path, _ in batch], outputs)
             for number, (path, _) in enumerate(batch):
-                prediction = predictor.task.result(outputs["probabilities"][number])
-                if options.format == "jsonl":
+                result: Any = predictor.task.result(outputs[main][number])
+                if options.format == "csv":
+                    print(_csv_line(path, *text.cells(result)))
+                elif options.format == "jsonl":
                     extra = {name: outputs[name][number].tolist() for name in options.outputs}
-                    print(_jsonl(path, prediction, options.top, extra))
+                    record = {"path": str(path)} | text.record(result) | ({"outputs": extra} if extra else {})
+                    print(json.dumps(record, ensure_ascii=False))
                 else:
-                    print(FORMATS[options.format](path, prediction, options.top))
+                    # The path comes last, so that its length does not shift the columns.
+                    print(f"{text.line(result)}  {path}")
                 progress.step()
             sys.stdout.flush()
     finally:
         progress.clear()
     if options.npz and table:
-        table.write(Path(options.npz), classes)
+        table.write(Path(options.npz), predictor.spec.classes)
     return 2 if failures else 0
 
 
@@ -129,7 +132,7 @@ class Table:
             parts.append(outputs[name])
 
     def write(self, target: Path, classes: Sequence[str]) -> None:
-        """Write ``paths``, ``classes``, and an array with one row per image for each output.
+        """Write ``paths``, ``classes`` if there are any, and an array with one row per image for each output.
 
         Raises:
             UserError: if no image could be read.
@@ -137,8 +140,10 @@ class Table:
         if not self.paths:
             raise UserError(f"No image could be read, so '{target}' is not written.")
         arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.parts.items()}
+        if classes:
+            arrays["classes"] = list(classes)
         with replacing_file(target) as new, open(new, "wb") as file:
-            np.savez_compressed(file, paths=self.paths, classes=list(classes), **arrays)
+            np.savez_compressed(file, paths=self.paths, **arrays)
 
 
 class Progress:
@@ -171,35 +176,56 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _table(path: Path, prediction: Prediction, top: int) -> str:
-    width = max(map(len, prediction.probabilities))
-    # The path comes last, so that its length does not shift the columns.
-    return "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in prediction.top(top)) + f"  {path}"
+class PredictionText:
+    """Texts with the ``top`` most probable classes."""
+
+    def __init__(self, classes: Sequence[str], top: int) -> None:
+        self.top, self.width = top, max(map(len, classes))
+        numbers = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
+        self.columns = [f"{name}{number}" for number in numbers for name in ("label", "probability")]
+
+    def line(self, result: Prediction) -> str:
+        return "  ".join(f"{label:<{self.width}} {probability:.4f}" for label, probability in result.top(self.top))
+
+    def cells(self, result: Prediction) -> list[str]:
+        return [cell for label, probability in result.top(self.top) for cell in (label, f"{probability:.6f}")]
+
+    def record(self, result: Prediction) -> dict[str, Any]:
+        record: dict[str, Any] = {"label": result.label, "probability": result.probability}
+        if self.top > 1:
+            record["top"] = [{"label": label, "probability": p} for label, p in result.top(self.top)]
+        return record
 
 
-def _jsonl(path: Path, prediction: Prediction, top: int, outputs: Mapping[str, Any]) -> str:
-    record: dict[str, Any] = {"path": str(path), "label": prediction.label, "probability": prediction.probability}
-    if top > 1:
-        record["top"] = [{"label": label, "probability": p} for label, p in prediction.top(top)]
-    if outputs:
-        record["outputs"] = outputs
-    return json.dumps(record, ensure_ascii=False)
+class OrientationText:
+    """Texts with the angle in degrees anticlockwise, and its confidence."""
+
+    columns = Orientation._fields
+
+    def line(self, result: Orientation) -> str:
+        return f"{result.angle:z7.2f}\N{DEGREE SIGN}  {result.confidence:.4f}"
+
+    def cells(self, result: Orientation) -> list[str]:
+        return [f"{result.angle:z.4f}", f"{result.confidence:.6f}"]
+
+    def record(self, result: Orientation) -> dict[str, Any]:
+        return result._asdict()
 
 
-def _csv(path: Path, prediction: Prediction, top: int) -> str:
-    pairs = ((label, f"{probability:.6f}") for label, probability in prediction.top(top))
-    return _csv_line(path, *(cell for pair in pairs for cell in pair))
-
-
-def _csv_header(top: int) -> str:
-    numbers = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
-    return _csv_line("path", *(f"{column}{number}" for number in numbers for column in ("label", "probability")))
+def _text(predictor: Predictor | OrientationPredictor, top: int | None) -> PredictionText | OrientationText:
+    classes = predictor.spec.classes
+    if classes:
+        if top is not None and not 1 <= top <= len(classes):
+            raise UserError(f"--top must be from 1 to {len(classes)} (the number of classes), got {top}.")
+        return PredictionText(classes, top or 1)
+    if top is not None:
+        raise UserError(
+            f"--top is for bundles with classes, and '{predictor.bundle.folder}' estimates the orientation; omit --top."
+        )
+    return OrientationText()
 
 
 def _csv_line(*cells: object) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().removesuffix("\n")
-
-
-FORMATS: dict[str, Callable[[Path, Prediction, int], str]] = {"table": _table, "csv": _csv}

@@ -26,16 +26,16 @@ from upright.runtime.bundle import Bundle
 from upright.runtime.speed import turn
 
 LoadedModel = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
-"""A function from images ``(B, H, W, C)`` to probabilities ``(B, K)``."""
+"""A function from images ``(B, H, W, C)`` to the main output ``(B, columns)`` of the graph, see `Task`."""
 
 
 class Worker:
-    """Start a process that loads a runtime and classifies the first image.
+    """Start a process that loads a runtime and runs it on the first image.
 
     Args:
         load: ``module:function``; the function returns a `LoadedModel`.
         arguments: arguments of that function, as plain data.
-        bundle: bundle with the samples to classify.
+        bundle: bundle with the samples.
 
     Raises:
         UserError: if the function raises one.
@@ -72,9 +72,9 @@ class Worker:
         self._process.communicate()
         self._log.close()
 
-    def probabilities(self) -> npt.NDArray[np.float32]:
-        """Return the probabilities of each sample, ``(N, K)``."""
-        return np.array(self._ask("probabilities")["probabilities"], dtype=np.float32)
+    def rows(self) -> npt.NDArray[np.float32]:
+        """Return the main output for the samples, ``(N, columns)``."""
+        return np.array(self._ask("rows")["rows"], dtype=np.float32)
 
     def turn(self, batch: int) -> list[float]:
         """Run batches of copies of the first sample for one turn, see `speed.turn`."""
@@ -103,9 +103,9 @@ class Worker:
 
 def onnxruntime(bundle: str, precision: str, threads: int) -> LoadedModel:
     """Load a bundle in ONNX Runtime, with all the checks of `upright infer`."""
-    from upright.runtime.predictor import Predictor
+    from upright.runtime.predictor import open_predictor
 
-    return Predictor(bundle, precision, threads=threads).run
+    return open_predictor(bundle, precision, threads=threads).run
 
 
 def openvino(bundle: str, precision: str, threads: int) -> LoadedModel:
@@ -116,7 +116,7 @@ def openvino(bundle: str, precision: str, threads: int) -> LoadedModel:
 def openvino_model(model: Traversable, threads: int) -> LoadedModel:
     """Load an ONNX file in OpenVINO, on the processor.
 
-    By default, OpenVINO computes float32 files in bfloat16 on a processor that has it. The bundle's probabilities then
+    By default, OpenVINO computes float32 files in bfloat16 on a processor that has it. The bundle's answers then
     change by more than their tolerance, so this function sets float32.
     """
     from openvino import Core
@@ -125,11 +125,11 @@ def openvino_model(model: Traversable, threads: int) -> LoadedModel:
     network = core.read_model(model if isinstance(model, Path) else io.BytesIO(model.read_bytes()))
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(network, "CPU", settings)
-    output = compiled.output("probabilities")
+    main_output = compiled.output(0)
 
     def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        probabilities: npt.NDArray[np.float32] = compiled({"images": images})[output]
-        return probabilities
+        rows: npt.NDArray[np.float32] = compiled({"images": images})[main_output]
+        return rows
 
     return run
 
@@ -172,9 +172,8 @@ def _work(settings: dict[str, Any], reply: Callable[..., None]) -> None:
     reply(memory=peak_memory())
     for line in sys.stdin:
         match json.loads(line):
-            case {"question": "probabilities"}:
-                rows = [run(copies(sample, smallest_batch))[0].tolist() for sample in samples]
-                reply(probabilities=rows)
+            case {"question": "rows"}:
+                reply(rows=[run(copies(sample, smallest_batch))[0].tolist() for sample in samples])
             case {"question": "turn", "batch": batch}:
                 images = copies(samples[0], batch)
                 reply(seconds=turn(partial(run, images)), memory=peak_memory())

@@ -2,11 +2,12 @@
 
 from html import escape
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from upright.runtime.serving.protocol import HEADER, InferenceRequest, InferenceResponse, Model
+from upright.images import TaskName
+from upright.runtime.serving.protocol import HEADER, LABELS, InferenceRequest, InferenceResponse, Model
 
 
 class RankedClass(msgspec.Struct):
@@ -36,6 +37,25 @@ class ClassifyResponse(msgspec.Struct, omit_defaults=True):
     error: str | None = None
 
 
+class OrientationResult(msgspec.Struct, omit_defaults=True):
+    """An orientation or an error for one image. The angle is in degrees anticlockwise, from -180 to 180."""
+
+    name: str | None = None
+    angle: float | None = None
+    confidence: float | None = None
+    outputs: dict[str, list[Any]] | None = None
+    error: str | None = None
+
+
+class OrientationResponse(msgspec.Struct, omit_defaults=True):
+    """One result per image, in the order of the images; ``error`` if no image could be read."""
+
+    model: str
+    version: str
+    results: list[OrientationResult]
+    error: str | None = None
+
+
 class Error(msgspec.Struct):
     """An error message of one line."""
 
@@ -43,6 +63,42 @@ class Error(msgspec.Struct):
 
 
 SCHEMAS = "#/components/schemas/"
+
+
+class Answers(NamedTuple):
+    """The answers for one task.
+
+    Args:
+        route: route for images.
+        response: its response.
+        title: title of a model.
+        action: imperative, in front of the images.
+        result: result for an image.
+    """
+
+    route: str
+    response: type[ClassifyResponse] | type[OrientationResponse]
+    title: str
+    action: str
+    result: str
+
+
+ANSWERS: dict[TaskName, Answers] = {
+    "classification": Answers(
+        "/v1/classify",
+        ClassifyResponse,
+        "an image classifier",
+        "Classify",
+        "a label with its probability (`top` is the number of classes to return)",
+    ),
+    "orientation": Answers(
+        "/v1/orientation",
+        OrientationResponse,
+        "the orientation of images",
+        "Estimate the orientation of",
+        "its rotation in degrees anticlockwise with a confidence from 0 to 1",
+    ),
+}
 
 
 def openapi(model: Model, limit: int, root_path: str) -> dict[str, Any]:
@@ -56,20 +112,21 @@ def openapi(model: Model, limit: int, root_path: str) -> dict[str, Any]:
     classes = len(model.classes)
     binary = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
-    others = [name for name in model.outputs if name not in ("probabilities", "labels")]
-    top = _parameter("top", "query", {"type": "integer", "minimum": 1, "maximum": classes, "default": 1})
-    names = {"type": "array", "items": {"enum": ["probabilities", *others]}}
+    names = {"type": "array", "items": {"enum": [name for name in model.outputs if name != LABELS]}}
     outputs = _parameter("outputs", "query", names, style="form", explode=False)
+    top = _parameter("top", "query", {"type": "integer", "minimum": 1, "maximum": classes, "default": 1})
     encoding = _parameter("Content-Encoding", "header", {"enum": ["gzip", "deflate", "identity"]})
     length = _parameter(HEADER, "header", {"type": "integer", "minimum": 0})
+    answers = ANSWERS["classification" if classes else "orientation"]
     _, components = msgspec.json.schema_components(
-        [ClassifyResponse, Error, InferenceRequest, InferenceResponse], ref_template=SCHEMAS + "{name}"
+        [answers.response, Error, InferenceRequest, InferenceResponse], ref_template=SCHEMAS + "{name}"
     )
+    top_query = f"?top={min(3, classes)}" if classes else ""
     route = f"/v2/models/{model.name}"
     version_route = f"{route}/versions/{model.version}"
     lists = {kind: "; ".join(map(_tensor, model.metadata[kind])) for kind in ("inputs", "outputs")}
     infer = _operation(
-        "Classify images by the Open Inference Protocol",
+        f"{answers.action} images by the Open Inference Protocol",
         f"Input: {lists['inputs']}, or images BYTES [-1] (encoded; base64 in JSON). Outputs: {lists['outputs']}. "
         f"-1 is any length. Binary tensors may follow the JSON, whose length is then in {HEADER}.",
         "InferenceResponse",
@@ -89,20 +146,20 @@ def openapi(model: Model, limit: int, root_path: str) -> dict[str, Any]:
     ready = {"get": _operation("Readiness of the model", bad=(404, 503))}
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"{model.name}: an image classifier", "version": version("upright")},
+        "info": {"title": f"{model.name}: {answers.title}", "version": version("upright")},
         "servers": [{"url": root_path or "/"}],
         "paths": {
-            "/v1/classify": {
+            answers.route: {
                 "post": _operation(
-                    f"Classify an image, or up to {limit}",
+                    f"{answers.action} an image, or up to {limit}",
                     "The body is one image, of any content type, or multipart/form-data with one image per part that "
-                    "has a filename; parts without a filename are ignored. Each image has its own result: a label with "
-                    "its probability, or an error. `top` is the number of classes to return. `outputs` lists further "
-                    "outputs of the model, separated by commas.",
-                    "ClassifyResponse",
-                    f"curl --data-binary @image.png 'ADDRESS/v1/classify?top={min(3, classes)}'",
+                    "has a filename; parts without a filename are ignored. The result for each image is "
+                    f"{answers.result}, or an error. `outputs` lists further outputs of the model, separated by "
+                    "commas.",
+                    answers.response.__name__,
+                    f"curl --data-binary @image.png 'ADDRESS{answers.route}{top_query}'",
                     bad=(400, 408, 413, 415, 422, 429, 431, 500, 503),
-                    parameters=[top, outputs, encoding],
+                    parameters=[*([top] if classes else []), outputs, encoding],
                     requestBody={
                         "required": True,
                         "content": {"*/*": binary, "multipart/form-data": {"schema": files}},
@@ -134,7 +191,7 @@ def _tensor(tensor: dict[str, Any]) -> str:
 
 MEANINGS = {
     400: "The request is wrong; see `error`.",
-    404: "There is no such model or version.",
+    404: "There is no such model or version, or the model has another task.",
     408: "The headers or the body did not arrive in time.",
     413: "The request has more bytes or images than allowed.",
     415: "The content encoding is unknown.",

@@ -1,4 +1,4 @@
-"""The bundle that a server has loaded: it decodes images, and classifies them in batches."""
+"""The bundle that a server has loaded: it decodes images, and answers them in batches."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from upright.cores import count_cores
 from upright.errors import ImageError
 from upright.options import Serve
 from upright.runtime.bundle import SUMS
-from upright.runtime.predictor import Predictor, fixed_batch
+from upright.runtime.predictor import OrientationPredictor, Predictor, fixed_batch
+from upright.runtime.predictor import open_predictor as open_bundle
 from upright.runtime.serving import protocol
 from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs
-from upright.runtime.serving.description import RankedClass, Result
+from upright.runtime.serving.description import OrientationResult, RankedClass, Result
 from upright.runtime.serving.metrics import Metrics
-from upright.runtime.serving.protocol import PROBABILITIES
 
 
-def open_predictor(options: Serve) -> Predictor:
-    """Open the bundle and classify its first sample.
+def open_predictor(options: Serve) -> Predictor | OrientationPredictor:
+    """Open the bundle and run it on its first sample.
 
     Raises:
         BundleError: if the bundle cannot be used.
         EngineError: if onnxruntime fails on the sample.
     """
-    predictor = Predictor(
+    predictor = open_bundle(
         options.bundle,
         options.precision,
         threads=options.threads or None,
@@ -56,9 +56,14 @@ class Loaded:
     """
 
     def __init__(
-        self, predictor: Predictor, options: Serve, metrics: Metrics, budget: Budget, decoders: ThreadPoolExecutor
+        self,
+        predictor: Predictor | OrientationPredictor,
+        options: Serve,
+        metrics: Metrics,
+        budget: Budget,
+        decoders: ThreadPoolExecutor,
     ) -> None:
-        self.predictor, self.classes = predictor, predictor.spec.classes
+        self.predictor, self.classes, self.task = predictor, predictor.spec.classes, predictor.task
         self.options, self.metrics, self.budget, self.decoders = options, metrics, budget, decoders
         # The version is a hash, so the same files have the same version on every server.
         version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
@@ -94,7 +99,7 @@ class Loaded:
             self.budget.release(reserved)
             result.get_loop().call_soon_threadsafe(_set_exception, result, error)
 
-    async def classify_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs | ImageError]:
+    async def run_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs | ImageError]:
         """Return outputs ``(1, ...)`` or an error for each encoded image."""
         loop = asyncio.get_running_loop()
         jobs = [(content, loop.create_future()) for content in files]
@@ -114,16 +119,16 @@ class Loaded:
         self.metrics.images.labels("bad").inc(bad)
         return answers
 
-    async def classify_all_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs]:
+    async def run_all_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs]:
         """Return outputs ``(1, ...)`` for each encoded image, or raise the first `ImageError`."""
         answers = []
-        for index, outcome in enumerate(await self.classify_files(names, files)):
+        for index, outcome in enumerate(await self.run_files(names, files)):
             if isinstance(outcome, ImageError):
                 raise ImageError(f"Image {index} of {len(files)}: {outcome}")
             answers.append(outcome)
         return answers
 
-    async def classify_pixels(self, names: Sequence[str], images: Images) -> list[Outputs]:
+    async def run_pixels(self, names: Sequence[str], images: Images) -> list[Outputs]:
         """Return outputs of the parts of ``(B, H, W, C)``."""
         height, width = images.shape[1:3]
         if height * width > self.predictor.max_pixels:
@@ -137,16 +142,21 @@ class Loaded:
         self.metrics.images.labels("answered").inc(len(images))
         return parts
 
-    def result(self, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]) -> Result:
+    def result(
+        self, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]
+    ) -> Result | OrientationResult:
         """Return the answer for one image, with the ``top`` classes and the outputs in ``names``, and count it."""
         if isinstance(outcome, ImageError):
             return Result(name, error=str(outcome))
-        # Sort plain floats: NumPy would release the interpreter lock and then wait for it.
-        (probabilities,) = outcome[PROBABILITIES].tolist()
-        pairs = sorted(zip(probabilities, self.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
-        ranked = [RankedClass(label, probability) for probability, label in pairs]
-        self.metrics.observe_prediction(ranked[0].label, ranked[0].probability)
+        # Use plain floats: NumPy would release the interpreter lock and then wait for it.
+        (row,) = outcome[self.task.output].tolist()
+        self.metrics.observe(self.classes, row)
         outputs = {output: outcome[output][0].tolist() for output in names} or None
+        if not self.classes:
+            angle, confidence = row
+            return OrientationResult(name, angle, confidence, outputs)
+        pairs = sorted(zip(row, self.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
+        ranked = [RankedClass(label, probability) for probability, label in pairs]
         return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None, outputs)
 
 

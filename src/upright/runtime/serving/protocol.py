@@ -98,7 +98,7 @@ class Model:
         name: name of the model.
         version: version of the model.
         session: session of the graph.
-        classes: names of the classes.
+        classes: names of the classes; with classes, the model has the further output `LABELS`.
     """
 
     def __init__(self, name: str, version: str, session: onnxruntime.InferenceSession, classes: Sequence[str]) -> None:
@@ -111,11 +111,10 @@ class Model:
             "versions": [version],
             "platform": "onnxruntime_onnx",
             "inputs": [_tensor(images)],
-            "outputs": [
-                *map(_tensor, session.get_outputs()),
-                {"name": LABELS, "datatype": "BYTES", "shape": [-1]},
-            ],
+            "outputs": [*map(_tensor, session.get_outputs())],
         }
+        if classes:
+            self.metadata["outputs"].append({"name": LABELS, "datatype": "BYTES", "shape": [-1]})
         self.outputs = [output["name"] for output in self.metadata["outputs"]]
         self._datatypes = {output["name"]: output["datatype"] for output in self.metadata["outputs"]}
 

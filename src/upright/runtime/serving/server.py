@@ -1,4 +1,4 @@
-"""``upright serve``: classify images over HTTP.
+"""``upright serve``: classify images over HTTP, or estimate their orientation.
 
 Starlette routes requests, and uvicorn handles HTTP (httptools, on uvloop). `Batcher` runs the model in one thread, and
 a pool of threads decodes images, so neither blocks the event loop. The proxy in front is responsible for keys, TLS

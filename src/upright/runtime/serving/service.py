@@ -28,11 +28,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from upright.errors import ImageError, UprightError, UserError
+from upright.images import TaskName
 from upright.options import Serve
-from upright.runtime.predictor import Predictor
+from upright.runtime.predictor import OrientationPredictor, Predictor
 from upright.runtime.serving import protocol
 from upright.runtime.serving.batching import Budget, Images, log
-from upright.runtime.serving.description import ClassifyResponse, openapi, page
+from upright.runtime.serving.description import ANSWERS, openapi, page
 from upright.runtime.serving.loaded import Loaded, decoder_count, open_predictor
 from upright.runtime.serving.metrics import Metrics
 
@@ -42,7 +43,6 @@ ENCODINGS = ("gzip", "deflate")
 SMALL_BODY = 64 * 1024
 """Largest request in bytes that the event loop parses itself, because a thread would take longer in total."""
 
-PROBABILITIES = protocol.PROBABILITIES
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 """W3C Trace Context. The group is the trace id."""
@@ -58,7 +58,7 @@ class Service:
         options: options with the limits.
     """
 
-    def __init__(self, predictor: Predictor, options: Serve) -> None:
+    def __init__(self, predictor: Predictor | OrientationPredictor, options: Serve) -> None:
         self.options = options
         self.max_body = int(options.max_body_mb * 1e6)
         self.waiting, self.held_bytes, self.draining, self.started = 0, 0, False, False
@@ -76,7 +76,7 @@ class Service:
     def version(self) -> str:
         return self.loaded.protocol.version
 
-    def _load(self, predictor: Predictor) -> Loaded:
+    def _load(self, predictor: Predictor | OrientationPredictor) -> Loaded:
         return Loaded(predictor, self.options, self.metrics, self.budget, self.decoders)
 
     def _set_model_info(self) -> None:
@@ -101,7 +101,7 @@ class Service:
     def app(self) -> ASGIApp:
         """Return the ASGI application."""
         routes = [
-            Route("/v1/classify", self._classify, methods=["POST"]),
+            *(Route(each.route, partial(self._answer, task), methods=["POST"]) for task, each in ANSWERS.items()),
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2", self._server),
@@ -238,28 +238,40 @@ class Service:
 
     # Routes.
 
-    async def _classify(self, request: Request) -> Response:
+    async def _answer(self, task: TaskName, request: Request) -> Response:
         with self._using() as loaded:
-            text, classes = request.query_params.get("top", "1"), len(loaded.classes)
-            top = protocol.number(text)
-            if not 1 <= top <= classes:
-                raise UserError(f"top must be from 1 to {classes} (the number of classes), got {text!r}.")
+            answers = ANSWERS[loaded.task.name]
+            if task != loaded.task.name:
+                _refuse(404, f"The task of this model is {loaded.task.name}: send images to {answers.route}.")
+            top = self._top(request, len(loaded.classes))
             names = list(filter(None, request.query_params.get("outputs", "").split(",")))
             loaded.predictor.check_outputs(names)
             async with self._accepted(request) as body:
                 files = await self._files(request, body)
                 with self._places(len(files)):
                     contents = [content for _, content in files]
-                    outcomes = await loaded.classify_files([PROBABILITIES, *names], contents)
-            results = [
+                    outcomes = await loaded.run_files([loaded.task.output, *names], contents)
+            results: list[Any] = [
                 loaded.result(name, outcome, top, names) for (name, _), outcome in zip(files, outcomes, strict=True)
             ]
-            response = ClassifyResponse(loaded.protocol.name, loaded.protocol.version, results)
+            response = answers.response(loaded.protocol.name, loaded.protocol.version, results)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
         if len(errors) < len(outcomes):
             return _json(response)
         response.error = str(errors[0])
         return _json(response, _status(errors[0]))
+
+    def _top(self, request: Request, classes: int) -> int:
+        """Return the number of classes to return."""
+        text = request.query_params.get("top")
+        if text is None:
+            return 1
+        if not classes:
+            raise UserError("top is for models with classes, and this one estimates the orientation; omit top.")
+        top = protocol.number(text)
+        if not 1 <= top <= classes:
+            raise UserError(f"top must be from 1 to {classes} (the number of classes), got {text!r}.")
+        return top
 
     async def _files(self, request: Request, body: bytes) -> list[tuple[str | None, bytes]]:
         """Return names and contents of the encoded images in a request."""
@@ -295,18 +307,17 @@ class Service:
                 with self._places(len(images)):
                     try:
                         if isinstance(images, list):
-                            parts = await loaded.classify_all_files(names, images)
+                            parts = await loaded.run_all_files(names, images)
                         else:
-                            parts = await loaded.classify_pixels(names, images)
+                            parts = await loaded.run_pixels(names, images)
                     except ImageError as error:
                         # One bad image fails the whole request: the protocol has no errors for single images.
                         raise UserError(str(error)) from None
             outputs = parts[0]
             if len(parts) > 1:
                 outputs = {name: np.concatenate([part[name] for part in parts]) for name in names}
-            for row in outputs[PROBABILITIES].tolist() if PROBABILITIES in outputs else ():
-                probability = max(row)
-                self.metrics.observe_prediction(loaded.classes[row.index(probability)], probability)
+            for row in outputs[loaded.task.output].tolist() if loaded.task.output in outputs else ():
+                self.metrics.observe(loaded.classes, row)
             content, end = loaded.protocol.write(parsed, outputs)
         if end is None:
             return Response(content, media_type="application/json")
