@@ -210,6 +210,9 @@ class Export(Options):
     )
     to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
     archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
+    sign: str | None = option(
+        None, "sign the bundle with this private key, a PEM file; needs the extra `sign`", metavar="KEY"
+    )
     triton: str | None = option(
         None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
     )
@@ -221,6 +224,9 @@ class Verify(Options):
 
     bundle: str = argument("a folder or an archive that `upright export` wrote")
     expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", metavar="HASH")
+    key: str | None = option(
+        None, "public key, a PEM file, that must have signed the bundle; needs the extra `sign`", metavar="PUB"
+    )
     speed: bool = option(False, "also compare the speed on one thread with that of the export")
     speed_factor: float = option(
         1.5, "warn with --speed if a batch takes more than FACTOR times as long", metavar="FACTOR", above=1

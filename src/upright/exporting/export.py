@@ -40,9 +40,11 @@ from upright.runtime.bundle import (
     SUMS,
     Bundle,
     checksums,
+    file_hashes,
     write_archive,
 )
 from upright.runtime.predictor import open_session, run_session
+from upright.runtime.signature import SIGNATURE, read_signer, write_signature
 from upright.runtime.speed import machine
 from upright.runtime.verify import speeds_by_batch
 from upright.training.finetuning import head
@@ -66,6 +68,7 @@ def export(
     full_range: bool = False,
     to: str = "export",
     archive: bool = False,
+    sign: str | None = None,
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
@@ -86,6 +89,7 @@ def export(
         full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
         archive: also write the bundle as one file, ``NAME.upright.zip``.
+        sign: a private key that signs the bundle, a PEM file.
         triton: a Triton model repository that gets copies of the models.
         wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
 
@@ -104,6 +108,7 @@ def export(
         raise UserError("--full-range changes the weights of int8; give --precision int8, too.")
     if name is not None:
         check_name(name)
+    signer = read_signer(Path(sign)) if sign else None
 
     path = find_checkpoint(checkpoint)
     tracking = bundle_mode(wandb, path)
@@ -138,6 +143,8 @@ def export(
         _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
+        if signer:
+            write_signature(folder / SIGNATURE, target, file_hashes(folder), signer)
         (folder / SUMS).write_text(checksums(folder))
 
     log_bundle(tracking, path, target)
