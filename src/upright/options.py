@@ -22,9 +22,20 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     return field(default=default, metadata={"help": help, **settings})
 
 
-def argument(help: str, metavar: str | None = None) -> Any:
-    """Return a field for a required positional argument."""
-    return field(metadata={"help": help, "positional": True, "metavar": metavar})
+def argument(help: str, metavar: str | None = None, address: bool = False) -> Any:
+    """Return a field for a required positional argument. With ``address``, it may be the address of a bundle."""
+    return field(metadata={"help": help, "positional": True, "metavar": metavar, "address": address})
+
+
+def bundle_argument() -> Any:
+    """Return a field for a bundle."""
+    wrote = "a folder or an archive that `upright export` wrote"
+    return argument(f"{wrote}, or its address: https:// or wandb-artifact://", address=True)
+
+
+def sha256_option() -> Any:
+    """Return a field for the hash of a bundle's archive."""
+    return option(None, "SHA-256 of the bundle's archive; an https:// address needs it", metavar="HASH")
 
 
 @dataclass(frozen=True)
@@ -222,7 +233,8 @@ class Export(Options):
 class Verify(Options):
     """Check a bundle on this machine."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", metavar="HASH")
     key: str | None = option(
         None, "public key, a PEM file, that must have signed the bundle; needs the extra `sign`", metavar="PUB"
@@ -237,11 +249,12 @@ class Verify(Options):
 class Infer(Options):
     """Classify images with a bundle."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
     images: Sequence[str] = argument(
         "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
         "IMAGE",
     )
+    sha256: str | None = sha256_option()
     format: Literal["table", "jsonl", "csv"] = option("table", "output format")
     top: int = option(1, "number of classes per image, the most probable ones", metavar="K")
     outputs: Sequence[str] = option(
@@ -267,7 +280,8 @@ class Infer(Options):
 class Benchmark(Options):
     """Measure how fast a bundle is on this machine."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     checkpoint: str | None = option(
         None, "the bundle's checkpoint or run; adds rows for PyTorch, eager and compiled", metavar="CKPT"
     )
@@ -288,7 +302,8 @@ class Serve(Options):
     reverse proxy in front for authentication, TLS and routing.
     """
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     name: str | None = option(None, "name of the model in routes and answers; by default that of the folder")
     model_version: str | None = option(
         None, "version of the model; by default the first 12 digits of the bundle's hash", metavar="VERSION"
@@ -337,7 +352,8 @@ class Serve(Options):
 class Web(Options):
     """Write a web page that runs a bundle in the browser."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     to: str = option("web", "parent folder of the page's folder", metavar="FOLDER")
     runtime: str | None = option(
         None,
@@ -374,7 +390,9 @@ class Report(Options):
     """Compare models on one page."""
 
     models: Sequence[str] = argument(
-        "checkpoints, folders of runs, or bundles; the first one is compared with the others", "CKPT_OR_BUNDLE"
+        "checkpoints, folders of runs, or bundles; the first one is compared with the others",
+        "CKPT_OR_BUNDLE",
+        address=True,
     )
     data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", metavar="YAML")
     split: Literal["test", "val"] = option("test", "split to evaluate on")
