@@ -21,13 +21,14 @@ from upright.checkpoint import find_checkpoint
 from upright.data.configs import read_data
 from upright.data.source import Original
 from upright.errors import UserError
+from upright.exporting.bom import BOM, bom
 from upright.exporting.card import card, summary
 from upright.exporting.gate import check_exact, convert_within
 from upright.exporting.graph import Form, Output, write_graph
 from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, fitted_originals
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
-from upright.files import check_name, check_replaceable, replacing_folder
+from upright.files import check_name, check_replaceable, file_hash, replacing_folder
 from upright.runs.tracking import Mode, bundle_mode, log_bundle
 from upright.runtime.bundle import (
     ARCHIVE_SUFFIX,
@@ -143,6 +144,10 @@ def export(
         _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
+        _write_json(
+            folder / BOM,
+            bom(manifest, parity, {MODELS[each]: file_hash(folder / MODELS[each]) for each in descriptions}),
+        )
         if signer:
             write_signature(folder / SIGNATURE, target, file_hashes(folder), signer)
         (folder / SUMS).write_text(checksums(folder))
