@@ -311,9 +311,14 @@ class Serve(Options):
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
-    threads: int = option(0, "threads per run; 0 for as many as there are cores", metavar="N", minimum=0)
+    workers: int = option(
+        1, "processes behind the port; each has the bundle in memory, and limits of its own", metavar="N", minimum=1
+    )
+    threads: int = option(0, "threads per run; 0 for the cores, divided by the workers", metavar="N", minimum=0)
     providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
-    decoders: int = option(0, "threads that decode images; 0 for as many as there are cores", metavar="N", minimum=0)
+    decoders: int = option(
+        0, "threads that decode images; 0 for the cores, divided by the workers", metavar="N", minimum=0
+    )
     max_batch: int = option(64, "images per run of the model", metavar="N", minimum=1)
     max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", metavar="MS", minimum=0)
     max_queue: int = option(256, "images in the queue; when it is full, requests get a 429", metavar="N", minimum=1)
