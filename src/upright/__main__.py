@@ -4,4 +4,5 @@ import sys
 
 from upright.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # a worker of `upright serve` imports this file
+    sys.exit(main())

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from upright import options
@@ -84,9 +85,22 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command is None:
         return int(_load("upright.runs.cli.run:run")(name, rest) or 0)
-    parsed = options.parse(name, command.options, rest)
+    parsed = _download(options.parse(name, command.options, rest))
     function = _load(command.function)
     return int((function(**vars(parsed)) if command.keywords else function(parsed)) or 0)
+
+
+def _download(parsed: options.Options) -> options.Options:
+    """Replace addresses of bundles by the paths of their downloads."""
+    sha256 = getattr(parsed, "sha256", None)
+    for each in fields(parsed):
+        value = getattr(parsed, each.name)
+        if each.metadata.get("address") and (sha256 or "://" in str(value)):
+            from upright.runtime.address import local_bundle
+
+            local = local_bundle(value, sha256) if isinstance(value, str) else [local_bundle(path) for path in value]
+            parsed = replace(parsed, **{each.name: local})
+    return parsed
 
 
 def _load(path: str) -> Callable[..., Any]:

@@ -15,6 +15,18 @@ from pathlib import Path
 from upright.errors import UserError, nearest
 
 
+def cache_folder() -> Path:
+    """Return the folder of downloads, ``$UPRIGHT_CACHE`` or ``~/.cache/upright``. It may be deleted at any time.
+
+    Raises:
+        UserError: if the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("UPRIGHT_CACHE") or "~/.cache/upright").expanduser()
+    except RuntimeError:
+        raise UserError("This user has no home folder for downloads; set UPRIGHT_CACHE to a folder.") from None
+
+
 def file_hash(path: Traversable) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:

@@ -22,9 +22,20 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     return field(default=default, metadata={"help": help, **settings})
 
 
-def argument(help: str, metavar: str | None = None) -> Any:
-    """Return a field for a required positional argument."""
-    return field(metadata={"help": help, "positional": True, "metavar": metavar})
+def argument(help: str, metavar: str | None = None, address: bool = False) -> Any:
+    """Return a field for a required positional argument. With ``address``, it may be the address of a bundle."""
+    return field(metadata={"help": help, "positional": True, "metavar": metavar, "address": address})
+
+
+def bundle_argument() -> Any:
+    """Return a field for a bundle."""
+    wrote = "a folder or an archive that `upright export` wrote"
+    return argument(f"{wrote}, or its address: https:// or wandb-artifact://", address=True)
+
+
+def sha256_option() -> Any:
+    """Return a field for the hash of a bundle's archive."""
+    return option(None, "SHA-256 of the bundle's archive; an https:// address needs it", metavar="HASH")
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,9 @@ class Export(Options):
     )
     to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
     archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
+    sign: str | None = option(
+        None, "sign the bundle with this private key, a PEM file; needs the extra `sign`", metavar="KEY"
+    )
     triton: str | None = option(
         None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
     )
@@ -225,8 +239,12 @@ class Export(Options):
 class Verify(Options):
     """Check a bundle on this machine."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", metavar="HASH")
+    key: str | None = option(
+        None, "public key, a PEM file, that must have signed the bundle; needs the extra `sign`", metavar="PUB"
+    )
     speed: bool = option(False, "also compare the speed on one thread with that of the export")
     speed_factor: float = option(
         1.5, "warn with --speed if a batch takes more than FACTOR times as long", metavar="FACTOR", above=1
@@ -237,11 +255,12 @@ class Verify(Options):
 class Infer(Options):
     """Classify images with a bundle, or estimate their orientation."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
     images: Sequence[str] = argument(
         "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
         "IMAGE",
     )
+    sha256: str | None = sha256_option()
     format: Literal["table", "jsonl", "csv"] = option("table", "output format")
     top: int | None = option(
         None, "number of classes per image, the most probable ones; by default 1; only for classifiers", metavar="K"
@@ -269,7 +288,8 @@ class Infer(Options):
 class Benchmark(Options):
     """Measure how fast a bundle is on this machine."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     checkpoint: str | None = option(
         None, "the bundle's checkpoint or run; adds rows for PyTorch, eager and compiled", metavar="CKPT"
     )
@@ -290,7 +310,8 @@ class Serve(Options):
     describes both, /metrics is for Prometheus. Put a reverse proxy in front for authentication, TLS and routing.
     """
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     name: str | None = option(None, "name of the model in routes and answers; by default that of the folder")
     model_version: str | None = option(
         None, "version of the model; by default the first 12 digits of the bundle's hash", metavar="VERSION"
@@ -298,9 +319,14 @@ class Serve(Options):
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
     precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
-    threads: int = option(0, "threads per run; 0 for as many as there are cores", metavar="N", minimum=0)
+    workers: int = option(
+        1, "processes behind the port; each has the bundle in memory, and limits of its own", metavar="N", minimum=1
+    )
+    threads: int = option(0, "threads per run; 0 for the cores, divided by the workers", metavar="N", minimum=0)
     providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
-    decoders: int = option(0, "threads that decode images; 0 for as many as there are cores", metavar="N", minimum=0)
+    decoders: int = option(
+        0, "threads that decode images; 0 for the cores, divided by the workers", metavar="N", minimum=0
+    )
     max_batch: int = option(64, "images per run of the model", metavar="N", minimum=1)
     max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", metavar="MS", minimum=0)
     max_queue: int = option(256, "images in the queue; when it is full, requests get a 429", metavar="N", minimum=1)
@@ -339,7 +365,8 @@ class Serve(Options):
 class Web(Options):
     """Write a web page that runs a bundle in the browser."""
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote")
+    bundle: str = bundle_argument()
+    sha256: str | None = sha256_option()
     to: str = option("web", "parent folder of the page's folder", metavar="FOLDER")
     runtime: str | None = option(
         None,
@@ -376,7 +403,9 @@ class Report(Options):
     """Compare models on one page."""
 
     models: Sequence[str] = argument(
-        "checkpoints, folders of runs, or bundles; the first one is compared with the others", "CKPT_OR_BUNDLE"
+        "checkpoints, folders of runs, or bundles; the first one is compared with the others",
+        "CKPT_OR_BUNDLE",
+        address=True,
     )
     data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", metavar="YAML")
     split: Literal["test", "val"] = option("test", "split to evaluate on")

@@ -47,7 +47,7 @@ def wrong_mean(model: Model, path: Path, form: Form | None = None) -> None:
 def test_the_bundle_is_complete(bundle: Path, trained: Path) -> None:
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     samples = {f"samples/{number:02d}.png" for number in range(16)} | {"samples/expected.json"}
-    assert files == {"model.onnx", "manifest.json", "parity.json", "README.md", "SHA256SUMS"} | samples
+    assert files == {"model.onnx", "manifest.json", "parity.json", "README.md", "bom.cdx.json", "SHA256SUMS"} | samples
     restored = restore(trained / "checkpoints/small")
     manifest = Bundle.open(bundle).manifest
     assert manifest["format"] == 2 and Bundle.open(bundle).spec == restored.data.spec

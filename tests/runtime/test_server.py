@@ -5,6 +5,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -452,6 +453,47 @@ def test_a_reload_is_complete_or_keeps_the_old_bundle(bundle: Path, samples: lis
         assert version != running.version and running.classify(samples[0]).json["version"] == version
 
 
+def test_several_workers(bundle: Path, samples: list[bytes], predictor: Predictor) -> None:
+    with serving(bundle, "--quiet", "--workers", 2) as running:
+
+        def wait_for(message: str, count: int) -> list[dict[str, Any]]:
+            while len(lines := [line for line in running.lines if line["message"] == message]) < count:
+                time.sleep(0.02)
+            return lines
+
+        pids = [line["pid"] for line in wait_for("serving", 2)]
+        for index, stopped in enumerate(pids):  # while one process stands still, the other one answers
+            os.kill(stopped, signal.SIGSTOP)
+            for image in samples[:3]:
+                assert is_prediction(running.classify(image).json["results"][0], image, predictor)
+                assert running.metric("upright_images_total") == running.metric("upright_batch_images_sum")
+            assert running.metric("upright_images_total") == 3 * (index + 1)
+            os.kill(stopped, signal.SIGCONT)
+        assert running.metric("upright_model_info") == 1 and running.metric("upright_waiting_images") == 0
+
+        (bundle / "README.md").write_text("changed")
+        (bundle / SUMS).write_text(checksums(bundle))
+        running.process.send_signal(signal.SIGHUP)
+        (version,) = {line["version"] for line in wait_for("reloaded", 2)}
+        assert version != running.version
+
+        os.kill(pids[0], signal.SIGKILL)
+        (ended,) = wait_for("worker ended", 1)
+        assert (ended["pid"], ended["exit_code"]) == (pids[0], -signal.SIGKILL)
+        assert wait_for("serving", 3)[-1]["version"] == version
+        running.classify(samples[0])
+        assert running.metric("upright_images_total") == 7  # those of the process that ended, too
+        running.process.kill()  # then the workers stop by themselves, which closes standard output
+        wait_for("stopped", 2)
+
+
+def test_a_worker_that_fails_is_one_line() -> None:
+    command = [sys.executable, "-m", "upright", "serve", "nope", "--port", "0", "--workers", "2"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("upright: error: 'nope' is not a bundle: it has no SHA256SUMS.")
+
+
 def test_the_deployments_of_the_docs_fit_the_server(server: Running) -> None:
     page = (ROOT / "docs/how-to/serve.md").read_text(encoding="utf-8")
 
@@ -859,11 +901,16 @@ def clients(
     return answers, lost
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_under_load_loses_no_request(trained: Path, predictor: Predictor, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)],
+)
+def test_a_stop_under_load_loses_no_request(
+    trained: Path, predictor: Predictor, number: signal.Signals, workers: int
+) -> None:
     images = [noise(100 + seed % 3, 100, seed) for seed in range(12)]
     expected = [predictor(image) for image in images]
-    with serving(trained / "export/small") as running:
+    with serving(trained / "export/small", "--workers", workers) as running:
         ready: list[Reply] = []
 
         def stop() -> None:

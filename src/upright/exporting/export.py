@@ -21,13 +21,14 @@ from upright.checkpoint import find_checkpoint
 from upright.data.configs import read_data
 from upright.data.source import Original
 from upright.errors import UserError
+from upright.exporting.bom import BOM, bom
 from upright.exporting.card import card, summary
 from upright.exporting.gate import check_exact, convert_within
 from upright.exporting.graph import Form, Output, write_graph
 from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, choose_threshold, fitted_originals
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
-from upright.files import check_name, check_replaceable, replacing_folder
+from upright.files import check_name, check_replaceable, file_hash, replacing_folder
 from upright.runs.tracking import Mode, bundle_mode, log_bundle
 from upright.runtime.bundle import (
     ARCHIVE_SUFFIX,
@@ -40,9 +41,11 @@ from upright.runtime.bundle import (
     SUMS,
     Bundle,
     checksums,
+    file_hashes,
     write_archive,
 )
 from upright.runtime.predictor import open_session, run_session
+from upright.runtime.signature import SIGNATURE, read_signer, write_signature
 from upright.runtime.speed import machine
 from upright.runtime.task import task_of
 from upright.runtime.verify import speeds_by_batch
@@ -68,6 +71,7 @@ def export(
     full_range: bool = False,
     to: str = "export",
     archive: bool = False,
+    sign: str | None = None,
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
@@ -89,6 +93,7 @@ def export(
         full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
         archive: also write the bundle as one file, ``NAME.upright.zip``.
+        sign: a private key that signs the bundle, a PEM file.
         triton: a Triton model repository that gets copies of the models.
         wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
 
@@ -109,6 +114,7 @@ def export(
         raise UserError("--full-range changes the weights of int8; give --precision int8, too.")
     if name is not None:
         check_name(name)
+    signer = read_signer(Path(sign)) if sign else None
 
     path = find_checkpoint(checkpoint)
     tracking = bundle_mode(wandb, path)
@@ -145,6 +151,12 @@ def export(
         _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
+        _write_json(
+            folder / BOM,
+            bom(manifest, parity, {MODELS[each]: file_hash(folder / MODELS[each]) for each in descriptions}),
+        )
+        if signer:
+            write_signature(folder / SIGNATURE, target, file_hashes(folder), signer)
         (folder / SUMS).write_text(checksums(folder))
 
     log_bundle(tracking, path, target)

@@ -7,7 +7,7 @@ import json
 import math
 import mmap
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources.abc import Traversable
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from upright.errors import BundleError, UserError
 from upright.files import file_hash, replacing_file
 from upright.images import ImageSpec
+from upright.runtime.signature import SIGNATURE, check_signature
 from upright.runtime.task import Classification, OrientationEstimation, task_of
 
 FORMAT = 2
@@ -37,14 +38,22 @@ NOT_CONTENT = ("Thumbs.db", "desktop.ini")
 """Files that Windows adds to folders."""
 
 
-def checksums(folder: Traversable) -> str:
-    """Return the text of ``SHA256SUMS`` for all other files in ``folder``, in the format of ``sha256sum``.
+def file_hashes(folder: Traversable) -> dict[str, str]:
+    """Return the SHA-256 of all files in ``folder`` except ``SHA256SUMS``, by their path, sorted.
 
     Raises:
         BundleError: see `file_names`.
     """
-    names = sorted(file_names(folder))
-    return "".join(f"{file_hash(folder / name)}  {name}\n" for name in names if name != SUMS)
+    return {name: file_hash(folder / name) for name in sorted(file_names(folder)) if name != SUMS}
+
+
+def checksums(folder: Traversable) -> str:
+    """Return the text of ``SHA256SUMS`` for all other files in ``folder``, in the format of ``sha256sum``."""
+    return _sums(file_hashes(folder))
+
+
+def _sums(hashes: Mapping[str, str]) -> str:
+    return "".join(f"{value}  {name}\n" for name, value in hashes.items())
 
 
 def file_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
@@ -142,19 +151,26 @@ class Bundle:
         return self.folder.resolve().name.removesuffix(ARCHIVE_SUFFIX)
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Bundle":
-        """Check the hash of every file, then the format, then the content.
+    def open(cls, folder: str | Path, key: str | Path | None = None) -> "Bundle":
+        """Check the hash of every file, then the signature, then the format, then the content.
+
+        Args:
+            folder: the bundle's folder, or its archive.
+            key: a public key that must have signed the bundle; None to check no signature.
 
         Raises:
+            UserError: if the key cannot be used.
             BundleError: if the folder or the archive is not a bundle, if any bit of a file changed, if it contains
-                anything but files, if it refers to a file outside, or if this version cannot read its format.
+                anything but files, if the key did not sign it, if it refers to a file outside, or if this version
+                cannot read its format.
         """
         bundle, folder = cls(Path(folder)), Path(folder)
         if not (bundle.files / SUMS).is_file():
             raise BundleError(f"'{folder}' is not a bundle: it has no {SUMS}. `upright export CHECKPOINT` writes one.")
         try:
             recorded = (bundle.files / SUMS).read_bytes()
-            actual = checksums(bundle.files).encode(errors="surrogateescape")
+            hashes = file_hashes(bundle.files)
+            actual = _sums(hashes).encode(errors="surrogateescape")
         except (BundleError, OSError):
             raise
         except Exception as error:  # a damaged archive can lead zipfile to any exception
@@ -166,6 +182,10 @@ class Bundle:
             raise BundleError(
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
+        if key is not None:
+            if SIGNATURE not in hashes:
+                raise BundleError(f"Bundle '{folder}' has no signature; `upright export --sign KEY` writes one.")
+            check_signature(folder, hashes, (bundle.files / SIGNATURE).read_bytes(), Path(key))
         try:
             version, writer = bundle.manifest["format"], bundle.manifest["provenance"]["versions"]["upright"]
             advice = "Export it again." if version < FORMAT else "Install a newer Upright."

@@ -29,18 +29,19 @@ def verify(options: Verify) -> int:
     """Check hashes and format, and for each precision the model's metadata and its predictions for the samples.
 
     Raises:
-        BundleError: if the bundle is damaged, or is not the one that ``expect`` names.
+        BundleError: if the bundle is damaged, is not the one that ``expect`` names, or was not signed by ``key``.
         UserError: if the speed is requested, and the bundle does not record that of its export.
         GateError: if it is complete, but its predictions differ on this machine.
     """
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, options.key)
     actual = sha256((bundle.files / SUMS).read_bytes()).hexdigest()
     if options.expect is not None and options.expect.lower() != actual:
         raise BundleError(f"'{options.bundle}' is not the expected bundle: SHA256SUMS has the SHA-256 {actual}.")
     lines = [_check(bundle, precision) for precision in bundle.precisions]
+    signature = f"signature of {options.key}, " if options.key else ""
     print(
-        f"Verified '{options.bundle}': hashes, format {bundle.manifest['format']}, {len(bundle.samples)} samples; "
-        f"{', '.join(lines)}."
+        f"Verified '{options.bundle}': {signature}hashes, format {bundle.manifest['format']}, "
+        f"{len(bundle.samples)} samples; {', '.join(lines)}."
     )
     if options.speed:
         for line in compare_speed(bundle, options.speed_factor):

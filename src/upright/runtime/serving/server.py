@@ -9,26 +9,30 @@ import asyncio
 import ctypes
 import json
 import logging
+import os
 import platform
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.server import HANDLED_SIGNALS
 
+from upright.cores import count_cores
 from upright.errors import UserError
 from upright.options import Serve
 from upright.runtime.serving.batching import log
 from upright.runtime.serving.connection import Connection
 from upright.runtime.serving.loaded import open_predictor
 from upright.runtime.serving.service import Service, request_log
+from upright.runtime.serving.workers import Workers
 
 M_MMAP_THRESHOLD = -3
 LARGE_BLOCK = 4 * 2**20
@@ -49,9 +53,9 @@ class JsonLines(logging.Formatter):
 class Server(uvicorn.Server):
     """Uvicorn server that exits with 0 after a signal. It first answers accepted requests, and refuses new ones."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self.service = service
+        self.service, self.ready = service, ready
         self.reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: Any = None) -> None:
@@ -60,9 +64,10 @@ class Server(uvicorn.Server):
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        fields = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
-        fields |= {"model": self.service.name, "version": self.service.version}
+        fields: dict[str, Any] = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
+        fields |= {"model": self.service.name, "version": self.service.version, "pid": os.getpid()}
         log.info("serving", extra={"fields": asdict(self.service.options) | fields})
+        self.ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -105,6 +110,24 @@ def serve(options: Serve) -> int:
         EngineError: if onnxruntime fails on the bundle's first sample.
         UserError: if the address is in use.
     """
+    with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((options.host, options.port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"Cannot listen on {options.host}, port {options.port}: {error}.") from None
+        if options.workers == 1:
+            _answer(options, listener, lambda: None)
+        else:
+            share = max(1, count_cores() // options.workers)
+            options = replace(options, threads=options.threads or share, decoders=options.decoders or share)
+            _configure_log(options)
+            Workers(partial(_answer, options, listener), options.workers).run()
+    return 0
+
+
+def _answer(options: Serve, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Answer requests in this process until a signal. Call ``ready`` when it accepts connections."""
     return_freed_memory()
     service = Service(open_predictor(options), options)
     config = uvicorn.Config(
@@ -118,18 +141,15 @@ def serve(options: Serve) -> int:
         backlog=2048,
         server_header=False,
     )
-    with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((options.host, options.port))
-        except (OSError, OverflowError) as error:
-            raise UserError(f"Cannot listen on {options.host}, port {options.port}: {error}.") from None
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(JsonLines())
-        logging.basicConfig(handlers=[handler], level=logging.INFO)
-        request_log.setLevel(logging.WARNING if options.quiet else logging.INFO)
-        # Uvicorn's messages repeat those of this module.
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        Server(config, service).run(sockets=[listener])
-        log.info("stopped")
-    return 0
+    _configure_log(options)
+    Server(config, service, ready).run(sockets=[listener])
+    log.info("stopped")
+
+
+def _configure_log(options: Serve) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    request_log.setLevel(logging.WARNING if options.quiet else logging.INFO)
+    # Uvicorn's messages repeat those of this module.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -15,7 +15,6 @@ from uuid import uuid4
 
 import msgspec
 import numpy as np
-from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -62,7 +61,7 @@ class Service:
         self.options = options
         self.max_body = int(options.max_body_mb * 1e6)
         self.waiting, self.held_bytes, self.draining, self.started = 0, 0, False, False
-        self.metrics = Metrics(lambda: self.waiting)
+        self.metrics = Metrics()
         self.budget = Budget(options.pixel_budget)
         self.decoders = ThreadPoolExecutor(decoder_count(options), "decode")
         self.loaded = self._load(predictor)
@@ -214,7 +213,7 @@ class Service:
     def _places(self, images: int) -> Iterator[None]:
         """Reserve places in the queue."""
         self._check_room(images)
-        self.waiting += images
+        self._wait(images)
         try:
             yield
         except Exception as error:
@@ -222,7 +221,11 @@ class Service:
                 self.metrics.images.labels("failed").inc(images)
             raise
         finally:
-            self.waiting -= images
+            self._wait(-images)
+
+    def _wait(self, images: int) -> None:
+        self.waiting += images
+        self.metrics.waiting.set(self.waiting)
 
     # The model.
 
@@ -370,7 +373,7 @@ class Service:
         return _json({"name": "upright", "version": version("upright"), "extensions": ["binary_tensor_data"]})
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _description(self) -> dict[str, Any]:
         return openapi(self.loaded.protocol, self.options.max_queue, self.options.root_path)

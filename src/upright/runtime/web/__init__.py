@@ -5,7 +5,6 @@ import hashlib
 import html
 import http.client
 import json
-import os
 import shutil
 import tarfile
 import urllib.request
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UserError
-from upright.files import file_hash, replacing_file, replacing_folder
+from upright.files import cache_folder, file_hash, replacing_file, replacing_folder
 from upright.options import Web
 from upright.runtime.bundle import SAMPLES, Bundle
 
@@ -175,8 +174,7 @@ def _read_package(path: Path) -> dict[str, bytes]:
 
 
 def _download(mirrors: tuple[str, ...]) -> Path:
-    cache = Path(os.environ.get("UPRIGHT_CACHE") or Path.home() / ".cache/upright").expanduser()
-    folder = cache / f"onnxruntime-web-{RUNTIME_VERSION}"
+    folder = cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
     for name, digest in RUNTIME.items():
         target = folder / name
         if target.is_file() and file_hash(target) == digest:
