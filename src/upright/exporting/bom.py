@@ -6,6 +6,8 @@ from typing import Any
 from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid5
 
+from upright.runtime.task import task_of
+
 BOM = "bom.cdx.json"
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 SCOPES = {"onnxruntime": "required", "upright": "optional"}
@@ -20,7 +22,9 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
         parity: content of its ``parity.json``.
         models: SHA-256 of each model by its file name.
     """
-    provenance = manifest["provenance"]
+    provenance, classes = manifest["provenance"], tuple(manifest["spec"]["classes"])
+    task = task_of(classes)
+    description = f"Image classifier with {len(classes)} classes." if classes else "Estimator of the angle of an image."
     packages = [
         {
             "type": "library",
@@ -37,15 +41,15 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
         "bom-ref": "model",
         "name": manifest["name"],
         "version": provenance["run"]["id"],
-        "description": f"Image classifier with {len(manifest['spec']['classes'])} classes.",
+        "description": description,
         "components": [
             {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": sha256}]}
             for name, sha256 in models.items()
         ],
         "modelCard": {
             "modelParameters": {
-                "approach": {"type": "supervised"},
-                "task": "image classification",
+                "approach": {"type": "supervised" if classes else "self-supervised"},
+                "task": f"image {task.name}",
                 "modelArchitecture": provenance["model"]["init_args"]["network"]["class_path"],
                 "datasets": [_dataset(provenance)],
                 "inputs": [{"format": _tensor(manifest["input"])}],
@@ -53,7 +57,7 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
             },
             "quantitativeAnalysis": {
                 "performanceMetrics": [
-                    {"type": "accuracy", "value": str(metrics["accuracy"]), "slice": f"{parity['split']}, {precision}"}
+                    {"type": task.score, "value": str(metrics["accuracy"]), "slice": f"{parity['split']}, {precision}"}
                     for precision, metrics in parity["precisions"].items()
                 ]
             },

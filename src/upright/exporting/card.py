@@ -5,7 +5,7 @@ from typing import Any
 
 from upright.exporting.precision import TOLERANCES
 from upright.runtime.bundle import MODELS
-from upright.runtime.task import Classification, OrientationEstimation, Task
+from upright.runtime.task import Task, task_of
 from upright.tables import markdown
 
 WORTHWHILE = 1.1
@@ -79,7 +79,7 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     sizes = "any size" if height == "height" else "only this size"
     others = "".join(f", `{other}`" for other in manifest["other_outputs"])
     classes = manifest["spec"]["classes"]
-    task = Classification(tuple(classes)) if classes else OrientationEstimation()
+    task = task_of(classes)
     kind = "An image classifier" if classes else "A model that estimates by which angle an image is rotated"
     class_row = f"| Classes | {', '.join(classes)} |\n" if classes else ""
     predictor = ("Predictor", "label") if classes else ("OrientationPredictor", "angle")

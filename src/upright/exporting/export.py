@@ -160,7 +160,7 @@ def export(
         (folder / SUMS).write_text(checksums(folder))
 
     log_bundle(tracking, path, target)
-    for line in summary(parity, task_of(images.spec)):
+    for line in summary(parity, task_of(images.spec.classes)):
         print(line)
     if folders:
         write_models(Bundle.open(target), folders)
@@ -239,7 +239,7 @@ def _write_graphs(
 
 def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]) -> None:
     """Write validation images as PNG, with the answers of each graph."""
-    data, task = reference.data, task_of(reference.data.spec)
+    data, task = reference.data, task_of(reference.data.spec.classes)
     sessions = {name: open_session(folder / MODELS[name]) for name in precisions}
     count = len(list(data.names("val")))
     sample_indices = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
@@ -268,7 +268,7 @@ def _write_json(path: Path, data: Any) -> None:
 def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisions: dict[str, Any]) -> dict[str, Any]:
     data, form, spec = reference.data, reference.form, reference.graph.model.spec.to_dict()
     batch, (height, width) = form.batch or "batch", form.size or ("height", "width")
-    task = task_of(data.spec)
+    task = task_of(data.spec.classes)
     return {
         "format": FORMAT,
         "name": name,

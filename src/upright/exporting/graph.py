@@ -82,7 +82,7 @@ class Graph(nn.Module):
         transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
         numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
         voting = [number for number, each in zip(numbers, transformers, strict=True) if each.voting]
-        self.names = [task_of(model.spec).output]
+        self.names = [task_of(model.spec.classes).output]
         for name in form.outputs:
             if name in ("logits", "features"):
                 self.names.append(name)

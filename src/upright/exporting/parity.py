@@ -269,7 +269,7 @@ class Reference:
             np.concatenate(expected).astype(float),
             np.concatenate(actual).astype(float),
             others,
-            task_of(self.data.spec),
+            task_of(self.data.spec.classes),
         )
 
 
@@ -279,7 +279,7 @@ def cached_accuracy(model: Model, data: ImageDataModule) -> float:
 
     This value is only reported. As a gate, it would reject a correct graph because of the rounding.
     """
-    task = task_of(data.spec)
+    task = task_of(data.spec.classes)
     right = [
         task.right(model.answers(model(batch.images)).numpy(), batch.labels.numpy()) for batch in data.loader("val")
     ]

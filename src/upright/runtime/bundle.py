@@ -250,7 +250,7 @@ class Bundle:
     @property
     def task(self) -> Classification | OrientationEstimation:
         """The task, which follows from the classes of the spec."""
-        return task_of(self.spec)
+        return task_of(self.spec.classes)
 
     @property
     def precisions(self) -> list[str]:

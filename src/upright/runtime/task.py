@@ -1,12 +1,13 @@
 """Tasks: what the main output of a bundle's graph holds, and how two such outputs are compared."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from upright.images import ImageSpec, TaskName
+from upright.images import TaskName
 
 Rows = npt.NDArray[np.floating[Any]]
 """The main output of a graph for ``N`` images, ``(N, columns)``."""
@@ -187,9 +188,9 @@ class OrientationEstimation(Task[Orientation]):
         return changed
 
 
-def task_of(spec: ImageSpec) -> Classification | OrientationEstimation:
-    """Return the task of a bundle's spec."""
-    return Classification(spec.classes) if spec.classes else OrientationEstimation()
+def task_of(classes: Sequence[str]) -> Classification | OrientationEstimation:
+    """Return the task of a spec with these classes."""
+    return Classification(tuple(classes)) if classes else OrientationEstimation()
 
 
 def deviation(degrees: Rows) -> Rows:
