@@ -15,6 +15,9 @@ from upright.intervals import Share, clustered
 
 Flags = npt.NDArray[np.bool_]
 
+MARGIN = 1e-5
+"""Distance of a chosen threshold from the confidences around it. Rounding changes a confidence by less."""
+
 
 class Effect(NamedTuple):
     """The effect of a transformer with one threshold.
@@ -107,9 +110,11 @@ class Answers:
                         f"No threshold has a harm within --max-harm {max_harm:g} points: the most confident images "
                         f"have {100 * harm.value:.2f} (95 %: up to {100 * harm.high:.2f}). Nothing was written."
                     )
-                # Between two confidences, so that rounding errors on another machine change no decision.
-                middle = np.float32((float(limit) + float(above[0])) / 2)
-                return float(middle if middle > limit else above[0])
+                # Lie in the middle of the first wide gap, so that rounding on another machine changes no decision.
+                edges = np.concatenate([[limit], above]).astype(float)
+                gaps = np.diff(edges)
+                first = np.argmax(gaps >= min(2 * MARGIN, gaps.max()))
+                return float(edges[first] + gaps[first] / 2)
         return 0.0
 
     def _harm(self, acts: Flags) -> Share:
