@@ -91,7 +91,7 @@ def image(label: int, height: int, width: int, seed: int, contrast: float = 1.0)
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def write_images(folder: Path, count: int = 6) -> Path:
+def write_images(folder: Path, count: int = 3) -> Path:
     """Write images of several sizes, one folder per class. Some are too even for a confident orientation."""
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
@@ -101,18 +101,18 @@ def write_images(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def write_orientation_bundle(folder: Path, threshold: float | None = 0.2) -> Path:
+def write_orientation_bundle(folder: Path, threshold: float | None = 0.2, channels: int = 3) -> Path:
     """Write a bundle whose graph computes the orientation of an image from its brightness."""
-    spec = ImageSpec(3, SIDE, SIDE, (), (0.5,) * 3, (0.5,) * 3)
+    spec = ImageSpec(channels, SIDE, SIDE, (), (0.5,) * channels, (0.5,) * channels)
     (folder / SAMPLES).mkdir(parents=True)
-    model = parser.parse_model(ORIENTATION)
+    model = parser.parse_model(ORIENTATION.replace("width,3]", f"width,{channels}]"))
     helper.set_model_props(model, {"upright": json.dumps({"classes": [], "format": FORMAT})})
     onnx.save(model, folder / MODELS["fp32"])
     session = open_session(folder / MODELS["fp32"])
     samples = []
     for label in range(4):
-        pixels, file = image(label, 24, 30, seed=label), f"{SAMPLES}/{label:02d}.png"
-        Image.fromarray(pixels).save(folder / file)
+        pixels, file = image(label, 24, 30, seed=label)[:, :, :channels], f"{SAMPLES}/{label:02d}.png"
+        Image.fromarray(pixels.squeeze()).save(folder / file)
         (row,) = run_session(session, [pixels], 1)
         samples.append({"file": file, "label": "", "orientation": {"fp32": row.tolist()}})
     plain_spec = spec.to_dict()
@@ -121,7 +121,7 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.2) -> Pat
         "name": folder.name,
         "mask": plain_spec.pop("mask"),
         "spec": plain_spec,
-        "input": {"shape": ["batch", "height", "width", 3]},
+        "input": {"shape": ["batch", "height", "width", channels]},
         "other_outputs": [],
         "precisions": {"fp32": {"tolerance": 1e-4}},
         "provenance": {"versions": {"upright": "0.1.0"}, "model": {}},

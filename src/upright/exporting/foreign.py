@@ -183,9 +183,10 @@ class Foreign:
         rule = options.resize or hints.resize
         missing += [] if size else ["--size HxW"]
         missing += [] if rule else ["--resize stretch, crop or pad"]
-        mean, std, unit = options.mean or hints.mean, options.std or hints.std, options.range or hints.range
+        source = options if options.mean or options.std or options.range else hints
+        mean, std, unit = source.mean, source.std, source.range
         if dtype == "uint8":
-            if options.mean or options.std or options.range:
+            if source is options:
                 raise UserError(f"{self.name} takes uint8, so --mean, --std and --range have no effect; omit them.")
             mean, std, unit = None, None, "byte"
         elif not (mean or std or unit):
@@ -197,7 +198,8 @@ class Foreign:
         means, stds = _per_channel("--mean", mean or (0.0,), channels), _per_channel("--std", std or (1.0,), channels)
         spec = ImageSpec(
             channels,
-            *size,
+            size[0],
+            size[1],
             (),
             tuple((value - offset) / factor for value in means),
             tuple(value / factor for value in stds),

@@ -74,8 +74,8 @@ def add_front(n: Nodes, preprocessing: Preprocessing, decision: Decision, opset:
         The name of the foreign model's input.
     """
     angle, confidence = (n("Gather", ORIENTATION, column, axis=1) for column in (0, 1))
-    is_sure = n("GreaterOrEqual", confidence, decision.threshold)
-    acts = n("And", is_sure, n("GreaterOrEqual", n("Abs", angle), decision.min_angle))
+    is_sure = n("GreaterOrEqual", confidence, float(decision.threshold))
+    acts = n("And", is_sure, n("GreaterOrEqual", n("Abs", angle), float(decision.min_angle)))
     radians = n("Mul", angle, pi / 180)
     cos, sin = n("Cos", radians), n("Sin", radians)
     lies = n("And", acts, n("Greater", n("Abs", sin), n("Abs", cos)))
