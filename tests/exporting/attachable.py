@@ -135,9 +135,9 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.2, channe
 
 def weights(side: int = SIDE) -> npt.NDArray[np.float32]:
     """Return the weights ``(3 * side * side, 4)`` of a classifier by the colours at the left and at the right."""
-    left = np.where(np.arange(side) < side / 2, 1, -1)
+    signs = np.where(np.arange(side) < side / 2, 1, -1)
     colours = 2 * COLOURS - 1
-    planes = colours[:, :, None, None] * left * np.ones((side, 1))  # (4, 3, side, side)
+    planes = colours[:, :, None, None] * signs * np.ones((side, 1))  # (4, 3, side, side)
     return (planes.reshape(4, -1).T / side**2).astype(np.float32)
 
 

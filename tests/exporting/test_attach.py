@@ -320,9 +320,7 @@ def test_files_beside_the_model(file: str, content: Any, expected: dict[str, Any
 
 def test_a_broken_file_beside_the_model(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": [')
-    with pytest.raises(
-        UserError, match=r"processor_config.json' cannot be read: JSONDecodeError: .* Fix or move it"
-    ):
+    with pytest.raises(UserError, match=r"processor_config.json' cannot be read: JSONDecodeError: .* Fix or move it"):
         Hints(tmp_path / "model.onnx", {})
 
 

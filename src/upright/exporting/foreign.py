@@ -69,8 +69,8 @@ class Preprocessing:
         (height, width), (_, *size) = self.enlarged, self.spec.input_shape
         rule = cast(Rule, self.spec.resize)
         resized = resize(images, height, width, rule, self.spec.background)
-        top, left = (height - size[0]) // 2, (width - size[1]) // 2
-        return resized[..., top : top + size[0], left : left + size[1]]
+        y, x = (height - size[0]) // 2, (width - size[1]) // 2
+        return resized[..., y : y + size[0], x : x + size[1]]
 
     def convert(self, fitted: Tensor) -> npt.NDArray[Any]:
         """Convert images of the input's size ``(B, C, H, W)``, values 0 to 255, to the input."""
