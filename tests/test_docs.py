@@ -69,6 +69,7 @@ NOT_RUN = {
     "python -m http.server": "a server",
     "tensorboard": "a server",
     "uvx mlflow server": "a server",
+    "upright attach": "needs a bundle of another page and a model, see tests/exporting/test_attach.py",
     "upright serve": "a server, see tests/runtime",
     "upright web": "downloads onnxruntime-web, see tests/runtime/test_web.py",
     "wandb": "needs an account",

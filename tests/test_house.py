@@ -16,7 +16,7 @@ from upright.options import LIGHTNING
 PACKAGE = ROOT / "src/upright"
 # A module may import modules of its own group and of earlier groups (CONTRIBUTING.md).
 ORDER = (
-    ("cores", "errors", "files", "options", "recipes", "tables"),
+    ("cores", "errors", "files", "intervals", "options", "recipes", "tables"),
     ("examples",),
     ("images", "image_paths"),
     ("runtime",),

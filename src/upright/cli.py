@@ -33,6 +33,7 @@ COMMANDS = {
     "describe": Command(options.Describe, "upright.describe:run", True, True),
     "preview": Command(options.Preview, "upright.preview:preview", True, True),
     "export": Command(options.Export, "upright.exporting.export:export", True, True),
+    "attach": Command(options.Attach, "upright.exporting.attach:attach"),
     "verify": Command(options.Verify, "upright.runtime.verify:verify"),
     "infer": Command(options.Infer, "upright.runtime.infer:infer"),
     "benchmark": Command(options.Benchmark, "upright.runtime.benchmark:benchmark"),

@@ -236,6 +236,72 @@ class Export(Options):
 
 
 @dataclass(frozen=True)
+class Attach(Options):
+    """Straighten images in front of any ONNX classifier, in one graph.
+
+    The result is a bundle: its graph makes an image upright by the orientation bundle, preprocesses it for the
+    classifier, and classifies it. The preprocessing comes from the model, from files beside it (a bundle's manifest,
+    `preprocessor_config.json`, `config.json` of timm), and from these options.
+    """
+
+    orientation: str = argument("a bundle that estimates the orientation, without classes", "UPRIGHT_BUNDLE")
+    model: str = argument("an ONNX classifier with an image as its only input", "MODEL.onnx")
+    to: str = option("export/attached", "folder of the new bundle", metavar="NEW")
+    force: bool = option(False, "replace an existing bundle")
+    images: str | None = option(
+        None,
+        "images for the comparison; with a folder per class, they also measure harm and gain; by default the samples "
+        "of the orientation bundle",
+        metavar="FOLDER",
+    )
+    classes: str | None = option(
+        None, "names of the classes, one per line; by default those of the metadata, else numbers", metavar="FILE"
+    )
+    output: str | None = option(None, "output with one score per class, if there are several", metavar="NAME")
+    scores: Literal["logits", "probabilities"] | None = option(
+        None, "kind of the scores; by default probabilities if they sum to 1 on all images"
+    )
+    size: tuple[int, int] | None = option(None, "size of the classifier's input", type=image_size, metavar="HxW")
+    resize: Literal["stretch", "crop", "pad"] | None = option(None, "rule for images of another aspect")
+    crop: float | None = option(
+        None, "side of the centred crop, as a share of the resized box, such as 0.875", metavar="SHARE", above=0
+    )
+    range: Literal["unit", "byte", "signed"] | None = option(
+        None, "values of the input before mean and std: 0 to 1, 0 to 255, or -1 to 1; unit if a mean is given"
+    )
+    mean: Sequence[float] | None = option(None, "mean per channel of the classifier's data, in this range", metavar="X")
+    std: Sequence[float] | None = option(None, "standard deviation per channel, in this range", metavar="X", above=0)
+    channels: Literal["rgb", "bgr"] | None = option(None, "order of the colours; by default rgb")
+    layout: Literal["nchw", "nhwc"] | None = option(None, "order of the axes, if the shape of the input is not fixed")
+    threshold: float | None = option(
+        None,
+        "smallest confidence of the orientation; below it, the image passes unchanged; by default that of the "
+        "orientation bundle",
+        metavar="C",
+        minimum=0,
+    )
+    max_harm: float | None = option(
+        None,
+        "choose the smallest threshold whose harm is within this limit: points of upright images that go from right to "
+        "wrong, by the upper end of its interval",
+        metavar="POINTS",
+        above=0,
+    )
+    min_angle: float = option(
+        1.0, "smallest angle in degrees; below it, the image passes unchanged", metavar="DEGREES", minimum=0
+    )
+    padding: Literal["zeros", "border", "reflection"] = option("reflection", "values beyond the border of the image")
+    straightened: bool = option(False, "also return the images that the classifier gets, as output straightened")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None and self.max_harm is not None:
+            raise UserError("--max-harm chooses the threshold; give only one of --max-harm and --threshold.")
+        if self.crop is not None and (self.crop > 1 or self.resize not in (None, "crop")):
+            raise UserError(f"--crop must be at most 1, with --resize crop; got {self.crop:g}, {self.resize}.")
+
+
+@dataclass(frozen=True)
 class Verify(Options):
     """Check a bundle on this machine."""
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from upright.evidence.intervals import wilson
 from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_rotation_response
 from upright.evidence.reporting.invariance import InvarianceCurve, RotationResponse, distortions
 from upright.evidence.reporting.measures import reliability
+from upright.intervals import wilson
 
 NAMES = ["_plain", "$\\frac{$", "<b>"]
 FAMILIES = distortions(28, 28, "zeros")

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from upright.evidence.intervals import clustered
 from upright.evidence.selecting.optimism import Floats, optimism, resampled
 from upright.evidence.studies.selection import empirical_bernstein, hoeffding
+from upright.intervals import clustered
 
 SIMULATIONS = 500
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from upright.evidence.intervals import Share
 from upright.evidence.reporting.invariance import (
     ROTATION,
     SEED,
@@ -24,6 +23,7 @@ from upright.evidence.reporting.invariance import (
 from upright.evidence.reporting.measures import Calibration, Predictions, calibrate, difference, evaluate
 from upright.evidence.reporting.subjects import Group, Subject
 from upright.files import file_hash
+from upright.intervals import Share
 from upright.runs.seal import content_digest, count, count_in_sweep
 
 FORMAT = 2

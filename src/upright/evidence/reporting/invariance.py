@@ -18,10 +18,10 @@ from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
 from upright.evidence.distortions import rotate, shift, zoom
-from upright.evidence.intervals import Share, wilson
 from upright.evidence.reporting.measures import uprightness_values
 from upright.evidence.reporting.subjects import BatchOutput, Floats, Subject
 from upright.images import Pixels
+from upright.intervals import Share, wilson
 from upright.recipes import Recipe, recipe
 from upright.runs.drawing import pixels_of
 from upright.training.uprightness import Uprightness, final_points

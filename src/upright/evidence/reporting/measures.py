@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
-from upright.evidence.intervals import Share, clustered
 from upright.evidence.reporting.subjects import Floats, Subject
 from upright.exporting.parity import Drop
+from upright.intervals import Share, clustered
 from upright.training.uprightness import Uprightness
 
 Integers = npt.NDArray[np.int64]

@@ -15,10 +15,10 @@ import numpy as np
 
 from upright.data.configs import read_data
 from upright.errors import UserError
-from upright.evidence.intervals import Share, clustered
 from upright.evidence.selecting.candidates import Candidate, ValidationPredictions, find_candidates, predictions_of
 from upright.evidence.selecting.optimism import optimism, resampled
 from upright.files import check_replaceable, write_text
+from upright.intervals import Share, clustered
 from upright.runs.drawing import save_png
 from upright.runs.folder import is_sweep, locked
 from upright.runs.process import leave_a_core

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from upright.evidence.intervals import clustered, wilson
+from upright.intervals import clustered, wilson
 
 
 def test_wilsons_interval_matches_published_values() -> None:

@@ -1,0 +1,261 @@
+"""``upright attach``: straighten images in front of a foreign classifier, in one verified graph.
+
+The steps are: read the preprocessing of the model, choose the threshold, write the graph, compare it with its parts run
+apart on rotated images, and write the bundle.
+"""
+
+import json
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from upright.errors import GateError, UserError
+from upright.exporting.apart import ANGLES, Apart, Comparison, Measurement, Photograph, kind_of_scores
+from upright.exporting.foreign import Foreign
+from upright.exporting.front import PROBABILITIES, Decision, attached_graph
+from upright.exporting.harm import Effect
+from upright.files import check_name, check_replaceable, file_hash, replacing_folder
+from upright.image_paths import find_images, list_folders
+from upright.images import LISTED_CLASSES, ImageSpec, Pixels
+from upright.options import Attach
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, PARITY, SAMPLES, SUMS, Bundle, checksums
+from upright.runtime.predictor import OrientationPredictor, open_session, run_session
+from upright.runtime.speed import machine
+from upright.runtime.verify import speeds_by_batch
+from upright.tables import markdown
+
+SAMPLE_COUNT = 16
+PACKAGES = ("upright", "torch", "onnx", "onnxruntime")
+
+
+def attach(options: Attach) -> int:
+    """Write a bundle that straightens images, then classifies them with a foreign model.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: if a part cannot be used, or the preprocessing or the threshold is not known.
+        GateError: if the graph differs from its parts, or the harm exceeds ``max_harm``.
+    """
+    target = Path(options.to)
+    check_name(target.name)
+    check_replaceable(target, "a bundle", SUMS)
+    if target.exists() and not options.force:
+        raise UserError(f"Bundle '{target}' exists: --force replaces it, --to writes another one.")
+    estimator = OrientationPredictor(options.orientation)
+    bundle = estimator.bundle
+    if any(isinstance(length, int) for length in bundle.manifest["input"]["shape"][:3]):
+        raise UserError(f"'{options.orientation}' takes images of one form; export it without --size and --batch.")
+    foreign = Foreign(options, estimator.spec.channels)
+    photographs = find_photographs(options.images, bundle, foreign.preprocessing.spec)
+    threshold, labelled = options.threshold, photographs[0].label is not None
+    if threshold is None:
+        threshold = bundle.manifest.get("orientation", {}).get("threshold")
+    if options.max_harm is not None and not labelled:
+        raise UserError("--max-harm needs --images with one folder per class, with the names of the classes.")
+
+    apart = Apart(estimator, foreign, photographs, options.padding)
+    kind = options.scores or kind_of_scores(apart.views(photographs[0]).outputs[foreign.scores])
+    if options.max_harm is not None:
+        print(f"Measuring harm and gain on {len(photographs)} images in {len(ANGLES)} rotations ...", flush=True)
+        threshold = Measurement(foreign.scores, options.min_angle).of(apart).smallest_threshold(options.max_harm)
+    if threshold is None:
+        raise UserError(f"'{options.orientation}' records no threshold; give --threshold, or --max-harm to choose one.")
+    decision = Decision(float(np.float32(threshold)), options.min_angle, options.padding)
+    orientation = onnx.load_from_string(bundle.model("fp32").read_bytes())
+    graph = attached_graph(
+        orientation, foreign, decision, are_logits=kind == "logits", straightened=options.straightened
+    )
+    with replacing_folder(target) as folder:
+        path = folder / MODELS["fp32"]
+        onnx.save(graph, path)
+        print(
+            f"Comparing with the parts run apart on {len(photographs)} images in {len(ANGLES)} rotations ...",
+            flush=True,
+        )
+        comparison = Comparison(open_session(path), foreign, decision, kind == "logits")
+        measurement = Measurement(foreign.scores, options.min_angle)
+        per_image = max(1, SAMPLE_COUNT // len(photographs))
+        sampled = np.linspace(0, len(photographs) - 1, min(SAMPLE_COUNT, len(photographs))).astype(int).tolist()
+        samples: list[tuple[Photograph, Pixels]] = []
+        for number, views in enumerate(apart):
+            decided = comparison.add(views)
+            if labelled:
+                measurement.add(views)
+            if number in sampled:
+                # Different rotations of the images, whose decision rounding on another machine does not change.
+                shifted = np.roll(np.flatnonzero(decided), -number)[:per_image].tolist()
+                samples += [(views.photograph, views.images[i]) for i in shifted]
+        comparison.check()
+        if not samples:
+            raise GateError(
+                f"The confidences of all images equal the threshold {decision.threshold:g}; give another one."
+            )
+        effect = measurement.answers().effect(decision.threshold) if labelled else None
+        precision: dict[str, Any] = {
+            **comparison.metrics(),
+            "bytes": path.stat().st_size,
+            "speed": speeds_by_batch({"fp32": open_session(path, threads=1)}, samples[0][1])["fp32"],
+        }
+        parity = {
+            "images": len(photographs),
+            "angles": ANGLES,
+            "max_harm": options.max_harm,
+            "effect": effect and effect.to_dict(),
+            "machine": machine() | {"threads": 1},
+            "precisions": {"fp32": precision},
+        }
+        manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
+        _write_samples(folder, samples, foreign.preprocessing.spec.classes)
+        _write_json(folder / PARITY, parity)
+        _write_json(folder / MANIFEST, manifest)
+        (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
+        (folder / SUMS).write_text(checksums(folder))
+    print(
+        f"{precision['views']} views: agreement {precision['agreement']:.2%}; the graph straightens "
+        f"{precision['straightened']} of them (threshold {decision.threshold:.4f}). The scores are {kind}."
+    )
+    if effect:
+        print(effect_text(effect))
+    print(f"Bundle: {target}\nNext:   upright verify {target}")
+    return 0
+
+
+def find_photographs(folder: str | None, bundle: Bundle, spec: ImageSpec) -> list[Photograph]:
+    """Return the images of a folder, or the samples of a bundle. Images in folders per class have labels.
+
+    Raises:
+        UserError: if there are no images, or only some of the folders are classes.
+    """
+    if folder is None:
+        named = zip(bundle.samples, bundle.sample_files, strict=True)
+        return [Photograph(sample["file"], source, None) for sample, source in named]
+    paths = list(find_images([folder]))
+    names = {path.name for path in list_folders(Path(folder))} if Path(folder).is_dir() else set()
+    unknown = names - set(spec.classes)
+    if not names or unknown == names:
+        return [Photograph(str(path), path, None) for path in paths]
+    labels = {name: index for index, name in enumerate(spec.classes)}
+    tops = [path.relative_to(folder).parts[0] for path in paths]
+    if unknown := {top for top in tops if top not in labels}:
+        raise UserError(f"'{folder}' holds folders of classes, but {sorted(unknown)[:5]} are no classes of the model.")
+    return [Photograph(str(path), path, labels[top]) for path, top in zip(paths, tops, strict=True)]
+
+
+def _write_samples(folder: Path, samples: list[tuple[Photograph, Pixels]], classes: tuple[str, ...]) -> None:
+    (folder / SAMPLES).mkdir()
+    session = open_session(folder / MODELS["fp32"])
+    expected = []
+    for number, (photograph, pixels) in enumerate(samples):
+        file = f"{SAMPLES}/{number:02d}.png"
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(folder / file)
+        label = "unknown" if photograph.label is None else classes[photograph.label]
+        probabilities = next(run_session(session, [pixels], 1)).tolist()
+        name = Path(photograph.name).name
+        expected.append({"file": file, "name": name, "label": label, PROBABILITIES: {"fp32": probabilities}})
+    _write_json(folder / EXPECTED, expected)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    name: str, bundle: Bundle, foreign: Foreign, decision: Decision, kind: str, graph: onnx.ModelProto
+) -> dict[str, Any]:
+    spec, batch = foreign.preprocessing.spec.to_dict(), foreign.batch or "batch"
+    sums = sha256((bundle.files / SUMS).read_bytes()).hexdigest()
+    return {
+        "format": FORMAT,
+        "name": name,
+        "mask": spec.pop("mask"),
+        "spec": spec,
+        "preprocessing": foreign.preprocessing.to_dict() | {"scores": kind},
+        "orientation": vars(decision),
+        "input": {"name": "images", "dtype": "uint8", "shape": [batch, "height", "width", spec["channels"]]},
+        "output": {"name": PROBABILITIES, "dtype": "float32", "shape": [batch, len(spec["classes"])]},
+        "other_outputs": [output.name for output in graph.graph.output][1:],
+        "opset": max(each.version for each in graph.opset_import if not each.domain),
+        "precisions": {"fp32": {"tolerance": foreign.tolerance, "how": "the attached models", "float_layers": {}}},
+        "provenance": {
+            "versions": {package: version(package) for package in PACKAGES},
+            "model": {"file": foreign.path.name, "sha256": file_hash(foreign.path)},
+            "orientation": {"name": bundle.manifest["name"], "sha256": sums},
+        },
+    }
+
+
+def effect_text(effect: Effect) -> str:
+    """Return harm, gain and accuracy in one line."""
+    shares = [
+        f"{name} {100 * share.value:.2f} points (95 %: {100 * share.low:.2f} to {100 * share.high:.2f})"
+        for name, share in (("Harm", effect.harm), ("gain", effect.gain))
+    ]
+    accuracy = [
+        f"{kind} {values['bare']:.4f} alone, {values['attached']:.4f} attached"
+        for kind, values in effect.accuracy.items()
+    ]
+    return f"{', '.join(shares)}. Accuracy: {'; '.join(accuracy)}."
+
+
+def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
+    """Return the ``README.md`` of an attached bundle."""
+    name, spec, decision = manifest["name"], manifest["spec"], manifest["orientation"]
+    parts, exact = manifest["provenance"], parity["precisions"]["fp32"]
+    shape, others = manifest["input"]["shape"], "".join(f", `{other}`" for other in manifest["other_outputs"])
+    facts = [
+        ["part", "value"],
+        ["Classifier", f"`{parts['model']['file']}`, SHA-256 `{parts['model']['sha256']}`"],
+        ["Orientation", f"bundle `{parts['orientation']['name']}`, its SHA256SUMS `{parts['orientation']['sha256']}`"],
+        ["Rotates", f"from confidence {decision['threshold']:.4f} and {decision['min_angle']:g} degrees on"],
+        ["Classes", ", ".join(spec["classes"][:LISTED_CLASSES]) + (" ..." if spec["classes"][LISTED_CLASSES:] else "")],
+        ["Input", f"`images`: uint8 ({', '.join(map(str, shape))}), any size"],
+        ["Preprocessing inside the model", f"{spec['resize']} to {spec['height']} x {spec['width']}, normalisation"],
+        ["Output", f"`probabilities`: float32 ({shape[0]}, {len(spec['classes'])}){others}"],
+        ["ONNX opset", str(manifest["opset"])],
+    ]
+    allowed = exact["allowed_differences"]
+    differences = [["output", "largest difference", "allowed"]]
+    differences += [[f"`{key}`", f"{n:.1e}", f"{allowed[key]:.0e}"] for key, n in exact["largest_differences"].items()]
+    return f"""# {name}
+
+An image classifier behind a transformer that makes images upright, attached by Upright {parts["versions"]["upright"]}.
+If the transformer is not sure, the image passes unchanged.
+
+{markdown(facts)}
+## Parity
+
+The graph was compared with its parts run apart on {parity["images"]} images in {len(parity["angles"])} rotations.
+They agree on the most probable class of {exact["agreement"]:.4%}. The graph straightens {exact["straightened"]} of
+{exact["views"]} views. Differences are relative to the largest value of an output; for `orientation`, to a direction.
+
+{markdown(differences, 2)}
+## Harm and gain
+
+{_effect_tables(parity["effect"]) if parity["effect"] else "The images had no labels, so harm and gain are unknown."}
+## Use
+
+    upright verify {name}          # check the files, and compare predictions on this machine
+    upright infer {name} IMAGE ...
+"""
+
+
+def _effect_tables(effect: dict[str, Any]) -> str:
+    shares = [["share", "images", "points", "95 %"]]
+    for key, kind, meaning in (
+        ("harm", "upright", "answers that go from right to wrong"),
+        ("touched", "upright", "images that are rotated nevertheless"),
+        ("gain", "rotated", "answers that go from wrong to right"),
+    ):
+        low, high = effect[f"{key}_interval"]
+        count = f"{effect['images'][kind]} {kind}"
+        shares.append([f"{key}: {meaning}", count, f"{effect[key]:.2f}", f"{low:.2f} to {high:.2f}"])
+    accuracy = [["accuracy", "classifier alone", "attached"]]
+    accuracy += [[kind, f"{row['bare']:.4f}", f"{row['attached']:.4f}"] for kind, row in effect["accuracy"].items()]
+    return f"{markdown(shares, 2)}\n{markdown(accuracy, 2)}"

@@ -1,0 +1,384 @@
+"""`upright attach`: one graph that straightens images, then classifies them with a foreign model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper, parser
+
+from tests.conftest import ROOT, Upright
+from tests.exporting.attachable import (
+    CLASSES,
+    SIDE,
+    image,
+    weights,
+    write_classifier,
+    write_images,
+    write_orientation_bundle,
+)
+from upright.errors import UserError
+from upright.exporting import attach as attach_module
+from upright.exporting.apart import straighten
+from upright.exporting.foreign import Foreign, Hints
+from upright.exporting.front import Decision, attached_graph
+from upright.options import Attach
+from upright.runtime.predictor import Predictor, open_session, run_batch
+
+NORMALISED = ("--mean", "0.5", "--std", "0.25")
+
+# The upper left pixel of an image sets its orientation: the angle in units of 2 degrees, and the confidence.
+ENCODED = """
+<ir_version: 8, opset_import: ["" : 18]>
+orientation (uint8[batch,height,width,3] images) => (float[batch,2] orientation)
+<int64 first = {0}, int64[2] chosen = {0, 1}, float[2] scale = {2, 0.00392156862745098}>
+{
+  row = Gather <axis = 1> (images, first)
+  pixel = Gather <axis = 1> (row, first)
+  two = Gather <axis = 1> (pixel, chosen)
+  values = Cast <to = 1> (two)
+  orientation = Mul (values, scale)
+}
+"""
+"""An angle above 180 degrees is out of the range of a bundle, but means the same."""
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A folder with an orientation bundle and labelled images."""
+    write_orientation_bundle(tmp_path / "orientation")
+    write_images(tmp_path / "images")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    return tmp_path
+
+
+def encoded(pixels: npt.NDArray[np.uint8], angle: int, confidence: int = 255) -> npt.NDArray[np.uint8]:
+    """Return an image with this orientation in its upper left pixel."""
+    pixels = pixels.copy()
+    pixels[0, 0, :2] = angle % 360 // 2, confidence
+    return pixels
+
+
+def front(folder: Path, decision: Decision, **options: Any) -> tuple[Foreign, Any]:
+    """Return a foreign model, and a function that returns its images in the attached graph."""
+    path = write_classifier(folder / "model.onnx")
+    settings: Any = {"resize": "stretch", "range": "byte", "output": "output"} | options
+    foreign = Foreign(Attach("-", str(path), **settings), 3)
+    graph = attached_graph(parser.parse_model(ENCODED), foreign, decision, are_logits=True, straightened=True)
+    session = open_session(graph.SerializeToString())
+
+    def straightened(*images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        result: npt.NDArray[np.float32] = run_batch(session, np.stack(images), ["straightened"])[0]
+        return result
+
+    return foreign, straightened
+
+
+def test_images_below_the_threshold_pass_unchanged_bit_by_bit(tmp_path: Path) -> None:
+    pixels = image(0, SIDE, SIDE, seed=0)
+    _, straightened = front(tmp_path, Decision(0.5, 4, "reflection"))
+    unsure, oblique, sure = encoded(pixels, 90, 127), encoded(pixels, 2), encoded(pixels, 90, 128)
+    results = straightened(unsure, oblique, sure)
+    assert np.array_equal(results[0], unsure) and np.array_equal(results[1], oblique)
+    assert np.abs(results[2] - np.rot90(sure, -1)).max() < 0.01
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 37), (41, 20)])
+@pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
+def test_a_quarter_turn_gives_what_the_upright_image_gives(rule: str, size: tuple[int, int], tmp_path: Path) -> None:
+    foreign, straightened = front(tmp_path, Decision(0.5, 1, "zeros"), resize=rule)
+    pixels = image(1, *size, seed=1)
+    for angle in (0, 90, 180, 270):
+        rotated = encoded(pixels, angle)
+        upright = torch.from_numpy(np.rot90(rotated, -angle // 90).copy()).permute(2, 0, 1)[None].float()
+        expected = foreign.preprocessing.fit(upright)[0].permute(1, 2, 0).numpy()
+        assert np.abs(straightened(rotated)[0] - expected).max() < 0.05
+
+
+def test_images_in_one_batch_do_not_change_each_other(tmp_path: Path) -> None:
+    _, straightened = front(tmp_path, Decision(0.5, 1, "border"), resize="crop", crop=0.8)
+    pixels = image(2, 20, 33, seed=2)
+    views = [encoded(pixels, angle, confidence) for angle, confidence in ((0, 255), (90, 255), (200, 255), (90, 0))]
+    together = straightened(*views)
+    for view, row in zip(views, together, strict=True):
+        assert np.abs(straightened(view)[0] - row).max() < 1e-3
+
+
+def test_the_independent_rotation_is_numpys_at_quarter_turns() -> None:
+    pixels = torch.rand(2, 3, 8, 13)
+    for quarters in range(-4, 5):
+        expected = torch.rot90(pixels, -quarters, (2, 3))
+        assert torch.allclose(straighten(pixels, 90 * quarters, "zeros"), expected, atol=1e-5)
+    up = torch.zeros(1, 1, 9, 9)
+    up[0, 0, 0, 4] = 1  # a point above the centre moves to the upper right by 45 degrees clockwise
+    assert straighten(up, 45, "zeros")[0, 0, :4, 5:].sum() > 0.9
+
+
+def test_a_bundle_of_a_float_model(parts: Path, upright: Upright) -> None:
+    write_classifier(Path("model.onnx"))
+    options = ("--images", "images", "--classes", "classes.txt", "--output", "output", "--resize", "crop")
+    answer = upright("attach", "orientation", "model.onnx", "--to", "new", *NORMALISED, *options, "--straightened")
+    assert answer.code == 0, answer.err
+    assert "96 views: agreement 100.00%" in answer.out and "The scores are logits." in answer.out
+    manifest = json.loads(Path("new/manifest.json").read_text())
+    assert manifest["other_outputs"] == ["output", "features", "orientation", "straightened"]
+    assert manifest["orientation"] == {"threshold": pytest.approx(0.2), "min_angle": 1, "padding": "reflection"}
+    assert manifest["preprocessing"] == {
+        "crop": 1,
+        "channels": "rgb",
+        "layout": "nchw",
+        "dtype": "float32",
+        "scores": "logits",
+    }
+    assert manifest["spec"]["classes"] == list(CLASSES) and manifest["spec"]["resize"] == "crop"
+    parity = json.loads(Path("new/parity.json").read_text())
+    effect, metrics = parity["effect"], parity["precisions"]["fp32"]
+    assert 50 < metrics["straightened"] < metrics["views"] == 96
+    assert all(value <= 1e-4 for name, value in metrics["largest_differences"].items() if name != "straightened")
+    assert effect["images"] == {"upright": 12, "rotated": 84} and effect["gain"] > 30
+    assert effect["accuracy"]["rotated"]["attached"] > effect["accuracy"]["rotated"]["bare"] + 0.3
+    card = Path("new/README.md").read_text()
+    assert f"| {effect['gain']:.2f} |" in " ".join(card.split()) and "from confidence 0.2000 and 1 degrees on" in card
+
+    assert upright("verify", "new").code == 0
+    predictor = Predictor("new")
+    pixels = image(2, 30, 22, seed=5)
+    for quarters in range(4):
+        assert predictor(np.rot90(pixels, quarters)).label == "blue"
+    logits = predictor.outputs([pixels], ["output"])["output"]
+    assert predictor(pixels).probability == pytest.approx(float(np.exp(logits.max()) / np.exp(logits).sum()), abs=1e-5)
+    answer = upright("infer", "new", "new/samples", "--format", "jsonl", "--outputs", "orientation")
+    assert answer.code == 0 and len(answer.out.splitlines()) == 12
+
+
+def test_a_bundle_of_a_uint8_model_with_batch_1(parts: Path, upright: Upright) -> None:
+    form: Any = {"dtype": "uint8", "layout": "nhwc", "shape": (1, SIDE, SIDE, 3), "opset": 13, "softmax": True}
+    write_classifier(Path("model.onnx"), **form)
+    options = ("--images", "images", "--output", "output", "--resize", "crop", "--crop", "0.8", "--threshold", "0.3")
+    answer = upright("attach", "orientation", "model.onnx", "--to", "new", *options, "--classes", "classes.txt")
+    assert answer.code == 0 and "The scores are probabilities." in answer.out, answer.err
+    manifest = json.loads(Path("new/manifest.json").read_text())
+    assert manifest["input"]["shape"] == [1, "height", "width", 3] and manifest["opset"] == 18
+    differences = json.loads(Path("new/parity.json").read_text())["precisions"]["fp32"]["largest_differences"]
+    assert differences["probabilities"] < 1e-3
+    assert upright("verify", "new", "--speed").code == 0
+    predictor = Predictor("new")
+    pixels = [image(label, 24, 24, seed=label) for label in range(4)]
+    assert [each.label for each in predictor.predict(pixels)] == list(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ({"dtype": "float16", "layout": "nhwc"}, ("--range", "signed", "--channels", "bgr")),
+        ({"shape": ("N", 3, "h", "w"), "ir_version": 10, "opset": 20}, ("--range", "byte", "--size", "16x16")),
+        ({"shape": ("N", "a", "b", "c")}, ("--layout", "nchw", "--size", "16x16", *NORMALISED)),
+        ({"names": ("images", "probabilities", "orientation"), "softmax": True}, ("--output", "probabilities")),
+    ],
+)
+def test_other_forms(form: dict[str, Any], options: tuple[str, ...], parts: Path, upright: Upright) -> None:
+    """Without images of your own, the samples of the orientation bundle are rotated."""
+    write_classifier(Path("model.onnx"), **form)
+    defaults = ("--range", "unit") if "--range" not in options and "--mean" not in options else ()
+    defaults += () if "--output" in options else ("--output", "output")
+    answer = upright("attach", "orientation", "model.onnx", "--resize", "pad", *defaults, *options)
+    assert answer.code == 0, answer.err
+    assert "32 views: agreement 100.00%" in answer.out
+    graph = onnx.load("export/attached/model.onnx")
+    assert [each.version for each in graph.opset_import] == [form.get("opset", 18)]
+    names = [each.name for each in graph.graph.output]
+    assert names[0] == "probabilities" and names[-1] == "orientation" and len(set(names)) == 4
+    assert ("model_orientation" in names) == ("names" in form)
+    assert upright("verify", "export/attached").code == 0
+    assert Predictor("export/attached").spec.classes == ("0", "1", "2", "3")
+
+
+def test_the_limit_of_harm_chooses_the_threshold(parts: Path, upright: Upright) -> None:
+    write_classifier(Path("model.onnx"))
+    options = ("--images", "images", "--classes", "classes.txt", "--output", "output", "--resize", "stretch")
+    command = ("attach", "orientation", "model.onnx", *NORMALISED, *options, "--force")
+    assert upright(*command, "--max-harm", "25").code == 0
+    parity = json.loads(Path("export/attached/parity.json").read_text())
+    effect = parity["effect"]
+    assert effect["harm_interval"][1] <= parity["max_harm"] == 25 and effect["threshold"] > 0.01 and effect["gain"] > 30
+    content = Path("export/attached/SHA256SUMS").read_bytes()
+    answer = upright(*command, "--max-harm", "1")
+    assert answer.code == 1 and "12 upright images cannot show a harm within --max-harm 1 points" in answer.err
+    assert Path("export/attached/SHA256SUMS").read_bytes() == content
+
+
+def test_a_graph_that_differs_from_its_parts_is_not_written(
+    parts: Path, upright: Upright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classifier(Path("model.onnx"))
+
+    def wrong(*arguments: Any, **options: Any) -> onnx.ModelProto:
+        orientation, foreign, decision = arguments
+        return attached_graph(orientation, foreign, replace(decision, padding="zeros"), **options)
+
+    monkeypatch.setattr(attach_module, "attached_graph", wrong)
+    answer = upright("attach", "orientation", "model.onnx", *NORMALISED, "--resize", "stretch", "--output", "output")
+    assert answer.code == 1 and not list(Path("export").iterdir())
+    assert "The graph and its parts disagree on " in answer.err and "'samples/00.png' at " in answer.err
+
+
+def test_old_models_functions_and_inner_graphs(parts: Path, upright: Upright) -> None:
+    """Opset 9 with IR 3 lists its constants as inputs. A branch uses a constant of the outer graph."""
+    path = write_classifier(Path("old.onnx"), opset=9, ir_version=3)
+    old = onnx.load(path)
+    old.graph.input.append(helper.make_tensor_value_info("weights", 1, [768, 4]))
+    onnx.save(old, path)
+    branching = f"""
+        <ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        branching (float[N,3,{SIDE},{SIDE}] input) => (float[N,4] output)
+        {{
+          flat = local.Flat (input)
+          any = ReduceMax <keepdims = 0> (flat)
+          large = Greater (any, any)
+          output = If (large) <
+            then_branch = first () => (float[N,4] one) {{ one = MatMul (flat, weights) }},
+            else_branch = second () => (float[N,4] two) {{ two = MatMul (flat, weights) }}
+          >
+        }}
+        <domain: "local", opset_import: ["" : 17]>
+        Flat (x) => (y) {{ y = Flatten (x) }}
+    """
+    model = parser.parse_model(branching)
+    model.graph.initializer.append(numpy_helper.from_array(weights(), "weights"))
+    onnx.save(model, "branching.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    for name, output in (("old", ("--output", "output")), ("branching", ())):
+        answer = upright("attach", "orientation", f"{name}.onnx", *NORMALISED, "--resize", "crop", *output, "--force")
+        assert answer.code == 0, answer.err
+        assert upright("verify", "export/attached").code == 0
+    Path("data").unlink()
+    answer = upright("attach", "orientation", "branching.onnx", *NORMALISED, "--resize", "crop", "--force")
+    assert answer.code == 2 and "'branching.onnx' cannot be read as ONNX: " in answer.err
+
+
+def test_an_upright_bundle_needs_no_options(tmp_path: Path, upright: Upright) -> None:
+    write_orientation_bundle(tmp_path / "orientation", channels=1)
+    answer = upright("attach", "orientation", ROOT / "export/digits/model.onnx", "--images", ROOT / "export/digits")
+    assert answer.code == 0, answer.err
+    manifest = json.loads(Path("export/attached/manifest.json").read_text())
+    assert manifest["spec"]["classes"] == list("0123456789") and manifest["preprocessing"]["scores"] == "probabilities"
+    assert upright("verify", "export/attached").code == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        (
+            "preprocessor_config.json",
+            {
+                "do_center_crop": True,
+                "crop_size": {"height": 224, "width": 224},
+                "size": {"shortest_edge": 256},
+                "image_mean": [0.4, 0.5, 0.6],
+                "image_std": [0.2, 0.2, 0.2],
+                "rescale_factor": 1 / 255,
+                "resample": 3,
+            },
+            {"size": (224, 224), "resize": "crop", "crop": 0.875, "mean": [0.4, 0.5, 0.6], "range": "unit"},
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 160, "width": 200}, "do_normalize": False, "rescale_factor": 1 / 127.5},
+            {"size": (160, 200), "resize": "stretch", "mean": None, "range": "signed"},
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "image_mean": [0.5], "image_std": [0.5]},
+            {"size": (224, 224), "resize": "crop", "crop": 0.875},
+        ),
+        (
+            "config.json",
+            {
+                "label_names": ["a", "b"],
+                "pretrained_cfg": {
+                    "input_size": [3, 192, 192],
+                    "mean": [0.5],
+                    "std": [0.5],
+                    "crop_pct": 0.95,
+                    "crop_mode": "squash",
+                },
+            },
+            {"size": (192, 192), "resize": "stretch", "classes": ["a", "b"], "mean": [0.5]},
+        ),
+        ("config.json", {"id2label": {"1": "b", "0": "a"}}, {"classes": ["a", "b"], "size": None}),
+    ],
+)
+def test_files_beside_the_model(file: str, content: Any, expected: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    hints = Hints(tmp_path / "model.onnx", {})
+    assert {name: getattr(hints, name) for name in expected} == expected
+
+
+def test_a_broken_file_beside_the_model(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"size": [')
+    with pytest.raises(UserError, match=r"processor_config.json' cannot be read: JSONDecodeError: .* Fix or move it"):
+        Hints(tmp_path / "model.onnx", {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "does not record its preprocessing. Give --resize stretch, crop or pad; --mean and --std, or --range"),
+        (("--resize", "pad", "--range", "unit"), "has 2 float outputs (B, classes): output float32[1, 4], features"),
+        ((*NORMALISED, "--resize", "pad", "--output", "x"), "--output 'x' must be a float output (B, classes)"),
+        ((*NORMALISED, "--resize", "pad", "--size", "20x20"), "--size is 20x20, but 'model.onnx' only takes 16x16"),
+        ((*NORMALISED, "--mean", "1", "2", "--resize", "pad"), "--mean needs 1 or 3 numbers, one per channel, got 2"),
+        ((*NORMALISED, "--classes", "two.txt"), "'model.onnx' has 4 scores, but 'two.txt' lists 2 classes"),
+        ((*NORMALISED, "--max-harm", "1"), "--max-harm needs --images with one folder per class"),
+        ((*NORMALISED, "--images", "some", "--classes", "classes.txt"), "but ['other'] are no classes of the model"),
+        (("--max-harm", "1", "--threshold", "0.5"), "give only one of --max-harm and --threshold"),
+        (("--crop", "2"), "--crop must be at most 1, with --resize crop; got 2, None"),
+    ],
+)
+def test_options_that_cannot_be_used(
+    options: tuple[str, ...], message: str, parts: Path, upright: Upright, tmp_path: Path
+) -> None:
+    write_classifier(Path("model.onnx"))
+    Path("two.txt").write_text("a\nb\n")
+    write_images(tmp_path / "some")
+    (tmp_path / "some/red").rename("some/other")
+    if options[: len(NORMALISED)] == NORMALISED and "--output" not in options:
+        options += ("--output", "output", *(() if "--resize" in options else ("--resize", "pad")))
+    answer = upright("attach", "orientation", "model.onnx", *options)
+    assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
+    assert not Path("export").exists()
+
+
+def test_models_that_cannot_be_attached(parts: Path, upright: Upright) -> None:
+    usual = ("--resize", "pad", "--range", "unit", "--output", "output")
+
+    def error(*arguments: object) -> str:
+        answer = upright("attach", *arguments, *usual)
+        assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+        return answer.err
+
+    assert "'none.onnx' does not exist. Give an ONNX file" in error("orientation", "none.onnx")
+    Path("text.onnx").write_text("no model")
+    assert "'text.onnx' cannot be read as ONNX: " in error("orientation", "text.onnx")
+    write_classifier(Path("new.onnx"), ir_version=99)
+    assert "cannot load 'new.onnx': " in error("orientation", "new.onnx")
+    write_classifier(Path("grey.onnx"), shape=("N", 1, SIDE, 3 * SIDE))
+    assert "takes images of [1, 16, 48], but the images of the orientation bundle have 3 channel(s)" in error(
+        "orientation", "grey.onnx"
+    )
+    write_classifier(Path("double.onnx"), dtype="float64")
+    assert "must have one input of four axes, of tensor(float), tensor(float16), tensor(uint8); it has input" in error(
+        "orientation", "double.onnx"
+    )
+    write_classifier(Path("bytes.onnx"), dtype="uint8", layout="nhwc")
+    assert "takes uint8, so --mean, --std and --range have no effect" in error("orientation", "bytes.onnx")
+    write_classifier(Path("model.onnx"))
+    assert "classifies images; use upright.Predictor for it" in error(ROOT / "export/digits", "model.onnx")
+    write_orientation_bundle(Path("bare"), threshold=None)
+    assert "'bare' records no threshold; give --threshold, or --max-harm" in error("bare", "model.onnx")
+    assert upright("attach", "orientation", "model.onnx", *usual).code == 0
+    assert "Bundle 'export/attached' exists: --force replaces it" in error("orientation", "model.onnx")
