@@ -77,9 +77,23 @@ def test_from_a_folder_to_a_bundle(pictures: Path, upright: Upright, capsys: pyt
     assert upright("verify", "export/up").code == 0
     assert "estimates by which angle" in Path("export/up/README.md").read_text()
 
-    for command in (("report", "checkpoints/up"), ("select", "checkpoints/up")):
-        answer = upright(*command)
-        assert answer.code == 2 and "'checkpoints/up" in answer.err and "estimates the orientation" in answer.err
+    answer = upright("report", "checkpoints/up", "export/up", "--images", "10", "--split", "val", "--vector", "svg")
+    assert answer.code == 0 and answer.out.count("right side") == 2, answer.err
+    report = json.loads(Path("checkpoints/report-up/report.json").read_text())
+    checkpoint, deployed = report["models"]
+    assert checkpoint["right_side"] == deployed["right_side"] and checkpoint["right_side"]["value"] > 0.9
+    assert deployed["threshold"]["threshold"] == manifest["orientation"]["threshold"] and not checkpoint["threshold"]
+    figures = {path.name for path in Path("checkpoints/report-up").glob("*.*g")}
+    assert figures == {
+        "abstention.png",
+        "abstention.svg",
+        "circle.png",
+        "circle.svg",
+        "pictures-1.png",
+        "pictures-2.png",
+    }
+    answer = upright("select", "checkpoints/up")
+    assert answer.code == 2 and "estimates the orientation, and select compares classifiers" in answer.err
     assert upright("describe", "checkpoints/up").code == 0
     recorded = "checkpoints/up/last.ckpt"
     assert upright("preview", recorded).code == 0

@@ -6,9 +6,10 @@ Pillow draws all but the curves, because matplotlib is ten times as slow.
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.Image import Resampling, Transpose
@@ -115,6 +116,28 @@ def draw_blocks(
             below = top + stack.height + 2
             pen.text((x + side // 2, below), _truncate(line.text, side), line.colour, _font(), anchor="ma")
     return sheet
+
+
+def draw_turns(
+    title: str, degrees: Sequence[int], blocks: Sequence[tuple[Tensor, Tensor, npt.NDArray[np.floating[Any]]]]
+) -> Image.Image:
+    """Draw images at several angles, and below each the image rotated back by its estimated angle.
+
+    Args:
+        title: the title of the sheet.
+        degrees: the angles, anticlockwise, the same for all blocks.
+        blocks: for each image its rotations, the results ``(A, C, H, W)``, and the answers ``(A, 2)``: angles and
+            confidences. An angle that chooses a wrong side is red.
+    """
+    drawn = []
+    for before, after, answers in blocks:
+        errors = np.abs((answers[:, 0] - np.array(degrees) + 180) % 360 - 180)
+        lines = [
+            Line(f"{round(angle)}°, {sure:.0%}", RED if error >= 45 else BLACK)
+            for (angle, sure), error in zip(answers.tolist(), errors.tolist(), strict=True)
+        ]
+        drawn.append(([pixels_of(before), pixels_of(after)], lines))
+    return draw_blocks(title, [f"{angle}°" for angle in degrees], drawn)
 
 
 def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:

@@ -28,6 +28,7 @@ from upright.runs.drawing import (
     draw_confusion,
     draw_curves,
     draw_tiles,
+    draw_turns,
     pixels_of,
     save_png,
 )
@@ -36,8 +37,8 @@ from upright.tables import read_rows
 from upright.training.module import ImageModule
 from upright.warp import rotation, warp
 
-COMPASS = 8
-"""Number of angles in `draw_orientation`."""
+COMPASS = tuple(range(0, 360, 45))
+"""Angles in `draw_orientation`, in degrees anticlockwise."""
 MAX_VIEWS = 36
 """Maximum number of views in `draw_transformer`, as long as it draws one image."""
 
@@ -231,22 +232,19 @@ def draw_orientation(title: str, model: ImageModule, data: ImageDataModule, coun
         data: the datamodule, whose test split is drawn.
         count: maximum number of images, evenly spread over the split.
     """
-    samples, step = data.samples("test"), 360 // COMPASS
-    angles = torch.arange(COMPASS) * step
+    samples = data.samples("test")
+    angles = rotation(torch.tensor(COMPASS).deg2rad())
     blocks = []
     for place in torch.linspace(0, len(samples) - 1, min(count, len(samples))).round().long().tolist():
         image = samples[place : place + 1].images.to(model.device).float()
         with torch.no_grad():
-            turned = warp(image.expand(COMPASS, -1, -1, -1), rotation(angles.deg2rad()).to(image.device), "reflection")
-            estimated, confidence = model.model.answers(model(turned)).unbind(dim=1)
-            upright = warp(turned, rotation(-estimated.deg2rad()), "reflection")
-        shown = [pixels_of(model.model.denormalise(model.model.normalise(each))) for each in (turned, upright)]
-        errors = torch.remainder(estimated.cpu() - angles + 180, 360) - 180
-        answers = zip(estimated.tolist(), confidence.tolist(), errors.abs().tolist(), strict=True)
-        lines = [Line(f"{angle:.0f}°, {sure:.0%}", BLACK if error < step else RED) for angle, sure, error in answers]
-        blocks.append((shown, lines))
-    title = f"{title}: images at eight angles, and rotated back by the estimated angle, which is red if it is wrong"
-    return draw_blocks(title, [f"{angle}°" for angle in angles.tolist()], blocks)
+            before = warp(image.expand(len(COMPASS), -1, -1, -1), angles.to(image.device), "reflection")
+            answers = model.model.answers(model(before))
+            after = warp(before, rotation(-answers[:, 0].deg2rad()), "reflection")
+        before, after = (model.model.denormalise(model.model.normalise(each)) for each in (before, after))
+        blocks.append((before, after, answers.cpu().numpy()))
+    title = f"{title}: images at eight angles, and rotated back by the estimated angle, which is red for a wrong side"
+    return draw_turns(title, COMPASS, blocks)
 
 
 def draw_transformer(title: str, classifier: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:

@@ -1,6 +1,7 @@
 """Gather the measurements of a report, and convert them to plain data."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from upright.evidence.reporting import orientation
 from upright.evidence.reporting.invariance import (
     ROTATION,
     SEED,
@@ -113,17 +115,59 @@ def to_record(evidence: Evidence, data_yaml: str | None) -> dict[str, Any]:
             "padding": data.augmentation.padding,
             "already_distorted": evidence.sample.distorted,
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
         "models": [_model_record(evidence, index) for index in range(len(evidence.predictions))],
     }
     plain: dict[str, Any] = _plain(record)
     return plain
 
 
-def _model_record(evidence: Evidence, index: int) -> dict[str, Any]:
-    subjects, data = evidence.group
-    subject, predictions, invariance = subjects[index], evidence.predictions[index], evidence.invariances[index]
-    origin, training_ranges = subject.origin, evidence.training_ranges[index]
+def orientation_record(
+    group: Group, answers: Sequence[orientation.Answers], split: str, data_yaml: str | None
+) -> dict[str, Any]:
+    """Return the content of ``report.json`` for models that estimate the orientation.
+
+    Args:
+        group: the models and the data.
+        answers: answers of each model.
+        split: split of the data.
+        data_yaml: path of the YAML of data, if the user gave one.
+    """
+    data, spec = group.data, group.data.spec
+    record = {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": {
+            "class_path": data.recipe["class_path"],
+            "chosen": data_yaml,
+            "split": split,
+            "digest": data.manifest.digest,
+            "sources": len(answers[0].angles),
+            "angles": len(orientation.DEGREES),
+            "largest": orientation.largest_side(data),
+            "size": [spec.channels, spec.height, spec.width],
+        },
+        "versions": _versions(),
+        "models": [
+            _file_record(subject) | each.record(_threshold(subject))
+            for subject, each in zip(group.subjects, answers, strict=True)
+        ],
+    }
+    plain: dict[str, Any] = _plain(record)
+    return plain
+
+
+def _threshold(subject: Subject) -> float | None:
+    bundle = subject.origin.bundle
+    return bundle.manifest.get("orientation", {}).get("threshold") if bundle else None
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _file_record(subject: Subject) -> dict[str, Any]:
+    origin = subject.origin
     return {
         "name": subject.name,
         "kind": subject.kind,
@@ -134,6 +178,14 @@ def _model_record(evidence: Evidence, index: int) -> dict[str, Any]:
         "run": origin.run,
         "git_commit": origin.git_commit,
         "unseen": subject.unseen,
+    }
+
+
+def _model_record(evidence: Evidence, index: int) -> dict[str, Any]:
+    subjects, data = evidence.group
+    subject, predictions, invariance = subjects[index], evidence.predictions[index], evidence.invariances[index]
+    training_ranges = evidence.training_ranges[index]
+    return _file_record(subject) | {
         "test_openings": _openings(subject, evidence),
         **predictions.accuracy_record(data.spec.classes, list(data.names(evidence.split))),
         "difference": difference(evidence.predictions[0], predictions) if index else None,

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from upright.evidence.reporting.invariance import (
@@ -17,6 +18,7 @@ from upright.evidence.reporting.invariance import (
 )
 from upright.evidence.reporting.measures import BINS, Bin
 from upright.evidence.reporting.subjects import Subject
+from upright.intervals import wilson
 from upright.runs.drawing import COLOURS, draw_column, draw_columns, pixels_of
 
 if TYPE_CHECKING:
@@ -85,6 +87,57 @@ def _mark_ranges(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) ->
             height = 1.03 + 0.035 * number
             style |= {"color": COLOURS[number % len(COLOURS)], "transform": panel.get_xaxis_transform()}
             panel.plot(np.clip(span, *ends), (height, height), **style)
+
+
+def draw_circle(
+    names: Sequence[str],
+    degrees: Sequence[int],
+    right: Sequence[npt.NDArray[np.bool_]],
+    errors: Sequence[npt.NDArray[np.float64]],
+) -> "Figure":
+    """Draw the share of right sides and the median error of orientations, by the angle of the image.
+
+    Args:
+        names: names of the models.
+        degrees: the angles.
+        right: whether each answer has the right side, ``(N, A)``, for each model.
+        errors: errors in degrees, ``(N, A)``, for each model.
+    """
+    with _styled_figure(2.3) as figure:
+        left, panel = figure.subplots(1, 2)
+        lines = []
+        for number, (sides, deviations) in enumerate(zip(right, errors, strict=True)):
+            shares = [wilson(float(column.mean()), len(column)) for column in sides.T]
+            value, low, high = 100 * np.transpose(shares)
+            lines.append(_draw_line(left, number, len(names), degrees, value))
+            _draw_band(left, lines[-1], low, high)
+            _draw_line(panel, number, len(names), degrees, np.median(deviations, axis=0).tolist())
+        left.set(ylabel="right side, %", ylim=(0, 102))
+        panel.set(ylabel="median error, degrees", ylim=(0, None))
+        for each in (left, panel):
+            each.set(xlabel="angle of the image, degrees", xticks=range(-180, 181, 90))
+        _add_legend(figure, lines, names)
+        return figure
+
+
+def draw_abstention(
+    names: Sequence[str], curves: Sequence[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+) -> "Figure":
+    """Draw the share of wrong sides among the most confident answers, by their share of all answers.
+
+    Args:
+        names: names of the models.
+        curves: both shares, for each model.
+    """
+    with _styled_figure(2.3, PAGE_INCHES / 2) as figure:
+        panel = figure.subplots()
+        lines = []
+        for number, (answered, wrong) in enumerate(curves):
+            colour = COLOURS[number % len(COLOURS)]
+            lines += panel.plot(100 * answered, 100 * wrong, color=colour, linewidth=1.4)
+        panel.set(xlabel="answered, %", ylabel="wrong side, %", xlim=(0, 100), ylim=(0, None))
+        _add_legend(figure, lines, names)
+        return figure
 
 
 def draw_invariance(

@@ -1,13 +1,15 @@
 """``upright report``: compare models on one self-contained page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from upright.errors import UserError
-from upright.evidence.reporting.evidence import gather, to_record
-from upright.evidence.reporting.page import draw_all, write_page
+from upright.evidence.reporting import orientation
+from upright.evidence.reporting.evidence import gather, orientation_record, to_record
+from upright.evidence.reporting.page import Figures, draw_all, embed, write_page
 from upright.evidence.reporting.subjects import Subject, open_subjects
 from upright.files import check_replaceable, replacing_folder
 from upright.runs.folder import ROOT
@@ -32,7 +34,7 @@ def report(
         models: checkpoints, folders of runs, and bundles. Each one is compared with the first one.
         data: a YAML of data that replaces the data of the first model.
         split: split of the data, ``test`` or ``val``.
-        images: number of images to distort for the curves.
+        images: number of images to distort for the curves, or to rotate.
         precision: precisions of bundles.
         to: folder of the report; by default ``checkpoints/report-NAME``.
         force: replace an existing report.
@@ -51,15 +53,22 @@ def report(
     for subject in group.subjects:
         if split == "test" and subject.folder:
             open_test_split(subject.file, subject.folder, group.data, "upright report")
-    evidence = gather(group, split, images)
-    record = to_record(evidence, data)
+    if group.data.spec.classes:
+        evidence = gather(group, split, images)
+        template, record, summary = "report.html", to_record(evidence, data), _summary
+        draw: Callable[[], Figures] = partial(draw_all, evidence)
+    else:
+        originals = orientation.chosen(group.data, split, images)
+        answers = orientation.measure(group.subjects, originals)
+        template, record = "orientation.html", orientation_record(group, answers, split, data)
+        draw, summary = partial(orientation.draw, group, answers, originals), _orientation_summary
     print("Drawing figures ...", flush=True)
     with replacing_folder(target) as folder:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
-        write_page(folder / PAGE, record, draw_all(evidence, folder, vector))
+        write_page(folder / PAGE, template, record, embed(draw(), folder, vector))
     for model in record["models"]:
-        print(_summary(model))
+        print(summary(model))
     print(f"Page: {target / PAGE}")
     return 0
 
@@ -70,6 +79,15 @@ def _folder_name(subjects: Sequence[Subject]) -> str:
     if Path(name).name != name:
         raise UserError(f"'{name}' cannot be part of a folder's name; give the folder of the report with --to.")
     return name
+
+
+def _orientation_summary(model: dict[str, Any]) -> str:
+    share, degrees = model["right_side"], model["degrees"]
+    return (
+        f"{model['name']}: right side {share['value']:.4f} (95 %: {share['low']:.4f} to {share['high']:.4f}), "
+        f"{model['quarter_turns']['value']:.4f} at exact quarter turns, median error {degrees['median']:.1f} degrees, "
+        f"calibration error {model['calibration_error']:.4f}."
+    )
 
 
 def _summary(model: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ class BatchOutput(NamedTuple):
     """The output of a model for a batch.
 
     Args:
-        probabilities: probabilities of the classes, ``(B, K)``.
+        probabilities: probabilities of the classes, ``(B, K)``; without classes, angles and confidences ``(B, 2)``.
         observations: observations of the spatial transformers, in their order; empty without transformers.
     """
 
@@ -125,10 +125,6 @@ def open_subjects(
     first = origins[0]
     if tuple(precisions) != DEFAULT_PRECISIONS and not any(origin.bundle for origin in origins):
         raise UserError("--precision chooses among the models of a bundle, but none of these models is a bundle.")
-    if not first.spec.classes:
-        raise UserError(
-            f"'{first.path}' estimates the orientation, and a report compares classifiers; `upright test` measures it."
-        )
     for other in origins[1:]:
         if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
             raise UserError(
@@ -222,7 +218,7 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
         for each in observations:
             # Many outputs are stored, and only the network needs the transformed images.
             each.output = each.output.new_empty(0)
-        return BatchOutput(logits.softmax(dim=1).double().numpy(), observations)
+        return BatchOutput(model.answers(logits).double().numpy(), observations)
 
     file = find_checkpoint(origin.path)
     has_transformer = _has_transformer(model)
@@ -246,14 +242,14 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
     thetas = [name for name in bundle.manifest["other_outputs"] if name.partition("_")[0] == "theta"]
     model, template, unobserved_reason = None, list[Observation](), ""
     try:
-        model = _build_untrained(origin)
+        model = _build_untrained(origin) if bundle.spec.classes else None
     except UprightError as error:  # the class of the network may be missing on this machine
         unknown = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
         thetas, unobserved_reason = [], f"{unknown}: {error}"
     else:
-        if thetas:
+        if model and thetas:
             template = _observations(model)
-        elif _has_transformer(model):
+        elif model and _has_transformer(model):
             model, unobserved_reason = None, "the bundle has no output theta; `upright export --outputs theta` adds it"
         else:
             model, unobserved_reason = None, NO_TRANSFORMER
@@ -263,7 +259,7 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
         if fixed_size:
             pixels = np.stack([fitted(image, fixed_size, bundle.spec) for image in pixels])
         outputs = [
-            run_batch(session, pixels[start : start + step], ["probabilities", *thetas])
+            run_batch(session, pixels[start : start + step], [bundle.task.output, *thetas])
             for start in range(0, len(pixels), step)
         ]
         probabilities, *values = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
