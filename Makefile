@@ -61,5 +61,9 @@ format: install  ## let ruff sort imports, fix what it can, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock:  ## write uv.lock from pyproject.toml, with the versions of constraints.txt (needs uv)
+EXPORT := uv export --quiet --frozen --no-dev --no-emit-project --no-header --no-annotate
+
+lock:  ## write uv.lock and container.txt from pyproject.toml, with the versions of constraints.txt (needs uv)
 	uv lock $$(sed -n 's/^\([^#].*==.*\)/--upgrade-package \1/p' constraints.txt)
+	{ echo '# Packages of the Containerfile with their hashes, from uv.lock. `make lock` writes this file.'; \
+		$(EXPORT) --extra serve; $(EXPORT) --extra dev | sed -n '/^setuptools==/,/[^\\]$$/p'; } > container.txt

@@ -58,6 +58,7 @@ QUICK = {
 """Options of a command that its line does not set itself."""
 NOT_RUN = {
     "model_signing": "needs the extra sign, see tests/runtime/test_signature.py",
+    "opentelemetry-instrument": "a server, see tests/runtime/test_traces.py",
     "openssl": "keys of a signature, see tests/runtime/test_signature.py",
     "upright verify https://example.org/digits.upright.zip": "a download, see tests/runtime/test_address.py",
     "upright export checkpoints/stn --name signed": "needs the extra sign, see tests/runtime/test_signature.py",

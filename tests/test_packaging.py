@@ -57,6 +57,27 @@ def test_the_lock_installs_from_pypi() -> None:
     assert len(urls) > len(sources) and all(url.startswith("https://files.pythonhosted.org/packages/") for url in urls)
 
 
+def closure(names: set[str]) -> set[str]:
+    """The packages that a set of packages needs, with themselves, by uv.lock."""
+    needed = {each["name"] for name in names for each in PACKAGES[name].get("dependencies", [])}
+    return names if needed <= names else closure(names | needed)
+
+
+def test_the_container_installs_the_lock_by_hashes() -> None:
+    text = (ROOT / "container.txt").read_text()
+    blocks = re.findall(r"^([\w-]+)==(\S+).*((?:\n    --hash=\S+(?: \\)?)+)$", text, flags=re.M)
+    assert len(blocks) == text.count("==") - text.count(" == ") and "://" not in text, "run `make lock`"
+    for name, version, hashes in blocks:
+        files = [*PACKAGES[name]["wheels"], *filter(None, [PACKAGES[name].get("sdist")])]
+        assert version == PACKAGES[name]["version"], "run `make lock`"
+        assert set(re.findall(r"--hash=(\S+)", hashes)) == {file["hash"] for file in files}, "run `make lock`"
+    upright = PACKAGES["upright"]
+    direct = {each["name"] for each in upright["dependencies"] + upright["optional-dependencies"]["serve"]}
+    assert {name for name, *_ in blocks} == closure(direct | {"setuptools"}), "run `make lock`"
+    commands = (ROOT / "Containerfile").read_text()
+    assert "--require-hashes -r /source/container.txt" in commands and "--no-deps --no-build-isolation" in commands
+
+
 @pytest.fixture
 def tracked() -> list[str]:
     """The files of the repository that git does not ignore."""
@@ -67,7 +88,9 @@ def tracked() -> list[str]:
     return [name for name in listed if (ROOT / name).is_file()]
 
 
-def test_the_sdist_has_every_file_and_the_wheel_stands_alone(tracked: list[str], tmp_path: Path) -> None:
+@pytest.fixture
+def sdist(tracked: list[str], tmp_path: Path) -> Path:
+    """An sdist, built in a copy of the repository."""
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
@@ -75,15 +98,44 @@ def test_the_sdist_has_every_file_and_the_wheel_stands_alone(tracked: list[str],
     (tmp_path / "src/upright/__pycache__/cli.pyc").touch()
     program = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
-    (archive,) = (tmp_path / "dist").iterdir()
-    assert archive.name == f"upright-{PROJECT['project']['version']}.tar.gz"
-    with tarfile.open(archive) as tar:
+    return tmp_path / f"dist/upright-{PROJECT['project']['version']}.tar.gz"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_sdist_passes_its_tests(sdist: Path, tmp_path: Path) -> None:
+    """A part of them, which reads files of every kind."""
+    with tarfile.open(sdist) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    folder = tmp_path / "unpacked" / sdist.name.removesuffix(".tar.gz")
+    names = (
+        "test_cli",
+        "test_examples",
+        "test_packaging",
+        "test_reference",
+        "exporting/test_bom",
+        "runtime/test_bundle",
+    )
+    command = [sys.executable, "-m", "pytest", "-q", *(f"tests/{name}.py" for name in names)]
+    environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout[-3000:]
+
+
+def test_the_sdist_has_every_file_and_the_wheel_stands_alone(tracked: list[str], sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as tar:
         packed = {member.name.partition("/")[2] for member in tar if member.isfile()}
     assert set(tracked) - packed == set(), "MANIFEST.in leaves these out"
-    # The wheel has all that a user without a checkout needs.
+    # Docker and Podman copy only what .dockerignore allows. A wheel of these files has all that a user needs.
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    context = [name for name in tracked if any(name == each or name.startswith(f"{each}/") for each in allowed)]
+    for name in context:
+        (tmp_path / "context" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / "context" / name)
+    assert "container.txt" in context and not (ROOT / ".containerignore").exists()
     program = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "context", capture_output=True, check=True)
+    (wheel,) = (tmp_path / "context/dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(tmp_path / "site")
     commands = "main(['configs', 'list']); main(['configs', 'copy']); sys.exit(main(['verify', 'export/digits']))"

@@ -98,6 +98,15 @@ def test_an_archive_is_downloaded_once(server: Server, cache: Path, upright: Upr
     assert server.requests == 3 and stored.read_bytes() == server.content
 
 
+def test_the_name_of_a_download_is_a_plain_file_name(server: Server, cache: Path) -> None:
+    top = server.address().rpartition("/")[0]
+    names = {"": "bundle", "..%2F..%2Fx.upright.zip?key=1": "-..-x", "a b": "a-b"}
+    for path, name in names.items():
+        assert local_bundle(f"{top}/{path.replace(' ', '%20')}", server.hash).endswith(
+            f"/{server.hash}/{name}.upright.zip"
+        )
+
+
 def test_several_processes_download_at_the_same_time(server: Server, cache: Path) -> None:
     threads = [threading.Thread(target=local_bundle, args=(server.address(), server.hash)) for _ in range(8)]
     for thread in threads:
@@ -191,6 +200,8 @@ def test_an_artifact_of_wandb(artifact: Artifact, cache: Path, upright: Upright)
     answer = upright("verify", source)
     assert answer.code == 2 and f"'{source}' cannot be downloaded" in answer.err
     assert list((cache / "bundles/cd34").iterdir()) == []
+    artifact.digest, artifact.name, artifact.extra = "../..", "../x", SUMS
+    assert local_bundle(source) == str(cache / "bundles/-../-x")
     artifact.size = 2**40
     answer = upright("verify", source)
     assert answer.code == 2 and "is larger than 8 GiB, the limit" in answer.err

@@ -453,8 +453,12 @@ def test_a_reload_is_complete_or_keeps_the_old_bundle(bundle: Path, samples: lis
         assert version != running.version and running.classify(samples[0]).json["version"] == version
 
 
-def test_several_workers(bundle: Path, samples: list[bytes], predictor: Predictor) -> None:
+def test_several_workers(
+    bundle: Path, samples: list[bytes], predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with serving(bundle, "--quiet", "--workers", 2) as running:
+        assert len(list(tmp_path.glob("upright-metrics-*"))) == 1
 
         def wait_for(message: str, count: int) -> list[dict[str, Any]]:
             while len(lines := [line for line in running.lines if line["message"] == message]) < count:
@@ -485,6 +489,7 @@ def test_several_workers(bundle: Path, samples: list[bytes], predictor: Predicto
         assert running.metric("upright_images_total") == 7  # those of the process that ended, too
         running.process.kill()  # then the workers stop by themselves, which closes standard output
         wait_for("stopped", 2)
+    assert list(tmp_path.glob("upright-metrics-*")) == []
 
 
 def test_a_worker_that_fails_is_one_line() -> None:

@@ -73,8 +73,8 @@ class _Redirects(HTTPRedirectHandler):
 
 def _archive(address: str, sha256: str) -> Path:
     """Return the path of a downloaded archive whose hash is ``sha256``."""
-    name = re.sub(r"[^\w.-]", "-", unquote(urlsplit(address).path.rpartition("/")[2])).lstrip(".") or "bundle"
-    target = cache_folder() / "bundles" / sha256 / f"{name.removesuffix(ARCHIVE_SUFFIX)}{ARCHIVE_SUFFIX}"
+    name = unquote(urlsplit(address).path.rpartition("/")[2]).removesuffix(ARCHIVE_SUFFIX)
+    target = _entry(sha256, (name or "bundle") + ARCHIVE_SUFFIX)
     if target.is_file() and file_hash(target) == sha256:
         return target
     print(f"Downloading {address} ...", file=sys.stderr, flush=True)
@@ -112,9 +112,7 @@ def _artifact(name: str) -> Path:
         artifact = wandb.Api().artifact(name)
         if artifact.size > MAX_BYTES:
             raise UserError(f"'{WANDB}{name}' is larger than {MAX_BYTES / 2**30:g} GiB, the limit; it is not stored.")
-        target: Path = (
-            cache_folder() / "bundles" / artifact.digest / artifact.name.partition(":")[0].removeprefix("bundle-")
-        )
+        target = _entry(artifact.digest, artifact.name.partition(":")[0].removeprefix("bundle-"))
         if not target.is_dir():
             with _new_entry(target) as new:
                 artifact.download(str(new), skip_cache=True)
@@ -126,6 +124,12 @@ def _artifact(name: str) -> Path:
             "ENTITY/PROJECT/NAME:ALIAS, and `wandb login` stores the key of your account."
         ) from None
     return target
+
+
+def _entry(digest: str, name: str) -> Path:
+    """Return the path of a bundle in the cache."""
+    parts = (re.sub(r"[^\w.-]", "-", part).lstrip(".") for part in (digest, name))
+    return cache_folder().joinpath("bundles", *parts)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Several processes behind one port. Each has the bundle in memory, and accepts connections from the same socket."""
 
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from tempfile import TemporaryDirectory
@@ -94,7 +95,10 @@ class Workers:
         context = get_context("spawn")
         pipe, end = context.Pipe()
         process = context.Process(target=_run, args=(self.work, end))
+        # Ctrl-C reaches the new process, too. It would end in a traceback until the server handles it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         process.start()
+        signal.signal(signal.SIGINT, handler)
         end.close()
         self.workers.append(Worker(process, pipe))
 
@@ -127,6 +131,8 @@ def _run(work: Work, pipe: Connection) -> None:
         work(lambda: pipe.send(None))
     except Exception as error:
         pipe.send(error)
+    if (parent := parent_process()) and not parent.is_alive():
+        shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
 
 
 def _stop_with_parent(pipe: Connection) -> None:
