@@ -408,7 +408,7 @@ def test_the_orientation(look: Any, upright: Upright, tmp_path: Path) -> None:
             f"Straightened: rotated {abs(expected.angle):.1f}° {side}"
         )
     slide(tab, "#angle", 0)
-    until(tab, "document.getElementById('share').textContent.startsWith('Follows the rotation: median deviation ')")
+    until(tab, "document.getElementById('share').textContent.startsWith('Deviation: median 0')")
     angles, confidences = tab.eval_on_selector_all(
         "#curves .curve", "paths => paths.map(path => path.getAttribute('d'))"
     )[::-1]

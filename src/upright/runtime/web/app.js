@@ -535,12 +535,12 @@ async function showPage() {
         straightened.rotate((angle * Math.PI) / 180);
         straightened.drawImage(asked.canvas, -width / 2, -height / 2);
       },
-      // Compare the angles with that at 0, as text.
+      // Return the deviation of the angles from that at 0 plus the rotation, as text.
       share() {
         const [start] = curve.get(0);
         const sizes = [...curve].map(([at, [angle]]) => deviation(angle - start - at)).sort((a, b) => a - b);
         const [middle, largest] = [sizes[sizes.length >> 1], sizes.at(-1)].map(degrees);
-        return `Follows the rotation: median deviation ${middle}, largest ${largest}`;
+        return `Deviation: median ${middle}, largest ${largest}`;
       },
     };
   }
