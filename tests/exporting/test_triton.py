@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Upright
-from tests.runtime.bundles import write_bundle
+from tests.runtime.bundles import write_bundle, write_orientation_bundle
 from upright.architectures.lenet import LeNet
 from upright.errors import UprightError
 from upright.exporting.graph import Form
@@ -82,6 +82,13 @@ def test_every_form_is_valid_by_the_published_definition(
     assert config.HasField("dynamic_batching") == (form.batch is None)
     assert (folder / "labels.txt").read_text(encoding="utf-8") == 'a\nüber b\nc "d"\n'
     assert (folder / "1/model.onnx").read_bytes() == (bundle.folder / MODELS["fp32"]).read_bytes()
+
+
+def test_a_model_without_classes_has_no_labels(tmp_path: Path) -> None:
+    write_models(Bundle.open(write_orientation_bundle(tmp_path / "sky")), {"fp32": tmp_path / "models/sky"})
+    assert {path.name for path in (tmp_path / "models/sky").iterdir()} == {"config.pbtxt", "1"}
+    config = (tmp_path / "models/sky/config.pbtxt").read_text()
+    assert '{ name: "orientation" data_type: TYPE_FP32 dims: [2] }' in config and "label" not in config
 
 
 def test_a_run_becomes_a_bundle_and_models(message: Any, run_folder: Path, upright: Upright) -> None:

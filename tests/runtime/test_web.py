@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Answer, Upright
-from tests.runtime.bundles import write_bundle
+from tests.runtime.bundles import write_bundle, write_orientation_bundle
 from upright.architectures.lenet import LeNet
 from upright.images import ImageSpec
 from upright.runtime import web
@@ -53,6 +53,15 @@ def test_the_page_has_the_files_it_needs_and_no_others(upright: Upright, bundle:
     write_archive(bundle, Path("small.upright.zip"))
     assert upright("web", "small.upright.zip", "--runtime", dist).code == 0
     assert {name: (page / name).read_bytes() for name in files_in(page)} == before
+
+
+def test_the_page_of_an_orientation_bundle(upright: Upright, tmp_path: Path, dist: Path) -> None:
+    bundle = write_orientation_bundle(tmp_path / "export/sky")
+    assert upright("web", bundle, "--runtime", dist).code == 0
+    facts = json.loads(Path("web/sky/model.json").read_text())
+    rows = [sample["orientation"]["fp32"] for sample in json.loads((bundle / EXPECTED).read_text())]
+    assert (facts["task"], facts["classes"]) == ("orientation", [])
+    assert facts["samples"] == [{"file": f"samples/{n:02d}.png", "expected": row} for n, row in enumerate(rows)]
 
 
 def test_a_page_contains_no_paths_of_the_training_machine(upright: Upright, tmp_path: Path, dist: Path) -> None:

@@ -20,13 +20,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from tests.runtime.bundles import write_bundle
+from tests.runtime.bundles import photograph, write_bundle, write_orientation_bundle
 from upright.architectures.lenet import LeNet
 from upright.architectures.nin import NiN
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.exporting.graph import Form
 from upright.images import ImageSpec, Resize
-from upright.runtime.predictor import Predictor, open_session, run_batch
+from upright.runtime.predictor import OrientationPredictor, Predictor, open_session, run_batch
 from upright.runtime.web import RUNTIME_VERSION
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
@@ -126,15 +126,15 @@ SETTLED = "document.getElementById('share').textContent.startsWith('Stays')"
 
 
 def settled(tab: Any, action: Callable[[], object]) -> np.ndarray:
-    """Return the probabilities on the page after ``action``, when the model has finished all tasks."""
+    """Return the values on the page after ``action``, when the model has finished all tasks."""
     tab.evaluate("document.getElementById('share').textContent = ''")
     action()
     until(tab, SETTLED)
-    return probabilities(tab)
+    return rows(tab)
 
 
-def probabilities(tab: Any) -> np.ndarray:
-    return np.array([float(one.get_attribute("value")) for one in tab.query_selector_all("#probabilities data")])
+def rows(tab: Any) -> np.ndarray:
+    return np.array([float(one.get_attribute("value")) for one in tab.query_selector_all("#rows data")])
 
 
 def canvas(tab: Any, name: str) -> np.ndarray:
@@ -152,7 +152,7 @@ def test_the_page_checks_the_samples_and_names_the_runtime(look: Any, made: Any)
     status = tab.inner_text("#status")
     assert status.startswith("4 of 4 samples match the export (largest difference ") and "1e-4" in status
     assert RUNTIME_VERSION in tab.inner_text("#about") and "no image leaves it" in tab.inner_text("#about")
-    assert abs(probabilities(tab).sum() - 1) < 1e-5 and len(probabilities(tab)) == 10
+    assert abs(rows(tab).sum() - 1) < 1e-5 and len(rows(tab)) == 10
     names = [button.get_attribute("aria-label") for button in tab.query_selector_all("#samples button")]
     assert names == [f"Sample {number}, labelled 0" for number in (1, 2, 3, 4)]
 
@@ -160,7 +160,7 @@ def test_the_page_checks_the_samples_and_names_the_runtime(look: Any, made: Any)
 def test_other_predictions_are_reported(look: Any, made: Any) -> None:
     page = made(GREY, LeNet)
     facts = json.loads((page / "model.json").read_text())
-    facts["samples"][2]["probabilities"][0] += 0.01
+    facts["samples"][2]["expected"][0] += 0.01
     (page / "model.json").write_text(json.dumps(facts))
     status = look(page, "#status.bad").inner_text("#status")
     assert "1 of 4 samples differ from the export (largest difference 1.0e-2" in status
@@ -231,9 +231,9 @@ def test_rotation(look: Any, made: Any, tmp_path: Path) -> None:
         pixels = canvas(tab, "input")[..., 0]
         assert np.abs(pixels.astype(int) - np.rot90(square, quarters)).max() <= 1
         expected, warped = run_batch(session, pixels[None, :, :, None], ("probabilities", "warped"))
-        assert np.abs(probabilities(tab) - expected[0]).max() < 1e-5
+        assert np.abs(rows(tab) - expected[0]).max() < 1e-5
         assert np.abs(canvas(tab, "warped")[..., 0] - warped[0, ..., 0]).max() <= 1
-    assert np.array_equal(probabilities(tab), before)
+    assert np.array_equal(rows(tab), before)
     slide(tab, "#angle", 37)
     assert tab.inner_text("#degrees") == "37°" and tab.locator("#angle").get_attribute("aria-valuetext") == "37 degrees"
     tab.focus("#angle")
@@ -246,7 +246,7 @@ def test_rotation(look: Any, made: Any, tmp_path: Path) -> None:
     assert abs(int(canvas(tab, "input")[0, 0, 0]) - border.mean()) <= 1
     tab.click("#reset")
     tab.wait_for_timeout(200)
-    assert np.array_equal(probabilities(tab), before)
+    assert np.array_equal(rows(tab), before)
 
 
 def test_the_curve_matches_the_slider(look: Any, made: Any) -> None:
@@ -259,7 +259,7 @@ def test_the_curve_matches_the_slider(look: Any, made: Any) -> None:
         slide(tab, "#angle", angle)
         tab.wait_for_timeout(150)
         at = {round(1 - curve[(angle + 180) // 5, 1], 3) for curve in points}
-        assert all(np.abs(probabilities(tab) - p).min() < 2e-3 for p in at)
+        assert all(np.abs(rows(tab) - p).min() < 2e-3 for p in at)
 
 
 def test_spinning(look: Any, made: Any) -> None:
@@ -289,7 +289,7 @@ def test_drawing(look: Any, made: Any, angle: int) -> None:
     tab.click("#clear")
     slide(tab, "#angle", angle)
     tab.wait_for_timeout(200)
-    before = probabilities(tab)
+    before = rows(tab)
     assert canvas(tab, "input").max() == 0 and canvas(tab, "input").shape == (280, 280, 3)
     box = tab.locator("#input").bounding_box()
     at = lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])  # noqa: E731
@@ -302,7 +302,7 @@ def test_drawing(look: Any, made: Any, angle: int) -> None:
     # The pen draws below the pointer, also on a rotated image.
     ink = canvas(tab, "input")[..., 0] > 128
     assert ink[70, 90:190].all() and not ink[120:].any()
-    assert not np.array_equal(probabilities(tab), before) and abs(probabilities(tab).sum() - 1) < 1e-5
+    assert not np.array_equal(rows(tab), before) and abs(rows(tab).sum() - 1) < 1e-5
     assert tab.inner_text("#spoken").endswith("percent")
 
 
@@ -335,11 +335,11 @@ def test_bad_images_are_reported_and_the_next_one_is_classified(look: Any, made:
     until(tab, "document.getElementById('state').textContent.startsWith('The model does not accept')")
     assert "40 x 1 pixels" in tab.inner_text("#status")
     # Nothing of the answer for the image before is left.
-    assert not tab.is_visible("#probabilities") and not tab.locator("#curves .curve").count()
+    assert not tab.is_visible("#rows") and not tab.locator("#curves .curve").count()
     assert not tab.inner_text("#share").strip() and not tab.inner_text("#legend")
     tab.click("#samples button")
     tab.wait_for_selector("#status.good")
-    assert tab.is_visible("#probabilities")
+    assert tab.is_visible("#rows")
     assert "Non-zero status code" in look.complaints.pop() and not look.complaints  # a message of onnxruntime
 
 
@@ -378,6 +378,48 @@ def test_several_transformers(look: Any, made: Any) -> None:
     tab = look(made(GREY, network, Form(outputs=("warped",))))
     assert tab.locator("#views figcaption").all_inner_texts() == ["Output of transformer 1", "Output of transformer 2"]
     assert canvas(tab, "warped_2").std() > 0
+
+
+def test_the_orientation(look: Any, upright: Upright, tmp_path: Path) -> None:
+    bundle = write_orientation_bundle(tmp_path / "export/sky")
+    assert upright("web", bundle, "--runtime", RUNTIME).code == 0
+    tab = look(tmp_path / "web/sky")
+    assert tab.inner_text("#status").startswith("4 of 4 samples match the export (largest difference ")
+    names = [button.get_attribute("aria-label") for button in tab.query_selector_all("#samples button")]
+    assert names == [f"Sample {number}" for number in (1, 2, 3, 4)] and not tab.is_visible("#clear")
+    upper = photograph(0, 60)[..., 0]
+    Image.fromarray(upper).save(tmp_path / "upper.png")
+    tab.set_input_files("#file", tmp_path / "upper.png")
+    predictor = OrientationPredictor(bundle)
+    for angle, quarters in ((0, 0), (90, 1), (-90, -1)):
+        slide(tab, "#angle", angle)
+        pixels = canvas(tab, "input")[..., 0]
+        # The slider rotates anticlockwise, as the angle of the model.
+        assert np.abs(pixels.astype(int) - np.rot90(upper, quarters)).max() <= 1
+        expected = predictor(pixels)
+        assert expected.angle == pytest.approx(angle, abs=1)
+        text = f"{expected.angle:z.1f}°".replace("-", "\N{MINUS SIGN}")
+        until(tab, f"document.getElementById('estimate').textContent === '{text}'")
+        assert rows(tab) == pytest.approx([expected.confidence], abs=1e-5)
+        inside = np.s_[5:-5, 5:-5, 0]
+        assert np.abs(canvas(tab, "straightened")[inside].astype(int) - upper[5:-5, 5:-5]).max() <= 3
+        side = "anticlockwise" if expected.angle < 0 else "clockwise"
+        assert tab.locator("#views figcaption").inner_text() == (
+            f"Straightened: rotated {abs(expected.angle):.1f}° {side}"
+        )
+    slide(tab, "#angle", 0)
+    until(tab, "document.getElementById('share').textContent.startsWith('Deviation: median 0')")
+    angles, confidences = tab.eval_on_selector_all(
+        "#curves .curve", "paths => paths.map(path => path.getAttribute('d'))"
+    )[::-1]
+    # The line of the angle has a break where it passes 180 degrees.
+    assert confidences.count("M") == 1 and angles.count("M") == 2
+    # Other answers than those of the export are reported.
+    facts = json.loads((tmp_path / "web/sky/model.json").read_text())
+    facts["samples"][1]["expected"][0] += 2
+    (tmp_path / "web/sky/model.json").write_text(json.dumps(facts))
+    status = look(tmp_path / "web/sky", "#status.bad").inner_text("#status")
+    assert "1 of 4 samples differ from the export (largest difference 7.8e-3" in status
 
 
 def test_from_a_disk(look: Any, made: Any, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def write_models(bundle: Bundle, folders: dict[str, Path]) -> None:
             model = folder / MODEL
             model.parent.mkdir()
             model.write_bytes(bundle.model(precision).read_bytes())
-            (folder / LABELS).write_text("".join(f"{name}\n" for name in bundle.spec.classes), encoding="utf-8")
+            if bundle.spec.classes:
+                (folder / LABELS).write_text("".join(f"{name}\n" for name in bundle.spec.classes), encoding="utf-8")
             (folder / CONFIG).write_text(configuration(target.name, open_session(model)), encoding="utf-8")
 
 

@@ -100,6 +100,7 @@ def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
         "upright": version("upright"),
         "precision": precision,
         "tolerance": bundle.tolerance(precision),
+        "task": spec.task,
         "classes": spec.classes,
         "channels": spec.channels,
         "network_size": [spec.height, spec.width],
@@ -111,7 +112,8 @@ def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
         "runtime": runtime,
         "bytes": {name: (folder / name).stat().st_size for name in (*runtime.values(), model)},
         "samples": [
-            {"file": sample["file"], "label": sample["label"], "probabilities": sample["probabilities"][precision]}
+            {key: sample[key] for key in ("file", "label") if key in sample}
+            | {"expected": sample[bundle.task.output][precision]}
             for sample in bundle.samples
         ],
     }

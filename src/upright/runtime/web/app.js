@@ -46,7 +46,7 @@ async function showPage() {
   const $ = (id) => document.getElementById(id);
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
   const input = $("input").getContext("2d", { willReadFrequently: true });
-  let about, worker;
+  let about, task, worker;
 
   function element(tag, properties, ...children) {
     const node = Object.assign(document.createElement(tag), properties);
@@ -161,7 +161,8 @@ async function showPage() {
     for (let i = 0, o = 0; i < data.length; i += 4) for (let c = 0; c < channels; c++) pixels[o++] = data[i + c];
     for (let n = 1; n < count; n++) pixels.copyWithin(n * one, 0, one);
     const outputs = await run({ task: "run", pixels, shape: [count, height, width, channels] }, [pixels.buffer]);
-    return { ...outputs, probabilities: outputs.probabilities.data.slice(0, about.classes.length) };
+    const { data: rows, shape } = outputs[task.output];
+    return { ...outputs, row: rows.slice(0, shape[1]) };
   }
 
   // -- the image, its angle and its size
@@ -186,7 +187,7 @@ async function showPage() {
   const placement = ({ width, height }, degrees) =>
     new DOMMatrix()
       .translate(width / 2, height / 2)
-      .rotate(degrees)
+      .rotate(task.direction * degrees)
       .scale(size)
       .translate(-width / 2, -height / 2);
 
@@ -242,7 +243,7 @@ async function showPage() {
     stale = true;
     if (!keepCurve) {
       curve.clear();
-      colours.clear();
+      task.forget();
       unswept = SWEEP.slice();
       drawCurves();
     }
@@ -265,7 +266,7 @@ async function showPage() {
   // -- tasks for the model: first the visible image, then the samples, then the curve
 
   const SWEEP = Array.from({ length: 360 / STEP }, (_, i) => (i % 2 ? 1 : -1) * Math.ceil(i / 2) * STEP + 0);
-  const curve = new Map(); // angle -> probabilities
+  const curve = new Map(); // angle -> row of the main output
   let unswept = [];
   let stale = false;
   let wake = () => {};
@@ -277,6 +278,7 @@ async function showPage() {
       try {
         if (stale) {
           stale = false;
+          task.remember(input.canvas);
           showAnswer(await answer(input));
           if ($("status").className === "bad" && !checked.wrong.length) showCheck();
         } else if (checked.count < about.samples.length) {
@@ -284,9 +286,9 @@ async function showPage() {
         } else if (unswept.length) {
           const degrees = unswept.shift();
           const [imageBefore, sizeBefore] = [image, size];
-          const { probabilities } = await answer(draw(offscreen, degrees));
+          const { row } = await answer(draw(offscreen, degrees));
           const isCurrent = imageBefore === image && sizeBefore === size;
-          if (isCurrent && unswept.length < SWEEP.length) curve.set(degrees, probabilities);
+          if (isCurrent && unswept.length < SWEEP.length) curve.set(degrees, row);
           drawCurves();
         } else {
           await new Promise((resolve) => (wake = resolve));
@@ -301,8 +303,8 @@ async function showPage() {
   }
 
   async function checkOne(sample) {
-    const { probabilities } = await answer(prepared(await decoded(sample.blob)));
-    const difference = Math.max(...sample.probabilities.map((expected, k) => Math.abs(expected - probabilities[k])));
+    const { row } = await answer(prepared(await decoded(sample.blob)));
+    const difference = task.difference(sample.expected, row);
     checked.count++;
     checked.largest = Math.max(checked.largest, difference);
     if (!(difference <= about.tolerance)) checked.wrong.push(sample.file);
@@ -318,43 +320,26 @@ async function showPage() {
     else setStatus(`${total} of ${total} samples match the export (${figures}).`, "good");
   }
 
-  // -- the probabilities
+  // -- the answer for the visible image, and the curves
 
-  const colours = new Map(); // class -> number of its colour, for the classes with a curve
-  let rows = [];
-  let latest;
+  let latest; // row of the main output
   let speaking;
 
-  const best = (probabilities) => probabilities.indexOf(Math.max(...probabilities));
-  const colour = (k) => (colours.has(k) ? `var(--curve-${colours.get(k)})` : "");
-
-  function makeRows() {
-    const { classes } = about;
-    rows = Array.from({ length: classes.length > ROWS ? 5 : classes.length }, (_, k) => {
-      const [label, bar] = ["label", "bar"].map((className) => element("span", { className }));
-      const value = element("data", { className: "value" });
-      if (classes.length <= ROWS) label.textContent = label.title = classes[k];
-      const row = element("li", {}, label, bar, value);
-      return { row, label, bar, value };
-    });
-    $("probabilities").append(...rows.map(({ row }) => row));
-    $("probabilities").className = classes.every((name) => name.length < 4) ? "short" : "";
-  }
-
-  function showRows() {
-    const { classes } = about;
-    const order = [...classes.keys()];
-    if (classes.length > ROWS) order.sort((a, b) => latest[b] - latest[a]);
-    const first = best(latest);
-    rows.forEach(({ row, label, bar, value }, i) => {
-      const k = order[i];
-      row.classList.toggle("first", k === first);
-      label.textContent = label.title = classes[k];
-      bar.style.setProperty("--p", latest[k]);
-      bar.style.setProperty("--colour", colour(k) || "var(--bar)");
-      value.value = latest[k];
-      value.textContent = `${(100 * latest[k]).toFixed(1)} %`;
-    });
+  // Append a row with a bar. Return a function that changes it; `part` is the length of the bar.
+  function makeRow(name) {
+    const [label, bar] = ["label", "bar"].map((className) => element("span", { className }));
+    const value = element("data", { className: "value" });
+    const row = element("li", {}, label, bar, value);
+    label.textContent = label.title = name;
+    $("rows").append(row);
+    return (name, part, text, colour = "var(--bar)", isFirst = false) => {
+      row.classList.toggle("first", isFirst);
+      label.textContent = label.title = name;
+      bar.style.setProperty("--p", part);
+      bar.style.setProperty("--colour", colour);
+      value.value = part;
+      value.textContent = text;
+    };
   }
 
   // Remove the answer for the image before.
@@ -362,21 +347,20 @@ async function showPage() {
     latest = undefined;
     clearTimeout(speaking);
     $("spoken").textContent = "";
-    $("probabilities").classList.add("unknown");
+    $("prediction").classList.add("unknown");
     for (const canvas of $("views").querySelectorAll("canvas")) canvas.width = canvas.width;
   }
 
   function showAnswer(outputs) {
-    latest = outputs.probabilities;
-    $("probabilities").classList.remove("unknown");
-    showRows();
+    latest = outputs.row;
+    $("prediction").classList.remove("unknown");
+    task.show(latest);
     clearTimeout(speaking);
     if (!spinning) {
-      const k = best(latest);
-      const text = `${about.classes[k]}, ${Math.round(100 * latest[k])} percent`;
+      const text = task.speech(latest);
       speaking = setTimeout(() => ($("spoken").textContent = text), 500);
     }
-    for (const canvas of $("views").querySelectorAll("canvas")) showView(canvas, outputs[canvas.id]);
+    for (const id of about.views) showView($(id), outputs[id]);
   }
 
   // Draw the view of a transformer: float32 (B, H, W, C), 0 to 255.
@@ -390,80 +374,175 @@ async function showPage() {
     canvas.getContext("2d").putImageData(imageData, 0, 0);
   }
 
-  // -- the curves: probability over the angle
-
-  function shape(d, className, style = "") {
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    path.setAttribute("d", d);
-    path.setAttribute("class", className);
-    path.style.stroke = style;
-    return path;
-  }
-
-  // Choose the classes with a curve: that of the upright image, which the text names, and those with the largest area.
-  function chooseColours() {
-    const upright = curve.size ? best(curve.get(0)) : -1;
-    const top = [...about.classes.keys()]
-      .map((k) => {
-        let [sum, most] = [0, 0];
-        for (const probabilities of curve.values()) {
-          sum += probabilities[k];
-          most = Math.max(most, probabilities[k]);
-        }
-        return { k, sum, most };
-      })
-      .filter(({ k, most }) => k === upright || most > 0.1)
-      .sort((a, b) => (b.k === upright) - (a.k === upright) || b.sum - a.sum)
-      .slice(0, CURVES)
-      .map(({ k }) => k);
-    for (const k of [...colours.keys()]) if (!top.includes(k)) colours.delete(k);
-    for (const k of top) {
-      if (colours.has(k)) continue;
-      const numbers = [...colours.values()];
-      colours.set(k, [...Array(CURVES).keys()].find((number) => !numbers.includes(number)));
-    }
-    return top;
+  function path(d, className, style = "") {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    node.setAttribute("d", d);
+    node.setAttribute("class", className);
+    node.style.stroke = style;
+    return node;
   }
 
   function drawCurves() {
-    const top = chooseColours();
+    const lines = task.lines();
     const angles = [...curve.keys()].sort((a, b) => a - b);
     const wrapped = curve.has(-180) || curve.has(180);
     const end = curve.get(180) ?? curve.get(-180);
     const points = angles.filter((at) => Math.abs(at) < 180).map((at) => [at, curve.get(at)]);
     const closed = wrapped ? [[-180, end], ...points, [180, end]] : points;
-    const paths = top.map((k) => {
-      const line = closed.map(([at, probabilities]) => `${at} ${(1 - probabilities[k]).toFixed(4)}`);
-      return shape(`M${line.join("L")}`, "curve", colour(k));
+    const paths = lines.map(({ height, colour, wraps }) => {
+      const heights = closed.map(([, row]) => 1 - height(row));
+      const steps = closed.map(([at], i) => {
+        const isBreak = i === 0 || (wraps && Math.abs(heights[i] - heights[i - 1]) > 0.5);
+        return `${isBreak ? "M" : "L"}${at} ${heights[i].toFixed(4)}`;
+      });
+      return path(steps.join(""), "curve", colour);
     });
     $("curves").replaceChildren(
-      shape("M-180 0H180M-180 .5H180M-180 1H180M-90 0V1M0 0V1M90 0V1", "grid"),
+      path("M-180 0H180M-180 .5H180M-180 1H180M-90 0V1M0 0V1M90 0V1", "grid"),
       ...paths.reverse(),
-      shape(`M${angle} 0V1`, "now"),
+      path(`M${angle} 0V1`, "now"),
     );
     $("legend").replaceChildren(
-      ...top.map((k) => {
-        const entry = element("span", { textContent: about.classes[k] });
-        entry.style.setProperty("--colour", colour(k));
+      ...lines.map(({ name, colour }) => {
+        const entry = element("span", { textContent: name });
+        entry.style.setProperty("--colour", colour);
         return entry;
       }),
     );
-    $("share").textContent = curve.size < SWEEP.length ? "\u00a0" : share();
-    if (latest) showRows();
+    $("share").textContent = curve.size < SWEEP.length ? "\u00a0" : task.share();
+    if (latest) task.show(latest);
   }
 
-  // Return the range of angles with the same answer as at 0, as text.
-  function share() {
-    const first = best(curve.get(0));
-    const reach = (step) => {
-      let at = 0;
-      while (Math.abs(at) < 180 && best(curve.get(at + step) ?? curve.get(-at - step)) === first) at += step;
-      return at;
+  // -- the tasks: what a row of the main output means
+
+  // One probability per class.
+  function classification() {
+    const { classes } = about;
+    const colours = new Map(); // class -> number of its colour, for the classes with a curve
+    const isLong = classes.length > ROWS;
+    const rows = [...classes.keys()].slice(0, isLong ? 5 : ROWS).map((k) => makeRow(isLong ? "" : classes[k]));
+    $("rows").className = classes.every((name) => name.length < 4) ? "short" : "";
+
+    const best = (probabilities) => probabilities.indexOf(Math.max(...probabilities));
+    const colour = (k) => (colours.has(k) ? `var(--curve-${colours.get(k)})` : undefined);
+
+    // Choose the classes with a curve: that of the upright image, which the text names, and those with the largest area.
+    function chooseColours() {
+      const upright = curve.size ? best(curve.get(0)) : -1;
+      const top = [...classes.keys()]
+        .map((k) => {
+          let [sum, most] = [0, 0];
+          for (const probabilities of curve.values()) {
+            sum += probabilities[k];
+            most = Math.max(most, probabilities[k]);
+          }
+          return { k, sum, most };
+        })
+        .filter(({ k, most }) => k === upright || most > 0.1)
+        .sort((a, b) => (b.k === upright) - (a.k === upright) || b.sum - a.sum)
+        .slice(0, CURVES)
+        .map(({ k }) => k);
+      for (const k of [...colours.keys()]) if (!top.includes(k)) colours.delete(k);
+      for (const k of top) {
+        if (colours.has(k)) continue;
+        const numbers = [...colours.values()];
+        colours.set(k, [...Array(CURVES).keys()].find((number) => !numbers.includes(number)));
+      }
+      return top;
+    }
+
+    return {
+      output: "probabilities",
+      direction: 1, // the slider rotates clockwise
+      remember() {},
+      forget: () => colours.clear(),
+      difference: (expected, row) => Math.max(...expected.map((value, k) => Math.abs(value - row[k]))),
+      speech: (row) => `${classes[best(row)]}, ${Math.round(100 * row[best(row)])} percent`,
+      lines: () => chooseColours().map((k) => ({ name: classes[k], colour: colour(k), height: (row) => row[k] })),
+      show(row) {
+        const order = [...classes.keys()];
+        if (isLong) order.sort((a, b) => row[b] - row[a]);
+        const first = best(row);
+        rows.forEach((show, i) => {
+          const k = order[i];
+          show(classes[k], row[k], `${(100 * row[k]).toFixed(1)} %`, colour(k), k === first);
+        });
+      },
+      // Return the range of angles with the same answer as at 0, as text.
+      share() {
+        const first = best(curve.get(0));
+        const reach = (step) => {
+          let at = 0;
+          while (Math.abs(at) < 180 && best(curve.get(at + step) ?? curve.get(-at - step)) === first) at += step;
+          return at;
+        };
+        const [low, high] = [reach(-STEP), reach(STEP)];
+        const range = low === high ? "only at 0°" : `from ${low}° to ${high}°`.replaceAll("-", "−");
+        const span = high - low >= 360 ? "at every angle" : range;
+        return `Stays “${classes[first]}” ${span}`;
+      },
     };
-    const [low, high] = [reach(-STEP), reach(STEP)];
-    const range = low === high ? "only at 0°" : `from ${low}° to ${high}°`.replaceAll("-", "−");
-    const span = high - low >= 360 ? "at every angle" : range;
-    return `Stays “${about.classes[first]}” ${span}`;
+  }
+
+  // The angle of the image in degrees anticlockwise, and its confidence.
+  function orientation() {
+    $("rotation-title").textContent = "Estimated angle by rotation angle";
+    $("prediction-title").textContent = "Estimated angle, anticlockwise";
+    $("angle").ariaLabel = "Angle, anticlockwise";
+    $("input").ariaLabel = "The input of the model";
+    $("clear").hidden = true;
+    for (const tick of document.querySelectorAll(".tick")) tick.hidden = true;
+    const estimate = element("p", { id: "estimate", textContent: "\u00a0" });
+    $("rows").before(estimate);
+    const [showConfidence, remark] = [makeRow("Confidence"), element("span")];
+    const straightened = makeView("straightened", "Straightened", remark);
+    const asked = blank(1, 1); // the image of the last answer
+
+    const degrees = (value) => `${(Math.round(10 * value) / 10 + 0).toFixed(1)}°`.replace("-", "−"); // never −0
+    const deviation = (value) => Math.abs(((((value + 180) % 360) + 360) % 360) - 180);
+    const direction = ([angle, confidence]) =>
+      [Math.cos, Math.sin].map((f) => confidence * f((angle * Math.PI) / 180));
+
+    return {
+      output: "orientation",
+      direction: -1, // the slider rotates anticlockwise
+      remember(canvas) {
+        Object.assign(asked.canvas, { width: canvas.width, height: canvas.height });
+        asked.drawImage(canvas, 0, 0);
+      },
+      forget() {},
+      difference(expected, row) {
+        const [a, b] = [direction(expected), direction(row)];
+        return Math.hypot(a[0] - b[0], a[1] - b[1]);
+      },
+      speech([angle, confidence]) {
+        const side = angle < 0 ? "clockwise" : "anticlockwise";
+        return `${Math.round(Math.abs(angle))} degrees ${side}, confidence ${Math.round(100 * confidence)} percent`;
+      },
+      lines: () => [
+        { name: "angle, −180° to 180°", colour: "var(--curve-0)", height: ([angle]) => 0.5 + angle / 360, wraps: true },
+        { name: "confidence, 0 to 1", colour: "var(--curve-1)", height: ([, confidence]) => confidence },
+      ],
+      show([angle, confidence]) {
+        estimate.textContent = degrees(angle);
+        showConfidence("Confidence", confidence, confidence.toFixed(2), "var(--curve-1)");
+        remark.textContent = `: rotated ${degrees(Math.abs(angle))} ${angle < 0 ? "anticlockwise" : "clockwise"}`;
+        const { width, height } = asked.canvas;
+        const side = Math.max(width, height); // an image on its side fits too
+        Object.assign(straightened.canvas, { width: side, height: side });
+        straightened.canvas.className = $("input").className;
+        straightened.translate(side / 2, side / 2);
+        straightened.rotate((angle * Math.PI) / 180);
+        straightened.drawImage(asked.canvas, -width / 2, -height / 2);
+      },
+      // Return the deviation of the angles from that at 0 plus the rotation, as text.
+      share() {
+        const [start] = curve.get(0);
+        const sizes = [...curve].map(([at, [angle]]) => deviation(angle - start - at)).sort((a, b) => a - b);
+        const [middle, largest] = [sizes[sizes.length >> 1], sizes.at(-1)].map(degrees);
+        return `Deviation: median ${middle}, largest ${largest}`;
+      },
+    };
   }
 
   // -- spinning
@@ -535,7 +614,7 @@ async function showPage() {
   // -- setting up the page
 
   function listen() {
-    listenToPen();
+    if (!$("clear").hidden) listenToPen();
     $("clear").onclick = clear;
     $("angle").oninput = () => (spin(false), place(Number($("angle").value)));
     $("scale").oninput = () => place(angle, Number($("scale").value) / 100);
@@ -552,25 +631,23 @@ async function showPage() {
     });
   }
 
-  function makeViews() {
-    const { views } = about;
-    views.forEach((id, i) => {
-      const [width, height] = [1, 1];
-      const caption = views.length > 1 ? `Output of transformer ${i + 1}` : "Output of the transformer";
-      const canvas = element("canvas", { id, width, height, role: "img", ariaLabel: caption });
-      $("views").append(element("figure", {}, canvas, element("figcaption", { textContent: caption })));
-    });
-    $("views").className = views.length > 1 ? "several" : "";
-    $("image").className = views.length ? "with-views" : "";
+  function makeView(id, caption, remark = "") {
+    const [width, height] = [1, 1];
+    const canvas = element("canvas", { id, width, height, role: "img", ariaLabel: caption });
+    $("views").append(element("figure", {}, canvas, element("figcaption", {}, caption, remark)));
+    $("views").className = $("views").children.length > 1 ? "several" : "";
+    $("image").className = "with-views";
+    return canvas.getContext("2d");
   }
 
   async function makeSamples() {
     for (const [i, sample] of about.samples.entries()) {
       sample.blob = new Blob([await read(sample.file)], { type: "image/png" });
-      const name = `Sample ${i + 1}, labelled ${sample.label}`;
+      const label = sample.label === undefined ? "" : `, labelled ${sample.label}`;
+      const name = `Sample ${i + 1}${label}`;
       const button = element("button", { type: "button", title: name, ariaLabel: name });
       button.append(element("img", { src: URL.createObjectURL(sample.blob), alt: "" }));
-      button.onclick = async () => show(prepared(await decoded(sample.blob)), `: sample, labelled ${sample.label}`, button);
+      button.onclick = async () => show(prepared(await decoded(sample.blob)), `: sample${label}`, button);
       $("samples").append(button);
     }
   }
@@ -583,8 +660,9 @@ async function showPage() {
       );
     }
     about = JSON.parse(new TextDecoder().decode(await read("model.json")));
-    makeRows();
-    makeViews();
+    task = about.task === "orientation" ? orientation() : classification();
+    const { views } = about;
+    views.forEach((id, i) => makeView(id, `Output of ${views.length > 1 ? `transformer ${i + 1}` : "the transformer"}`));
     drawCurves();
     await makeSamples();
     listen();
