@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
+import upright.warp
 from upright.warp import (
+    Rule,
     identity,
     pixel_centres,
     resize,
+    resize_pixels,
     rotation,
     rotation_angle,
     sample,
@@ -89,3 +92,30 @@ def test_crop_takes_the_largest_centred_box(images: torch.Tensor) -> None:
     inside = (..., slice(None), slice(2, -2))  # the filter of a crop also reads pixels beyond its left and right border
     enlarged = resize(images[..., 2:11], 18, 18)
     torch.testing.assert_close(resize(images, 18, 18, "crop")[inside], enlarged[inside])
+
+
+def exact(pixels: torch.Tensor, height: int, width: int, rule: Rule) -> torch.Tensor:
+    """Resize ``pixels`` ``(B, h, w, C)`` as the exported graph does, and round."""
+    return resize(pixels.movedim(-1, 1).float(), height, width, rule, 99).round().clamp(0, 255)
+
+
+@pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(75, 100), (100, 75), (40, 300), (24, 20), (3, 2), (1, 1)])
+def test_resize_pixels_differs_by_at_most_one_grey_level(size: tuple[int, int], channels: int, rule: Rule) -> None:
+    pixels = torch.randint(0, 256, (2, *size, channels), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for height, width in ((32, 32), (45, 64), (120, 110), (1, 1)):
+        resized = resize_pixels(pixels, height, width, rule, 99)
+        assert resized.dtype == torch.uint8 and resized.is_contiguous()
+        assert (resized - exact(pixels, height, width, rule)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
+def test_resize_pixels_does_not_depend_on_the_other_images_or_on_strips(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule
+) -> None:
+    pixels = torch.randint(0, 256, (5, 61, 83, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    together = resize_pixels(pixels, 24, 24, rule, 99)
+    assert torch.equal(torch.cat([resize_pixels(each[None], 24, 24, rule, 99) for each in pixels]), together)
+    monkeypatch.setattr(upright.warp, "STRIP_VALUES", 61 * 3 * 10)
+    assert (resize_pixels(pixels, 24, 24, rule, 99).int() - together.int()).abs().max() <= 1

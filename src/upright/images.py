@@ -206,7 +206,8 @@ def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
         image = Image.alpha_composite(background, image.convert("RGBA"))
-    pixels = np.array(image.convert("L" if spec.channels == 1 else "RGB"))
+    mode = "L" if spec.channels == 1 else "RGB"
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], spec.channels)
 
 
@@ -256,11 +257,13 @@ def _oriented(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def batches_of_one_size(items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int) -> Iterator[list[Item]]:
+def batches_of_one_size(
+    items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int, max_pixels: int = MAX_BATCH_PIXELS
+) -> Iterator[list[Item]]:
     """Yield batches of neighbours whose ``pixels`` have the same size.
 
-    A batch holds at most ``limit`` items and `MAX_BATCH_PIXELS` pixels, but at least one item.
+    A batch holds at most ``limit`` items and ``max_pixels`` pixels, but at least one item.
     """
     for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
-        while batch := list(islice(group, max(1, min(limit, MAX_BATCH_PIXELS // (height * width))))):
+        while batch := list(islice(group, max(1, min(limit, max_pixels // (height * width))))):
             yield batch

@@ -29,11 +29,11 @@ from upright.data.views import Angles, Views
 from upright.data.workers import fetch
 from upright.errors import UprightError, UserError
 from upright.images import ImageSpec, Pixels, batches_of_one_size
-from upright.warp import resize
+from upright.warp import resize_pixels
 
 Storage = Literal["auto", "memory", "disk", "none"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the cache; it changes when the same file decodes to other pixels."""
 FACTS = np.dtype([("identity", "<u8"), ("hash", "<i8"), ("height", "<u4"), ("width", "<u4"), ("state", "u1")])
 """Facts of an image: identity of its file (0 in memory), content hash, size, and `READ` or `UNREADABLE`."""
@@ -41,6 +41,8 @@ READ, UNREADABLE = 1, 2
 
 MAX_MEMORY_BYTES = 64 * 2**20
 """``auto`` stores images from files on disk if they take more than this."""
+RESIZED_PIXELS = 200_000
+"""Pixels of originals that are resized together: with more, they do not fit into the processor's cache."""
 CHUNK_BYTES = 4 * 2**20
 """Pixels decoded at a time. Workers send them through shared memory, which may be small."""
 
@@ -77,45 +79,55 @@ class Decoder:
 
     def __getitem__(self, positions: Indices) -> Decoded:
         """Decode the images at ``positions``. The facts mark images that cannot be decoded."""
-        count = len(positions)
-        decoded = Decoded(torch.zeros(count, *self.row_shape, dtype=torch.uint8), np.zeros(count, FACTS))
+        facts = np.zeros(len(positions), FACTS)
+        return Decoded(self._resized(self._read(positions, facts), len(positions)), facts)
 
-        def readable() -> Iterator[tuple[int, int, Pixels]]:
-            for place, index in enumerate(self.indices[positions].tolist()):
-                try:
-                    pixels = self.images[index]
-                except UprightError:
-                    decoded.facts[place]["state"] = UNREADABLE
-                    continue
-                decoded.facts[place] = (0, content_hash(pixels), *pixels.shape[:2], READ)
-                yield place, index, pixels
+    def _read(
+        self, positions: Indices, facts: npt.NDArray[Any], *, hashed: bool = True
+    ) -> Iterator[tuple[int, int, Pixels]]:
+        """Yield place, index and pixels of each image that can be decoded, and write its facts."""
+        for place, index in enumerate(self.indices[positions].tolist()):
+            try:
+                pixels = self.images[index]
+            except UprightError:
+                facts[place]["state"] = UNREADABLE
+                continue
+            facts[place] = (0, content_hash(pixels) if hashed else 0, *pixels.shape[:2], READ)
+            yield place, index, pixels
 
-        # One batch of originals at a time: each may be a thousand times as large as its result.
-        for batch in batches_of_one_size(readable(), lambda item: item[2], count):
+    def _resized(self, images: Iterator[tuple[int, int, Pixels]], count: int) -> Tensor:
+        """Return the views of ``images`` at the network's size, ``(count, V, C, H, W)``; zeros in other places."""
+        resized = torch.zeros(count, *self.row_shape, dtype=torch.uint8)
+        # A few originals at a time: each may be a thousand times as large as its result.
+        for batch in batches_of_one_size(images, lambda item: item[2], count, RESIZED_PIXELS):
             places, indices, originals = zip(*batch, strict=True)
-            views = self.views.show(to_tensor(np.stack(originals)), torch.tensor(indices))
-            decoded.pixels[list(places)] = self._resized(views)
-        return decoded
+            pixels = torch.from_numpy(np.stack(originals))
+            if not self.views.plain:
+                views = self.views.show(to_tensor(pixels.numpy()), torch.tensor(indices))
+                pixels = views.flatten(0, 1).movedim(1, -1)
+            resized[list(places)] = self._fitted(pixels).view(len(places), *self.row_shape)
+        return resized
 
-    def _resized(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != self.size:
-            if self.spec.resize == "none":
-                raise UserError(
-                    f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
-                    f"one has {images.shape[-2]}x{images.shape[-1]}. Use stretch, crop or pad."
-                )
-            resized = resize(images.flatten(0, 1), *self.size, self.spec.resize, self.spec.background)
-            resized = resized.round().clamp(0, 255)
-            images = resized.reshape(*images.shape[:2], *resized.shape[1:])
-        return images.to(torch.uint8)
+    def _fitted(self, pixels: Tensor) -> Tensor:
+        """Resize images ``(B, h, w, C)``: ``(B, C, H, W)``."""
+        height, width = pixels.shape[1:3]
+        if (height, width) == self.size:
+            return pixels.movedim(-1, 1).to(torch.uint8, memory_format=torch.contiguous_format)
+        if self.spec.resize == "none":
+            raise UserError(
+                f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
+                f"one has {height}x{width}. Use stretch, crop or pad."
+            )
+        return resize_pixels(pixels, *self.size, self.spec.resize, self.spec.background)
 
     def take(self, positions: Indices, views: Indices) -> Tensor:
         """Decode one view of each of the images at ``positions``: uint8 ``(n, C, H, W)``."""
         unique, inverse = np.unique(positions, return_inverse=True)
-        decoded = self[unique]
-        for position in unique[decoded.facts["state"] == UNREADABLE].tolist():
+        facts = np.zeros(len(unique), FACTS)
+        resized = self._resized(self._read(unique, facts, hashed=False), len(unique))
+        for position in unique[facts["state"] == UNREADABLE].tolist():
             raise UserError(self.reason(position))
-        return decoded.pixels[torch.from_numpy(inverse), torch.from_numpy(views)]
+        return resized[torch.from_numpy(inverse), torch.from_numpy(views)]
 
     def reason(self, position: int) -> str:
         """Return the reason why the image at ``position`` cannot be decoded."""

@@ -108,7 +108,7 @@ def stratified_part(labels: npt.ArrayLike, fraction: float, seed: int) -> Indice
 def content_hash(pixels: Pixels) -> int:
     """Return 64 bits of BLAKE2b over shape and pixels, as a signed integer."""
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(pixels).tobytes())
+    digest.update(np.ascontiguousarray(pixels).data)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
