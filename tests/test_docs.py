@@ -64,6 +64,7 @@ NOT_RUN = {
     "tensorboard": "a server",
     "uvx mlflow server": "a server",
     "upright serve": "a server, see tests/runtime",
+    "upright straighten": "needs a bundle of the orientation, see tests/runtime/test_straighten.py",
     "upright web": "downloads onnxruntime-web, see tests/runtime/test_web.py",
     "wandb": "needs an account",
 }

@@ -34,6 +34,7 @@ COMMANDS = {
     "export": Command(options.Export, "upright.exporting.export:export", True, True),
     "verify": Command(options.Verify, "upright.runtime.verify:verify"),
     "infer": Command(options.Infer, "upright.runtime.infer:infer"),
+    "straighten": Command(options.Straighten, "upright.runtime.straighten:straighten"),
     "benchmark": Command(options.Benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Command(options.Serve, "upright.runtime.serving.server:serve"),
     "web": Command(options.Web, "upright.runtime.web:web"),
