@@ -637,3 +637,24 @@ def test_two_processes_do_not_share_a_folder(orientation: Path, many: Path, tmp_
     process.kill()
     process.communicate()
     assert answer.code == 2 and re.search(r"Another process writes to '.*out'; wait until it ends\.", answer.err)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_the_bundle(orientation: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        photograph(size=(160, 120), seed=number).save(tmp_path / f"{number}.png")
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/straighten.py",
+        orientation,
+        tmp_path,
+        "--quick",
+        "--",
+        "--turns",
+        "any",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "3 photographs, 40 rotated versions; no source was changed or lost." in result.stdout
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in result.stdout.splitlines()}
+    assert cells["| all"][5].startswith("100.0 %") and cells["| already upright"][2] == "0"
