@@ -77,7 +77,7 @@ class State:
     def __init__(self, rows: Iterator[Row], replace: bool, file: IO[str]) -> None:
         self.replace, self.file = replace, file
         self.sources: set[str] = set()
-        self.copies: set[str] = set()
+        self.copies = {CSV, RECORD}
         self.counts: Counter[str] = Counter()
         for row in rows:
             self.write(row)
@@ -128,6 +128,7 @@ def straighten(options: Straighten) -> int:
             stopped = True
         finally:
             progress.clear()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may have other bytes
     counts = ", ".join(f"{state.counts[action]:,} {action}" for action in ACTIONS)
     earlier = f" ({state.earlier:,} of them in earlier runs)" if state.earlier else ""
     print(f"{state.counts.total():,} images: {counts}{earlier}\n{straightener.to / CSV}")
@@ -152,6 +153,11 @@ class Straightener:
         self.options, self.to = options, Path(str(options.to))
         self.resampling = Resampling(options.fit, parse_colour(options.background), options.quality)
         bundle = Bundle.open(options.bundle)
+        if bundle.spec.classes:
+            raise UserError(
+                f"Bundle '{options.bundle}' classifies images; `straighten` needs a bundle without classes, which "
+                "estimates the orientation."
+            )
         # The threads of this command work on several images at a time.
         self.predictor = OrientationPredictor(bundle, options.precision, threads=1, max_pixels=options.max_pixels)
         self.threshold = _threshold(bundle) if options.threshold is None else options.threshold
@@ -201,9 +207,9 @@ class Straightener:
 
     def _write(self, path: Path, target: Path, content: bytes, replace: bool) -> str:
         """Write a copy with the times and permissions of its source. Return a reason if its place is taken."""
-        target.parent.mkdir(parents=True, exist_ok=True)
         if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(self.to)):
             return f"A link leads from '{target.parent}' out of --to."
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not replace:
             # A process that was killed wrote the copy, but not its row.
             same = target.is_file() and target.stat().st_size == len(content) and target.read_bytes() == content
