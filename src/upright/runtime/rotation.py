@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -134,9 +135,7 @@ def _turned(image: Image.Image, kind: str, content: bytes, turns: int) -> bytes 
     if kind == "PNG" and turned.mode == "P" and (palette := turned.getpalette()):
         # Pillow would use fewer bits for a short palette.
         turned.putpalette(palette + [0] * (3 * 2 ** content[24] - len(palette)))
-    buffer = io.BytesIO()
-    turned.save(buffer, kind, **options)
-    new = buffer.getvalue()
+    new = _encoded(turned, kind, **options)
     if kind == "PNG":
         if new[24:26] != content[24:26]:  # another depth or colour type, for example 8 bits instead of 16
             return None
@@ -145,6 +144,14 @@ def _turned(image: Image.Image, kind: str, content: bytes, turns: int) -> bytes 
         new = set_orientation(new, kind, 1, thumbnail=False)
     with _opened(new) as (reread, _):
         return new if _equal(turned, _upright(reread)) else None
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    # Into a file of the system, Pillow encodes a JPEG without the interpreter lock, so that threads work in parallel.
+    with open(os.memfd_create(kind), "w+b") if hasattr(os, "memfd_create") else io.BytesIO() as file:
+        image.save(file, kind, **options)
+        file.seek(0)
+        return file.read()
 
 
 def _equal(first: Image.Image, second: Image.Image) -> bool:
@@ -176,10 +183,7 @@ def _resampled(image: Any, kind: str, content: bytes, degrees: float, settings: 
         options["exif"] = image.getexif()
         for tag in set(options["exif"]) - TIFF_TAGS:
             del options["exif"][tag]
-    rotated = _rotated(upright, degrees, settings)
-    buffer = io.BytesIO()
-    rotated.save(buffer, kind, **options)
-    new = buffer.getvalue()
+    new = _encoded(_rotated(upright, degrees, settings), kind, **options)
     if kind in ("JPEG", "PNG"):
         new = with_metadata(new, content, kind)
     return set_orientation(new, kind, 1, thumbnail=False) if tagged and kind in ("JPEG", "PNG", "WEBP") else new

@@ -241,7 +241,11 @@ def _run(
     finish: Callable[[Row], None],
     skip: Callable[[], None],
 ) -> None:
-    """Straighten all images in threads, and pass their rows to ``finish`` in the order of the images."""
+    """Straighten all images in threads, and pass their rows to ``finish`` in the order of the images.
+
+    Threads suffice, because Pillow and onnxruntime compute without the interpreter lock. Other processes would go on
+    writing after a kill of this one.
+    """
     threads = straightener.options.threads or count_cores()
     waiting: deque[Future[Row]] = deque()
 
