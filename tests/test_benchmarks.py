@@ -22,7 +22,7 @@ SLOW = {
     "training": [],
     "transformer": [],
 }
-ELSEWHERE = {"backbones": "tests/ecosystem/test_timm.py"}
+ELSEWHERE = {"backbones": "tests/ecosystem/test_timm.py", "straighten": "tests/runtime/test_straighten.py"}
 
 
 def test_every_benchmark_is_tested() -> None:

@@ -72,6 +72,7 @@ NOT_RUN = {
     "uvx mlflow server": "a server",
     "upright attach": "needs a bundle of another page and a model, see tests/exporting/test_attach.py",
     "upright serve": "a server, see tests/runtime",
+    "upright straighten": "needs a bundle of the orientation, see tests/runtime/test_straighten.py",
     "upright web": "downloads onnxruntime-web, see tests/runtime/test_web.py",
     "wandb": "needs an account",
 }

@@ -73,6 +73,7 @@ def loaded_by(code: str) -> set[str]:
         "runtime.bundle",
         "runtime.predictor",
         "runtime.infer",
+        "runtime.straighten",
         "runtime.verify",
         "runtime.benchmark",
         "runtime.serving.server",

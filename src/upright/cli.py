@@ -36,6 +36,7 @@ COMMANDS = {
     "attach": Command(options.Attach, "upright.exporting.attach:attach"),
     "verify": Command(options.Verify, "upright.runtime.verify:verify"),
     "infer": Command(options.Infer, "upright.runtime.infer:infer"),
+    "straighten": Command(options.Straighten, "upright.runtime.straighten:straighten"),
     "benchmark": Command(options.Benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Command(options.Serve, "upright.runtime.serving.server:serve"),
     "web": Command(options.Web, "upright.runtime.web:web"),

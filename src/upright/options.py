@@ -351,6 +351,55 @@ class Infer(Options):
 
 
 @dataclass(frozen=True)
+class Straighten(Options):
+    """Write upright copies of images.
+
+    The bundle must estimate the orientation. The sources are never changed. Multiples of 90 degrees are lossless. An
+    image that is upright, unreadable or below the threshold is copied byte for byte. FOLDER/straighten.csv lists all
+    images; after an interruption, the same command resumes.
+    """
+
+    bundle: str = argument("a folder or an archive that `upright export` wrote, without classes")
+    inputs: Sequence[str] = argument(
+        "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
+        "INPUT",
+    )
+    to: str | None = option(None, "folder of the copies, outside of all inputs; needed", metavar="FOLDER")
+    dry_run: bool = option(False, "write only the CSV")
+    threshold: float | None = option(
+        None, "lowest confidence to rotate an image, from 0 to 1; by default that of the bundle", metavar="T", minimum=0
+    )
+    turns: Literal["any", "4"] = option("any", "rotate by any angle, or only by the nearest multiple of 90 degrees")
+    min_angle: float = option(
+        5, "rotate by a multiple of 90 degrees, without loss, if it is nearer than this", metavar="DEGREES", minimum=0
+    )
+    fit: Literal["crop", "pad"] = option(
+        "crop", "other angles: cut off the empty corners, or show the whole image with filled corners"
+    )
+    background: str = option("white", "colour of the corners with --fit pad, a name or #rrggbb", metavar="COLOUR")
+    quality: int | None = option(
+        None, "quality of resampled JPEG and WebP, 1 to 100; by default JPEG has the tables of its source", metavar="Q"
+    )
+    force: bool = option(False, "start from scratch, and replace existing files in FOLDER")
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
+    threads: int = option(0, "images at a time; 0 for as many as there are cores", metavar="N", minimum=0)
+    max_pixels: int = option(
+        64_000_000, "limit for one image; a larger one is copied as an error", metavar="N", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.to is None:
+            raise UserError("straighten needs --to FOLDER, the folder of the copies.")
+        if self.threshold is not None and self.threshold > 1:
+            raise UserError(f"--threshold must be from 0 to 1, got {self.threshold:g}.")
+        if self.min_angle > 45:
+            raise UserError(f"--min-angle must be from 0 to 45 degrees, got {self.min_angle:g}.")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise UserError(f"--quality must be from 1 to 100, got {self.quality}.")
+
+
+@dataclass(frozen=True)
 class Benchmark(Options):
     """Measure how fast a bundle is on this machine."""
 

@@ -104,15 +104,20 @@ def infer(options: Infer) -> int:
     return 2 if failures else 0
 
 
+def read_names(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments. ``-`` stands for the lines of standard input."""
+    for argument in arguments:
+        lines = map(os.fsdecode, sys.stdin.buffer) if argument == "-" else (argument,)
+        yield from filter(None, (line.rstrip("\r\n") for line in lines))
+
+
 def _find(images: Sequence[str]) -> Iterator[Path | UserError]:
     """Yield the paths of images, and an error for each argument or line without images."""
-    for argument in images:
-        lines = map(os.fsdecode, sys.stdin.buffer) if argument == "-" else (argument,)
-        for name in filter(None, (line.rstrip("\r\n") for line in lines)):
-            try:
-                yield from find_images([name])
-            except UserError as error:
-                yield error
+    for name in read_names(images):
+        try:
+            yield from find_images([name])
+        except UserError as error:
+            yield error
 
 
 class Table:
