@@ -1,6 +1,7 @@
 """`upright attach`: one graph that straightens images, then classifies them with a foreign model."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,20 @@ def test_a_bundle_of_a_float_model(parts: Path, upright: Upright) -> None:
     assert answer.code == 0 and len(answer.out.splitlines()) == 12
 
 
+def test_the_page_runs(parts: Path, upright: Upright) -> None:
+    """docs/how-to/attach.md, with a model of two outputs and fewer images than a harm of 0.5 points needs."""
+    write_orientation_bundle(Path("export/orientation"))
+    Path("images").rename("my-images")
+    write_classifier(Path("model.onnx"), shape=("N", 3, 32, 32))
+    page = (ROOT / "docs/how-to/attach.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n((?:.*\n)*?)```$", page, re.M)
+    for line in block.replace("\\\n", " ").replace("--max-harm 0.5", "--max-harm 30 --output output").splitlines():
+        program, *arguments = line.split()
+        answer = upright(*arguments)
+        assert program == "upright" and answer.code == 0, f"{line}: {answer.err}"
+    assert Predictor("export/robust").spec.classes == CLASSES
+
+
 def test_a_bundle_of_a_uint8_model_with_batch_1(parts: Path, upright: Upright) -> None:
     form: Any = {"dtype": "uint8", "layout": "nhwc", "shape": (1, SIDE, SIDE, 3), "opset": 13, "softmax": True}
     write_classifier(Path("model.onnx"), **form)
@@ -166,7 +181,7 @@ def test_a_bundle_of_a_uint8_model_with_batch_1(parts: Path, upright: Upright) -
     assert manifest["input"]["shape"] == [1, "height", "width", 3] and manifest["opset"] == 18
     differences = json.loads(Path("new/parity.json").read_text())["precisions"]["fp32"]["largest_differences"]
     assert differences["probabilities"] < 1e-3
-    assert upright("verify", "new", "--speed").code == 0
+    assert upright("verify", "new").code == 0
     predictor = Predictor("new")
     pixels = [image(label, 24, 24, seed=label) for label in range(4)]
     assert [each.label for each in predictor.predict(pixels)] == list(CLASSES)

@@ -25,8 +25,6 @@ from upright.images import LISTED_CLASSES, ImageSpec, Pixels
 from upright.options import Attach
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, PARITY, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import OrientationPredictor, open_session, run_session
-from upright.runtime.speed import machine
-from upright.runtime.verify import speeds_by_batch
 from upright.tables import markdown
 
 SAMPLE_COUNT = 16
@@ -98,17 +96,12 @@ def attach(options: Attach) -> int:
                 f"The confidences of all images equal the threshold {decision.threshold:g}; give another one."
             )
         effect = measurement.answers().effect(decision.threshold) if labelled else None
-        precision: dict[str, Any] = {
-            **comparison.metrics(),
-            "bytes": path.stat().st_size,
-            "speed": speeds_by_batch({"fp32": open_session(path, threads=1)}, samples[0][1])["fp32"],
-        }
+        precision = comparison.metrics() | {"bytes": path.stat().st_size}
         parity = {
             "images": len(photographs),
             "angles": ANGLES,
             "max_harm": options.max_harm,
             "effect": effect and effect.to_dict(),
-            "machine": machine() | {"threads": 1},
             "precisions": {"fp32": precision},
         }
         manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
