@@ -41,6 +41,7 @@ SLOW = {
     "docs/tutorials/your-training-step.md",
 }
 ELSEWHERE = {
+    "docs/how-to/attach.md": "tests/exporting/test_attach.py",
     "docs/how-to/timm.md": "tests/ecosystem/test_timm.py",
     "docs/tutorials/your-project.md": "tests/test_new.py",
 }
@@ -70,7 +71,6 @@ NOT_RUN = {
     "python -m http.server": "a server",
     "tensorboard": "a server",
     "uvx mlflow server": "a server",
-    "upright attach": "needs a bundle of another page and a model, see tests/exporting/test_attach.py",
     "upright serve": "a server, see tests/runtime",
     "upright straighten": "needs a bundle of the orientation, see tests/runtime/test_straighten.py",
     "upright web": "downloads onnxruntime-web, see tests/runtime/test_web.py",

@@ -166,7 +166,8 @@ def write_classifier(
         else helper.make_node("Identity", ["logits"], [scores]),
     ]
     scale = 1 if dtype != "uint8" else 1 / 64
-    constant = numpy_helper.from_array(scale * weights(), "weights")
+    side = shape[2] if isinstance(shape[2], int) else SIDE
+    constant = numpy_helper.from_array(scale * weights(side), "weights")
     graph = helper.make_graph(
         nodes,
         "classifier",

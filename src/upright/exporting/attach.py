@@ -5,6 +5,7 @@ apart on rotated images, and write the bundle.
 """
 
 import json
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import onnx
 from PIL import Image
+from tqdm import tqdm
 
 from upright.errors import GateError, UserError
-from upright.exporting.apart import ANGLES, Apart, Comparison, Measurement, Photograph, kind_of_scores
+from upright.exporting.apart import ANGLES, Comparison, Photograph, fit, kind_of_scores, measure
 from upright.exporting.foreign import Foreign
 from upright.exporting.front import PROBABILITIES, Decision, attached_graph
 from upright.exporting.harm import Effect
@@ -25,8 +27,6 @@ from upright.images import LISTED_CLASSES, ImageSpec, Pixels
 from upright.options import Attach
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, PARITY, SAMPLES, SUMS, Bundle, checksums
 from upright.runtime.predictor import OrientationPredictor, open_session, run_session
-from upright.runtime.speed import machine
-from upright.runtime.verify import speeds_by_batch
 from upright.tables import markdown
 
 SAMPLE_COUNT = 16
@@ -54,65 +54,48 @@ def attach(options: Attach) -> int:
         raise UserError(f"'{options.orientation}' takes images of one form; export it without --size and --batch.")
     foreign = Foreign(options, estimator.spec.channels)
     photographs = find_photographs(options.images, bundle, foreign.preprocessing.spec)
-    threshold, labelled = options.threshold, photographs[0].label is not None
+    spec, labelled = foreign.preprocessing.spec, photographs[0].label is not None
+    threshold = options.threshold
     if threshold is None:
         threshold = bundle.manifest.get("orientation", {}).get("threshold")
+    if threshold is None and options.max_harm is None:
+        raise UserError(f"'{options.orientation}' records no threshold; give --threshold, or --max-harm to choose one.")
     if options.max_harm is not None and not labelled:
         raise UserError("--max-harm needs --images with one folder per class, with the names of the classes.")
 
-    apart = Apart(estimator, foreign, photographs, options.padding)
-    kind = options.scores or kind_of_scores(apart.views(photographs[0]).outputs[foreign.scores])
-    if options.max_harm is not None:
+    answers = None
+    if labelled:
         print(f"Measuring harm and gain on {len(photographs)} images in {len(ANGLES)} rotations ...", flush=True)
-        threshold = Measurement(foreign.scores, options.min_angle).of(apart).smallest_threshold(options.max_harm)
-    if threshold is None:
-        raise UserError(f"'{options.orientation}' records no threshold; give --threshold, or --max-harm to choose one.")
+        answers = measure(estimator, foreign, photographs, options.min_angle, options.padding)
+        if options.max_harm is not None:
+            threshold = answers.smallest_threshold(options.max_harm)
+    assert threshold is not None
+    effect = answers.effect(threshold) if answers else None
     decision = Decision(float(np.float32(threshold)), options.min_angle, options.padding)
+    views = photographs[0].views(spec, options.padding)
+    scores = foreign(fit(foreign, views, [0] * len(views), options.padding))[foreign.scores]
+    kind = options.scores or kind_of_scores(scores)
     orientation = onnx.load_from_string(bundle.model("fp32").read_bytes())
-    graph = attached_graph(
-        orientation, foreign, decision, are_logits=kind == "logits", straightened=options.straightened
-    )
+    graph = attached_graph(orientation, foreign, decision, are_logits=kind == "logits")
+    print(f"Comparing with the parts on {len(photographs)} images in {len(ANGLES)} rotations ...", flush=True)
+    comparison = Comparison(graph, estimator, foreign, decision, kind == "logits")
+    samples = _compare(comparison, photographs)
+
     with replacing_folder(target) as folder:
         path = folder / MODELS["fp32"]
+        if not options.straightened:
+            del graph.graph.output[-1]
         onnx.save(graph, path)
-        print(
-            f"Comparing with the parts run apart on {len(photographs)} images in {len(ANGLES)} rotations ...",
-            flush=True,
-        )
-        comparison = Comparison(open_session(path), foreign, decision, kind == "logits")
-        measurement = Measurement(foreign.scores, options.min_angle)
-        per_image = max(1, SAMPLE_COUNT // len(photographs))
-        sampled = np.linspace(0, len(photographs) - 1, min(SAMPLE_COUNT, len(photographs))).astype(int).tolist()
-        samples: list[tuple[Photograph, Pixels]] = []
-        for number, views in enumerate(apart):
-            decided = comparison.add(views)
-            if labelled:
-                measurement.add(views)
-            if number in sampled:
-                # Different rotations of the images, whose decision rounding on another machine does not change.
-                shifted = np.roll(np.flatnonzero(decided), -number)[:per_image].tolist()
-                samples += [(views.photograph, views.images[i]) for i in shifted]
-        comparison.check()
-        if not samples:
-            raise GateError(
-                f"The confidences of all images equal the threshold {decision.threshold:g}; give another one."
-            )
-        effect = measurement.answers().effect(decision.threshold) if labelled else None
-        precision: dict[str, Any] = {
-            **comparison.metrics(),
-            "bytes": path.stat().st_size,
-            "speed": speeds_by_batch({"fp32": open_session(path, threads=1)}, samples[0][1])["fp32"],
-        }
+        precision = comparison.metrics() | {"bytes": path.stat().st_size}
         parity = {
             "images": len(photographs),
             "angles": ANGLES,
             "max_harm": options.max_harm,
             "effect": effect and effect.to_dict(),
-            "machine": machine() | {"threads": 1},
             "precisions": {"fp32": precision},
         }
         manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
-        _write_samples(folder, samples, foreign.preprocessing.spec.classes)
+        _write_samples(folder, samples, spec.classes)
         _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
@@ -125,6 +108,29 @@ def attach(options: Attach) -> int:
         print(effect_text(effect))
     print(f"Bundle: {target}\nNext:   upright verify {target}")
     return 0
+
+
+def _compare(comparison: Comparison, photographs: Sequence[Photograph]) -> list[tuple[Photograph, Pixels]]:
+    """Compare the graph with its parts on all images, and return the samples of the bundle.
+
+    Raises:
+        GateError: if they differ.
+    """
+    decision, spec = comparison.decision, comparison.foreign.preprocessing.spec
+    per_image = max(1, SAMPLE_COUNT // len(photographs))
+    sampled = np.linspace(0, len(photographs) - 1, min(SAMPLE_COUNT, len(photographs))).astype(int).tolist()
+    samples = []
+    for number, photograph in enumerate(tqdm(photographs, unit="image", disable=None, leave=False)):
+        views = photograph.views(spec, decision.padding)
+        decided = comparison.add(photograph.name, views)
+        if number in sampled:
+            # Different rotations of the images, whose decision rounding on another machine does not change.
+            chosen = np.roll(np.flatnonzero(decided), -number)[:per_image]
+            samples += [(photograph, views[i]) for i in chosen.tolist()]
+    comparison.check()
+    if not samples:
+        raise GateError(f"All images have the confidence of the threshold, {decision.threshold:g}; give another one.")
+    return samples
 
 
 def find_photographs(folder: str | None, bundle: Bundle, spec: ImageSpec) -> list[Photograph]:

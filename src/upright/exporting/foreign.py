@@ -113,17 +113,17 @@ class Foreign:
         self.batch = shape[0] if isinstance((shape := self.input.shape)[0], int) else None
         hints = Hints(path, {entry.key: entry.value for entry in self.proto.metadata_props})
         self.preprocessing = self._preprocessing(options, hints, channels)
-        outputs = self(np.zeros((1, channels, *self.preprocessing.spec.input_shape[1:]), np.float32))
+        outputs = self(torch.zeros(1, *self.preprocessing.spec.input_shape))
         self.scores = self._find_scores(outputs, options.output)
         self._add_classes(options, hints, outputs[self.scores].shape[1])
 
-    def __call__(self, fitted: npt.NDArray[np.float32]) -> Outputs:
+    def __call__(self, fitted: Tensor) -> Outputs:
         """Return all outputs for images of the input's size ``(B, C, H, W)``, values 0 to 255.
 
         Raises:
             EngineError: if onnxruntime fails.
         """
-        values = self.preprocessing.convert(torch.from_numpy(fitted))
+        values = self.preprocessing.convert(fitted)
         step = self.batch or len(values)
         names = self.output_names
         parts = []
@@ -143,7 +143,7 @@ class Foreign:
 
     @cached_property
     def tolerance(self) -> float:
-        """Largest difference that rounding can explain, relative to the largest value of an output."""
+        """Largest difference of a probability between two machines, see `TOLERANCES`."""
         quantized = any("Quantize" in node.op_type or "Integer" in node.op_type for node in self.proto.graph.node)
         half = any(each.data_type == onnx.TensorProto.FLOAT16 for each in self.proto.graph.initializer)
         dtype = self.preprocessing.dtype

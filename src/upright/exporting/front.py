@@ -146,19 +146,18 @@ def _filter(n: Nodes, positions: str, extent: str, step: str, size: int) -> str:
 
 
 def attached_graph(
-    orientation: onnx.ModelProto, foreign: Foreign, decision: Decision, *, are_logits: bool, straightened: bool
+    orientation: onnx.ModelProto, foreign: Foreign, decision: Decision, *, are_logits: bool
 ) -> onnx.ModelProto:
     """Return the graph from uint8 images ``(B, H, W, C)`` of any size to probabilities ``(B, K)``.
 
-    Its other outputs are `model_outputs` of the foreign model, and ``orientation``.
+    Its other outputs are `model_outputs` of the foreign model, ``orientation``, and at the end ``straightened``: the
+    images that the foreign model gets, before the normalisation, float32 ``(B, h, w, C)``, values 0 to 255.
 
     Args:
         orientation: the graph of an orientation bundle.
         foreign: the foreign model.
         decision: when and how an image is rotated.
         are_logits: True to apply softmax to the scores of the foreign model.
-        straightened: True for another output, the images that the foreign model gets, before the normalisation:
-            float32 ``(B, h, w, C)``, values 0 to 255.
 
     Raises:
         UserError: if a model cannot be converted to the opset of the other one.
@@ -187,10 +186,8 @@ def attached_graph(
         helper.make_tensor_value_info(PROBABILITIES, float32, [batch, len(spec.classes)]),
         *second.graph.output,
         helper.make_tensor_value_info(ORIENTATION, float32, [batch, 2]),
+        helper.make_tensor_value_info(STRAIGHTENED, float32, [batch, spec.height, spec.width, spec.channels]),
     ]
-    if straightened:
-        shape = [batch, spec.height, spec.width, spec.channels]
-        outputs.append(helper.make_tensor_value_info(STRAIGHTENED, float32, shape))
     graph = helper.make_graph(
         [*first.graph.node, *front.nodes, *second.graph.node, *tail.nodes],
         "attached",
