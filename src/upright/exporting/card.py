@@ -50,14 +50,14 @@ def summary(parity: dict[str, Any], task: Task[Any]) -> Iterator[str]:
 
 def _threshold(orientation: dict[str, Any], exact: dict[str, Any]) -> str:
     """Return a sentence about the threshold of the confidence of an orientation model."""
-    found = f"{exact['four_way']:.2%} of the answers choose the right side"
+    sides = f"{exact['four_way']:.2%} of the answers choose the right side"
     if not orientation["share"]:
         return (
-            f"{found}. No threshold of the confidence leaves at most {orientation['max_wrong']:g} % of wrong sides, "
+            f"{sides}. No threshold of the confidence leaves at most {orientation['max_wrong']:g} % of wrong sides, "
             "so `straighten` leaves every picture as it is; train longer, or raise --max-wrong."
         )
     return (
-        f"{found}. Threshold of the confidence: {orientation['threshold']:.3f}; {orientation['share']:.1%} of the "
+        f"{sides}. Threshold of the confidence: {orientation['threshold']:.3f}; {orientation['share']:.1%} of the "
         f"images are above it, {orientation['wrong']:.2%} of them with a wrong side."
     )
 

@@ -104,17 +104,17 @@ def draw_circle(
         errors: errors in degrees, ``(N, A)``, for each model.
     """
     with _styled_figure(2.3) as figure:
-        left, panel = figure.subplots(1, 2)
+        share_panel, error_panel = figure.subplots(1, 2)
         lines = []
         for number, (sides, deviations) in enumerate(zip(right, errors, strict=True)):
             shares = [wilson(float(column.mean()), len(column)) for column in sides.T]
             value, low, high = 100 * np.transpose(shares)
-            lines.append(_draw_line(left, number, len(names), degrees, value))
-            _draw_band(left, lines[-1], low, high)
-            _draw_line(panel, number, len(names), degrees, np.median(deviations, axis=0).tolist())
-        left.set(ylabel="right side, %", ylim=(0, 102))
-        panel.set(ylabel="median error, degrees", ylim=(0, None))
-        for each in (left, panel):
+            lines.append(_draw_line(share_panel, number, len(names), degrees, value))
+            _draw_band(share_panel, lines[-1], low, high)
+            _draw_line(error_panel, number, len(names), degrees, np.median(deviations, axis=0).tolist())
+        share_panel.set(ylabel="right side, %", ylim=(0, 102))
+        error_panel.set(ylabel="median error, degrees", ylim=(0, None))
+        for each in (share_panel, error_panel):
             each.set(xlabel="angle of the image, degrees", xticks=range(-180, 181, 90))
         _add_legend(figure, lines, names)
         return figure

@@ -114,8 +114,8 @@ def square(pixels: npt.NDArray[np.uint8], largest: int) -> Tensor:
     """Return the largest centred square of an image ``(H, W, C)`` as ``(1, C, S, S)``, shrunk to ``largest``."""
     image, side = to_tensor(pixels[None]).float(), min(pixels.shape[:2])
     if side <= largest:
-        top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-        return image[..., top : top + side, left : left + side]
+        y, x = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+        return image[..., y : y + side, x : x + side]
     # Means of whole pixels first: the exact filter takes long for a large photograph.
     image = avg_pool2d(image, max(1, side // (2 * largest)))
     return resize(image, largest, largest, "crop")
@@ -155,9 +155,9 @@ def draw(group: Group, answers: Sequence[Answers], images: Sequence[Tensor]) -> 
     for number, subject in enumerate(group.subjects, start=1):
         blocks = []
         for place in places:
-            shown = turned(images[place], COMPASS)
-            found = subject.predict(shown.to(torch.uint8)).probabilities
-            upright = warp(shown, rotation(-torch.from_numpy(found[:, 0]).float().deg2rad()), "reflection")
-            blocks.append((shown, upright, found))
+            before = turned(images[place], COMPASS)
+            rows = subject.predict(before.to(torch.uint8)).probabilities
+            after = warp(before, rotation(-torch.from_numpy(rows[:, 0]).float().deg2rad()), "reflection")
+            blocks.append((before, after, rows))
         figures[f"pictures-{number}"] = draw_turns("", COMPASS, blocks)
     return figures
