@@ -18,6 +18,7 @@ from upright.exporting.graph import Form, module_of
 from upright.exporting.parity import Comparison, Drop, Reference, calibration_batches
 from upright.runtime.bundle import SUMS, Bundle, checksums
 from upright.runtime.predictor import Predictor
+from upright.runtime.task import Classification
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -82,7 +83,15 @@ class FakeConverter:
 
 def comparison(lost: int) -> Comparison:
     rows = [np.stack([~each, each], axis=1).astype(float) for each in correct(lost, 0, 1000)]
-    return Comparison([str(i) for i in range(1000)], np.ones(1000, np.int64), np.arange(1000), *rows, {})
+    return Comparison(
+        [str(i) for i in range(1000)],
+        np.ones(1000, np.int64),
+        np.arange(1000),
+        *rows,
+        {},
+        Classification(("a", "b")),
+        np.ones(1000, bool),
+    )
 
 
 @pytest.fixture
@@ -100,7 +109,7 @@ def test_the_most_harmful_layer_is_set_back_first(fake_sessions: None, capsys) -
     compare = lambda layers: comparison(20 * ("b" in layers))  # noqa: E731
     passed = gate.convert_within(FakeConverter(), compare, frozenset(), images, 0.5)
     assert passed.content == {"a", "c", "d"} and passed.float_layers == {"b": pytest.approx(0.4)}
-    assert "b stays float32: it changes probabilities by 0.4." in capsys.readouterr().out
+    assert "b stays float32: it changes answers by 0.4." in capsys.readouterr().out
     passed = gate.convert_within(FakeConverter(), lambda layers: comparison(0), frozenset(), images, 0.5)
     assert passed.content == set(FakeConverter.layers) and passed.float_layers == {}
     with pytest.raises(
@@ -111,7 +120,8 @@ def test_the_most_harmful_layer_is_set_back_first(fake_sessions: None, capsys) -
 
 def test_layers_after_the_time_limit_rank_last(fake_sessions: None, monkeypatch) -> None:
     monkeypatch.setattr(gate, "RANKING_SECONDS", -1.0)
-    harms = gate.rank_layers(FakeConverter(), frozenset(), lambda: iter([np.zeros((2, 1, 1, 1), np.uint8)]))
+    images = lambda: iter([np.zeros((2, 1, 1, 1), np.uint8)])  # noqa: E731
+    harms = gate.rank_layers(FakeConverter(), frozenset(), images, Classification(("a", "b")))
     assert harms == dict.fromkeys("abcd", 0.0)
 
 

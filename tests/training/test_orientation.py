@@ -16,6 +16,7 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.polar import PolarNetwork
 from upright.data.batch import Batch
 from upright.errors import UserError
+from upright.exporting.parity import are_stable
 from upright.images import ImageSpec
 from upright.training.classifier import ImageClassifier
 from upright.training.model import orientation
@@ -141,6 +142,14 @@ def test_another_side_does_not_pull_the_angle() -> None:
     share[0, 0], share[0, 16] = 0.7, 0.3
     ((angle, confidence),) = orientation((share + 1e-9).log()).tolist()
     assert angle == pytest.approx(0, abs=1e-3) and confidence == pytest.approx(0.7, abs=1e-4)
+
+
+def test_an_answer_of_two_equal_peaks_is_not_stable() -> None:
+    peaks = torch.full((3, 64), -9.0)
+    peaks[:, 5] = 0.0
+    peaks[1, 5 + 32] = 0.0
+    peaks[2, 5 + 32] = -0.1
+    assert are_stable(peaks.numpy()).tolist() == [True, False, True]
 
 
 def test_turn_moves_pixels_without_a_change() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -124,6 +125,10 @@ def export(
         modules = dict.fromkeys(parameter.rpartition(".")[0] for parameter in sorted(head(restored.classifier)))
         form = replace(form, head=tuple(modules))
 
+    if not images.spec.classes:
+        # Rounding can exchange two equal peaks, so parity compares the scores, too.
+        form = replace(form, outputs=tuple(dict.fromkeys((*form.outputs, "logits"))))
+
     name = contents["run"]["name"] if name is None else name
     check_name(name)
     target = Path(to) / name
@@ -143,11 +148,13 @@ def export(
         reference = Reference(restored.classifier.cpu().model.eval(), images, form)
         split = contents["split"]
         excluded = torch.cat([split["hashes"][part] for part in ("val", "test")]) if split else torch.empty(0).long()
-        parity, descriptions = _write_graphs(folder, reference, precisions, max_drop, max_wrong, full_range, excluded)
+        parity, descriptions, stable = _write_graphs(
+            folder, reference, precisions, max_drop, max_wrong, full_range, excluded
+        )
         manifest = _manifest(name, contents, reference, descriptions)
         if orientation := parity.get("orientation"):
             manifest["orientation"] = {"threshold": orientation["threshold"]}
-        _write_samples(folder, reference, list(descriptions))
+        _write_samples(folder, reference, list(descriptions), stable)
         _write_json(folder / PARITY, parity)
         _write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
@@ -180,11 +187,11 @@ def _write_graphs(
     max_wrong: float,
     full_range: bool,
     excluded: torch.Tensor,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], npt.NDArray[np.bool_]]:
     """Write a model for each precision that passes its gate.
 
     Returns:
-        The content of ``parity.json``, and the precisions of the manifest.
+        The content of ``parity.json``, the precisions of the manifest, and `Comparison.stable`.
     """
     model, data, form = reference.graph.model, reference.data, reference.form
     path = folder / MODELS["fp32"]
@@ -234,15 +241,18 @@ def _write_graphs(
     }
     if not data.spec.classes:
         parity["orientation"] = {"max_wrong": max_wrong} | choose_threshold(exact, max_wrong)._asdict()
-    return parity, descriptions
+    return parity, descriptions, exact.stable
 
 
-def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]) -> None:
-    """Write validation images as PNG, with the answers of each graph."""
+def _write_samples(
+    folder: Path, reference: Reference, precisions: Sequence[str], stable: npt.NDArray[np.bool_]
+) -> None:
+    """Write validation images with stable answers as PNG, with the answers of each graph."""
     data, task = reference.data, task_of(reference.data.spec.classes)
     sessions = {name: open_session(folder / MODELS[name]) for name in precisions}
-    count = len(list(data.names("val")))
-    sample_indices = set(np.linspace(0, count - 1, min(SAMPLE_COUNT, count)).astype(int).tolist())
+    candidates = np.flatnonzero(stable) if stable.any() else np.arange(len(stable))
+    places = np.linspace(0, len(candidates) - 1, min(SAMPLE_COUNT, len(candidates))).astype(int)
+    sample_indices = set(candidates[places].tolist())
     (folder / SAMPLES).mkdir()
     samples: list[dict[str, Any]] = []
     for i, original in enumerate(fitted_originals(data, reference.form)):

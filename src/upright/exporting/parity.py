@@ -19,7 +19,7 @@ from upright.exporting.graph import Form, Graph
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
 from upright.runtime.task import QUARTER, Classification, OrientationEstimation, task_of
-from upright.training.model import Model
+from upright.training.model import Model, orientation
 from upright.warp import resize
 
 Floats = npt.NDArray[np.float64]
@@ -34,6 +34,9 @@ OTHER_TOLERANCES = {
 }
 """Largest allowed difference of each other output. The units are: half the image size, or the length of a direction,
 for ``theta``, grey levels for ``warped``, and a share of the largest value for ``logits`` and ``features``."""
+PERTURBATIONS, PERTURBATION, JUMP = 4, 1e-3, 0.01
+"""Number and standard deviation of the changes of the scores that tell whether an answer is stable, and the difference
+from which it jumps."""
 CALIBRATION_IMAGES = 512
 MAX_BATCH = 64
 """Images per batch of a graph with a free batch size."""
@@ -143,6 +146,8 @@ class Comparison:
         actual: main output by the graph, ``(N, columns)``.
         others: largest difference of each other output, in the unit of `OTHER_TOLERANCES`.
         task: task of the model.
+        stable: False for each image whose answer jumps with a small change of the scores, ``(N,)``: two angles have
+            equal votes. A different rounding may exchange them.
     """
 
     names: list[str]
@@ -152,12 +157,12 @@ class Comparison:
     actual: Floats
     others: dict[str, float]
     task: Classification | OrientationEstimation
+    stable: npt.NDArray[np.bool_]
 
     @property
     def differences(self) -> Floats:
-        """Difference for each image, see `Task.differences`, ``(N,)``."""
-        differences: Floats = self.task.differences(self.expected, self.actual).astype(float)
-        return differences
+        """Difference for each image, see `Task.differences`; 0 if the answer is not stable, ``(N,)``."""
+        return np.where(self.stable, self.task.differences(self.expected, self.actual), 0.0)
 
     @property
     def others_agree(self) -> bool:
@@ -191,7 +196,7 @@ class Comparison:
     def metrics(self) -> dict[str, Any]:
         """Return the entry of one precision in ``parity.json``."""
         drop, differences = self.drop, self.differences
-        flips = np.flatnonzero(self.task.changed(self.expected, self.actual))
+        flips = np.flatnonzero(self.task.changed(self.expected, self.actual) & self.stable)
         metrics: dict[str, Any] = {
             "agreement": 1 - len(flips) / len(self.names),
             "largest_difference": float(differences.max()),
@@ -204,7 +209,10 @@ class Comparison:
         if isinstance(self.task, OrientationEstimation):
             errors = self.task.errors(self.actual, self.labels)
             metrics |= {
-                "largest_difference_degrees": float(self.task.degrees(self.expected, self.actual).max()),
+                "unstable": int((~self.stable).sum()),
+                "largest_difference_degrees": float(self.task.degrees(self.expected, self.actual)[self.stable].max())
+                if self.stable.any()
+                else 0.0,
                 "error_degrees_median": float(np.median(errors)),
                 "four_way": float((errors < QUARTER).mean()),
             }
@@ -222,8 +230,11 @@ class Reference:
 
     def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
         self.graph, self.data, self.form = Graph(model, form).eval(), data, form
-        self.probabilities: list[npt.NDArray[np.float32]] = []
-        """Probabilities by PyTorch for each batch; empty before the first comparison."""
+        self.task = task_of(data.spec.classes)
+        self.answers: list[npt.NDArray[np.float32]] = []
+        """Main output by PyTorch for each batch; empty before the first comparison."""
+        self.stable: list[npt.NDArray[np.bool_]] = []
+        """See `Comparison.stable`, for each batch."""
 
     def compare(self, session: onnxruntime.InferenceSession) -> Comparison:
         """Run all originals, at their own size or at the fixed size of the graph.
@@ -235,7 +246,7 @@ class Reference:
         """
         names: list[str] = []
         labels: list[int] = []
-        expected, actual = [], []
+        expected, actual, stable = [], [], []
         others: dict[str, float] = {}
         batches = batches_of_one_size(
             fitted_originals(self.data, self.form), lambda original: original.pixels, self.form.batch or MAX_BATCH
@@ -244,12 +255,16 @@ class Reference:
         with tqdm(total=total, desc="comparing", unit="image", disable=None, leave=False) as progress:
             for number, batch in enumerate(batches):
                 pixels = np.stack([original.pixels for original in batch])
-                if self.probabilities:
-                    expected.append(self.probabilities[number])
+                if self.answers:
+                    expected.append(self.answers[number])
                     actual += run_batch(session, pixels)
                 else:
                     with torch.no_grad():
                         expected_outputs = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
+                    if isinstance(self.task, Classification):
+                        stable.append(np.ones(len(pixels), bool))
+                    else:
+                        stable.append(are_stable(expected_outputs[self.graph.names.index("logits")]))
                     actual_outputs = run_batch(session, pixels, self.graph.names)
                     expected.append(expected_outputs[0])
                     actual.append(actual_outputs[0])
@@ -261,7 +276,8 @@ class Reference:
                 names += [original.name for original in batch]
                 labels += [original.label for original in batch]
                 progress.update(len(batch))
-        self.probabilities = expected
+        self.answers = expected
+        self.stable = self.stable or stable
         return Comparison(
             names,
             np.array(labels),
@@ -269,8 +285,18 @@ class Reference:
             np.concatenate(expected).astype(float),
             np.concatenate(actual).astype(float),
             others,
-            task_of(self.data.spec.classes),
+            self.task,
+            np.concatenate(self.stable),
         )
+
+
+def are_stable(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Return whether the orientation hardly changes with a small change of the scores ``(N, turns)``, ``(N,)``."""
+    noise = PERTURBATION * np.random.default_rng(0).standard_normal((PERTURBATIONS, *scores.shape)).astype(np.float32)
+    answers, *others = (orientation(torch.from_numpy(scores + change)).numpy() for change in (0 * noise[0], *noise))
+    largest = np.max([OrientationEstimation().differences(answers, other) for other in others], axis=0)
+    stable: npt.NDArray[np.bool_] = largest <= JUMP
+    return stable
 
 
 @torch.no_grad()

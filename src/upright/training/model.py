@@ -66,16 +66,17 @@ def orientation(scores: Tensor) -> Tensor:
     Score ``k`` is that of a rotation by ``k * 360 / N`` degrees anticlockwise. The softmax of the scores are the votes.
     The angle, from -180 to 180 degrees, is the mean direction of the votes less than 45 degrees from their peak. Votes
     for another side of the image would pull the mean over all away from every side. The confidence, from 0 to 1, is
-    the share of these votes.
+    the share of these votes. The peak is that of the votes smoothed over as many degrees.
     """
     count = scores.shape[1]
     steps = torch.arange(count, device=scores.device)
     angles = 2 * math.pi * steps / count
-    # Entry (k, n) tells whether vote n counts if the peak is k.
-    distances = torch.remainder(steps - steps[:, None] + count // 2, count) - count // 2
-    near = (8 * distances.abs() < count).to(scores.dtype)
+    # Row k is for peak k: which votes count, and with which weights they are smoothed.
+    distances = (torch.remainder(steps - steps[:, None] + count // 2, count) - count // 2).abs()
+    near = (8 * distances < count).to(scores.dtype)
+    kernel = near * (4 * math.pi * distances / count).cos().to(scores.dtype)
     votes = scores.softmax(dim=1)
-    counted = votes * near[votes.argmax(dim=1)]
+    counted = votes * near[(votes @ kernel).argmax(dim=1)]
     x, y = (counted @ torch.stack([angles.cos(), angles.sin()], dim=1).to(scores.dtype)).unbind(dim=1)
     return torch.stack([torch.atan2(y, x).rad2deg(), counted.sum(dim=1)], dim=1)
 
