@@ -102,6 +102,11 @@ def test_each_task_has_its_predictor(bundle: Path, tmp_path: Path) -> None:
     assert [result.angle for result in results] == pytest.approx(angles, abs=0.05)
     assert predictor(photograph(30)).confidence == pytest.approx(predictor(photograph(0)).confidence, abs=1e-3)
     assert predictor(np.zeros((8, 8), np.uint8)).confidence == 0
+    fixed = OrientationPredictor(write_orientation_bundle(tmp_path / "export/fixed", channels=3, side=32, batch=2))
+    results = fixed.predict([photograph(angle, 32, 3) for angle in angles[1:]])
+    assert [result.angle for result in results] == pytest.approx(angles[1:], abs=0.05)
+    with pytest.raises(ImageError, match="this model only accepts 32x32"):
+        fixed(photograph(0, 40, 3))
 
 
 def test_bad_images_are_reported_and_the_others_are_classified(upright: Upright, bundle: Path, tmp_path: Path) -> None:

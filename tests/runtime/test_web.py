@@ -60,8 +60,13 @@ def test_the_page_of_an_orientation_bundle(upright: Upright, tmp_path: Path, dis
     assert upright("web", bundle, "--runtime", dist).code == 0
     facts = json.loads(Path("web/sky/model.json").read_text())
     rows = [sample["orientation"]["fp32"] for sample in json.loads((bundle / EXPECTED).read_text())]
-    assert (facts["task"], facts["classes"]) == ("orientation", [])
+    assert (facts["task"], facts["classes"], facts["threshold"]) == ("orientation", [], 0)
     assert facts["samples"] == [{"file": f"samples/{n:02d}.png", "expected": row} for n, row in enumerate(rows)]
+    manifest = json.loads((bundle / "manifest.json").read_text()) | {"orientation": {"threshold": 0.4}}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / SUMS).write_text(checksums(bundle))
+    assert upright("web", bundle, "--runtime", dist).code == 0
+    assert json.loads(Path("web/sky/model.json").read_text())["threshold"] == 0.4
 
 
 def test_a_page_contains_no_paths_of_the_training_machine(upright: Upright, tmp_path: Path, dist: Path) -> None:

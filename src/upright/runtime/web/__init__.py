@@ -100,6 +100,7 @@ def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
         "upright": version("upright"),
         "precision": precision,
         "tolerance": bundle.tolerance(precision),
+        "threshold": manifest.get("orientation", {}).get("threshold", 0),
         "task": spec.task,
         "classes": spec.classes,
         "channels": spec.channels,

@@ -526,13 +526,16 @@ async function showPage() {
       show([angle, confidence]) {
         estimate.textContent = degrees(angle);
         showConfidence("Confidence", confidence, confidence.toFixed(2), "var(--curve-1)");
-        remark.textContent = `: rotated ${degrees(Math.abs(angle))} ${angle < 0 ? "anticlockwise" : "clockwise"}`;
+        const isSure = confidence >= about.threshold; // else `upright straighten` does not touch the image
+        remark.textContent = isSure
+          ? `: rotated ${degrees(Math.abs(angle))} ${angle < 0 ? "anticlockwise" : "clockwise"}`
+          : `: not rotated, because the confidence is below ${about.threshold.toFixed(2)}`;
         const { width, height } = asked.canvas;
         const side = Math.max(width, height); // an image on its side fits too
         Object.assign(straightened.canvas, { width: side, height: side });
         straightened.canvas.className = $("input").className;
         straightened.translate(side / 2, side / 2);
-        straightened.rotate((angle * Math.PI) / 180);
+        if (isSure) straightened.rotate((angle * Math.PI) / 180);
         straightened.drawImage(asked.canvas, -width / 2, -height / 2);
       },
       // Return the deviation of the angles from that at 0 plus the rotation, as text.
