@@ -173,6 +173,7 @@ IMAGE = photograph(size=(37, 21))
 GREY, PALETTE, RGBA = IMAGE.convert("L"), IMAGE.quantize(200), IMAGE.convert("RGBA")
 RGBA.putalpha(GREY)
 DEEP = Image.fromarray(257 * np.asarray(GREY).astype(np.uint16) + 1)
+METADATA = {"icc_profile", "dpi", "comment", "progressive"}
 FILES = {
     "jpeg": (encode(IMAGE, "JPEG", icc_profile=PROFILE), "exif"),
     "jpeg, grey": (encode(GREY, "JPEG"), "exif"),
@@ -189,8 +190,8 @@ FILES = {
     "png, alpha": (encode(RGBA, "PNG"), "lossless"),
     "png, transparent colour": (encode(IMAGE, "PNG", transparency=(9, 9, 9)), "lossless"),
     "png, 16 bits": (encode(DEEP, "PNG"), "lossless"),
-    "bmp": (encode(IMAGE, "BMP"), "lossless"),
-    "gif": (encode(PALETTE, "GIF", transparency=3), "lossless"),
+    "bmp": (encode(IMAGE, "BMP", dpi=(300, 200)), "lossless"),
+    "gif": (encode(PALETTE, "GIF", transparency=3, comment=b"hello"), "lossless"),
     "webp": (encode(IMAGE, "WEBP"), "exif"),
     "webp, alpha": (encode(RGBA, "WEBP"), "exif"),
     "webp, metadata": (encode(IMAGE, "WEBP", exif=exif(8), icc_profile=PROFILE, xmp=XMP), "exif"),
@@ -209,6 +210,10 @@ def test_quarter_turns_keep_every_pixel(name: str) -> None:
         new, actual = rotate(content, turns, 0, Resampling())
         assert actual == how
         assert same(displayed(new), displayed(content).transpose(transposition))
+        before, after = opened(content), opened(new)
+        assert after.getexif().get(ExifTags.Base.Make) == before.getexif().get(ExifTags.Base.Make)
+        for key in {*METADATA, "transparency"} & before.info.keys():
+            assert after.info[key] == before.info[key]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -287,7 +292,7 @@ def test_an_interpolated_image_keeps_format_and_metadata(name: str) -> None:
     assert how == "resampled" and after.format == before.format
     assert after.getexif().get(ORIENTATION, 1) == 1
     assert after.getexif().get(ExifTags.Base.Make) == before.getexif().get(ExifTags.Base.Make)
-    for key in {"icc_profile", "dpi", "comment", "progressive"} & before.info.keys():
+    for key in METADATA & before.info.keys():
         assert after.info[key] == before.info[key]
     assert after.mode == before.mode or before.mode in ("1", "P", "RGB")
     if after.format == "JPEG":

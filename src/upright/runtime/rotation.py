@@ -28,9 +28,11 @@ WEBP_QUALITY = 90
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_adobe_deflate", "tiff_lzw", "lzma", "zstd")
 """Lossless compressions of TIFF for any kind of image."""
 TIFF_TAGS = {
-    *(ExifTags.Base[name] for name in ("ImageDescription", "Make", "Model", "XResolution", "YResolution")),
-    *(ExifTags.Base[name] for name in ("ResolutionUnit", "Software", "DateTime", "Artist", "HostComputer")),
-    *(ExifTags.Base[name] for name in ("Copyright", "ExifOffset", "GPSInfo", "XMLPacket")),
+    ExifTags.Base[name]
+    for name in (
+        *("ImageDescription", "Make", "Model", "XResolution", "YResolution", "ResolutionUnit", "Software", "DateTime"),
+        *("Artist", "HostComputer", "Copyright", "ExifOffset", "GPSInfo", "XMLPacket"),
+    )
 }
 """Tags of a TIFF that do not describe its pixels."""
 
@@ -83,7 +85,7 @@ def rotate(content: bytes, turns: int, degrees: float, settings: Resampling) -> 
             if degrees:
                 return _resampled(image, kind, content, 90 * turns + degrees, settings), "resampled"
             orientation = _orientation(image)  # before the pixels of a TIFF are loaded and rotated by it
-            if kind != "TIFF" and (new := _turned(image, kind, content, turns)):
+            if new := _turned(image, kind, content, turns):
                 return new, "lossless"
         if kind in ("BMP", "GIF"):
             raise ImageError(f"Pillow cannot write this kind of {kind} without loss.")
@@ -123,14 +125,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _turned(image: Image.Image, kind: str, content: bytes, turns: int) -> bytes | None:
     """Return a file with rotated pixels, or None if the pixels would change."""
-    options: dict[str, Any] = {}
-    if kind == "WEBP" and b"VP8L" in dict(webp_chunks(content)):
-        options = {"lossless": True, "exact": True}
-        options |= {name: image.info[name] for name in ("icc_profile", "exif", "xmp") if name in image.info}
-    elif kind == "PNG":
-        options = {"bits": content[24]}
-    elif kind not in ("BMP", "GIF"):
+    if kind in ("JPEG", "TIFF") or (kind == "WEBP" and b"VP8L" not in dict(webp_chunks(content))):
         return None
+    options = _metadata(image, kind)
+    if kind == "WEBP":
+        options |= {"lossless": True, "exact": True}
+    elif kind == "PNG":
+        options["bits"] = content[24]
     turned = _upright(image).transpose(QUARTERS[turns])
     if kind == "PNG" and turned.mode == "P" and (palette := turned.getpalette()):
         # Pillow would use fewer bits for a short palette.
@@ -144,6 +145,12 @@ def _turned(image: Image.Image, kind: str, content: bytes, turns: int) -> bytes 
         new = set_orientation(new, kind, 1, thumbnail=False)
     with _opened(new) as (reread, _):
         return new if _equal(turned, _upright(reread)) else None
+
+
+def _metadata(image: Image.Image, kind: str) -> dict[str, Any]:
+    """Return options to save the metadata, apart from those that `with_metadata` copies."""
+    names = ("dpi",) if kind in ("JPEG", "PNG") else ("dpi", "icc_profile", "exif", "xmp", "comment")
+    return {name: image.info[name] for name in names if image.info.get(name)}
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -167,9 +174,7 @@ def _resampled(image: Any, kind: str, content: bytes, degrees: float, settings: 
         raise ImageError("It has more than 8 bits per colour, which only quarter turns keep.")
     tagged = "exif" in image.info or _orientation(image) > 1
     upright = _upright(image)
-    # `with_metadata` copies the metadata of JPEG and PNG.
-    names = ("dpi",) if kind in ("JPEG", "PNG") else ("dpi", "icc_profile", "exif", "xmp")
-    options: dict[str, Any] = {name: image.info[name] for name in names if image.info.get(name)}
+    options = _metadata(image, kind)
     if kind == "JPEG":
         options |= {"comment": b"", "progressive": bool(image.info.get("progressive"))}
         tables = {"qtables": image.quantization, "subsampling": get_sampling(image)}
