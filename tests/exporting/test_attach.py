@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.exporting.attachable import (
     write_images,
     write_orientation_bundle,
 )
+from upright.architectures.nin import NiN
 from upright.errors import UserError
 from upright.exporting import attach as attach_module
 from upright.exporting.apart import straighten
@@ -404,3 +406,28 @@ def test_models_that_cannot_be_attached(parts: Path, upright: Upright) -> None:
     assert "'bare' records no threshold; give --threshold, or --max-harm" in error("bare", "model.onnx")
     assert upright("attach", "orientation", "model.onnx", *usual).code == 0
     assert "Bundle 'export/attached' exists: --force replaces it" in error("orientation", "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_network_that_torch_exported(quantized: bool, parts: Path, upright: Upright) -> None:
+    """The weights lie in another file, and the opset is newer than that of the orientation bundle."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    network = NiN((3, 32, 32), 4, widths=(16, 16, 16), stem=(5, 1, 2)).eval()
+    example = (torch.randn(2, 3, 32, 32),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network, example, "model.onnx", dynamo=True, opset_version=20, dynamic_shapes=({0: "n"},), verbose=False
+        )
+    if quantized:
+        model = onnx.load("model.onnx")
+        del model.graph.value_info[:]
+        quantize_dynamic(model, "model.onnx")
+    options = ("--images", "images", "--classes", "classes.txt", "--resize", "crop", *NORMALISED)
+    answer = upright("attach", "orientation", "model.onnx", *options)
+    assert answer.code == 0, answer.err
+    assert json.loads(Path("export/attached/manifest.json").read_text())["opset"] == 20
+    assert upright("verify", "export/attached").code == 0

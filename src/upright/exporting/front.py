@@ -209,7 +209,8 @@ def model_outputs(foreign: Foreign) -> dict[str, str]:
     """Return the name in the attached graph of each output of a foreign model: its own, if that is free."""
     names: dict[str, str] = {}
     for name in foreign.output_names:
-        used = {IMAGES, ORIENTATION, PROBABILITIES, STRAIGHTENED, *names.values()}
+        # The server adds an output `labels`.
+        used = {IMAGES, ORIENTATION, PROBABILITIES, STRAIGHTENED, "labels", *names.values()}
         names[name] = next(each for each in (name, f"model_{name}", f"model__{name}") if each not in used)
     return names
 
