@@ -228,6 +228,8 @@ def _prepared(model: onnx.ModelProto, opset: int, name: str) -> onnx.ModelProto:
     del copy.graph.input[:]
     copy.graph.input.extend(inputs)
     copy.ir_version = max(copy.ir_version, 4)  # older ones list constants among the inputs
+    for each in copy.opset_import:
+        each.domain = "" if each.domain == "ai.onnx" else each.domain
     try:
         if copy.functions:
             copy = inliner.inline_local_functions(copy)
