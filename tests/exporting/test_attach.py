@@ -27,11 +27,11 @@ from tests.exporting.attachable import (
 from upright.architectures.nin import NiN
 from upright.errors import UserError
 from upright.exporting import attach as attach_module
-from upright.exporting.apart import straighten
+from upright.exporting.apart import Photograph, measure, straighten
 from upright.exporting.foreign import Foreign, Hints
 from upright.exporting.front import Decision, attached_graph
 from upright.options import Attach
-from upright.runtime.predictor import Predictor, open_session, run_batch
+from upright.runtime.predictor import OrientationPredictor, Predictor, open_session, run_batch
 
 NORMALISED = ("--mean", "0.5", "--std", "0.25")
 
@@ -251,6 +251,18 @@ def test_the_limit_of_harm_chooses_the_threshold(parts: Path, upright: Upright) 
     answer = upright(*command, "--max-harm", "1")
     assert answer.code == 1 and "12 upright images cannot show a harm within --max-harm 1 points" in answer.err
     assert Path("export/attached/SHA256SUMS").read_bytes() == content
+
+
+def test_images_below_the_smallest_angle_are_not_touched(parts: Path) -> None:
+    options = Attach("-", str(write_classifier(parts / "model.onnx")), resize="pad", range="unit", output="output")
+    foreign, estimator = Foreign(options, 3), OrientationPredictor(parts / "orientation")
+    photographs = [Photograph("red", parts / f"images/red/{i}.png", 0) for i in range(3)]
+    angles = estimator.outputs([each.source for each in photographs])["orientation"][:, 0]
+    smallest, middle, largest = np.sort(np.abs(angles))
+    for min_angle, count in ((0, 3), ((smallest + middle) / 2, 2), (181, 0)):
+        effect = measure(estimator, foreign, photographs, min_angle, "border").effect(0)
+        assert effect.touched.value == pytest.approx(count / 3)
+    assert effect.harm.value == effect.gain.value == 0 and largest < 181
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Answers:
     Args:
         bare_right: True for each image that the classifier alone answers correctly, ``(N,)``.
         straightened_right: the same, for the straightened images.
-        confidence: confidence of the transformer, from 0 to 1, ``(N,)``.
+        confidence: confidence of the transformer, from 0 to 1, ``(N,)``; -1 for images that it never rotates.
         upright: True for upright images, False for rotated ones, ``(N,)``. There is at least one of each.
         groups: index of the source image of each image, ``(N,)``. The views of a source are not independent.
     """
