@@ -264,7 +264,7 @@ class Attach(Options):
     size: tuple[int, int] | None = option(None, "size of the classifier's input", type=image_size, metavar="HxW")
     resize: Literal["stretch", "crop", "pad"] | None = option(None, "rule for images of another aspect")
     crop: float | None = option(
-        None, "side of the centred crop, as a share of the resized box, such as 0.875", metavar="SHARE", above=0
+        None, "side of the centre that remains of the resized image, such as 0.875", metavar="SHARE", above=0
     )
     range: Literal["unit", "byte", "signed"] | None = option(
         None, "values of the input before mean and std: 0 to 1, 0 to 255, or -1 to 1; unit if a mean is given"
@@ -297,8 +297,8 @@ class Attach(Options):
         super().__post_init__()
         if self.threshold is not None and self.max_harm is not None:
             raise UserError("--max-harm chooses the threshold; give only one of --max-harm and --threshold.")
-        if self.crop is not None and (self.crop > 1 or self.resize not in (None, "crop")):
-            raise UserError(f"--crop must be at most 1, with --resize crop; got {self.crop:g}, {self.resize}.")
+        if self.crop is not None and self.crop > 1:
+            raise UserError(f"--crop must be at most 1, the complete image; got {self.crop:g}.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from tests.exporting.attachable import (
     write_images,
     write_orientation_bundle,
 )
+from upright.architectures.nin import NiN
 from upright.errors import UserError
 from upright.exporting import attach as attach_module
-from upright.exporting.apart import straighten
+from upright.exporting.apart import Photograph, measure, straighten
 from upright.exporting.foreign import Foreign, Hints
 from upright.exporting.front import Decision, attached_graph
 from upright.options import Attach
-from upright.runtime.predictor import Predictor, open_session, run_batch
+from upright.runtime.predictor import OrientationPredictor, Predictor, open_session, run_batch
 
 NORMALISED = ("--mean", "0.5", "--std", "0.25")
 
@@ -90,15 +92,39 @@ def test_images_below_the_threshold_pass_unchanged_bit_by_bit(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 37), (41, 20)])
-@pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
-def test_a_quarter_turn_gives_what_the_upright_image_gives(rule: str, size: tuple[int, int], tmp_path: Path) -> None:
-    foreign, straightened = front(tmp_path, Decision(0.5, 1, "zeros"), resize=rule)
+@pytest.mark.parametrize(("rule", "crop"), [("stretch", 1), ("stretch", 0.8), ("crop", 1), ("crop", 0.8), ("pad", 1)])
+def test_a_quarter_turn_gives_what_the_upright_image_gives(
+    rule: str, crop: float, size: tuple[int, int], tmp_path: Path
+) -> None:
+    foreign, straightened = front(tmp_path, Decision(0.5, 1, "zeros"), resize=rule, crop=crop)
     pixels = image(1, *size, seed=1)
     for angle in (0, 90, 180, 270):
         rotated = encoded(pixels, angle)
         upright = torch.from_numpy(np.rot90(rotated, -angle // 90).copy()).permute(2, 0, 1)[None].float()
         expected = foreign.preprocessing.fit(upright)[0].permute(1, 2, 0).numpy()
         assert np.abs(straightened(rotated)[0] - expected).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "expected"),
+    [
+        ({}, {"range": "byte", "channels": "bgr"}, [0, 51, 255]),
+        ({}, {"range": "signed"}, [1, -0.6, -1]),
+        ({}, {"mean": (0.5, 0.2, 0), "std": (0.25,)}, [2, 0, 0]),
+        ({}, {"mean": (100,), "std": (2,), "range": "byte"}, [77.5, -24.5, -50]),
+        ({"dtype": "float16", "layout": "nhwc"}, {"range": "unit"}, [1, 0.2, 0]),
+        ({"dtype": "uint8", "layout": "nhwc"}, {"range": None}, [255, 51, 0]),
+    ],
+)
+def test_the_input_of_the_model(
+    form: dict[str, Any], options: dict[str, Any], expected: list[float], tmp_path: Path
+) -> None:
+    path = write_classifier(tmp_path / "model.onnx", **form)
+    foreign = Foreign(Attach("-", str(path), resize="crop", output="output", **options), 3)
+    values = foreign.preprocessing.convert(torch.tensor([255.0, 51, 0])[None, :, None, None].expand(1, 3, SIDE, SIDE))
+    assert values.dtype == form.get("dtype", "float32")
+    pixel = values[0, 3, 4] if "layout" in form else values[0, :, 3, 4]
+    assert pixel.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_images_in_one_batch_do_not_change_each_other(tmp_path: Path) -> None:
@@ -227,6 +253,18 @@ def test_the_limit_of_harm_chooses_the_threshold(parts: Path, upright: Upright) 
     assert Path("export/attached/SHA256SUMS").read_bytes() == content
 
 
+def test_images_below_the_smallest_angle_are_not_touched(parts: Path) -> None:
+    options = Attach("-", str(write_classifier(parts / "model.onnx")), resize="pad", range="unit", output="output")
+    foreign, estimator = Foreign(options, 3), OrientationPredictor(parts / "orientation")
+    photographs = [Photograph("red", parts / f"images/red/{i}.png", 0) for i in range(3)]
+    angles = estimator.outputs([each.source for each in photographs])["orientation"][:, 0]
+    smallest, middle, largest = np.sort(np.abs(angles))
+    for min_angle, count in ((0, 3), ((smallest + middle) / 2, 2), (181, 0)):
+        effect = measure(estimator, foreign, photographs, min_angle, "border").effect(0)
+        assert effect.touched.value == pytest.approx(count / 3)
+    assert effect.harm.value == effect.gain.value == 0 and largest < 181
+
+
 @pytest.mark.parametrize(
     ("change", "output"),
     [({"padding": "zeros"}, "straightened"), ({"threshold": 0.9}, "straightened"), ({}, "probabilities")],
@@ -309,7 +347,12 @@ def test_an_upright_bundle_needs_no_options(tmp_path: Path, upright: Upright) ->
         ),
         (
             "preprocessor_config.json",
-            {"size": {"height": 160, "width": 200}, "do_normalize": False, "rescale_factor": 1 / 127.5},
+            {
+                "size": {"height": 160, "width": 200},
+                "do_normalize": False,
+                "rescale_factor": 1 / 127.5,
+                "rescale_offset": True,
+            },
             {"size": (160, 200), "resize": "stretch", "mean": None, "range": "signed"},
         ),
         (
@@ -329,7 +372,7 @@ def test_an_upright_bundle_needs_no_options(tmp_path: Path, upright: Upright) ->
                     "crop_mode": "squash",
                 },
             },
-            {"size": (192, 192), "resize": "stretch", "classes": ["a", "b"], "mean": [0.5]},
+            {"size": (192, 192), "resize": "stretch", "crop": 0.95, "classes": ["a", "b"], "mean": [0.5]},
         ),
         ("config.json", {"id2label": {"1": "b", "0": "a"}}, {"classes": ["a", "b"], "size": None}),
     ],
@@ -340,9 +383,21 @@ def test_files_beside_the_model(file: str, content: Any, expected: dict[str, Any
     assert {name: getattr(hints, name) for name in expected} == expected
 
 
-def test_a_broken_file_beside_the_model(tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text('{"size": [')
-    with pytest.raises(UserError, match=r"processor_config.json' cannot be read: JSONDecodeError: .* Fix or move it"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"size": [', "cannot be read: JSONDecodeError: "),
+        ("{}", "cannot be read: KeyError: 'image_mean'"),
+        ('{"do_normalize": false, "rescale_factor": 0.1}', "the rescale_factor 0.1 leads to none of the ranges unit, "),
+        (
+            '{"do_normalize": false, "size": 224, "do_center_crop": true, "crop_size": 256}',
+            "the crop is 1.14286 of the resized image",
+        ),
+    ],
+)
+def test_a_file_beside_the_model_that_cannot_be_used(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
         Hints(tmp_path / "model.onnx", {})
 
 
@@ -358,7 +413,7 @@ def test_a_broken_file_beside_the_model(tmp_path: Path) -> None:
         ((*NORMALISED, "--max-harm", "1"), "--max-harm needs --images with one folder per class"),
         ((*NORMALISED, "--images", "some", "--classes", "classes.txt"), "but ['other'] are no classes of the model"),
         (("--max-harm", "1", "--threshold", "0.5"), "give only one of --max-harm and --threshold"),
-        (("--crop", "2"), "--crop must be at most 1, with --resize crop; got 2, None"),
+        (("--crop", "2"), "--crop must be at most 1, the complete image; got 2."),
     ],
 )
 def test_options_that_cannot_be_used(
@@ -404,3 +459,28 @@ def test_models_that_cannot_be_attached(parts: Path, upright: Upright) -> None:
     assert "'bare' records no threshold; give --threshold, or --max-harm" in error("bare", "model.onnx")
     assert upright("attach", "orientation", "model.onnx", *usual).code == 0
     assert "Bundle 'export/attached' exists: --force replaces it" in error("orientation", "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_network_that_torch_exported(quantized: bool, parts: Path, upright: Upright) -> None:
+    """The weights lie in another file, and the opset is newer than that of the orientation bundle."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    network = NiN((3, 32, 32), 4, widths=(16, 16, 16), stem=(5, 1, 2)).eval()
+    example = (torch.randn(2, 3, 32, 32),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network, example, "model.onnx", dynamo=True, opset_version=20, dynamic_shapes=({0: "n"},), verbose=False
+        )
+    if quantized:
+        model = onnx.load("model.onnx")
+        del model.graph.value_info[:]
+        quantize_dynamic(model, "model.onnx")
+    options = ("--images", "images", "--classes", "classes.txt", "--resize", "crop", *NORMALISED)
+    answer = upright("attach", "orientation", "model.onnx", *options)
+    assert answer.code == 0, answer.err
+    assert json.loads(Path("export/attached/manifest.json").read_text())["opset"] == 20
+    assert upright("verify", "export/attached").code == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from upright.errors import GateError
-from upright.exporting.harm import Answers
+from upright.exporting.harm import Answers, effect_tables
 from upright.intervals import wilson
 
 
@@ -38,6 +38,10 @@ def test_harm_counts_upright_images_and_gain_counts_rotated_ones() -> None:
     plain = json.loads(json.dumps(effect.to_dict()))
     assert plain["harm"] == 25 and plain["harm_interval"] == pytest.approx([4.56, 69.94], abs=0.01)
     assert plain["images"] == {"upright": 4, "rotated": 4} and plain["threshold"] == 0.5
+    assert effect.summary().startswith("Harm 25.00 points (95 %: 4.56 to 69.94), gain 25.00 points")
+    table = " ".join(effect_tables(plain).split())
+    assert "| harm: answers that go from right to wrong | 4 upright | 25.00 | 4.56 to 69.94 |" in table
+    assert "| upright | 0.7500 | 0.7500 | | rotated | 0.2500 | 0.2500 |" in table
 
 
 def test_the_threshold_is_the_smallest_one_within_the_limit() -> None:

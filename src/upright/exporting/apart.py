@@ -105,10 +105,11 @@ def measure(
     for photograph in tqdm(photographs, unit="image", disable=None, leave=False):
         views = photograph.views(foreign.preprocessing.spec, padding)
         angles, confidence = np.stack(list(estimator.rows(views))).T
-        corrected = np.where(np.abs(angles) >= np.float32(min_angle), angles, 0)
-        fitted = [fit(foreign, views, each.tolist(), padding) for each in (np.zeros_like(angles), corrected)]
+        oblique = np.abs(angles) >= np.float32(min_angle)
+        corrections = np.zeros_like(angles), np.where(oblique, angles, 0)
+        fitted = [fit(foreign, views, each.tolist(), padding) for each in corrections]
         right.append([foreign(each)[foreign.scores].argmax(axis=1) == photograph.label for each in fitted])
-        confidences.append(confidence)
+        confidences.append(np.where(oblique, confidence, np.float32(-1)))
     bare, straightened = np.concatenate(right, axis=1)
     groups = np.repeat(np.arange(len(photographs)), len(ANGLES))
     upright = np.tile(np.array(ANGLES) == 0, len(photographs))

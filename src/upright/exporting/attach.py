@@ -20,7 +20,7 @@ from upright.errors import GateError, UserError
 from upright.exporting.apart import ANGLES, Comparison, Photograph, fit, kind_of_scores, measure
 from upright.exporting.foreign import Foreign
 from upright.exporting.front import PROBABILITIES, Decision, attached_graph
-from upright.exporting.harm import Effect
+from upright.exporting.harm import effect_tables
 from upright.files import check_name, check_replaceable, file_hash, replacing_folder
 from upright.image_paths import find_images, list_folders
 from upright.images import LISTED_CLASSES, ImageSpec, Pixels
@@ -105,7 +105,7 @@ def attach(options: Attach) -> int:
         f"{precision['straightened']} of them (threshold {decision.threshold:.4f}). The scores are {kind}."
     )
     if effect:
-        print(effect_text(effect))
+        print(effect.summary())
     print(f"Bundle: {target}\nNext:   upright verify {target}")
     return 0
 
@@ -197,19 +197,6 @@ def _manifest(
     }
 
 
-def effect_text(effect: Effect) -> str:
-    """Return harm, gain and accuracy in one line."""
-    shares = [
-        f"{name} {100 * share.value:.2f} points (95 %: {100 * share.low:.2f} to {100 * share.high:.2f})"
-        for name, share in (("Harm", effect.harm), ("gain", effect.gain))
-    ]
-    accuracy = [
-        f"{kind} {values['bare']:.4f} alone, {values['attached']:.4f} attached"
-        for kind, values in effect.accuracy.items()
-    ]
-    return f"{', '.join(shares)}. Accuracy: {'; '.join(accuracy)}."
-
-
 def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     """Return the ``README.md`` of an attached bundle."""
     name, spec, decision = manifest["name"], manifest["spec"], manifest["orientation"]
@@ -239,29 +226,15 @@ If the transformer is not sure, the image passes unchanged.
 
 The graph was compared with its parts run apart on {parity["images"]} images in {len(parity["angles"])} rotations.
 They agree on the most probable class of {exact["agreement"]:.4%}. The graph straightens {exact["straightened"]} of
-{exact["views"]} views. Differences are relative to the largest value of an output; for `orientation`, to a direction.
+{exact["views"]} views. Differences are relative to the largest value of an output. Those of `orientation` are
+lengths of a direction, and those of `straightened` are grey levels.
 
 {markdown(differences, 2)}
 ## Harm and gain
 
-{_effect_tables(parity["effect"]) if parity["effect"] else "The images had no labels, so harm and gain are unknown."}
+{effect_tables(parity["effect"]) if parity["effect"] else "The images had no labels, so harm and gain are unknown."}
 ## Use
 
     upright verify {name}          # check the files, and compare predictions on this machine
     upright infer {name} IMAGE ...
 """
-
-
-def _effect_tables(effect: dict[str, Any]) -> str:
-    shares = [["share", "images", "points", "95 %"]]
-    for key, kind, meaning in (
-        ("harm", "upright", "answers that go from right to wrong"),
-        ("touched", "upright", "images that are rotated nevertheless"),
-        ("gain", "rotated", "answers that go from wrong to right"),
-    ):
-        low, high = effect[f"{key}_interval"]
-        count = f"{effect['images'][kind]} {kind}"
-        shares.append([f"{key}: {meaning}", count, f"{effect[key]:.2f}", f"{low:.2f} to {high:.2f}"])
-    accuracy = [["accuracy", "classifier alone", "attached"]]
-    accuracy += [[kind, f"{row['bare']:.4f}", f"{row['attached']:.4f}"] for kind, row in effect["accuracy"].items()]
-    return f"{markdown(shares, 2)}\n{markdown(accuracy, 2)}"

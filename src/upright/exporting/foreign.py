@@ -1,8 +1,8 @@
 """A foreign ONNX classifier: its preprocessing, its scores and its classes."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ RANGES = {"unit": (1.0, 0.0), "byte": (255.0, 0.0), "signed": (2.0, -1.0)}
 """Factor and offset that map grey levels on the scale of 0 to 1 to each range."""
 HALF = 0.502
 """Added before grey levels are rounded down. Ties go up, also those that a rounding error puts just below."""
-TIMM_CROPS: dict[str, Rule] = {"center": "crop", "squash": "stretch", "border": "pad"}
+TIMM_CROPS: dict[str, Rule] = {"center": "crop", "squash": "stretch"}
 """Resize rule by timm's ``crop_mode``."""
 BILINEAR = 2
 """Pillow's number of the filter in ``preprocessor_config.json``."""
@@ -46,7 +46,7 @@ class Preprocessing:
 
     Args:
         spec: size, resize rule, mean and standard deviation on the scale of 0 to 1, and classes.
-        crop: side of the resized box as a share; with the rule ``crop``, the rest is cut off at all sides.
+        crop: side of the centre that remains of the resized image, as a share; the margins are cut off.
         channels: order of the colours.
         layout: order of the axes.
         dtype: ``float32``, ``float16`` or ``uint8``.
@@ -206,7 +206,7 @@ class Foreign:
             rule,
             hints.background,
         )
-        crop = (options.crop or hints.crop) if rule == "crop" else 1.0
+        crop = options.crop or (1.0 if options.resize else hints.crop)
         return Preprocessing(spec, crop, options.channels or "rgb", layout, dtype)
 
     def _find_scores(self, outputs: Outputs, name: str | None) -> str:
@@ -227,7 +227,8 @@ class Foreign:
             names, origin = path.read_text(encoding="utf-8").splitlines(), f"'{path}'"
         if len(names) != count:
             raise UserError(f"{self.name} has {count} scores, but {origin} lists {len(names)} classes.")
-        unique = tuple(f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names))
+        counts = Counter(names)
+        unique = tuple(f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names))
         spec = replace(self.preprocessing.spec, classes=unique)
         self.preprocessing = replace(self.preprocessing, spec=spec)
 
@@ -258,6 +259,8 @@ class Hints:
                 continue
             try:
                 read(json.loads(file.read_text(encoding="utf-8")))
+                if not 0 < self.crop <= 1:
+                    raise ValueError(f"the crop is {self.crop:g} of the resized image, and not between 0 and 1")
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 raise UserError(f"'{file}' cannot be read: {type(error).__name__}: {error}. Fix or move it.") from None
 
@@ -280,20 +283,22 @@ class Hints:
     def _read_processor(self, config: dict[str, Any]) -> None:
         """Read ``preprocessor_config.json`` of transformers."""
         size, crop_size = _sides(config.get("size")), _sides(config.get("crop_size"))
-        if config.get("do_center_crop") and crop_size:
-            self.size, self.resize = crop_size, "crop"
-            self.crop = crop_size[0] / size[0] if size and config.get("do_resize", True) else 1.0
-        elif size:
-            shortest = "shortest_edge" in config["size"] if isinstance(config["size"], dict) else False
-            self.size, self.resize = size, "crop" if shortest and "crop_pct" in config else "stretch"
-            self.crop = config.get("crop_pct", 1.0) or 1.0
-            if shortest and "crop_pct" not in config:
-                self.size = self.resize = None
+        shortest = isinstance(config.get("size"), dict) and "shortest_edge" in config["size"]
+        if config.get("do_resize", True) and size:
+            if config.get("do_center_crop") and crop_size:
+                self.size, self.resize, self.crop = crop_size, "crop", crop_size[0] / size[0]
+            elif shortest and config.get("crop_pct"):
+                self.size, self.resize, self.crop = size, "crop", config["crop_pct"]
+            elif not shortest:
+                self.size, self.resize = size, "stretch"
         if config.get("do_normalize", True):
             self.mean, self.std = config["image_mean"], config["image_std"]
         factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
-        with suppress(StopIteration):
-            self.range = next(name for name, (each, _) in RANGES.items() if abs(factor * 255 / each - 1) < 1e-3)
+        offset = -1.0 if config.get("rescale_offset") else 0.0
+        matching = [name for name, each in RANGES.items() if np.allclose(each, (255 * factor, offset), rtol=1e-3)]
+        if not matching:
+            raise ValueError(f"the rescale_factor {factor:g} leads to none of the ranges {', '.join(RANGES)}")
+        self.range = matching[0]
         _note_filter(config.get("resample", BILINEAR) == BILINEAR)
 
 

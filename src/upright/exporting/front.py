@@ -209,7 +209,8 @@ def model_outputs(foreign: Foreign) -> dict[str, str]:
     """Return the name in the attached graph of each output of a foreign model: its own, if that is free."""
     names: dict[str, str] = {}
     for name in foreign.output_names:
-        used = {IMAGES, ORIENTATION, PROBABILITIES, STRAIGHTENED, *names.values()}
+        # The server adds an output `labels`.
+        used = {IMAGES, ORIENTATION, PROBABILITIES, STRAIGHTENED, "labels", *names.values()}
         names[name] = next(each for each in (name, f"model_{name}", f"model__{name}") if each not in used)
     return names
 
@@ -227,6 +228,8 @@ def _prepared(model: onnx.ModelProto, opset: int, name: str) -> onnx.ModelProto:
     del copy.graph.input[:]
     copy.graph.input.extend(inputs)
     copy.ir_version = max(copy.ir_version, 4)  # older ones list constants among the inputs
+    for each in copy.opset_import:
+        each.domain = "" if each.domain == "ai.onnx" else each.domain
     try:
         if copy.functions:
             copy = inliner.inline_local_functions(copy)

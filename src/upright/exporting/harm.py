@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from upright.errors import GateError
 from upright.intervals import Share, clustered
+from upright.tables import markdown
 
 Flags = npt.NDArray[np.bool_]
 
@@ -46,6 +47,18 @@ class Effect(NamedTuple):
             shares |= {name: value, f"{name}_interval": interval}
         return {"threshold": self.threshold, **shares, "accuracy": self.accuracy, "images": self.images}
 
+    def summary(self) -> str:
+        """Return harm, gain and accuracy in one line."""
+        shares = [
+            f"{name} {100 * share.value:.2f} points (95 %: {100 * share.low:.2f} to {100 * share.high:.2f})"
+            for name, share in (("Harm", self.harm), ("gain", self.gain))
+        ]
+        accuracy = [
+            f"{kind} {values['bare']:.4f} alone, {values['attached']:.4f} attached"
+            for kind, values in self.accuracy.items()
+        ]
+        return f"{', '.join(shares)}. Accuracy: {'; '.join(accuracy)}."
+
 
 @dataclass(frozen=True, eq=False)
 class Answers:
@@ -54,7 +67,7 @@ class Answers:
     Args:
         bare_right: True for each image that the classifier alone answers correctly, ``(N,)``.
         straightened_right: the same, for the straightened images.
-        confidence: confidence of the transformer, from 0 to 1, ``(N,)``.
+        confidence: confidence of the transformer, from 0 to 1, ``(N,)``; -1 for images that it never rotates.
         upright: True for upright images, False for rotated ones, ``(N,)``. There is at least one of each.
         groups: index of the source image of each image, ``(N,)``. The views of a source are not independent.
     """
@@ -122,3 +135,19 @@ class Answers:
 
     def _share(self, flags: Flags, chosen: Flags) -> Share:
         return clustered(flags[chosen], self.groups[chosen])
+
+
+def effect_tables(effect: dict[str, Any]) -> str:
+    """Return two tables for the README of a bundle, from `Effect.to_dict`."""
+    shares = [["share", "images", "points", "95 %"]]
+    for key, kind, meaning in (
+        ("harm", "upright", "answers that go from right to wrong"),
+        ("touched", "upright", "images that are rotated nevertheless"),
+        ("gain", "rotated", "answers that go from wrong to right"),
+    ):
+        low, high = effect[f"{key}_interval"]
+        count = f"{effect['images'][kind]} {kind}"
+        shares.append([f"{key}: {meaning}", count, f"{effect[key]:.2f}", f"{low:.2f} to {high:.2f}"])
+    accuracy = [["accuracy", "classifier alone", "attached"]]
+    accuracy += [[kind, f"{row['bare']:.4f}", f"{row['attached']:.4f}"] for kind, row in effect["accuracy"].items()]
+    return f"{markdown(shares, 2)}\n{markdown(accuracy, 2)}"
