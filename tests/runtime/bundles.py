@@ -52,6 +52,7 @@ def write_bundle(
         "format": FORMAT,
         "name": folder.name,
         "mask": plain_spec.pop("mask"),
+        "interpolation": plain_spec.pop("interpolation"),
         "spec": plain_spec,
         "input": {"shape": [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]},
         "other_outputs": Graph(model, form).names[1:],

@@ -54,7 +54,7 @@ def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDa
 
 
 def adopt_format(model: Any, data: Any) -> None:
-    """Set missing data options, in place, to the image size and normalisation of the network's published weights.
+    """Set missing data options, in place, to the image format of the network's published weights.
 
     The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options.
 
@@ -81,7 +81,7 @@ def adopt_format(model: Any, data: Any) -> None:
             raise UserError(str(error)) from None
         if arguments.get("channels") == 1:
             values |= {name: (sum(values[name]) / len(values[name]),) for name in ("mean", "std")}
-        arguments.update({name: values[name] for name in missing})
+        arguments.update({name: values[name] for name in missing if name in values})
 
 
 def _image_format(model: Any) -> Callable[[], dict[str, Any]] | None:

@@ -249,6 +249,7 @@ def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisi
         "format": FORMAT,
         "name": name,
         "mask": spec.pop("mask"),
+        "interpolation": spec.pop("interpolation"),
         "spec": spec,
         "input": {"name": "images", "dtype": "uint8", "shape": [batch, height, width, data.spec.channels]},
         "output": {"name": "probabilities", "dtype": "float32", "shape": [batch, len(data.spec.classes)]},

@@ -31,10 +31,11 @@ class Model(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Resize, normalise and mask images ``(B, C, h, w)`` of any size, values 0 to 255, for the network."""
-        size, input_size = (self.spec.height, self.spec.width), images.shape[-2:]
+        spec, input_size = self.spec, images.shape[-2:]
+        size = spec.height, spec.width
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
-        if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
-            images = resize(images.float(), *size, self.spec.resize, self.spec.background)
+        if spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
+            images = resize(images.float(), *size, spec.resize, spec.background, spec.interpolation)
         normalised = (images - self.mean) / self.std
         return normalised if self.mask is None else normalised * self.mask
 
