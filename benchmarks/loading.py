@@ -61,9 +61,9 @@ def photographs(folder: Path, count: int) -> None:
         photograph.save(path, quality=90)
 
 
-def dense(pixels: Tensor, height: int, width: int, rule: Any, background: int) -> Tensor:
+def dense(pixels: Tensor, *options: Any) -> Tensor:
     """Resize like `resize_pixels`, with the complete matrices."""
-    images = resize(pixels.permute(0, 3, 1, 2).float(), height, width, rule, background)
+    images = resize(pixels.permute(0, 3, 1, 2).float(), *options)
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -81,7 +81,7 @@ def stages(folder: Path, seconds: float) -> None:
         ("decode the JPEG", lambda: decode(path, data.spec), 1),
         ("hash its pixels, once", lambda: content_hash(pixels), 1),
         ("resize it to 224 x 224", lambda: resize_pixels(image, SIZE, SIZE, "crop"), 1),
-        ("resize it like the graph", lambda: dense(image, SIZE, SIZE, "crop", 0), 1),
+        ("resize it like the graph", lambda: dense(image, SIZE, SIZE, "crop"), 1),
         ("read it from the disk cache", lambda: data.samples("train")[indices], BATCH),
         ("augment it (crop, flip: one sampling)", lambda: data.augmentation(batch), BATCH),
     ):

@@ -24,13 +24,13 @@ def png(image: Image.Image, **options: object) -> bytes:
 
 
 def test_spec_survives_plain_data() -> None:
-    masked = replace(RGB, mask="disc")
-    assert ImageSpec.from_dict(RGB.to_dict()) == RGB and ImageSpec.from_dict(masked.to_dict()) == masked
+    other = replace(RGB, mask="disc", interpolation="bicubic")
+    assert ImageSpec.from_dict(RGB.to_dict()) == RGB and ImageSpec.from_dict(other.to_dict()) == other
 
 
-def test_a_spec_of_an_older_version_has_no_mask() -> None:
+def test_a_spec_of_an_older_version_has_no_mask_and_is_bilinear() -> None:
     old = RGB.to_dict()
-    assert old.pop("mask") == "none" and ImageSpec.from_dict(old) == RGB
+    assert old.pop("mask") == "none" and old.pop("interpolation") == "bilinear" and ImageSpec.from_dict(old) == RGB
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,7 @@ def test_a_spec_of_an_older_version_has_no_mask() -> None:
         ({"resize": "fit"}, "resize must be one of stretch, crop, pad, none; got 'fit'"),
         ({"background": 256}, "from 0 to 255, got 256"),
         ({"mask": "ring"}, "mask must be one of none, disc; got 'ring'"),
+        ({"interpolation": "lanczos"}, "interpolation must be one of bilinear, bicubic; got 'lanczos'"),
         (
             {"mask": "disc", "resize": "none"},
             "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, or "

@@ -124,3 +124,54 @@ def test_bad_input(arguments: list[object], message: str, upright: Upright) -> N
     answer = upright("preview", *arguments)
     assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
     assert not Path("preview.png").exists()
+
+
+BLOCK = """# Pets.
+class_path: upright.data.folder.Folder
+init_args:
+  root: pictures  # twelve each
+  std:
+    - 0.5
+  # The end.
+  channels: 1
+"""
+FLOW = "class_path: upright.data.folder.Folder\ninit_args: {root: pictures, channels: 1, mean: [0.1]} # flow\n"
+
+
+@pytest.mark.parametrize(("text", "comments"), [(BLOCK, 3), (FLOW, 1)])
+@pytest.mark.parametrize("inline", [False, True])
+def test_statistics_are_written_into_the_yaml_beside_its_comments(
+    pictures: Path, upright: Upright, text: str, comments: int, inline: bool
+) -> None:
+    if inline:
+        model = "model: {network: {class_path: upright.architectures.lenet.LeNet}}\ndata:\n"
+        text = model + "".join(f"  {line}\n" for line in text.splitlines())
+    Path("own.yaml").write_text(text)
+    before = yaml.safe_load(text)
+    answer = upright("preview", "own.yaml", "--write-statistics")
+    assert answer.code == 0 and answer.out.endswith("Statistics: mean and std in 'own.yaml'\n"), answer.err
+    after = yaml.safe_load(Path("own.yaml").read_text())
+    measured = yaml.safe_load(answer.out.split("measured  mean ")[1].split("  std")[0])
+    for content in (before, after):
+        arguments = (content["data"] if inline else content)["init_args"]
+        if content is after:
+            assert arguments["mean"] == measured and 0 < arguments["std"][0] < 0.5
+        arguments.pop("mean", None), arguments.pop("std", None)
+    assert before == after and Path("own.yaml").read_text().count("#") == comments
+    again = upright("preview", "own.yaml", "--write-statistics")
+    assert f"declared  mean [{measured[0]:.4f}]" in again.out
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (ROOT / "configs/data/digits.yaml", "--write-statistics: Digits has no options mean and std."),
+        ("own.yaml", "'own.yaml' names a file as its data: give 'data.yaml'."),
+    ],
+)
+def test_statistics_have_no_place(pictures: Path, upright: Upright, source: Path | str, message: str) -> None:
+    Path("data.yaml").write_text(BLOCK)
+    Path("own.yaml").write_text("model: {network: {class_path: upright.architectures.lenet.LeNet}}\ndata: data.yaml\n")
+    answer = upright("preview", source, "--write-statistics")
+    assert answer.code == 2 and answer.err == f"upright: error: {message}\n"
+    assert Path("data.yaml").read_text() == BLOCK

@@ -124,6 +124,7 @@ def change(bundle: Path, path: str, value: Any) -> None:
         ("spec.resize", "squeeze", "resize must be one of"),
         ("spec.mask", "disc", "multiple values for keyword argument 'mask'"),
         ("mask", "ring", "mask must be one of none, disc; got 'ring'"),
+        ("interpolation", "lanczos", "interpolation must be one of bilinear, bicubic; got 'lanczos'"),
         ("precisions.fp8", {"tolerance": 1.0}, "fp8"),
     ],
 )
@@ -140,11 +141,14 @@ def test_a_reader_accepts_unknown_keys_and_files(bundle: Path) -> None:
     assert Bundle.open(bundle).manifest["licence"] == "unknown"
 
 
-def test_a_missing_mask_means_none(bundle: Path) -> None:
+def test_a_missing_mask_means_none_and_a_missing_interpolation_bilinear(bundle: Path) -> None:
     assert "mask" not in json.loads((ROOT / "export/digits/manifest.json").read_text())
     assert Bundle.open(ROOT / "export/digits").spec.mask == Bundle.open(bundle).spec.mask == "none"
+    assert Bundle.open(ROOT / "export/digits").spec.interpolation == "bilinear"
     change(bundle, "mask", "disc")
-    assert Bundle.open(bundle).spec.mask == "disc"
+    change(bundle, "interpolation", "bicubic")
+    spec = Bundle.open(bundle).spec
+    assert spec.mask == "disc" and spec.interpolation == "bicubic"
 
 
 def test_every_public_name_has_its_documentation() -> None:

@@ -1,10 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 import upright.warp
+from upright.images import Interpolation
 from upright.warp import (
     Rule,
     identity,
@@ -67,15 +70,30 @@ def test_rotation_angle_is_recovered_from_points(aspect: float) -> None:
     torch.testing.assert_close(rotation_angle(moved, points, aspect), angles)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(28, 28), (5, 7), (9, 13), (3, 20), (1, 1)])
-def test_resize_equals_antialiased_interpolate(images: torch.Tensor, size: tuple[int, int]) -> None:
-    expected = interpolate(images, size, mode="bilinear", antialias=True)
-    torch.testing.assert_close(resize(images, *size), expected, atol=1e-5, rtol=0)
+def test_resize_equals_antialiased_interpolate(size: tuple[int, int], interpolation: Interpolation) -> None:
+    images = torch.randint(0, 256, (2, 3, 9, 13), generator=torch.Generator().manual_seed(0)).float()
+    expected = interpolate(images, size, mode=interpolation, antialias=True).clamp(0, 255)
+    torch.testing.assert_close(resize(images, *size, interpolation=interpolation), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
-def test_resize_to_the_same_size_changes_no_bit(images: torch.Tensor, rule: str) -> None:
-    assert torch.equal(resize(images, 9, 13, rule), images)
+def test_resize_to_the_same_size_changes_no_bit(images: torch.Tensor, rule: Rule, interpolation: Interpolation) -> None:
+    assert torch.equal(resize(images, 9, 13, rule, interpolation=interpolation), images)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(16, 24), (75, 120)])
+def test_resized_pixels_are_those_of_pillow(size: tuple[int, int], interpolation: Interpolation) -> None:
+    """A crop from 40 x 90 pixels of medium grey: Pillow limits the values between both directions, too."""
+    pixels = np.random.default_rng(0).integers(80, 176, (40, 90, 3), dtype=np.uint8)
+    side = 40 / size[0] * size[1]
+    box = (45 - side / 2, 0, 45 + side / 2, 40)
+    pillow = Image.fromarray(pixels).resize(size[::-1], Image.Resampling[interpolation.upper()], box)
+    (ours,) = resize_pixels(torch.from_numpy(pixels)[None], *size, "crop", interpolation=interpolation)
+    assert np.abs(np.asarray(pillow).astype(int) - ours.permute(1, 2, 0).numpy()).max() <= 1
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(26, 26, 2), (13, 13, 1), (9, 21, 1)])
@@ -94,20 +112,23 @@ def test_crop_takes_the_largest_centred_box(images: torch.Tensor) -> None:
     torch.testing.assert_close(resize(images, 18, 18, "crop")[inside], enlarged[inside])
 
 
-def exact(pixels: torch.Tensor, height: int, width: int, rule: Rule) -> torch.Tensor:
+def exact(pixels: torch.Tensor, height: int, width: int, rule: Rule, interpolation: Interpolation) -> torch.Tensor:
     """Resize ``pixels`` ``(B, h, w, C)`` as the exported graph does, and round."""
-    return resize(pixels.movedim(-1, 1).float(), height, width, rule, 99).round().clamp(0, 255)
+    return resize(pixels.movedim(-1, 1).float(), height, width, rule, 99, interpolation).round().clamp(0, 255)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(75, 100), (100, 75), (40, 300), (24, 20), (3, 2), (1, 1)])
-def test_resize_pixels_differs_by_at_most_one_grey_level(size: tuple[int, int], channels: int, rule: Rule) -> None:
-    pixels = torch.randint(0, 256, (2, *size, channels), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    for height, width in ((32, 32), (45, 64), (120, 110), (1, 1)):
-        resized = resize_pixels(pixels, height, width, rule, 99)
-        assert resized.dtype == torch.uint8 and resized.is_contiguous()
-        assert (resized - exact(pixels, height, width, rule)).abs().max() <= 1
+def test_resize_pixels_differs_by_at_most_one_grey_level(
+    channels: int, rule: Rule, interpolation: Interpolation
+) -> None:
+    for size in ((75, 100), (100, 75), (40, 300), (24, 20), (3, 2), (1, 1)):
+        pixels = torch.randint(0, 256, (2, *size, channels), generator=torch.Generator().manual_seed(0)).byte()
+        for height, width in ((32, 32), (45, 64), (120, 110), (1, 1)):
+            resized = resize_pixels(pixels, height, width, rule, 99, interpolation)
+            assert resized.dtype == torch.uint8 and resized.is_contiguous()
+            assert (resized - exact(pixels, height, width, rule, interpolation)).abs().max() <= 1
 
 
 @pytest.mark.parametrize("rule", ["stretch", "crop", "pad"])

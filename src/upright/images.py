@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 Resize = Literal["stretch", "crop", "pad", "none"]
 Mask = Literal["none", "disc"]
 TaskName = Literal["classification", "orientation"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that Pillow may read. Its other plugins are less tested against attacks, and one of them runs Ghostscript."""
@@ -72,6 +73,7 @@ class ImageSpec:
         background: grey level (0 to 255) behind transparent pixels, and beyond the image with ``pad``.
         mask: ``disc`` replaces all pixels outside the largest centred disc by the mean, so that no corner shows the
             angle of a rotated image; ``none`` shows the complete image.
+        interpolation: filter of ``resize``, with antialiasing: ``bilinear`` or ``bicubic``.
 
     Raises:
         UserError: if a value is out of range.
@@ -86,6 +88,7 @@ class ImageSpec:
     resize: Resize = "stretch"
     background: int = 0
     mask: Mask = "none"
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -99,12 +102,11 @@ class ImageSpec:
             )
         if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
             raise UserError(f"classes must be at least two different names, got {list(self.classes)}.")
-        if self.resize not in get_args(Resize):
-            raise UserError(f"resize must be one of {', '.join(get_args(Resize))}; got '{self.resize}'.")
         if not 0 <= self.background <= 255:
             raise UserError(f"background must be a grey level from 0 to 255, got {self.background}.")
-        if self.mask not in get_args(Mask):
-            raise UserError(f"mask must be one of {', '.join(get_args(Mask))}; got '{self.mask}'.")
+        for name, allowed in (("resize", Resize), ("mask", Mask), ("interpolation", Interpolation)):
+            if getattr(self, name) not in get_args(allowed):
+                raise UserError(f"{name} must be one of {', '.join(get_args(allowed))}; got '{getattr(self, name)}'.")
         if self.mask == "disc" and self.resize == "none":
             raise UserError(
                 "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, "

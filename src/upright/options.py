@@ -184,6 +184,9 @@ class Preview(Options):
     root: str | None = option(None, "the folder of the data, instead of the one in the YAML", metavar="PATH")
     output: str = option("preview.png", "the file to write", metavar="PNG")
     seed: int = option(0, "seed of the augmentation")
+    write_statistics: bool = option(
+        False, "write the measured mean and standard deviation into the YAML; its comments stay"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from upright.checkpoint import KEY, read_checkpoint
 from upright.data.augmentation import Augmentation, Distortion
-from upright.data.configs import build_data, read_data
+from upright.data.configs import build_data, read_data, set_arguments
 from upright.data.datamodule import ImageDataModule
+from upright.data.resized import ResizedImages
 from upright.data.split import SPLITS
 from upright.errors import UserError
 from upright.examples import find_config
@@ -27,7 +29,13 @@ MAX_STATISTICS_IMAGES = 10_000
 STATISTICS_CHUNK = 64
 
 
-def preview(source: str, root: str | None = None, output: str = "preview.png", seed: int = 0) -> int:
+def preview(
+    source: str,
+    root: str | None = None,
+    output: str = "preview.png",
+    seed: int = 0,
+    write_statistics: bool = False,
+) -> int:
     """Print counts, sizes, mean and standard deviation, and draw images of every split.
 
     Args:
@@ -35,18 +43,27 @@ def preview(source: str, root: str | None = None, output: str = "preview.png", s
         root: folder of the data; it replaces the one in ``source``.
         output: path of the PNG.
         seed: seed of the augmentation.
+        write_statistics: write mean and standard deviation into the YAML ``source``.
 
     Raises:
-        UserError: if the data do not exist or cannot be read.
+        UserError: if the data do not exist or cannot be read, or the YAML has no place for the statistics.
     """
     data = _data(find_config(source), root)
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output '{output}': there is no folder '{Path(output).parent}'; create it first.")
-    print(_table(data), flush=True)
+    if write_statistics and not isinstance(data, ResizedImages):
+        raise UserError(f"--write-statistics: {type(data).__name__} has no options mean and std.")
+    if write_statistics and not (Path(source).is_file() and Path(source).suffix in (".yaml", ".yml")):
+        raise UserError(f"--write-statistics needs the path of a YAML of data, got '{source}'.")
+    statistics = _statistics(data)
+    print(_table(data, statistics), flush=True)
     for remark in data.remarks:
         print(f"Note: {remark}")
     draw(data, Path(output), seed)
     print(f"Plot: {output}")
+    if write_statistics:
+        set_arguments(Path(source), mean=_numbers(statistics.mean), std=_numbers(statistics.std))
+        print(f"Statistics: mean and std in '{source}'")
     return 0
 
 
@@ -63,7 +80,15 @@ def _data(path: Path, root: str | None) -> ImageDataModule:
     return build_data(recipe, path, **options)
 
 
-def _table(data: ImageDataModule) -> str:
+class Statistics(NamedTuple):
+    """Mean and standard deviation of each channel, on the scale of 0 to 1, and the number of images."""
+
+    mean: list[float]
+    std: list[float]
+    images: int
+
+
+def _table(data: ImageDataModule, statistics: Statistics) -> str:
     spec, facts, manifest = data.spec, data.images.facts, data.manifest
     lines = [f"{'class':<24}{''.join(f'{split:>10}' for split in SPLITS)}"]
     for name in spec.classes[:MAX_CLASS_ROWS]:
@@ -77,7 +102,7 @@ def _table(data: ImageDataModule) -> str:
     sizes = np.stack([used["height"], used["width"]])
     low, middle, high = (f"{h:.0f}x{w:.0f}" for h, w in (sizes.min(1), np.median(sizes, axis=1), sizes.max(1)))
     size = low if low == high else f"{low} to {high} (median height and width: {middle})"
-    mean, std, count = _statistics(data)
+    mean, std, count = statistics
     lines += [
         "",
         f"Image size: {size}. Network input: {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
@@ -98,11 +123,8 @@ def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:.4f}" for value in values) + "]"
 
 
-def _statistics(data: ImageDataModule) -> tuple[list[float], list[float], int]:
-    """Return mean and standard deviation of evenly spaced training images, and the number of these images.
-
-    Both are per channel, on the scale of 0 to 1. A dataset with a distortion as its task distorts the images first.
-    """
+def _statistics(data: ImageDataModule) -> Statistics:
+    """Measure evenly spaced training images. A dataset with a distortion as its task distorts the images first."""
     samples = data.samples("train")
     task = Augmentation(part for part in data.augmentation.parts if isinstance(part, Distortion))
     chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MAX_STATISTICS_IMAGES)).long()
@@ -113,7 +135,8 @@ def _statistics(data: ImageDataModule) -> tuple[list[float], list[float], int]:
         total, squares = total + images.sum(dim=(0, 2, 3)), squares + images.square().sum(dim=(0, 2, 3))
         pixels += images[:, 0].numel()
     mean = total / pixels
-    return mean.tolist(), (squares / pixels - mean.square()).clamp(min=0).sqrt().tolist(), len(chosen)
+    std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
+    return Statistics(mean.tolist(), std.tolist(), len(chosen))
 
 
 def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:

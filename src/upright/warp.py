@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, embedding_bag, grid_sample
 
+from upright.images import Interpolation
+
 Sampling = Literal["bilinear", "bicubic", "nearest"]
 Padding = Literal["zeros", "border", "reflection"]
 Rule = Literal["stretch", "crop", "pad"]
@@ -205,11 +207,12 @@ def resize(
     width: int,
     rule: Rule = "stretch",
     background: float = 0,
+    interpolation: Interpolation = "bilinear",
 ) -> Tensor:
     """Resize float ``images`` ``(B, C, h, w)`` to ``height`` x ``width`` with antialiasing: rows x image x columns.
 
-    It is the triangle filter of ``interpolate(mode="bilinear", antialias=True)`` as two matrix products. Every ONNX
-    runtime computes these alike, while some ignore the ``antialias`` of ONNX ``Resize``. At equal size no bit changes.
+    It is the filter of ``interpolate(mode=interpolation, antialias=True)`` as two matrix products. Every ONNX runtime
+    computes these alike, while some ignore the ``antialias`` of ONNX ``Resize``. At equal size no bit changes.
 
     Args:
         images: images of any float dtype and any size.
@@ -218,31 +221,41 @@ def resize(
         rule: ``stretch`` takes the whole image, ``crop`` the largest centred box of the new aspect, and ``pad`` the
             smallest centred box of the new aspect that holds the whole image.
         background: value of the pixels of that box whose centres lie beyond the image.
+        interpolation: ``bilinear`` (triangle filter), or ``bicubic`` (Keys 1981 with a = -0.5, as in Pillow). Bicubic
+            overshoots at edges, so its values are limited to those of an image, 0 to 255.
     """
     rows = torch.arange(images.shape[-2], device=images.device, dtype=images.dtype)
     columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
-    down, across = _filters(rows, columns, height, width, rule)
-    if rule != "pad":
-        return down @ images @ across.T
-    # Beyond the image the weights are zero, so there the difference from the background is zero.
-    return down @ (images - background) @ across.T + background
+    down, across = _filters(rows, columns, height, width, rule, interpolation)
+    if rule == "pad":
+        images = images - background  # beyond the image the weights are zero, and so is the difference
+    resized = down @ images @ across.T
+    if rule == "pad":
+        resized = resized + background
+    return resized.clamp(0, 255) if interpolation == "bicubic" else resized
 
 
-def resize_pixels(pixels: Tensor, height: int, width: int, rule: Rule = "stretch", background: int = 0) -> Tensor:
+def resize_pixels(
+    pixels: Tensor,
+    height: int,
+    width: int,
+    rule: Rule = "stretch",
+    background: int = 0,
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
     """Resize decoded images ``(B, h, w, C)``, values 0 to 255, like `resize`: uint8 ``(B, C, height, width)``.
 
     Most weights of `resize` are zero. This function computes sums of the other terms, so that a photograph takes a
     fraction of the time. The result of an image does not depend on the other images.
     """
-    down, across = _taps(*pixels.shape[1:3], height, width, rule)
+    down, across = _taps(*pixels.shape[1:3], height, width, rule, interpolation)
     pixels = pixels[:, down.part, across.part]  # a crop uses only a part of an image
-    if rule == "pad":
-        pixels = pixels.float() - background  # see `resize`
     batch, h, w, channels = pixels.shape
     half = torch.empty(batch, w, channels, height)
     columns = max(1, STRIP_VALUES // (h * channels))
     for strip, result in zip(torch.split(pixels, columns, dim=2), torch.split(half, columns, dim=1), strict=True):
-        sums = _sums(strip.float().flatten(2), down)
+        values = strip.float() - background if rule == "pad" else strip.float()  # see `resize`
+        sums = _sums(values.flatten(2), down)
         result.copy_(sums.view(batch, height, -1, channels).permute(0, 2, 3, 1))
     resized = _sums(half.flatten(2), across)
     if rule == "pad":
@@ -261,9 +274,9 @@ def _sums(lines: Tensor, taps: Taps) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _taps(h: int, w: int, height: int, width: int, rule: Rule) -> tuple[Taps, Taps]:
+def _taps(h: int, w: int, height: int, width: int, rule: Rule, interpolation: Interpolation) -> tuple[Taps, Taps]:
     """Return the taps of `resize` down and across."""
-    down, across = _filters(torch.arange(float(h)), torch.arange(float(w)), height, width, rule)
+    down, across = _filters(torch.arange(float(h)), torch.arange(float(w)), height, width, rule, interpolation)
     return _nonzero(down), _nonzero(across)
 
 
@@ -277,7 +290,9 @@ def _nonzero(matrix: Tensor) -> Taps:
     return Taps(part, indices - part.start, matrix.gather(1, indices))
 
 
-def _filters(rows: Tensor, columns: Tensor, height: int, width: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def _filters(
+    rows: Tensor, columns: Tensor, height: int, width: int, rule: Rule, interpolation: Interpolation
+) -> tuple[Tensor, Tensor]:
     """Return the weights ``(height, h)`` and ``(width, w)`` of `resize` for images with these indices of pixels."""
     # Sizes are computed from tensors, because torch.export refuses to divide symbolic integers.
     h, w = rows[-1:] + 1, columns[-1:] + 1
@@ -285,11 +300,13 @@ def _filters(rows: Tensor, columns: Tensor, height: int, width: int, rule: Rule)
     if rule != "stretch":
         scale = (torch.minimum if rule == "crop" else torch.maximum)(h / height, w / width)
         box_h, box_w = scale * height, scale * width
-    beyond = rule == "pad"
-    return _filter(rows, h, box_h, height, beyond=beyond), _filter(columns, w, box_w, width, beyond=beyond)
+    down = _filter(rows, h, box_h, height, interpolation, beyond=rule == "pad")
+    return down, _filter(columns, w, box_w, width, interpolation, beyond=rule == "pad")
 
 
-def _filter(positions: Tensor, size: Tensor, box: Tensor, new_size: int, *, beyond: bool = False) -> Tensor:
+def _filter(
+    positions: Tensor, size: Tensor, box: Tensor, new_size: int, interpolation: Interpolation, *, beyond: bool
+) -> Tensor:
     """Return the weights ``(new_size, size)`` that resample the centred ``box`` of a line of ``size`` pixels.
 
     With ``beyond``, the weights of a pixel whose centre lies beyond the line are zero.
@@ -297,8 +314,14 @@ def _filter(positions: Tensor, size: Tensor, box: Tensor, new_size: int, *, beyo
     step = box / new_size
     centres = (torch.arange(new_size, device=positions.device, dtype=positions.dtype) + 0.5) * step + (size - box) / 2
     distance = (positions + 0.5 - centres[:, None]).abs() / step.clamp(min=1)
-    weights = torch.relu(1 - distance)
+    weights = torch.relu(1 - distance) if interpolation == "bilinear" else _cubic(distance)
     if not beyond:
         return weights / weights.sum(dim=1, keepdim=True)
     inside = ((centres >= 0) & (centres <= size)).to(weights.dtype)[:, None]
     return inside * weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Return the cubic convolution kernel (Keys 1981, a = -0.5) at distances of at least 0."""
+    near, far = distance.clamp(max=1), distance.clamp(1, 2)  # each part is zero where it ends
+    return (1.5 * near - 2.5) * near.square() + 1 - 0.5 * (far - 1) * (far - 2).square()

@@ -20,14 +20,14 @@ class Formatted(LeNet):
     def image_format(cls, name: str) -> dict[str, Any]:
         if name != "known":
             raise ValueError(f"There is no '{name}'.")
-        return {"size": 48, "mean": (0.1, 0.2, 0.6), "std": (0.5, 0.5, 0.5)}
+        return dict(FORMAT)
 
 
 def network(name: str = "known") -> dict[str, Any]:
     return {"class_path": f"{__name__}.Formatted", "init_args": {"name": name}}
 
 
-FORMAT = {"size": 48, "mean": (0.1, 0.2, 0.6), "std": (0.5, 0.5, 0.5)}
+FORMAT = {"size": 48, "mean": (0.1, 0.2, 0.6), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,9 @@ FORMAT = {"size": 48, "mean": (0.1, 0.2, 0.6), "std": (0.5, 0.5, 0.5)}
     [
         ({"root": "x"}, FORMAT),
         ({"root": "x", "size": None, "mean": None, "std": None}, FORMAT),
-        ({"root": "x", "size": 32, "mean": [0.5]}, {"size": 32, "mean": [0.5], "std": (0.5, 0.5, 0.5)}),
-        ({"root": "x", "channels": 1}, {"size": 48, "mean": (pytest.approx(0.3),), "std": (0.5,)}),
+        ({"root": "x", "size": 32, "mean": [0.5]}, FORMAT | {"size": 32, "mean": [0.5]}),
+        ({"root": "x", "interpolation": "bilinear"}, FORMAT | {"interpolation": "bilinear"}),
+        ({"root": "x", "channels": 1}, FORMAT | {"mean": (pytest.approx(0.3),), "std": (0.5,)}),
     ],
 )
 def test_missing_options_are_those_of_the_network(own: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def test_a_pretrained_network_from_fit_to_a_verified_bundle(images: Path, timm: 
         answer = upright(images, *command)
         assert answer.code == 0, answer.err
     spec = read_checkpoint(images / "checkpoints/a")["upright"]["spec"]
-    assert (spec["height"], spec["mean"]) == (160, MEAN)
+    assert (spec["height"], spec["mean"], spec["interpolation"]) == (160, MEAN, "bicubic")
 
 
 def test_the_weights_are_those_of_the_file_and_the_body_stays_frozen(images: Path, hub: Path) -> None:

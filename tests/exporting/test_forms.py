@@ -67,7 +67,7 @@ def test_other_sizes_are_refused_and_smaller_batches_are_filled(tmp_path: Path) 
 
 @pytest.mark.parametrize("opset", [20, 25, *(pytest.param(n, marks=pytest.mark.slow) for n in (19, 21, 22, 23, 24))])
 def test_other_opsets(opset: int, tmp_path: Path) -> None:
-    model = lenet(resize="pad", background=99)  # the rule with the most operators
+    model = lenet(resize="pad", background=99, interpolation="bicubic")  # the rule with the most operators
     write_graph(model, tmp_path / "model.onnx", Form(opset=opset))
     graph = onnx.load(tmp_path / "model.onnx")
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", opset)]
@@ -113,6 +113,7 @@ def test_a_bundle_of_one_form(run_folder: Path, upright: Upright, tmp_path: Path
     assert upright("verify", "elsewhere/small").code == 0 and not Path("export").exists()
     manifest = json.loads(Path("elsewhere/small/manifest.json").read_text())
     assert manifest["input"]["shape"] == [3, 32, 30, 1] and manifest["output"]["shape"] == [3, 10]
+    assert manifest["interpolation"] == "bilinear" and not {"mask", "interpolation"} & manifest["spec"].keys()
     assert manifest["opset"] == 20 and manifest["other_outputs"] == ["features", "logits"]
     card = Path("elsewhere/small/README.md").read_text()
     assert "uint8 (3, 32, 30, 1), only this size |" in card

@@ -123,6 +123,7 @@ def _complete(
         "name": folder.name,
         "task": spec.task,
         "mask": plain_spec.pop("mask"),
+        "interpolation": plain_spec.pop("interpolation"),
         "spec": plain_spec,
         "input": {"shape": shape},
         "other_outputs": outputs[1:],

@@ -43,7 +43,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 STN = functools.partial(TransformerNetwork, network=LeNet)
 GREY = ImageSpec(1, 28, 28, tuple("0123456789"), (0.4,), (0.5,))
-COLOUR = ImageSpec(3, 32, 40, tuple(f"class {k:04d}" for k in range(1000)), (0.4,) * 3, (0.5,) * 3, background=90)
+CLASSES = tuple(f"class {k:04d}" for k in range(1000))
+COLOUR = ImageSpec(3, 32, 40, CLASSES, (0.4,) * 3, (0.5,) * 3, background=90, interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")

@@ -119,10 +119,10 @@ def test_other_data_with_training_images_are_refused(run_folder: Path) -> None:
         restore(run_folder, data=Digits(split_seed=5))
 
 
-def test_a_checkpoint_of_an_older_version_has_no_mask(run_folder: Path) -> None:
+def test_a_checkpoint_of_an_older_version_has_no_mask_and_is_bilinear(run_folder: Path) -> None:
     checkpoint = read_checkpoint(run_folder)
     spec, data = checkpoint["upright"]["spec"], checkpoint["upright"]["data"]["init_args"]
-    assert spec.pop("mask") == data.pop("mask") == "none"
+    assert spec.pop("mask") == data.pop("mask") == "none" and spec.pop("interpolation") == "bilinear"
     restored = restore(run_folder, content=checkpoint)
     assert restored.classifier.spec.mask == restored.data.spec.mask == "none"
 

@@ -62,12 +62,18 @@ class Timm(nn.Module):
 
     @classmethod
     def image_format(cls, name: str, **_: object) -> dict[str, Any]:
-        """Return the size and normalisation of the images that the published weights were trained on.
+        """Return size, normalisation and interpolation of the images that the published weights were trained on.
 
         They are the defaults of the data options of the same names; see `upright.data.configs.adopt_format`.
         """
         config = _config(name)
-        return {"size": config.input_size[1], "mean": tuple(config.mean), "std": tuple(config.std)}
+        interpolation = "bicubic" if config.interpolation == "bicubic" else "bilinear"
+        return {
+            "size": config.input_size[1],
+            "mean": tuple(config.mean),
+            "std": tuple(config.std),
+            "interpolation": interpolation,
+        }
 
     def published(self) -> Pretrained:
         """Load the published weights.

@@ -110,15 +110,15 @@ class Decoder:
 
     def _fitted(self, pixels: Tensor) -> Tensor:
         """Resize images ``(B, h, w, C)``: ``(B, C, H, W)``."""
-        height, width = pixels.shape[1:3]
+        spec, (height, width) = self.spec, pixels.shape[1:3]
         if (height, width) == self.size:
             return pixels.movedim(-1, 1).to(torch.uint8, memory_format=torch.contiguous_format)
-        if self.spec.resize == "none":
+        if spec.resize == "none":
             raise UserError(
                 f"With resize none the images of a batch must have one size, {self.size[0]}x{self.size[1]}; "
                 f"one has {height}x{width}. Use stretch, crop or pad."
             )
-        return resize_pixels(pixels, *self.size, self.spec.resize, self.spec.background)
+        return resize_pixels(pixels, *self.size, spec.resize, spec.background, spec.interpolation)
 
     def take(self, positions: Indices, views: Indices) -> Tensor:
         """Decode one view of each of the images at ``positions``: uint8 ``(n, C, H, W)``."""
@@ -335,7 +335,8 @@ def _digest(text: str) -> int:
 def _key(decoder: Decoder, place: str, *, with_pixels: bool) -> str:
     """Return the name of the cache folder, a hash of the dataset and of the options that decode it."""
     spec, views, images = decoder.spec, type(decoder.views), type(decoder.images)
-    pixels = [decoder.row_shape, spec.resize, f"{views.__module__}.{views.__qualname__}", decoder.views.key]
+    rule = [spec.resize, spec.interpolation]
+    pixels = [decoder.row_shape, rule, f"{views.__module__}.{views.__qualname__}", decoder.views.key]
     decoding = [spec.channels, spec.background, f"{images.__module__}.{images.__qualname__}"]
     key = [FORMAT, place, decoding, pixels if with_pixels else None]
     return blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()

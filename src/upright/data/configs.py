@@ -10,6 +10,7 @@ import yaml
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.examples import find_config
+from upright.files import replacing_file
 from upright.recipes import Recipe, build, load_class
 
 
@@ -54,7 +55,7 @@ def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDa
 
 
 def adopt_format(model: Any, data: Any) -> None:
-    """Set missing data options, in place, to the image size and normalisation of the network's published weights.
+    """Set missing data options, in place, to the image format of the network's published weights.
 
     The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options.
 
@@ -81,7 +82,7 @@ def adopt_format(model: Any, data: Any) -> None:
             raise UserError(str(error)) from None
         if arguments.get("channels") == 1:
             values |= {name: (sum(values[name]) / len(values[name]),) for name in ("mean", "std")}
-        arguments.update({name: values[name] for name in missing})
+        arguments.update({name: values[name] for name in missing if name in values})
 
 
 def _image_format(model: Any) -> Callable[[], dict[str, Any]] | None:
@@ -122,3 +123,46 @@ def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataMo
     if not isinstance(datamodule, ImageDataModule):
         raise UserError(f"'{path}' describes a {type(datamodule).__name__}, which is not an ImageDataModule.")
     return datamodule
+
+
+def set_arguments(path: Path, **values: str) -> None:
+    """Set arguments in the YAML of a dataset, or of an experiment that contains one. All other text stays.
+
+    Args:
+        path: the YAML.
+        **values: value of each argument, as YAML.
+
+    Raises:
+        UserError: if the YAML has no such place, or cannot be written.
+    """
+    text = path.read_text(encoding="utf-8")
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    data = _child(document, "data") or document
+    if isinstance(data, yaml.ScalarNode):
+        raise UserError(f"'{path}' names a file as its data: give '{data.value}'.")
+    arguments = _child(data, "init_args")
+    if not isinstance(arguments, yaml.MappingNode) or not arguments.value:
+        raise UserError(f"'{path}' has no init_args to write {' and '.join(values)} to; write them yourself: {values}.")
+    first = arguments.value[0][0].start_mark
+    separator = ", " if arguments.flow_style else "\n" + " " * first.column
+    edits = []
+    for name, value in values.items():
+        if old := _child(arguments, name):
+            last = old.value[-1] if isinstance(old, yaml.SequenceNode) and old.value else old
+            end = old.end_mark if old.flow_style or last is old else last.end_mark
+            edits.append((old.start_mark.index, end.index, value))
+        else:
+            edits.append((first.index, first.index, f"{name}: {value}{separator}"))
+    for start, end, value in sorted(edits, reverse=True):
+        text = text[:start] + value + text[end:]
+    try:
+        with replacing_file(path) as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from None
+
+
+def _child(node: Any, key: str) -> Any:
+    """Return the value of a key in a mapping of YAML, or None."""
+    entries = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for name, value in entries if name.value == key), None)

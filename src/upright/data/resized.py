@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
-from upright.images import MAX_PIXELS, ImageSpec, Resize
+from upright.images import MAX_PIXELS, ImageSpec, Interpolation, Resize
 
 
 class ResizedImages(ImageDataModule):
@@ -18,6 +18,7 @@ class ResizedImages(ImageDataModule):
         channels: 1 (grey) or 3 (RGB).
         resize: ``stretch``, ``crop`` (the largest centred square first), ``pad`` (the whole image between bars of
             ``background``), or ``none``, if all images have ``size`` and the network takes any size.
+        interpolation: ``bilinear`` or ``bicubic``, with antialiasing; by default that of a `Timm`, else bilinear.
         background: grey level (0 to 255) behind transparent pixels and of the bars.
         mean: subtracted from the pixels, on the scale of 0 to 1: one number per channel, or one for all; by default
             that of a `Timm`, else 0.5.
@@ -26,7 +27,7 @@ class ResizedImages(ImageDataModule):
         **options: options of `ImageDataModule`.
     """
 
-    adopted = ("size", "mean", "std")
+    adopted = ("size", "mean", "std", "interpolation")
     """Options whose defaults a network with an ``image_format`` sets; see `upright.data.configs.adopt_format`."""
 
     def __init__(
@@ -36,6 +37,7 @@ class ResizedImages(ImageDataModule):
         stored: int | None = None,
         channels: int = 3,
         resize: Resize = "stretch",
+        interpolation: Interpolation | None = None,
         background: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -51,6 +53,7 @@ class ResizedImages(ImageDataModule):
             )
         self.stored = stored
         self.size, self.channels, self.resize, self.background = size, channels, resize, background
+        self.interpolation: Interpolation = interpolation or "bilinear"
         self.max_pixels = max_pixels
         self.mean, self.std = (
             tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean or (0.5,), std or (0.25,))
@@ -67,8 +70,9 @@ class ResizedImages(ImageDataModule):
     @property
     def spec(self) -> ImageSpec:
         return ImageSpec(
-            self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background
-        )
+            self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background,
+            interpolation=self.interpolation,
+        )  # fmt: skip
 
     @property
     def stored_size(self) -> tuple[int, int]:

@@ -74,6 +74,8 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     batch, height, width, channels = manifest["input"]["shape"]
     own_size = (height, width) == (spec["height"], spec["width"])
     resizing = "" if spec["resize"] == "none" or own_size else f"{spec['resize']} to {spec['height']} x {spec['width']}"
+    if resizing and manifest["interpolation"] == "bicubic":
+        resizing += " (bicubic)"
     mask = "" if manifest["mask"] == "none" else f", mask {manifest['mask']}"
     preprocessing = (f"{resizing} and normalisation" if resizing else "normalisation") + mask
     sizes = "any size" if height == "height" else "only this size"

@@ -284,6 +284,7 @@ def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisi
         "name": name,
         "task": task.name,
         "mask": spec.pop("mask"),
+        "interpolation": spec.pop("interpolation"),
         "spec": spec,
         "input": {"name": "images", "dtype": "uint8", "shape": [batch, height, width, data.spec.channels]},
         "output": {"name": task.output, "dtype": "float32", "shape": [batch, task.columns]},

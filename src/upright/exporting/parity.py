@@ -20,7 +20,7 @@ from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
 from upright.runtime.task import QUARTER, Classification, OrientationEstimation, task_of
 from upright.training.model import Model, orientation
-from upright.warp import resize
+from upright.warp import resize_pixels
 
 Floats = npt.NDArray[np.float64]
 
@@ -47,8 +47,8 @@ def fitted(pixels: Pixels, size: tuple[int, int] | None, spec: ImageSpec) -> Pix
     if size is None or pixels.shape[:2] == size:
         return pixels
     rule = "stretch" if spec.resize == "none" else spec.resize
-    resized = resize(to_tensor(pixels[None]), *size, rule, spec.background).round().clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    (resized,) = resize_pixels(torch.tensor(pixels[None]), *size, rule, spec.background, spec.interpolation)
+    return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
 
 
 def fitted_originals(data: ImageDataModule, form: Form) -> Iterator[Original]:

@@ -244,8 +244,10 @@ class Bundle:
     @cached_property
     def spec(self) -> ImageSpec:
         """Format of the images."""
-        # The graph holds the mask, and an older reader refuses a new key in `spec`. So the key stands outside of it.
-        return ImageSpec.from_dict(dict(mask=self.manifest.get("mask", "none"), **self.manifest["spec"]))
+        # The graph applies both, and an older reader refuses a new key in `spec`. So these keys stand outside of it.
+        defaults = {"mask": "none", "interpolation": "bilinear"}
+        outside = {key: self.manifest.get(key, default) for key, default in defaults.items()}
+        return ImageSpec.from_dict(dict(**outside, **self.manifest["spec"]))
 
     @property
     def task(self) -> Classification | OrientationEstimation:

@@ -39,10 +39,11 @@ class Model(nn.Module):
             images: the images.
             masked: whether to apply the mask of the spec.
         """
-        size, input_size = (self.spec.height, self.spec.width), images.shape[-2:]
+        spec, input_size = self.spec, images.shape[-2:]
+        size = spec.height, spec.width
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.
-        if self.spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
-            images = resize(images.float(), *size, self.spec.resize, self.spec.background)
+        if spec.resize != "none" and (any(isinstance(n, torch.SymInt) for n in input_size) or input_size != size):
+            images = resize(images.float(), *size, spec.resize, spec.background, spec.interpolation)
         normalised = (images - self.mean) / self.std
         return normalised if self.mask is None or not masked else normalised * self.mask
 
