@@ -213,6 +213,9 @@ class Export(Options):
     )
     to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
     archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
+    safetensors: bool = option(
+        False, "also write the weights of the network as FOLDER/NAME.safetensors, for PyTorch and --start_from"
+    )
     triton: str | None = option(
         None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
     )

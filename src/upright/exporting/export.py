@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from upright.exporting.graph import Form, Output, write_graph
 from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, fitted_originals
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
-from upright.files import check_name, check_replaceable, replacing_folder
+from upright.files import check_name, check_replaceable, replacing_file, replacing_folder
 from upright.runs.tracking import Mode, bundle_mode, log_bundle
 from upright.runtime.bundle import (
     ARCHIVE_SUFFIX,
@@ -46,6 +47,7 @@ from upright.runtime.predictor import open_session, run_session
 from upright.runtime.speed import machine
 from upright.runtime.verify import speeds_by_batch
 from upright.training.finetuning import head
+from upright.training.model import Model
 from upright.training.restoring import restore
 
 SAMPLE_COUNT = 16
@@ -66,6 +68,7 @@ def export(
     full_range: bool = False,
     to: str = "export",
     archive: bool = False,
+    safetensors: bool = False,
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
@@ -86,6 +89,7 @@ def export(
         full_range: use 8 bits instead of 7 for the weights of ``int8``.
         to: the folder that contains the bundle.
         archive: also write the bundle as one file, ``NAME.upright.zip``.
+        safetensors: also write the weights of the network, ``NAME.safetensors``.
         triton: a Triton model repository that gets copies of the models.
         wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
 
@@ -119,9 +123,12 @@ def export(
     check_replaceable(target, "a bundle", SUMS)
     if target.exists() and not force:
         raise UserError(f"Bundle '{target}' exists: --force replaces it, --name writes another one.")
-    archive_path = target.with_name(name + ARCHIVE_SUFFIX)
-    if archive and archive_path.exists() and not force:
-        raise UserError(f"Archive '{archive_path}' exists: --force replaces it, --name writes another one.")
+    archive_path, weights_path = target.with_name(name + ARCHIVE_SUFFIX), target.with_name(f"{name}.safetensors")
+    for wanted, each in ((archive, archive_path), (safetensors, weights_path)):
+        if wanted and each.exists() and not force:
+            raise UserError(f"'{each}' exists: --force replaces it, --name writes another one.")
+    if safetensors and find_spec("safetensors") is None:
+        raise UserError("--safetensors needs the package safetensors: pip install 'upright[timm]'.")
     folders = {}
     if triton is not None:
         folders = model_folders(Path(triton), name, ("fp32", *precisions), target, force)
@@ -146,6 +153,9 @@ def export(
     if folders:
         write_models(Bundle.open(target), folders)
         print(f"Triton: {', '.join(map(str, folders.values()))}")
+    if safetensors:
+        write_weights(restored.classifier.model, weights_path)
+        print(f"Weights: {weights_path}")
     if archive:
         write_archive(target, archive_path)
         print(f"Archive: {archive_path}")
@@ -230,6 +240,18 @@ def _write_samples(folder: Path, reference: Reference, precisions: Sequence[str]
             rows = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
             samples.append(sample | {"probabilities": rows})
     _write_json(folder / EXPECTED, samples)
+
+
+def write_weights(model: Model, path: Path) -> None:
+    """Write the state dict of the network as safetensors, with the spec as metadata."""
+    from safetensors.torch import save_file
+
+    # Tensors may share memory, or have another layout in memory; the format has neither.
+    weights = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.network.state_dict().items()
+    }
+    with replacing_file(path) as new:
+        save_file(weights, new, {"format": "pt", "upright": json.dumps(model.spec.to_dict())})
 
 
 def write_png(path: Path, original: Original) -> None:
