@@ -233,6 +233,9 @@ class Export(Options):
     sign: str | None = option(
         None, "sign the bundle with this private key, a PEM file; needs the extra `sign`", metavar="KEY"
     )
+    safetensors: bool = option(
+        False, "also write the weights of the network as FOLDER/NAME.safetensors, for PyTorch and --start_from"
+    )
     triton: str | None = option(
         None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
     )

@@ -226,7 +226,11 @@ def resize(
     """
     rows = torch.arange(images.shape[-2], device=images.device, dtype=images.dtype)
     columns = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
-    down, across = _filters(rows, columns, height, width, rule, interpolation)
+    # Sizes are computed from tensors, because torch.export refuses to divide symbolic integers.
+    h, w = rows[-1:] + 1, columns[-1:] + 1
+    box_h, box_w = _boxes(h, w, height, width, rule)
+    down = _filter(rows, h, box_h, height, rule, interpolation)
+    across = _filter(columns, w, box_w, width, rule, interpolation)
     if rule == "pad":
         images = images - background  # beyond the image the weights are zero, and so is the difference
     resized = down @ images @ across.T
@@ -276,46 +280,60 @@ def _sums(lines: Tensor, taps: Taps) -> Tensor:
 @lru_cache(maxsize=32)
 def _taps(h: int, w: int, height: int, width: int, rule: Rule, interpolation: Interpolation) -> tuple[Taps, Taps]:
     """Return the taps of `resize` down and across."""
-    down, across = _filters(torch.arange(float(h)), torch.arange(float(w)), height, width, rule, interpolation)
-    return _nonzero(down), _nonzero(across)
+    sizes = torch.tensor([float(h)]), torch.tensor([float(w)])
+    boxes = _boxes(*sizes, height, width, rule)
+    down, across = (_line_taps(*line, rule, interpolation) for line in zip(sizes, boxes, (height, width), strict=True))
+    return down, across
 
 
-def _nonzero(matrix: Tensor) -> Taps:
-    """Return the taps of a matrix ``(new_size, size)``. A row of zeros has taps of weight zero."""
-    size, used = matrix.shape[1], matrix != 0
-    first, last = used.byte().argmax(dim=1), (used * torch.arange(size)).amax(dim=1)
-    count = int((last - first).max()) + 1
-    indices = first.clamp(max=size - count)[:, None] + torch.arange(count)
+def _line_taps(size: Tensor, box: Tensor, new_size: int, rule: Rule, interpolation: Interpolation) -> Taps:
+    """Return the taps along one axis: `_filter` without the pixels beyond the reach of its kernel."""
+    step = box / new_size
+    reach = step.clamp(min=1) * (1 if interpolation == "bilinear" else 2)
+    count = min(int(size), int((2 * reach).ceil()))
+    first = (_centres(size, box, new_size) - reach - 0.5).floor().long() + 1
+    indices = first.clamp(0, int(size) - count)[:, None] + torch.arange(count)
     part = slice(int(indices.min()), int(indices.max()) + 1)
-    return Taps(part, indices - part.start, matrix.gather(1, indices))
+    weights = _filter(indices.float(), size, box, new_size, rule, interpolation)
+    return Taps(part, indices - part.start, weights)
 
 
-def _filters(
-    rows: Tensor, columns: Tensor, height: int, width: int, rule: Rule, interpolation: Interpolation
-) -> tuple[Tensor, Tensor]:
-    """Return the weights ``(height, h)`` and ``(width, w)`` of `resize` for images with these indices of pixels."""
-    # Sizes are computed from tensors, because torch.export refuses to divide symbolic integers.
-    h, w = rows[-1:] + 1, columns[-1:] + 1
-    box_h, box_w = h, w
-    if rule != "stretch":
-        scale = (torch.minimum if rule == "crop" else torch.maximum)(h / height, w / width)
-        box_h, box_w = scale * height, scale * width
-    down = _filter(rows, h, box_h, height, interpolation, beyond=rule == "pad")
-    return down, _filter(columns, w, box_w, width, interpolation, beyond=rule == "pad")
+def _boxes(h: Tensor, w: Tensor, height: int, width: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Return the height and width of the centred box that `resize` resamples."""
+    if rule == "stretch":
+        return h, w
+    scale = (torch.minimum if rule == "crop" else torch.maximum)(h / height, w / width)
+    return scale * height, scale * width
+
+
+def _centres(size: Tensor, box: Tensor, new_size: int) -> Tensor:
+    """Return the centres of the new pixels along a line of ``size`` pixels, ``(new_size,)``."""
+    numbers = torch.arange(new_size, device=size.device, dtype=size.dtype)
+    return (numbers + 0.5) * (box / new_size) + (size - box) / 2
 
 
 def _filter(
-    positions: Tensor, size: Tensor, box: Tensor, new_size: int, interpolation: Interpolation, *, beyond: bool
+    positions: Tensor, size: Tensor, box: Tensor, new_size: int, rule: Rule, interpolation: Interpolation
 ) -> Tensor:
-    """Return the weights ``(new_size, size)`` that resample the centred ``box`` of a line of ``size`` pixels.
+    """Return the weights that resample the centred ``box`` of a line of ``size`` pixels.
 
-    With ``beyond``, the weights of a pixel whose centre lies beyond the line are zero.
+    With ``pad``, the weights of a new pixel whose centre lies beyond the line are zero.
+
+    Args:
+        positions: indices of the pixels, ``(n,)``, or of those for each new pixel, ``(new_size, n)``.
+        size: length of the line.
+        box: length of the box.
+        new_size: number of new pixels.
+        rule: rule of `resize`.
+        interpolation: kernel.
+
+    Returns:
+        The weights ``(new_size, n)``.
     """
-    step = box / new_size
-    centres = (torch.arange(new_size, device=positions.device, dtype=positions.dtype) + 0.5) * step + (size - box) / 2
-    distance = (positions + 0.5 - centres[:, None]).abs() / step.clamp(min=1)
+    centres = _centres(size, box, new_size)
+    distance = (positions + 0.5 - centres[:, None]).abs() / (box / new_size).clamp(min=1)
     weights = torch.relu(1 - distance) if interpolation == "bilinear" else _cubic(distance)
-    if not beyond:
+    if rule != "pad":
         return weights / weights.sum(dim=1, keepdim=True)
     inside = ((centres >= 0) & (centres <= size)).to(weights.dtype)[:, None]
     return inside * weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)

@@ -3,6 +3,7 @@
 The environment has no test of the default suite to repeat; it needs torchvision, because timm imports it.
 """
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,11 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT
+from upright.architectures.resnet import ResNet
 from upright.checkpoint import read_checkpoint
+from upright.exporting.export import write_weights
+from upright.images import ImageSpec
+from upright.training.model import Model
 from upright.training.restoring import restore
 
 pytest.importorskip("torchvision")
@@ -94,14 +99,29 @@ def test_a_pretrained_network_from_fit_to_a_verified_bundle(images: Path, timm: 
     for command in (
         ("test", "--ckpt_path", "checkpoints/a"),
         ("describe", "checkpoints/a"),
-        ("export", "checkpoints/a", "--precision", "int8", "--max-drop", 100),
+        ("export", "checkpoints/a", "--precision", "int8", "--max-drop", 100, "--safetensors"),
         ("verify", "export/a"),
         ("fit", "--ckpt_path", "checkpoints/a/last.ckpt", "--trainer.max_epochs", 3, "--wandb", "off"),
     ):
         answer = upright(images, *command)
         assert answer.code == 0, answer.err
+    assert (images / "export/a.safetensors").is_file()
     spec = read_checkpoint(images / "checkpoints/a")["upright"]["spec"]
     assert (spec["height"], spec["mean"], spec["interpolation"]) == (160, MEAN, "bicubic")
+
+
+def test_weights_as_safetensors_are_those_of_the_network(images: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    spec = ImageSpec(3, 32, 32, ("a", "b"), (0.5,) * 3, (0.5,) * 3)
+    network = ResNet(spec.input_shape, 2)
+    write_weights(Model(spec, network), tmp_path / "weights.safetensors")
+    other = ResNet(spec.input_shape, 2)
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in other.state_dict().items())
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert ImageSpec.from_dict(json.loads(file.metadata()["upright"])) == spec
 
 
 def test_the_weights_are_those_of_the_file_and_the_body_stays_frozen(images: Path, hub: Path) -> None:

@@ -369,6 +369,21 @@ def test_force_does_not_replace_another_folder(upright: Upright, run_folder: Pat
     assert (tmp_path / "export/small/thesis.tex").exists()
 
 
+def test_safetensors_needs_its_package_and_does_not_replace_a_file(
+    upright: Upright, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "find_spec", lambda _: None)
+        answer = upright("export", run_folder, "--safetensors")
+    assert answer.code == 2
+    assert answer.err.endswith("--safetensors needs the package safetensors: pip install 'upright[timm]'.\n")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/small.safetensors").touch()
+    answer = upright("export", run_folder, "--safetensors")
+    assert answer.code == 2 and "'export/small.safetensors' exists: --force replaces it" in answer.err
+    assert not Path("export/small").exists()
+
+
 def test_a_target_that_cannot_be_written(upright: Upright, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "export").touch()
     answer = upright("export", run_folder)

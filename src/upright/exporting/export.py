@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from upright.exporting.graph import Form, Output, write_graph
 from upright.exporting.parity import Reference, cached_accuracy, calibration_batches, choose_threshold, fitted_originals
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
 from upright.exporting.triton import check_labels, model_folders, write_models
-from upright.files import check_name, check_replaceable, file_hash, replacing_folder
+from upright.files import check_name, check_replaceable, file_hash, replacing_file, replacing_folder
 from upright.runs.tracking import Mode, bundle_mode, log_bundle
 from upright.runtime.bundle import (
     ARCHIVE_SUFFIX,
@@ -51,6 +52,7 @@ from upright.runtime.speed import machine
 from upright.runtime.task import task_of
 from upright.runtime.verify import speeds_by_batch
 from upright.training.finetuning import head
+from upright.training.model import Model
 from upright.training.restoring import restore
 
 SAMPLE_COUNT = 16
@@ -73,6 +75,7 @@ def export(
     to: str = "export",
     archive: bool = False,
     sign: str | None = None,
+    safetensors: bool = False,
     triton: str | None = None,
     wandb: Mode | None = None,
 ) -> int:
@@ -95,6 +98,7 @@ def export(
         to: the folder that contains the bundle.
         archive: also write the bundle as one file, ``NAME.upright.zip``.
         sign: a private key that signs the bundle, a PEM file.
+        safetensors: also write the weights of the network, ``NAME.safetensors``.
         triton: a Triton model repository that gets copies of the models.
         wandb: ``offline``, ``online`` or ``off``; by default offline if W&B tracks the run, else off.
 
@@ -135,9 +139,12 @@ def export(
     check_replaceable(target, "a bundle", SUMS)
     if target.exists() and not force:
         raise UserError(f"Bundle '{target}' exists: --force replaces it, --name writes another one.")
-    archive_path = target.with_name(name + ARCHIVE_SUFFIX)
-    if archive and archive_path.exists() and not force:
-        raise UserError(f"Archive '{archive_path}' exists: --force replaces it, --name writes another one.")
+    archive_path, weights_path = target.with_name(name + ARCHIVE_SUFFIX), target.with_name(f"{name}.safetensors")
+    for wanted, each in ((archive, archive_path), (safetensors, weights_path)):
+        if wanted and each.exists() and not force:
+            raise UserError(f"'{each}' exists: --force replaces it, --name writes another one.")
+    if safetensors and find_spec("safetensors") is None:
+        raise UserError("--safetensors needs the package safetensors: pip install 'upright[timm]'.")
     folders = {}
     if triton is not None:
         folders = model_folders(Path(triton), name, ("fp32", *precisions), target, force)
@@ -172,6 +179,9 @@ def export(
     if folders:
         write_models(Bundle.open(target), folders)
         print(f"Triton: {', '.join(map(str, folders.values()))}")
+    if safetensors:
+        write_weights(restored.classifier.model, weights_path)
+        print(f"Weights: {weights_path}")
     if archive:
         write_archive(target, archive_path)
         print(f"Archive: {archive_path}")
@@ -263,6 +273,18 @@ def _write_samples(
             rows = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
             samples.append(sample | {task.output: rows})
     _write_json(folder / EXPECTED, samples)
+
+
+def write_weights(model: Model, path: Path) -> None:
+    """Write the state dict of the network as safetensors, with the spec as metadata."""
+    from safetensors.torch import save_file
+
+    # Tensors may share memory, or have another layout in memory; the format has neither.
+    weights = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.network.state_dict().items()
+    }
+    with replacing_file(path) as new:
+        save_file(weights, new, {"format": "pt", "upright": json.dumps(model.spec.to_dict())})
 
 
 def write_png(path: Path, original: Original) -> None:
