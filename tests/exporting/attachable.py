@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper, parser
 from PIL import Image
 
 from upright.images import ImageSpec
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
 from upright.runtime.predictor import open_session, run_session
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], np.float32)
@@ -115,12 +115,10 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.2, channe
         Image.fromarray(pixels.squeeze()).save(folder / file)
         (row,) = run_session(session, [pixels], 1)
         samples.append({"file": file, "label": "", "orientation": {"fp32": row.tolist()}})
-    plain_spec = spec.to_dict()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,
-        "mask": plain_spec.pop("mask"),
-        "spec": plain_spec,
+        **spec_entries(spec),
         "input": {"shape": ["batch", "height", "width", channels]},
         "other_outputs": [],
         "precisions": {"fp32": {"tolerance": 1e-4}},

@@ -17,7 +17,7 @@ from torch import nn
 from upright.architectures.nin import NiN
 from upright.exporting.graph import Form, Graph, write_graph
 from upright.images import ImageSpec, Pixels
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
 from upright.runtime.predictor import open_session, run_session
 from upright.training.model import Model
 
@@ -117,14 +117,10 @@ def _complete(
         Image.fromarray(pixels.squeeze()).save(folder / file)
         label = {"label": spec.classes[0]} if spec.classes else {}
         samples.append({"file": file, outputs[0]: {"fp32": row.tolist()}} | label)
-    plain_spec = spec.to_dict()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,
-        "task": spec.task,
-        "mask": plain_spec.pop("mask"),
-        "interpolation": plain_spec.pop("interpolation"),
-        "spec": plain_spec,
+        **spec_entries(spec),
         "input": {"shape": shape},
         "other_outputs": outputs[1:],
         "precisions": {"fp32": {"tolerance": 1e-4}},

@@ -28,7 +28,7 @@ from upright.cli import main
 from upright.errors import ImageError
 from upright.images import ImageSpec
 from upright.runtime import straighten
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums
+from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
 from upright.runtime.metadata import set_orientation
 from upright.runtime.predictor import OrientationPredictor, open_session, run_session
 from upright.runtime.rotation import QUARTERS, Resampling, rotate
@@ -114,12 +114,10 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.5) -> Pat
         photograph(angle).save(folder / file)
         (row,) = run_session(session, [np.asarray(photograph(angle))], 1)
         samples.append({"file": file, "label": str(angle), "orientation": {"fp32": row.tolist()}})
-    spec = ImageSpec(3, 64, 64, (), (0.5,) * 3, (0.5,) * 3).to_dict()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,
-        "mask": spec.pop("mask"),
-        "spec": spec,
+        **spec_entries(ImageSpec(3, 64, 64, (), (0.5,) * 3, (0.5,) * 3)),
         "input": {"shape": ["batch", "height", "width", 3]},
         "other_outputs": [],
         "precisions": {"fp32": {"tolerance": 1e-3}},

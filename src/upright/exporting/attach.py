@@ -25,7 +25,18 @@ from upright.files import check_name, check_replaceable, file_hash, replacing_fo
 from upright.image_paths import find_images, list_folders
 from upright.images import LISTED_CLASSES, ImageSpec, Pixels
 from upright.options import Attach
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, PARITY, SAMPLES, SUMS, Bundle, checksums
+from upright.runtime.bundle import (
+    EXPECTED,
+    FORMAT,
+    MANIFEST,
+    MODELS,
+    PARITY,
+    SAMPLES,
+    SUMS,
+    Bundle,
+    checksums,
+    spec_entries,
+)
 from upright.runtime.predictor import OrientationPredictor, open_session, run_session
 from upright.tables import markdown
 
@@ -175,17 +186,16 @@ def _write_json(path: Path, data: Any) -> None:
 def _manifest(
     name: str, bundle: Bundle, foreign: Foreign, decision: Decision, kind: str, graph: onnx.ModelProto
 ) -> dict[str, Any]:
-    spec, batch = foreign.preprocessing.spec.to_dict(), foreign.batch or "batch"
+    spec, batch = foreign.preprocessing.spec, foreign.batch or "batch"
     sums = sha256((bundle.files / SUMS).read_bytes()).hexdigest()
     return {
         "format": FORMAT,
         "name": name,
-        "mask": spec.pop("mask"),
-        "spec": spec,
+        **spec_entries(spec),
         "preprocessing": foreign.preprocessing.to_dict() | {"scores": kind},
         "orientation": vars(decision),
-        "input": {"name": "images", "dtype": "uint8", "shape": [batch, "height", "width", spec["channels"]]},
-        "output": {"name": PROBABILITIES, "dtype": "float32", "shape": [batch, len(spec["classes"])]},
+        "input": {"name": "images", "dtype": "uint8", "shape": [batch, "height", "width", spec.channels]},
+        "output": {"name": PROBABILITIES, "dtype": "float32", "shape": [batch, len(spec.classes)]},
         "other_outputs": [output.name for output in graph.graph.output][1:],
         "opset": max(each.version for each in graph.opset_import if not each.domain),
         "precisions": {"fp32": {"tolerance": foreign.tolerance, "how": "the attached models", "float_layers": {}}},

@@ -44,6 +44,7 @@ from upright.runtime.bundle import (
     Bundle,
     checksums,
     file_hashes,
+    spec_entries,
     write_archive,
 )
 from upright.runtime.predictor import open_session, run_session
@@ -298,16 +299,13 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisions: dict[str, Any]) -> dict[str, Any]:
-    data, form, spec = reference.data, reference.form, reference.graph.model.spec.to_dict()
+    data, form = reference.data, reference.form
     batch, (height, width) = form.batch or "batch", form.size or ("height", "width")
     task = task_of(data.spec.classes)
     return {
         "format": FORMAT,
         "name": name,
-        "task": task.name,
-        "mask": spec.pop("mask"),
-        "interpolation": spec.pop("interpolation"),
-        "spec": spec,
+        **spec_entries(reference.graph.model.spec),
         "input": {"name": "images", "dtype": "uint8", "shape": [batch, height, width, data.spec.channels]},
         "output": {"name": task.output, "dtype": "float32", "shape": [batch, task.columns]},
         "other_outputs": reference.graph.names[1:],

@@ -268,6 +268,7 @@ class Hints:
         spec = ImageSpec.from_dict(manifest["spec"])
         self.size, self.background, self.classes = (spec.height, spec.width), spec.background, spec.classes
         self.resize = "stretch" if spec.resize == "none" else spec.resize
+        _note_filter(manifest.get("interpolation", "bilinear") == "bilinear")
 
     def _read_config(self, config: dict[str, Any]) -> None:
         """Read ``config.json`` of timm or of a model of transformers."""

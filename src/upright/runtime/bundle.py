@@ -34,6 +34,9 @@ EXPECTED = f"{SAMPLES}/expected.json"
 ARCHIVE_SUFFIX = ".upright.zip"
 ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
 """Date of all files in an archive, so that equal bundles have equal archives."""
+OUTSIDE = {"mask": "none", "interpolation": "bilinear"}
+"""Fields of a spec that stand beside ``spec`` in ``manifest.json``, with the value of a missing key. The graph applies
+them, and an older reader refuses a new key in ``spec``."""
 NOT_CONTENT = ("Thumbs.db", "desktop.ini")
 """Files that Windows adds to folders."""
 
@@ -45,6 +48,12 @@ def file_hashes(folder: Traversable) -> dict[str, str]:
         BundleError: see `file_names`.
     """
     return {name: file_hash(folder / name) for name in sorted(file_names(folder)) if name != SUMS}
+
+
+def spec_entries(spec: ImageSpec) -> dict[str, Any]:
+    """Return the entries of ``manifest.json`` that describe a spec."""
+    plain = spec.to_dict()
+    return {"task": spec.task, **{key: plain.pop(key) for key in OUTSIDE}, "spec": plain}
 
 
 def checksums(folder: Traversable) -> str:
@@ -244,9 +253,7 @@ class Bundle:
     @cached_property
     def spec(self) -> ImageSpec:
         """Format of the images."""
-        # The graph applies both, and an older reader refuses a new key in `spec`. So these keys stand outside of it.
-        defaults = {"mask": "none", "interpolation": "bilinear"}
-        outside = {key: self.manifest.get(key, default) for key, default in defaults.items()}
+        outside = {key: self.manifest.get(key, default) for key, default in OUTSIDE.items()}
         return ImageSpec.from_dict(dict(**outside, **self.manifest["spec"]))
 
     @property
