@@ -144,6 +144,18 @@ def test_another_side_does_not_pull_the_angle() -> None:
     assert angle == pytest.approx(0, abs=1e-3) and confidence == pytest.approx(0.7, abs=1e-4)
 
 
+def test_a_confidence_is_at_most_1() -> None:
+    peaks = 20 * torch.rand(2000, 64, generator=torch.Generator().manual_seed(0))
+    peaks[:, 3] += 20
+    confidences = orientation(peaks)[:, 1]
+    assert confidences.max() == 1
+    metrics = OrientationMetrics()
+    metrics.update("", orientation(peaks), torch.full((2000,), 2 * math.pi * 3 / 64))
+    metrics.loss.update(0.0, 1)
+    expected = 1 - confidences.mean()  # all answers are right
+    torch.testing.assert_close(metrics.compute()["calibration_error"], expected, atol=1e-4, rtol=0)
+
+
 def test_an_answer_of_two_equal_peaks_is_not_stable() -> None:
     peaks = torch.full((3, 64), -9.0)
     peaks[:, 5] = 0.0

@@ -79,7 +79,8 @@ def orientation(scores: Tensor) -> Tensor:
     votes = scores.softmax(dim=1)
     counted = votes * near[(votes @ kernel).argmax(dim=1)]
     x, y = (counted @ torch.stack([angles.cos(), angles.sin()], dim=1).to(scores.dtype)).unbind(dim=1)
-    return torch.stack([torch.atan2(y, x).rad2deg(), counted.sum(dim=1)], dim=1)
+    # Rounding can lift a sum above 1, and torchmetrics then takes all confidences for logits.
+    return torch.stack([torch.atan2(y, x).rad2deg(), counted.sum(dim=1).clamp(max=1)], dim=1)
 
 
 def disc(height: int, width: int) -> Tensor:
