@@ -99,6 +99,11 @@ def test_the_bundle_format_has_exactly_the_keys_of_a_bundle(upright: Upright, ru
     fresh["parity.json"] |= keys_of(ROOT / "export/digits")["parity.json"]
     for name, paths in keys_of(write_orientation_bundle(tmp_path / "export/sky")).items():
         fresh[name] |= paths
+    # `test_from_a_folder_to_a_bundle` exports an orientation.
+    metrics = ("four_way", "error_degrees_median", "largest_difference_degrees", "unstable")
+    fresh["manifest.json"].add("orientation.threshold")
+    fresh["parity.json"] |= {f"precisions.PRECISION.{metric}" for metric in metrics}
+    fresh["parity.json"] |= {f"orientation.{key}" for key in ("max_wrong", "threshold", "share", "wrong")}
     for name, paths in fresh.items():
         assert paths == keys_on_page(name)
 

@@ -260,12 +260,14 @@ def _oriented(image: Image.Image) -> Image.Image:
 
 
 def batches_of_one_size(
-    items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int, max_pixels: int = MAX_BATCH_PIXELS
+    items: Iterable[Item], pixels: Callable[[Item], Pixels], limit: int, max_pixels: int | None = None
 ) -> Iterator[list[Item]]:
     """Yield batches of neighbours whose ``pixels`` have the same size.
 
-    A batch holds at most ``limit`` items and ``max_pixels`` pixels, but at least one item.
+    A batch holds at most ``limit`` items and ``max_pixels`` pixels (by default `MAX_BATCH_PIXELS`), but at least one
+    item.
     """
+    most = MAX_BATCH_PIXELS if max_pixels is None else max_pixels
     for (height, width, _), group in groupby(items, key=lambda item: pixels(item).shape):
-        while batch := list(islice(group, max(1, min(limit, max_pixels // (height * width))))):
+        while batch := list(islice(group, max(1, min(limit, most // (height * width))))):
             yield batch

@@ -250,7 +250,7 @@ class Attach(Options):
     `preprocessor_config.json`, `config.json` of timm), and from these options.
     """
 
-    orientation: str = argument("a bundle that estimates the orientation, without classes", "UPRIGHT_BUNDLE")
+    orientation: str = argument("a bundle that estimates the orientation, or its address", "UPRIGHT_BUNDLE", True)
     model: str = argument("an ONNX classifier with an image as its only input", "MODEL.onnx")
     to: str = option("export/attached", "folder of the new bundle", metavar="NEW")
     force: bool = option(False, "replace an existing bundle")
@@ -365,7 +365,7 @@ class Straighten(Options):
     images; after an interruption, the same command resumes.
     """
 
-    bundle: str = argument("a folder or an archive that `upright export` wrote, without classes")
+    bundle: str = argument("a bundle that estimates the orientation, or its address", address=True)
     inputs: Sequence[str] = argument(
         "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
         "INPUT",

@@ -184,13 +184,14 @@ def check_graph(network: nn.Module, spec: ImageSpec, opset: int = Form.opset) ->
         assert difference < 1e-4, f"{batch} images of {size}: ONNX Runtime differs from PyTorch by {difference:.2g}"
 
 
-def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()) -> None:
+def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = (), lone_norms: bool = False) -> None:
     """Check a graph for images of one size with more outputs, and its conversions to float16 and 8 bits.
 
     Args:
         network: the class of the network, or a `functools.partial` of it.
         spec: the spec of its images.
         unchanged: outputs that are the same in every precision.
+        lone_norms: whether the network has normalisations that follow no convolution or linear layer.
     """
     classifier = ImageClassifier(spec, network, partial(torch.optim.SGD, lr=0.1))
     model, shape = classifier.model, spec.input_shape
@@ -200,7 +201,7 @@ def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()
     model.eval()
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in sorted(head(classifier))))
     transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
-    names: tuple[Output, ...] = ("logits", "features", *(("theta",) if transformers else ()))
+    names: tuple[Output, ...] = ("logits", *(("features",) if modules else ()), *(("theta",) if transformers else ()))
     if any(transformer.voting for transformer in transformers):
         names += ("votes", "confidence")
     form = Form(batch=3, size=shape[1:], outputs=names, head=modules)
@@ -226,7 +227,9 @@ def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()
             # Layers have the names of modules. A normalisation is part of the layer before it.
             layers = dict(model.network.named_modules())
             norms = [name for name in converter.layers if name != "." and isinstance(layers[name], nn.BatchNorm2d)]
-            assert not norms, f"{converter.name}: normalisations are not folded into the layers before: {norms}"
+            assert lone_norms or not norms, (
+                f"{converter.name}: normalisations are not folded into the layers before: {norms}"
+            )
             kinds = {node.op_type for node in onnx.load_from_string(content).graph.node}
             quantized = kinds & {"QuantizeLinear", "DynamicQuantizeLSTM"}
             assert converter.name == "fp16" or quantized, "the int8 graph quantizes nothing"

@@ -152,6 +152,7 @@ WITHOUT_GRADIENT = {
     # The next normalisation removes this bias, which the published network has nevertheless.
     "inception-resnet-v2": r"features\.2\.\d+\.expand\.bias",
 }
+WITHOUT_HEAD = {"polar": "each score has the same weights, whatever their number"}
 CANNOT_LEARN = {
     "resnet-101": "with a hundred layers and batches of five, evaluation differs too much from training",
     "alexnet-paper-start": "with a deviation of 0.01, the signal vanishes in a network this narrow",

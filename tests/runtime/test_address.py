@@ -81,8 +81,10 @@ def test_every_command_that_takes_a_bundle_takes_an_address() -> None:
     for name, command in COMMANDS.items():
         settings = {each.name: each.metadata for each in fields(command.options)}
         takes[name] = any(each.get("address") for each in settings.values())
-        assert takes[name] == ("bundle" in settings or name == "report")
-    assert {name for name in takes if takes[name]} == {"verify", "infer", "benchmark", "serve", "web", "report"}
+        assert takes[name] == ("bundle" in settings or name in ("report", "attach"))
+    assert {name for name in takes if takes[name]} == {
+        *("verify", "infer", "straighten", "benchmark", "serve", "web", "report", "attach")
+    }
 
 
 def test_an_archive_is_downloaded_once(server: Server, cache: Path, upright: Upright) -> None:

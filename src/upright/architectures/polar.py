@@ -113,10 +113,11 @@ class Harmonics(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         basis = self.basis.to(features.dtype)
         # The maps last, as they lie in memory: this takes a quarter of the time.
-        cosines, sines = (basis.T @ features.squeeze(2).mT).chunk(2, dim=1)
+        parts = basis.T @ features.squeeze(2).mT
+        cosines, sines = parts[:, : len(self.gain)], parts[:, len(self.gain) :]
         # Rotate the phase of each frequency, and change its size.
-        parts = [cosines * self.gain - sines * self.quadrature, cosines * self.quadrature + sines * self.gain]
-        mixed: Tensor = basis @ torch.cat(parts, dim=1).to(features.dtype)
+        rotated = [cosines * self.gain - sines * self.quadrature, cosines * self.quadrature + sines * self.gain]
+        mixed: Tensor = basis @ torch.cat(rotated, dim=1).to(features.dtype)
         return mixed.mT[:, :, None]
 
 

@@ -95,7 +95,7 @@ class Graph(nn.Module):
                 )
             else:
                 self.names += [name + number for number in (voting if name in ("votes", "confidence") else numbers)]
-        if "features" in form.outputs and not all(form.head):
+        if "features" in form.outputs and not (form.head and all(form.head)):
             raise UserError(
                 f"{type(model.network).__name__} has no separate module for its head, so it has no output features; "
                 "move the weights of the head into a separate module."
