@@ -127,13 +127,14 @@ def draw_turns(
         title: the title of the sheet.
         degrees: the angles, anticlockwise, the same for all blocks.
         blocks: for each image its rotations, the results ``(A, C, H, W)``, and the answers ``(A, 2)``: angles and
-            confidences. An angle that chooses a wrong side is red.
+            confidences. The line
+            below has both; it is red for a wrong side.
     """
     drawn = []
     for before, after, answers in blocks:
         errors = np.abs((answers[:, 0] - np.array(degrees) + 180) % 360 - 180)
         lines = [
-            Line(f"{round(angle)}°, {sure:.0%}", RED if error >= 45 else BLACK)
+            Line(f"{round(angle)}°/{sure:.0%}", RED if error >= 45 else BLACK)
             for (angle, sure), error in zip(answers.tolist(), errors.tolist(), strict=True)
         ]
         drawn.append(([pixels_of(before), pixels_of(after)], lines))
