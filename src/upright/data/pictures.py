@@ -8,7 +8,7 @@ from upright.data.download import absolute
 from upright.data.image_files import ImageFiles, Row
 from upright.data.split import split_of
 from upright.errors import UserError
-from upright.image_paths import SUFFIXES, describe_others, list_files, list_folders
+from upright.image_paths import SUFFIXES, Listing, describe_others, list_files, list_folders
 from upright.images import Resize
 
 
@@ -40,11 +40,15 @@ class Pictures(ImageFiles):
         """Return no classes."""
         return ()
 
+    @cached_property
+    def _listings(self) -> dict[str, Listing]:
+        return {split: list_files(folder) for split, folder in self._splits.items()}
+
     def rows(self) -> Sequence[Row]:
         rows = [
-            Row(path, "", split, path.relative_to(self.root).as_posix(), f"'{folder}'")
-            for split, folder in self._splits.items()
-            for path in list_files(folder).images
+            Row(path, "", split, path.relative_to(self.root).as_posix(), f"'{self._splits[split]}'")
+            for split, listing in self._listings.items()
+            for path in listing.images
         ]
         if not rows:
             raise UserError(f"Folder '{self.root}' holds no image ({' '.join(sorted(SUFFIXES))}).")
@@ -54,5 +58,5 @@ class Pictures(ImageFiles):
         return f"'{self._splits.get(split, self.root)}'"
 
     def remarks_on_rows(self) -> list[str]:
-        others = [path for folder in self._splits.values() for path in list_files(folder).others]
+        others = [path for listing in self._listings.values() for path in listing.others]
         return [f"{describe_others(others)} They are left out."] if others else []

@@ -4,7 +4,6 @@ The steps are: read the preprocessing of the model, choose the threshold, write 
 apart on rotated images, and write the bundle.
 """
 
-import json
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
@@ -36,6 +35,7 @@ from upright.runtime.bundle import (
     Bundle,
     checksums,
     spec_entries,
+    write_json,
 )
 from upright.runtime.predictor import OrientationPredictor, open_session, run_session
 from upright.tables import markdown
@@ -107,8 +107,8 @@ def attach(options: Attach) -> int:
         }
         manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
         _write_samples(folder, samples, spec.classes)
-        _write_json(folder / PARITY, parity)
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / PARITY, parity)
+        write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
         (folder / SUMS).write_text(checksums(folder))
     print(
@@ -176,11 +176,7 @@ def _write_samples(folder: Path, samples: list[tuple[Photograph, Pixels]], class
         probabilities = next(run_session(session, [pixels], 1)).tolist()
         name = Path(photograph.name).name
         expected.append({"file": file, "name": name, "label": label, PROBABILITIES: {"fp32": probabilities}})
-    _write_json(folder / EXPECTED, expected)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / EXPECTED, expected)
 
 
 def _manifest(

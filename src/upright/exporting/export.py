@@ -46,6 +46,7 @@ from upright.runtime.bundle import (
     file_hashes,
     spec_entries,
     write_archive,
+    write_json,
 )
 from upright.runtime.predictor import open_session, run_session
 from upright.runtime.signature import SIGNATURE, read_signer, write_signature
@@ -163,10 +164,10 @@ def export(
         if orientation := parity.get("orientation"):
             manifest["orientation"] = {"threshold": orientation["threshold"]}
         _write_samples(folder, reference, list(descriptions), stable)
-        _write_json(folder / PARITY, parity)
-        _write_json(folder / MANIFEST, manifest)
+        write_json(folder / PARITY, parity)
+        write_json(folder / MANIFEST, manifest)
         (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
-        _write_json(
+        write_json(
             folder / BOM,
             bom(manifest, parity, {MODELS[each]: file_hash(folder / MODELS[each]) for each in descriptions}),
         )
@@ -259,7 +260,7 @@ def _write_samples(
     folder: Path, reference: Reference, precisions: Sequence[str], stable: npt.NDArray[np.bool_]
 ) -> None:
     """Write validation images with stable answers as PNG, with the answers of each graph."""
-    data, task = reference.data, task_of(reference.data.spec.classes)
+    data, task = reference.data, reference.task
     sessions = {name: open_session(folder / MODELS[name]) for name in precisions}
     candidates = np.flatnonzero(stable) if stable.any() else np.arange(len(stable))
     places = np.linspace(0, len(candidates) - 1, min(SAMPLE_COUNT, len(candidates))).astype(int)
@@ -273,7 +274,7 @@ def _write_samples(
             sample = {"file": file, "name": original.name, "label": task.label(original.label)}
             rows = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
             samples.append(sample | {task.output: rows})
-    _write_json(folder / EXPECTED, samples)
+    write_json(folder / EXPECTED, samples)
 
 
 def write_weights(model: Model, path: Path) -> None:
@@ -294,14 +295,10 @@ def write_png(path: Path, original: Original) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _manifest(name: str, contents: dict[str, Any], reference: Reference, precisions: dict[str, Any]) -> dict[str, Any]:
     data, form = reference.data, reference.form
     batch, (height, width) = form.batch or "batch", form.size or ("height", "width")
-    task = task_of(data.spec.classes)
+    task = reference.task
     return {
         "format": FORMAT,
         "name": name,

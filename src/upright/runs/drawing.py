@@ -17,6 +17,7 @@ from torch import Tensor
 
 from upright.files import replacing_file
 from upright.images import Pixels
+from upright.runtime.task import QUARTER, deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,14 +128,13 @@ def draw_turns(
         title: the title of the sheet.
         degrees: the angles, anticlockwise, the same for all blocks.
         blocks: for each image its rotations, the results ``(A, C, H, W)``, and the answers ``(A, 2)``: angles and
-            confidences. The line
-            below has both; it is red for a wrong side.
+            confidences. The line below has both; it is red for a wrong side.
     """
     drawn = []
     for before, after, answers in blocks:
-        errors = np.abs((answers[:, 0] - np.array(degrees) + 180) % 360 - 180)
+        errors = deviation(answers[:, 0] - np.array(degrees))
         lines = [
-            Line(f"{round(angle)}°/{sure:.0%}", RED if error >= 45 else BLACK)
+            Line(f"{round(angle)}°/{sure:.0%}", RED if error >= QUARTER else BLACK)
             for (angle, sure), error in zip(answers.tolist(), errors.tolist(), strict=True)
         ]
         drawn.append(([pixels_of(before), pixels_of(after)], lines))

@@ -38,7 +38,7 @@ from upright.training.module import ImageModule
 from upright.warp import rotation, warp
 
 COMPASS = tuple(range(0, 360, 45))
-"""Angles in `draw_orientation`, in degrees anticlockwise."""
+"""Angles in `draw_orientation` and in reports, in degrees anticlockwise."""
 MAX_VIEWS = 36
 """Maximum number of views in `draw_transformer`, as long as it draws one image."""
 

@@ -56,6 +56,11 @@ def spec_entries(spec: ImageSpec) -> dict[str, Any]:
     return {"task": spec.task, **{key: plain.pop(key) for key in OUTSIDE}, "spec": plain}
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file of a bundle."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def checksums(folder: Traversable) -> str:
     """Return the text of ``SHA256SUMS`` for all other files in ``folder``, in the format of ``sha256sum``."""
     return _sums(file_hashes(folder))

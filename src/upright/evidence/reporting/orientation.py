@@ -21,6 +21,7 @@ from upright.evidence.reporting.subjects import Floats, Group, Subject
 from upright.exporting.parity import Threshold
 from upright.intervals import clustered, wilson
 from upright.runs.drawing import draw_turns
+from upright.runs.plots import COMPASS
 from upright.runtime.task import QUARTER, deviation
 from upright.warp import resize, rotation, warp
 
@@ -31,7 +32,7 @@ DEGREES = tuple(range(-180, 180, 15))
 """Angles of each image, in degrees anticlockwise."""
 ENLARGEMENT = 4
 """Largest side of a rotated image, as a multiple of the network's input."""
-PICTURES, COMPASS = 6, tuple(range(0, 360, 45))
+PICTURES = 6
 
 
 class Answers(NamedTuple):
