@@ -16,8 +16,9 @@ from upright.architectures.lenet import LeNet
 from upright.architectures.polar import PolarNetwork
 from upright.data.batch import Batch
 from upright.errors import UserError
-from upright.exporting.parity import are_stable
+from upright.exporting.parity import Comparison, are_stable, choose_threshold
 from upright.images import ImageSpec
+from upright.runtime.task import OrientationEstimation
 from upright.training.classifier import ImageClassifier
 from upright.training.model import orientation
 from upright.training.orientation import OrientationEstimator, OrientationMetrics, initial_angles, turn, votes
@@ -162,6 +163,20 @@ def test_an_answer_of_two_equal_peaks_is_not_stable() -> None:
     peaks[1, 5 + 32] = 0.0
     peaks[2, 5 + 32] = -0.1
     assert are_stable(peaks.numpy()).tolist() == [True, False, True]
+
+
+def test_the_threshold_of_the_confidence() -> None:
+    def comparison(*rows: tuple[float, float]) -> Comparison:
+        answers, nothing = np.array(rows), np.zeros(len(rows), np.int64)
+        names = [str(number) for number in nothing]
+        return Comparison(names, nothing, nothing, answers, answers, {}, OrientationEstimation(), nothing == 0)
+
+    some = comparison((0, 0.9), (3, 0.8), (90, 0.7), (0, 0.6), (180, 0.5))
+    assert choose_threshold(some, 0) == (0.8, 0.4, 0.0)
+    assert choose_threshold(some, 25) == (0.6, 0.8, 0.25)
+    # Images of equal confidence are used together, and no confidence reaches the threshold of a hopeless model.
+    threshold = choose_threshold(comparison((0, 1.0), (90, 1.0), (0, 0.5)), 10)
+    assert threshold.share == 0 and threshold.threshold > 1
 
 
 def test_turn_moves_pixels_without_a_change() -> None:

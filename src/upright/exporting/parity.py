@@ -312,6 +312,10 @@ def cached_accuracy(model: Model, data: ImageDataModule) -> float:
     return float(np.concatenate(right).mean())
 
 
+NEVER = 2.0
+"""Threshold that no confidence reaches. A confidence may be exactly 1."""
+
+
 class Threshold(NamedTuple):
     """Confidence from which the angles of a model are used, chosen on the validation split.
 
@@ -329,7 +333,7 @@ class Threshold(NamedTuple):
 def choose_threshold(comparison: Comparison, max_wrong: float) -> Threshold:
     """Return the smallest threshold above which at most ``max_wrong`` percent of the answers choose a wrong side.
 
-    If there is none, the threshold is above every confidence.
+    If there is none, the threshold is `NEVER`.
     """
     task, rows = comparison.task, comparison.actual
     assert isinstance(task, OrientationEstimation)
@@ -340,6 +344,6 @@ def choose_threshold(comparison: Comparison, max_wrong: float) -> Threshold:
     last = np.append(confidences[1:] < confidences[:-1], True)
     allowed = np.flatnonzero(last & (100 * shares <= max_wrong))
     if not len(allowed):
-        return Threshold(1.0, 0.0, 0.0)
+        return Threshold(NEVER, 0.0, 0.0)
     count = int(allowed[-1]) + 1
     return Threshold(float(confidences[count - 1]), count / len(rows), float(shares[count - 1]))
