@@ -441,6 +441,7 @@ class Recorder(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.states.append(network_state(pl_module))
+        self.metrics = set(trainer.callback_metrics)
 
 
 def train(model: ImageClassifier, freeze: Freeze, epochs: int = 3) -> Recorder:
@@ -497,6 +498,22 @@ def test_a_new_transformer_is_not_frozen(tmp_path: Path) -> None:
         "network.classifier.weight",
         "network.classifier.bias",
     }
+
+
+@pytest.mark.parametrize("loss_weight", [0.0, 1.0])
+def test_a_transformer_trains_before_a_classifier_that_does_not_change(tmp_path: Path, loss_weight: float) -> None:
+    model = classifier(around("input", transform="rotation"), prior_weight=2.0, loss_weight=loss_weight)
+    start_from(model, save(classifier(), tmp_path / "one.ckpt"))
+    watch = train(model, Freeze(until_epoch=None, head=True), epochs=2)
+    changed = {name for name, value in watch.states[0].items() if not torch.equal(value, watch.states[-1][name])}
+    transformer = model.model.network.transformer
+    assert changed == {f"transformer.{name}" for name, value in transformer.named_parameters() if value.requires_grad}
+    assert ("train/loss" in watch.metrics) == bool(loss_weight)
+
+
+def test_a_loss_without_weight_needs_a_prior() -> None:
+    with pytest.raises(UprightError, match=r"loss_weight 0.0 trains nothing: use 1, or 0 with a prior_weight"):
+        classifier(around("input", transform="rotation"), loss_weight=0.0)
 
 
 def test_a_network_without_a_body_has_nothing_to_freeze() -> None:

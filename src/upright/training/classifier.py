@@ -49,14 +49,17 @@ class ImageClassifier(ImageModule):
         init: Scheme | None = None,
         upright_weight: float = 0.0,
         prior_weight: float = 0.0,
+        loss_weight: float = 1.0,
     ) -> None:
         num_classes = len(spec.classes)
         if not num_classes:
             raise UserError("These data have no classes: train upright.OrientationEstimator with them.")
         super().__init__(spec, network, num_classes, optimizer, scheduler, init)
-        self.upright_weight, self.prior_weight = upright_weight, prior_weight
+        self.upright_weight, self.prior_weight, self.loss_weight = upright_weight, prior_weight, loss_weight
         self.loss = loss(num_classes)
         self.pose_losses = PoseLosses(upright_weight, prior_weight)
+        if loss_weight < 0 or not (loss_weight or self.pose_losses):
+            raise UserError(f"loss_weight {loss_weight} trains nothing: use 1, or 0 with a prior_weight (2 is usual).")
         self.pose_losses.check_network(self.model)
         self.metrics = nn.ModuleDict(
             {
@@ -104,10 +107,13 @@ class ImageClassifier(ImageModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch: classification, and what the poses of its views cost, if that has a weight."""
         batch = self.seeded(batch, batch_idx)
-        with observing() as observations:
+        loss = torch.zeros((), device=self.device)
+        # Without its own loss, the network behind the transformers does not run.
+        with observing(stop_after=None if self.loss_weight else self.transformers) as observations:
             logits = self.model(batch.images)
-        loss: Tensor = self.loss(logits, batch.labels)
-        self._means.add("train/loss", loss, len(logits))
+            value: Tensor = self.loss(logits, batch.labels)
+            self._means.add("train/loss", value, len(logits))
+            loss += self.loss_weight * value
         if self.pose_losses:
             # Batches of other loaders have no views: their images are as they are.
             transforms, observed = [view.transforms for view in batch.views] or [_unchanged], [observations]

@@ -358,20 +358,21 @@ def _maps(network: VGG, classifier: ImageModule) -> tuple[int, ...]:
 class Freeze(Callback):
     """Freeze the body in the first epochs, and then train it at a smaller rate if asked.
 
-    The head is always trained, and so are transformers for which `start_from` has no weights. A frozen body has no
+    All that `start_from` has no weights for is always trained: a new head, new transformers. A frozen body has no
     gradients, and its batch normalisation uses its stored statistics and does not update them.
 
     Args:
-        until_epoch: the first epoch that trains the body, counted from 0.
+        until_epoch: the first epoch that trains the body, counted from 0; None if no epoch does.
         lr_factor: factor on the body's learning rate, in addition to the ``lr_factor`` of its modules.
+        head: whether a head that has its weights belongs to the body, too.
     """
 
-    def __init__(self, until_epoch: int = 0, lr_factor: float = 1.0) -> None:
-        if until_epoch < 0 or lr_factor <= 0:
+    def __init__(self, until_epoch: int | None = 0, lr_factor: float = 1.0, head: bool = False) -> None:
+        if (until_epoch is not None and until_epoch < 0) or lr_factor <= 0:
             raise UserError(
                 f"Freeze needs until_epoch of at least 0 and lr_factor above 0, got {until_epoch} and {lr_factor}."
             )
-        self.until_epoch, self.lr_factor = until_epoch, lr_factor
+        self.until_epoch, self.lr_factor, self.head = until_epoch, lr_factor, head
         self._body: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -379,7 +380,8 @@ class Freeze(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, ImageModule)
-        network, new = pl_module.model.network, head(pl_module) | set((pl_module.start or {}).get("anew", ()))
+        network, new = pl_module.model.network, set((pl_module.start or {}).get("anew", ()))
+        new |= set() if self.head else head(pl_module)
         if not pl_module.start and _pretrained(network):  # with a stock Trainer, these weights load later
             names = _weight_names(network.state_dict(), pl_module.recipe["init_args"]["network"])
             new |= {name for key, name in names.items() if key.place}
@@ -390,7 +392,9 @@ class Freeze(Callback):
                 "classes."
             )
         for name in self._body:
-            network.get_parameter(name).lr_factor = self.lr_factor
+            parameter = network.get_parameter(name)
+            parameter.lr_factor = self.lr_factor
+            parameter.requires_grad_(self.until_epoch is not None)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Freeze again in a run that resumes within an epoch, because that epoch does not start again."""
@@ -401,18 +405,21 @@ class Freeze(Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard the body's gradients. Several processes fix at the start which parameters have gradients."""
-        if trainer.world_size > 1 and trainer.current_epoch < self.until_epoch:
+        if trainer.world_size > 1 and self._freezes(trainer.current_epoch):
             for parameter in self._parameters(pl_module):
                 parameter.grad = None
+
+    def _freezes(self, epoch: int) -> bool:
+        return self.until_epoch is None or epoch < self.until_epoch
 
     def _parameters(self, classifier: L.LightningModule) -> list[nn.Parameter]:
         assert isinstance(classifier, ImageModule)
         return [value for name, value in classifier.model.network.named_parameters() if name in self._body]
 
     def _freeze(self, trainer: L.Trainer, classifier: L.LightningModule) -> None:
-        if not self.until_epoch:
+        if self.until_epoch == 0:
             return
-        frozen = trainer.current_epoch < self.until_epoch
+        frozen = self._freezes(trainer.current_epoch)
         if trainer.world_size == 1:
             for parameter in self._parameters(classifier):
                 parameter.requires_grad_(not frozen)
