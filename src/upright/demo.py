@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upright.cli import main
 from upright.data.datamodule import ImageDataModule
-from upright.exporting.export import write_png
+from upright.exporting.records import write_png
 from upright.runtime.predictor import Predictor
 from upright.training.restoring import restore
 
@@ -62,6 +62,6 @@ def _write_test_images(folder: Path, data: ImageDataModule) -> dict[Path, str]:
         label = data.spec.classes[original.label]
         path = folder / label / f"{original.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, original)
+        write_png(path, original.pixels)
         labels[path] = label
     return labels

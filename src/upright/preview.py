@@ -90,14 +90,17 @@ class Statistics(NamedTuple):
 
 def _table(data: ImageDataModule, statistics: Statistics) -> str:
     spec, facts, manifest = data.spec, data.images.facts, data.manifest
-    lines = [f"{'class':<24}{''.join(f'{split:>10}' for split in SPLITS)}"]
-    for name in spec.classes[:MAX_CLASS_ROWS]:
-        counts = (manifest.counts[split].get(name, 0) for split in SPLITS)
-        lines.append(f"{_short(name, 23):<24}{''.join(f'{count:>10,}' for count in counts)}")
+
+    def row(title: str, cells: Iterable[str]) -> str:
+        return f"{title if len(title) < 24 else title[:22] + '…':<24}{''.join(f'{cell:>10}' for cell in cells)}"
+
+    classes = spec.classes[:MAX_CLASS_ROWS]
+    lines = [row("class", SPLITS)]
+    lines += [row(name, (f"{manifest.counts[split].get(name, 0):,}" for split in SPLITS)) for name in classes]
     if (more := len(spec.classes) - MAX_CLASS_ROWS) > 0:
         lines.append(f"... and {more} more")
-    lines.append(f"{'all':<24}{''.join(f'{len(data.splits[split]):>10,}' for split in SPLITS)}")
-    lines.append(f"{'views per image':<24}{''.join(f'{len(data.views(split).names):>10}' for split in SPLITS)}")
+    lines.append(row("all", (f"{len(data.splits[split]):,}" for split in SPLITS)))
+    lines.append(row("views per image", (str(len(data.views(split).names)) for split in SPLITS)))
     used = facts[np.concatenate([data.splits[split] for split in SPLITS])]
     sizes = np.stack([used["height"], used["width"]])
     low, middle, high = (f"{h:.0f}x{w:.0f}" for h, w in (sizes.min(1), np.median(sizes, axis=1), sizes.max(1)))
@@ -113,10 +116,6 @@ def _table(data: ImageDataModule, statistics: Statistics) -> str:
     if spec.mask != "none":
         lines.append(f"The network sees every image through a mask: {spec.mask}.")
     return "\n".join(lines)
-
-
-def _short(name: str, width: int) -> str:
-    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -144,11 +143,6 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
 
     The caption of an original is the name of its split. Augmented versions follow below the training images; the other
     splits are followed by their views. Both are drawn as the network sees them.
-
-    Args:
-        data: the datamodule.
-        path: path of the PNG.
-        seed: seed of the augmentation.
     """
     columns = min(COLUMNS, min(len(data.splits[split]) for split in SPLITS))
     images: list[Pixels] = []

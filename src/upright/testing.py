@@ -27,13 +27,13 @@ from upright.architectures.localisers import Network
 from upright.architectures.spatial_transformer import SpatialTransformer
 from upright.cli import main
 from upright.describe import network_and_spec
+from upright.exporting.export import head_modules
 from upright.exporting.graph import Form, Graph, Output, module_of, write_graph
 from upright.exporting.precision import Float16, Int8
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.runtime.predictor import open_session, run_batch
 from upright.training.classifier import ImageClassifier
-from upright.training.finetuning import head
 from upright.training.model import Model
 
 CLASSES = 7
@@ -117,12 +117,9 @@ def check_rows(network: nn.Module, spec: ImageSpec) -> None:
 
 
 def check_gradients(network: nn.Module, spec: ImageSpec, without: str = "nothing") -> None:
-    """Check that every parameter gets a finite gradient that is not zero.
+    """Check that every parameter gets a finite gradient that is not zero, in three steps of training.
 
-    Args:
-        network: the network; it is trained for three steps.
-        spec: the spec of its images.
-        without: a regular expression for names of parameters whose gradient may be zero.
+    ``without`` is a regular expression for names of parameters whose gradient may be zero.
     """
     # A spatial transformer starts with weights of zero, and so has no gradient behind them in the first steps.
     _train(network, spec, torch.optim.SGD(network.parameters(), lr=0.01), 3)
@@ -158,13 +155,7 @@ def check_state(network: nn.Module, spec: ImageSpec) -> None:
 
 
 def check_graph(network: nn.Module, spec: ImageSpec, opset: int = Form.opset) -> None:
-    """Check that ONNX Runtime reproduces PyTorch for several batch sizes and image sizes.
-
-    Args:
-        network: the network; it is trained for 30 steps.
-        spec: the spec of its images.
-        opset: the version of ONNX's operators.
-    """
+    """Check that ONNX Runtime reproduces PyTorch for several sizes of batches and images, after 30 steps."""
     # A new network gives all images similar probabilities, and a new transformer changes nothing.
     _train(network, spec, torch.optim.Adam(network.parameters(), lr=1e-3), 30)
     model = Model(spec, network).eval()
@@ -199,7 +190,7 @@ def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()
     with torch.no_grad():
         model.train()(torch.randint(256, (8, *shape), dtype=torch.uint8))
     model.eval()
-    modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in sorted(head(classifier))))
+    modules = head_modules(classifier)
     transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
     names: tuple[Output, ...] = ("logits", *(("features",) if modules else ()), *(("theta",) if transformers else ()))
     if any(transformer.voting for transformer in transformers):

@@ -66,7 +66,7 @@ def test_splits_classes_and_images_of_the_layout_of_the_hub(pets: Path) -> None:
     data = Hub(name=str(pets), size=10)
     assert data.spec.classes == ("cat", "dog") and data.recipe["init_args"]["name"] == str(pets)
     source = data.source
-    assert source.splits == {"train": range(COUNT), "val": range(COUNT, COUNT + 4)}
+    assert source.splits == {"train": [*range(COUNT)], "val": [*range(COUNT, COUNT + 4)]}
     assert source.labels == [0, 1] * (COUNT // 2 + 2) and source.names[COUNT - 1 : COUNT + 1] == [
         "train/000023",
         "val/000000",
@@ -89,7 +89,7 @@ def test_other_layouts(tmp_path: Path, names: str) -> None:
         _ = Hub(name=str(tmp_path / "x")).spec
     with pytest.raises(UprightError, match=r"no subset 'on', only one, two\. Did you mean 'one'\?"):
         _ = Hub(name=str(tmp_path / "x"), subset="on").spec
-    assert Hub(name=str(tmp_path / "x"), subset="one").source.splits == {"train": range(20)}
+    assert Hub(name=str(tmp_path / "x"), subset="one").source.splits == {"train": [*range(20)]}
 
 
 def test_a_file_without_names_and_with_text_labels(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_images_labels_classes_and_splits() -> None:
     )
     source = data.source
     assert data.classes() == ("across", "down") and source.labels == [0, 1] * 24
-    assert source.splits == {"train": range(40), "test": range(40, 48)} and source.names[40] == "test/000000"
+    assert source.splits == {"train": [*range(40)], "test": [*range(40, 48)]} and source.names[40] == "test/000000"
     assert np.array_equal(source.images[41], Stripes(seed=99)[1][0])
     same = MapStyle(**data.recipe["init_args"])
     assert same.manifest.digest == data.manifest.digest

@@ -28,7 +28,7 @@ from upright.architectures.nin import NiN
 from upright.errors import UserError
 from upright.exporting import attach as attach_module
 from upright.exporting.apart import Photograph, measure, straighten
-from upright.exporting.foreign import Foreign, Hints
+from upright.exporting.foreign import Foreign, read_records
 from upright.exporting.front import Decision, attached_graph
 from upright.options import Attach
 from upright.runtime.predictor import OrientationPredictor, Predictor, open_session, run_batch
@@ -261,8 +261,8 @@ def test_images_below_the_smallest_angle_are_not_touched(parts: Path) -> None:
     smallest, middle, largest = np.sort(np.abs(angles))
     for min_angle, count in ((0, 3), ((smallest + middle) / 2, 2), (181, 0)):
         effect = measure(estimator, foreign, photographs, min_angle, "border").effect(0)
-        assert effect.touched.value == pytest.approx(count / 3)
-    assert effect.harm.value == effect.gain.value == 0 and largest < 181
+        assert effect["touched"] == pytest.approx(100 * count / 3)
+    assert effect["harm"] == effect["gain"] == 0 and largest < 181
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,8 @@ def test_an_upright_bundle_needs_no_options(tmp_path: Path, upright: Upright) ->
 )
 def test_files_beside_the_model(file: str, content: Any, expected: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / file).write_text(json.dumps(content))
-    hints = Hints(tmp_path / "model.onnx", {})
-    assert {name: getattr(hints, name) for name in expected} == expected
+    records = read_records(tmp_path / "model.onnx", is_upright=False)
+    assert {name: records.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_files_beside_the_model(file: str, content: Any, expected: dict[str, Any
 def test_a_file_beside_the_model_that_cannot_be_used(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        Hints(tmp_path / "model.onnx", {})
+        read_records(tmp_path / "model.onnx", is_upright=False)
 
 
 @pytest.mark.parametrize(

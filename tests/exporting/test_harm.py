@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from upright.errors import GateError
-from upright.exporting.harm import Answers, effect_tables
+from upright.exporting.harm import Answers, effect_tables, summary
 from upright.intervals import wilson
 
 
@@ -31,14 +31,18 @@ def test_harm_counts_upright_images_and_gain_counts_rotated_ones() -> None:
         np.tile(np.arange(4), 2),
     )
     effect = answers.effect(0.5)
-    assert effect.harm == wilson(1 / 4, 4) and effect.gain == wilson(1 / 4, 4) and effect.touched == wilson(3 / 4, 4)
-    assert effect.accuracy == {"upright": {"bare": 0.75, "attached": 0.75}, "rotated": {"bare": 0.25, "attached": 0.25}}
-    assert answers.effect(0).harm.value == 2 / 4 and answers.effect(0).gain.value == 2 / 4
-    assert answers.effect(1).harm.value == answers.effect(1).gain.value == answers.effect(1).touched.value == 0
-    plain = json.loads(json.dumps(effect.to_dict()))
+    for name, share in (("harm", 1 / 4), ("gain", 1 / 4), ("touched", 3 / 4)):
+        value, *interval = (100 * number for number in wilson(share, 4))
+        assert effect[name] == value and effect[f"{name}_interval"] == interval
+    assert effect["accuracy"] == {
+        "upright": {"bare": 0.75, "attached": 0.75}, "rotated": {"bare": 0.25, "attached": 0.25}
+    }  # fmt: skip
+    assert answers.effect(0)["harm"] == 50 and answers.effect(0)["gain"] == 50
+    assert [answers.effect(1)[name] for name in ("harm", "gain", "touched")] == [0, 0, 0]
+    plain = json.loads(json.dumps(effect))
     assert plain["harm"] == 25 and plain["harm_interval"] == pytest.approx([4.56, 69.94], abs=0.01)
     assert plain["images"] == {"upright": 4, "rotated": 4} and plain["threshold"] == 0.5
-    assert effect.summary().startswith("Harm 25.00 points (95 %: 4.56 to 69.94), gain 25.00 points")
+    assert summary(effect).startswith("Harm 25.00 points (95 %: 4.56 to 69.94), gain 25.00 points")
     table = " ".join(effect_tables(plain).split())
     assert "| harm: answers that go from right to wrong | 4 upright | 25.00 | 4.56 to 69.94 |" in table
     assert "| upright | 0.7500 | 0.7500 | | rotated | 0.2500 | 0.2500 |" in table
@@ -46,14 +50,14 @@ def test_harm_counts_upright_images_and_gain_counts_rotated_ones() -> None:
 
 def test_the_threshold_is_the_smallest_one_within_the_limit() -> None:
     answers = random_answers()
-    bounds = {value: answers.effect(value).harm.high for value in np.unique(answers.confidence)}
+    bounds = {value: answers.effect(value)["harm_interval"][1] for value in np.unique(answers.confidence)}
     thresholds = []
     for max_harm in (1, 2, 4, 20):
         threshold = answers.smallest_threshold(max_harm)
         thresholds.append(threshold)
-        assert 100 * answers.effect(threshold).harm.high <= max_harm
+        assert answers.effect(threshold)["harm_interval"][1] <= max_harm
         lower = max((value for value in bounds if value < threshold), default=None)
-        assert lower is None or 100 * bounds[lower] > max_harm
+        assert lower is None or bounds[lower] > max_harm
     assert thresholds == sorted(thresholds, reverse=True) and thresholds[0] > thresholds[2] > thresholds[3] == 0
 
 
@@ -83,8 +87,8 @@ def test_views_of_one_image_are_not_independent() -> None:
         )
         for each in (single, repeated)
     ]
-    one, four = (each.effect(0).harm for each in both)
-    assert one.value == four.value and four.high == pytest.approx(one.high, abs=1e-3)
+    one, four = (each.effect(0) for each in both)
+    assert one["harm"] == four["harm"] and four["harm_interval"][1] == pytest.approx(one["harm_interval"][1], abs=0.1)
 
 
 def test_a_limit_that_cannot_be_met_is_refused() -> None:

@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, get_args
+from itertools import groupby
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,7 @@ class Geometric(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, batch: int, height: int, width: int) -> Tensor | Points:
-        """Draw transforms from output to input coordinates: matrices ``(B, 3, 3)`` on the CPU, or a function of points.
-
-        Args:
-            batch: number of images.
-            height: height of the images.
-            width: width of the images.
-        """
+        """Draw transforms from output to input: matrices ``(B, 3, 3)`` on the CPU, or a function of points."""
 
 
 class RandomAffine(Geometric):
@@ -178,11 +173,8 @@ class RandomPerspective(Geometric):
 def quadrilateral(corners: Tensor) -> Tensor:
     """Return the matrices ``(B, 3, 3)`` that map the image's corners, clockwise from the top left, to ``corners``.
 
-    This is the closed form of Heckbert 1989, "Fundamentals of texture mapping and image warping", section 2.2.3, for
-    the square from (0, 0) to (1, 1).
-
-    Args:
-        corners: ``(B, 4, 2)``, in convex order.
+    The corners ``(B, 4, 2)`` are in convex order. This is the closed form of Heckbert 1989, "Fundamentals of texture
+    mapping and image warping", section 2.2.3, for the square from (0, 0) to (1, 1).
     """
     first, second, third, fourth = corners.unbind(1)  # (B, 2)
     ahead, behind, surplus = second - third, fourth - third, first - second + third - fourth
@@ -257,12 +249,7 @@ class Distortion(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Composition:
-    """A sequence of transforms of a batch as one transform: a `Points`.
-
-    Args:
-        batch: number of images.
-        parts: transforms in the order in which they are applied to an image.
-    """
+    """Transforms of a batch, in the order in which they are applied to an image, as one transform: a `Points`."""
 
     batch: int
     parts: tuple[Tensor | Points, ...] = ()
@@ -316,7 +303,7 @@ class Augmentation(nn.Module):
         if padding not in get_args(Padding):
             raise UserError(f"padding must be one of {', '.join(get_args(Padding))}; got '{padding}'.")
         self.parts, self.padding = nn.ModuleList(parts), padding
-        self._probes = [_UNKNOWN if _reports(part) else probe(part) for part in self.parts]
+        self._probes = [probe(part) for part in self.parts]
         for part in self.parts:
             if has_part(part, "mix"):
                 raise UserError(
@@ -358,40 +345,43 @@ class Augmentation(nn.Module):
             return self._view(images, targets)
 
     def _view(self, images: Tensor, targets: Tensor | None) -> View:
-        applied = pending = empty = Composition(len(images))
-        scale = 1.0
-        for part, behaviour in zip(self.parts, self._probes, strict=True):
-            if isinstance(part, Geometric):
-                pending = pending.then(part.draw(len(images), *images.shape[-2:]))
+        applied, scale = Composition(len(images)), 1.0
+        parts = zip(self.parts, self._probes, strict=True)
+        for is_geometric, group in groupby(parts, lambda item: isinstance(item[0], Geometric)):
+            if is_geometric:
+                drawn = [cast(Geometric, part).draw(len(images), *images.shape[-2:]) for part, _ in group]
+                moves = Composition(len(images)).then(*drawn)
+                images, applied = self._sample(images, moves), applied.then(*moves.parts)
                 continue
-            images, applied = self._sample(images, pending).float(), applied.then(*pending.parts)
-            pending = empty
-            if isinstance(part, Mixing):
-                images, targets = part(images, targets)
-                continue
-            if scale == 1:
-                images, scale = images / 255, 255.0
-            if isinstance(part, Distortion):
-                images, transform = part(images)
-                applied = applied.then(transform)
-                continue
-            size = images.shape[-2:]
-            try:
-                images = torch.cat([part(image[None]) for image in images]) if behaviour.draws_once else part(images)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise UserError(
-                    f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
-                    f"{tuple(images.shape)}: {' '.join(str(error).split())[:200]}"
-                ) from error
-            matrices = getattr(part, "transform_matrix", None) if has_part(part, "geometric") else None
-            if isinstance(matrices, Tensor):
-                applied = applied.then(_normalised(matrices, size, images.shape[-2:]))
-        images, applied = self._sample(images, pending).float(), applied.then(*pending.parts)
+            for part, behaviour in group:
+                images = images.float()
+                if isinstance(part, Mixing):
+                    images, targets = part(images, targets)
+                    continue
+                if scale == 1:
+                    images, scale = images / 255, 255.0
+                if isinstance(part, Distortion):
+                    images, transform = part(images)
+                else:
+                    images, transform = self._change(part, behaviour, images)
+                applied = applied.then(*([transform] if transform else []))
+        images = images.float()
         return View(images if scale == 1 else images * scale, applied, targets)
 
+    def _change(self, part: nn.Module, behaviour: "Behaviour", images: Tensor) -> tuple[Tensor, Points | None]:
+        """Apply a part of another package, and return its transform if it reports one."""
+        size = images.shape[-2:]
+        try:
+            images = torch.cat([part(image[None]) for image in images]) if behaviour.draws_once else part(images)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise UserError(
+                f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
+                f"{tuple(images.shape)}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        matrices = getattr(part, "transform_matrix", None) if has_part(part, "geometric") else None
+        return images, _normalised(matrices, size, images.shape[-2:]) if isinstance(matrices, Tensor) else None
+
     def _sample(self, images: Tensor, transforms: Composition) -> Tensor:
-        if not transforms.parts:
-            return images
         height, width = images.shape[-2:]
         points = transforms.grid(height, width, images.device)
         chunk = CHUNK_IMAGES if images.device.type == "cpu" else len(images)
@@ -405,25 +395,10 @@ class Augmentation(nn.Module):
 
 
 class Behaviour(NamedTuple):
-    """Behaviour of a module that does not report its transforms.
+    """Behaviour of a module that does not report its transforms: it draws once for a batch, and it moves pixels."""
 
-    Args:
-        draws_once: True if it draws random numbers once for all images of a batch.
-        moves: True if it moves pixels.
-    """
-
-    draws_once: bool
-    moves: bool
-
-
-_UNKNOWN = Behaviour(draws_once=False, moves=False)
-
-
-def _reports(part: nn.Module) -> bool:
-    """Return whether a part is of this package or of kornia, whose modules draw for each image."""
-    return isinstance(part, Geometric | Distortion | Mixing) or any(
-        type(module).__module__.startswith("kornia.") for module in part.modules()
-    )
+    draws_once: bool = False
+    moves: bool = False
 
 
 def probe(part: nn.Module) -> Behaviour:
@@ -431,8 +406,11 @@ def probe(part: nn.Module) -> Behaviour:
 
     It draws once per batch if its results vary with the seed, but never between the two images. It moves pixels if the
     spot appears elsewhere, or if the size changes. A rare or small effect may be missed. A module that fails here is
-    not judged: it may need another size.
+    not judged: it may need another size. Nor are modules of this package and of kornia, which draw for each image.
     """
+    is_kornia = any(type(module).__module__.startswith("kornia.") for module in part.modules())
+    if is_kornia or isinstance(part, Geometric | Distortion | Mixing):
+        return Behaviour()
     image = torch.rand(3, PROBE_SIDE, PROBE_SIDE, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
     spot = image.clone()
     spot[:, 6:10, 3:7] = 1.0
@@ -448,7 +426,7 @@ def probe(part: nn.Module) -> Behaviour:
                 torch.manual_seed(seed)
                 one, other = part(torch.stack([spot, spot]))
             except Exception:  # the module may need another size, or more images
-                return _UNKNOWN
+                return Behaviour()
             first = one if first is None else first
             varies |= not torch.equal(one, first)
             moves |= one.shape != spot.shape

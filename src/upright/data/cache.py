@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,22 +52,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("UPRIGHT_CACHE") or Path(pooch.os_cache("upright")) / "decoded").expanduser()
 
 
-class Decoded(NamedTuple):
-    """Decoded images: pixels, uint8 ``(n, V, C, H, W)``, and `FACTS` ``(n,)``."""
-
-    pixels: Tensor
-    facts: npt.NDArray[Any]
-
-
 class Decoder:
-    """Images of a source at the network's size, decoded on access. Worker processes get a copy.
+    """Views of images of a source at one size, decoded on access. Worker processes get a copy.
 
-    Args:
-        images: images of the source.
-        indices: indices of the images to use. ``positions``, the argument of the methods, are positions in this list.
-        spec: channels, resize rule and background.
-        size: height and width of the result.
-        views: views of each image.
+    ``indices`` lists the images to use. ``positions``, the argument of the methods, are positions in this list.
     """
 
     def __init__(
@@ -77,36 +65,36 @@ class Decoder:
         self.views = views or Angles((0.0,))
         self.row_shape = (len(self.views.names), spec.channels, *size)
 
-    def __getitem__(self, positions: Indices) -> Decoded:
-        """Decode the images at ``positions``. The facts mark images that cannot be decoded."""
+    def __getitem__(self, positions: Indices) -> tuple[Tensor, npt.NDArray[Any]]:
+        """Return all views of the images at ``positions``, uint8 ``(n, V, C, H, W)``, and their `FACTS`, ``(n,)``.
+
+        The pixels of an image that cannot be decoded are zeros.
+        """
+        return self._decode(positions)
+
+    def _decode(self, positions: Indices, *, hashed: bool = True) -> tuple[Tensor, npt.NDArray[Any]]:
         facts = np.zeros(len(positions), FACTS)
-        return Decoded(self._resized(self._read(positions, facts), len(positions)), facts)
 
-    def _read(
-        self, positions: Indices, facts: npt.NDArray[Any], *, hashed: bool = True
-    ) -> Iterator[tuple[int, int, Pixels]]:
-        """Yield place, index and pixels of each image that can be decoded, and write its facts."""
-        for place, index in enumerate(self.indices[positions].tolist()):
-            try:
-                pixels = self.images[index]
-            except UprightError:
-                facts[place]["state"] = UNREADABLE
-                continue
-            facts[place] = (0, content_hash(pixels) if hashed else 0, *pixels.shape[:2], READ)
-            yield place, index, pixels
+        def readable() -> Iterator[tuple[int, int, Pixels]]:
+            for place, index in enumerate(self.indices[positions].tolist()):
+                try:
+                    pixels = self.images[index]
+                except UprightError:
+                    facts[place]["state"] = UNREADABLE
+                    continue
+                facts[place] = (0, content_hash(pixels) if hashed else 0, *pixels.shape[:2], READ)
+                yield place, index, pixels
 
-    def _resized(self, images: Iterator[tuple[int, int, Pixels]], count: int) -> Tensor:
-        """Return the views of ``images`` at the network's size, ``(count, V, C, H, W)``; zeros in other places."""
-        resized = torch.zeros(count, *self.row_shape, dtype=torch.uint8)
+        resized = torch.zeros(len(positions), *self.row_shape, dtype=torch.uint8)
         # A few originals at a time: each may be a thousand times as large as its result.
-        for batch in batches_of_one_size(images, lambda item: item[2], count, RESIZED_PIXELS):
+        for batch in batches_of_one_size(readable(), lambda item: item[2], len(positions), RESIZED_PIXELS):
             places, indices, originals = zip(*batch, strict=True)
             pixels = torch.from_numpy(np.stack(originals))
             if not self.views.plain:
                 views = self.views.show(to_tensor(pixels.numpy()), torch.tensor(indices))
                 pixels = views.flatten(0, 1).movedim(1, -1)
             resized[list(places)] = self._fitted(pixels).view(len(places), *self.row_shape)
-        return resized
+        return resized, facts
 
     def _fitted(self, pixels: Tensor) -> Tensor:
         """Resize images ``(B, h, w, C)``: ``(B, C, H, W)``."""
@@ -123,8 +111,7 @@ class Decoder:
     def take(self, positions: Indices, views: Indices) -> Tensor:
         """Decode one view of each of the images at ``positions``: uint8 ``(n, C, H, W)``."""
         unique, inverse = np.unique(positions, return_inverse=True)
-        facts = np.zeros(len(unique), FACTS)
-        resized = self._resized(self._read(unique, facts, hashed=False), len(unique))
+        resized, facts = self._decode(unique, hashed=False)
         for position in unique[facts["state"] == UNREADABLE].tolist():
             raise UserError(self.reason(position))
         return resized[torch.from_numpy(inverse), torch.from_numpy(views)]
@@ -233,9 +220,10 @@ class Cache:
         chunks = [positions[start : start + size] for start in range(0, len(positions), size)]
         visible = self.workers > 0 and sys.stderr.isatty()
         with tqdm(total=len(positions), desc="Decoding", unit=" images", leave=False, disable=not visible) as bar:
-            for chunk, decoded in zip(chunks, fetch(self.decoder.__getitem__, chunks, self.workers), strict=True):
-                self.facts[chunk] = decoded.facts
-                yield chunk, decoded.pixels
+            results = fetch(self.decoder.__getitem__, chunks, self.workers)
+            for chunk, (pixels, facts) in zip(chunks, results, strict=True):
+                self.facts[chunk] = facts
+                yield chunk, pixels
                 self._check()
                 bar.update(len(chunk))
 

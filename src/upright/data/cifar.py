@@ -42,7 +42,7 @@ class CIFAR(Published):
     """Names of the training files and of the test files, without the suffix."""
     label_bytes: ClassVar[int]
     """Number of labels before the pixels of each image in the binary version."""
-    mirrors = ("https://www.cs.toronto.edu/~kriz",)
+    address = "https://www.cs.toronto.edu/~kriz"
 
     @property
     @abstractmethod

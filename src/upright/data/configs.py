@@ -1,6 +1,6 @@
 """Datamodules from a YAML or from a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,8 @@ def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDa
 def adopt_format(model: Any, data: Any) -> None:
     """Set missing data options, in place, to the image format of the network's published weights.
 
-    The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options.
-
-    Args:
-        model: config of the model: a dictionary, or jsonargparse's Namespace.
-        data: config of a dataset, likewise.
+    The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options. The configs of
+    model and data are dictionaries, or jsonargparse's Namespaces.
 
     Raises:
         UserError: if the network has no such format.
@@ -87,15 +84,20 @@ def adopt_format(model: Any, data: Any) -> None:
 
 def _image_format(model: Any) -> Callable[[], dict[str, Any]] | None:
     """Return the ``image_format`` of the first network in a config that has one, with its arguments."""
-    for key, value in _entries(model).items():
-        entries = _entries(value)
-        if key == "network" and isinstance(class_path := entries.get("class_path"), str):
-            image_format = getattr(load_class(class_path), "image_format", None)
-            if image_format:
-                return partial(image_format, **_entries(entries.get("init_args")))
-        if entries and (image_format := _image_format(value)):
-            return image_format
+    for network in _networks(model):
+        class_path = network.get("class_path")
+        image_format = isinstance(class_path, str) and getattr(load_class(class_path), "image_format", None)
+        if image_format:
+            return partial(image_format, **_entries(network.get("init_args")))
     return None
+
+
+def _networks(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield the entries of each network in a config, at any depth."""
+    for key, value in _entries(config).items():
+        if key == "network":
+            yield _entries(value)
+        yield from _networks(value)
 
 
 def _entries(config: Any) -> dict[str, Any]:
@@ -106,12 +108,7 @@ def _entries(config: Any) -> dict[str, Any]:
 
 
 def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataModule:
-    """Build the datamodule of a recipe.
-
-    Args:
-        data: the recipe.
-        path: file of the recipe, for messages.
-        **options: options that replace those of the recipe.
+    """Build the datamodule of a recipe; ``path`` is its file, and ``options`` replace its options.
 
     Raises:
         UserError: if the class does not take these options, or is not a datamodule.
@@ -127,10 +124,6 @@ def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataMo
 
 def set_arguments(path: Path, **values: str) -> None:
     """Set arguments in the YAML of a dataset, or of an experiment that contains one. All other text stays.
-
-    Args:
-        path: the YAML.
-        **values: value of each argument, as YAML.
 
     Raises:
         UserError: if the YAML has no such place, or cannot be written.

@@ -28,7 +28,7 @@ from upright.data.split import (
 )
 from upright.data.views import Angles, Views
 from upright.errors import UprightError, UserError
-from upright.images import ImageSpec, Mask
+from upright.images import ImageSpec, Mask, Pixels
 from upright.recipes import Recipe, Recorded, recipe
 from upright.warp import Padding
 
@@ -246,11 +246,16 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     def originals(self, split: str) -> Iterator[Original]:
         """Yield decoded images at their own sizes, in the order of the loader, never from the cache."""
-        names, views = self.names(split), self.views(split)
-        for i in self.splits[split].tolist():
+        indices = self.splits[split]
+        labels = np.repeat(self._labels[indices], len(self.views(split).names)).tolist()
+        yield from map(Original, self.names(split), self.shown(indices, split), labels)
+
+    def shown(self, indices: Indices, split: str) -> Iterator[Pixels]:
+        """Decode images of the source, and yield all views of each that ``split`` has."""
+        views = self.views(split)
+        for i in indices.tolist():
             (versions,) = views.show(to_tensor(self.source.images[i][None]), torch.tensor([i]))
-            for pixels in versions.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
-                yield Original(next(names), pixels, int(self._labels[i]))
+            yield from versions.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
     def names(self, split: str) -> Iterator[str]:
         """Yield the names of the originals, without decoding them."""

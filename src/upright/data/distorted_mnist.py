@@ -79,9 +79,6 @@ class Clutter(NamedTuple):
     source: Tensor
     target: Tensor
 
-    def select(self, images: Tensor) -> "Clutter":
-        return Clutter(*(part[images] for part in self))
-
 
 class MNISTDistortion(Distortion):
     """One of the tasks (Jaderberg et al. 2015, section 4.1 and appendix A.4), in whole grey levels.
@@ -134,11 +131,7 @@ class MNISTDistortion(Distortion):
     def distort(self, images: Tensor, transforms: Composition, others: Tensor, clutter: Clutter) -> Tensor:
         """Return the distorted images ``(n, 1, size, size)`` in whole grey levels.
 
-        Args:
-            images: ``(n, 1, 28, 28)``, 0 to 255.
-            transforms: transforms of these images.
-            others: digits ``(m, 1, 28, 28)`` that clutter is cut from.
-            clutter: clutter of these images.
+        ``images`` are ``(n, 1, 28, 28)``, 0 to 255. Clutter is cut from the digits ``others`` ``(m, 1, 28, 28)``.
         """
         margin = (self.size - DIGIT_SIDE) // 2
         framed = nn.functional.pad(images, [margin] * 4)
@@ -194,7 +187,7 @@ class FixedDraws(Views):
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
         places, views = self._places(indices), []
         for transform, clutter in self.draws:
-            chosen = clutter.select(places)
+            chosen = Clutter(*(part[places] for part in clutter))
             # Convert only the digits that patches are cut from.
             sources, digit = torch.unique(chosen.digit, return_inverse=True)
             others = to_tensor(self.digits[self.indices[sources.numpy()]])

@@ -41,7 +41,7 @@ class EMNIST(IDX):
     cached_as = "emnist"
     # One pair for all arrangements, which differ little.
     mean, std = (0.1722,), (0.3309,)
-    mirrors = ("https://biometrics.nist.gov/cs_links/EMNIST",)
+    address = "https://biometrics.nist.gov/cs_links/EMNIST"
     checksums: ClassVar = {ARCHIVE: "58c8d27c78d21e728a6bc7b3cc06412e"}
     wanted_files = f"{ARCHIVE} or the IDX files in it"
 

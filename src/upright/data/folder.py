@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from upright.data.download import absolute
-from upright.data.image_files import ImageFiles, Row, class_name
+from upright.data.image_files import ImageFiles
+from upright.data.resized import Row, class_name
 from upright.data.split import split_of
 from upright.errors import UserError
 from upright.image_paths import SUFFIXES, Listing, describe_others, list_files, list_folders
 
 
-class ClassFolder(NamedTuple):
-    """A folder of a class in a split, and its files."""
+class ImageFolder(NamedTuple):
+    """A folder of images of one class in a split, and its files."""
 
+    label: str
     split: str
     path: Path
     files: Listing
@@ -65,9 +67,9 @@ class Folder(ImageFiles):
         return splits
 
     @cached_property
-    def _class_folders(self) -> list[ClassFolder]:
+    def _folders(self) -> list[ImageFolder]:
         return [
-            ClassFolder(split, path, list_files(path))
+            ImageFolder(class_name(path.name), split, path, list_files(path))
             for split, folder in self._splits.items()
             for path in list_folders(folder)
         ]
@@ -86,14 +88,12 @@ class Folder(ImageFiles):
 
     def rows(self) -> list[Row]:
         rows = [
-            Row(path, class_name(folder.path.name), folder.split, path.relative_to(self.root).as_posix(),
-                f"'{folder.path}'")
-            for folder in self._class_folders
+            Row(folder.label, folder.split, path.relative_to(self.root).as_posix(), f"'{folder.path}'", path)
+            for folder in self._folders
             for path in folder.files.images
-        ]  # fmt: skip
-        for split in self._splits:
-            if not any(row.split == split for row in rows):
-                self.check_classes(split, set())
+        ]
+        for split in self._splits.keys() - {row.split for row in rows}:
+            self.check_classes(split, set())
         return rows
 
     def where(self, split: str) -> str:
@@ -102,7 +102,7 @@ class Folder(ImageFiles):
     def remarks_on_rows(self) -> list[str]:
         """Name the files and folders that are left out, and the folders that may not be classes."""
         remarks = []
-        if others := [path for folder in self._class_folders for path in folder.files.others]:
+        if others := [path for folder in self._folders for path in folder.files.others]:
             remarks.append(f"{describe_others(others)} They are left out.")
         used = [*self._splits.values()]
         if "" not in self._splits and (unused := [path for path in list_folders(self.root) if path not in used]):

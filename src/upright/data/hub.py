@@ -1,7 +1,6 @@
 """Datasets of the Hugging Face Hub, and local Parquet files in the Hub's layout."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -13,12 +12,12 @@ import numpy as np
 
 from upright.data.cache import acquire_lock, cache_folder
 from upright.data.download import absolute
-from upright.data.image_files import class_name
-from upright.data.resized import ResizedImages
+from upright.data.parquet import read_columns, read_parquet
+from upright.data.resized import ResizedImages, Row, class_name
 from upright.data.source import Source
 from upright.data.split import split_of
 from upright.errors import ImageError, UserError, nearest
-from upright.files import replacing_folder
+from upright.files import replacing_folder, write_text
 from upright.images import ImageSpec, Pixels, decode
 
 ROWS = 64
@@ -88,17 +87,17 @@ class Hub(ResizedImages):
     @cached_property
     def _layout(self) -> tuple[dict[str, list[Path]], list[str]]:
         """The files of each split, and sentences about files that are left out."""
-        if self._local is None:
-            assert self._revision
-            names = _hub_files(self._name, self._revision)
-            splits, remarks = _choose(names, self._subset, self._name)
-            folder = _download(self._name, self._revision, [name for part in splits.values() for name in part])
-            return {split: [folder / name for name in part] for split, part in splits.items()}, remarks
-        if self._local.is_file():
+        if self._local and self._local.is_file():
             return {"": [self._local]}, []
-        names = sorted(path.relative_to(self._local).as_posix() for path in self._local.rglob("*.parquet"))
-        splits, remarks = _choose([name for name in names if "/." not in f"/{name}"], self._subset, str(self._local))
-        return {split: [self._local / name for name in part] for split, part in splits.items()}, remarks
+        if self._local:
+            files = sorted(path.relative_to(self._local).as_posix() for path in self._local.rglob("*.parquet"))
+            names = [name for name in files if "/." not in f"/{name}"]
+        else:
+            names = _hub_files(self._name, str(self._revision))
+        splits, remarks = _choose(names, self._subset, str(self._local or self._name))
+        chosen = [name for part in splits.values() for name in part]
+        folder = self._local or _download(self._name, str(self._revision), chosen)
+        return {split: [folder / name for name in part] for split, part in splits.items()}, remarks
 
     @cached_property
     def _columns(self) -> Columns:
@@ -111,7 +110,7 @@ class Hub(ResizedImages):
         for split, files in self._layout[0].items():
             values: list[Any] = []
             for file in files:
-                values += _read_column(file, self._columns.label)
+                values += read_columns(file, [self._columns.label]).column(0).to_pylist()
             missing = [row for row, value in enumerate(values) if value is None or value == -1]
             if missing and len(missing) < len(values):
                 raise UserError(
@@ -135,29 +134,20 @@ class Hub(ResizedImages):
         return f"split '{split}' of '{self._name}'"
 
     def read(self) -> Source:
-        spec, columns, (files, remarks) = self.spec, self._columns, self._layout
-        numbers = {name: number for number, name in enumerate(spec.classes)}
-        labels: list[int] = []
-        names: list[str] = []
-        splits: dict[str, range] = {}
-        for split, values in self._labels_of_splits.items():
-            first = len(labels)
-            for row, value in enumerate(values):
-                number = value if columns.names else numbers.get(class_name(str(value)), -1)
-                if not 0 <= number < len(spec.classes):
-                    raise UserError(f"Row {row} of {self.where(split)}: label '{value}' is not among {spec.classes}.")
-                labels.append(number)
-            self.check_classes(split, {spec.classes[number] for number in labels[first:]})
-            names += (f"{split or 'row'}/{row:06d}" for row in range(len(values)))
-            splits[split] = range(first, len(labels))
-        unlabelled = [split for split in files if split not in splits]
-        if unlabelled:
+        columns, (files, remarks) = self._columns, self._layout
+        rows: list[Row] = []
+        for split, labels in self._labels_of_splits.items():
+            for number, label in enumerate(labels):
+                is_number = columns.names and 0 <= label < len(columns.names)
+                name = columns.names[label] if columns.names and is_number else class_name(str(label))
+                place = f"Row {number} of {self.where(split)}"
+                rows.append(Row(name, split, f"{split or 'row'}/{number:06d}", place))
+        splits = self._labels_of_splits
+        if unlabelled := [split for split in files if split not in splits]:
             remarks = [*remarks, f"Splits without labels are left out: {', '.join(unlabelled)}."]
         folder = _unpack([file for split in splits for file in files[split]], columns)
-        return Source(
-            _Encoded(folder, names, spec, self.max_pixels), labels, names, None if "" in splits else splits,
-            remarks=remarks, fingerprint=f"{folder.name} {self.max_pixels}",
-        )  # fmt: skip
+        images = _Encoded(folder, [row.name for row in rows], self.spec, self.max_pixels)
+        return self.arrange(rows, images, remarks=remarks, fingerprint=f"{folder.name} {self.max_pixels}")
 
 
 class _Encoded(Sequence[Pixels]):
@@ -211,52 +201,36 @@ def _choose(names: Iterable[str], subset: str | None, place: str) -> tuple[dict[
 
 
 def _find_columns(file: Path, image: str | None, label: str | None) -> Columns:
-    import pyarrow
+    """Find the columns of images and labels: by their options, else by the file's notes, else by their types."""
+    schema = read_parquet(file, lambda pq: pq.read_schema(file))
+    from pyarrow import types  # after the check that it is installed
 
-    schema = _read(file, lambda pq: pq.read_schema(file))
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features", {})
+    kinds = {field.name: field.type for field in schema}
+    structs = {name for name, kind in kinds.items() if types.is_struct(kind) and kind.get_field_index("bytes") >= 0}
+    images = {name for name, kind in kinds.items() if types.is_binary(kind) or types.is_large_binary(kind)} | structs
+    label_types = (types.is_integer, types.is_string, types.is_large_string)
+    labels = {name for name, kind in kinds.items() if any(is_type(kind) for is_type in label_types)}
 
-    def one(kind: str, option: str, chosen: str | None, candidates: list[str]) -> str:
-        if chosen is not None and chosen in schema.names:
-            return chosen
-        if chosen is None and len(candidates) == 1:
-            return candidates[0]
-        reason = f"no column '{chosen}'" if chosen is not None else f"{len(candidates)} columns of {kind}"
+    def one(option: str, feature: str, chosen: str | None, fitting: set[str]) -> str:
+        noted = [name for name, each in features.items() if isinstance(each, dict) and each.get("_type") == feature]
+        candidates = noted or sorted(fitting)
+        if chosen in kinds or (chosen is None and len(candidates) == 1):
+            return chosen or candidates[0]
+        reason = f"no column '{chosen}'" if chosen is not None else f"{len(candidates)} columns of {option}s"
         raise UserError(
-            f"'{file}' has {reason}; its columns are {', '.join(schema.names)}. Give one as {option} (--data.{option})."
+            f"'{file}' has {reason}; its columns are {', '.join(kinds)}. Give one as {option} (--data.{option})."
         )
 
-    def of_kind(kind: str) -> list[str]:
-        return [
-            name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind
-        ]
-
-    def is_struct(kind: pyarrow.DataType) -> bool:
-        return bool(pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-
-    def is_image(kind: pyarrow.DataType) -> bool:
-        return is_struct(kind) or bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
-
-    def is_label(kind: pyarrow.DataType) -> bool:
-        is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-        return bool(pyarrow.types.is_integer(kind) or is_text)
-
-    images = of_kind("Image") or [field.name for field in schema if is_image(field.type)]
-    labels = of_kind("ClassLabel") or [field.name for field in schema if is_label(field.type)]
-    image, label = one("images", "image", image, images), one("labels", "label", label, labels)
-    if not is_image(schema.field(image).type) or not is_label(schema.field(label).type):
+    image, label = one("image", "Image", image, images), one("label", "ClassLabel", label, labels)
+    if image not in images or label not in labels:
         raise UserError(
             f"'{file}': column '{image}' must hold bytes or structs with bytes, and '{label}' whole numbers or text; "
-            f"they hold {schema.field(image).type} and {schema.field(label).type}."
+            f"they hold {kinds[image]} and {kinds[label]}."
         )
     names = features.get(label, {}).get("names")
-    return Columns(image, is_struct(schema.field(image).type), label, tuple(map(class_name, names)) if names else None)
-
-
-def _read_column(file: Path, name: str) -> list[Any]:
-    values: list[Any] = _read(file, lambda pq: pq.read_table(file, columns=[name], partitioning=None))[name].to_pylist()
-    return values
+    return Columns(image, image in structs, label, tuple(map(class_name, names)) if names else None)
 
 
 def _unpack(files: list[Path], columns: Columns) -> Path:
@@ -282,7 +256,7 @@ def _unpack(files: list[Path], columns: Columns) -> Path:
 def _copy_images(file: Path, columns: Columns, images: Any) -> Iterable[int]:
     """Append the images of one file, and yield the end of each."""
     # With these options memory holds some pages; without them, all pages of a row group, which may be the whole file.
-    parquet = _read(file, lambda pq: pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES))
+    parquet = read_parquet(file, lambda pq: pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES))
     row = 0
     for batch in parquet.iter_batches(ROWS, columns=[columns.image]):
         column = batch.column(0)
@@ -292,19 +266,6 @@ def _copy_images(file: Path, columns: Columns, images: Any) -> Iterable[int]:
             images.write(content)
             row += 1
             yield images.tell()
-
-
-def _read(file: Path, read: Callable[[Any], Any]) -> Any:
-    """Return ``read(pyarrow.parquet)``, with errors in one line."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"'{file}' needs the package 'pyarrow': pip install 'upright[hub]'.") from None
-    try:
-        return read(pyarrow.parquet)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"'{file}' cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
 
 
 def _hub(name: str, call: Callable[[Any], Any]) -> Any:
@@ -338,9 +299,7 @@ def _hub_files(name: str, commit: str) -> list[str]:
     if not listing.is_file():
         files = _hub(name, lambda hub: hub.HfApi().dataset_info(name, revision=commit).siblings)
         listing.parent.mkdir(parents=True, exist_ok=True)
-        with open(listing.with_suffix(".new"), "w", encoding="utf-8") as text:
-            json.dump([file.rfilename for file in files], text)
-        os.replace(listing.with_suffix(".new"), listing)
+        write_text(listing, json.dumps([file.rfilename for file in files]))
     return list(json.loads(listing.read_text(encoding="utf-8")))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from upright.data.resized import ResizedImages
+from upright.data.resized import ResizedImages, Row
 from upright.data.source import Source
 from upright.data.split import SPLITS, content_hash
 from upright.errors import ImageError, UserError
@@ -83,26 +83,16 @@ class MapStyle(ResizedImages):
         return f"split '{split}' of {self._recipes['train']['class_path']}"
 
     def read(self) -> Source:
-        labels: list[int] = []
-        names: list[str] = []
-        splits: dict[str, range] = {}
-        for split, own in self._split_labels.items():
-            if not 0 <= min(own) <= max(own) < len(self.classes()):
-                raise UserError(
-                    f"The labels of {self.where(split)} run from {min(own)} to {max(own)}; the {len(self.classes())} "
-                    f"classes allow 0 to {len(self.classes()) - 1}."
-                )
-            self.check_classes(split, {self.classes()[label] for label in own})
-            splits[split] = range(len(labels), len(labels) + len(own))
-            labels += own
-            names += (f"{split}/{index:06d}" for index in range(len(own)))
-        images = _Items(list(self._datasets.values()), names, self.spec, self.max_pixels)
-        samples = [content_hash(images[index]) for index in sorted({0, len(labels) // 2, len(labels) - 1})]
+        classes, rows = self.classes(), []
+        for split, labels in self._split_labels.items():
+            for index, label in enumerate(labels):
+                name = classes[label] if 0 <= label < len(classes) else str(label)
+                rows.append(Row(name, split, f"{split}/{index:06d}", f"Item {index} of {self.where(split)}"))
+        images = _Items(list(self._datasets.values()), [row.name for row in rows], self.spec, self.max_pixels)
+        samples = [content_hash(images[index]) for index in sorted({0, len(rows) // 2, len(rows) - 1})]
+        labels = [label for part in self._split_labels.values() for label in part]
         key = json.dumps([self._recipes, labels, samples, self.max_pixels]).encode()
-        return Source(
-            images, labels, names, splits if len(splits) > 1 else None,
-            fingerprint=blake2b(key, digest_size=16).hexdigest(),
-        )  # fmt: skip
+        return self.arrange(rows, images, fingerprint=blake2b(key, digest_size=16).hexdigest())
 
 
 class _Items(Sequence[Pixels]):

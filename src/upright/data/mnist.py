@@ -39,7 +39,7 @@ class MNIST(IDX):
     cached_as = "mnist"
     classes = tuple("0123456789")
     mean, std = (0.1307,), (0.3081,)
-    mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist",)
+    address = "https://ossci-datasets.s3.amazonaws.com/mnist"
     checksums: ClassVar = {
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -57,7 +57,7 @@ class FashionMNIST(IDX):
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )
     mean, std = (0.2860,), (0.3530,)
-    mirrors = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",)
+    address = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
     checksums: ClassVar = {
         "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
         "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
@@ -72,7 +72,7 @@ class KMNIST(IDX):
     cached_as = "kmnist"
     classes = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
     mean, std = (0.1918,), (0.3483,)
-    mirrors = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist",)
+    address = "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
     checksums: ClassVar = {
         "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
         "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",

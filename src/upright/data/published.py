@@ -40,8 +40,8 @@ class Published(ImageDataModule):
     """Name of the folder in the cache."""
     checksums: ClassVar[dict[str, str]]
     """Names of the files to download, and the MD5 of each."""
-    mirrors: ClassVar[tuple[str, ...]]
-    """Addresses of the folders that hold them."""
+    address: ClassVar[str]
+    """Address of the folder that holds them."""
     wanted_files: ClassVar[str]
     """Content of `root`, for messages."""
     shape: ClassVar[tuple[int, int, int]]
@@ -87,7 +87,7 @@ class Published(ImageDataModule):
                 f"'{self.root}' does not hold {self.wanted_files} (no {name}); `root` (--data.root) is the folder of "
                 "these files. Without it they are downloaded."
             )
-        return download(name, self.checksums[name], self.mirrors, self.folder, self.wanted_files)
+        return download(name, self.checksums[name], self.address, self.folder, self.wanted_files)
 
     def read(self) -> Source:
         """Read all images, the training part first.

@@ -1,11 +1,33 @@
 """The base of datasets of images of any size."""
 
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UserError
+from upright.data.source import Images, Source
+from upright.errors import UserError, nearest
 from upright.images import MAX_PIXELS, ImageSpec, Interpolation, Resize
+
+
+class Row(NamedTuple):
+    """One image of a dataset.
+
+    Args:
+        label: name of the class.
+        split: ``train``, ``val`` or ``test``; empty if the user did not split the images.
+        name: short name of the image.
+        place: where the label comes from, for messages.
+        path: the file, if the image has its own.
+    """
+
+    label: str
+    split: str
+    name: str
+    place: str
+    path: Path = Path()
 
 
 class ResizedImages(ImageDataModule):
@@ -79,7 +101,33 @@ class ResizedImages(ImageDataModule):
         side = self.stored or self.size
         return side, side
 
+    def arrange(self, rows: Sequence[Row], images: Images, **details: Any) -> Source:
+        """Return the source of these images, one per row; ``details`` are other arguments of `Source`.
+
+        Raises:
+            UserError: if a label is not among the classes, or a split lacks a class.
+        """
+        classes = self.classes()
+        numbers = {name: number for number, name in enumerate(classes or ("",))}
+        splits: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.label not in numbers:
+                raise UserError(
+                    f"{row.place}: label '{row.label}' of split '{row.split}' is not among the training labels "
+                    f"{classes}.{nearest(row.label, numbers)}"
+                )
+            splits.setdefault(row.split, []).append(index)
+        for split, indices in splits.items():
+            self.check_classes(split, {rows[index].label for index in indices})
+        labels, names = [numbers[row.label] for row in rows], [row.name for row in rows]
+        return Source(images, labels, names, None if "" in splits else splits, **details)
+
     def check_classes(self, split: str, labels: set[str]) -> None:
         """Refuse a split that lacks a class."""
-        if empty := [name for name in self.spec.classes if name not in labels]:
+        if empty := [name for name in self.classes() if name not in labels]:
             raise UserError(f"No image in class {empty} of {self.where(split)}.")
+
+
+def class_name(text: str) -> str:
+    """Return the name of a class in Unicode's composed form (NFC): file systems and tables may decompose it."""
+    return unicodedata.normalize("NFC", text)

@@ -3,22 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from upright.images import Pixels
 
-
-class Images(Protocol):
-    """A list of images, an array ``(N, H, W, C)``, or a lazy sequence that decodes an image on access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Pixels:
-        """Return one image, uint8 ``(H, W, C)``.
-
-        Raises:
-            UprightError: if the image cannot be decoded; the message names the file.
-        """
+Images = Sequence[Pixels] | Pixels
+"""Images, each uint8 ``(H, W, C)``; a lazy sequence decodes one on access, with an `UprightError` if that fails."""
 
 
 @dataclass(frozen=True)

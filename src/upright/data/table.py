@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from upright.data.download import absolute
-from upright.data.image_files import ImageFiles, Row, class_name
+from upright.data.image_files import ImageFiles
+from upright.data.parquet import read_columns, read_parquet
+from upright.data.resized import Row, class_name
 from upright.data.split import SPLITS, split_of
 from upright.errors import UserError, nearest
 
@@ -82,7 +84,7 @@ class Table(ImageFiles):
                     f"{self._place(line)}: '{name}' is already in line {lines[path]}; "
                     "an image has one label and one split."
                 )
-            rows.append(Row(Path(path), label, split, name, self._place(line)))
+            rows.append(Row(label, split, name, self._place(line), Path(path)))
         if missing := [path for path in lines if not os.path.isfile(path)]:
             more = f", and {len(missing) - 1} other files do not exist either" if len(missing) > 1 else ""
             raise UserError(
@@ -116,20 +118,9 @@ def _csv_cells(file: Path) -> Iterator[tuple[int, Cells]]:
 
 
 def _parquet_cells(file: Path) -> Iterator[tuple[int, Cells]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"Table '{file}' needs the package 'pyarrow': pip install 'upright[parquet]', or save it as .csv."
-        ) from None
-    try:
-        header = pyarrow.parquet.read_schema(file).names
-        _check_header(header, file)
-        columns = [name for name in header if name in COLUMNS]
-        table = pyarrow.parquet.read_table(file, columns=columns, partitioning=None)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"Table '{file}' cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+    header = read_parquet(file, lambda pq: pq.read_schema(file).names, advice=", or save it as .csv")
+    _check_header(header, file)
+    table = read_columns(file, [name for name in header if name in COLUMNS])
     for line, row in enumerate(table.to_pylist(), start=1):
         yield line, _cells({name: "" if cell is None else str(cell) for name, cell in row.items()})
 

@@ -36,18 +36,14 @@ class Views(ABC):
     def show(self, images: Tensor, indices: Tensor) -> Tensor:
         """Return the views ``(n, V, C, H, W)`` of float ``images`` ``(n, C, h, w)``, rounded to 0, 1, ... 255.
 
-        Args:
-            images: images of one size. The views of an image must not depend on the other images.
-            indices: indices of the images in the source, int64 ``(n,)``.
+        The views of an image must not depend on the other images. ``indices`` ``(n,)`` are those in the source.
         """
 
     @abstractmethod
     def transforms(self, indices: Tensor, aspects: Tensor) -> Tensor:
         """Return the transforms of `show`, from output to input coordinates, ``(n, V, 3, 3)``.
 
-        Args:
-            indices: indices in the source, int64 ``(n,)``.
-            aspects: width / height of each image as the network gets it, ``(n,)``.
+        ``aspects`` ``(n,)`` are width / height of each image as the network gets it.
         """
 
 

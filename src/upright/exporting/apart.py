@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
+from scipy.special import softmax
 from torch import Tensor
 from tqdm import tqdm
 
 from upright.data.cache import to_tensor
 from upright.errors import GateError
-from upright.exporting.foreign import Foreign, Outputs
+from upright.exporting.foreign import Foreign
 from upright.exporting.front import ORIENTATION, PROBABILITIES, STRAIGHTENED, Decision, model_outputs
 from upright.exporting.harm import MARGIN, Answers, Flags
 from upright.images import ImageSpec, Pixels, decode
 from upright.runtime.predictor import OrientationPredictor, open_session, run_batch, session_batches
 from upright.runtime.task import Classification, OrientationEstimation, Rows
-from upright.warp import Padding, grid_points, sample
+from upright.warp import Padding, rotation, warp
 
 ANGLES = (0, 45, 90, 135, 180, 225, 270, 315)
 """Rotations of each image in the comparison, in degrees anticlockwise."""
@@ -37,18 +37,13 @@ CLEAR_DEGREES = 1e-3
 def straighten(images: Tensor, angle: float, padding: Padding) -> Tensor:
     """Rotate images ``(B, C, H, W)`` clockwise, in the frame of the nearest quarter turn: ``(B, C, H', W')``.
 
-    Args:
-        images: float images.
-        angle: angle in degrees. Height and width are exchanged if it is nearer to a quarter turn than to a half one.
-        padding: values beyond the border.
+    Height and width are exchanged if ``angle``, in degrees, is nearer to a quarter turn than to a half one.
     """
-    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
-    size = images.shape[-2:]
-    height, width = size[::-1] if abs(sin) > abs(cos) else size
-    # From coordinates of the result to pixels around its centre, to pixels of the image, to its coordinates.
-    matrix = np.diag([1 / size[1], 1 / size[0]]) @ [[cos, sin], [-sin, cos]] @ np.diag([width, height])
-    points = grid_points(torch.tensor(np.pad(matrix, ((0, 0), (0, 1)))[None], dtype=torch.float32), height, width)
-    return sample(images, points.expand(len(images), -1, -1), height, width, padding)
+    quarters = round(angle / 90)
+    images = torch.rot90(images, -quarters, (2, 3))
+    height, width = images.shape[-2:]
+    rest = rotation(torch.tensor([90.0 * quarters - angle]).deg2rad(), width / height)
+    return warp(images, rest.expand(len(images), 3, 3), padding)
 
 
 class Photograph(NamedTuple):
@@ -65,11 +60,7 @@ class Photograph(NamedTuple):
     label: int | None
 
     def views(self, spec: ImageSpec, padding: Padding) -> list[Pixels]:
-        """Return the image in all rotations of `ANGLES`, uint8 ``(H, W, C)``.
-
-        Raises:
-            ImageError: if it cannot be decoded.
-        """
+        """Return the image in all rotations of `ANGLES`, uint8 ``(H, W, C)``."""
         pixels = to_tensor(decode(self.source, spec)[None])
         rotated = [straighten(pixels, -angle, padding).round().clamp(0, 255) for angle in ANGLES]
         return [each[0].permute(1, 2, 0).numpy().astype(np.uint8) for each in rotated]
@@ -91,19 +82,11 @@ def measure(
 ) -> Answers:
     """Return the answers of a foreign model for all views, alone and behind a transformer that never abstains.
 
-    Args:
-        estimator: the orientation bundle.
-        foreign: the foreign model.
-        photographs: images with labels. Without a rotation, they count as upright.
-        min_angle: smallest angle in degrees that the transformer corrects.
-        padding: values beyond the border of a rotated image.
-
-    Raises:
-        ImageError: if an image cannot be decoded.
+    Without a rotation, the images count as upright. The transformer corrects angles from ``min_angle`` degrees on.
     """
     right, confidences = [], []
     for photograph in tqdm(photographs, unit="image", disable=None, leave=False):
-        views = photograph.views(foreign.preprocessing.spec, padding)
+        views = photograph.views(foreign.spec, padding)
         angles, confidence = np.stack(list(estimator.rows(views))).T
         oblique = np.abs(angles) >= np.float32(min_angle)
         corrections = np.zeros_like(angles), np.where(oblique, angles, 0)
@@ -126,7 +109,7 @@ class Comparison:
         graph: the attached graph, with the output ``straightened``.
         estimator: the orientation bundle.
         foreign: the foreign model.
-        decision: when and how the graph rotates an image.
+        decision: that of the graph.
         are_logits: True if the graph applies softmax to the scores.
     """
 
@@ -147,92 +130,75 @@ class Comparison:
         self.offending: list[str] = []
         """Views outside of the tolerances, or with another first class."""
 
-    def add(self, name: str, views: Sequence[Pixels]) -> npt.NDArray[np.bool_]:
+    def add(self, name: str, views: Sequence[Pixels]) -> Flags:
         """Run the graph on the views of one image, and compare its outputs.
 
         Returns:
             True for each view that is so far from the threshold that rounding does not change the decision.
         """
-        decided: list[bool] = []
-        for batch in session_batches(self.session, views, lambda image: image, len(views)):
-            images = np.stack(batch)
-            agrees, clear = self._compare(
-                images, dict(zip(self.names, run_batch(self.session, images, self.names), strict=True))
-            )
-            angles = np.array(ANGLES)[len(decided) : len(decided) + len(batch)]
-            self.offending += [f"'{name}' at {angle}" for angle in angles[~agrees].tolist()]
-            decided += clear.tolist()
-        return np.array(decided)
-
-    def _compare(self, images: npt.NDArray[np.uint8], actual: Outputs) -> tuple[Flags, Flags]:
+        batches = session_batches(self.session, views, lambda image: image, len(views))
+        outputs = (run_batch(self.session, np.stack(batch), self.names) for batch in batches)
+        actual = dict(zip(self.names, map(np.concatenate, zip(*outputs, strict=True)), strict=True))
         angles, confidence = actual[ORIENTATION].T
         threshold, min_angle = np.float32(self.decision.threshold), np.float32(self.decision.min_angle)
         acts = (confidence >= threshold) & (np.abs(angles) >= min_angle)
-        fitted = fit(self.foreign, images, np.where(acts, angles, 0).tolist(), self.decision.padding).numpy()
+        fitted = fit(self.foreign, views, np.where(acts, angles, 0).tolist(), self.decision.padding).numpy()
         straightened = np.ascontiguousarray(actual[STRAIGHTENED].transpose(0, 3, 1, 2))
-        outputs = self.foreign(torch.from_numpy(straightened))
-        scores = outputs[self.foreign.scores]
-        expected = {new: outputs[old] for old, new in model_outputs(self.foreign).items()}
-        expected[PROBABILITIES] = softmax(scores) if self.are_logits else scores.astype(np.float32)
+        expected = self.foreign(torch.from_numpy(straightened))
+        scores = expected[self.foreign.scores]
+        expected = {new: expected[old] for old, new in model_outputs(self.foreign).items()}
+        expected[PROBABILITIES] = softmax(scores.astype(float), axis=1) if self.are_logits else scores
+        orientation = np.stack(list(self.estimator.rows(views, batch_size=1)))
         differences: dict[str, Rows] = {
-            name: relative_differences(rows, actual[name]) for name, rows in expected.items()
+            ORIENTATION: OrientationEstimation().differences(orientation, actual[ORIENTATION]),
+            STRAIGHTENED: np.abs(straightened - fitted).max(axis=(1, 2, 3)),
+            **{output: relative_differences(rows, actual[output]) for output, rows in expected.items()},
         }
-        orientation = np.concatenate([self.estimator.run(images[i : i + 1]) for i in range(len(images))])
-        differences[ORIENTATION] = OrientationEstimation().differences(orientation, actual[ORIENTATION])
-        differences[STRAIGHTENED] = np.abs(straightened - fitted).max(axis=(1, 2, 3))
 
-        task = Classification(self.foreign.preprocessing.spec.classes)
+        task = Classification(self.foreign.spec.classes)
         agrees = ~task.changed(expected[PROBABILITIES], actual[PROBABILITIES], TOLERANCE)
         self.views += len(acts)
         self.acting += int(acts.sum())
         self.agreeing += int(agrees.sum())
-        for name, values in differences.items():
-            self.differences[name] = float(np.maximum(self.differences[name], values.max()))  # NaN remains
-            agrees &= values <= ALLOWED.get(name, TOLERANCE)
-        decided = np.abs(confidence - threshold) > MARGIN / 2
-        return agrees, decided & (np.abs(np.abs(angles) - min_angle) > CLEAR_DEGREES)
+        for output, values in differences.items():
+            self.differences[output] = float(np.maximum(self.differences[output], values.max()))  # NaN remains
+            agrees &= values <= ALLOWED.get(output, TOLERANCE)
+        self.offending += [f"'{name}' at {angle}" for angle in np.array(ANGLES)[~agrees].tolist()]
+        distances = np.abs(confidence - threshold), np.abs(np.abs(angles) - min_angle)
+        decided: Flags = (distances[0] > MARGIN / 2) & (distances[1] > CLEAR_DEGREES)
+        return decided
 
     def metrics(self) -> dict[str, Any]:
-        """Return the results for ``parity.json``."""
-        return {
-            "views": self.views,
-            "straightened": self.acting,
-            "agreement": self.agreeing / self.views,
-            "largest_differences": self.differences,
-            "allowed_differences": {name: ALLOWED.get(name, TOLERANCE) for name in self.names},
-        }
-
-    def check(self) -> None:
-        """Refuse a graph that differs from its parts.
+        """Return the results for ``parity.json``.
 
         Raises:
-            GateError: with the views and the outputs that differ.
+            GateError: if the graph differs from its parts, with the views and the outputs that differ.
         """
+        allowed = {name: ALLOWED.get(name, TOLERANCE) for name in self.names}
         if self.offending:
-            allowed = self.metrics()["allowed_differences"]
             largest = [f"{name} {n:.1e} (allowed {allowed[name]:.0e})" for name, n in self.differences.items()]
             raise GateError(
                 f"The graph and its parts disagree on {len(self.offending)} of {self.views} views, for example "
                 f"{self.offending[0]} degrees. Largest differences: {', '.join(largest)}. No bundle was written."
             )
+        return {
+            "views": self.views,
+            "straightened": self.acting,
+            "agreement": self.agreeing / self.views,
+            "largest_differences": self.differences,
+            "allowed_differences": allowed,
+        }
 
 
-def relative_differences(expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def relative_differences(expected: Rows, actual: Rows) -> Rows:
     """Return the largest difference of each row, relative to the largest value of all rows, ``(N,)``."""
     expected, actual = (each.reshape(len(each), -1).astype(float) for each in (expected, actual))
     scale = max(float(np.abs(expected).max()), np.finfo(np.float32).tiny)
-    differences: npt.NDArray[np.float64] = np.abs(actual - expected).max(axis=1) / scale
+    differences: Rows = np.abs(actual - expected).max(axis=1) / scale
     return differences
 
 
-def softmax(scores: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return the probabilities of logits ``(N, K)``."""
-    powers = np.exp(scores.astype(float) - scores.max(axis=1, keepdims=True))
-    probabilities: npt.NDArray[np.float32] = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
-    return probabilities
-
-
-def kind_of_scores(scores: npt.NDArray[Any]) -> str:
+def kind_of_scores(scores: Rows) -> str:
     """Return ``probabilities`` if scores ``(..., K)`` are not negative and sum to 1, else ``logits``."""
     sums = scores.astype(float).sum(axis=-1)
     return "probabilities" if scores.min() >= 0 and np.abs(sums - 1).max() < 1e-2 else "logits"

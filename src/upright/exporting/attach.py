@@ -4,44 +4,27 @@ The steps are: read the preprocessing of the model, choose the threshold, write 
 apart on rotated images, and write the bundle.
 """
 
-from collections.abc import Sequence
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from PIL import Image
 from tqdm import tqdm
 
 from upright.errors import GateError, UserError
 from upright.exporting.apart import ANGLES, Comparison, Photograph, fit, kind_of_scores, measure
 from upright.exporting.foreign import Foreign
-from upright.exporting.front import PROBABILITIES, Decision, attached_graph
-from upright.exporting.harm import effect_tables
-from upright.files import check_name, check_replaceable, file_hash, replacing_folder
+from upright.exporting.front import Decision, attached_graph
+from upright.exporting.harm import effect_tables, summary
+from upright.exporting.records import SAMPLE_COUNT, check_target, new_manifest, write_records
+from upright.files import check_name, file_hash, replacing_folder
 from upright.image_paths import find_images, list_folders
-from upright.images import LISTED_CLASSES, ImageSpec, Pixels
+from upright.images import LISTED_CLASSES, ImageSpec
 from upright.options import Attach
-from upright.runtime.bundle import (
-    EXPECTED,
-    FORMAT,
-    MANIFEST,
-    MODELS,
-    PARITY,
-    SAMPLES,
-    SUMS,
-    Bundle,
-    checksums,
-    spec_entries,
-    write_json,
-)
-from upright.runtime.predictor import OrientationPredictor, open_session, run_session
+from upright.runtime.bundle import MODELS, SUMS, Bundle, checksums
+from upright.runtime.predictor import OrientationPredictor
 from upright.tables import markdown
-
-SAMPLE_COUNT = 16
-PACKAGES = ("upright", "torch", "onnx", "onnxruntime")
 
 
 def attach(options: Attach) -> int:
@@ -56,16 +39,15 @@ def attach(options: Attach) -> int:
     """
     target = Path(options.to)
     check_name(target.name)
-    check_replaceable(target, "a bundle", SUMS)
-    if target.exists() and not options.force:
-        raise UserError(f"Bundle '{target}' exists: --force replaces it, --to writes another one.")
+    check_target(target, options.force, "--to")
     estimator = OrientationPredictor(options.orientation)
     bundle = estimator.bundle
     if any(isinstance(length, int) for length in bundle.manifest["input"]["shape"][:3]):
         raise UserError(f"'{options.orientation}' takes images of one form; export it without --size and --batch.")
     foreign = Foreign(options, estimator.spec.channels)
-    photographs = find_photographs(options.images, bundle, foreign.preprocessing.spec)
-    spec, labelled = foreign.preprocessing.spec, photographs[0].label is not None
+    spec = foreign.spec
+    photographs = find_photographs(options.images, bundle, spec)
+    labelled = photographs[0].label is not None
     threshold = options.threshold
     if threshold is None:
         threshold = bundle.manifest.get("orientation", {}).get("threshold")
@@ -90,58 +72,45 @@ def attach(options: Attach) -> int:
     graph = attached_graph(orientation, foreign, decision, are_logits=kind == "logits")
     print(f"Comparing with the parts on {len(photographs)} images in {len(ANGLES)} rotations ...", flush=True)
     comparison = Comparison(graph, estimator, foreign, decision, kind == "logits")
-    samples = _compare(comparison, photographs)
+    samples = []
+    per_image = max(1, SAMPLE_COUNT // len(photographs))
+    sampled = np.linspace(0, len(photographs) - 1, min(SAMPLE_COUNT, len(photographs))).astype(int).tolist()
+    for number, photograph in enumerate(tqdm(photographs, unit="image", disable=None, leave=False)):
+        views = photograph.views(spec, options.padding)
+        decided = comparison.add(photograph.name, views)
+        if number in sampled:
+            label = "unknown" if photograph.label is None else spec.classes[photograph.label]
+            description = {"name": Path(photograph.name).name, "label": label}
+            # Different rotations of the images, whose decision rounding on another machine does not change.
+            chosen = np.roll(np.flatnonzero(decided), -number)[:per_image]
+            samples += [(description, views[i]) for i in chosen.tolist()]
+    precision = comparison.metrics()
+    if not samples:
+        raise GateError(f"All images have the confidence of the threshold, {decision.threshold:g}; give another one.")
 
     with replacing_folder(target) as folder:
         path = folder / MODELS["fp32"]
         if not options.straightened:
             del graph.graph.output[-1]
         onnx.save(graph, path)
-        precision = comparison.metrics() | {"bytes": path.stat().st_size}
         parity = {
             "images": len(photographs),
             "angles": ANGLES,
             "max_harm": options.max_harm,
-            "effect": effect and effect.to_dict(),
-            "precisions": {"fp32": precision},
+            "effect": effect,
+            "precisions": {"fp32": precision | {"bytes": path.stat().st_size}},
         }
         manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
-        _write_samples(folder, samples, spec.classes)
-        write_json(folder / PARITY, parity)
-        write_json(folder / MANIFEST, manifest)
-        (folder / "README.md").write_text(card(manifest, parity), encoding="utf-8")
+        write_records(folder, manifest, parity, card(manifest, parity), samples)
         (folder / SUMS).write_text(checksums(folder))
     print(
         f"{precision['views']} views: agreement {precision['agreement']:.2%}; the graph straightens "
         f"{precision['straightened']} of them (threshold {decision.threshold:.4f}). The scores are {kind}."
     )
     if effect:
-        print(effect.summary())
+        print(summary(effect))
     print(f"Bundle: {target}\nNext:   upright verify {target}")
     return 0
-
-
-def _compare(comparison: Comparison, photographs: Sequence[Photograph]) -> list[tuple[Photograph, Pixels]]:
-    """Compare the graph with its parts on all images, and return the samples of the bundle.
-
-    Raises:
-        GateError: if they differ.
-    """
-    decision, spec = comparison.decision, comparison.foreign.preprocessing.spec
-    per_image = max(1, SAMPLE_COUNT // len(photographs))
-    sampled = np.linspace(0, len(photographs) - 1, min(SAMPLE_COUNT, len(photographs))).astype(int).tolist()
-    samples = []
-    for number, photograph in enumerate(tqdm(photographs, unit="image", disable=None, leave=False)):
-        views = photograph.views(spec, decision.padding)
-        decided = comparison.add(photograph.name, views)
-        if number in sampled:
-            # Different rotations of the images, whose decision rounding on another machine does not change.
-            chosen = np.roll(np.flatnonzero(decided), -number)[:per_image]
-            samples += [(photograph, views[i]) for i in chosen.tolist()]
-    comparison.check()
-    if not samples:
-        raise GateError(f"All images have the confidence of the threshold, {decision.threshold:g}; give another one.")
-    return samples
 
 
 def find_photographs(folder: str | None, bundle: Bundle, spec: ImageSpec) -> list[Photograph]:
@@ -165,41 +134,25 @@ def find_photographs(folder: str | None, bundle: Bundle, spec: ImageSpec) -> lis
     return [Photograph(str(path), path, labels[top]) for path, top in zip(paths, tops, strict=True)]
 
 
-def _write_samples(folder: Path, samples: list[tuple[Photograph, Pixels]], classes: tuple[str, ...]) -> None:
-    (folder / SAMPLES).mkdir()
-    session = open_session(folder / MODELS["fp32"])
-    expected = []
-    for number, (photograph, pixels) in enumerate(samples):
-        file = f"{SAMPLES}/{number:02d}.png"
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(folder / file)
-        label = "unknown" if photograph.label is None else classes[photograph.label]
-        probabilities = next(run_session(session, [pixels], 1)).tolist()
-        name = Path(photograph.name).name
-        expected.append({"file": file, "name": name, "label": label, PROBABILITIES: {"fp32": probabilities}})
-    write_json(folder / EXPECTED, expected)
-
-
 def _manifest(
     name: str, bundle: Bundle, foreign: Foreign, decision: Decision, kind: str, graph: onnx.ModelProto
 ) -> dict[str, Any]:
-    spec, batch = foreign.preprocessing.spec, foreign.batch or "batch"
-    sums = sha256((bundle.files / SUMS).read_bytes()).hexdigest()
-    return {
-        "format": FORMAT,
-        "name": name,
-        **spec_entries(spec),
-        "preprocessing": foreign.preprocessing.to_dict() | {"scores": kind},
+    shape = (foreign.batch or "batch", "height", "width")
+    manifest = new_manifest(name, foreign.spec, shape, ("torch", "onnx", "onnxruntime"))
+    preprocessing = {key: value for key, value in vars(foreign.preprocessing).items() if key != "spec"}
+    manifest["provenance"] |= {
+        "model": {"file": foreign.path.name, "sha256": file_hash(foreign.path)},
+        "orientation": {
+            "name": bundle.manifest["name"],
+            "sha256": sha256((bundle.files / SUMS).read_bytes()).hexdigest(),
+        },
+    }
+    return manifest | {
+        "preprocessing": preprocessing | {"scores": kind},
         "orientation": vars(decision),
-        "input": {"name": "images", "dtype": "uint8", "shape": [batch, "height", "width", spec.channels]},
-        "output": {"name": PROBABILITIES, "dtype": "float32", "shape": [batch, len(spec.classes)]},
         "other_outputs": [output.name for output in graph.graph.output][1:],
         "opset": max(each.version for each in graph.opset_import if not each.domain),
         "precisions": {"fp32": {"tolerance": foreign.tolerance, "how": "the attached models", "float_layers": {}}},
-        "provenance": {
-            "versions": {package: version(package) for package in PACKAGES},
-            "model": {"file": foreign.path.name, "sha256": file_hash(foreign.path)},
-            "orientation": {"name": bundle.manifest["name"], "sha256": sums},
-        },
     }
 
 

@@ -15,13 +15,7 @@ SCOPES = {"onnxruntime": "required", "upright": "optional"}
 
 
 def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
-    """Return the content of `BOM`. It has no date, so equal bundles have equal files.
-
-    Args:
-        manifest: content of the bundle's ``manifest.json``.
-        parity: content of its ``parity.json``.
-        models: SHA-256 of each model by its file name.
-    """
+    """Return the content of `BOM`; ``models`` are hashes by file. It has no date, so equal bundles have equal files."""
     provenance, classes = manifest["provenance"], tuple(manifest["spec"]["classes"])
     task = task_of(classes)
     description = f"Image classifier with {len(classes)} classes." if classes else "Estimator of the angle of an image."

@@ -13,12 +13,7 @@ WORTHWHILE = 1.1
 
 
 def summary(parity: dict[str, Any], task: Task[Any]) -> Iterator[str]:
-    """Yield the results of an export, line by line.
-
-    Args:
-        parity: content of the bundle's ``parity.json``.
-        task: task of the bundle.
-    """
+    """Yield the results of an export, line by line, from the content of ``parity.json``."""
     exact, max_drop = parity["precisions"]["fp32"], parity["max_drop"]
     degrees = f" ({exact['largest_difference_degrees']:.1e} degrees)" if "orientation" in parity else ""
     yield (
@@ -63,12 +58,7 @@ def _threshold(orientation: dict[str, Any], exact: dict[str, Any]) -> str:
 
 
 def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
-    """Return the ``README.md`` of a bundle.
-
-    Args:
-        manifest: content of its ``manifest.json``.
-        parity: content of its ``parity.json``.
-    """
+    """Return the ``README.md`` of a bundle, from the contents of ``manifest.json`` and ``parity.json``."""
     name, spec, provenance = manifest["name"], manifest["spec"], manifest["provenance"]
     exact, accuracy = parity["precisions"]["fp32"], parity["accuracy"]
     batch, height, width, channels = manifest["input"]["shape"]

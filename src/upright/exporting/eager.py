@@ -18,12 +18,6 @@ from upright.training.model import Model
 def pytorch(bundle: str, checkpoint: str, threads: int, compiled: bool = False) -> LoadedModel:
     """Load the model without Lightning, because its import would dominate the cold start.
 
-    Args:
-        bundle: the folder of a bundle.
-        checkpoint: the checkpoint, or the folder of the run, that the bundle was exported from.
-        threads: number of threads per run.
-        compiled: use ``torch.compile``.
-
     Raises:
         CheckpointError: if the bundle was exported from another run.
         UserError: see `read_checkpoint`.

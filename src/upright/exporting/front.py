@@ -44,18 +44,12 @@ class Nodes:
     def __call__(self, operator: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
         """Add a node, and return the name of its output.
 
-        Args:
-            operator: operator of ONNX.
-            *inputs: names of tensors, or constants: a float, an integer, a list of integers, a float32 array.
-            output: name of the output; by default a new one.
-            **attributes: attributes of the node.
+        Inputs are names of tensors, or constants: a float, an integer, a list of integers, a float32 array.
         """
         names = [each if isinstance(each, str) else self._constant(each) for each in inputs]
-        output = output or f"front/{operator}_{len(self.nodes)}"
-        self.nodes.append(
-            helper.make_node(operator, names, [output], f"front/{operator}_{len(self.nodes)}", **attributes)
-        )
-        return output
+        name = f"front/{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, names, [output or name], name, **attributes))
+        return output or name
 
     def _constant(self, value: Any) -> str:
         array = np.asarray(value, np.float32 if isinstance(value, float | np.ndarray) else np.int64)
@@ -65,13 +59,10 @@ class Nodes:
 
 
 def add_front(n: Nodes, preprocessing: Preprocessing, decision: Decision, opset: int) -> str:
-    """Add the nodes from ``images`` and ``orientation`` to ``straightened`` and to the foreign model's input.
+    """Add the nodes from ``images`` and ``orientation`` to ``straightened``, and to the input whose name is returned.
 
     Each image is put into the top left corner of a square canvas with the longer side of the input. The height of an
     image there is its width in the input if it is rotated by about a quarter turn.
-
-    Returns:
-        The name of the foreign model's input.
     """
     angle, confidence = (n("Gather", ORIENTATION, column, axis=1) for column in (0, 1))
     is_sure = n("GreaterOrEqual", confidence, float(decision.threshold))
@@ -175,12 +166,9 @@ def attached_graph(
             if length.dim_param:
                 length.dim_param = "" if axis else "batch"
     scores = tail("Cast", names[foreign.scores], to=onnx.TensorProto.FLOAT)
-    if are_logits:
-        tail("Softmax", scores, axis=1, output=PROBABILITIES)
-    else:
-        tail("Identity", scores, output=PROBABILITIES)
+    tail("Softmax" if are_logits else "Identity", scores, output=PROBABILITIES, **({"axis": 1} if are_logits else {}))
 
-    spec, batch = foreign.preprocessing.spec, foreign.batch or "batch"
+    spec, batch = foreign.spec, foreign.batch or "batch"
     float32, uint8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
     outputs = [
         helper.make_tensor_value_info(PROBABILITIES, float32, [batch, len(spec.classes)]),

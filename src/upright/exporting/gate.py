@@ -25,14 +25,7 @@ RANKING_SECONDS = 300.0
 
 
 def check_exact(comparison: Comparison) -> None:
-    """Refuse a float32 graph that does not reproduce PyTorch.
-
-    Args:
-        comparison: comparison of the two on the validation split.
-
-    Raises:
-        GateError: if they differ. The images are printed.
-    """
+    """Raise a `GateError` if a float32 graph does not reproduce PyTorch, and print the images."""
     limit = TOLERANCES["fp32"]
     # NaN counts as a difference. Within the limit, a first class flips only if its margin is less than twice the limit.
     offending = np.flatnonzero(~(comparison.differences <= limit))
@@ -48,17 +41,12 @@ def check_exact(comparison: Comparison) -> None:
 
 
 class GatedGraph(NamedTuple):
-    """A graph of lower precision that passed its gate.
-
-    Args:
-        content: content of its file.
-        comparison: comparison with PyTorch.
-        float_layers: harm of each layer that stays float32, see `rank_layers`.
-    """
+    """A graph of lower precision that passed its gate: its file, and its comparison with PyTorch."""
 
     content: bytes
     comparison: Comparison
     float_layers: dict[str, float]
+    """Harm of each layer that stays float32, see `rank_layers`."""
 
 
 def convert_within(
@@ -74,8 +62,7 @@ def convert_within(
         converter: converter of the float32 graph.
         compare: function that compares a graph with PyTorch on the validation split.
         reference: the float32 graph.
-        images: function that returns batches to rank the layers. These are training images, so that the validation
-            split does not choose layers.
+        images: batches of training images, so that the validation split does not choose layers.
         max_drop: largest loss of accuracy in points, see `Drop.is_within`.
 
     Raises:

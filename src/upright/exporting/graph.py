@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,7 @@ class Form:
         outputs: additional outputs. Every spatial transformer has ``theta`` ``(B, P)`` and ``warped``, its output for
             the image, float32 ``(B, H', W', C)`` from 0 to 255. If its localiser votes, it has ``votes`` ``(B, N)`` and
             ``confidence`` ``(B, 1)``. The network has ``logits`` ``(B, K)`` and ``features``, the input of its head.
-        head: names of the network's modules that form its head (`finetuning.head`), for ``features``.
+        head: names of the network's modules that form its head, for ``features``.
 
     Raises:
         UserError: for a number out of range.
@@ -82,19 +83,17 @@ class Graph(nn.Module):
         transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
         numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
         voting = [number for number, each in zip(numbers, transformers, strict=True) if each.voting]
+        suffixes = {"theta": numbers, "warped": numbers, "votes": voting, "confidence": voting}
         self.names = [task_of(model.spec.classes).output]
         for name in form.outputs:
-            if name in ("logits", "features"):
-                self.names.append(name)
-            elif not transformers:
+            if name in suffixes and not transformers:
                 raise UserError(f"The network has no spatial transformer, so it has no output {name}.")
-            elif name in ("votes", "confidence") and not voting:
+            if not suffixes.get(name, [""]):
                 raise UserError(
                     f"No spatial transformer of the network has a localiser that votes, so it has no output {name}; "
                     "upright.architectures.voting.PolarLocaliser votes."
                 )
-            else:
-                self.names += [name + number for number in (voting if name in ("votes", "confidence") else numbers)]
+            self.names += [name + suffix for suffix in suffixes.get(name, [""])]
         if "features" in form.outputs and not (form.head and all(form.head)):
             raise UserError(
                 f"{type(model.network).__name__} has no separate module for its head, so it has no output features; "
@@ -104,55 +103,47 @@ class Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map uint8 ``(B, H, W, C)`` to `Model.answers` and the additional outputs."""
         normalised = self.model.normalise(images.permute(0, 3, 1, 2))
-        head_inputs: list[Tensor] = []
+        features: list[Tensor] = []
         hooks = [
-            self.model.network.get_submodule(name).register_forward_pre_hook(lambda _, args: head_inputs.extend(args))
+            self.model.network.get_submodule(name).register_forward_pre_hook(lambda _, args: features.extend(args))
             for name in self.form.head
         ]
         with observing() as observations:
             logits = self.model.network(normalised)
         for hook in hooks:
             hook.remove()
-        outputs = [self.model.answers(logits)]
-        for name in self.form.outputs:
-            if name == "theta":
-                outputs += [observation.theta for observation in observations]
-            elif name == "votes":
-                outputs += [observation.votes for observation in observations if observation.votes is not None]
-            elif name == "confidence":
-                outputs += [
-                    each[:, None] for observation in observations if (each := observation.confidence) is not None
-                ]
-            elif name == "warped":
-                outputs += [
-                    self.model.denormalise(observation.view(normalised)).permute(0, 2, 3, 1)
-                    for observation in observations
-                ]
-            else:
-                # If several modules form the head, the features are the input of the first one.
-                outputs.append(logits if name == "logits" else head_inputs[0])
-        return tuple(outputs)
+        outputs: dict[Output, Callable[[], Sequence[Tensor | None]]] = {
+            "theta": lambda: [each.theta for each in observations],
+            "warped": lambda: [
+                self.model.denormalise(each.view(normalised)).permute(0, 2, 3, 1) for each in observations
+            ],
+            "votes": lambda: [each.votes for each in observations],
+            "confidence": lambda: [each.confidence[:, None] for each in observations if each.confidence is not None],
+            "logits": lambda: [logits],
+            "features": lambda: features[:1],  # if several modules form the head, the input of the first one
+        }
+        others = (output for name in self.form.outputs for output in outputs[name]() if output is not None)
+        return (self.model.answers(logits), *others)
+
+
+def check_weights(size: int, owner: str) -> None:
+    """Raise a `UserError` if weights of this size in bytes do not fit into one ONNX file."""
+    if size > MAX_BYTES:
+        raise UserError(
+            f"The weights of {owner} have {size / 1e9:.2f} GB, but an ONNX file holds at most "
+            f"{MAX_BYTES / 1e9:.2f} GB; use a smaller network."
+        )
 
 
 def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
-    """Write one ONNX file that resizes, normalises and classifies images. Its metadata contain the class names.
-
-    Args:
-        model: the module that was trained, in evaluation mode.
-        path: path of the file.
-        form: form of the graph.
+    """Write a model in evaluation mode to one ONNX file. Its metadata contain the class names.
 
     Raises:
         UserError: if the network does not support the form, or its weights do not fit into an ONNX file.
     """
     form = form or Form()
     spec, graph = model.spec, Graph(model, form).eval()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if weights > MAX_BYTES:
-        raise UserError(
-            f"The weights of the network have {weights / 1e9:.2f} GB, but an ONNX file holds at most "
-            f"{MAX_BYTES / 1e9:.2f} GB; export a smaller network."
-        )
+    check_weights(sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()), "the network")
     # In the example, a free axis must differ from 1 and from the network's own size. Else tracing makes it a constant.
     height, width = form.size or (spec.height + 5, spec.width + 9)
     example = torch.zeros(form.batch or 2, height, width, spec.channels, dtype=torch.uint8)

@@ -5,7 +5,7 @@ without straightening give the harm and the gain for every threshold, from one m
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,46 +18,6 @@ Flags = npt.NDArray[np.bool_]
 
 MARGIN = 1e-5
 """Distance of a chosen threshold from the confidences around it. Rounding changes a confidence by less."""
-
-
-class Effect(NamedTuple):
-    """The effect of a transformer with one threshold.
-
-    Args:
-        threshold: smallest confidence for which it straightens an image.
-        harm: share of the upright images whose answer goes from right to wrong.
-        gain: share of the rotated images whose answer goes from wrong to right.
-        touched: share of the upright images that it straightens nevertheless.
-        accuracy: accuracy of the classifier alone and behind the transformer, by kind of images.
-        images: number of images, by kind.
-    """
-
-    threshold: float
-    harm: Share
-    gain: Share
-    touched: Share
-    accuracy: dict[str, dict[str, float]]
-    images: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for ``parity.json``. Shares are in points, from 0 to 100."""
-        shares: dict[str, Any] = {}
-        for name in ("harm", "gain", "touched"):
-            value, *interval = (100 * number for number in getattr(self, name))
-            shares |= {name: value, f"{name}_interval": interval}
-        return {"threshold": self.threshold, **shares, "accuracy": self.accuracy, "images": self.images}
-
-    def summary(self) -> str:
-        """Return harm, gain and accuracy in one line."""
-        shares = [
-            f"{name} {100 * share.value:.2f} points (95 %: {100 * share.low:.2f} to {100 * share.high:.2f})"
-            for name, share in (("Harm", self.harm), ("gain", self.gain))
-        ]
-        accuracy = [
-            f"{kind} {values['bare']:.4f} alone, {values['attached']:.4f} attached"
-            for kind, values in self.accuracy.items()
-        ]
-        return f"{', '.join(shares)}. Accuracy: {'; '.join(accuracy)}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,32 +38,36 @@ class Answers:
     upright: Flags
     groups: npt.NDArray[np.int64]
 
-    def effect(self, threshold: float) -> Effect:
-        """Return harm and gain of the transformer with this threshold."""
+    def effect(self, threshold: float) -> dict[str, Any]:
+        """Return the effect of the transformer with this threshold, as in ``parity.json``.
+
+        ``harm`` is the share of the upright images whose answer goes from right to wrong, ``touched`` the share of
+        those that are straightened nevertheless, and ``gain`` the share of the rotated images whose answer goes from
+        wrong to right. Shares are in points, from 0 to 100.
+        """
         acts = self.confidence >= np.float32(threshold)
         right = np.where(acts, self.straightened_right, self.bare_right)
         kinds = {"upright": self.upright, "rotated": ~self.upright}
-        return Effect(
-            float(np.float32(threshold)),
-            self._harm(acts),
-            self._share(~self.bare_right & right, ~self.upright),
-            self._share(acts, self.upright),
-            {
-                kind: {"bare": float(self.bare_right[chosen].mean()), "attached": float(right[chosen].mean())}
-                for kind, chosen in kinds.items()
-            },
-            {kind: int(chosen.sum()) for kind, chosen in kinds.items()},
-        )
+        shares = {
+            "harm": self._harm(acts),
+            "gain": self._share(~self.bare_right & right, ~self.upright),
+            "touched": self._share(acts, self.upright),
+        }
+        effect: dict[str, Any] = {"threshold": float(np.float32(threshold))}
+        for name, share in shares.items():
+            effect[name], *effect[f"{name}_interval"] = (100 * number for number in share)
+        effect["accuracy"] = {
+            kind: {"bare": float(self.bare_right[chosen].mean()), "attached": float(right[chosen].mean())}
+            for kind, chosen in kinds.items()
+        }
+        return effect | {"images": {kind: int(chosen.sum()) for kind, chosen in kinds.items()}}
 
     def smallest_threshold(self, max_harm: float) -> float:
         """Return the smallest threshold for which the upper end of the interval of the harm is within a limit.
 
-        The harm never rises with the threshold. The search begins at the largest threshold and stops before the first
-        one that breaks the limit, so the choice does not bias the bound (Bates et al. 2021, "Distribution-free,
-        risk-controlling prediction sets").
-
-        Args:
-            max_harm: largest harm in points, from 0 to 100.
+        The limit is in points, from 0 to 100. The harm never rises with the threshold. The search begins at the largest
+        threshold and stops before the first one that breaks the limit, so the choice does not bias the bound (Bates et
+        al. 2021, "Distribution-free, risk-controlling prediction sets").
 
         Raises:
             GateError: if no threshold is within the limit, or only one at which no image is straightened.
@@ -137,8 +101,21 @@ class Answers:
         return clustered(flags[chosen], self.groups[chosen])
 
 
+def summary(effect: dict[str, Any]) -> str:
+    """Return harm, gain and accuracy of an `Answers.effect` in one line."""
+    shares = [
+        "{} {:.2f} points (95 %: {:.2f} to {:.2f})".format(title, effect[key], *effect[f"{key}_interval"])
+        for title, key in (("Harm", "harm"), ("gain", "gain"))
+    ]
+    accuracy = [
+        f"{kind} {values['bare']:.4f} alone, {values['attached']:.4f} attached"
+        for kind, values in effect["accuracy"].items()
+    ]
+    return f"{', '.join(shares)}. Accuracy: {'; '.join(accuracy)}."
+
+
 def effect_tables(effect: dict[str, Any]) -> str:
-    """Return two tables for the README of a bundle, from `Effect.to_dict`."""
+    """Return two tables for the README of a bundle, from `Answers.effect`."""
     shares = [["share", "images", "points", "95 %"]]
     for key, kind, meaning in (
         ("harm", "upright", "answers that go from right to wrong"),

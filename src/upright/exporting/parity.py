@@ -12,7 +12,6 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
-from upright.data.cache import to_tensor
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
 from upright.exporting.graph import Form, Graph
@@ -65,26 +64,14 @@ def calibration_batches(
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield batches of evenly spaced training images, without duplicates of validation and test images.
 
-    Args:
-        data: the datamodule.
-        excluded: content hashes of the validation and test images of the checkpoint. Images of these splits in
-            ``data`` are excluded as well.
-        form: form of the graph that gets the batches.
-        count: largest number of training images.
+    These are the validation and test images of ``data``, and those of the checkpoint, whose hashes are ``excluded``.
     """
     hashes = torch.cat([excluded, *(data.manifest.hashes[split] for split in ("val", "test"))]).numpy()
     train = data.splits["train"]
     train = train[~np.isin(data.images.facts["hash"][train], hashes)]
     indices = train[np.linspace(0, len(train) - 1, min(count, len(train))).astype(int)]
-    views = data.views("train")
-
-    def images() -> Iterator[Pixels]:
-        for i in indices.tolist():
-            (view,) = views.show(to_tensor(data.source.images[i][None]), torch.tensor([i]))
-            for pixels in view.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy():
-                yield fitted(pixels, form.size, data.spec)
-
-    for batch in batches_of_one_size(images(), lambda image: image, form.batch or MAX_BATCH):
+    images = (fitted(pixels, form.size, data.spec) for pixels in data.shown(indices, "train"))
+    for batch in batches_of_one_size(images, lambda image: image, form.batch or MAX_BATCH):
         # Repeat images to fill a batch of fixed size.
         yield np.stack(batch)[np.arange(form.batch or len(batch)) % len(batch)]
 
@@ -237,17 +224,14 @@ class Reference:
         """See `Comparison.stable`, for each batch."""
 
     def compare(self, session: onnxruntime.InferenceSession) -> Comparison:
-        """Run all originals, at their own size or at the fixed size of the graph.
+        """Run all originals with a graph, at their own size or at the fixed size of the graph.
 
-        For the first graph, also compare the other outputs.
-
-        Args:
-            session: onnxruntime session of the graph.
+        For the first graph, also run PyTorch, and compare the other outputs.
         """
         names: list[str] = []
         labels: list[int] = []
-        expected, actual, stable = [], [], []
-        others: dict[str, float] = {}
+        actual, others = [], dict.fromkeys([] if self.answers else self.graph.names[1:], 0.0)
+        outputs = [self.task.output, *others]
         batches = batches_of_one_size(
             fitted_originals(self.data, self.form), lambda original: original.pixels, self.form.batch or MAX_BATCH
         )
@@ -255,39 +239,38 @@ class Reference:
         with tqdm(total=total, desc="comparing", unit="image", disable=None, leave=False) as progress:
             for number, batch in enumerate(batches):
                 pixels = np.stack([original.pixels for original in batch])
-                if self.answers:
-                    expected.append(self.answers[number])
-                    actual += run_batch(session, pixels)
-                else:
-                    with torch.no_grad():
-                        expected_outputs = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
-                    if isinstance(self.task, Classification):
-                        stable.append(np.ones(len(pixels), bool))
-                    else:
-                        stable.append(are_stable(expected_outputs[self.graph.names.index("logits")]))
-                    actual_outputs = run_batch(session, pixels, self.graph.names)
-                    expected.append(expected_outputs[0])
-                    actual.append(actual_outputs[0])
-                    for name, one, other in zip(
-                        self.graph.names[1:], expected_outputs[1:], actual_outputs[1:], strict=True
-                    ):
+                results = run_batch(session, pixels, outputs)
+                if number == len(self.answers):
+                    expected = self._run_pytorch(pixels)
+                    for name, one, other in zip(others, expected[1:], results[1:], strict=True):
                         scale = max(1.0, float(np.abs(one).max())) if name in ("logits", "features") else 1.0
-                        others[name] = max(others.get(name, 0.0), float(np.abs(one - other).max()) / scale)
+                        difference = float(np.abs(one - other).max()) / scale
+                        others[name] = float(np.maximum(others[name], difference))  # NaN remains
+                actual.append(results[0])
                 names += [original.name for original in batch]
                 labels += [original.label for original in batch]
                 progress.update(len(batch))
-        self.answers = expected
-        self.stable = self.stable or stable
         return Comparison(
             names,
             np.array(labels),
             np.arange(len(names)) // len(self.data.views("val").names),
-            np.concatenate(expected).astype(float),
+            np.concatenate(self.answers).astype(float),
             np.concatenate(actual).astype(float),
             others,
             self.task,
             np.concatenate(self.stable),
         )
+
+    @torch.no_grad()
+    def _run_pytorch(self, pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        """Return all outputs for the next batch, and store its answers."""
+        outputs = [output.numpy() for output in self.graph(torch.from_numpy(pixels))]
+        self.answers.append(outputs[0])
+        is_stable = np.ones(len(pixels), bool)
+        if isinstance(self.task, OrientationEstimation):
+            is_stable = are_stable(outputs[self.graph.names.index("logits")])
+        self.stable.append(is_stable)
+        return outputs
 
 
 def are_stable(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:

@@ -83,12 +83,7 @@ class Converter(ABC):
 
     @abstractmethod
     def can_convert(self, node: NodeProto, constants: Collection[str]) -> bool:
-        """Return whether a node of the network can be converted.
-
-        Args:
-            node: node of the graph.
-            constants: names of the tensors that do not depend on the images.
-        """
+        """Return whether a node can be converted; ``constants`` are the tensors that do not depend on the images."""
 
     @abstractmethod
     def convert_nodes(self, nodes: Collection[str]) -> ModelProto:
@@ -126,37 +121,30 @@ class Float16(Converter):
         infos = (*graph.value_info, *graph.output)
         floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
         weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-        float_readers = [node for node in graph.node if node.name not in nodes]
-        float_names = {output.name for output in graph.output} | {name for node in float_readers for name in node.input}
-        twins: set[str] = set()
+        half_inputs = {name for node in graph.node if node.name in nodes for name in node.input}
+        float_inputs = {name for node in graph.node if node.name not in nodes for name in node.input}
+        float_inputs |= {output.name for output in graph.output}
+
+        def cast(source: str, target: str, dtype: int) -> NodeProto:
+            return onnx.helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=dtype)
+
         new_nodes: list[NodeProto] = []
-
-        def cast(source: str, target: str, dtype: int) -> None:
-            new_nodes.append(onnx.helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=dtype))
-
         for node in graph.node:
-            if node.name not in nodes:
-                new_nodes.append(node)
-                continue
-            for i, name in enumerate(node.input):
-                if name not in floats and name not in weights:
-                    continue
-                node.input[i] = twin = f"{name}_fp16"
-                if twin not in twins:
-                    twins.add(twin)
-                    if name in weights:
-                        with np.errstate(over="ignore"):  # the gate rejects a graph with infinite weights
-                            half = numpy_helper.to_array(weights[name]).astype(np.float16)
-                        graph.initializer.append(numpy_helper.from_array(half, twin))
-                    else:
-                        cast(name, twin, TensorProto.FLOAT16)
             new_nodes.append(node)
-            for i, name in enumerate(node.output):
-                if name in floats:
-                    node.output[i] = twin = f"{name}_fp16"
-                    twins.add(twin)
-                    if name in float_names:
-                        cast(twin, name, TensorProto.FLOAT)
+            outputs = [name for name in node.output if name in floats]
+            if node.name in nodes:
+                new_nodes += [cast(f"{name}_fp16", name, TensorProto.FLOAT) for name in outputs if name in float_inputs]
+                for names in (node.input, node.output):
+                    names[:] = [f"{name}_fp16" if name in floats or name in weights else name for name in names]
+            else:
+                new_nodes += [
+                    cast(name, f"{name}_fp16", TensorProto.FLOAT16) for name in outputs if name in half_inputs
+                ]
+        for name, tensor in weights.items():
+            if name in half_inputs:
+                with np.errstate(over="ignore"):  # the gate rejects a graph with infinite weights
+                    half = numpy_helper.to_array(tensor).astype(np.float16)
+                graph.initializer.append(numpy_helper.from_array(half, f"{name}_fp16"))
         inputs = {name for node in new_nodes for name in node.input}
         initializers = [tensor for tensor in graph.initializer if tensor.name in inputs]
         del graph.node[:], graph.initializer[:], graph.value_info[:]

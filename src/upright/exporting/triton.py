@@ -24,12 +24,7 @@ TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle: Path, force: bool) -> dict[str, Path]:
     """Return the folder of each precision: ``NAME`` for float32, ``NAME_fp16`` and ``NAME_int8``.
 
-    Args:
-        repository: Triton's model repository; it may contain other models.
-        name: name of the bundle.
-        precisions: precisions of the bundle.
-        bundle: path of the bundle, which may not exist yet.
-        force: replace existing models.
+    The repository may contain other models, and the bundle may not exist yet.
 
     Raises:
         UserError: if a model exists, if a folder is not a Triton model, or if bundle and repository overlap.
@@ -46,11 +41,7 @@ def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle
 
 
 def check_labels(classes: Iterable[str]) -> None:
-    """Check that no class name has a line break, because Triton reads one class per line.
-
-    Raises:
-        UserError: if a name has a line break.
-    """
+    """Raise a `UserError` if a class name has a line break, because Triton reads one class per line."""
     if broken := [name for name in classes if "\n" in name]:
         raise UserError(f"Triton reads one class per line, and {broken[0]!r} has a line break; rename the class.")
 
