@@ -16,11 +16,7 @@ from upright.errors import UserError, nearest
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads, ``$UPRIGHT_CACHE`` or ``~/.cache/upright``. It may be deleted at any time.
-
-    Raises:
-        UserError: if the user has no home folder.
-    """
+    """Return the folder of downloads, ``$UPRIGHT_CACHE`` or ``~/.cache/upright``. It may be deleted at any time."""
     try:
         return Path(os.environ.get("UPRIGHT_CACHE") or "~/.cache/upright").expanduser()
     except RuntimeError:

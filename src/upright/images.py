@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from upright.errors import ImageError, UserError
+from upright.errors import ImageError, UserError, one_line
 
 Pixels = npt.NDArray[np.uint8]
 """One decoded image, uint8, shape ``(H, W, C)``."""
@@ -187,7 +187,7 @@ def decode(
     except Image.DecompressionBombError:
         raise ImageError(f"{name} cannot be decoded: it has more pixels than max_pixels ({max_pixels}).") from None
     except Exception as error:  # a broken file can lead Pillow's plugins to any exception
-        raise ImageError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
+        raise ImageError(f"{name} cannot be decoded: {one_line(error)}") from None
 
 
 def _from_array(source: npt.ArrayLike) -> Image.Image:
@@ -204,7 +204,7 @@ def _from_array(source: npt.ArrayLike) -> Image.Image:
 def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels} (max_pixels)")
-    image = _oriented(_in_8_bits(image))
+    image = oriented(_in_8_bits(image))
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
         image = Image.alpha_composite(background, image.convert("RGBA"))
@@ -250,12 +250,19 @@ def _high_byte(image: Image.Image, transparent: int | None) -> Image.Image:
     return result
 
 
-def _oriented(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Damaged EXIF data may have none."""
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, from 1 to 8. Damaged EXIF data may have none."""
     try:
-        method = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation) or 1)
+        value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged data can lead Pillow's parser to any exception
-        method = None
+        return 1
+    return value if value in ORIENTATIONS else 1
+
+
+def oriented(image: Image.Image) -> Image.Image:
+    """Load an image, and apply its EXIF orientation."""
+    image.load()  # a TIFF is then oriented, and its tag removed
+    method = ORIENTATIONS.get(exif_orientation(image))
     return image if method is None else image.transpose(method)
 
 

@@ -424,7 +424,7 @@ def test_a_bundle_with_classes_is_refused(scans: Path, upright: Upright) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["scans"], "straighten needs --to FOLDER, the folder of the copies."),
+        (["scans"], "straighten: the following arguments are required: --to."),
         (["scans", "--to", "scans"], "--to 'scans' and the input 'scans' overlap; give a folder outside of it."),
         (["scans", "--to", "scans/new"], "--to 'scans/new' and the input 'scans' overlap; "),
         (["scans/2020", "--to", "scans"], "--to 'scans' and the input 'scans/2020' overlap; "),
@@ -434,7 +434,7 @@ def test_a_bundle_with_classes_is_refused(scans: Path, upright: Upright) -> None
         (["scans", "--to", "scans/noise.png"], "overlap"),
         (["scans/noise.png", "--to", "file"], "--to 'file' is a file; give a folder."),
         (["scans", "--to", "out", "--threshold", "2"], "--threshold must be from 0 to 1, got 2."),
-        (["scans", "--to", "out", "--min-angle", "50"], "--min-angle must be from 0 to 45 degrees, got 50."),
+        (["scans", "--to", "out", "--min-angle", "50"], "--min-angle must be from 0 to 45, got 50."),
         (["scans", "--to", "out", "--quality", "101"], "--quality must be from 1 to 100, got 101."),
         (["scans", "--to", "out", "--background", "x"], "--background must be the name of a colour or #rrggbb, got"),
     ],

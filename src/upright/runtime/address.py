@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.files import cache_folder, file_hash
 from upright.runtime.bundle import ARCHIVE_SUFFIX
 
@@ -83,7 +83,7 @@ def _archive(address: str, sha256: str) -> Path:
             _download(address, new)
         except (OSError, http.client.HTTPException, ValueError) as error:  # an invalid address is a ValueError
             raise UserError(
-                f"'{address}' cannot be downloaded ({' '.join(str(error).split())}). Check address and network, or "
+                f"'{address}' cannot be downloaded ({one_line(error)}). Check address and network, or "
                 "download the archive and give its path."
             ) from None
         if (actual := file_hash(new)) != sha256:
@@ -120,7 +120,7 @@ def _artifact(name: str) -> Path:
         raise
     except Exception as error:  # a network makes the library raise anything
         raise UserError(
-            f"'{WANDB}{name}' cannot be downloaded ({' '.join(str(error).split())[:300]}). It must be {WANDB}"
+            f"'{WANDB}{name}' cannot be downloaded ({one_line(error, 300)}). It must be {WANDB}"
             "ENTITY/PROJECT/NAME:ALIAS, and `wandb login` stores the key of your account."
         ) from None
     return target

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from upright.errors import BundleError, UserError
+from upright.errors import BundleError, UserError, one_line
 
 SIGNATURE = "model.sig"
 UNSIGNED = ("SHA256SUMS", SIGNATURE)
@@ -27,14 +27,7 @@ def read_signer(key: Path) -> Any:
 
 
 def write_signature(target: Path, bundle: Path, hashes: Mapping[str, str], signer: Any) -> None:
-    """Sign the hashes of a bundle's files.
-
-    Args:
-        target: file to write.
-        bundle: the bundle, whose name the signature records.
-        hashes: SHA-256 of each file by its path.
-        signer: the signer of `read_signer`.
-    """
+    """Sign the hashes of the files of a bundle, whose name the signature records, by the signer of `read_signer`."""
     signer.set_hashing_config(_hashing(hashes)).sign(bundle, target)
 
 
@@ -59,7 +52,7 @@ def check_signature(bundle: Path, hashes: Mapping[str, str], signature: bytes, k
         try:
             verifier.verify(bundle, path)
         except Exception as error:  # a forged signature can lead the parsers to any exception
-            reason = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+            reason = one_line(error).rstrip(". ") or type(error).__name__
             raise BundleError(
                 f"Bundle '{bundle}' has no valid signature by '{key}': {reason:.300}. Do not use it; get bundle and "
                 "key from their author."

@@ -3,13 +3,21 @@
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from upright.images import Pixels
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 ROUNDS = 9
 TURN_SECONDS = 0.1
+BATCHES = (1, 64)
+"""Batch sizes of `speeds_by_batch`."""
 INSTRUCTIONS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
     *("avx512_bf16", "amx_bf16", "bf16"),
@@ -72,6 +80,27 @@ def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
         seconds = np.concatenate([row[i] for row in rounds])
         p50, p95 = (1000 * np.quantile(seconds, [0.5, 0.95])).tolist()
         speeds[name] = Speed(p50, p95, len(seconds) / float(seconds.sum()), times[i], (low[i], high[i]))
+    return speeds
+
+
+def speeds_by_batch(sessions: "Mapping[str, InferenceSession]", image: Pixels) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the speed of each session by batch size, in processor time, relative to the first session.
+
+    The sessions have one thread. Batches are copies of ``image`` ``(H, W, C)``.
+    """
+    from upright.runtime.predictor import fixed_batch, run_batch  # other runtimes do not need onnxruntime
+
+    speeds: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in sessions}
+    only = fixed_batch(next(iter(sessions.values())))
+    for batch in [only] if only else BATCHES:
+        images = np.repeat(image[None], batch, axis=0)
+        turns = {
+            name: partial(turn, partial(run_batch, session, images), time.process_time)
+            for name, session in sessions.items()
+        }
+        for name, speed in side_by_side(turns).items():
+            values = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
+            speeds[name][str(batch)] = values
     return speeds
 
 
