@@ -12,18 +12,11 @@ from upright.errors import UprightError, UserError, nearest
 
 
 class Command(NamedTuple):
-    """A command that LightningCLI does not parse.
+    """A command that LightningCLI does not parse."""
 
-    Args:
-        options: class of its options; the docstring of this class is the help.
-        function: ``module:function``; the function takes the options object, and returns the exit code.
-        is_library: True if the function takes one keyword per option, and a config or a checkpoint may name classes in
-            the working directory.
-    """
-
-    options: type[options.Options]
-    function: str
-    is_library: bool = False
+    options: type[options.Options]  # class of its options; the docstring of this class is the help
+    function: str  # `module:function`; the function takes the options object, and returns the exit code
+    is_library: bool = False  # takes a keyword per option; a file may name classes in the working directory
 
 
 COMMANDS = {
@@ -77,18 +70,18 @@ def _run(arguments: list[str]) -> int:
     if command is None and name not in options.LIGHTNING:
         allowed = [*options.LIGHTNING, *COMMANDS]
         raise UserError(f"unknown command '{name}'.{nearest(name, allowed)} Commands: {', '.join(allowed)}.")
-    if command and not command.is_library:
-        return int(_load(command.function)(_download(options.parse(name, command.options, rest))) or 0)
-    # A console script cannot import from the working directory. The path must be absolute, because the parser of
-    # Lightning's commands changes the working directory while it reads a config.
-    if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)
-    if command:
-        return int(_load(command.function)(**vars(_download(options.parse(name, command.options, rest)))) or 0)
-    if {"-h", "--help"} & set(rest):
+    if command is None and {"-h", "--help"} & set(rest):
         print(options.lightning_help(name))
         return 0
-    return int(_load("upright.runs.cli.run:run")(name, rest) or 0)
+    parsed = command and _download(options.parse(name, command.options, rest))
+    # A console script cannot import from the working directory. The path must be absolute, because the parser of
+    # Lightning's commands changes the working directory while it reads a config.
+    if (command is None or command.is_library) and (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
+    if command is None:
+        return int(_load("upright.runs.cli.run:run")(name, rest) or 0)
+    function = _load(command.function)
+    return int((function(**vars(parsed)) if command.is_library else function(parsed)) or 0)
 
 
 def _download(parsed: options.Options) -> options.Options:

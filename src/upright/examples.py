@@ -11,8 +11,7 @@ from upright.options import Configs
 
 BUNDLE = Path("export/digits")
 INSTALLED = Path(__file__).parent / "examples_data"
-ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2]
-"""The folder that contains ``configs`` and `BUNDLE`."""
+ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2]  # the folder that contains `configs` and `BUNDLE`
 
 
 def configs(options: Configs) -> int:

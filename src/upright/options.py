@@ -198,9 +198,7 @@ class Export(Options):
     force: bool = option(False, "replace an existing bundle")
     data: str | None = option(None, DATA, "YAML")
     outputs: Sequence[Literal["theta", "warped", "votes", "confidence", "logits", "features"]] = option(
-        (),
-        "outputs of the graph beside the probabilities: parameters, output image, votes and confidence of each "
-        "spatial transformer, logits, input of the head",
+        (), "further outputs of the graph: four of each spatial transformer, the logits, the input of the head"
     )
     wandb: Literal["offline", "online", "off"] | None = option(
         None, "record the bundle in Weights & Biases; by default offline if its run is tracked, else off"
@@ -211,18 +209,14 @@ class Export(Options):
     max_drop: float = option(0.5, "largest loss of accuracy on the validation split by a lower precision", "POINTS")
     max_wrong: float = option(
         1.0,
-        "percentage of wrong sides that an orientation model may choose on the validation split; it sets the "
-        "threshold of its confidence",
+        "percentage of wrong sides on the validation split; sets an orientation model's threshold of confidence",
         "PERCENT",
     )
     full_range: bool = option(False, "use 8 bits, not 7, for int8 weights; for processors with VNNI, AMX or ARM's i8mm")
     opset: int = option(18, "version of ONNX's operators, from 18 (read by most engines) to 25")
     batch: int | None = option(None, "fix the batch size to N images", "N")
     size: tuple[int, int] | None = option(
-        None,
-        "fix the size of the images; at the network's own size the graph then does not resize",
-        "HxW",
-        type=image_size,
+        None, "fix the size of the images; at the network's own size the graph does not resize", "HxW", type=image_size
     )
     to: str = option("export", "parent folder of the bundle", "FOLDER")
     archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
@@ -247,8 +241,7 @@ class Attach(Options):
     force: bool = option(False, "replace an existing bundle")
     images: str | None = option(
         None,
-        "images for the comparison; with a folder per class, they also measure harm and gain; by default the "
-        "samples of the orientation bundle",
+        "images for the comparison, in a folder per class to measure harm and gain; by default the samples",
         "FOLDER",
     )
     classes: str | None = option(
@@ -272,8 +265,7 @@ class Attach(Options):
     layout: Literal["nchw", "nhwc"] | None = option(None, "order of the axes, if the shape of the input is not fixed")
     threshold: float | None = option(
         None,
-        "smallest confidence of the orientation; below it, the image passes unchanged; by default that of the "
-        "orientation bundle",
+        "smallest confidence; below it, the image passes unchanged; by default that of the orientation bundle",
         "C",
         minimum=0,
     )
@@ -423,7 +415,7 @@ class Web(ModelOptions):
     to: str = option("web", "parent folder of the page's folder", "FOLDER")
     runtime: str | None = option(
         None,
-        "onnxruntime-web: its folder, its package as a file, or a mirror's address; by default downloaded once",
+        "onnxruntime-web: its folder, its package, or a mirror's address; by default downloaded once",
         "PATH_OR_URL",
     )
     one_file: bool = option(False, "write a single HTML file that needs no web server; it is a third larger")
@@ -450,9 +442,7 @@ class Report(Options):
     """Compare models on one page."""
 
     models: Sequence[str] = argument(
-        "checkpoints, folders of runs, or bundles; the first one is compared with the others",
-        "CKPT_OR_BUNDLE",
-        address=True,
+        "checkpoints, runs or bundles; the first one is compared with the others", "CKPT_OR_BUNDLE", address=True
     )
     data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", "YAML")
     split: Literal["test", "val"] = option("test", "split to evaluate on")
@@ -485,9 +475,7 @@ class Fit(Options):
     name: str | None = option(None, "name of the run; by default the names of the configs, joined by hyphens")
     force: bool = option(False, "replace an existing run of this name")
     ckpt_path: str | None = option(
-        None,
-        "checkpoint to resume from: a file, `last` or `best` of the run, or `auto`, which resumes from `last` if it "
-        "exists and otherwise starts a new run",
+        None, "checkpoint to resume from: a file, `last`, `best`, or `auto`: `last` if it exists, else a new run"
     )
     start_from: str | None = option(
         None, "weights to start with: an Upright checkpoint or run, or a state dict of any network (.pth, .safetensors)"

@@ -30,7 +30,7 @@ from upright.images import ImageSpec
 from upright.runtime import straighten
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
 from upright.runtime.metadata import set_orientation
-from upright.runtime.predictor import OrientationPredictor, open_session, run_session
+from upright.runtime.predictor import OrientationPredictor, open_session, run_batch
 from upright.runtime.rotation import QUARTERS, Resampling, rotate
 
 # The gradient of the brightness, by linear regression. An image is upright if its top is bright. The confidence is the
@@ -112,7 +112,7 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.5) -> Pat
     for number, angle in enumerate((0, 90, -60, 170)):
         file = f"{SAMPLES}/{number:02d}.png"
         photograph(angle).save(folder / file)
-        (row,) = run_session(session, [np.asarray(photograph(angle))], 1)
+        (row,) = run_batch(session, np.asarray(photograph(angle))[None])[0]
         samples.append({"file": file, "label": str(angle), "orientation": {"fp32": row.tolist()}})
     manifest: dict[str, Any] = {
         "format": FORMAT,

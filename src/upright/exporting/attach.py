@@ -37,7 +37,7 @@ from upright.runtime.bundle import (
     spec_entries,
     write_json,
 )
-from upright.runtime.predictor import OrientationPredictor, open_session, run_session
+from upright.runtime.predictor import OrientationPredictor, open_session, run_batch
 from upright.tables import markdown
 
 SAMPLE_COUNT = 16
@@ -173,7 +173,7 @@ def _write_samples(folder: Path, samples: list[tuple[Photograph, Pixels]], class
         file = f"{SAMPLES}/{number:02d}.png"
         Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(folder / file)
         label = "unknown" if photograph.label is None else classes[photograph.label]
-        probabilities = next(run_session(session, [pixels], 1)).tolist()
+        probabilities = run_batch(session, pixels[None])[0][0].tolist()
         name = Path(photograph.name).name
         expected.append({"file": file, "name": name, "label": label, PROBABILITIES: {"fp32": probabilities}})
     write_json(folder / EXPECTED, expected)

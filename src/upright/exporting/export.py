@@ -48,7 +48,7 @@ from upright.runtime.bundle import (
     write_archive,
     write_json,
 )
-from upright.runtime.predictor import open_session, run_session
+from upright.runtime.predictor import open_session, run_batch
 from upright.runtime.signature import SIGNATURE, read_signer, write_signature
 from upright.runtime.speed import machine, speeds_by_batch
 from upright.runtime.task import task_of
@@ -271,7 +271,7 @@ def _write_samples(
             file = f"{SAMPLES}/{len(samples):02d}.png"
             write_png(folder / file, original)
             sample = {"file": file, "name": original.name, "label": task.label(original.label)}
-            rows = {name: next(run_session(each, [original.pixels], 1)).tolist() for name, each in sessions.items()}
+            rows = {name: run_batch(each, original.pixels[None])[0][0].tolist() for name, each in sessions.items()}
             samples.append(sample | {task.output: rows})
     write_json(folder / EXPECTED, samples)
 

@@ -23,8 +23,7 @@ from upright.runtime.worker import Worker
 from upright.tables import markdown
 
 BATCHES = (1, 8, 64)
-STARTS = 3
-"""Processes per runtime; the table shows the median of their cold starts."""
+STARTS = 3  # processes per runtime; the table shows the median of their cold starts
 LEGEND = """
 - Each runtime has its own process. The runtimes take turns, round by round.
 - p50, p95: duration of one run of a batch, from decoded uint8 images to the answers.
@@ -42,26 +41,17 @@ AGREE = {
 
 
 class Runtime(NamedTuple):
-    """A runtime that can run the network of a bundle.
+    """A runtime that can run the network of a bundle."""
 
-    Args:
-        name: name in the table.
-        package: the Python package.
-        load: see `Worker`, and its ``arguments`` besides ``threads``.
-        bytes: size of the model's file.
-        tolerance: largest difference from ONNX Runtime in fp32, see `Bundle.tolerance`.
-    """
-
-    name: str
-    package: str
-    load: str
+    name: str  # name in the table
+    package: str  # the Python package
+    load: str  # see `Worker`, and its `arguments` besides `threads`
     arguments: dict[str, Any]
-    bytes: int
-    tolerance: float
+    bytes: int  # size of the model's file
+    tolerance: float  # largest difference from ONNX Runtime in fp32, see `Bundle.tolerance`
 
 
-Row = dict[str, Any]
-"""Measurements of one runtime at one batch size and one number of threads."""
+Row = dict[str, Any]  # measurements of one runtime at one batch size and one number of threads
 
 
 def benchmark(options: Benchmark) -> int:

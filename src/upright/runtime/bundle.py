@@ -31,13 +31,11 @@ PARITY = "parity.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
 ARCHIVE_SUFFIX = ".upright.zip"
-ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
-"""Date of all files in an archive, so that equal bundles have equal archives."""
+ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)  # date of all files in an archive, so that equal bundles have equal archives
 OUTSIDE = {"mask": "none", "interpolation": "bilinear"}
 """Fields of a spec that stand beside ``spec`` in ``manifest.json``, with the value of a missing key. The graph applies
 them, and an older reader refuses a new key in ``spec``."""
-NOT_CONTENT = ("Thumbs.db", "desktop.ini")
-"""Files that Windows adds to folders."""
+NOT_CONTENT = ("Thumbs.db", "desktop.ini")  # files that Windows adds to folders
 
 
 def file_hashes(folder: Traversable) -> dict[str, str]:
@@ -208,9 +206,7 @@ class Bundle:
     def check_content(self) -> None:
         """Check that manifest, samples and models are complete, and refer to no file outside the folder.
 
-        Raises:
-            ValueError: if something is missing or wrong. This method may also raise the other errors that `open`
-                catches.
+        If not, it raises a ``ValueError`` or another one of the errors that `open` catches.
         """
         spec, samples = self.spec, self.samples
         match self.manifest:

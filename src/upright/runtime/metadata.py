@@ -4,23 +4,22 @@ Everything else in the file stays the same, byte for byte. The functions take th
 open. If its structure is damaged, they raise an error of any kind.
 """
 
+import io
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 
+from PIL import Image
+
 from upright.errors import ImageError
 
-EXIF = b"Exif\0\0"
-"""Start of the EXIF segment of a JPEG, in front of the TIFF structure."""
-APP1 = b"\xff\xe1"
-"""Marker of a JPEG segment with EXIF data or XMP."""
+EXIF = b"Exif\0\0"  # start of the EXIF segment of a JPEG, in front of the TIFF structure
+APP1 = b"\xff\xe1"  # marker of a JPEG segment with EXIF data or XMP
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
-MAX_SEGMENT = 65_533
-"""Largest content of a JPEG segment, in bytes."""
+MAX_SEGMENT = 65_533  # largest content of a JPEG segment, in bytes
 ORIENTATION_TAG = 0x0112
-SHORT = 3
-"""Type of a TIFF entry: an unsigned integer of 16 bits."""
+SHORT = 3  # type of a TIFF entry: an unsigned integer of 16 bits
 PNG_SIGNATURE_BYTES = 8
 PIXEL_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 """Chunks of a PNG that hold or describe the pixels of its frames."""
@@ -29,13 +28,10 @@ COLOUR_CHUNKS = {b"PLTE", b"tRNS", b"bKGD", b"hIST", b"sBIT"}
 
 
 def set_orientation(content: bytes, kind: str, value: int, *, thumbnail: bool = True) -> bytes:
-    """Return the content of an image file with another EXIF orientation. The pixel data stay the same.
+    """Return the content of an image file with another EXIF orientation, 1 to 8. The pixel data stay the same.
 
-    Args:
-        content: the content of the file.
-        kind: ``JPEG``, ``PNG``, ``WEBP`` or ``TIFF``.
-        value: the orientation, from 1 to 8.
-        thumbnail: False to remove the reference to the embedded thumbnail, whose pixels no longer match.
+    ``kind`` is ``JPEG``, ``PNG``, ``WEBP`` or ``TIFF``. Without ``thumbnail``, the new file does not refer to the
+    embedded thumbnail, whose pixels no longer match.
 
     Raises:
         ImageError: if the metadata have no place for the orientation.
@@ -178,20 +174,16 @@ def _png_with(pixels: bytes, source: bytes) -> bytes:
     # Depth and colour type stand in the first chunk.
     same = pixels[24:26] == source[24:26]
     colours = b"" if same else new[b"PLTE"] + new[b"tRNS"]
-    parts: dict[bytes, list[bytes]] = {b"IHDR": [], b"PLTE": [], b"IDAT": []}
-    """Metadata by the chunk that they follow."""
+    parts: dict[bytes, list[bytes]] = {b"IHDR": [], b"PLTE": [], b"IDAT": []}  # metadata by the chunk that they follow
     part = b"IHDR"
     for chunk in _chunks(source)[1:-1]:
         name = _name(chunk)
         part = name if name in parts else part
         if name not in PIXEL_CHUNKS and (same or name not in COLOUR_CHUNKS):
             parts[part].append(chunk)
-    return b"".join(
-        [
-            *(pixels[:PNG_SIGNATURE_BYTES], new[b"IHDR"], *parts[b"IHDR"], colours, *parts[b"PLTE"]),
-            *(new[b"IDAT"], *parts[b"IDAT"], _chunk(b"IEND", b"")),
-        ]
-    )
+    before, between, after = (b"".join(chunks) for chunks in parts.values())
+    content = [new[b"IHDR"], before, colours, between, new[b"IDAT"], after, _chunk(b"IEND", b"")]
+    return pixels[:PNG_SIGNATURE_BYTES] + b"".join(content)
 
 
 def webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -206,7 +198,7 @@ def webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _webp(content: bytes, value: int, thumbnail: bool) -> bytes:
     chunks = dict(webp_chunks(content))
     if b"VP8X" not in chunks:
-        chunks = {b"VP8X": _webp_header(chunks), **chunks}
+        chunks = {b"VP8X": _webp_header(content), **chunks}
     header = chunks[b"VP8X"]
     chunks[b"VP8X"] = bytes([header[0] | 0x08]) + header[1:]
     chunks[b"EXIF"] = _exif(chunks.get(b"EXIF"), value, thumbnail)
@@ -218,15 +210,11 @@ def _webp(content: bytes, value: int, thumbnail: bool) -> bytes:
     return b"RIFF" + (4 + len(body)).to_bytes(4, "little") + b"WEBP" + body
 
 
-def _webp_header(chunks: dict[bytes, bytes]) -> bytes:
+def _webp_header(content: bytes) -> bytes:
     """Return the chunk ``VP8X`` of a WebP file that has only pixel data."""
-    if data := chunks.get(b"VP8L"):
-        bits = int.from_bytes(data[1:5], "little")
-        width, height, alpha = bits & 0x3FFF, bits >> 14 & 0x3FFF, bits >> 28 & 1
-    else:
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", chunks[b"VP8 "], 6))
-        width, height, alpha = width - 1, height - 1, 0
-    return bytes([0x10 * alpha, 0, 0, 0]) + width.to_bytes(3, "little") + height.to_bytes(3, "little")
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = ((side - 1).to_bytes(3, "little") for side in image.size)
+        return bytes([0x10 * ("A" in image.mode), 0, 0, 0]) + width + height
 
 
 WRITERS: dict[str, Callable[[bytes, int, bool], bytes]] = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff}

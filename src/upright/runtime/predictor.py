@@ -62,14 +62,8 @@ class BundlePredictor(Generic[Result]):
         self.task = self.bundle.task
         if self.task.name != self.task_name:
             raise UserError(f"Bundle '{self.bundle.folder}' {OTHER_PREDICTOR[self.task.name]} for it.")
-        self._reopen = partial(
-            type(self),
-            self.bundle.folder.absolute(),
-            precision,
-            threads=threads,
-            providers=providers,
-            max_pixels=max_pixels,
-        )
+        options: dict[str, Any] = {"threads": threads, "providers": providers, "max_pixels": max_pixels}
+        self._reopen = partial(type(self), self.bundle.folder.absolute(), precision, **options)
         model = self.bundle.model(precision)
         self.session = open_session(model, threads, providers)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
@@ -227,11 +221,9 @@ class BundlePredictor(Generic[Result]):
     def _accepts_training_size(self, shape: tuple[int, ...]) -> bool:
         """Return whether the model runs on as many pixels at the size of its training images.
 
-        This distinguishes a wrong size from a failure of the engine, because onnxruntime raises the same exception for
-        both. Only a network without resizing can refuse a size.
+        Only a network without resizing can refuse a size, and onnxruntime raises the same exception for any failure.
         """
-        batch, height, width, channels = shape
-        spec = self.spec
+        (batch, height, width, channels), spec = shape, self.spec
         if spec.resize != "none" or (height, width) == (spec.height, spec.width):
             return False
         count = -(-batch * height * width // (spec.height * spec.width))
@@ -330,12 +322,6 @@ def session_batches(
 ) -> Iterator[list[Item]]:
     """Yield batches for a model: neighbours of the same size, at most as many as the model accepts."""
     return batches_of_one_size(items, pixels, min(batch_size, fixed_batch(session) or batch_size))
-
-
-def run_session(session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int) -> Iterator[Rows]:
-    """Yield one row of the main output per decoded image, see `run_batch`."""
-    for batch in session_batches(session, pixels, lambda image: image, batch_size):
-        yield from run_batch(session, np.stack(batch))[0]
 
 
 def run_batch(

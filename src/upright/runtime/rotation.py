@@ -23,8 +23,7 @@ CLOCKWISE = {1: 6, 6: 3, 3: 8, 8: 1, 2: 7, 7: 4, 4: 5, 5: 2}
 """Orientation after another quarter turn clockwise, by EXIF orientation."""
 QUARTERS = {1: Transpose.ROTATE_270, 2: Transpose.ROTATE_180, 3: Transpose.ROTATE_90}
 """Transposition by number of quarter turns clockwise. Pillow's names count anticlockwise."""
-WEBP_QUALITY = 90
-"""Quality of a resampled WebP whose source is lossy. A WebP file does not store its own."""
+WEBP_QUALITY = 90  # Quality of a resampled WebP whose source is lossy. A WebP file does not store its own.
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_adobe_deflate", "tiff_lzw", "lzma", "zstd")
 """Lossless compressions of TIFF for any kind of image."""
 TIFF_TAGS = {
@@ -38,17 +37,11 @@ TIFF_TAGS = {
 
 
 class Resampling(NamedTuple):
-    """Settings for angles that are no multiples of 90 degrees.
+    """Settings for angles that are no multiples of 90 degrees."""
 
-    Args:
-        fit: ``crop`` keeps the largest rectangle without an empty corner; ``pad`` keeps the whole image.
-        background: colour of the corners with ``pad``. Transparent images have transparent corners.
-        quality: quality of lossy formats, from 1 to 100. By default a JPEG has the quantization tables of its source.
-    """
-
-    fit: Fit = "crop"
-    background: tuple[int, int, int] = (255, 255, 255)
-    quality: int | None = None
+    fit: Fit = "crop"  # `crop` keeps the largest rectangle without an empty corner; `pad` keeps the whole image
+    background: tuple[int, int, int] = (255, 255, 255)  # of the corners with `pad`, unless the image is transparent
+    quality: int | None = None  # of lossy formats, 1 to 100; by default a JPEG has the tables of its source
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:
@@ -63,15 +56,10 @@ def parse_colour(name: str) -> tuple[int, int, int]:
 def rotate(content: bytes, turns: int, degrees: float, settings: Resampling) -> tuple[bytes, How]:
     """Return the content of an image file with a rotated image, and how it was rotated.
 
-    ``lossless`` rotates the pixels of a PNG, BMP, GIF or lossless WebP file, and compares them with those of the new
-    file. ``exif`` writes the EXIF orientation into a JPEG, WebP, TIFF or PNG file, and leaves the pixel data as they
-    are. ``resampled`` computes new pixels.
-
-    Args:
-        content: the content of the file.
-        turns: number of quarter turns clockwise, from 0 to 3.
-        degrees: further angle clockwise; 0 rotates by the quarter turns only, without loss.
-        settings: settings for further angles.
+    The angle is a number of quarter turns clockwise, 0 to 3, and further degrees clockwise. Without further degrees,
+    the rotation loses nothing: ``lossless`` rotates the pixels of a PNG, BMP, GIF or lossless WebP file, and compares
+    them with those of the new file; ``exif`` writes the EXIF orientation into a JPEG, WebP, TIFF or PNG file.
+    ``resampled`` computes new pixels by ``settings``.
 
     Raises:
         ImageError: if the file does not allow this rotation.

@@ -9,18 +9,13 @@ from typing import Any
 from upright.errors import BundleError, UserError, one_line
 
 SIGNATURE = "model.sig"
-UNSIGNED = ("SHA256SUMS", SIGNATURE)
-"""``SHA256SUMS`` follows from the other files, and has the hash of the signature."""
+UNSIGNED = ("SHA256SUMS", SIGNATURE)  # `SHA256SUMS` follows from the other files, and has the hash of the signature
 PASSWORD = "UPRIGHT_SIGN_PASSWORD"
 CURVES = "P-256, P-384 or P-521"
 
 
 def read_signer(key: Path) -> Any:
-    """Return a ``model_signing.signing.Config`` with a private key. The key's password, if any, is in `PASSWORD`.
-
-    Raises:
-        UserError: if the key cannot be used.
-    """
+    """Return a ``model_signing.signing.Config`` with a private key, whose password, if any, is in `PASSWORD`."""
     password = os.environ[PASSWORD].encode() if PASSWORD in os.environ else None
     signer = _model_signing().signing.Config()
     return _with_key(lambda: signer.use_elliptic_key_signer(private_key=key, password=password), key, "private")
@@ -32,13 +27,7 @@ def write_signature(target: Path, bundle: Path, hashes: Mapping[str, str], signe
 
 
 def check_signature(bundle: Path, hashes: Mapping[str, str], signature: bytes, key: Path) -> None:
-    """Check that a key signed exactly these files. The signature cannot exempt a file.
-
-    Args:
-        bundle: the bundle, for messages.
-        hashes: SHA-256 of each file by its path.
-        signature: content of the signature's file.
-        key: a public key.
+    """Check that a public key signed exactly these files, hashes by path. The signature cannot exempt a file.
 
     Raises:
         BundleError: if this is no signature of the files by the key.

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 9
 TURN_SECONDS = 0.1
-BATCHES = (1, 64)
-"""Batch sizes of `speeds_by_batch`."""
+BATCHES = (1, 64)  # batch sizes of `speeds_by_batch`
 INSTRUCTIONS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
     *("avx512_bf16", "amx_bf16", "bf16"),
@@ -29,21 +28,13 @@ Turn = Callable[[], list[float]]
 
 
 class Speed(NamedTuple):
-    """Speed of one implementation.
+    """Speed of one implementation."""
 
-    Args:
-        p50: median of all calls, in milliseconds.
-        p95: 95th percentile of all calls, in milliseconds.
-        per_second: calls per second.
-        times: speed relative to the first implementation: the median of the ratios of all rounds.
-        quartiles: lower and upper quartile of these ratios.
-    """
-
-    p50: float
-    p95: float
-    per_second: float
-    times: float
-    quartiles: tuple[float, float]
+    p50: float  # median of all calls, in milliseconds
+    p95: float  # 95th percentile of all calls, in milliseconds
+    per_second: float  # calls per second
+    times: float  # speed relative to the first implementation: the median of the ratios of all rounds
+    quartiles: tuple[float, float]  # lower and upper quartile of these ratios
 
 
 def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:

@@ -29,31 +29,20 @@ from upright.runtime.predictor import OrientationPredictor
 from upright.runtime.rotation import Resampling, parse_colour, rotate
 
 CSV = "straighten.csv"
-RECORD = "straighten.json"
-"""Name of the file with the settings of a run. Only a run with the same settings may resume."""
+RECORD = "straighten.json"  # Name of the file with the settings of a run. Only a run with the same settings may resume.
 ACTIONS = ("rotated", "upright", "unsure", "error")
 
 
 class Row(NamedTuple):
-    """A row of the CSV.
+    """A row of the CSV."""
 
-    Args:
-        path: absolute path of the source.
-        copy: path of the copy, relative to the folder of the CSV.
-        angle: estimated rotation in degrees anticlockwise; empty after an error.
-        confidence: its confidence from 0 to 1; empty after an error.
-        action: one of `ACTIONS`.
-        how: ``lossless``, ``exif`` or ``resampled``; ``copied`` for a copy with the same bytes; empty without a copy.
-        error: reason of an error.
-    """
-
-    path: str
-    copy: str
-    angle: str = ""
-    confidence: str = ""
-    action: str = "error"
-    how: str = ""
-    error: str = ""
+    path: str  # absolute path of the source
+    copy: str  # path of the copy, relative to the folder of the CSV
+    angle: str = ""  # estimated rotation in degrees anticlockwise; empty after an error
+    confidence: str = ""  # its confidence from 0 to 1; empty after an error
+    action: str = "error"  # one of `ACTIONS`
+    how: str = ""  # `lossless`, `exif` or `resampled`; `copied` for a copy with the same bytes; empty without a copy
+    error: str = ""  # reason of an error
 
 
 class Table:
@@ -282,11 +271,7 @@ ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def _earlier_settings(to: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the settings of the run in the folder that this one resumes, or None if this run starts from scratch.
-
-    Raises:
-        UserError: if the settings differ, or are not known, or if a dry run would replace the CSV of copies.
-    """
+    """Return the settings of the run in the folder that this one resumes, or None if this run starts from scratch."""
     if not (to / RECORD).exists() and not (to / CSV).exists():
         return None
     try:

@@ -8,8 +8,7 @@ import numpy.typing as npt
 
 from upright.images import TaskName
 
-Rows = npt.NDArray[np.floating[Any]]
-"""The main output of a graph for ``N`` images, ``(N, columns)``."""
+Rows = npt.NDArray[np.floating[Any]]  # the main output of a graph for `N` images, `(N, columns)`
 
 
 class Prediction(NamedTuple):
@@ -43,10 +42,8 @@ class Orientation(NamedTuple):
     confidence: float
 
 
-QUARTER = 45.0
-"""Error in degrees from which an angle chooses a wrong one of four sides."""
-NEAR = 10.0
-"""Largest error of a right angle in degrees."""
+QUARTER = 45.0  # error in degrees from which an angle chooses a wrong one of four sides
+NEAR = 10.0  # largest error of a right angle in degrees
 
 
 class Classification:
@@ -57,12 +54,9 @@ class Classification:
     """
 
     name: TaskName = "classification"
-    output = "probabilities"
-    """Name of the main output. It has `columns`."""
-    answer = "the first class"
-    """Name of what `changed` compares, for messages."""
-    score = "accuracy"
-    """Name of the share of right answers, for messages."""
+    output = "probabilities"  # Name of the main output. It has `columns`.
+    answer = "the first class"  # name of what `changed` compares, for messages
+    score = "accuracy"  # name of the share of right answers, for messages
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes, self.columns = classes, len(classes)
@@ -146,8 +140,7 @@ class OrientationEstimation:
         return changed
 
 
-Task: TypeAlias = Classification | OrientationEstimation
-"""The meaning of the main output of a graph."""
+Task: TypeAlias = Classification | OrientationEstimation  # the meaning of the main output of a graph
 
 
 def task_of(classes: Sequence[str]) -> Task:

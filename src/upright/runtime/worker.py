@@ -15,7 +15,7 @@ from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +32,7 @@ LoadedModel = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 class Worker:
     """Start a process that loads a runtime and runs it on the first image.
 
-    Args:
-        load: ``module:function``; the function returns a `LoadedModel`.
-        arguments: arguments of that function, as plain data.
-        bundle: bundle with the samples.
+    ``load`` is ``module:function``. The function gets ``arguments``, plain data, and returns a `LoadedModel`.
 
     Raises:
         UserError: if the function raises one.
@@ -115,13 +112,7 @@ def openvino_model(model: Traversable, threads: int) -> LoadedModel:
     network = core.read_model(model if isinstance(model, Path) else io.BytesIO(model.read_bytes()))
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(network, "CPU", settings)
-    main_output = compiled.output(0)
-
-    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        rows: npt.NDArray[np.float32] = compiled({"images": images})[main_output]
-        return rows
-
-    return run
+    return lambda images: cast(npt.NDArray[np.float32], compiled({"images": images})[compiled.output(0)])
 
 
 def peak_memory() -> int | None:

@@ -15,10 +15,8 @@ import numpy.typing as npt
 from upright.errors import UserError
 from upright.images import MAX_BATCH_PIXELS
 
-Images = npt.NDArray[np.uint8]
-"""Decoded images of one size, ``(B, H, W, C)``."""
-Outputs = dict[str, npt.NDArray[Any]]
-"""Outputs of the graph by name, each ``(B, ...)``."""
+Images = npt.NDArray[np.uint8]  # decoded images of one size, `(B, H, W, C)`
+Outputs = dict[str, npt.NDArray[Any]]  # outputs of the graph by name, each `(B, ...)`
 
 log = logging.getLogger("upright.serve")
 
@@ -43,21 +41,13 @@ class Budget:
 
 
 class Job(NamedTuple):
-    """Images of one size that wait for the model.
-
-    Args:
-        images: the images.
-        names: outputs that the client wants.
-        result: future of the outputs.
-        reserved: pixels of the budget, which are released after the run.
-        since: time of arrival.
-    """
+    """Images of one size that wait for the model."""
 
     images: Images
-    names: Sequence[str]
-    result: "asyncio.Future[Outputs]"
-    reserved: int
-    since: float
+    names: Sequence[str]  # outputs that the client wants
+    result: "asyncio.Future[Outputs]"  # future of the outputs
+    reserved: int  # pixels of the budget, which are released after the run
+    since: float  # time of arrival
 
 
 class Batcher(threading.Thread):

@@ -64,9 +64,9 @@ class Server(uvicorn.Server):
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        fields: dict[str, Any] = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
-        fields |= {"model": self.service.loaded.name, "version": self.service.loaded.version, "pid": os.getpid()}
-        log.info("serving", extra={"fields": asdict(self.service.options) | fields})
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        fields = {"address": address, "model": self.service.loaded.name, "version": self.service.loaded.version}
+        log.info("serving", extra={"fields": asdict(self.service.options) | fields | {"pid": os.getpid()}})
         self.ready()
 
     @contextmanager

@@ -39,8 +39,7 @@ from upright.runtime.serving.metrics import Metrics
 MAX_BODIES = 16
 """Limit on the bodies in memory, as a number of bodies of the largest size. Further requests are refused."""
 ENCODINGS = ("gzip", "deflate")
-SMALL_BODY = 64 * 1024
-"""Largest request in bytes that the event loop parses itself."""
+SMALL_BODY = 64 * 1024  # largest request in bytes that the event loop parses itself
 
 SERVER = {"name": "upright", "version": version("upright"), "extensions": ["binary_tensor_data"]}
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -131,7 +130,7 @@ class Service:
                 _refuse(413, f"The body has more than {self.max_body} bytes, which is the limit.")
             self._hold(request, len(chunk))
             chunks.append(chunk)
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        body = b"".join(chunks)
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding == "identity":
             return body
@@ -250,22 +249,18 @@ class Service:
         async def stream() -> AsyncIterator[bytes]:
             yield body
 
-        parser = MultiPartParser(
-            request.headers,
-            stream(),  # type: ignore[arg-type]
-            max_files=self.options.max_queue,
-            max_fields=self.options.max_queue,
-        )
+        limit = self.options.max_queue
+        parser = MultiPartParser(request.headers, stream(), max_files=limit, max_fields=limit)  # type: ignore[arg-type]
         # The body is already in memory, and within its limit.
         parser.spool_max_size = self.max_body
         try:
             form = await parser.parse()
         except MultiPartException as error:
             raise UserError(f"The multipart body cannot be read: {error.message}") from None
-        files = [file for _, file in form.multi_items() if not isinstance(file, str)]
+        files = [(file.filename, await file.read()) for _, file in form.multi_items() if not isinstance(file, str)]
         if not files:
             raise UserError("The multipart body has no files; send each image as a part with a filename.")
-        return [(file.filename, await file.read()) for file in files]
+        return files
 
     async def _infer(self, request: Request) -> Response:
         loaded = self._requested(request)
@@ -351,9 +346,9 @@ class Service:
                 self.metrics.requests.labels(route, status).inc()
                 self.metrics.seconds.labels(route).observe(seconds)
                 if request_log.isEnabledFor(logging.INFO):
+                    client = (scope.get("client") or [None])[0]
                     fields = {"method": scope["method"], "path": scope["path"], "status": status}
-                    fields |= {"ms": round(1000 * seconds, 2), "client": (scope.get("client") or [None])[0]}
-                    fields["request_id"] = request_id
+                    fields |= {"ms": round(1000 * seconds, 2), "client": client, "request_id": request_id}
                     if trace := TRACE_PARENT.fullmatch(headers.get("traceparent", "")):
                         fields["trace_id"] = trace[1]
                     request_log.info("request", extra={"fields": fields})
@@ -390,11 +385,10 @@ def _refuse(status: int, text: str) -> NoReturn:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Return the response for an error. Errors of other kinds than `UserError` are logged elsewhere, or by uvicorn."""
-    headers = None
-    text = str(error) if isinstance(error, UserError) else "The server failed; see its log."
     if isinstance(error, HTTPException):
-        text, headers = error.detail, dict(error.headers or {})
-    return _json({"error": text}, _status(error), headers)
+        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    text = str(error) if isinstance(error, UserError) else "The server failed; see its log."
+    return _json({"error": text}, _status(error))
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

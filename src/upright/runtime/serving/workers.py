@@ -33,8 +33,7 @@ class Worker:
     process: SpawnProcess
     pipe: Connection
     ready: bool = False
-    stale: bool = False
-    """True if the process must read the bundle again as soon as it is ready."""
+    stale: bool = False  # true if the process must read the bundle again as soon as it is ready
 
     def reload(self) -> None:
         self.stale = not self.ready  # a signal would end a process that does not handle it yet
@@ -51,11 +50,7 @@ class Workers:
         self.served, self.stopping = False, False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, and pass SIGHUP on. The first worker must be ready before others start.
-
-        Raises:
-            UprightError: if the first worker fails before it is ready.
-        """
+        """Serve until SIGTERM or SIGINT, and pass SIGHUP on. The first worker must be ready before others start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
         if RELOAD:

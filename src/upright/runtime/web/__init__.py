@@ -1,13 +1,10 @@
 """``upright web``: write a static page that runs a bundle in the browser."""
 
 import base64
-import hashlib
 import html
-import http.client
 import json
 import shutil
 import tarfile
-import urllib.request
 import zlib
 from importlib.metadata import version
 from importlib.resources import files
@@ -15,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from upright.errors import UserError, one_line
-from upright.files import cache_folder, file_hash, replacing_file, replacing_folder
+from upright.files import cache_folder, replacing_folder
 from upright.options import Web
+from upright.runtime.address import download
 from upright.runtime.bundle import SAMPLES, Bundle
 
-RUNTIME_VERSION = "1.30.0"
-"""Version of onnxruntime-web that this module downloads and the tests use."""
+RUNTIME_VERSION = "1.30.0"  # version of onnxruntime-web that this module downloads and the tests use
 RUNTIME = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
@@ -33,7 +30,6 @@ ADVICE = (
     f"On a machine with a network, `npm pack onnxruntime-web@{RUNTIME_VERSION}` writes a file that you can give to "
     "--runtime."
 )
-TIMEOUT_SECONDS = 30
 PAGE = ("index.html", "style.css", "app.js")
 MODEL = "model.json"
 RUNTIME_FOLDER = "runtime"
@@ -167,23 +163,13 @@ def read_runtime(source: str | None) -> dict[str, bytes]:
 def _download(mirrors: tuple[str, ...]) -> Path:
     folder = cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
     for name, digest in RUNTIME.items():
-        target = folder / name
-        if target.is_file() and file_hash(target) == digest:
-            continue
-        print(f"Downloading {name} of onnxruntime-web {RUNTIME_VERSION}, once ...", flush=True)
         failures = []
         for mirror in mirrors:
             try:
-                with urllib.request.urlopen(f"{mirror}/{name}", timeout=TIMEOUT_SECONDS) as response:
-                    content = response.read()
-                if hashlib.sha256(content).hexdigest() == digest:
-                    break
-                failures.append(f"{mirror}/{name} is not the file of version {RUNTIME_VERSION}")
-            except (OSError, http.client.HTTPException, ValueError) as error:  # an invalid address is a ValueError
-                failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
+                download(f"{mirror}/{name}", digest, folder / name)
+                break
+            except UserError as error:
+                failures.append(str(error))
         else:
-            raise UserError(f"{'; '.join(failures)}. {ADVICE}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing_file(target) as temporary:
-            temporary.write_bytes(content)
+            raise UserError(f"{' '.join(failures)} {ADVICE}")
     return folder
