@@ -12,27 +12,19 @@ from upright.errors import UprightError, UserError, nearest
 
 
 class Command(NamedTuple):
-    """A command that LightningCLI does not parse.
+    """A command that LightningCLI does not parse."""
 
-    Args:
-        options: class of its options; the docstring of this class is the help.
-        function: ``module:function``; the function returns the exit code.
-        keywords: True to call the function with one keyword per option, False to pass the options object.
-        imports_user_code: True if a config or a checkpoint may name classes in the working directory.
-    """
-
-    options: type[options.Options]
-    function: str
-    keywords: bool = False
-    imports_user_code: bool = False
+    options: type[options.Options]  # class of its options; the docstring of this class is the help
+    function: str  # `module:function`; the function takes the options object, and returns the exit code
+    is_library: bool = False  # takes a keyword per option; a file may name classes in the working directory
 
 
 COMMANDS = {
     "new": Command(options.New, "upright.new:new"),
     "configs": Command(options.Configs, "upright.examples:configs"),
-    "describe": Command(options.Describe, "upright.describe:run", True, True),
-    "preview": Command(options.Preview, "upright.preview:preview", True, True),
-    "export": Command(options.Export, "upright.exporting.export:export", True, True),
+    "describe": Command(options.Describe, "upright.describe:run", True),
+    "preview": Command(options.Preview, "upright.preview:preview", True),
+    "export": Command(options.Export, "upright.exporting.export:export", True),
     "attach": Command(options.Attach, "upright.exporting.attach:attach"),
     "verify": Command(options.Verify, "upright.runtime.verify:verify"),
     "infer": Command(options.Infer, "upright.runtime.infer:infer"),
@@ -40,9 +32,9 @@ COMMANDS = {
     "benchmark": Command(options.Benchmark, "upright.runtime.benchmark:benchmark"),
     "serve": Command(options.Serve, "upright.runtime.serving.server:serve"),
     "web": Command(options.Web, "upright.runtime.web:web"),
-    "sweep": Command(options.Sweep, "upright.evidence.selecting.sweep:sweep_and_select", True, True),
-    "select": Command(options.Select, "upright.evidence.selecting.selection:select", True, True),
-    "report": Command(options.Report, "upright.evidence.reporting.report:report", True, True),
+    "sweep": Command(options.Sweep, "upright.evidence.selecting.sweep:sweep_and_select", True),
+    "select": Command(options.Select, "upright.evidence.selecting.selection:select", True),
+    "report": Command(options.Report, "upright.evidence.reporting.report:report", True),
     "study": Command(options.Study, "upright.evidence.study:study", True),
     "demo": Command(options.Demo, "upright.demo:demo", True),
 }
@@ -78,18 +70,18 @@ def _run(arguments: list[str]) -> int:
     if command is None and name not in options.LIGHTNING:
         allowed = [*options.LIGHTNING, *COMMANDS]
         raise UserError(f"unknown command '{name}'.{nearest(name, allowed)} Commands: {', '.join(allowed)}.")
-    # A console script cannot import from the working directory. The path must be absolute, because the parser of
-    # Lightning's commands changes the working directory while it reads a config.
-    if (command is None or command.imports_user_code) and (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)
     if command is None and {"-h", "--help"} & set(rest):
         print(options.lightning_help(name))
         return 0
+    parsed = command and _download(options.parse(name, command.options, rest))
+    # A console script cannot import from the working directory. The path must be absolute, because the parser of
+    # Lightning's commands changes the working directory while it reads a config.
+    if (command is None or command.is_library) and (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
     if command is None:
         return int(_load("upright.runs.cli.run:run")(name, rest) or 0)
-    parsed = _download(options.parse(name, command.options, rest))
     function = _load(command.function)
-    return int((function(**vars(parsed)) if command.keywords else function(parsed)) or 0)
+    return int((function(**vars(parsed)) if command.is_library else function(parsed)) or 0)
 
 
 def _download(parsed: options.Options) -> options.Options:
@@ -119,13 +111,9 @@ def _load(path: str) -> Callable[..., Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command.
+    """Run a command of this command line, or of that of the process, and return the exit code.
 
-    Args:
-        arguments: the command line after ``upright``; by default that of this process.
-
-    Returns:
-        The exit code: 0, 2 for a mistake of the user, 1 for any other error, 130 after Ctrl-C.
+    It is 0, 2 for a mistake of the user, 1 for any other error, 130 after Ctrl-C.
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)

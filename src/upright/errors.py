@@ -43,6 +43,11 @@ class EngineError(UprightError):
     """
 
 
+def one_line(error: object, limit: int | None = None) -> str:
+    """Return the message of an error on one line, with at most ``limit`` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` with the most similar allowed name, or an empty string."""
     matches = get_close_matches(name, list(allowed), n=1)

@@ -11,17 +11,11 @@ from upright.options import Configs
 
 BUNDLE = Path("export/digits")
 INSTALLED = Path(__file__).parent / "examples_data"
-ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2]
-"""The folder that contains ``configs`` and `BUNDLE`."""
+ROOT = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2]  # the folder that contains `configs` and `BUNDLE`
 
 
 def configs(options: Configs) -> int:
-    """List the configs with the comment at their top, or copy them and the example bundle.
-
-    Raises:
-        UserError: if a target exists.
-    """
-    folders = (Path("configs"), BUNDLE)
+    """List the configs with the comment at their top, or copy them and the example bundle."""
     if options.action == "list":
         names = known_configs()
         width = max(map(len, names))
@@ -32,10 +26,10 @@ def configs(options: Configs) -> int:
             print(f"{name:<{width}}  {about.removesuffix(' Measured by:')}")
         print(f"\nUse one: upright fit --config stn_lenet\nExample bundle: {ROOT / BUNDLE}")
         return 0
-    targets = [Path(options.to, folder) for folder in folders]
-    if existing := [str(target) for target in targets if target.exists()]:
-        raise UserError(f"'{existing[0]}' exists and is not replaced; give another folder with --to.")
-    for folder, target in zip(folders, targets, strict=True):
+    targets = {folder: Path(options.to, folder) for folder in (Path("configs"), BUNDLE)}
+    for target in filter(Path.exists, targets.values()):
+        raise UserError(f"'{target}' exists and is not replaced; give another folder with --to.")
+    for folder, target in targets.items():
         shutil.copytree(ROOT / folder, target)
         print(f"Copied: {target}")
     return 0

@@ -16,11 +16,7 @@ from upright.errors import UserError, nearest
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads, ``$UPRIGHT_CACHE`` or ``~/.cache/upright``. It may be deleted at any time.
-
-    Raises:
-        UserError: if the user has no home folder.
-    """
+    """Return the folder of downloads, ``$UPRIGHT_CACHE`` or ``~/.cache/upright``. It may be deleted at any time."""
     try:
         return Path(os.environ.get("UPRIGHT_CACHE") or "~/.cache/upright").expanduser()
     except RuntimeError:
@@ -49,10 +45,7 @@ def check_name(name: str) -> None:
 def check_replaceable(target: Path, kind: str, mark: str) -> None:
     """Raise a `UserError` unless ``target`` is free, an empty folder, or a folder that Upright wrote.
 
-    Args:
-        target: the folder to replace.
-        kind: the kind of folder that may be replaced, with an article.
-        mark: a file that every folder of this kind holds.
+    ``kind`` names such a folder, with an article, and ``mark`` is a file that every one of them holds.
     """
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():

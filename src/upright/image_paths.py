@@ -18,25 +18,17 @@ CLUTTER = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})
 
 
 class Listing(NamedTuple):
-    """Files below a folder, sorted.
+    """Files below a folder, sorted."""
 
-    Args:
-        images: image files.
-        others: visible files that are no images.
-    """
-
-    images: list[Path]
-    others: list[Path]
+    images: list[Path]  # image files
+    others: list[Path]  # visible files that are no images
 
 
 def list_files(folder: Path, *, recursive: bool = True) -> Listing:
     """List the files of a folder, and of its subfolders unless ``recursive`` is false.
 
     Hidden files and folders (their names begin with a dot) and `CLUTTER` are ignored. Links are followed; a folder that
-    several links lead to counts once, so that a loop ends.
-
-    Raises:
-        UserError: if a folder cannot be read.
+    several links lead to counts once, so that a loop ends. A folder that cannot be read is a `UserError`.
     """
     # Without the parents, a link upwards would bring in the images of other classes.
     visited = {os.path.realpath(parent) for parent in (*folder.absolute().parents, *folder.resolve().parents)}
@@ -69,13 +61,10 @@ def describe_others(others: Sequence[Path]) -> str:
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Yield the image files for a list of files, folders and patterns.
+    """Yield the image files for a list of files, folders and patterns, or raise a `UserError` if one has no images.
 
     A folder stands for all images of `list_files`. A pattern is a path that does not exist and contains ``*``, ``?`` or
     ``[``; ``**`` matches all folders.
-
-    Raises:
-        UserError: for a path that does not exist, a folder without images, and a pattern that matches no file.
     """
     for path in map(Path, paths):
         if path.is_dir():

@@ -13,10 +13,9 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from upright.errors import ImageError, UserError
+from upright.errors import ImageError, UserError, one_line
 
-Pixels = npt.NDArray[np.uint8]
-"""One decoded image, uint8, shape ``(H, W, C)``."""
+Pixels = npt.NDArray[np.uint8]  # one decoded image, uint8, shape `(H, W, C)`
 
 ImageSource: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Image | npt.ArrayLike
 """Anything that `decode` reads: a path, the content of a file, an open file, a PIL image, or a uint8 array."""
@@ -32,14 +31,10 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Pillow warns about damaged metadata without the name of the file. The pixels are either right or refused. The filter
 # is set once, because threads decode at the same time and `catch_warnings` is not safe there.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-MAX_PIXELS = 64_000_000
-"""Default limit for one image, in pixels."""
-DECODE_BYTES = 24
-"""Memory for decoding one image, per pixel: a transparent WebP needs 23 bytes, other formats less."""
-MAX_BATCH_PIXELS = 4_000_000
-"""Limit for one batch, in pixels, so that a folder of photographs fits into memory."""
-LISTED_CLASSES = 12
-"""Largest number of classes in a message."""
+MAX_PIXELS = 64_000_000  # default limit for one image, in pixels
+DECODE_BYTES = 24  # memory for decoding one image, per pixel: a transparent WebP needs 23 bytes, other formats less
+MAX_BATCH_PIXELS = 4_000_000  # limit for one batch, in pixels, so that a folder of photographs fits into memory
+LISTED_CLASSES = 12  # largest number of classes in a message
 ORIENTATIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -104,9 +99,9 @@ class ImageSpec:
             raise UserError(f"classes must be at least two different names, got {list(self.classes)}.")
         if not 0 <= self.background <= 255:
             raise UserError(f"background must be a grey level from 0 to 255, got {self.background}.")
-        for name, allowed in (("resize", Resize), ("mask", Mask), ("interpolation", Interpolation)):
-            if getattr(self, name) not in get_args(allowed):
-                raise UserError(f"{name} must be one of {', '.join(get_args(allowed))}; got '{getattr(self, name)}'.")
+        for name, kind in (("resize", Resize), ("mask", Mask), ("interpolation", Interpolation)):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}; got '{getattr(self, name)}'.")
         if self.mask == "disc" and self.resize == "none":
             raise UserError(
                 "mask disc needs images of one size, and resize none allows any size: use resize stretch, crop or pad, "
@@ -139,10 +134,7 @@ class ImageSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageSpec":
         """Return the spec of `to_dict`. A missing field has its default."""
-        arguments: dict[str, Any] = {}
-        for key, value in data.items():
-            arguments[key] = tuple(value) if isinstance(value, list) else value
-        return cls(**arguments)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
 def decode(
@@ -187,7 +179,7 @@ def decode(
     except Image.DecompressionBombError:
         raise ImageError(f"{name} cannot be decoded: it has more pixels than max_pixels ({max_pixels}).") from None
     except Exception as error:  # a broken file can lead Pillow's plugins to any exception
-        raise ImageError(f"{name} cannot be decoded: {' '.join(str(error).split())}") from None
+        raise ImageError(f"{name} cannot be decoded: {one_line(error)}") from None
 
 
 def _from_array(source: npt.ArrayLike) -> Image.Image:
@@ -204,7 +196,7 @@ def _from_array(source: npt.ArrayLike) -> Image.Image:
 def _to_pixels(image: Image.Image, spec: ImageSpec, max_pixels: int) -> Pixels:
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels} (max_pixels)")
-    image = _oriented(_in_8_bits(image))
+    image = oriented(_in_8_bits(image))
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (spec.background,) * 3 + (255,))
         image = Image.alpha_composite(background, image.convert("RGBA"))
@@ -241,21 +233,26 @@ def _high_byte(image: Image.Image, transparent: int | None) -> Image.Image:
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero; Pillow inverts only up to 8 bits
         values = ((1 << bits) - 1) - values
     grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
-    if transparent is None:
-        result = grey
-    else:
+    if transparent is not None:
         alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-        result = Image.merge("LA", (grey, alpha))
-    result.info = {key: value for key, value in image.info.items() if key != "transparency"}  # EXIF data
-    return result
+        grey = Image.merge("LA", (grey, alpha))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}  # EXIF data
+    return grey
 
 
-def _oriented(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Damaged EXIF data may have none."""
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, from 1 to 8. Damaged EXIF data may have none."""
     try:
-        method = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation) or 1)
+        value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged data can lead Pillow's parser to any exception
-        method = None
+        return 1
+    return value if value in ORIENTATIONS else 1
+
+
+def oriented(image: Image.Image) -> Image.Image:
+    """Load an image, and apply its EXIF orientation."""
+    image.load()  # a TIFF is then oriented, and its tag removed
+    method = ORIENTATIONS.get(exif_orientation(image))
     return image if method is None else image.transpose(method)
 
 

@@ -5,53 +5,48 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, cast, dataclass_transform, get_args, get_origin
 
 from upright.errors import UserError, nearest
 
 
-def option(default: Any, help: str, **settings: Any) -> Any:
+def option(default: Any, help: str, metavar: str | None = None, **settings: Any) -> Any:
     """Return a field for an option of the command line.
 
     Args:
-        default: default value; the help prints it, unless it is None, empty, or a flag.
+        default: default value, or MISSING; the help prints it, unless it is None, empty, or a flag.
         help: help text, a noun phrase.
-        **settings: ``minimum`` (inclusive) or ``above`` (exclusive) as a limit; ``positional``, ``metavar``, ``type``;
-            ``after`` if the option takes all arguments after ``--``, with the command that receives them.
+        metavar: name of the value.
+        **settings: ``minimum`` and ``maximum`` (inclusive) or ``above`` (exclusive) as limits; ``type``;
+            ``positional``; ``after`` with a command if the option passes all arguments after ``--`` on to it.
     """
-    return field(default=default, metadata={"help": help, **settings})
+    return field(default=default, kw_only=True, metadata={"help": help, "metavar": metavar, **settings})
 
 
-def argument(help: str, metavar: str | None = None, address: bool = False) -> Any:
+def argument(help: str, metavar: str | None = None, **settings: Any) -> Any:
     """Return a field for a required positional argument. With ``address``, it may be the address of a bundle."""
-    return field(metadata={"help": help, "positional": True, "metavar": metavar, "address": address})
-
-
-def bundle_argument() -> Any:
-    """Return a field for a bundle."""
-    wrote = "a folder or an archive that `upright export` wrote"
-    return argument(f"{wrote}, or its address: https:// or wandb-artifact://", address=True)
-
-
-def sha256_option() -> Any:
-    """Return a field for the hash of a bundle's archive."""
-    return option(None, "SHA-256 of the bundle's archive; an https:// address needs it", metavar="HASH")
+    return field(metadata={"help": help, "metavar": metavar, "positional": True, **settings})
 
 
 @dataclass(frozen=True)
+@dataclass_transform(frozen_default=True)
 class Options:
-    """Base of the options of a command. The first line of a subclass's docstring is the command's help.
+    """Base of the options of a command. Each subclass is a frozen dataclass, and its docstring is the command's help.
 
     Raises:
         UserError: if a number is out of range.
     """
 
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
     def __post_init__(self) -> None:
         for each in fields(self):
-            minimum, above = each.metadata.get("minimum"), each.metadata.get("above")
+            minimum, maximum, above = (each.metadata.get(limit) for limit in ("minimum", "maximum", "above"))
+            allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
             for value in _values(getattr(self, each.name)):
-                if minimum is not None and value < minimum:
-                    raise UserError(f"{_flag(each)} must be at least {minimum}, got {value:g}.")
+                if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+                    raise UserError(f"{_flag(each)} must be {allowed}, got {value:g}.")
                 if above is not None and value <= above:
                     raise UserError(f"{_flag(each)} must be above {above}, got {value:g}.")
 
@@ -67,11 +62,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(command: str, options: type[Parsed], arguments: list[str]) -> Parsed:
-    """Parse the arguments of a command.
-
-    Raises:
-        UserError: if an argument is missing, unknown or wrong.
-    """
+    """Parse the arguments of a command, or raise a `UserError`."""
     parser = OneLineParser(prog=f"upright {command}", description=options.__doc__, allow_abbrev=False)
     passed_on: dict[str, list[str]] = {}
     for each in fields(options):
@@ -91,12 +82,9 @@ def parse(command: str, options: type[Parsed], arguments: list[str]) -> Parsed:
 
 def lightning_help(command: str) -> str:
     """Return the short help of ``fit``, ``validate``, ``test`` or ``predict``: Upright's own options and examples."""
-    options = LIGHTNING[command]
+    options, style = LIGHTNING[command], argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog=f"upright {command}",
-        description=options.__doc__,
-        epilog=LIGHTNING_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"upright {command}", description=options.__doc__, epilog=LIGHTNING_EPILOG, formatter_class=style
     )
     for each in fields(options):
         parser.add_argument(f"--{each.name}", **_settings(each))
@@ -104,7 +92,7 @@ def lightning_help(command: str) -> str:
 
 
 def _flag(each: "Field[Any]") -> str:
-    return f"--{'no-' if each.default is True else ''}{each.name.replace('_', '-')}"
+    return f"--{each.name.replace('_', '-')}"
 
 
 def _values(value: Any) -> list[Any]:
@@ -113,11 +101,13 @@ def _values(value: Any) -> list[Any]:
 
 def _settings(each: "Field[Any]") -> dict[str, Any]:
     """Return the arguments of ``add_argument`` for the type and the metadata of a field."""
-    settings = {key: value for key, value in each.metadata.items() if key in ("help", "metavar", "type")}
-    kind: Any = each.type
+    names, kind = ("help", "metavar", "type"), cast(Any, each.type)
+    settings = {name: each.metadata[name] for name in names if each.metadata.get(name)}
     if kind is bool:
-        return settings | {"action": "store_false" if each.default else "store_true"}
-    if each.default is not MISSING and (default := _values(each.default)):
+        return settings | {"action": "store_true"}
+    if each.default is MISSING and not each.metadata.get("positional"):
+        settings["required"] = True
+    elif each.default is not MISSING and (default := _values(each.default)):
         settings["help"] += f"; default: {' '.join(map(str, default))}"
     if NoneType in get_args(kind):
         (kind,) = set(get_args(kind)) - {NoneType}
@@ -139,13 +129,29 @@ def image_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-PROVIDERS_DEFAULT = ("cpu",)
-PROVIDERS_HELP = (
+PATHS = "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line"
+PROVIDERS = (
     "execution providers of onnxruntime, best first: cuda, tensorrt, coreml, openvino, ..., if this build has them"
 )
+DATA = "a YAML of the data, if they moved since the training"
 
 
-@dataclass(frozen=True)
+class BundleOptions(Options):
+    """Base of the commands that take a bundle."""
+
+    bundle: str = argument(
+        "a folder or an archive that `upright export` wrote, or its address: https:// or wandb-artifact://",
+        address=True,
+    )
+    sha256: str | None = option(None, "SHA-256 of the bundle's archive; an https:// address needs it", "HASH")
+
+
+class ModelOptions(BundleOptions):
+    """Base of the commands that run one model of a bundle."""
+
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
+
+
 class New(Options):
     """Write a project of your own.
 
@@ -156,7 +162,6 @@ class New(Options):
     project: str = argument("the folder to write, for example my-project; its last part names the project", "PROJECT")
 
 
-@dataclass(frozen=True)
 class Configs(Options):
     """List or copy the configs that come with Upright.
 
@@ -164,43 +169,36 @@ class Configs(Options):
     """
 
     action: Literal["list", "copy"] = argument("list the configs, or copy them and the example bundle")
-    to: str = option(".", "folder that gets the copies, configs/ and export/digits/", metavar="FOLDER")
+    to: str = option(".", "folder that gets the copies, configs/ and export/digits/", "FOLDER")
 
 
-@dataclass(frozen=True)
 class Describe(Options):
     """Print the layers of a network."""
 
     source: str = argument("a YAML, a checkpoint, or the folder of a run", "CONFIG_OR_CHECKPOINT")
     format: Literal["table", "json", "markdown"] = option("table", "output format")
-    data: str | None = option(None, "a YAML of data, instead of the network's own", metavar="YAML")
+    data: str | None = option(None, "a YAML of data, instead of the network's own", "YAML")
 
 
-@dataclass(frozen=True)
 class Preview(Options):
     """Draw images of a dataset before and after augmentation."""
 
     source: str = argument("a YAML of data or of an experiment, a checkpoint, or the folder of a run", "DATA")
-    root: str | None = option(None, "the folder of the data, instead of the one in the YAML", metavar="PATH")
-    output: str = option("preview.png", "the file to write", metavar="PNG")
+    root: str | None = option(None, "the folder of the data, instead of the one in the YAML", "PATH")
+    output: str = option("preview.png", "the file to write", "PNG")
     seed: int = option(0, "seed of the augmentation")
-    write_statistics: bool = option(
-        False, "write the measured mean and standard deviation into the YAML; its comments stay"
-    )
+    write_statistics: bool = option(False, "write the measured mean and deviation into the YAML; its comments stay")
 
 
-@dataclass(frozen=True)
 class Export(Options):
     """Write a verified ONNX bundle of a checkpoint."""
 
     checkpoint: str = argument("a checkpoint, or the folder of a run (its best.ckpt)")
     name: str | None = option(None, "name of the bundle, which is written to FOLDER/NAME; by default the run's name")
     force: bool = option(False, "replace an existing bundle")
-    data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
+    data: str | None = option(None, DATA, "YAML")
     outputs: Sequence[Literal["theta", "warped", "votes", "confidence", "logits", "features"]] = option(
-        (),
-        "outputs of the graph beside the probabilities: parameters, output image, votes and confidence of each spatial "
-        "transformer, logits, input of the head",
+        (), "further outputs of the graph: four of each spatial transformer, the logits, the input of the head"
     )
     wandb: Literal["offline", "online", "off"] | None = option(
         None, "record the bundle in Weights & Biases; by default offline if its run is tracked, else off"
@@ -208,40 +206,25 @@ class Export(Options):
     precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(
         (), "further models in float16 or 8 bits, each of which must keep its accuracy; fp32 is always written"
     )
-    max_drop: float = option(
-        0.5, "largest loss of accuracy on the validation split by a lower precision", metavar="POINTS"
-    )
+    max_drop: float = option(0.5, "largest loss of accuracy on the validation split by a lower precision", "POINTS")
     max_wrong: float = option(
         1.0,
-        "percentage of wrong sides that an orientation model may choose on the validation split; it sets the threshold "
-        "of its confidence",
-        metavar="PERCENT",
+        "percentage of wrong sides on the validation split; sets an orientation model's threshold of confidence",
+        "PERCENT",
     )
-    full_range: bool = option(
-        False, "use 8 instead of 7 bits for int8 weights, for processors with instructions for it (VNNI, AMX, ARM)"
-    )
+    full_range: bool = option(False, "use 8 bits, not 7, for int8 weights; for processors with VNNI, AMX or ARM's i8mm")
     opset: int = option(18, "version of ONNX's operators, from 18 (read by most engines) to 25")
-    batch: int | None = option(None, "fix the batch size to N images", metavar="N")
+    batch: int | None = option(None, "fix the batch size to N images", "N")
     size: tuple[int, int] | None = option(
-        None,
-        "fix the size of the images; at the network's own size the graph then does not resize",
-        type=image_size,
-        metavar="HxW",
+        None, "fix the size of the images; at the network's own size the graph does not resize", "HxW", type=image_size
     )
-    to: str = option("export", "parent folder of the bundle", metavar="FOLDER")
+    to: str = option("export", "parent folder of the bundle", "FOLDER")
     archive: bool = option(False, "also write the bundle as one file, FOLDER/NAME.upright.zip")
-    sign: str | None = option(
-        None, "sign the bundle with this private key, a PEM file; needs the extra `sign`", metavar="KEY"
-    )
-    safetensors: bool = option(
-        False, "also write the weights of the network as FOLDER/NAME.safetensors, for PyTorch and --start_from"
-    )
-    triton: str | None = option(
-        None, "also write the models and their config into this Triton model repository", metavar="REPOSITORY"
-    )
+    sign: str | None = option(None, "sign the bundle with this private key, a PEM file; needs the extra `sign`", "KEY")
+    safetensors: bool = option(False, "also write the network's weights as FOLDER/NAME.safetensors, for --start_from")
+    triton: str | None = option(None, "also write the models with their config into this Triton repository", "FOLDER")
 
 
-@dataclass(frozen=True)
 class Attach(Options):
     """Straighten images in front of any ONNX classifier, in one graph.
 
@@ -250,52 +233,50 @@ class Attach(Options):
     `preprocessor_config.json`, `config.json` of timm), and from these options.
     """
 
-    orientation: str = argument("a bundle that estimates the orientation, or its address", "UPRIGHT_BUNDLE", True)
+    orientation: str = argument(
+        "a bundle that estimates the orientation, or its address", "UPRIGHT_BUNDLE", address=True
+    )
     model: str = argument("an ONNX classifier with an image as its only input", "MODEL.onnx")
-    to: str = option("export/attached", "folder of the new bundle", metavar="NEW")
+    to: str = option("export/attached", "folder of the new bundle", "NEW")
     force: bool = option(False, "replace an existing bundle")
     images: str | None = option(
         None,
-        "images for the comparison; with a folder per class, they also measure harm and gain; by default the samples "
-        "of the orientation bundle",
-        metavar="FOLDER",
+        "images for the comparison, in a folder per class to measure harm and gain; by default the samples",
+        "FOLDER",
     )
     classes: str | None = option(
-        None, "names of the classes, one per line; by default those of the metadata, else numbers", metavar="FILE"
+        None, "names of the classes, one per line; by default from the metadata, or numbers", "FILE"
     )
-    output: str | None = option(None, "output with one score per class, if there are several", metavar="NAME")
+    output: str | None = option(None, "output with one score per class, if there are several", "NAME")
     scores: Literal["logits", "probabilities"] | None = option(
         None, "kind of the scores; by default probabilities if they sum to 1 on all images"
     )
-    size: tuple[int, int] | None = option(None, "size of the classifier's input", type=image_size, metavar="HxW")
+    size: tuple[int, int] | None = option(None, "size of the classifier's input", "HxW", type=image_size)
     resize: Literal["stretch", "crop", "pad"] | None = option(None, "rule for images of another aspect")
     crop: float | None = option(
-        None, "side of the centre that remains of the resized image, such as 0.875", metavar="SHARE", above=0
+        None, "side of the centre that remains of the resized image, like 0.875", "SHARE", above=0
     )
     range: Literal["unit", "byte", "signed"] | None = option(
         None, "values of the input before mean and std: 0 to 1, 0 to 255, or -1 to 1; unit if a mean is given"
     )
-    mean: Sequence[float] | None = option(None, "mean per channel of the classifier's data, in this range", metavar="X")
-    std: Sequence[float] | None = option(None, "standard deviation per channel, in this range", metavar="X", above=0)
+    mean: Sequence[float] | None = option(None, "mean per channel of the classifier's data, in this range", "X")
+    std: Sequence[float] | None = option(None, "standard deviation per channel, in this range", "X", above=0)
     channels: Literal["rgb", "bgr"] | None = option(None, "order of the colours; by default rgb")
     layout: Literal["nchw", "nhwc"] | None = option(None, "order of the axes, if the shape of the input is not fixed")
     threshold: float | None = option(
         None,
-        "smallest confidence of the orientation; below it, the image passes unchanged; by default that of the "
-        "orientation bundle",
-        metavar="C",
+        "smallest confidence; below it, the image passes unchanged; by default that of the orientation bundle",
+        "C",
         minimum=0,
     )
     max_harm: float | None = option(
         None,
-        "choose the smallest threshold whose harm is within this limit: points of upright images that go from right to "
-        "wrong, by the upper end of its interval",
-        metavar="POINTS",
+        "choose the smallest threshold whose harm is within this limit: points of upright images that go from right "
+        "to wrong, by the upper end of its interval",
+        "POINTS",
         above=0,
     )
-    min_angle: float = option(
-        1.0, "smallest angle in degrees; below it, the image passes unchanged", metavar="DEGREES", minimum=0
-    )
+    min_angle: float = option(1.0, "smallest angle; below it, the image passes unchanged", "DEGREES", minimum=0)
     padding: Literal["zeros", "border", "reflection"] = option("reflection", "values beyond the border of the image")
     straightened: bool = option(False, "also return the images that the classifier gets, as output straightened")
 
@@ -307,46 +288,30 @@ class Attach(Options):
             raise UserError(f"--crop must be at most 1, the complete image; got {self.crop:g}.")
 
 
-@dataclass(frozen=True)
-class Verify(Options):
+class Verify(BundleOptions):
     """Check a bundle on this machine."""
 
-    bundle: str = bundle_argument()
-    sha256: str | None = sha256_option()
-    expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", metavar="HASH")
+    expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", "HASH")
     key: str | None = option(
-        None, "public key, a PEM file, that must have signed the bundle; needs the extra `sign`", metavar="PUB"
+        None, "public key (a PEM file) that must have signed the bundle; needs the extra `sign`", "PUB"
     )
     speed: bool = option(False, "also compare the speed on one thread with that of the export")
-    speed_factor: float = option(
-        1.5, "warn with --speed if a batch takes more than FACTOR times as long", metavar="FACTOR", above=1
-    )
+    speed_factor: float = option(1.5, "warn with --speed if a batch takes FACTOR times as long", "FACTOR", above=1)
 
 
-@dataclass(frozen=True)
-class Infer(Options):
+class Infer(ModelOptions):
     """Classify images with a bundle, or estimate their orientation."""
 
-    bundle: str = bundle_argument()
-    images: Sequence[str] = argument(
-        "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
-        "IMAGE",
-    )
-    sha256: str | None = sha256_option()
+    images: Sequence[str] = argument(PATHS, "IMAGE")
     format: Literal["table", "jsonl", "csv"] = option("table", "output format")
-    top: int | None = option(
-        None, "number of classes per image, the most probable ones; by default 1; only for classifiers", metavar="K"
-    )
+    top: int | None = option(None, "number of most probable classes per image; by default 1; only for classifiers", "K")
     outputs: Sequence[str] = option(
-        (), "further outputs of the graph, such as theta, for --format jsonl or --npz", metavar="NAME"
+        (), "further outputs of the graph, such as theta; for --format jsonl or --npz", "NAME"
     )
-    npz: str | None = option(
-        None, "also write paths, main output and further outputs of all images to this file of NumPy", metavar="FILE"
-    )
-    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
-    threads: int | None = option(None, "threads per run; by default as many as there are cores", metavar="N")
-    providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
-    max_pixels: int = option(64_000_000, "limit for one image; larger images are refused", metavar="N")
+    npz: str | None = option(None, "also write paths and the main and further outputs to this file of NumPy", "FILE")
+    threads: int | None = option(None, "threads per run; by default as many as there are cores", "N")
+    providers: Sequence[str] = option(("cpu",), PROVIDERS, "NAME")
+    max_pixels: int = option(64_000_000, "limit for one image; larger images are refused", "N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -356,8 +321,7 @@ class Infer(Options):
             raise UserError(f"--npz must be a file whose name ends in .npz, got '{self.npz}'.")
 
 
-@dataclass(frozen=True)
-class Straighten(Options):
+class Straighten(ModelOptions):
     """Write upright copies of images.
 
     The bundle must estimate the orientation. The sources are never changed. Multiples of 90 degrees are lossless. An
@@ -365,107 +329,70 @@ class Straighten(Options):
     images; after an interruption, the same command resumes.
     """
 
-    bundle: str = argument("a bundle that estimates the orientation, or its address", address=True)
-    inputs: Sequence[str] = argument(
-        "images, folders of images, patterns like 'x/**/*.png'; - reads paths from standard input, one per line",
-        "INPUT",
-    )
-    to: str | None = option(None, "folder of the copies, outside of all inputs; needed", metavar="FOLDER")
+    inputs: Sequence[str] = argument(PATHS, "INPUT")
+    to: str = option(MISSING, "folder of the copies, outside of all inputs", "FOLDER")
     dry_run: bool = option(False, "write only the CSV")
     threshold: float | None = option(
-        None, "lowest confidence to rotate an image, from 0 to 1; by default that of the bundle", metavar="T", minimum=0
+        None, "lowest confidence to rotate an image, from 0 to 1; by default the bundle's", "T", minimum=0, maximum=1
     )
     turns: Literal["any", "4"] = option("any", "rotate by any angle, or only by the nearest multiple of 90 degrees")
     min_angle: float = option(
-        5, "rotate by a multiple of 90 degrees, without loss, if it is nearer than this", metavar="DEGREES", minimum=0
+        5,
+        "rotate by multiples of 90 degrees, without loss, if one is nearer than this",
+        "DEGREES",
+        minimum=0,
+        maximum=45,
     )
-    fit: Literal["crop", "pad"] = option(
-        "crop", "other angles: cut off the empty corners, or show the whole image with filled corners"
-    )
-    background: str = option("white", "colour of the corners with --fit pad, a name or #rrggbb", metavar="COLOUR")
+    fit: Literal["crop", "pad"] = option("crop", "other angles: cut off the empty corners, or fill them")
+    background: str = option("white", "colour of the corners with --fit pad, a name or #rrggbb", "COLOUR")
     quality: int | None = option(
-        None, "quality of resampled JPEG and WebP, 1 to 100; by default JPEG has the tables of its source", metavar="Q"
+        None,
+        "quality of resampled JPEG and WebP, 1 to 100; by default JPEG has the tables of its source",
+        "Q",
+        minimum=1,
+        maximum=100,
     )
     force: bool = option(False, "start from scratch, and replace existing files in FOLDER")
-    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
-    threads: int = option(0, "images at a time; 0 for as many as there are cores", metavar="N", minimum=0)
-    max_pixels: int = option(
-        64_000_000, "limit for one image; a larger one is copied as an error", metavar="N", minimum=1
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.to is None:
-            raise UserError("straighten needs --to FOLDER, the folder of the copies.")
-        if self.threshold is not None and self.threshold > 1:
-            raise UserError(f"--threshold must be from 0 to 1, got {self.threshold:g}.")
-        if self.min_angle > 45:
-            raise UserError(f"--min-angle must be from 0 to 45 degrees, got {self.min_angle:g}.")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be from 1 to 100, got {self.quality}.")
+    threads: int = option(0, "images at a time; 0 for as many as there are cores", "N", minimum=0)
+    max_pixels: int = option(64_000_000, "limit for one image; a larger one is copied as an error", "N", minimum=1)
 
 
-@dataclass(frozen=True)
-class Benchmark(Options):
+class Benchmark(BundleOptions):
     """Measure how fast a bundle is on this machine."""
 
-    bundle: str = bundle_argument()
-    sha256: str | None = sha256_option()
-    checkpoint: str | None = option(
-        None, "the bundle's checkpoint or run; adds rows for PyTorch, eager and compiled", metavar="CKPT"
-    )
-    batches: Sequence[int] | None = option(
-        None, "batch sizes; by default 1 8 64, or the one that the bundle takes", metavar="B", minimum=1
-    )
-    threads: Sequence[int] = option((1,), "threads per run, each a part of the table", metavar="N", minimum=1)
-    to: str | None = option(
-        None, "also write benchmark.md, benchmark.json and benchmark.png to this folder", metavar="FOLDER"
-    )
+    checkpoint: str | None = option(None, "the bundle's checkpoint or run; adds PyTorch, eager and compiled", "CKPT")
+    batches: Sequence[int] | None = option(None, "batch sizes; by default 1 8 64, or the bundle's own", "B", minimum=1)
+    threads: Sequence[int] = option((1,), "threads per run, each a part of the table", "N", minimum=1)
+    to: str | None = option(None, "also write benchmark.md, benchmark.json and benchmark.png to this folder", "FOLDER")
 
 
-@dataclass(frozen=True)
-class Serve(Options):
+class Serve(ModelOptions):
     """Classify images over HTTP, or estimate their orientation.
 
     POST /v1/classify or, for a bundle without classes, /v1/orientation; and the Open Inference Protocol (/v2). /docs
     describes both, /metrics is for Prometheus. Put a reverse proxy in front for authentication, TLS and routing.
     """
 
-    bundle: str = bundle_argument()
-    sha256: str | None = sha256_option()
     name: str | None = option(None, "name of the model in routes and answers; by default that of the folder")
-    model_version: str | None = option(
-        None, "version of the model; by default the first 12 digits of the bundle's hash", metavar="VERSION"
-    )
+    model_version: str | None = option(None, "version of the model; by default 12 digits of the bundle's hash", "NAME")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
-    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
-    workers: int = option(
-        1, "processes behind the port; each has the bundle in memory, and limits of its own", metavar="N", minimum=1
-    )
-    threads: int = option(0, "threads per run; 0 for the cores, divided by the workers", metavar="N", minimum=0)
-    providers: Sequence[str] = option(PROVIDERS_DEFAULT, PROVIDERS_HELP, metavar="NAME")
-    decoders: int = option(
-        0, "threads that decode images; 0 for the cores, divided by the workers", metavar="N", minimum=0
-    )
-    max_batch: int = option(64, "images per run of the model", metavar="N", minimum=1)
-    max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", metavar="MS", minimum=0)
-    max_queue: int = option(256, "images in the queue; when it is full, requests get a 429", metavar="N", minimum=1)
-    max_body_mb: float = option(16, "limit for one request, in megabytes", metavar="MB", above=0)
-    max_pixels: int = option(16_000_000, "limit for one image, in pixels", metavar="N", minimum=1)
-    pixel_budget: int = option(
-        32_000_000, "limit for all images in memory together, in pixels; others wait", metavar="N", minimum=1
-    )
-    timeout_s: float = option(30, "limit from a request to its response, in seconds", metavar="S", above=0)
-    grace_s: float = option(
-        1, "time from a stop signal until idle connections are closed, in seconds", metavar="S", minimum=0
-    )
-    root_path: str = option("", "path that a proxy removes from the address, for example /digits", metavar="PATH")
-    proxies: Sequence[str] = option(
-        (), "addresses of proxies whose X-Forwarded-For is the client in the log; * for all", metavar="ADDRESS"
-    )
+    workers: int = option(1, "processes behind the port, each with the bundle and limits of its own", "N", minimum=1)
+    threads: int = option(0, "threads per run; 0 for the cores, divided by the workers", "N", minimum=0)
+    providers: Sequence[str] = option(("cpu",), PROVIDERS, "NAME")
+    decoders: int = option(0, "threads that decode images; 0 for the cores, divided by the workers", "N", minimum=0)
+    max_batch: int = option(64, "images per run of the model", "N", minimum=1)
+    max_delay_ms: float = option(5, "longest wait of an image for others, in milliseconds", "MS", minimum=0)
+    max_queue: int = option(256, "images in the queue; when it is full, requests get a 429", "N", minimum=1)
+    max_body_mb: float = option(16, "limit for one request, in megabytes", "MB", above=0)
+    max_pixels: int = option(16_000_000, "limit for one image, in pixels", "N", minimum=1)
+    pixel_budget: int = option(32_000_000, "limit for all images in memory, in pixels; others wait", "N", minimum=1)
+    timeout_s: float = option(30, "limit from a request to its response, in seconds", "S", above=0)
+    grace_s: float = option(1, "time from a stop signal until idle connections are closed, in seconds", "S", minimum=0)
+    root_path: str = option("", "path that a proxy removes from the address, for example /digits", "PATH")
+    proxies: Sequence[str] = option((), "proxies whose X-Forwarded-For is the client in the log; * for all", "ADDRESS")
     cors: Sequence[str] = option(
-        (), "origins of web pages that may send requests, for example https://example.org; * for all", metavar="ORIGIN"
+        (), "origins of web pages that may send requests, for example https://example.org; * for all", "ORIGIN"
     )
     quiet: bool = option(False, "do not log requests")
 
@@ -482,62 +409,50 @@ class Serve(Options):
             raise UserError(f"--root-path must be like /digits, without a slash at its end, got '{self.root_path}'.")
 
 
-@dataclass(frozen=True)
-class Web(Options):
+class Web(ModelOptions):
     """Write a web page that runs a bundle in the browser."""
 
-    bundle: str = bundle_argument()
-    sha256: str | None = sha256_option()
-    to: str = option("web", "parent folder of the page's folder", metavar="FOLDER")
+    to: str = option("web", "parent folder of the page's folder", "FOLDER")
     runtime: str | None = option(
         None,
-        "onnxruntime-web: its folder, its package as a file, or a mirror's address; by default downloaded once",
-        metavar="PATH_OR_URL",
+        "onnxruntime-web: its folder, its package, or a mirror's address; by default downloaded once",
+        "PATH_OR_URL",
     )
-    precision: Literal["fp32", "fp16", "int8"] = option("fp32", "model of the bundle")
     one_file: bool = option(False, "write a single HTML file that needs no web server; it is a third larger")
 
 
-@dataclass(frozen=True)
 class Sweep(Options):
     """Search over options of fit."""
 
     space: str = argument("the search space, for example configs/sweeps/lenet_sweep.yaml", "SPACE.yaml")
-    trials: int | None = option(None, "total number of trials; by default the one in SPACE.yaml", metavar="N")
+    trials: int | None = option(None, "total number of trials; by default the one in SPACE.yaml", "N")
     name: str | None = option(None, "name of the sweep, the folder checkpoints/NAME; by default that of SPACE.yaml")
     options: Sequence[str] = option((), "options of `upright fit`", after="upright fit")
 
 
-@dataclass(frozen=True)
 class Select(Options):
     """Estimate the accuracy of the best of several runs."""
 
     runs: Sequence[str] = argument("folders of runs, or of a sweep", "RUNS_OR_SWEEP")
-    to: str | None = option(
-        None, "folder of selection.md, .json and .png; by default that of the sweep", metavar="FOLDER"
-    )
-    data: str | None = option(None, "a YAML of the data, if they moved since the training", metavar="YAML")
+    to: str | None = option(None, "folder of selection.md, .json and .png; by default that of the sweep", "FOLDER")
+    data: str | None = option(None, DATA, "YAML")
 
 
-@dataclass(frozen=True)
 class Report(Options):
     """Compare models on one page."""
 
     models: Sequence[str] = argument(
-        "checkpoints, folders of runs, or bundles; the first one is compared with the others",
-        "CKPT_OR_BUNDLE",
-        address=True,
+        "checkpoints, runs or bundles; the first one is compared with the others", "CKPT_OR_BUNDLE", address=True
     )
-    data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", metavar="YAML")
+    data: str | None = option(None, "a YAML of data to evaluate on, instead of the first model's own", "YAML")
     split: Literal["test", "val"] = option("test", "split to evaluate on")
-    images: int = option(500, "number of images to distort for the invariance curves", metavar="N")
+    images: int = option(500, "number of images to distort for the invariance curves", "N")
     precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(("fp32",), "models of a bundle, one row each")
     vector: Literal["pdf", "svg"] | None = option(None, "also write the plots in this format, for print")
-    to: str | None = option(None, "folder of the report; by default checkpoints/report-NAME", metavar="FOLDER")
+    to: str | None = option(None, "folder of the report; by default checkpoints/report-NAME", "FOLDER")
     force: bool = option(False, "replace an existing report")
 
 
-@dataclass(frozen=True)
 class Study(Options):
     """Test a textbook claim by experiment."""
 
@@ -547,33 +462,27 @@ class Study(Options):
     full: bool = option(False, "run the study at its larger scale, if it has one; this takes more than half an hour")
 
 
-@dataclass(frozen=True)
 class Demo(Options):
     """Train, test, export, verify and classify once, on real digits."""
 
     name: str = option("demo", "name of the run and of the bundle; existing ones are replaced")
 
 
-@dataclass(frozen=True)
 class Fit(Options):
     """Train a run in its own folder, or resume it."""
 
-    config: str | None = option(None, "the experiment; several files are merged, the last one wins", metavar="YAML")
+    config: str | None = option(None, "the experiment; several files are merged, the last one wins", "YAML")
     name: str | None = option(None, "name of the run; by default the names of the configs, joined by hyphens")
     force: bool = option(False, "replace an existing run of this name")
     ckpt_path: str | None = option(
-        None,
-        "checkpoint to resume from: a file, `last` or `best` of the run, or `auto`, which resumes from `last` if it "
-        "exists and otherwise starts a new run",
+        None, "checkpoint to resume from: a file, `last`, `best`, or `auto`: `last` if it exists, else a new run"
     )
     start_from: str | None = option(
         None, "weights to start with: an Upright checkpoint or run, or a state dict of any network (.pth, .safetensors)"
     )
     allow_seen_images: bool = option(False, "accept validation and test images that the weights were trained on")
     monitor: str = option("val/loss", "the metric of validation that chooses best.ckpt")
-    mode: Literal["min", "max"] | None = option(
-        None, "whether the smallest or the largest value is the best; needed for another metric than val/loss"
-    )
+    mode: Literal["min", "max"] | None = option(None, "the best value of the monitor; needed if it is not val/loss")
     wandb: Literal["offline", "online", "off"] = option(
         "offline", "log to Weights & Biases: on this disk (`wandb sync` uploads it later), on its server, or not at all"
     )
@@ -584,25 +493,22 @@ class Fit(Options):
     compile: bool = option(False, "use torch.compile; the first step then takes a minute or two")
 
 
-@dataclass(frozen=True)
 class Validate(Options):
     """Compute the metrics of a checkpoint on the validation split."""
 
-    config: str | None = option(None, "further options", metavar="YAML")
+    config: str | None = option(None, "further options", "YAML")
     ckpt_path: str | None = option(None, "a checkpoint, or the folder of a run (its best.ckpt)")
     allow_seen_images: bool = option(False, "evaluate on images that the model was trained on, too")
 
 
-@dataclass(frozen=True)
 class Test(Validate):
     """Compute the metrics of a checkpoint on the test split, with tables and plots."""
 
 
-@dataclass(frozen=True)
 class Predict(Validate):
     """Write the probabilities of every image of the test split."""
 
-    output: str | None = option(None, "CSV to write; by default predictions.csv beside the checkpoint", metavar="CSV")
+    output: str | None = option(None, "CSV to write; by default predictions.csv beside the checkpoint", "CSV")
 
 
 LIGHTNING: dict[str, type[Options]] = {"fit": Fit, "validate": Validate, "test": Test, "predict": Predict}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from upright.images import ImageSpec
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
-from upright.runtime.predictor import open_session, run_session
+from upright.runtime.predictor import open_session, run_batch
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], np.float32)
 CLASSES = ("red", "green", "blue", "yellow")
@@ -113,7 +113,7 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.2, channe
     for label in range(4):
         pixels, file = image(label, 24, 30, seed=label)[:, :, :channels], f"{SAMPLES}/{label:02d}.png"
         Image.fromarray(pixels.squeeze()).save(folder / file)
-        (row,) = run_session(session, [pixels], 1)
+        (row,) = run_batch(session, pixels[None])[0]
         samples.append({"file": file, "label": "", "orientation": {"fp32": row.tolist()}})
     manifest: dict[str, Any] = {
         "format": FORMAT,

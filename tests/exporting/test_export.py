@@ -28,7 +28,7 @@ from upright.exporting.graph import Form, Graph, write_graph
 from upright.exporting.parity import Reference
 from upright.images import ImageSpec
 from upright.runtime.bundle import Bundle
-from upright.runtime.predictor import Predictor, open_session, run_session
+from upright.runtime.predictor import Predictor, open_session, run_batch
 from upright.training.classifier import ImageClassifier
 from upright.training.model import Model
 from upright.training.restoring import restore
@@ -399,7 +399,7 @@ def test_an_image_that_the_model_does_not_accept_is_one_line(tmp_path: Path) -> 
     network = NiN((1, 20, 20), 2, widths=(4, 4, 4), stem=(5, 1, 2))
     write_graph(Model(spec, network).eval(), tmp_path / "model.onnx")
     with pytest.raises(UprightError, match=r"onnxruntime failed on 1 images of \(H, W, C\) 2x2x1: "):
-        list(run_session(open_session(tmp_path / "model.onnx"), [np.zeros((2, 2, 1), np.uint8)], 1))
+        run_batch(open_session(tmp_path / "model.onnx"), np.zeros((1, 2, 2, 1), np.uint8))
 
 
 @pytest.mark.slow

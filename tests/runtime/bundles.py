@@ -18,7 +18,7 @@ from upright.architectures.nin import NiN
 from upright.exporting.graph import Form, Graph, write_graph
 from upright.images import ImageSpec, Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
-from upright.runtime.predictor import open_session, run_session
+from upright.runtime.predictor import open_session, run_batch
 from upright.training.model import Model
 
 
@@ -110,7 +110,8 @@ def _complete(
     network: str,
 ) -> Path:
     """Add samples, manifest and hashes to the folder of a model."""
-    rows = run_session(open_session(folder / MODELS["fp32"]), images, 1)
+    session = open_session(folder / MODELS["fp32"])
+    rows = [run_batch(session, image[None])[0][0] for image in images]
     samples = []
     for number, (pixels, row) in enumerate(zip(images, rows, strict=True)):
         file = f"{SAMPLES}/{number:02d}.png"

@@ -259,7 +259,6 @@ def http(folder: Path) -> Callable[[random.Random], str]:
         Serve(str(DIGITS), max_body_mb=0.3, max_queue=64, max_pixels=1_000_000, timeout_s=SECONDS),
     )
     app, loop = service.app(), asyncio.new_event_loop()
-    service.loaded.batcher.start()
     valid = [*image_files(), *(path.read_bytes() for path in sorted(DIGITS.glob("samples/*.png")))]
     edge = b"multipart/form-data; boundary=edge"
     part = b'--edge\r\nContent-Disposition: form-data; name="p"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'

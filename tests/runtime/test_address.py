@@ -123,7 +123,7 @@ def test_several_processes_download_at_the_same_time(server: Server, cache: Path
     ("kind", "message"),
     [
         ("gone", r"cannot be downloaded \(HTTP Error 404: Not Found\)\. Check address and network, or"),
-        ("elsewhere", f"'{ELSEWHERE}' is no address of a bundle; it must begin with https:// or wandb-artifact://"),
+        ("elsewhere", f"leads to '{ELSEWHERE}', which does not begin with https://"),
         ("file", r"file:///etc/passwd"),
         ("truncated", r"cannot be downloaded \(the connection ended after 1000 of \d+ bytes\)"),
     ],

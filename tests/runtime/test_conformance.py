@@ -73,7 +73,6 @@ def test_every_output_is_reachable(made: Path, upright: Upright) -> None:
 
     async def scenario() -> None:
         service = Service(predictor, Serve(str(made)))
-        service.loaded.batcher.start()
         images = [path.read_bytes() for path in paths]
         # Requests with and without outputs share a batch.
         replies = await asyncio.gather(

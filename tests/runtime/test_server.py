@@ -752,7 +752,6 @@ def test_a_slow_or_failing_model_is_an_error(trained: Path, predictor: Predictor
 
     async def scenario() -> None:
         service = Service(predictor, Serve("small", timeout_s=0.5, max_queue=2, max_batch=1))
-        service.loaded.batcher.start()
         model, slow = service.loaded.batcher.model, threading.Event()
 
         def waits(images: Pixels, names: Any) -> Any:
@@ -845,7 +844,6 @@ def test_an_image_of_a_wrong_size_is_a_mistake_of_the_client(tmp_path: Path, fix
 
     async def scenario() -> None:
         service = Service(Predictor(bundle), Serve(str(bundle)))
-        service.loaded.batcher.start()
         infer = "/v2/models/made/infer"
         for size, statuses in ((allowed, (200, 200)), (2, (422, 400)), (allowed, (200, 200))):
             image = await request(service, "/v1/classify", noise(size, size, 0))

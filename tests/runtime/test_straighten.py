@@ -30,7 +30,7 @@ from upright.images import ImageSpec
 from upright.runtime import straighten
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, SAMPLES, SUMS, checksums, spec_entries
 from upright.runtime.metadata import set_orientation
-from upright.runtime.predictor import OrientationPredictor, open_session, run_session
+from upright.runtime.predictor import OrientationPredictor, open_session, run_batch
 from upright.runtime.rotation import QUARTERS, Resampling, rotate
 
 # The gradient of the brightness, by linear regression. An image is upright if its top is bright. The confidence is the
@@ -112,7 +112,7 @@ def write_orientation_bundle(folder: Path, threshold: float | None = 0.5) -> Pat
     for number, angle in enumerate((0, 90, -60, 170)):
         file = f"{SAMPLES}/{number:02d}.png"
         photograph(angle).save(folder / file)
-        (row,) = run_session(session, [np.asarray(photograph(angle))], 1)
+        (row,) = run_batch(session, np.asarray(photograph(angle))[None])[0]
         samples.append({"file": file, "label": str(angle), "orientation": {"fp32": row.tolist()}})
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -424,7 +424,7 @@ def test_a_bundle_with_classes_is_refused(scans: Path, upright: Upright) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["scans"], "straighten needs --to FOLDER, the folder of the copies."),
+        (["scans"], "straighten: the following arguments are required: --to."),
         (["scans", "--to", "scans"], "--to 'scans' and the input 'scans' overlap; give a folder outside of it."),
         (["scans", "--to", "scans/new"], "--to 'scans/new' and the input 'scans' overlap; "),
         (["scans/2020", "--to", "scans"], "--to 'scans' and the input 'scans/2020' overlap; "),
@@ -434,7 +434,7 @@ def test_a_bundle_with_classes_is_refused(scans: Path, upright: Upright) -> None
         (["scans", "--to", "scans/noise.png"], "overlap"),
         (["scans/noise.png", "--to", "file"], "--to 'file' is a file; give a folder."),
         (["scans", "--to", "out", "--threshold", "2"], "--threshold must be from 0 to 1, got 2."),
-        (["scans", "--to", "out", "--min-angle", "50"], "--min-angle must be from 0 to 45 degrees, got 50."),
+        (["scans", "--to", "out", "--min-angle", "50"], "--min-angle must be from 0 to 45, got 50."),
         (["scans", "--to", "out", "--quality", "101"], "--quality must be from 1 to 100, got 101."),
         (["scans", "--to", "out", "--background", "x"], "--background must be the name of a colour or #rrggbb, got"),
     ],

@@ -50,7 +50,7 @@ def attach(options: Attach) -> int:
     labelled = photographs[0].label is not None
     threshold = options.threshold
     if threshold is None:
-        threshold = bundle.manifest.get("orientation", {}).get("threshold")
+        threshold = bundle.threshold
     if threshold is None and options.max_harm is None:
         raise UserError(f"'{options.orientation}' records no threshold; give --threshold, or --max-harm to choose one.")
     if options.max_harm is not None and not labelled:

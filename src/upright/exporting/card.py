@@ -12,7 +12,7 @@ WORTHWHILE = 1.1
 """Smallest speed relative to float32 that is larger than the noise of the measurement."""
 
 
-def summary(parity: dict[str, Any], task: Task[Any]) -> Iterator[str]:
+def summary(parity: dict[str, Any], task: Task) -> Iterator[str]:
     """Yield the results of an export, line by line, from the content of ``parity.json``."""
     exact, max_drop = parity["precisions"]["fp32"], parity["max_drop"]
     degrees = f" ({exact['largest_difference_degrees']:.1e} degrees)" if "orientation" in parity else ""
@@ -119,7 +119,7 @@ In Python: `from upright import {predictor[0]}; {predictor[0]}("{name}")("image.
 """
 
 
-def _precisions(manifest: dict[str, Any], parity: dict[str, Any], task: Task[Any]) -> str:
+def _precisions(manifest: dict[str, Any], parity: dict[str, Any], task: Task) -> str:
     """Return the section that compares the precisions, if there are several."""
     precisions = parity["precisions"]
     if len(precisions) == 1:

@@ -52,9 +52,8 @@ from upright.runtime.bundle import (
 )
 from upright.runtime.predictor import open_session
 from upright.runtime.signature import SIGNATURE, read_signer, write_signature
-from upright.runtime.speed import machine
+from upright.runtime.speed import machine, speeds_by_batch
 from upright.runtime.task import task_of
-from upright.runtime.verify import speeds_by_batch
 from upright.training.finetuning import head
 from upright.training.model import Model
 from upright.training.module import ImageModule

@@ -5,7 +5,7 @@ If a graph of lower precision loses too much, its most harmful layers are set ba
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,11 +94,11 @@ def convert_within(
 
 
 def rank_layers(
-    converter: Converter, reference: onnxruntime.InferenceSession, images: Batches, task: Task[Any]
+    converter: Converter, reference: onnxruntime.InferenceSession, images: Batches, task: Task
 ) -> dict[str, float]:
     """Return the harm of each layer, the worst first.
 
-    The harm is the difference if only this layer is converted, see `Task.differences`, averaged over images.
+    The harm is the difference if only this layer is converted, see `Classification.differences`, averaged over images.
     """
     batches = list(images())
     expected = [run_batch(reference, batch)[0] for batch in batches]

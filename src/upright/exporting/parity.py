@@ -127,7 +127,7 @@ class Comparison:
 
     Args:
         names: names of the images.
-        labels: true answers, see `Task.right`, ``(N,)``.
+        labels: true answers, see `Classification.right`, ``(N,)``.
         groups: index of the source image of each image, ``(N,)``.
         expected: main output by PyTorch, ``(N, columns)``.
         actual: main output by the graph, ``(N, columns)``.
@@ -148,7 +148,7 @@ class Comparison:
 
     @property
     def differences(self) -> Floats:
-        """Difference for each image, see `Task.differences`; 0 if the answer is not stable, ``(N,)``."""
+        """Difference for each image, see `Classification.differences`; 0 if the answer is not stable, ``(N,)``."""
         return np.where(self.stable, self.task.differences(self.expected, self.actual), 0.0)
 
     @property

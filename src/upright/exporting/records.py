@@ -11,7 +11,7 @@ from upright.errors import UserError
 from upright.files import check_replaceable
 from upright.images import ImageSpec, Pixels
 from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, PARITY, SAMPLES, SUMS, spec_entries, write_json
-from upright.runtime.predictor import open_session, run_session
+from upright.runtime.predictor import open_session, run_batch
 from upright.runtime.task import task_of
 
 SAMPLE_COUNT = 16
@@ -69,6 +69,6 @@ def write_records(
     for number, (description, pixels) in enumerate(samples):
         file = f"{SAMPLES}/{number:02d}.png"
         write_png(folder / file, pixels)
-        rows = {name: next(run_session(session, [pixels], 1)).tolist() for name, session in sessions.items()}
+        rows = {name: run_batch(session, pixels[None])[0][0].tolist() for name, session in sessions.items()}
         expected.append({"file": file, **description, manifest["output"]["name"]: rows})
     write_json(folder / EXPECTED, expected)

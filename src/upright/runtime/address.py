@@ -12,12 +12,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.files import cache_folder, file_hash
 from upright.runtime.bundle import ARCHIVE_SUFFIX
 
-WANDB = "wandb-artifact://"
-"""W&B's own scheme of references to artifacts."""
+WANDB = "wandb-artifact://"  # W&B's own scheme of references to artifacts
 HASH = "#sha256="
 MAX_BYTES = 8 * 2**30
 CHUNK_BYTES = 2**20
@@ -49,57 +48,59 @@ def local_bundle(source: str, sha256: str | None = None) -> str:
         if expected and (actual := file_hash(Path(address))) != expected:
             raise UserError(f"'{address}' has the SHA-256 {actual}, not {expected}.")
         return address
-    _check_scheme(address)
+    if not _is_safe(address):
+        raise UserError(f"'{address}' is no address of a bundle; it must begin with https:// or {WANDB}.")
     if not expected:
         raise UserError(f"'{address}' needs the hash of the archive: give --sha256 HASH, or append {HASH}HASH.")
-    return str(_archive(address, expected))
+    name = unquote(urlsplit(address).path.rpartition("/")[2]).removesuffix(ARCHIVE_SUFFIX) or "bundle"
+    target = _entry(expected, name + ARCHIVE_SUFFIX)
+    try:
+        download(address, expected, target)
+    except UserError as error:
+        raise UserError(f"{error} Check address and network, or download the archive and give its path.") from None
+    return str(target)
 
 
-def _check_scheme(address: str) -> None:
+def _is_safe(address: str) -> bool:
     try:
         parts = urlsplit(address)
-        allowed = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOCAL_HOSTS)
+        return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOCAL_HOSTS)
     except ValueError:  # a bracket without its partner
-        allowed = False
-    if not allowed:
-        raise UserError(f"'{address}' is no address of a bundle; it must begin with https:// or {WANDB}.")
+        return False
 
 
 class _Redirects(HTTPRedirectHandler):
+    """Do not follow a redirect that leaves https."""
+
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
-        _check_scheme(newurl)
+        if _is_safe(req.full_url) and not _is_safe(newurl):
+            raise UserError(f"'{req.full_url}' leads to '{newurl}', which does not begin with https://.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _archive(address: str, sha256: str) -> Path:
-    """Return the path of a downloaded archive whose hash is ``sha256``."""
-    name = unquote(urlsplit(address).path.rpartition("/")[2]).removesuffix(ARCHIVE_SUFFIX)
-    target = _entry(sha256, (name or "bundle") + ARCHIVE_SUFFIX)
+def download(address: str, sha256: str, target: Path) -> None:
+    """Download a file, unless ``target`` already has this hash. Several processes may do so at the same time.
+
+    Raises:
+        UserError: if the file cannot be downloaded, has another hash, or is larger than `MAX_BYTES`.
+    """
     if target.is_file() and file_hash(target) == sha256:
-        return target
+        return
     print(f"Downloading {address} ...", file=sys.stderr, flush=True)
     with _new_entry(target) as new:
         try:
-            _download(address, new)
+            with build_opener(_Redirects).open(address, timeout=TIMEOUT_SECONDS) as response, open(new, "wb") as file:
+                length = int(response.headers["Content-Length"] or 0)
+                while file.tell() <= MAX_BYTES >= length and (chunk := response.read(CHUNK_BYTES)):
+                    file.write(chunk)
+                if max(file.tell(), length) > MAX_BYTES:
+                    raise UserError(f"'{address}' is larger than {_limit()}; it is not stored.")
+                if file.tell() < length:
+                    raise OSError(f"the connection ended after {file.tell()} of {length} bytes")
         except (OSError, http.client.HTTPException, ValueError) as error:  # an invalid address is a ValueError
-            raise UserError(
-                f"'{address}' cannot be downloaded ({' '.join(str(error).split())}). Check address and network, or "
-                "download the archive and give its path."
-            ) from None
+            raise UserError(f"'{address}' cannot be downloaded ({one_line(error)}).") from None
         if (actual := file_hash(new)) != sha256:
             raise UserError(f"'{address}' has the SHA-256 {actual}, not {sha256}; it is not stored.")
-    return target
-
-
-def _download(address: str, target: Path) -> None:
-    with build_opener(_Redirects).open(address, timeout=TIMEOUT_SECONDS) as response, open(target, "wb") as file:
-        length = int(response.headers["Content-Length"] or 0)
-        while file.tell() <= MAX_BYTES >= length and (chunk := response.read(CHUNK_BYTES)):
-            file.write(chunk)
-        if max(file.tell(), length) > MAX_BYTES:
-            raise UserError(f"'{address}' is larger than {MAX_BYTES / 2**30:g} GiB, the limit; it is not stored.")
-        if file.tell() < length:
-            raise OSError(f"the connection ended after {file.tell()} of {length} bytes")
 
 
 def _artifact(name: str) -> Path:
@@ -111,7 +112,7 @@ def _artifact(name: str) -> Path:
     try:
         artifact = wandb.Api().artifact(name)
         if artifact.size > MAX_BYTES:
-            raise UserError(f"'{WANDB}{name}' is larger than {MAX_BYTES / 2**30:g} GiB, the limit; it is not stored.")
+            raise UserError(f"'{WANDB}{name}' is larger than {_limit()}; it is not stored.")
         target = _entry(artifact.digest, artifact.name.partition(":")[0].removeprefix("bundle-"))
         if not target.is_dir():
             with _new_entry(target) as new:
@@ -120,10 +121,14 @@ def _artifact(name: str) -> Path:
         raise
     except Exception as error:  # a network makes the library raise anything
         raise UserError(
-            f"'{WANDB}{name}' cannot be downloaded ({' '.join(str(error).split())[:300]}). It must be {WANDB}"
+            f"'{WANDB}{name}' cannot be downloaded ({one_line(error, 300)}). It must be {WANDB}"
             "ENTITY/PROJECT/NAME:ALIAS, and `wandb login` stores the key of your account."
         ) from None
     return target
+
+
+def _limit() -> str:
+    return f"{MAX_BYTES / 2**30:g} GiB, the limit"
 
 
 def _entry(digest: str, name: str) -> Path:

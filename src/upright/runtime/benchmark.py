@@ -6,13 +6,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from upright.errors import UserError
 from upright.files import replacing_file, write_text
@@ -24,8 +23,7 @@ from upright.runtime.worker import Worker
 from upright.tables import markdown
 
 BATCHES = (1, 8, 64)
-STARTS = 3
-"""Processes per runtime; the table shows the median of their cold starts."""
+STARTS = 3  # processes per runtime; the table shows the median of their cold starts
 LEGEND = """
 - Each runtime has its own process. The runtimes take turns, round by round.
 - p50, p95: duration of one run of a batch, from decoded uint8 images to the answers.
@@ -42,38 +40,22 @@ AGREE = {
 """Meaning of the column ``agree`` by task."""
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """A runtime that can run the network of a bundle.
+class Runtime(NamedTuple):
+    """A runtime that can run the network of a bundle."""
 
-    Args:
-        name: name in the table.
-        package: the Python package.
-        load: see `Worker`.
-        arguments: arguments of ``load``, besides ``threads``.
-        bytes: size of the model's file.
-        tolerance: largest difference from ONNX Runtime in fp32 that the bundle allows, see `Task.differences`.
-    """
-
-    name: str
-    package: str
-    load: str
+    name: str  # name in the table
+    package: str  # the Python package
+    load: str  # see `Worker`, and its `arguments` besides `threads`
     arguments: dict[str, Any]
-    bytes: int
-    tolerance: float
+    bytes: int  # size of the model's file
+    tolerance: float  # largest difference from ONNX Runtime in fp32, see `Bundle.tolerance`
 
 
-Row = dict[str, Any]
-"""Measurements of one runtime at one batch size and one number of threads."""
+Row = dict[str, Any]  # measurements of one runtime at one batch size and one number of threads
 
 
 def benchmark(options: Benchmark) -> int:
-    """Print a Markdown table. With ``--to``, also write it to a folder, with JSON and a plot.
-
-    Raises:
-        BundleError: if the bundle is damaged.
-        UserError: if the checkpoint belongs to another run, or the model does not accept a batch size.
-    """
+    """Print a Markdown table. With ``--to``, also write it to a folder, with JSON and a plot."""
     bundle, checkpoint = Bundle.open(options.bundle), options.checkpoint
     fixed = bundle.fixed_batch
     batches = sorted(set(options.batches or ([fixed] if fixed else BATCHES)))
@@ -112,19 +94,17 @@ def benchmark(options: Benchmark) -> int:
 
 def find_runtimes(bundle: Bundle, checkpoint: str | None) -> list[Runtime]:
     """Return the installed runtimes, ONNX Runtime in fp32 first."""
-    folder = str(bundle.folder)
-    runtimes = []
+    folder, runtimes = str(bundle.folder), list[Runtime]()
     for name, package in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
         for precision in bundle.precisions if find_spec(package) else ():
             load, size = f"upright.runtime.worker:{package}", len(bundle.model(precision).read_bytes())
             settings: dict[str, Any] = {"bundle": folder, "precision": precision}
-            tolerance = bundle.tolerance(precision)
-            runtimes.append(Runtime(f"{name} {precision}", package, load, settings, size, tolerance))
+            runtimes.append(Runtime(f"{name} {precision}", package, load, settings, size, bundle.tolerance(precision)))
     if checkpoint:
         file = Path(checkpoint) / "best.ckpt" if Path(checkpoint).is_dir() else Path(checkpoint)
+        load, size = "upright.exporting.eager:pytorch", file.stat().st_size
         for name, compiled in (("eager", False), ("compiled", True)):
             settings = {"bundle": folder, "checkpoint": checkpoint, "compiled": compiled}
-            load, size = "upright.exporting.eager:pytorch", file.stat().st_size
             runtimes.append(Runtime(f"PyTorch {name}", "torch", load, settings, size, bundle.tolerance("fp32")))
     return runtimes
 
@@ -134,32 +114,30 @@ def _measure(
 ) -> list[Row]:
     """Return the rows for one number of threads, and add the runtimes that cannot run to ``failures``."""
     workers: dict[str, Worker] = {}
+    outputs: dict[str, Rows] = {}
     cold: dict[str, Row] = {}
     rows = []
     with ExitStack() as stack:
         for runtime in runtimes:
-            print(f"Starting {runtime.name} ({threads} thread{'s' * (threads > 1)}) ...", file=sys.stderr, flush=True)
-            arguments = runtime.arguments | {"threads": threads}
-            start = partial(Worker, runtime.load, arguments, bundle)
+            print(f"Starting {runtime.name} ({_threads(threads)}) ...", file=sys.stderr, flush=True)
+            start = partial(Worker, runtime.load, runtime.arguments | {"threads": threads}, bundle)
             seconds = []
             try:
                 for _ in range(STARTS - 1):
                     with start() as worker:
                         seconds.append(worker.seconds)
                 worker = stack.enter_context(start())
+                outputs[runtime.name] = worker.rows()
             except RuntimeError as error:
                 failures[runtime.name] = str(error)
                 continue
             workers[runtime.name] = worker
             cold[runtime.name] = {"cold_seconds": median([*seconds, worker.seconds]), "cold_memory": worker.memory}
-        outputs = {name: worker.rows() for name, worker in workers.items()}
         reference = outputs[runtimes[0].name]
         for batch in batches:
             print(f"Timing batches of {batch} ...", file=sys.stderr, flush=True)
             speeds = side_by_side({name: partial(worker.turn, batch) for name, worker in workers.items()})
-            for runtime in runtimes:
-                if runtime.name not in workers:
-                    continue
+            for runtime in (each for each in runtimes if each.name in workers):
                 name, speed = runtime.name, speeds[runtime.name]
                 row = {
                     "runtime": name,
@@ -177,7 +155,7 @@ def _measure(
     return rows
 
 
-def _agreement(task: Task[Any], reference: Rows, actual: Rows, tolerance: float) -> Row:
+def _agreement(task: Task, reference: Rows, actual: Rows, tolerance: float) -> Row:
     """Compare two main outputs for the samples."""
     difference = float(task.differences(reference, actual).max())
     row = {
@@ -190,17 +168,19 @@ def _agreement(task: Task[Any], reference: Rows, actual: Rows, tolerance: float)
     return row
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _fastest(rows: Sequence[Row]) -> str:
     """Return the fastest runtime within its tolerance, for each batch size and number of threads."""
     fastest: dict[tuple[int, int], Row] = {}
-    for row in rows:
-        key = row["threads"], row["batch"]
-        if row["agrees"] and (key not in fastest or row["times_fp32"] > fastest[key]["times_fp32"]):
-            fastest[key] = row
+    for row in sorted((row for row in rows if row["agrees"]), key=lambda row: -row["times_fp32"]):
+        fastest.setdefault((row["threads"], row["batch"]), row)
     several = len({threads for threads, _ in fastest}) > 1
     return "Fastest within the tolerance of the bundle: " + "; ".join(
-        f"{row['runtime']} for batches of {batch}" + (f" on {threads} thread{'s' * (threads > 1)}" if several else "")
-        for (threads, batch), row in fastest.items()
+        f"{row['runtime']} for batches of {batch}" + (f" on {_threads(threads)}" if several else "")
+        for (threads, batch), row in sorted(fastest.items())
     )
 
 
@@ -254,7 +234,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         for name in dict.fromkeys(row["runtime"] for row in rows):
             line = [row for row in rows if (row["runtime"], row["threads"]) == (name, threads)]
             panel.plot([row["batch"] for row in line], [row["images_per_second"] for row in line], "o-", label=name)
-        panel.set(xscale="log", xlabel="batch", title=f"{threads} thread{'s' * (threads > 1)}")
+        panel.set(xscale="log", xlabel="batch", title=_threads(threads))
         batches = sorted({row["batch"] for row in rows})
         panel.set_xticks(batches, labels=[str(batch) for batch in batches])
         panel.xaxis.minorticks_off()

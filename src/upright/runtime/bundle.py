@@ -5,7 +5,6 @@
 
 import json
 import math
-import mmap
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from upright.errors import BundleError, UserError
+from upright.errors import BundleError, UserError, one_line
 from upright.files import file_hash, replacing_file
 from upright.images import ImageSpec
 from upright.runtime.signature import SIGNATURE, check_signature
-from upright.runtime.task import Classification, OrientationEstimation, task_of
+from upright.runtime.task import Task, task_of
 
 FORMAT = 2
 SUMS = "SHA256SUMS"
@@ -32,21 +31,15 @@ PARITY = "parity.json"
 SAMPLES = "samples"
 EXPECTED = f"{SAMPLES}/expected.json"
 ARCHIVE_SUFFIX = ".upright.zip"
-ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)
-"""Date of all files in an archive, so that equal bundles have equal archives."""
+ARCHIVE_DATE = (1980, 1, 1, 0, 0, 0)  # date of all files in an archive, so that equal bundles have equal archives
 OUTSIDE = {"mask": "none", "interpolation": "bilinear"}
 """Fields of a spec that stand beside ``spec`` in ``manifest.json``, with the value of a missing key. The graph applies
 them, and an older reader refuses a new key in ``spec``."""
-NOT_CONTENT = ("Thumbs.db", "desktop.ini")
-"""Files that Windows adds to folders."""
+NOT_CONTENT = ("Thumbs.db", "desktop.ini")  # files that Windows adds to folders
 
 
 def file_hashes(folder: Traversable) -> dict[str, str]:
-    """Return the SHA-256 of all files in ``folder`` except ``SHA256SUMS``, by their path, sorted.
-
-    Raises:
-        BundleError: see `file_names`.
-    """
+    """Return the SHA-256 of all files in ``folder`` except ``SHA256SUMS``, by their path, sorted."""
     return {name: file_hash(folder / name) for name in sorted(file_names(folder)) if name != SUMS}
 
 
@@ -119,7 +112,7 @@ def open_archive(path: Path) -> Traversable:
         infos = archive.infolist()
         top: Traversable = ZipPath(archive)
     except Exception as error:  # a broken archive can lead zipfile to any exception
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise BundleError(f"'{path}' is neither a folder nor an archive of a bundle: {reason}.") from None
     names = [info.filename for info in infos]
     for info in infos:
@@ -142,11 +135,7 @@ def open_archive(path: Path) -> Traversable:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle. `Bundle.open` checks it; the constructor does not.
-
-    Args:
-        folder: the bundle's folder, or its archive.
-    """
+    """A bundle in a folder or an archive. `Bundle.open` checks it; the constructor does not."""
 
     folder: Path
 
@@ -207,19 +196,17 @@ class Bundle:
                 bundle.check_content()
                 return bundle
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError, OSError, UserError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise BundleError(f"'{folder}' is not a bundle that `upright export` wrote ({reason}).") from None
         raise BundleError(
-            f"Bundle '{folder}' has format {version}, written by Upright {' '.join(str(writer).split())}; "
+            f"Bundle '{folder}' has format {version}, written by Upright {one_line(writer)}; "
             f"this version reads {FORMAT}. {advice}"
         )
 
     def check_content(self) -> None:
         """Check that manifest, samples and models are complete, and refer to no file outside the folder.
 
-        Raises:
-            ValueError: if something is missing or wrong. This method may also raise the other errors that `open`
-                catches.
+        If not, it raises a ``ValueError`` or another one of the errors that `open` catches.
         """
         spec, samples = self.spec, self.samples
         match self.manifest:
@@ -233,6 +220,8 @@ class Bundle:
                 pass
             case _:
                 raise ValueError(f"a key of {MANIFEST} is missing, or its value has the wrong type")
+        if not isinstance(self.threshold, int | float | None):
+            raise ValueError(f"the threshold of the confidence must be a number, got {self.threshold!r}")
         if (task := self.manifest.get("task", "classification")) != spec.task:
             raise ValueError(f"the task is {task!r}, but its spec is one of {spec.task}")
         files = {f"{SAMPLES}/{file.name}" for file in (self.files / SAMPLES).iterdir()}
@@ -262,7 +251,7 @@ class Bundle:
         return ImageSpec.from_dict(dict(**outside, **self.manifest["spec"]))
 
     @property
-    def task(self) -> Classification | OrientationEstimation:
+    def task(self) -> Task:
         """The task, which follows from the classes of the spec."""
         return task_of(self.spec.classes)
 
@@ -277,12 +266,14 @@ class Bundle:
         batch = self.manifest["input"]["shape"][0]
         return batch if isinstance(batch, int) else None
 
-    def model(self, precision: str) -> Traversable:
-        """Return the ONNX file of one precision: a path, or a file in the archive.
+    @property
+    def threshold(self) -> float | None:
+        """Smallest confidence of an angle to act on; None if the bundle records none."""
+        threshold: float | None = self.manifest.get("orientation", {}).get("threshold")
+        return threshold
 
-        Raises:
-            BundleError: if the bundle does not hold it.
-        """
+    def model(self, precision: str) -> Traversable:
+        """Return the ONNX file of one precision: a path, or a file in the archive."""
         if precision not in self.precisions:
             raise BundleError(
                 f"Bundle '{self.folder}' holds {', '.join(self.precisions)}, not {precision}; "
@@ -291,7 +282,7 @@ class Bundle:
         return self.files / MODELS[precision]
 
     def tolerance(self, precision: str) -> float:
-        """Return the largest difference of an answer that `verify` allows; see `Task.differences`."""
+        """Return the largest difference of an answer that `verify` allows; see `Classification.differences`."""
         return float(self.manifest["precisions"][precision]["tolerance"])
 
     @cached_property
@@ -317,9 +308,5 @@ def _has_external_data(model: Traversable) -> bool:
     Such a tensor has the key ``location``. A protobuf writes the length of the key, 8, in front of it, in one of two
     encodings. In front of a longer name that ends in this word, the length is different.
     """
-    keys = (b"\x08location", b"\x00location")
-    if not isinstance(model, Path):
-        content = model.read_bytes()
-        return any(key in content for key in keys)
-    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        return any(mapped.find(key) >= 0 for key in keys)
+    content = model.read_bytes()
+    return b"\x08location" in content or b"\x00location" in content

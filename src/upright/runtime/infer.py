@@ -6,12 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from upright.errors import ImageError, UserError
 from upright.files import replacing_file
@@ -25,15 +24,7 @@ BATCH = 64
 
 
 def infer(options: Infer) -> int:
-    """Print one line per image. Report images that cannot be read on standard error.
-
-    Returns:
-        0, or 2 if any image could not be read.
-
-    Raises:
-        BundleError: see `Predictor`.
-        EngineError: if onnxruntime fails.
-    """
+    """Print one line per image. Report images that cannot be read on standard error, and then return 2."""
     predictor = open_predictor(
         options.bundle,
         options.precision,
@@ -41,11 +32,11 @@ def infer(options: Infer) -> int:
         providers=options.providers,
         max_pixels=options.max_pixels,
     )
-    text = _text(predictor, options.top)
+    top, classes, main = _top(predictor, options.top), predictor.spec.classes, predictor.task.output
+    width = max(map(len, classes), default=0)
     predictor.check_outputs(options.outputs)
-    main = predictor.task.output
     names = list(dict.fromkeys([main, *options.outputs]))
-    table = Table(names) if options.npz else None
+    stored: dict[str, list[Any]] = {name: [] for name in ("paths", *names)}  # for --npz
     # Paths on standard input may arrive one by one, so do not wait for all of them.
     paths = _find(options.images) if "-" in options.images else list(_find(options.images))
     progress = Progress(len(paths) if isinstance(paths, list) else None)
@@ -73,7 +64,9 @@ def infer(options: Infer) -> int:
     # Escape bytes of file names that are not text.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if options.format == "csv":
-        print(_csv_line("path", *text.columns))
+        ranks = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
+        columns = [f"{name}{rank}" for rank in ranks for name in ("label", "probability")]
+        print(_csv_line("path", *(columns if classes else Orientation._fields)))
     try:
         for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
             try:
@@ -82,25 +75,33 @@ def infer(options: Infer) -> int:
                 for path, _ in batch:
                     report(ImageError(f"'{path}': {error}"))
                 continue
-            if table:
-                table.add([path for path, _ in batch], outputs)
+            if options.npz:
+                stored["paths"] += [str(path) for path, _ in batch]
+                for name in names:
+                    stored[name].append(outputs[name])
             for number, (path, _) in enumerate(batch):
-                result: Any = predictor.task.result(outputs[main][number])
+                line, cells, record = _texts(predictor.task.result(outputs[main][number]), top, width)
                 if options.format == "csv":
-                    print(_csv_line(path, *text.cells(result)))
+                    print(_csv_line(path, *cells))
                 elif options.format == "jsonl":
                     extra = {name: outputs[name][number].tolist() for name in options.outputs}
-                    record = {"path": str(path)} | text.record(result) | ({"outputs": extra} if extra else {})
+                    record = {"path": str(path)} | record | ({"outputs": extra} if extra else {})
                     print(json.dumps(record, ensure_ascii=False))
                 else:
                     # The path comes last, so that its length does not shift the columns.
-                    print(f"{text.line(result)}  {path}")
+                    print(f"{line}  {path}")
                 progress.step()
             sys.stdout.flush()
     finally:
         progress.clear()
-    if options.npz and table:
-        table.write(Path(options.npz), predictor.spec.classes)
+    if options.npz:
+        if not stored["paths"]:
+            raise UserError(f"No image could be read, so '{options.npz}' is not written.")
+        arrays: dict[str, Any] = {name: np.concatenate(stored[name]) for name in names} | (
+            {"classes": classes} if classes else {}
+        )
+        with replacing_file(Path(options.npz)) as new, open(new, "wb") as file:
+            np.savez_compressed(file, paths=stored["paths"], **arrays)
     return 2 if failures else 0
 
 
@@ -120,43 +121,8 @@ def _find(images: Sequence[str]) -> Iterator[Path | UserError]:
             yield error
 
 
-class Table:
-    """Outputs of all images, in the order of their paths. They stay in memory until they are written.
-
-    Args:
-        names: names of the outputs.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.paths: list[str] = []
-        self.parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-
-    def add(self, paths: Sequence[Path], outputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.paths += map(str, paths)
-        for name, parts in self.parts.items():
-            parts.append(outputs[name])
-
-    def write(self, target: Path, classes: Sequence[str]) -> None:
-        """Write ``paths``, ``classes`` if there are any, and an array with one row per image for each output.
-
-        Raises:
-            UserError: if no image could be read.
-        """
-        if not self.paths:
-            raise UserError(f"No image could be read, so '{target}' is not written.")
-        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.parts.items()}
-        if classes:
-            arrays["classes"] = list(classes)
-        with replacing_file(target) as new, open(new, "wb") as file:
-            np.savez_compressed(file, paths=self.paths, **arrays)
-
-
 class Progress:
-    """A progress bar on standard error. It is visible if standard error is a terminal and standard output is not.
-
-    Args:
-        total: number of images; None if it is unknown.
-    """
+    """A progress bar on standard error. It is visible if standard error is a terminal and standard output is not."""
 
     def __init__(self, total: int | None) -> None:
         self.visible = sys.stderr.isatty() and not sys.stdout.isatty()
@@ -181,53 +147,30 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-class PredictionText:
-    """Texts with the ``top`` most probable classes."""
-
-    def __init__(self, classes: Sequence[str], top: int) -> None:
-        self.top, self.width = top, max(map(len, classes))
-        numbers = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
-        self.columns = [f"{name}{number}" for number in numbers for name in ("label", "probability")]
-
-    def line(self, result: Prediction) -> str:
-        return "  ".join(f"{label:<{self.width}} {probability:.4f}" for label, probability in result.top(self.top))
-
-    def cells(self, result: Prediction) -> list[str]:
-        return [cell for label, probability in result.top(self.top) for cell in (label, f"{probability:.6f}")]
-
-    def record(self, result: Prediction) -> dict[str, Any]:
-        record: dict[str, Any] = {"label": result.label, "probability": result.probability}
-        if self.top > 1:
-            record["top"] = [{"label": label, "probability": p} for label, p in result.top(self.top)]
-        return record
+def _texts(result: Prediction | Orientation, top: int, width: int) -> tuple[str, list[str], dict[str, Any]]:
+    """Return a result, with its ``top`` classes, as a line of the table, as cells of CSV, and as an object of JSON."""
+    if isinstance(result, Orientation):
+        angle, confidence = result
+        line = f"{angle:z7.2f}\N{DEGREE SIGN}  {confidence:.4f}"
+        return line, [f"{angle:z.4f}", f"{confidence:.6f}"], result._asdict()
+    ranked = result.top(top)
+    line = "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in ranked)
+    record: dict[str, Any] = {"label": result.label, "probability": result.probability}
+    if top > 1:
+        record["top"] = [{"label": label, "probability": probability} for label, probability in ranked]
+    return line, [cell for label, probability in ranked for cell in (label, f"{probability:.6f}")], record
 
 
-class OrientationText:
-    """Texts with the angle in degrees anticlockwise, and its confidence."""
-
-    columns = Orientation._fields
-
-    def line(self, result: Orientation) -> str:
-        return f"{result.angle:z7.2f}\N{DEGREE SIGN}  {result.confidence:.4f}"
-
-    def cells(self, result: Orientation) -> list[str]:
-        return [f"{result.angle:z.4f}", f"{result.confidence:.6f}"]
-
-    def record(self, result: Orientation) -> dict[str, Any]:
-        return result._asdict()
-
-
-def _text(predictor: Predictor | OrientationPredictor, top: int | None) -> PredictionText | OrientationText:
-    classes = predictor.spec.classes
-    if classes:
-        if top is not None and not 1 <= top <= len(classes):
-            raise UserError(f"--top must be from 1 to {len(classes)} (the number of classes), got {top}.")
-        return PredictionText(classes, top or 1)
-    if top is not None:
+def _top(predictor: Predictor | OrientationPredictor, top: int | None) -> int:
+    """Check the option --top."""
+    classes = len(predictor.spec.classes)
+    if top is not None and not classes:
         raise UserError(
             f"--top is for bundles with classes, and '{predictor.bundle.folder}' estimates the orientation; omit --top."
         )
-    return OrientationText()
+    if top is not None and not 1 <= top <= classes:
+        raise UserError(f"--top must be from 1 to {classes} (the number of classes), got {top}.")
+    return top or 1
 
 
 def _csv_line(*cells: object) -> str:

@@ -4,21 +4,22 @@ Everything else in the file stays the same, byte for byte. The functions take th
 open. If its structure is damaged, they raise an error of any kind.
 """
 
+import io
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 
+from PIL import Image
+
 from upright.errors import ImageError
 
-EXIF = b"Exif\0\0"
-"""Start of the EXIF segment of a JPEG, in front of the TIFF structure."""
+EXIF = b"Exif\0\0"  # start of the EXIF segment of a JPEG, in front of the TIFF structure
+APP1 = b"\xff\xe1"  # marker of a JPEG segment with EXIF data or XMP
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
-MAX_SEGMENT = 65_533
-"""Largest content of a JPEG segment, in bytes."""
+MAX_SEGMENT = 65_533  # largest content of a JPEG segment, in bytes
 ORIENTATION_TAG = 0x0112
-SHORT = 3
-"""Type of a TIFF entry: an unsigned integer of 16 bits."""
+SHORT = 3  # type of a TIFF entry: an unsigned integer of 16 bits
 PNG_SIGNATURE_BYTES = 8
 PIXEL_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 """Chunks of a PNG that hold or describe the pixels of its frames."""
@@ -27,13 +28,10 @@ COLOUR_CHUNKS = {b"PLTE", b"tRNS", b"bKGD", b"hIST", b"sBIT"}
 
 
 def set_orientation(content: bytes, kind: str, value: int, *, thumbnail: bool = True) -> bytes:
-    """Return the content of an image file with another EXIF orientation. The pixel data stay the same.
+    """Return the content of an image file with another EXIF orientation, 1 to 8. The pixel data stay the same.
 
-    Args:
-        content: the content of the file.
-        kind: ``JPEG``, ``PNG``, ``WEBP`` or ``TIFF``.
-        value: the orientation, from 1 to 8.
-        thumbnail: False to remove the reference to the embedded thumbnail, whose pixels no longer match.
+    ``kind`` is ``JPEG``, ``PNG``, ``WEBP`` or ``TIFF``. Without ``thumbnail``, the new file does not refer to the
+    embedded thumbnail, whose pixels no longer match.
 
     Raises:
         ImageError: if the metadata have no place for the orientation.
@@ -86,72 +84,68 @@ def _xmp(packet: bytes, value: int) -> bytes:
     return re.sub(rb'(tiff:Orientation(?:="|>))[1-8]', rb"\g<1>%d" % value, packet)
 
 
-def _segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield marker, start and end of each segment of a JPEG in front of its pixel data."""
-    position = 2
-    while True:
-        while content[position + 1] == 0xFF:  # fill bytes
-            position += 1
-        marker = content[position + 1]
-        if content[position] != 0xFF or marker == 0xD9:
+def _segments(content: bytes) -> list[bytes]:
+    """Split a JPEG into its start, each segment in front of the pixel data, and the rest."""
+    segments, start = [content[:2]], 2
+    while (marker := content[start + 1]) != 0xDA:
+        if content[start] != 0xFF or marker == 0xD9:
             raise ImageError("Its structure is damaged.")
-        if marker == 0xDA:
-            return
-        end = position + 2 + int.from_bytes(content[position + 2 : position + 4])
-        yield marker, position, end
-        position = end
+        is_fill_byte = marker == 0xFF
+        end = start + (1 if is_fill_byte else 2 + int.from_bytes(content[start + 2 : start + 4]))
+        segments.append(content[start:end])
+        start = end
+    return [*segments, content[start:]]
 
 
-def _segment(marker: int, content: bytes) -> bytes:
-    if len(content) > MAX_SEGMENT:
+def _exif_segment(data: bytes) -> bytes:
+    if len(data) > MAX_SEGMENT:
         raise ImageError("Its EXIF data have no room for the orientation.")
-    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2) + content
+    return APP1 + (len(data) + 2).to_bytes(2) + data
+
+
+def _insert(segments: list[bytes], metadata: list[bytes]) -> bytes:
+    """Return a JPEG with more segments. JFIF stays the first one."""
+    place = 2 if segments[1].startswith(b"\xff\xe0") else 1
+    return b"".join([*segments[:place], *metadata, *segments[place:]])
 
 
 def _jpeg(content: bytes, value: int, thumbnail: bool) -> bytes:
-    parts: list[bytes] = []
-    position, place, blocks, growth = 0, 2, 0, 0
-    for marker, start, end in _segments(content):
-        data = content[start + 4 : end]
-        if marker == 0xE0 and start == 2:  # JFIF stays the first segment
-            place = end
-        if marker == 0xE1 and data.startswith(XMP):
-            new = _xmp(data, value)
-        elif marker == 0xE1 and data.startswith(EXIF):
-            blocks += 1
-            new = _exif(data, value, thumbnail) if blocks == 1 else data
-            growth += len(new) - len(data)
-        else:
-            continue
-        parts += [content[position:start], _segment(marker, new)]
-        position = end
-    if blocks > 1 and growth:  # the EXIF data continue in a second segment
+    segments = [_xmp(each, value) if each.startswith(XMP, 4) else each for each in _segments(content)]
+    places = [i for i, each in enumerate(segments) if each.startswith(APP1) and each.startswith(EXIF, 4)]
+    if not places:
+        return _insert(segments, [_exif_segment(EXIF + _exif(None, value, thumbnail))])
+    old = segments[places[0]]
+    segments[places[0]] = new = _exif_segment(_exif(old[4:], value, thumbnail))
+    if len(places) > 1 and len(new) != len(old):  # the EXIF data continue in a second segment
         raise ImageError("Its EXIF data have no room for the orientation.")
-    result = b"".join(parts) + content[position:]
-    return result if blocks else result[:place] + _segment(0xE1, EXIF + _exif(None, value, thumbnail)) + result[place:]
+    return b"".join(segments)
 
 
 def _jpeg_with(pixels: bytes, source: bytes) -> bytes:
-    metadata = [
-        source[start:end]
-        for marker, start, end in _segments(source)
-        # Not JFIF and Adobe, which describe the pixels, nor the list of further images in the file.
-        if (0xE1 <= marker <= 0xEF and marker != 0xEE and source[start + 4 : start + 8] != b"MPF\0") or marker == 0xFE
-    ]
-    place = next((end for marker, _, end in _segments(pixels) if marker == 0xE0), 2)
-    return pixels[:place] + b"".join(metadata) + pixels[place:]
+    def is_metadata(segment: bytes) -> bool:
+        # JFIF and Adobe describe the pixels, and MPF lists further images in the file.
+        marker = segment[1:2]
+        return marker == b"\xfe" or (
+            b"\xe1" <= marker <= b"\xef" and marker != b"\xee" and not segment.startswith(b"MPF\0", 4)
+        )
+
+    return _insert(_segments(pixels), list(filter(is_metadata, _segments(source))))
 
 
-def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, start and end of each chunk of a PNG."""
-    position, name = PNG_SIGNATURE_BYTES, b""
-    while name != b"IEND":
-        length, name = struct.unpack_from(">I4s", content, position)
-        end = position + 12 + length
+def _chunks(content: bytes) -> list[bytes]:
+    """Split a PNG into its signature, its chunks, and the rest."""
+    chunks, start = [content[:PNG_SIGNATURE_BYTES]], PNG_SIGNATURE_BYTES
+    while _name(chunks[-1]) != b"IEND":
+        end = start + 12 + int.from_bytes(content[start : start + 4])
         if end > len(content):
             raise ImageError("Its structure is damaged.")
-        yield name, position, end
-        position = end
+        chunks.append(content[start:end])
+        start = end
+    return [*chunks, content[start:]]
+
+
+def _name(chunk: bytes) -> bytes:
+    return chunk[4:8]
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
@@ -159,45 +153,37 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _png(content: bytes, value: int, thumbnail: bool) -> bytes:
-    parts: list[bytes] = []
-    position, place, has_exif = 0, 0, False
-    for name, start, end in _chunks(content):
-        data = content[start + 8 : end - 4]
-        if name == b"IDAT" and not place:
-            place = sum(map(len, parts)) + start - position
-        if name == b"eXIf":
-            new, has_exif = _exif(data, value, thumbnail), True
-        elif name == b"iTXt" and data.startswith(b"XML:com.adobe.xmp"):
-            new = _xmp(data, value)
-        else:
-            continue
-        parts += [content[position:start], _chunk(name, new)]
-        position = end
-    result = b"".join(parts) + content[position:]
-    return result if has_exif else result[:place] + _chunk(b"eXIf", _exif(None, value, thumbnail)) + result[place:]
+    chunks = _chunks(content)
+    for i, chunk in enumerate(chunks):
+        if _name(chunk) == b"iTXt" and chunk.startswith(b"XML:com.adobe.xmp", 8):
+            chunks[i] = _chunk(b"iTXt", _xmp(chunk[8:-4], value))
+    names = list(map(_name, chunks))
+    if b"eXIf" in names:
+        place = names.index(b"eXIf")
+        chunks[place] = _chunk(b"eXIf", _exif(chunks[place][8:-4], value, thumbnail))
+    else:
+        chunks.insert(names.index(b"IDAT"), _chunk(b"eXIf", _exif(None, value, thumbnail)))
+    return b"".join(chunks)
 
 
 def _png_with(pixels: bytes, source: bytes) -> bytes:
+    new = {
+        name: b"".join(chunk for chunk in _chunks(pixels) if _name(chunk) == name)
+        for name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
+    }
     # Depth and colour type stand in the first chunk.
     same = pixels[24:26] == source[24:26]
-    before: list[bytes] = []
-    between: list[bytes] = []
-    after: list[bytes] = []
-    part = before
-    for name, start, end in _chunks(source):
-        if name == b"PLTE":
-            part = between
-        elif name == b"IDAT":
-            part = after
+    colours = b"" if same else new[b"PLTE"] + new[b"tRNS"]
+    parts: dict[bytes, list[bytes]] = {b"IHDR": [], b"PLTE": [], b"IDAT": []}  # metadata by the chunk that they follow
+    part = b"IHDR"
+    for chunk in _chunks(source)[1:-1]:
+        name = _name(chunk)
+        part = name if name in parts else part
         if name not in PIXEL_CHUNKS and (same or name not in COLOUR_CHUNKS):
-            part.append(source[start:end])
-    new = {name: b"" for name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT")}
-    for name, start, end in _chunks(pixels):
-        if name in new:
-            new[name] += pixels[start:end]
-    colours = [] if same else [new[b"PLTE"], new[b"tRNS"]]
-    parts = [new[b"IHDR"], *before, *colours, *between, new[b"IDAT"], *after, _chunk(b"IEND", b"")]
-    return pixels[:PNG_SIGNATURE_BYTES] + b"".join(parts)
+            parts[part].append(chunk)
+    before, between, after = (b"".join(chunks) for chunks in parts.values())
+    content = [new[b"IHDR"], before, colours, between, new[b"IDAT"], after, _chunk(b"IEND", b"")]
+    return pixels[:PNG_SIGNATURE_BYTES] + b"".join(content)
 
 
 def webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -212,7 +198,7 @@ def webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _webp(content: bytes, value: int, thumbnail: bool) -> bytes:
     chunks = dict(webp_chunks(content))
     if b"VP8X" not in chunks:
-        chunks = {b"VP8X": _webp_header(chunks), **chunks}
+        chunks = {b"VP8X": _webp_header(content), **chunks}
     header = chunks[b"VP8X"]
     chunks[b"VP8X"] = bytes([header[0] | 0x08]) + header[1:]
     chunks[b"EXIF"] = _exif(chunks.get(b"EXIF"), value, thumbnail)
@@ -224,15 +210,11 @@ def _webp(content: bytes, value: int, thumbnail: bool) -> bytes:
     return b"RIFF" + (4 + len(body)).to_bytes(4, "little") + b"WEBP" + body
 
 
-def _webp_header(chunks: dict[bytes, bytes]) -> bytes:
+def _webp_header(content: bytes) -> bytes:
     """Return the chunk ``VP8X`` of a WebP file that has only pixel data."""
-    if data := chunks.get(b"VP8L"):
-        bits = int.from_bytes(data[1:5], "little")
-        width, height, alpha = bits & 0x3FFF, bits >> 14 & 0x3FFF, bits >> 28 & 1
-    else:
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", chunks[b"VP8 "], 6))
-        width, height, alpha = width - 1, height - 1, 0
-    return bytes([0x10 * alpha, 0, 0, 0]) + width.to_bytes(3, "little") + height.to_bytes(3, "little")
+    with Image.open(io.BytesIO(content)) as image:
+        width, height = ((side - 1).to_bytes(3, "little") for side in image.size)
+        return bytes([0x10 * ("A" in image.mode), 0, 0, 0]) + width + height
 
 
 WRITERS: dict[str, Callable[[bytes, int, bool], bytes]] = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff}

@@ -1,7 +1,6 @@
 """Predictions from a bundle in Python."""
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.resources.abc import Traversable
@@ -14,26 +13,23 @@ import numpy.typing as npt
 import onnxruntime
 
 from upright.cores import count_cores
-from upright.errors import BundleError, EngineError, ImageError, UserError
-from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, batches_of_one_size, decode
+from upright.errors import BundleError, EngineError, ImageError, UserError, one_line
+from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, TaskName, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
-from upright.runtime.task import (
-    Classification,
-    Orientation,
-    OrientationEstimation,
-    Prediction,
-    Result,
-    Rows,
-    Task,
-)
+from upright.runtime.task import Orientation, Prediction, Rows
 
 Item = TypeVar("Item")
+Result = TypeVar("Result", bound=Prediction | Orientation)
 Errors = Literal["raise", "return"]
+OTHER_PREDICTOR: dict[TaskName, str] = {
+    "classification": "classifies images; use upright.Predictor",
+    "orientation": "estimates the orientation; use upright.OrientationPredictor",
+}
 CPU = ("cpu",)
 CPU_PROVIDER = "CPUExecutionProvider"
 
 
-class BundlePredictor(ABC, Generic[Result]):
+class BundlePredictor(Generic[Result]):
     """Predict with a bundle. Threads may share a predictor, and another process can unpickle it.
 
     Args:
@@ -48,7 +44,7 @@ class BundlePredictor(ABC, Generic[Result]):
         UserError: if a provider is not installed, a number is out of range, or the bundle is for another task.
     """
 
-    task: Task[Result]
+    task_name: TaskName
 
     def __init__(
         self,
@@ -63,13 +59,11 @@ class BundlePredictor(ABC, Generic[Result]):
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
-        self.task = self._task()
-        self._settings: dict[str, Any] = {
-            "precision": precision,
-            "threads": threads,
-            "providers": providers,
-            "max_pixels": max_pixels,
-        }
+        self.task = self.bundle.task
+        if self.task.name != self.task_name:
+            raise UserError(f"Bundle '{self.bundle.folder}' {OTHER_PREDICTOR[self.task.name]} for it.")
+        options: dict[str, Any] = {"threads": threads, "providers": providers, "max_pixels": max_pixels}
+        self._reopen = partial(type(self), self.bundle.folder.absolute(), precision, **options)
         model = self.bundle.model(precision)
         self.session = open_session(model, threads, providers)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
@@ -80,13 +74,9 @@ class BundlePredictor(ABC, Generic[Result]):
         if [(end.name, end.type, len(end.shape), end.shape[-1]) for end in ends] != expected:
             raise BundleError(f"The inputs and outputs of '{model}' do not match the manifest.")
 
-    @abstractmethod
-    def _task(self) -> Task[Result]:
-        """Return the task of the spec, or refuse it."""
-
     def __reduce__(self) -> tuple[Callable[[], "BundlePredictor[Result]"], tuple[()]]:
         # A session cannot be pickled. The other process opens the bundle and checks it again.
-        return partial(type(self), self.bundle.folder.absolute(), **self._settings), ()
+        return self._reopen, ()
 
     def __call__(self, image: ImageSource) -> Result:
         """Return the result for one image: a path, the content of a file, an open file, a PIL image, an array."""
@@ -150,7 +140,7 @@ class BundlePredictor(ABC, Generic[Result]):
                         raise
                     yield from [error] * len(batch)
                 else:
-                    yield from map(self.task.result, rows)
+                    yield from cast(Iterator[Result], map(self.task.result, rows))
 
     def outputs(
         self, images: Sequence[Any], names: Sequence[str] | None = None, batch_size: int = 64
@@ -231,11 +221,9 @@ class BundlePredictor(ABC, Generic[Result]):
     def _accepts_training_size(self, shape: tuple[int, ...]) -> bool:
         """Return whether the model runs on as many pixels at the size of its training images.
 
-        This distinguishes a wrong size from a failure of the engine, because onnxruntime raises the same exception for
-        both. Only a network without resizing can refuse a size.
+        Only a network without resizing can refuse a size, and onnxruntime raises the same exception for any failure.
         """
-        batch, height, width, channels = shape
-        spec = self.spec
+        (batch, height, width, channels), spec = shape, self.spec
         if spec.resize != "none" or (height, width) == (spec.height, spec.width):
             return False
         count = -(-batch * height * width // (spec.height * spec.width))
@@ -249,21 +237,13 @@ class BundlePredictor(ABC, Generic[Result]):
 class Predictor(BundlePredictor[Prediction]):
     """Classify images with a bundle; see `BundlePredictor`."""
 
-    def _task(self) -> Task[Prediction]:
-        if self.spec.task != "classification":
-            raise UserError(
-                f"Bundle '{self.bundle.folder}' estimates the orientation; use upright.OrientationPredictor for it."
-            )
-        return Classification(self.spec.classes)
+    task_name = "classification"
 
 
 class OrientationPredictor(BundlePredictor[Orientation]):
     """Estimate the orientation of images with a bundle; see `BundlePredictor`."""
 
-    def _task(self) -> Task[Orientation]:
-        if self.spec.task != "orientation":
-            raise UserError(f"Bundle '{self.bundle.folder}' classifies images; use upright.Predictor for it.")
-        return OrientationEstimation()
+    task_name = "orientation"
 
 
 def open_predictor(bundle: str | Path | Bundle, *arguments: Any, **options: Any) -> Predictor | OrientationPredictor:
@@ -302,8 +282,8 @@ def open_session(
         session = onnxruntime.InferenceSession(content, options, providers=full_names)
     except Exception as error:  # onnxruntime's exceptions have no other common base
         name = "the model" if isinstance(model, bytes) else f"'{model}'"
-        reason = " ".join(str(error).split())
-        raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot load {name}: {reason}") from error
+        version = onnxruntime.__version__
+        raise BundleError(f"onnxruntime {version} cannot load {name}: {one_line(error)}") from error
     # onnxruntime only warns about a provider whose libraries are missing.
     if missing := set(full_names) - set(session.get_providers()):
         names = ", ".join(map(_short, missing))
@@ -312,11 +292,7 @@ def open_session(
 
 
 def find_providers(names: Sequence[str]) -> list[str]:
-    """Return onnxruntime's names of execution providers: ``CUDAExecutionProvider`` for ``cuda``, in any case.
-
-    Raises:
-        UserError: if this build of onnxruntime does not have one.
-    """
+    """Return onnxruntime's names of execution providers: ``CUDAExecutionProvider`` for ``cuda``, in any case."""
     available = {_short(name): name for name in onnxruntime.get_available_providers()}
     for name in names:
         if _short(name) not in available:
@@ -325,13 +301,6 @@ def find_providers(names: Sequence[str]) -> list[str]:
                 "install another build of it in its place, such as onnxruntime-gpu or onnxruntime-openvino."
             )
     return [available[_short(name)] for name in names]
-
-
-def _shrinking() -> onnxruntime.RunOptions:
-    """Return options that let onnxruntime return its memory to the system after a run."""
-    options = onnxruntime.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options
 
 
 def _short(provider: str) -> str:
@@ -355,12 +324,6 @@ def session_batches(
     return batches_of_one_size(items, pixels, min(batch_size, fixed_batch(session) or batch_size))
 
 
-def run_session(session: onnxruntime.InferenceSession, pixels: Iterable[Pixels], batch_size: int) -> Iterator[Rows]:
-    """Yield one row of the main output per decoded image, see `run_batch`."""
-    for batch in session_batches(session, pixels, lambda image: image, batch_size):
-        yield from run_batch(session, np.stack(batch))[0]
-
-
 def run_batch(
     session: onnxruntime.InferenceSession, images: npt.NDArray[np.uint8], outputs: Sequence[str] = ()
 ) -> list[npt.NDArray[Any]]:
@@ -379,11 +342,11 @@ def run_batch(
     if batch := fixed_batch(session):
         images = images[np.arange(batch) % count]
     try:
-        large = images[0].size > images.shape[-1] * MAX_BATCH_PIXELS and session.get_providers() == [CPU_PROVIDER]
-        results = session.run(
-            list(outputs) or [session.get_outputs()[0].name], {"images": images}, *([_shrinking()] if large else [])
-        )
-        return [output[:count] for output in results]
+        arguments: list[Any] = [list(outputs) or [session.get_outputs()[0].name], {"images": images}]
+        if images[0].size > images.shape[-1] * MAX_BATCH_PIXELS and session.get_providers() == [CPU_PROVIDER]:
+            # After a large image, return the memory to the system.
+            arguments.append(onnxruntime.RunOptions())
+            arguments[-1].add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return [output[:count] for output in session.run(*arguments)]
     except Exception as error:  # onnxruntime's exceptions have no other common base
-        reason = " ".join(str(error).split())
-        raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {shape}: {reason}") from error
+        raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {shape}: {one_line(error)}") from error

@@ -12,8 +12,8 @@ from PIL import ExifTags, Image, ImageColor
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import get_sampling
 
-from upright.errors import ImageError, UserError
-from upright.images import FORMATS, ORIENTATIONS
+from upright.errors import ImageError, UserError, one_line
+from upright.images import FORMATS, exif_orientation, oriented
 from upright.runtime.metadata import set_orientation, webp_chunks, with_metadata
 
 Fit = Literal["crop", "pad"]
@@ -23,8 +23,7 @@ CLOCKWISE = {1: 6, 6: 3, 3: 8, 8: 1, 2: 7, 7: 4, 4: 5, 5: 2}
 """Orientation after another quarter turn clockwise, by EXIF orientation."""
 QUARTERS = {1: Transpose.ROTATE_270, 2: Transpose.ROTATE_180, 3: Transpose.ROTATE_90}
 """Transposition by number of quarter turns clockwise. Pillow's names count anticlockwise."""
-WEBP_QUALITY = 90
-"""Quality of a resampled WebP whose source is lossy. A WebP file does not store its own."""
+WEBP_QUALITY = 90  # Quality of a resampled WebP whose source is lossy. A WebP file does not store its own.
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_adobe_deflate", "tiff_lzw", "lzma", "zstd")
 """Lossless compressions of TIFF for any kind of image."""
 TIFF_TAGS = {
@@ -38,25 +37,15 @@ TIFF_TAGS = {
 
 
 class Resampling(NamedTuple):
-    """Settings for angles that are no multiples of 90 degrees.
+    """Settings for angles that are no multiples of 90 degrees."""
 
-    Args:
-        fit: ``crop`` keeps the largest rectangle without an empty corner; ``pad`` keeps the whole image.
-        background: colour of the corners with ``pad``. Transparent images have transparent corners.
-        quality: quality of lossy formats, from 1 to 100. By default a JPEG has the quantization tables of its source.
-    """
-
-    fit: Fit = "crop"
-    background: tuple[int, int, int] = (255, 255, 255)
-    quality: int | None = None
+    fit: Fit = "crop"  # `crop` keeps the largest rectangle without an empty corner; `pad` keeps the whole image
+    background: tuple[int, int, int] = (255, 255, 255)  # of the corners with `pad`, unless the image is transparent
+    quality: int | None = None  # of lossy formats, 1 to 100; by default a JPEG has the tables of its source
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:
-    """Return the colour of a name or of ``#rrggbb``.
-
-    Raises:
-        UserError: if there is no such colour.
-    """
+    """Return the colour of a name or of ``#rrggbb``, or raise a `UserError`."""
     try:
         red, green, blue, *_ = ImageColor.getrgb(name)
     except ValueError:
@@ -67,15 +56,10 @@ def parse_colour(name: str) -> tuple[int, int, int]:
 def rotate(content: bytes, turns: int, degrees: float, settings: Resampling) -> tuple[bytes, How]:
     """Return the content of an image file with a rotated image, and how it was rotated.
 
-    ``lossless`` rotates the pixels of a PNG, BMP, GIF or lossless WebP file, and compares them with those of the new
-    file. ``exif`` writes the EXIF orientation into a JPEG, WebP, TIFF or PNG file, and leaves the pixel data as they
-    are. ``resampled`` computes new pixels.
-
-    Args:
-        content: the content of the file.
-        turns: number of quarter turns clockwise, from 0 to 3.
-        degrees: further angle clockwise; 0 rotates by the quarter turns only, without loss.
-        settings: settings for further angles.
+    The angle is a number of quarter turns clockwise, 0 to 3, and further degrees clockwise. Without further degrees,
+    the rotation loses nothing: ``lossless`` rotates the pixels of a PNG, BMP, GIF or lossless WebP file, and compares
+    them with those of the new file; ``exif`` writes the EXIF orientation into a JPEG, WebP, TIFF or PNG file.
+    ``resampled`` computes new pixels by ``settings``.
 
     Raises:
         ImageError: if the file does not allow this rotation.
@@ -84,7 +68,7 @@ def rotate(content: bytes, turns: int, degrees: float, settings: Resampling) -> 
         with _opened(content) as (image, kind):
             if degrees:
                 return _resampled(image, kind, content, 90 * turns + degrees, settings), "resampled"
-            orientation = _orientation(image)  # before the pixels of a TIFF are loaded and rotated by it
+            orientation = exif_orientation(image)  # before the pixels of a TIFF are loaded and rotated by it
             if new := _turned(image, kind, content, turns):
                 return new, "lossless"
         if kind in ("BMP", "GIF"):
@@ -93,13 +77,13 @@ def rotate(content: bytes, turns: int, degrees: float, settings: Resampling) -> 
             orientation = CLOCKWISE[orientation]
         new = set_orientation(content, kind, orientation)
         with _opened(new) as (image, _):
-            if _orientation(image) != orientation:
+            if exif_orientation(image) != orientation:
                 raise ImageError("Its metadata are damaged.")
         return new, "exif"
     except ImageError:
         raise
     except Exception as error:  # a damaged file can lead Pillow's plugins to any exception
-        raise ImageError(f"Its structure or its metadata are damaged ({' '.join(str(error).split())}).") from None
+        raise ImageError(f"Its structure or its metadata are damaged ({one_line(error)}).") from None
 
 
 @contextmanager
@@ -111,18 +95,6 @@ def _opened(content: bytes) -> Iterator[tuple[Any, str]]:
         yield image, "JPEG" if image.format == "MPO" else str(image.format)
 
 
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(ExifTags.Base.Orientation)
-    return value if value in ORIENTATIONS else 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Load an image, and apply its EXIF orientation."""
-    image.load()
-    orientation = _orientation(image)
-    return image.transpose(ORIENTATIONS[orientation]) if orientation > 1 else image
-
-
 def _turned(image: Image.Image, kind: str, content: bytes, turns: int) -> bytes | None:
     """Return a file with rotated pixels, or None if the pixels would change."""
     if kind in ("JPEG", "TIFF") or (kind == "WEBP" and b"VP8L" not in dict(webp_chunks(content))):
@@ -132,19 +104,25 @@ def _turned(image: Image.Image, kind: str, content: bytes, turns: int) -> bytes 
         options |= {"lossless": True, "exact": True}
     elif kind == "PNG":
         options["bits"] = content[24]
-    turned = _upright(image).transpose(QUARTERS[turns])
+    turned = oriented(image).transpose(QUARTERS[turns])
     if kind == "PNG" and turned.mode == "P" and (palette := turned.getpalette()):
         # Pillow would use fewer bits for a short palette.
         turned.putpalette(palette + [0] * (3 * 2 ** content[24] - len(palette)))
     new = _encoded(turned, kind, **options)
-    if kind == "PNG":
-        if new[24:26] != content[24:26]:  # another depth or colour type, for example 8 bits instead of 16
-            return None
-        new = with_metadata(new, content, kind)
-    if kind in ("PNG", "WEBP") and ("exif" in image.info or _orientation(image) > 1):
-        new = set_orientation(new, kind, 1, thumbnail=False)
+    if kind == "PNG" and new[24:26] != content[24:26]:  # another depth or colour type, for example 8 bits instead of 16
+        return None
+    new = _finished(new, image, kind, content)
     with _opened(new) as (reread, _):
-        return new if _equal(turned, _upright(reread)) else None
+        return new if _equal(turned, oriented(reread)) else None
+
+
+def _finished(new: bytes, image: Image.Image, kind: str, content: bytes) -> bytes:
+    """Return the new file with the metadata of the source ``image``, whose orientation its pixels already have."""
+    if kind in ("JPEG", "PNG"):
+        new = with_metadata(new, content, kind)
+    if kind in ("JPEG", "PNG", "WEBP") and ("exif" in image.info or exif_orientation(image) > 1):
+        new = set_orientation(new, kind, 1, thumbnail=False)
+    return new
 
 
 def _metadata(image: Image.Image, kind: str) -> dict[str, Any]:
@@ -172,8 +150,7 @@ def _resampled(image: Any, kind: str, content: bytes, degrees: float, settings: 
         raise ImageError("It holds further data after the image, which only quarter turns keep.")
     if not _interpolable(image, kind, content):
         raise ImageError("It has more than 8 bits per colour, which only quarter turns keep.")
-    tagged = "exif" in image.info or _orientation(image) > 1
-    upright = _upright(image)
+    upright = oriented(image)
     options = _metadata(image, kind)
     if kind == "JPEG":
         options |= {"comment": b"", "progressive": bool(image.info.get("progressive"))}
@@ -188,10 +165,7 @@ def _resampled(image: Any, kind: str, content: bytes, degrees: float, settings: 
         options["exif"] = image.getexif()
         for tag in set(options["exif"]) - TIFF_TAGS:
             del options["exif"][tag]
-    new = _encoded(_rotated(upright, degrees, settings), kind, **options)
-    if kind in ("JPEG", "PNG"):
-        new = with_metadata(new, content, kind)
-    return set_orientation(new, kind, 1, thumbnail=False) if tagged and kind in ("JPEG", "PNG", "WEBP") else new
+    return _finished(_encoded(_rotated(upright, degrees, settings), kind, **options), image, kind, content)
 
 
 def _interpolable(image: Any, kind: str, content: bytes) -> bool:

@@ -6,46 +6,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from upright.errors import BundleError, UserError
+from upright.errors import BundleError, UserError, one_line
 
 SIGNATURE = "model.sig"
-UNSIGNED = ("SHA256SUMS", SIGNATURE)
-"""``SHA256SUMS`` follows from the other files, and has the hash of the signature."""
+UNSIGNED = ("SHA256SUMS", SIGNATURE)  # `SHA256SUMS` follows from the other files, and has the hash of the signature
 PASSWORD = "UPRIGHT_SIGN_PASSWORD"
 CURVES = "P-256, P-384 or P-521"
 
 
 def read_signer(key: Path) -> Any:
-    """Return a ``model_signing.signing.Config`` with a private key. The key's password, if any, is in `PASSWORD`.
-
-    Raises:
-        UserError: if the key cannot be used.
-    """
+    """Return a ``model_signing.signing.Config`` with a private key, whose password, if any, is in `PASSWORD`."""
     password = os.environ[PASSWORD].encode() if PASSWORD in os.environ else None
     signer = _model_signing().signing.Config()
     return _with_key(lambda: signer.use_elliptic_key_signer(private_key=key, password=password), key, "private")
 
 
 def write_signature(target: Path, bundle: Path, hashes: Mapping[str, str], signer: Any) -> None:
-    """Sign the hashes of a bundle's files.
-
-    Args:
-        target: file to write.
-        bundle: the bundle, whose name the signature records.
-        hashes: SHA-256 of each file by its path.
-        signer: the signer of `read_signer`.
-    """
+    """Sign the hashes of the files of a bundle, whose name the signature records, by the signer of `read_signer`."""
     signer.set_hashing_config(_hashing(hashes)).sign(bundle, target)
 
 
 def check_signature(bundle: Path, hashes: Mapping[str, str], signature: bytes, key: Path) -> None:
-    """Check that a key signed exactly these files. The signature cannot exempt a file.
-
-    Args:
-        bundle: the bundle, for messages.
-        hashes: SHA-256 of each file by its path.
-        signature: content of the signature's file.
-        key: a public key.
+    """Check that a public key signed exactly these files, hashes by path. The signature cannot exempt a file.
 
     Raises:
         BundleError: if this is no signature of the files by the key.
@@ -59,7 +41,7 @@ def check_signature(bundle: Path, hashes: Mapping[str, str], signature: bytes, k
         try:
             verifier.verify(bundle, path)
         except Exception as error:  # a forged signature can lead the parsers to any exception
-            reason = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+            reason = one_line(error).rstrip(". ") or type(error).__name__
             raise BundleError(
                 f"Bundle '{bundle}' has no valid signature by '{key}': {reason:.300}. Do not use it; get bundle and "
                 "key from their author."

@@ -3,13 +3,20 @@
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from upright.images import Pixels
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 ROUNDS = 9
 TURN_SECONDS = 0.1
+BATCHES = (1, 64)  # batch sizes of `speeds_by_batch`
 INSTRUCTIONS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"),
     *("avx512_bf16", "amx_bf16", "bf16"),
@@ -21,21 +28,13 @@ Turn = Callable[[], list[float]]
 
 
 class Speed(NamedTuple):
-    """Speed of one implementation.
+    """Speed of one implementation."""
 
-    Args:
-        p50: median of all calls, in milliseconds.
-        p95: 95th percentile of all calls, in milliseconds.
-        per_second: calls per second.
-        times: speed relative to the first implementation: the median of the ratios of all rounds.
-        quartiles: lower and upper quartile of these ratios.
-    """
-
-    p50: float
-    p95: float
-    per_second: float
-    times: float
-    quartiles: tuple[float, float]
+    p50: float  # median of all calls, in milliseconds
+    p95: float  # 95th percentile of all calls, in milliseconds
+    per_second: float  # calls per second
+    times: float  # speed relative to the first implementation: the median of the ratios of all rounds
+    quartiles: tuple[float, float]  # lower and upper quartile of these ratios
 
 
 def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
@@ -72,6 +71,27 @@ def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
         seconds = np.concatenate([row[i] for row in rounds])
         p50, p95 = (1000 * np.quantile(seconds, [0.5, 0.95])).tolist()
         speeds[name] = Speed(p50, p95, len(seconds) / float(seconds.sum()), times[i], (low[i], high[i]))
+    return speeds
+
+
+def speeds_by_batch(sessions: "Mapping[str, InferenceSession]", image: Pixels) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the speed of each session by batch size, in processor time, relative to the first session.
+
+    The sessions have one thread. Batches are copies of ``image`` ``(H, W, C)``.
+    """
+    from upright.runtime.predictor import fixed_batch, run_batch  # other runtimes do not need onnxruntime
+
+    speeds: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in sessions}
+    only = fixed_batch(next(iter(sessions.values())))
+    for batch in [only] if only else BATCHES:
+        images = np.repeat(image[None], batch, axis=0)
+        turns = {
+            name: partial(turn, partial(run_batch, session, images), time.process_time)
+            for name, session in sessions.items()
+        }
+        for name, speed in side_by_side(turns).items():
+            values = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
+            speeds[name][str(batch)] = values
     return speeds
 
 

@@ -12,15 +12,14 @@ import os
 import shutil
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from upright.cores import count_cores
-from upright.errors import BundleError, UserError
+from upright.errors import UserError
 from upright.files import file_hash, replacing_file, write_text
 from upright.image_paths import describe_others, find_images, list_files
 from upright.options import Straighten
@@ -28,64 +27,39 @@ from upright.runtime.bundle import SUMS, Bundle
 from upright.runtime.infer import Progress, read_names
 from upright.runtime.predictor import OrientationPredictor
 from upright.runtime.rotation import Resampling, parse_colour, rotate
-from upright.runtime.task import Orientation
 
 CSV = "straighten.csv"
-RECORD = "straighten.json"
-"""Name of the file with the settings of a run. Only a run with the same settings may resume."""
+RECORD = "straighten.json"  # Name of the file with the settings of a run. Only a run with the same settings may resume.
 ACTIONS = ("rotated", "upright", "unsure", "error")
 
 
 class Row(NamedTuple):
-    """A row of the CSV.
+    """A row of the CSV."""
 
-    Args:
-        path: absolute path of the source.
-        copy: path of the copy, relative to the folder of the CSV.
-        angle: estimated rotation in degrees anticlockwise; empty after an error.
-        confidence: its confidence from 0 to 1; empty after an error.
-        action: one of `ACTIONS`.
-        how: ``lossless``, ``exif`` or ``resampled``; ``copied`` for a copy with the same bytes; empty without a copy.
-        error: reason of an error.
-    """
-
-    path: str
-    copy: str
-    angle: str = ""
-    confidence: str = ""
-    action: str = "error"
-    how: str = ""
-    error: str = ""
+    path: str  # absolute path of the source
+    copy: str  # path of the copy, relative to the folder of the CSV
+    angle: str = ""  # estimated rotation in degrees anticlockwise; empty after an error
+    confidence: str = ""  # its confidence from 0 to 1; empty after an error
+    action: str = "error"  # one of `ACTIONS`
+    how: str = ""  # `lossless`, `exif` or `resampled`; `copied` for a copy with the same bytes; empty without a copy
+    error: str = ""  # reason of an error
 
 
-class Group(NamedTuple):
-    """Images whose copies have their paths relative to ``base``."""
+class Table:
+    """The CSV with the rows of this run and of the runs that it resumes."""
 
-    paths: list[Path]
-    base: Path
-
-
-class State:
-    """The rows of this run and of the runs that it resumes.
-
-    Args:
-        rows: rows of earlier runs.
-        replace: True to replace existing files.
-        file: the open CSV.
-    """
-
-    def __init__(self, rows: Iterator[Row], replace: bool, file: IO[str]) -> None:
+    def __init__(self, rows: Iterable[Row], replace: bool, file: IO[str]) -> None:
         self.replace, self.file = replace, file
         self.sources: set[str] = set()
         self.copies = {CSV, RECORD}
         self.counts: Counter[str] = Counter()
         for row in rows:
             self.write(row)
-        file.flush()
         self.earlier = self.counts.total()
 
     def write(self, row: Row) -> None:
         csv.writer(self.file, lineterminator="\n").writerow(row)
+        self.file.flush()
         self.sources.add(row.path)
         self.copies.add(row.copy)
         self.counts[row.action] += 1
@@ -96,61 +70,37 @@ def straighten(options: Straighten) -> int:
 
     Returns:
         0, or 2 if any image has the action ``error``; 130 after Ctrl-C.
-
-    Raises:
-        BundleError: see `OrientationPredictor`.
-        UserError: if an option is wrong, or the folder holds the copies of another run.
-        EngineError: if onnxruntime fails.
-        OSError: if a copy cannot be written.
     """
     straightener = Straightener(options)
-    groups = _find(options)
-    total = None
+    rows: Iterable[Row] = _find(options)
+    progress = Progress(None)
     if "-" not in options.inputs:
-        groups = iter(all_groups := list(groups))  # report a wrong argument before anything is written
-        total = sum(len(group.paths) for group in all_groups if isinstance(group, Group))
-    progress = Progress(total)
+        rows = list(rows)  # report a wrong argument before anything is written
+        progress = Progress(len(rows))
     progress.visible = sys.stderr.isatty()
     stopped = False
-    with _open_state(straightener) as state:
-
-        def finish(row: Row) -> None:
-            state.write(row)
-            state.file.flush()
-            progress.step()
-            if row.error:
-                progress.clear()
-                print(f"upright: error: '{row.path}': {row.error}", file=sys.stderr)
-
+    with _open_table(straightener) as table:
         try:
-            _run(straightener, groups, state, finish, progress.step)
+            _run(straightener, rows, table, progress)
         except KeyboardInterrupt:
             stopped = True
         finally:
             progress.clear()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may have other bytes
-    counts = ", ".join(f"{state.counts[action]:,} {action}" for action in ACTIONS)
-    earlier = f" ({state.earlier:,} of them in earlier runs)" if state.earlier else ""
-    print(f"{state.counts.total():,} images: {counts}{earlier}\n{straightener.to / CSV}")
+    counts = ", ".join(f"{table.counts[action]:,} {action}" for action in ACTIONS)
+    earlier = f" ({table.earlier:,} of them in earlier runs)" if table.earlier else ""
+    print(f"{table.counts.total():,} images: {counts}{earlier}\n{straightener.to / CSV}")
     if stopped:
         print("upright: stopped. The same command resumes.", file=sys.stderr)
         return 130
-    return 2 if state.counts["error"] else 0
+    return 2 if table.counts["error"] else 0
 
 
 class Straightener:
-    """Straighten single images. Threads may share it.
-
-    Args:
-        options: options of the command.
-
-    Raises:
-        BundleError: see `OrientationPredictor`.
-        UserError: if an option is wrong.
-    """
+    """Straighten single images. Threads may share it."""
 
     def __init__(self, options: Straighten) -> None:
-        self.options, self.to = options, Path(str(options.to))
+        self.options, self.to = options, Path(options.to)
         self.resampling = Resampling(options.fit, parse_colour(options.background), options.quality)
         bundle = Bundle.open(options.bundle)
         if bundle.spec.classes:
@@ -160,15 +110,22 @@ class Straightener:
             )
         # The threads of this command work on several images at a time.
         self.predictor = OrientationPredictor(bundle, options.precision, threads=1, max_pixels=options.max_pixels)
-        self.threshold = _threshold(bundle) if options.threshold is None else options.threshold
+        threshold = bundle.threshold if options.threshold is None else options.threshold
+        if threshold is None:
+            raise UserError(
+                f"Bundle '{bundle.folder}' has no threshold of the confidence; give one by --threshold, from 0 to 1. "
+                "`--threshold 0 --dry-run` lists the confidence of each image."
+            )
+        self.threshold = threshold
         names = ("precision", "turns", "min_angle", "fit", "background", "quality", "max_pixels", "dry_run", "force")
-        values = asdict(options)
-        self.settings = {name: values[name] for name in names}
-        self.settings |= {"bundle": file_hash(bundle.files / SUMS), "threshold": self.threshold}
+        self.settings = {name: getattr(options, name) for name in names}
+        self.settings |= {"bundle": file_hash(bundle.files / SUMS), "threshold": threshold}
 
-    def __call__(self, path: Path, copy: Path, replace: bool) -> Row:
-        """Write the copy of an image, at a path relative to the folder of the copies. Return its row."""
-        row = Row(os.path.abspath(path), str(copy))
+    def __call__(self, row: Row, replace: bool) -> Row:
+        """Write the copy of an image. Complete the row, unless it has an error."""
+        if row.error:
+            return row
+        path, target = Path(row.path), self.to / row.copy
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.to)):
             return row._replace(error=f"It lies in --to '{self.to}'.")
         try:
@@ -176,7 +133,7 @@ class Straightener:
         except OSError as error:
             return row._replace(error=f"{error.strerror}.")
         row, new = self._straighten(content, row)
-        problem = "" if self.options.dry_run else self._write(path, self.to / copy, new, replace)
+        problem = "" if self.options.dry_run else self._write(path, target, new, replace)
         return row._replace(action="error", how="", error=problem) if problem else row
 
     def _straighten(self, content: bytes, row: Row) -> tuple[Row, bytes]:
@@ -184,7 +141,7 @@ class Straightener:
         try:
             orientation = self.predictor(content)
             row = row._replace(angle=f"{orientation.angle:.2f}", confidence=f"{orientation.confidence:.4f}")
-            if not self.is_sure(orientation):
+            if not (math.isfinite(orientation.angle) and orientation.confidence >= self.threshold):
                 return row._replace(action="unsure"), content
             turns, degrees = self.rotation(orientation.angle)
             if not turns and not degrees:
@@ -193,9 +150,6 @@ class Straightener:
             return row._replace(action="rotated", how=how), new
         except UserError as error:
             return row._replace(error=str(error)), content
-
-    def is_sure(self, orientation: Orientation) -> bool:
-        return math.isfinite(orientation.angle) and orientation.confidence >= self.threshold
 
     def rotation(self, angle: float) -> tuple[int, float]:
         """Return the quarter turns clockwise, 0 to 3, and the further degrees that make an image upright."""
@@ -221,27 +175,8 @@ class Straightener:
         return ""
 
 
-def _threshold(bundle: Bundle) -> float:
-    """Return the threshold of the confidence in the manifest."""
-    threshold = bundle.manifest.get("orientation", {}).get("threshold")
-    if threshold is None:
-        raise UserError(
-            f"Bundle '{bundle.folder}' has no threshold of the confidence; give one by --threshold, from 0 to 1. "
-            "`--threshold 0 --dry-run` lists the confidence of each image."
-        )
-    if not isinstance(threshold, int | float):
-        raise BundleError(f"The threshold of bundle '{bundle.folder}' must be a number, got {threshold!r}.")
-    return threshold
-
-
-def _run(
-    straightener: Straightener,
-    groups: Iterator[Group | Row],
-    state: State,
-    finish: Callable[[Row], None],
-    skip: Callable[[], None],
-) -> None:
-    """Straighten all images in threads, and pass their rows to ``finish`` in the order of the images.
+def _run(straightener: Straightener, rows: Iterable[Row], table: Table, progress: Progress) -> None:
+    """Straighten all images in threads, and write their rows in the order of the images.
 
     Threads suffice, because Pillow and onnxruntime compute without the interpreter lock. Other processes would go on
     writing after a kill of this one.
@@ -251,52 +186,38 @@ def _run(
 
     def finish_first() -> None:
         waiting[0].result()  # Ctrl-C usually interrupts this line, and then the row is not lost
-        finish(waiting.popleft().result())
+        row = waiting.popleft().result()
+        table.write(row)
+        progress.step()
+        if row.error:
+            progress.clear()
+            print(f"upright: error: '{row.path}': {row.error}", file=sys.stderr)
 
     with ThreadPoolExecutor(threads) as executor:
         try:
-            for path, copy in _flat(groups, finish):
-                source = os.path.abspath(path)
-                if source in state.sources:
-                    skip()
+            for row in rows:
+                if row.path in table.sources:
+                    progress.step()
                     continue
-                if str(copy) in state.copies:
-                    finish(Row(source, str(copy), error=f"'{copy}' in --to is the copy of another image."))
-                    continue
-                state.sources.add(source)
-                state.copies.add(str(copy))
+                if row.copy in table.copies and not row.error:
+                    row = row._replace(error=f"'{row.copy}' in --to is the copy of another image.")
+                table.sources.add(row.path)
+                table.copies.add(row.copy)
                 if len(waiting) > 2 * threads:
                     finish_first()
-                waiting.append(executor.submit(straightener, path, copy, state.replace))
+                waiting.append(executor.submit(straightener, row, table.replace))
             while waiting:
                 finish_first()
-        except KeyboardInterrupt:
+        except BaseException as error:
             executor.shutdown(cancel_futures=True)  # and wait for the images in work
-            while waiting and not waiting[0].cancelled():
+            while isinstance(error, KeyboardInterrupt) and waiting and not waiting[0].cancelled():
                 finish_first()
             raise
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
 
 
-def _flat(groups: Iterator[Group | Row], finish: Callable[[Row], None]) -> Iterator[tuple[Path, Path]]:
-    """Yield each source with the relative path of its copy."""
-    for group in groups:
-        if isinstance(group, Row):
-            finish(group)
-            continue
-        for path in group.paths:
-            yield path, Path(os.path.abspath(path)).relative_to(group.base)
-
-
-def _find(options: Straighten) -> Iterator[Group | Row]:
-    """Yield the images of each argument, and a row for each line of standard input without images.
-
-    Raises:
-        UserError: if an argument stands for no images, or lies in the folder of the copies or around it.
-    """
-    to = Path(os.path.realpath(str(options.to)))
+def _find(options: Straighten) -> Iterator[Row]:
+    """Yield a row for each image, and one with an error for each line of standard input without images."""
+    to = Path(os.path.realpath(options.to))
     for name in read_names(options.inputs):
         try:
             real = Path(os.path.realpath(name))
@@ -308,28 +229,21 @@ def _find(options: Straighten) -> Iterator[Group | Row]:
                 raise
             yield Row(os.path.abspath(name), "", error=str(error))
             continue
-        if Path(name).is_dir():
-            if others := list_files(Path(name)).others:
-                print(f"upright: warning: {describe_others(others)} They are not copied.", file=sys.stderr)
-            yield Group(paths, Path(os.path.abspath(name)))
-            continue
-        for path in paths:
-            absolute, here = Path(os.path.abspath(path)), Path.cwd()
-            yield Group([path], here if absolute.is_relative_to(here) else Path(absolute.anchor))
+        folder = Path(name) if Path(name).is_dir() else None
+        if folder and (others := list_files(folder).others):
+            print(f"upright: warning: {describe_others(others)} They are not copied.", file=sys.stderr)
+        base = (folder or Path.cwd()).absolute()
+        for path in (Path(os.path.abspath(path)) for path in paths):
+            yield Row(str(path), str(path.relative_to(base if path.is_relative_to(base) else path.anchor)))
 
 
 @contextmanager
-def _open_state(straightener: Straightener) -> Iterator[State]:
-    """Open the CSV in the folder of the copies, for one process at a time.
-
-    Raises:
-        UserError: if another process writes to the folder, or if it holds the copies of another run.
-    """
+def _open_table(straightener: Straightener) -> Iterator[Table]:
+    """Open the CSV in the folder of the copies, for one process at a time."""
     to, settings = straightener.to, straightener.settings
     if to.exists() and not to.is_dir():
         raise UserError(f"--to '{to}' is a file; give a folder.")
     to.mkdir(parents=True, exist_ok=True)
-    table, record = to / CSV, to / RECORD
     folder = os.open(to, os.O_RDONLY)
     try:
         try:
@@ -338,18 +252,16 @@ def _open_state(straightener: Straightener) -> Iterator[State]:
             raise UserError(f"Another process writes to '{to}'; wait until it ends.") from None
         except OSError:
             pass  # a network folder without locks
-        earlier = _read_record(table, record)
-        resumes = earlier is not None and _resumes(to, earlier, settings)
-        if not resumes:
-            table.unlink(missing_ok=True)
-            write_text(record, json.dumps(settings, indent=2) + "\n")
-        replace = bool(earlier["force"] if resumes and earlier else settings["force"])
-        with replacing_file(table) as new, open(new, "w", newline="", **ENCODING) as file:
+        earlier = _earlier_settings(to, settings)
+        if earlier is None:
+            (to / CSV).unlink(missing_ok=True)
+            write_text(to / RECORD, json.dumps(settings, indent=2) + "\n")
+        with replacing_file(to / CSV) as new, open(new, "w", newline="", **ENCODING) as file:
             file.write(f"{','.join(Row._fields)}\n")
-            state = State(_read_rows(table, settings["dry_run"]), replace, file)
-        with open(table, "a", newline="", **ENCODING) as state.file:
-            yield state
-            os.fsync(state.file.fileno())
+            table = Table(_read_rows(to, settings["dry_run"]), (earlier or settings)["force"], file)
+        with open(to / CSV, "a", newline="", **ENCODING) as table.file:
+            yield table
+            os.fsync(table.file.fileno())
     finally:
         os.close(folder)
 
@@ -358,45 +270,37 @@ ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 """File names may have bytes that are not text."""
 
 
-def _read_record(table: Path, record: Path) -> dict[str, Any] | None:
-    """Return the settings of the earlier run in a folder, or None without one."""
-    if not record.exists() and not table.exists():
+def _earlier_settings(to: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of the run in the folder that this one resumes, or None if this run starts from scratch."""
+    if not (to / RECORD).exists() and not (to / CSV).exists():
         return None
     try:
-        settings = json.loads(record.read_text(encoding="utf-8"))
-        if isinstance(settings, dict) and {"dry_run", "force"} <= settings.keys():
-            return settings
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"'{record}' is missing or was changed, so '{table}' cannot be resumed; give another --to.")
-
-
-def _resumes(to: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Return whether a run resumes the earlier one in its folder. Otherwise it starts from scratch.
-
-    Raises:
-        UserError: if the settings differ, or if a dry run would replace the CSV of copies.
-    """
+        earlier: dict[str, Any] = json.loads((to / RECORD).read_text(encoding="utf-8"))
+        was_dry_run, _ = earlier["dry_run"], earlier["force"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f"'{to / RECORD}' is missing or was changed, so '{to / CSV}' cannot be resumed; give another --to."
+        ) from None
     differing = [name for name in settings if name != "force" and earlier.get(name) != settings[name]]
-    if settings["dry_run"] and not earlier["dry_run"]:
+    if settings["dry_run"] and not was_dry_run:
         raise UserError(f"'{to}' holds copies, and a dry run would replace their CSV; give another --to.")
-    if settings["force"] or (differing and earlier["dry_run"]):
-        return False
+    if settings["force"] or (differing and was_dry_run):
+        return None
     if differing:
         changes = ", ".join(f"{name} {earlier.get(name)}, not {settings[name]}" for name in differing)
         raise UserError(
             f"'{to}' holds copies by other settings ({changes}); give another --to, or --force to replace the copies."
         )
-    return True
+    return earlier
 
 
-def _read_rows(table: Path, dry_run: bool) -> Iterator[Row]:
+def _read_rows(to: Path, dry_run: bool) -> Iterator[Row]:
     """Yield the rows of images whose copies exist. The other images are straightened again."""
-    if not table.exists():
+    if not (to / CSV).exists():
         return
-    with open(table, newline="", **ENCODING) as file:
+    with open(to / CSV, newline="", **ENCODING) as file:
         for cells in csv.reader(file):
             # The header has no such action. A process that was killed may leave a part of a row.
             complete = len(cells) == len(Row._fields) and (row := Row(*cells)).action in ACTIONS and row.how
-            if complete and (dry_run or (table.parent / row.copy).exists()):
+            if complete and (dry_run or (to / row.copy).exists()):
                 yield row

@@ -1,16 +1,14 @@
 """Tasks: what the main output of a bundle's graph holds, and how two such outputs are compared."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from upright.images import TaskName
 
-Rows = npt.NDArray[np.floating[Any]]
-"""The main output of a graph for ``N`` images, ``(N, columns)``."""
+Rows = npt.NDArray[np.floating[Any]]  # the main output of a graph for `N` images, `(N, columns)`
 
 
 class Prediction(NamedTuple):
@@ -44,109 +42,63 @@ class Orientation(NamedTuple):
     confidence: float
 
 
-Result = TypeVar("Result", bound=Prediction | Orientation)
+QUARTER = 45.0  # error in degrees from which an angle chooses a wrong one of four sides
+NEAR = 10.0  # largest error of a right angle in degrees
 
 
-QUARTER = 45.0
-"""Error in degrees from which an angle chooses a wrong one of four sides."""
-NEAR = 10.0
-"""Largest error of a right angle in degrees."""
-
-
-class Task(ABC, Generic[Result]):
-    """The meaning of the main output of a graph."""
-
-    name: TaskName
-    output: str
-    """Name of the main output."""
-    columns: int
-    """Length of its second axis."""
-    answer: str
-    """Name of what `changed` compares, for messages."""
-    score: str
-    """Name of the share of right answers, for messages."""
-
-    @abstractmethod
-    def result(self, row: Rows) -> Result:
-        """Return the result for one image, from one row of the main output ``(columns,)``."""
-
-    @abstractmethod
-    def differences(self, expected: Rows, actual: Rows) -> Rows:
-        """Return the difference of two outputs for each image, ``(N,)``, on a scale where 1 is large."""
-
-    @abstractmethod
-    def right(self, rows: Rows, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return whether the answer for each image is right, ``(N,)``.
-
-        Args:
-            rows: the main output.
-            labels: the labels: classes, or quarter turns anticlockwise.
-        """
-
-    @abstractmethod
-    def text(self, row: Rows) -> str:
-        """Return the answer for one image as text."""
-
-    @abstractmethod
-    def label(self, number: int) -> str:
-        """Return a label as text."""
-
-    @abstractmethod
-    def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
-        """Return whether the answer for each image is another one, ``(N,)``.
-
-        Args:
-            expected: the first output.
-            actual: the second output.
-            tolerance: answers that were closer than this may swap.
-        """
-
-
-class Classification(Task[Prediction]):
+class Classification:
     """The output ``probabilities`` has one column per class.
 
     Args:
         classes: names of the classes.
     """
 
-    name = "classification"
-    output = "probabilities"
-    answer = "the first class"
-    score = "accuracy"
+    name: TaskName = "classification"
+    output = "probabilities"  # Name of the main output. It has `columns`.
+    answer = "the first class"  # name of what `changed` compares, for messages
+    score = "accuracy"  # name of the share of right answers, for messages
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes, self.columns = classes, len(classes)
 
     def result(self, row: Rows) -> Prediction:
+        """Return the result for one image, from one row of the main output ``(columns,)``."""
         by_class = dict(zip(self.classes, map(float, row), strict=True))
         label = max(by_class, key=by_class.__getitem__)
         return Prediction(label, by_class[label], by_class)
 
     def differences(self, expected: Rows, actual: Rows) -> Rows:
-        """Return the largest difference of a probability."""
+        """Return the largest difference of a probability for each image, ``(N,)``."""
         differences: Rows = np.abs(actual - expected).max(axis=1)
         return differences
 
     def right(self, rows: Rows, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether the first class of each image is its label, ``(N,)``."""
         right: npt.NDArray[np.bool_] = rows.argmax(axis=1) == labels
         return right
 
     def text(self, row: Rows) -> str:
+        """Return the answer for one image as text."""
         return self.classes[int(row.argmax())]
 
     def label(self, number: int) -> str:
+        """Return a label as text."""
         return self.classes[number]
 
     def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
+        """Return whether each image has another first class, ``(N,)``. Classes closer than ``tolerance`` may swap."""
         second, first = np.sort(expected, axis=1)[:, -2:].T
         other: npt.NDArray[np.bool_] = actual.argmax(axis=1) != expected.argmax(axis=1)
         return other & (first - second > tolerance) if tolerance else other
 
 
-class OrientationEstimation(Task[Orientation]):
-    """The output ``orientation`` has two columns: the angle in degrees, and the confidence; see `Orientation`."""
+class OrientationEstimation:
+    """The output ``orientation`` has two columns: the angle in degrees, and the confidence; see `Orientation`.
 
-    name = "orientation"
+    It has the methods of `Classification`. A label is a number of quarter turns anticlockwise.
+    """
+
+    name: TaskName = "orientation"
     output = "orientation"
     columns = 2
     answer = "the angle"
@@ -156,7 +108,7 @@ class OrientationEstimation(Task[Orientation]):
         return Orientation(*map(float, row))
 
     def differences(self, expected: Rows, actual: Rows) -> Rows:
-        """Return the distance of the mean directions, whose lengths are the confidences.
+        """Return the distance of the mean directions, whose lengths are the confidences, ``(N,)``.
 
         An angle counts as little as its confidence: without any, the angle is a matter of rounding.
         """
@@ -188,7 +140,10 @@ class OrientationEstimation(Task[Orientation]):
         return changed
 
 
-def task_of(classes: Sequence[str]) -> Classification | OrientationEstimation:
+Task: TypeAlias = Classification | OrientationEstimation  # the meaning of the main output of a graph
+
+
+def task_of(classes: Sequence[str]) -> Task:
     """Return the task of a spec with these classes."""
     return Classification(tuple(classes)) if classes else OrientationEstimation()
 

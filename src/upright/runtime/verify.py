@@ -1,23 +1,18 @@
 """``upright verify``: check that a bundle is complete and reproduces its recorded predictions on this machine."""
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from upright.errors import BundleError, GateError, UserError
-from upright.images import Pixels, decode
+from upright.images import decode
 from upright.options import Verify
 from upright.runtime.bundle import PARITY, SUMS, Bundle
-from upright.runtime.predictor import fixed_batch, open_predictor, open_session, run_batch
-from upright.runtime.speed import machine, side_by_side, turn
-
-SPEED_BATCHES = (1, 64)
+from upright.runtime.predictor import open_predictor, open_session
+from upright.runtime.speed import machine, speeds_by_batch
 
 HINTS = {
     "int8": " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
@@ -26,13 +21,7 @@ HINTS = {
 
 
 def verify(options: Verify) -> int:
-    """Check hashes and format, and for each precision the model's metadata and its predictions for the samples.
-
-    Raises:
-        BundleError: if the bundle is damaged, is not the one that ``expect`` names, or was not signed by ``key``.
-        UserError: if the speed is requested, and the bundle does not record that of its export.
-        GateError: if it is complete, but its predictions differ on this machine.
-    """
+    """Check hashes and format, and for each precision the model's metadata and its predictions for the samples."""
     bundle = Bundle.open(options.bundle, options.key)
     actual = sha256((bundle.files / SUMS).read_bytes()).hexdigest()
     if options.expect is not None and options.expect.lower() != actual:
@@ -50,18 +39,13 @@ def verify(options: Verify) -> int:
 
 
 def compare_speed(bundle: Bundle, factor: float) -> Iterator[str]:
-    """Yield the speed of each precision beside that of the export, and a warning if it is slower by ``factor``.
-
-    Raises:
-        UserError: if the bundle does not record the speed of its export.
-    """
+    """Yield the speed of each precision beside that of the export, and a warning if it is slower by ``factor``."""
     parity = json.loads((bundle.files / PARITY).read_text(encoding="utf-8"))
     if not all("speed" in metrics for metrics in parity["precisions"].values()):
         raise UserError(f"Bundle '{bundle.folder}' does not record the speed of its export; export it again.")
-    here, there = machine(), parity["machine"]
-    onnx_runtime = bundle.manifest["provenance"]["versions"]["onnxruntime"]
-    yield f"Here:   {here['processor']}, onnxruntime {onnxruntime.__version__}, one thread."
-    yield f"Export: {there['processor']}, onnxruntime {onnx_runtime}, one thread."
+    versions = {"Here": onnxruntime.__version__, "Export": bundle.manifest["provenance"]["versions"]["onnxruntime"]}
+    for (place, number), computer in zip(versions.items(), (machine(), parity["machine"]), strict=True):
+        yield f"{place + ':':7} {computer['processor']}, onnxruntime {number}, one thread."
     sessions = {name: open_session(bundle.model(name), threads=1) for name in bundle.precisions}
     slow = []
     for name, speeds in speeds_by_batch(sessions, decode(bundle.sample_files[0], bundle.spec)).items():
@@ -76,29 +60,6 @@ def compare_speed(bundle: Bundle, factor: float) -> Iterator[str]:
             f"Warning: slower than at the export by more than {factor:g}: {', '.join(slow)}. The processor, other "
             "processes or the version of onnxruntime can be the cause; `upright benchmark` compares runtimes."
         )
-
-
-def speeds_by_batch(
-    sessions: Mapping[str, onnxruntime.InferenceSession], image: Pixels
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the speed of each session by batch size, in processor time, relative to the first session.
-
-    Args:
-        sessions: sessions with one thread, by precision.
-        image: the image whose copies form the batches, ``(H, W, C)``.
-    """
-    speeds: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in sessions}
-    only = fixed_batch(next(iter(sessions.values())))
-    for batch in [only] if only else SPEED_BATCHES:
-        images = np.repeat(image[None], batch, axis=0)
-        turns = {
-            name: partial(turn, partial(run_batch, session, images), time.process_time)
-            for name, session in sessions.items()
-        }
-        for name, speed in side_by_side(turns).items():
-            values = {"milliseconds": speed.p50, "times_fp32": speed.times, "quartiles": list(speed.quartiles)}
-            speeds[name][str(batch)] = values
-    return speeds
 
 
 def _check(bundle: Bundle, precision: str) -> str:

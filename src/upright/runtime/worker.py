@@ -15,7 +15,7 @@ from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,20 +32,12 @@ LoadedModel = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 class Worker:
     """Start a process that loads a runtime and runs it on the first image.
 
-    Args:
-        load: ``module:function``; the function returns a `LoadedModel`.
-        arguments: arguments of that function, as plain data.
-        bundle: bundle with the samples.
+    ``load`` is ``module:function``. The function gets ``arguments``, plain data, and returns a `LoadedModel`.
 
     Raises:
         UserError: if the function raises one.
         RuntimeError: if the process ends for another reason.
     """
-
-    seconds: float
-    """Time from the start of the process to the first prediction."""
-    memory: int | None
-    """Peak memory of the process so far, in bytes; None if the system does not report it."""
 
     def __init__(self, load: str, arguments: Mapping[str, Any], bundle: Bundle) -> None:
         settings = {"load": load, "arguments": dict(arguments), "bundle": str(bundle.folder)}
@@ -59,11 +51,13 @@ class Worker:
             text=True,
         )
         try:
-            self.memory = self._reply()["memory"]
+            self.memory: int | None = self._reply()
+            """Peak memory of the process so far, in bytes; None if the system does not report it."""
         except Exception:
             self.__exit__()
             raise
         self.seconds = perf_counter() - start
+        """Time from the start of the process to the first prediction."""
 
     def __enter__(self) -> Self:
         return self
@@ -73,26 +67,19 @@ class Worker:
         self._log.close()
 
     def rows(self) -> npt.NDArray[np.float32]:
-        """Return the main output for the samples, ``(N, columns)``."""
-        return np.array(self._ask("rows")["rows"], dtype=np.float32)
+        """Return the main output for the samples, ``(N, columns)``. Call this method once, before `turn`."""
+        return np.array(self._reply(), dtype=np.float32)
 
     def turn(self, batch: int) -> list[float]:
         """Run batches of copies of the first sample for one turn, see `speed.turn`."""
-        reply = self._ask("turn", batch=batch)
-        self.memory = reply["memory"]
-        seconds: list[float] = reply["seconds"]
-        return seconds
+        print(batch, file=self._process.stdin, flush=True)
+        seconds, self.memory = self._reply()
+        return list(seconds)
 
-    def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        print(json.dumps({"question": question} | arguments), file=self._process.stdin, flush=True)
-        return self._reply()
-
-    def _reply(self) -> dict[str, Any]:
+    def _reply(self) -> Any:
         assert self._process.stdout is not None
         if line := self._process.stdout.readline():
-            reply: dict[str, Any] = json.loads(line)
-            return reply
+            return json.loads(line)
         code = self._process.wait()
         self._log.seek(0)
         last_line = (self._log.read().strip().splitlines() or ["no message"])[-1]
@@ -125,13 +112,7 @@ def openvino_model(model: Traversable, threads: int) -> LoadedModel:
     network = core.read_model(model if isinstance(model, Path) else io.BytesIO(model.read_bytes()))
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(network, "CPU", settings)
-    main_output = compiled.output(0)
-
-    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        rows: npt.NDArray[np.float32] = compiled({"images": images})[main_output]
-        return rows
-
-    return run
+    return lambda images: cast(npt.NDArray[np.float32], compiled({"images": images})[compiled.output(0)])
 
 
 def peak_memory() -> int | None:
@@ -149,34 +130,31 @@ def peak_memory() -> int | None:
 
 
 def main() -> None:
-    """Read the settings from the argument and questions from standard input. Print the replies."""
+    """Read the settings from the argument and batch sizes from standard input. Print the replies."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep messages of libraries out of the replies
     try:
-        _work(json.loads(sys.argv[1]), lambda **reply: print(json.dumps(reply), file=replies, flush=True))
+        _work(**json.loads(sys.argv[1]), reply=lambda content: print(json.dumps(content), file=replies, flush=True))
     except UprightError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _work(settings: dict[str, Any], reply: Callable[..., None]) -> None:
-    module, _, name = settings["load"].partition(":")
-    run: LoadedModel = getattr(importlib.import_module(module), name)(**settings["arguments"])
-    bundle = Bundle(Path(settings["bundle"]))
-    samples, smallest_batch = bundle.sample_files, bundle.fixed_batch or 1
+def _work(load: str, arguments: dict[str, Any], bundle: str, reply: Callable[[Any], None]) -> None:
+    module, _, name = load.partition(":")
+    run: LoadedModel = getattr(importlib.import_module(module), name)(**arguments)
+    opened = Bundle(Path(bundle))
+    samples, smallest_batch = opened.sample_files, opened.fixed_batch or 1
 
     def copies(sample: Path | bytes, count: int) -> npt.NDArray[np.uint8]:
-        return np.repeat(decode(sample, bundle.spec)[None], count, axis=0)
+        return np.repeat(decode(sample, opened.spec)[None], count, axis=0)
 
     run(copies(samples[0], smallest_batch))
-    reply(memory=peak_memory())
+    reply(peak_memory())
+    reply([run(copies(sample, smallest_batch))[0].tolist() for sample in samples])
     for line in sys.stdin:
-        match json.loads(line):
-            case {"question": "rows"}:
-                reply(rows=[run(copies(sample, smallest_batch))[0].tolist() for sample in samples])
-            case {"question": "turn", "batch": batch}:
-                images = copies(samples[0], batch)
-                reply(seconds=turn(partial(run, images)), memory=peak_memory())
+        images = copies(samples[0], int(line))
+        reply((turn(partial(run, images)), peak_memory()))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,8 @@ import numpy.typing as npt
 from upright.errors import UserError
 from upright.images import MAX_BATCH_PIXELS
 
-Images = npt.NDArray[np.uint8]
-"""Decoded images of one size, ``(B, H, W, C)``."""
-Outputs = dict[str, npt.NDArray[Any]]
-"""Outputs of the graph by name, each ``(B, ...)``."""
+Images = npt.NDArray[np.uint8]  # decoded images of one size, `(B, H, W, C)`
+Outputs = dict[str, npt.NDArray[Any]]  # outputs of the graph by name, each `(B, ...)`
 
 log = logging.getLogger("upright.serve")
 
@@ -42,48 +41,13 @@ class Budget:
 
 
 class Job(NamedTuple):
-    """Images that wait for the model.
-
-    Args:
-        images: images of one size.
-        names: outputs that the client wants.
-        result: future of the outputs.
-        reserved: pixels of the budget, which are released after the run.
-        since: time of arrival.
-    """
+    """Images of one size that wait for the model."""
 
     images: Images
-    names: Sequence[str]
-    result: "asyncio.Future[Outputs]"
-    reserved: int
-    since: float
-
-
-class Queue:
-    """Jobs of one image size, oldest first."""
-
-    def __init__(self, height: int, width: int, max_batch: int) -> None:
-        self.max_batch = max(1, min(max_batch, MAX_BATCH_PIXELS // (height * width)))
-        self.jobs: deque[Job] = deque()
-        self.images = 0
-
-    @property
-    def full(self) -> bool:
-        return self.images >= self.max_batch
-
-    def add(self, job: Job) -> None:
-        self.jobs.append(job)
-        self.images += len(job.images)
-
-    def take(self) -> list[Job]:
-        """Remove and return a batch: as many of the oldest jobs as fit, at least one."""
-        batch = [self.jobs.popleft()]
-        count = len(batch[0].images)
-        while self.jobs and count + len(self.jobs[0].images) <= self.max_batch:
-            batch.append(self.jobs.popleft())
-            count += len(batch[-1].images)
-        self.images -= count
-        return batch
+    names: Sequence[str]  # outputs that the client wants
+    result: "asyncio.Future[Outputs]"  # future of the outputs
+    reserved: int  # pixels of the budget, which are released after the run
+    since: float  # time of arrival
 
 
 class Batcher(threading.Thread):
@@ -108,17 +72,17 @@ class Batcher(threading.Thread):
         super().__init__(name="model", daemon=True)
         self.model, self.max_batch, self.max_delay, self.observe = model, max_batch, max_delay, observe
         self.budget = budget
-        self._queues: dict[tuple[int, ...], Queue] = {}
+        self._queues: dict[tuple[int, ...], deque[Job]] = {}
         self._announced, self._closed = 0, False
         self._changed = threading.Condition()
 
     def announce(self) -> None:
-        """Announce calls of `submit`. The caller must call `arrived` after them."""
+        """Announce calls of `submit`. The caller must call `arrived` after them, even if nothing was submitted."""
         with self._changed:
             self._announced += 1
 
     def arrived(self) -> None:
-        """End an announcement, even if nothing was submitted."""
+        """End an announcement."""
         with self._changed:
             self._announced -= 1
             if not self._announced:
@@ -129,12 +93,9 @@ class Batcher(threading.Thread):
     ) -> None:
         """Queue ``(B, H, W, C)`` with at most ``max_batch`` images, without waiting. `Job` explains the arguments."""
         with self._changed:
-            shape = images.shape[1:]
-            if shape not in self._queues:
-                self._queues[shape] = Queue(shape[0], shape[1], self.max_batch)
-            queue = self._queues[shape]
-            queue.add(Job(images, names, result, reserved, time.monotonic()))
-            if not self._announced or len(queue.jobs) == 1 or queue.full:
+            queue = self._queues.setdefault(images.shape[1:], deque())
+            queue.append(Job(images, names, result, reserved, time.monotonic()))
+            if not self._announced or len(queue) == 1 or self._fills_a_batch(queue):
                 self._changed.notify()
 
     def close(self) -> None:
@@ -159,15 +120,14 @@ class Batcher(threading.Thread):
 
     def _run_batch(self, jobs: list[Job]) -> None:
         outcome: Outputs | Exception
-        start, count = time.perf_counter(), sum(len(job.images) for job in jobs)
+        start, count = time.perf_counter(), _count(jobs)
         names = sorted({name for job in jobs for name in job.names})
         try:
             images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
             outcome = self.model(images, names)
-        except UserError as error:
-            outcome = error
         except Exception as error:  # the thread must not end; it reports any failure to every client
-            log.exception("the model failed", extra={"fields": {"images": count}})
+            if not isinstance(error, UserError):
+                log.exception("the model failed", extra={"fields": {"images": count}})
             outcome = error
         self.observe(count, time.perf_counter() - start)
         jobs[0].result.get_loop().call_soon_threadsafe(_deliver, jobs, outcome)
@@ -178,11 +138,11 @@ class Batcher(threading.Thread):
             while True:
                 now, timeout = time.monotonic(), None
                 # Start with the oldest job, so that no size waits forever behind another size.
-                for shape, queue in sorted(self._queues.items(), key=lambda item: item[1].jobs[0].since):
-                    delay = queue.jobs[0].since + self.max_delay - now
-                    if delay <= 0 or queue.full or not self._announced or self._closed:
-                        jobs = queue.take()
-                        if not queue.jobs:
+                for shape, queue in sorted(self._queues.items(), key=lambda item: item[1][0].since):
+                    delay = queue[0].since + self.max_delay - now
+                    if delay <= 0 or not self._announced or self._closed or self._fills_a_batch(queue):
+                        jobs = self._take(queue)
+                        if not queue:
                             del self._queues[shape]
                         return jobs
                     timeout = delay if timeout is None else timeout
@@ -190,14 +150,39 @@ class Batcher(threading.Thread):
                     return []
                 self._changed.wait(timeout)
 
+    def _batch_size(self, queue: deque[Job]) -> int:
+        pixels: int = math.prod(queue[0].images.shape[1:3])
+        return max(1, min(self.max_batch, MAX_BATCH_PIXELS // pixels))
+
+    def _fills_a_batch(self, queue: deque[Job]) -> bool:
+        size = self._batch_size(queue)
+        return len(queue) >= size or _count(queue) >= size
+
+    def _take(self, queue: deque[Job]) -> list[Job]:
+        """Remove and return as many of the oldest jobs as fit into a batch, at least one."""
+        room, jobs = self._batch_size(queue), list[Job]()
+        while queue and (not jobs or len(queue[0].images) <= room):
+            jobs.append(queue.popleft())
+            room -= len(jobs[-1].images)
+        return jobs
+
+
+def _count(jobs: Iterable[Job]) -> int:
+    return sum(len(job.images) for job in jobs)
+
 
 def _deliver(jobs: list[Job], outcome: Outputs | Exception) -> None:
     start = 0
     for job in jobs:
         end = start + len(job.images)
-        if not job.result.done():
-            if isinstance(outcome, Exception):
-                job.result.set_exception(outcome)
-            else:
-                job.result.set_result({name: outcome[name][start:end] for name in job.names})
+        if isinstance(outcome, Exception):
+            set_exception(job.result, outcome)
+        elif not job.result.done():
+            job.result.set_result({name: outcome[name][start:end] for name in job.names})
         start = end
+
+
+def set_exception(result: "asyncio.Future[Outputs]", error: Exception) -> None:
+    """Set the error of a future, unless its client stopped waiting."""
+    if not result.done():
+        result.set_exception(error)

@@ -7,7 +7,6 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from upright.errors import UprightError
 from upright.runtime.serving.metrics import Metrics
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -15,10 +14,11 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
 HEAD_SECONDS = 10.0
 """Limit from the first byte of a request, or from the start of a connection, to the end of the headers."""
-
-
-class HeadTooLarge(UprightError):
-    """Request line and headers have more bytes or lines than allowed."""
+INVALID = HTTPStatus.BAD_REQUEST, "The request is not valid HTTP."
+TOO_LARGE = (
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    f"Request line and headers may have up to {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers; send fewer.",
+)
 
 
 class Connection(HttpToolsProtocol):
@@ -30,7 +30,7 @@ class Connection(HttpToolsProtocol):
     """Bytes since the last complete header or part of a body. The parser copies them again for every piece that
     arrives, so they must stay few."""
     _deadline: TimerHandle | None = None
-    _refusal = HTTPStatus.BAD_REQUEST, "The request is not valid HTTP."
+    _refusal = INVALID
 
     # The interface of asyncio.
 
@@ -48,7 +48,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._unparsed_bytes > MAX_HEAD_BYTES:
-            self._refuse_size()
+            self._refuse(*TOO_LARGE)
         elif (self._in_head or self._unparsed_bytes) and not self._deadline:
             self._start_deadline()
 
@@ -85,8 +85,8 @@ class Connection(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > MAX_HEAD_BYTES or self._headers > MAX_HEADERS:
-            self._set_size_refusal()
-            raise HeadTooLarge
+            self._refusal = TOO_LARGE
+            raise ValueError(TOO_LARGE[1])
 
     # Refusals.
 
@@ -103,25 +103,17 @@ class Connection(HttpToolsProtocol):
         if self.cycle and not self.cycle.response_complete:
             self._start_deadline()  # the client still waits for an answer to its last request
         elif self._in_head or self._unparsed_bytes:
-            self._refusal = HTTPStatus.REQUEST_TIMEOUT, f"The headers did not arrive within {HEAD_SECONDS:g} s."
-            self.send_400_response("")
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The headers did not arrive within {HEAD_SECONDS:g} s.")
         else:
             self.transport.close()
 
-    def _set_size_refusal(self) -> None:
-        self._refusal = (
-            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-            f"Request line and headers may have up to {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers; send fewer.",
-        )
-
-    def _refuse_size(self) -> None:
-        self._set_size_refusal()
-        self.send_400_response("")
-
     def send_400_response(self, msg: str) -> None:
-        """Send the refusal as JSON, and close the connection. Uvicorn calls this method for invalid requests."""
+        """Refuse a request. Uvicorn calls this method when its parser stops."""
+        self._refuse(*self._refusal)
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        """Send an error as JSON, and close the connection."""
         self._stop_deadline()
-        status, text = self._refusal
         metrics: Metrics = self.app_state["metrics"]
         metrics.requests.labels("none", status.value).inc()
         body = json.dumps({"error": text}).encode()

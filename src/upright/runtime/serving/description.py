@@ -1,5 +1,6 @@
 """OpenAPI description of the server, and a page that displays it offline."""
 
+from collections.abc import Sequence
 from html import escape
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -8,6 +9,10 @@ import msgspec
 
 from upright.images import TaskName
 from upright.runtime.serving.protocol import HEADER, LABELS, InferenceRequest, InferenceResponse, Model
+
+JSON = "application/json"
+BINARY = {"type": "string", "format": "binary"}
+REFERENCE = "#/components/schemas/{name}"
 
 
 class RankedClass(msgspec.Struct):
@@ -18,41 +23,24 @@ class RankedClass(msgspec.Struct):
 
 
 class Result(msgspec.Struct, omit_defaults=True):
-    """A prediction or an error for one image."""
+    """A prediction, an orientation or an error for one image. ``angle`` is in degrees anticlockwise, -180 to 180."""
 
     name: str | None = None
     label: str | None = None
     probability: float | None = None
     top: list[RankedClass] | None = None
-    outputs: dict[str, list[Any]] | None = None
-    error: str | None = None
-
-
-class ClassifyResponse(msgspec.Struct, omit_defaults=True):
-    """One result per image, in the order of the images; ``error`` if no image could be read."""
-
-    model: str
-    version: str
-    results: list[Result]
-    error: str | None = None
-
-
-class OrientationResult(msgspec.Struct, omit_defaults=True):
-    """An orientation or an error for one image. The angle is in degrees anticlockwise, from -180 to 180."""
-
-    name: str | None = None
     angle: float | None = None
     confidence: float | None = None
     outputs: dict[str, list[Any]] | None = None
     error: str | None = None
 
 
-class OrientationResponse(msgspec.Struct, omit_defaults=True):
+class Results(msgspec.Struct, omit_defaults=True):
     """One result per image, in the order of the images; ``error`` if no image could be read."""
 
     model: str
     version: str
-    results: list[OrientationResult]
+    results: list[Result]
     error: str | None = None
 
 
@@ -62,22 +50,10 @@ class Error(msgspec.Struct):
     error: str
 
 
-SCHEMAS = "#/components/schemas/"
-
-
 class Answers(NamedTuple):
-    """The answers for one task.
-
-    Args:
-        route: route for images.
-        response: its response.
-        title: title of a model.
-        action: imperative, in front of the images.
-        result: result for an image.
-    """
+    """Route for images of one task, and texts about it."""
 
     route: str
-    response: type[ClassifyResponse] | type[OrientationResponse]
     title: str
     action: str
     result: str
@@ -86,14 +62,12 @@ class Answers(NamedTuple):
 ANSWERS: dict[TaskName, Answers] = {
     "classification": Answers(
         "/v1/classify",
-        ClassifyResponse,
         "an image classifier",
         "Classify",
         "a label with its probability (`top` is the number of classes to return)",
     ),
     "orientation": Answers(
         "/v1/orientation",
-        OrientationResponse,
         "the orientation of images",
         "Estimate the orientation of",
         "its rotation in degrees anticlockwise with a confidence from 0 to 1",
@@ -102,83 +76,62 @@ ANSWERS: dict[TaskName, Answers] = {
 
 
 def openapi(model: Model, limit: int, root_path: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description of a server.
-
-    Args:
-        model: the model.
-        limit: images per request.
-        root_path: path of the server behind a proxy.
-    """
-    classes = len(model.classes)
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
+    """Return the OpenAPI 3.1 description of a server that takes ``limit`` images per request."""
+    classes, answers = len(model.classes), ANSWERS["classification" if model.classes else "orientation"]
     names = {"type": "array", "items": {"enum": [name for name in model.outputs if name != LABELS]}}
     outputs = _parameter("outputs", "query", names, style="form", explode=False)
     top = _parameter("top", "query", {"type": "integer", "minimum": 1, "maximum": classes, "default": 1})
     encoding = _parameter("Content-Encoding", "header", {"enum": ["gzip", "deflate", "identity"]})
     length = _parameter(HEADER, "header", {"type": "integer", "minimum": 0})
-    answers = ANSWERS["classification" if classes else "orientation"]
-    _, components = msgspec.json.schema_components(
-        [answers.response, Error, InferenceRequest, InferenceResponse], ref_template=SCHEMAS + "{name}"
-    )
     top_query = f"?top={min(3, classes)}" if classes else ""
+    images = _operation(
+        f"{answers.action} an image, or up to {limit}",
+        (400, 408, 413, 415, 422, 429, 431, 500, 503),
+        "The body is one image, of any content type, or multipart/form-data with one image per part that has a "
+        "filename; parts without a filename are ignored. The result for each image is "
+        f"{answers.result}, or an error. `outputs` lists further outputs of the model, separated by commas.",
+        f"curl --data-binary @image.png 'ADDRESS{answers.route}{top_query}'",
+        {JSON: _reference("Results")},
+        {"*/*": BINARY, "multipart/form-data": {"type": "object", "additionalProperties": BINARY}},
+        [*([top] if classes else []), outputs, encoding],
+    )
     route = f"/v2/models/{model.name}"
-    version_route = f"{route}/versions/{model.version}"
-    lists = {kind: "; ".join(map(_tensor, model.metadata[kind])) for kind in ("inputs", "outputs")}
+    tensors = {kind: "; ".join(map(_tensor, model.metadata[kind])) for kind in ("inputs", "outputs")}
     infer = _operation(
         f"{answers.action} images by the Open Inference Protocol",
-        f"Input: {lists['inputs']}, or images BYTES [-1] (encoded; base64 in JSON). Outputs: {lists['outputs']}. "
+        (400, 404, 408, 413, 415, 429, 431, 500, 503),
+        f"Input: {tensors['inputs']}, or images BYTES [-1] (encoded; base64 in JSON). Outputs: {tensors['outputs']}. "
         f"-1 is any length. Binary tensors may follow the JSON, whose length is then in {HEADER}.",
-        "InferenceResponse",
         f"curl --json @request.json ADDRESS{route}/infer",
-        bad=(400, 404, 408, 413, 415, 429, 431, 500, 503),
-        parameters=[encoding, length],
-        requestBody={
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": SCHEMAS + "InferenceRequest"}},
-                "application/octet-stream": binary,
-            },
-        },
+        {JSON: _reference("InferenceResponse"), "application/octet-stream": BINARY},
+        {JSON: _reference("InferenceRequest"), "application/octet-stream": BINARY},
+        [encoding, length],
     )
-    infer["responses"]["200"]["content"]["application/octet-stream"] = binary
-    metadata = {"get": _operation("Inputs, outputs and version of the model", bad=(404,))}
-    ready = {"get": _operation("Readiness of the model", bad=(404, 503))}
+    paths = {answers.route: {"post": images}}
+    for model_route in (route, f"{route}/versions/{model.version}"):
+        paths |= {
+            f"{model_route}/infer": {"post": infer},
+            model_route: {"get": _operation("Inputs, outputs and version of the model", (404,))},
+            f"{model_route}/ready": {"get": _operation("Readiness of the model", (404, 503))},
+        }
+    paths |= {
+        "/v2": {"get": _operation("Name, version and extensions of the server")},
+        "/v2/health/live": {"get": _operation("Liveness of the server")},
+        "/v2/health/ready": {"get": _operation("Readiness of the server; false while it stops", (503,))},
+        "/metrics": {"get": _operation("Counts and times, for Prometheus")},
+    }
+    types = (Results, Error, InferenceRequest, InferenceResponse)
     return {
         "openapi": "3.1.0",
         "info": {"title": f"{model.name}: {answers.title}", "version": version("upright")},
         "servers": [{"url": root_path or "/"}],
-        "paths": {
-            answers.route: {
-                "post": _operation(
-                    f"{answers.action} an image, or up to {limit}",
-                    "The body is one image, of any content type, or multipart/form-data with one image per part that "
-                    "has a filename; parts without a filename are ignored. The result for each image is "
-                    f"{answers.result}, or an error. `outputs` lists further outputs of the model, separated by "
-                    "commas.",
-                    answers.response.__name__,
-                    f"curl --data-binary @image.png 'ADDRESS{answers.route}{top_query}'",
-                    bad=(400, 408, 413, 415, 422, 429, 431, 500, 503),
-                    parameters=[*([top] if classes else []), outputs, encoding],
-                    requestBody={
-                        "required": True,
-                        "content": {"*/*": binary, "multipart/form-data": {"schema": files}},
-                    },
-                )
-            },
-            f"{route}/infer": {"post": infer},
-            f"{version_route}/infer": {"post": infer},
-            route: metadata,
-            version_route: metadata,
-            f"{route}/ready": ready,
-            f"{version_route}/ready": ready,
-            "/v2": {"get": _operation("Name, version and extensions of the server")},
-            "/v2/health/live": {"get": _operation("Liveness of the server")},
-            "/v2/health/ready": {"get": _operation("Readiness of the server; false while it stops", bad=(503,))},
-            "/metrics": {"get": _operation("Counts and times, for Prometheus")},
-        },
-        "components": {"schemas": components},
+        "paths": paths,
+        "components": {"schemas": msgspec.json.schema_components(types, ref_template=REFERENCE)[1]},
     }
+
+
+def _reference(schema: str) -> dict[str, Any]:
+    return {"$ref": REFERENCE.format(name=schema)}
 
 
 def _parameter(name: str, place: str, schema: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -205,18 +158,25 @@ MEANINGS = {
 
 def _operation(
     summary: str,
+    errors: Sequence[int] = (),
     description: str = "",
-    response: str = "",
     example: str = "",
-    bad: tuple[int, ...] = (),
-    **more: Any,
+    answer: dict[str, Any] | None = None,
+    body: dict[str, Any] | None = None,
+    parameters: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    responses: dict[str, Any] = {"200": {"description": "OK"}}
-    if response:
-        responses["200"]["content"] = {"application/json": {"schema": {"$ref": SCHEMAS + response}}}
-    error = {"application/json": {"schema": {"$ref": SCHEMAS + "Error"}}}
-    responses |= {str(status): {"description": MEANINGS[status], "content": error} for status in bad}
-    operation = {"summary": summary, "description": description, "x-example": example, "responses": responses, **more}
+    """Return an operation. ``answer`` and ``body`` are schemas by content type."""
+
+    def content(schemas: dict[str, Any]) -> dict[str, Any]:
+        return {kind: {"schema": schema} for kind, schema in schemas.items()}
+
+    responses: dict[str, Any] = {"200": {"description": "OK"} | ({"content": content(answer)} if answer else {})}
+    for status in errors:
+        responses[str(status)] = {"description": MEANINGS[status], "content": content({JSON: _reference("Error")})}
+    operation: dict[str, Any] = {"summary": summary, "description": description, "x-example": example}
+    operation |= {"responses": responses, "parameters": list(parameters)}
+    if body:
+        operation["requestBody"] = {"required": True, "content": content(body)}
     return {key: value for key, value in operation.items() if value}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from operator import itemgetter
+from typing import cast
 
 import numpy as np
 
@@ -15,18 +16,13 @@ from upright.runtime.bundle import SUMS
 from upright.runtime.predictor import OrientationPredictor, Predictor, fixed_batch
 from upright.runtime.predictor import open_predictor as open_bundle
 from upright.runtime.serving import protocol
-from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs
-from upright.runtime.serving.description import OrientationResult, RankedClass, Result
+from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs, set_exception
+from upright.runtime.serving.description import RankedClass, Result
 from upright.runtime.serving.metrics import Metrics
 
 
 def open_predictor(options: Serve) -> Predictor | OrientationPredictor:
-    """Open the bundle and run it on its first sample.
-
-    Raises:
-        BundleError: if the bundle cannot be used.
-        EngineError: if onnxruntime fails on the sample.
-    """
+    """Open the bundle and run it on its first sample."""
     predictor = open_bundle(
         options.bundle,
         options.precision,
@@ -45,15 +41,7 @@ def decoder_count(options: Serve) -> int:
 
 
 class Loaded:
-    """A bundle that answers requests.
-
-    Args:
-        predictor: predictor with the model.
-        options: options with the name, the version and the limits.
-        metrics: metrics of the server.
-        budget: budget of the pixels of images in memory.
-        decoders: threads that decode images.
-    """
+    """A bundle that answers requests, with the limits, metrics, pixel budget and decoder threads of its server."""
 
     def __init__(
         self,
@@ -66,14 +54,14 @@ class Loaded:
         self.predictor, self.classes, self.task = predictor, predictor.spec.classes, predictor.task
         self.options, self.metrics, self.budget, self.decoders = options, metrics, budget, decoders
         # The version is a hash, so the same files have the same version on every server.
-        version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
-        name = options.name or predictor.bundle.name
-        self.protocol = protocol.Model(name, version, predictor.session, self.classes)
+        self.version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
+        self.name = options.name or predictor.bundle.name
+        self.protocol = protocol.Model(self.name, self.version, predictor.session, self.classes)
         self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
         delay = options.max_delay_ms / 1000
         self.batcher = Batcher(predictor.run_outputs, self.max_batch, delay, metrics.observe_run, budget)
-        self.requests = 0
-        """Requests that use this bundle."""
+        self.batcher.start()
+        metrics.set_model(self.name, self.version, options.precision, self.classes)
 
     def _decode(self, names: Sequence[str], files: "list[tuple[bytes, asyncio.Future[Outputs]]]") -> None:
         """Decode files and submit them, in a thread of `decoders`. Set errors on the futures."""
@@ -97,7 +85,7 @@ class Loaded:
             self.batcher.submit(image[np.newaxis], names, result, reserved)
         except Exception as error:
             self.budget.release(reserved)
-            result.get_loop().call_soon_threadsafe(_set_exception, result, error)
+            result.get_loop().call_soon_threadsafe(set_exception, result, error)
 
     async def run_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs | ImageError]:
         """Return outputs ``(1, ...)`` or an error for each encoded image."""
@@ -109,15 +97,13 @@ class Loaded:
             self.batcher.announce()
             self.decoders.submit(self._decode, names, jobs[start : start + size])
         outcomes = await asyncio.gather(*(result for _, result in jobs), return_exceptions=True)
-        answers: list[Outputs | ImageError] = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, ImageError):
                 raise outcome
-            answers.append(outcome)
-        bad = sum(isinstance(answer, ImageError) for answer in answers)
-        self.metrics.images.labels("answered").inc(len(answers) - bad)
+        bad = sum(isinstance(outcome, ImageError) for outcome in outcomes)
+        self.metrics.images.labels("answered").inc(len(outcomes) - bad)
         self.metrics.images.labels("bad").inc(bad)
-        return answers
+        return cast(list[Outputs | ImageError], outcomes)
 
     async def run_all_files(self, names: Sequence[str], files: list[bytes]) -> list[Outputs]:
         """Return outputs ``(1, ...)`` for each encoded image, or raise the first `ImageError`."""
@@ -142,9 +128,7 @@ class Loaded:
         self.metrics.images.labels("answered").inc(len(images))
         return parts
 
-    def result(
-        self, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]
-    ) -> Result | OrientationResult:
+    def result(self, name: str | None, outcome: Outputs | ImageError, top: int, names: Sequence[str]) -> Result:
         """Return the answer for one image, with the ``top`` classes and the outputs in ``names``, and count it."""
         if isinstance(outcome, ImageError):
             return Result(name, error=str(outcome))
@@ -153,13 +137,7 @@ class Loaded:
         self.metrics.observe(self.classes, row)
         outputs = {output: outcome[output][0].tolist() for output in names} or None
         if not self.classes:
-            angle, confidence = row
-            return OrientationResult(name, angle, confidence, outputs)
+            return Result(name, angle=row[0], confidence=row[1], outputs=outputs)
         pairs = sorted(zip(row, self.classes, strict=True), key=itemgetter(0), reverse=True)[:top]
         ranked = [RankedClass(label, probability) for probability, label in pairs]
-        return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None, outputs)
-
-
-def _set_exception(result: "asyncio.Future[Outputs]", error: Exception) -> None:
-    if not result.done():
-        result.set_exception(error)
+        return Result(name, ranked[0].label, ranked[0].probability, ranked if top > 1 else None, outputs=outputs)

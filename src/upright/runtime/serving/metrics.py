@@ -34,9 +34,8 @@ class Metrics:
         sizes = [2**n for n in range(11)]
         self.batch = Histogram("batch_images", "Images per run of the model.", buckets=sizes, **common)
         self.model = Histogram("model_seconds", "Time per run of the model.", **common)
-        self.waiting = Gauge(
-            "waiting_images", "Accepted images without a response.", multiprocess_mode="livesum", **common
-        )
+        text = "Accepted images without a response."
+        self.waiting = Gauge("waiting_images", text, multiprocess_mode="livesum", **common)
         self.predictions = Counter("predictions", "Images by their predicted class.", ["label"], **common)
         self.angles = Counter("angles", "Images by their angle, rounded to 45 degrees.", ["degrees"], **common)
         text = "Probability of the predicted class, or confidence of the angle."

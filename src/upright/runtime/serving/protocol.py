@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import onnxruntime
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.runtime.serving.batching import Images, Outputs
 
 HEADER = "Inference-Header-Content-Length"
@@ -86,6 +86,10 @@ class InferenceResponse(msgspec.Struct, omit_defaults=True):
     id: str | None = None
 
 
+Parsed = tuple[InferenceRequest, Images | list[bytes]]
+"""A request with its images, which are decoded ``(B, H, W, C)`` or the bytes of files."""
+
+
 def number(text: str) -> int:
     """Parse digits. Return -1 for any other text, and for more digits than any limit has."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else -1
@@ -94,11 +98,7 @@ def number(text: str) -> int:
 class Model:
     """The model as clients see it, and the conversion of its requests and responses.
 
-    Args:
-        name: name of the model.
-        version: version of the model.
-        session: session of the graph.
-        classes: names of the classes; with classes, the model has the further output `LABELS`.
+    With ``classes``, it has the further output `LABELS`.
     """
 
     def __init__(self, name: str, version: str, session: onnxruntime.InferenceSession, classes: Sequence[str]) -> None:
@@ -118,16 +118,8 @@ class Model:
         self.outputs = [output["name"] for output in self.metadata["outputs"]]
         self._datatypes = {output["name"]: output["datatype"] for output in self.metadata["outputs"]}
 
-    def read(self, body: bytes, header: str | None) -> tuple[InferenceRequest, Images | list[bytes]]:
-        """Parse a request. Return it with its images, which are decoded ``(B, H, W, C)`` or the bytes of files.
-
-        Args:
-            body: body of the request.
-            header: value of `HEADER`, if the request has one.
-
-        Raises:
-            UserError: if the request is wrong, or asks for an unknown output.
-        """
+    def read(self, body: bytes, header: str | None) -> Parsed:
+        """Parse the body of a request, which may have a ``header``, `HEADER`, or raise a `UserError`."""
         end = len(body)
         if header is not None:
             end = number(header)
@@ -164,8 +156,7 @@ class Model:
 
     def needed(self, request: InferenceRequest) -> list[str]:
         """Return the outputs of the graph that the response needs."""
-        wanted = {PROBABILITIES if output.name == LABELS else output.name for output in request.outputs}
-        return sorted(wanted)
+        return sorted({PROBABILITIES if output.name == LABELS else output.name for output in request.outputs})
 
     def write(self, request: InferenceRequest, outputs: Outputs) -> tuple[bytes, int | None]:
         """Return the body of the response, and the length of its JSON if binary tensors follow the JSON."""
@@ -210,7 +201,7 @@ def _pixels(shape: list[int], data: msgspec.Raw | memoryview, channels: int) -> 
         else:
             values = np.array(_elements(data, Elements, "integers from 0 to 255"), np.uint8)
     except ValueError as error:
-        raise UserError(f"The elements of '{INPUT}' do not form a tensor: {' '.join(str(error).split())}.") from None
+        raise UserError(f"The elements of '{INPUT}' do not form a tensor: {one_line(error)}.") from None
     if values.size != math.prod(shape):
         raise UserError(f"The shape {shape} needs {math.prod(shape)} elements, got {values.size}.")
     return values.reshape(shape)

@@ -64,9 +64,9 @@ class Server(uvicorn.Server):
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGHUP, lambda: self.reloads.add(loop.create_task(self.service.reload())))
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        fields: dict[str, Any] = {"address": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"}
-        fields |= {"model": self.service.name, "version": self.service.version, "pid": os.getpid()}
-        log.info("serving", extra={"fields": asdict(self.service.options) | fields})
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        fields = {"address": address, "model": self.service.loaded.name, "version": self.service.loaded.version}
+        log.info("serving", extra={"fields": asdict(self.service.options) | fields | {"pid": os.getpid()}})
         self.ready()
 
     @contextmanager
@@ -103,13 +103,7 @@ def return_freed_memory() -> None:
 
 
 def serve(options: Serve) -> int:
-    """Serve until SIGTERM or SIGINT, then answer accepted requests and return.
-
-    Raises:
-        BundleError: if the bundle cannot be used. It is read at the start, and after SIGHUP.
-        EngineError: if onnxruntime fails on the bundle's first sample.
-        UserError: if the address is in use.
-    """
+    """Serve until SIGTERM or SIGINT, then answer accepted requests and return."""
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -31,17 +31,17 @@ from upright.images import TaskName
 from upright.options import Serve
 from upright.runtime.predictor import OrientationPredictor, Predictor
 from upright.runtime.serving import protocol
-from upright.runtime.serving.batching import Budget, Images, log
-from upright.runtime.serving.description import ANSWERS, openapi, page
+from upright.runtime.serving.batching import Budget, log
+from upright.runtime.serving.description import ANSWERS, Results, openapi, page
 from upright.runtime.serving.loaded import Loaded, decoder_count, open_predictor
 from upright.runtime.serving.metrics import Metrics
 
 MAX_BODIES = 16
 """Limit on the bodies in memory, as a number of bodies of the largest size. Further requests are refused."""
 ENCODINGS = ("gzip", "deflate")
-SMALL_BODY = 64 * 1024
-"""Largest request in bytes that the event loop parses itself, because a thread would take longer in total."""
+SMALL_BODY = 64 * 1024  # largest request in bytes that the event loop parses itself
 
+SERVER = {"name": "upright", "version": version("upright"), "extensions": ["binary_tensor_data"]}
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 """W3C Trace Context. The group is the trace id."""
@@ -50,12 +50,7 @@ request_log = logging.getLogger("upright.serve.requests")
 
 
 class Service:
-    """The routes and their shared state.
-
-    Args:
-        predictor: predictor with the model.
-        options: options with the limits.
-    """
+    """The routes and their shared state."""
 
     def __init__(self, predictor: Predictor | OrientationPredictor, options: Serve) -> None:
         self.options = options
@@ -65,55 +60,40 @@ class Service:
         self.budget = Budget(options.pixel_budget)
         self.decoders = ThreadPoolExecutor(decoder_count(options), "decode")
         self.loaded = self._load(predictor)
-        self._set_model_info()
-
-    @property
-    def name(self) -> str:
-        return self.loaded.protocol.name
-
-    @property
-    def version(self) -> str:
-        return self.loaded.protocol.version
 
     def _load(self, predictor: Predictor | OrientationPredictor) -> Loaded:
         return Loaded(predictor, self.options, self.metrics, self.budget, self.decoders)
 
-    def _set_model_info(self) -> None:
-        self.metrics.set_model(self.name, self.version, self.options.precision, self.loaded.classes)
-
     async def reload(self) -> None:
-        """Read the bundle again. Its requests are answered by the new one, or by the old one if the new one fails."""
+        """Read the bundle again. New requests are answered by it, or by the old one if it cannot be used."""
         loop, old = asyncio.get_running_loop(), self.loaded
         try:
             predictor = await loop.run_in_executor(None, open_predictor, self.options)
         except (UprightError, OSError) as error:
-            log.error("reload failed", extra={"fields": {"error": str(error), "version": self.version}})
+            log.error("reload failed", extra={"fields": {"error": str(error), "version": old.version}})
             return
         self.loaded = self._load(predictor)
-        self.loaded.batcher.start()
-        self._set_model_info()
-        log.info("reloaded", extra={"fields": {"model": self.name, "version": self.version}})
-        while old.requests:
-            await asyncio.sleep(0.05)
+        log.info("reloaded", extra={"fields": {"model": self.loaded.name, "version": self.loaded.version}})
+        await asyncio.sleep(self.options.timeout_s)  # all requests of the old bundle have ended after this time
         await loop.run_in_executor(None, old.batcher.close)
 
     def app(self) -> ASGIApp:
         """Return the ASGI application."""
         routes = [
             *(Route(each.route, partial(self._answer, task), methods=["POST"]) for task, each in ANSWERS.items()),
-            Route("/v2/health/live", self._live),
-            Route("/v2/health/ready", self._ready),
-            Route("/v2", self._server),
-            Route("/v2/", self._server),
-            Route("/metrics", self._metrics),
-            Route("/openapi.json", self._openapi),
-            Route("/docs", self._docs),
+            _get("/v2/health/live", lambda _: _json({"live": True})),
+            _get("/v2/health/ready", lambda _: self._readiness({"live": True})),
+            _get("/v2", lambda _: _json(SERVER)),
+            _get("/v2/", lambda _: _json(SERVER)),
+            _get("/metrics", lambda _: Response(self.metrics.text(), media_type="text/plain; version=0.0.4")),
+            _get("/openapi.json", lambda _: _json(self._description())),
+            _get("/docs", lambda _: HTMLResponse(page(self._description()))),
         ]
         for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
             routes += [
                 Route(f"{model}/infer", self._infer, methods=["POST"]),
-                Route(f"{model}/ready", self._model_ready),
-                Route(model, self._metadata),
+                _get(f"{model}/ready", lambda request: self._readiness({"name": self._requested(request).name})),
+                _get(model, lambda request: _json(self._requested(request).protocol.metadata)),
             ]
         handlers: dict[Any, Any] = dict.fromkeys((HTTPException, UprightError, ClientDisconnect, Exception), _failed)
         cors = Middleware(
@@ -131,7 +111,6 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[dict[str, Any]]:
-        self.loaded.batcher.start()
         self.started = True
         yield {"metrics": self.metrics}  # for connections
         self.decoders.shutdown()
@@ -151,7 +130,7 @@ class Service:
                 _refuse(413, f"The body has more than {self.max_body} bytes, which is the limit.")
             self._hold(request, len(chunk))
             chunks.append(chunk)
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        body = b"".join(chunks)
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding == "identity":
             return body
@@ -227,37 +206,23 @@ class Service:
         self.waiting += images
         self.metrics.waiting.set(self.waiting)
 
-    # The model.
-
-    @contextmanager
-    def _using(self) -> Iterator[Loaded]:
-        """Yield the bundle that answers a request until its end, also if another one is loaded meanwhile."""
-        loaded = self.loaded
-        loaded.requests += 1
-        try:
-            yield loaded
-        finally:
-            loaded.requests -= 1
-
     # Routes.
 
     async def _answer(self, task: TaskName, request: Request) -> Response:
-        with self._using() as loaded:
-            answers = ANSWERS[loaded.task.name]
-            if task != loaded.task.name:
-                _refuse(404, f"The task of this model is {loaded.task.name}: send images to {answers.route}.")
-            top = self._top(request, len(loaded.classes))
-            names = list(filter(None, request.query_params.get("outputs", "").split(",")))
-            loaded.predictor.check_outputs(names)
-            async with self._accepted(request) as body:
-                files = await self._files(request, body)
-                with self._places(len(files)):
-                    contents = [content for _, content in files]
-                    outcomes = await loaded.run_files([loaded.task.output, *names], contents)
-            results: list[Any] = [
-                loaded.result(name, outcome, top, names) for (name, _), outcome in zip(files, outcomes, strict=True)
-            ]
-            response = answers.response(loaded.protocol.name, loaded.protocol.version, results)
+        loaded = self.loaded
+        if task != loaded.task.name:
+            _refuse(
+                404, f"The task of this model is {loaded.task.name}: send images to {ANSWERS[loaded.task.name].route}."
+            )
+        top = self._top(request, len(loaded.classes))
+        names = list(filter(None, request.query_params.get("outputs", "").split(",")))
+        loaded.predictor.check_outputs(names)
+        async with self._accepted(request) as body:
+            files = await self._files(request, body)
+            with self._places(len(files)):
+                outcomes = await loaded.run_files([loaded.task.output, *names], [content for _, content in files])
+        results = [loaded.result(name, outcome, top, names) for (name, _), outcome in zip(files, outcomes, strict=True)]
+        response = Results(loaded.name, loaded.version, results)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
         if len(errors) < len(outcomes):
             return _json(response)
@@ -284,105 +249,72 @@ class Service:
         async def stream() -> AsyncIterator[bytes]:
             yield body
 
-        parser = MultiPartParser(
-            request.headers,
-            stream(),  # type: ignore[arg-type]
-            max_files=self.options.max_queue,
-            max_fields=self.options.max_queue,
-        )
+        limit = self.options.max_queue
+        parser = MultiPartParser(request.headers, stream(), max_files=limit, max_fields=limit)  # type: ignore[arg-type]
         # The body is already in memory, and within its limit.
         parser.spool_max_size = self.max_body
         try:
             form = await parser.parse()
         except MultiPartException as error:
             raise UserError(f"The multipart body cannot be read: {error.message}") from None
-        files = [file for _, file in form.multi_items() if not isinstance(file, str)]
+        files = [(file.filename, await file.read()) for _, file in form.multi_items() if not isinstance(file, str)]
         if not files:
             raise UserError("The multipart body has no files; send each image as a part with a filename.")
-        return [(file.filename, await file.read()) for file in files]
+        return files
 
     async def _infer(self, request: Request) -> Response:
-        with self._using() as loaded:
-            self._check_model(request)
-            async with self._accepted(request) as body:
-                parsed, images = await self._parsed(loaded, request, body)
-                names = loaded.protocol.needed(parsed)
-                with self._places(len(images)):
-                    try:
-                        if isinstance(images, list):
-                            parts = await loaded.run_all_files(names, images)
-                        else:
-                            parts = await loaded.run_pixels(names, images)
-                    except ImageError as error:
-                        # One bad image fails the whole request: the protocol has no errors for single images.
-                        raise UserError(str(error)) from None
-            outputs = parts[0]
-            if len(parts) > 1:
-                outputs = {name: np.concatenate([part[name] for part in parts]) for name in names}
-            for row in outputs[loaded.task.output].tolist() if loaded.task.output in outputs else ():
-                self.metrics.observe(loaded.classes, row)
-            content, end = loaded.protocol.write(parsed, outputs)
+        loaded = self._requested(request)
+        async with self._accepted(request) as body:
+            parsed, images = await self._parsed(loaded.protocol, request, body)
+            names = loaded.protocol.needed(parsed)
+            with self._places(len(images)):
+                try:
+                    if isinstance(images, list):
+                        parts = await loaded.run_all_files(names, images)
+                    else:
+                        parts = await loaded.run_pixels(names, images)
+                except ImageError as error:
+                    # One bad image fails the whole request: the protocol has no errors for single images.
+                    raise UserError(str(error)) from None
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in names} if parts[1:] else parts[0]
+        for row in outputs[loaded.task.output].tolist() if loaded.task.output in outputs else ():
+            self.metrics.observe(loaded.classes, row)
+        content, end = loaded.protocol.write(parsed, outputs)
         if end is None:
             return Response(content, media_type="application/json")
         return Response(content, headers={protocol.HEADER: str(end)}, media_type="application/octet-stream")
 
-    async def _parsed(
-        self, loaded: Loaded, request: Request, body: bytes
-    ) -> tuple[protocol.InferenceRequest, Images | list[bytes]]:
+    async def _parsed(self, model: protocol.Model, request: Request, body: bytes) -> protocol.Parsed:
+        """Parse a large request in a thread. A small one would take longer there."""
         header = request.headers.get(protocol.HEADER)
         if len(body) <= SMALL_BODY:
-            return loaded.protocol.read(body, header)
-        read = partial(self._read, loaded.protocol, body, header)
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, read)
-
-    def _read(
-        self, model: protocol.Model, body: bytes, header: str | None
-    ) -> tuple[protocol.InferenceRequest, Images | list[bytes]]:
+            return model.read(body, header)
         # The lists of JSON take up to 27 times the size of their text, about as much as a pixel takes to decode.
         pixels = len(body) if header is None else min(len(body), max(0, protocol.number(header)))
-        self.budget.acquire(pixels)
-        try:
-            return model.read(body, header)
-        finally:
-            self.budget.release(pixels)
 
-    def _check_model(self, request: Request) -> None:
-        name, number = request.path_params["name"], request.path_params.get("version", self.version)
-        if (name, number) != (self.name, self.version):
-            _refuse(404, f"There is no model {name!r}, version {number!r}, only '{self.name}', {self.version}.")
+        def read() -> protocol.Parsed:
+            self.budget.acquire(pixels)
+            try:
+                return model.read(body, header)
+            finally:
+                self.budget.release(pixels)
 
-    async def _live(self, request: Request) -> Response:
-        return _json({"live": True})
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, read)
 
-    async def _ready(self, request: Request) -> Response:
-        return self._readiness({"live": True})
-
-    async def _model_ready(self, request: Request) -> Response:
-        self._check_model(request)
-        return self._readiness({"name": self.name})
+    def _requested(self, request: Request) -> Loaded:
+        """Return the bundle if the request is for its name and version."""
+        loaded, name = self.loaded, request.path_params["name"]
+        number = request.path_params.get("version", loaded.version)
+        if (name, number) != (loaded.name, loaded.version):
+            _refuse(404, f"There is no model {name!r}, version {number!r}, only '{loaded.name}', {loaded.version}.")
+        return loaded
 
     def _readiness(self, fields: dict[str, Any]) -> Response:
         ready = self.started and not self.draining
         return _json(fields | {"ready": ready}, 200 if ready else 503)
 
-    async def _metadata(self, request: Request) -> Response:
-        self._check_model(request)
-        return _json(self.loaded.protocol.metadata)
-
-    async def _server(self, request: Request) -> Response:
-        return _json({"name": "upright", "version": version("upright"), "extensions": ["binary_tensor_data"]})
-
-    async def _metrics(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
     def _description(self) -> dict[str, Any]:
         return openapi(self.loaded.protocol, self.options.max_queue, self.options.root_path)
-
-    async def _openapi(self, request: Request) -> Response:
-        return _json(self._description())
-
-    async def _docs(self, request: Request) -> Response:
-        return HTMLResponse(page(self._description()))
 
     def _observed(self, app: ASGIApp) -> ASGIApp:
         """Count and log every request of ``app``."""
@@ -414,14 +346,21 @@ class Service:
                 self.metrics.requests.labels(route, status).inc()
                 self.metrics.seconds.labels(route).observe(seconds)
                 if request_log.isEnabledFor(logging.INFO):
+                    client = (scope.get("client") or [None])[0]
                     fields = {"method": scope["method"], "path": scope["path"], "status": status}
-                    fields |= {"ms": round(1000 * seconds, 2), "client": (scope.get("client") or [None])[0]}
-                    fields["request_id"] = request_id
+                    fields |= {"ms": round(1000 * seconds, 2), "client": client, "request_id": request_id}
                     if trace := TRACE_PARENT.fullmatch(headers.get("traceparent", "")):
                         fields["trace_id"] = trace[1]
                     request_log.info("request", extra={"fields": fields})
 
         return observed
+
+
+def _get(path: str, answer: Callable[[Request], Response]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return answer(request)
+
+    return Route(path, endpoint)
 
 
 def _status(error: BaseException) -> int:
@@ -446,11 +385,10 @@ def _refuse(status: int, text: str) -> NoReturn:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Return the response for an error. Errors of other kinds than `UserError` are logged elsewhere, or by uvicorn."""
-    headers = None
-    text = str(error) if isinstance(error, UserError) else "The server failed; see its log."
     if isinstance(error, HTTPException):
-        text, headers = error.detail, dict(error.headers or {})
-    return _json({"error": text}, _status(error), headers)
+        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    text = str(error) if isinstance(error, UserError) else "The server failed; see its log."
+    return _json({"error": text}, _status(error))
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

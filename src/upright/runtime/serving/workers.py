@@ -28,19 +28,12 @@ Work = Callable[[Callable[[], None]], None]
 
 @dataclass(eq=False)
 class Worker:
-    """A process.
-
-    Args:
-        process: the process.
-        pipe: pipe from it. It sends None when it is ready, or the error that prevents this.
-        ready: True if it serves.
-        stale: True if it must read the bundle again as soon as it is ready.
-    """
+    """A process, and the pipe from it. The process sends None when it is ready, or the error that prevents this."""
 
     process: SpawnProcess
     pipe: Connection
     ready: bool = False
-    stale: bool = False
+    stale: bool = False  # true if the process must read the bundle again as soon as it is ready
 
     def reload(self) -> None:
         self.stale = not self.ready  # a signal would end a process that does not handle it yet
@@ -49,12 +42,7 @@ class Worker:
 
 
 class Workers:
-    """Processes that do the same work. One that ends is replaced.
-
-    Args:
-        work: what each process does; it must be picklable.
-        count: number of processes.
-    """
+    """Processes that do the same work, which must be picklable. A process that ends is replaced."""
 
     def __init__(self, work: Work, count: int) -> None:
         self.work, self.count = work, count
@@ -62,11 +50,7 @@ class Workers:
         self.served, self.stopping = False, False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, and pass SIGHUP on. The first worker must be ready before others start.
-
-        Raises:
-            UprightError: if the first worker fails before it is ready.
-        """
+        """Serve until SIGTERM or SIGINT, and pass SIGHUP on. The first worker must be ready before others start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
         if RELOAD:

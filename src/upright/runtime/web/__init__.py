@@ -1,26 +1,23 @@
 """``upright web``: write a static page that runs a bundle in the browser."""
 
 import base64
-import hashlib
 import html
-import http.client
 import json
 import shutil
 import tarfile
-import urllib.request
 import zlib
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from upright.errors import UserError
-from upright.files import cache_folder, file_hash, replacing_file, replacing_folder
+from upright.errors import UserError, one_line
+from upright.files import cache_folder, replacing_folder
 from upright.options import Web
+from upright.runtime.address import download
 from upright.runtime.bundle import SAMPLES, Bundle
 
-RUNTIME_VERSION = "1.30.0"
-"""Version of onnxruntime-web that this module downloads and the tests use."""
+RUNTIME_VERSION = "1.30.0"  # version of onnxruntime-web that this module downloads and the tests use
 RUNTIME = {
     "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
@@ -33,7 +30,6 @@ ADVICE = (
     f"On a machine with a network, `npm pack onnxruntime-web@{RUNTIME_VERSION}` writes a file that you can give to "
     "--runtime."
 )
-TIMEOUT_SECONDS = 30
 PAGE = ("index.html", "style.css", "app.js")
 MODEL = "model.json"
 RUNTIME_FOLDER = "runtime"
@@ -45,12 +41,7 @@ ONE_FILE_POLICY = (
 
 
 def web(options: Web) -> int:
-    """Write a page that needs no network. It replaces an older page.
-
-    Raises:
-        BundleError: if the bundle is damaged or has no model of that precision.
-        UserError: if the runtime or the folder cannot be used.
-    """
+    """Write a page that needs no network. It replaces an older page."""
     bundle = Bundle.open(options.bundle)
     model = bundle.model(options.precision)
     target = Path(options.to) / bundle.name
@@ -79,10 +70,8 @@ def web(options: Web) -> int:
     if not has_views and "Transformer" in json.dumps(bundle.manifest["provenance"]["model"]):
         print("Note: to show the output of the transformer, export with --outputs warped.")
     print(f"Page: {target}/index.html ({size / 1e6:.1f} MB, {options.precision})")
-    if options.one_file:
-        print(f"Next: open {target}/index.html in a browser")
-    else:
-        print(f"Next: python -m http.server --bind 127.0.0.1 --directory {target}, and open http://127.0.0.1:8000")
+    server = f"python -m http.server --bind 127.0.0.1 --directory {target}, and open http://127.0.0.1:8000"
+    print(f"Next: open {target}/index.html in a browser" if options.one_file else f"Next: {server}")
     return 0
 
 
@@ -93,14 +82,13 @@ def _is_page(folder: Path) -> bool:
 
 def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
     """Return the data that the page reads. The manifest is not copied, because it names folders of the trainer."""
-    manifest, spec = bundle.manifest, bundle.spec
+    manifest, spec, model = bundle.manifest, bundle.spec, bundle.model(precision).name
     runtime = {kind: f"{RUNTIME_FOLDER}/{name}" for kind, name in zip(("script", "wasm"), RUNTIME, strict=True)}
-    model = bundle.model(precision).name
     return {
         "upright": version("upright"),
         "precision": precision,
         "tolerance": bundle.tolerance(precision),
-        "threshold": manifest.get("orientation", {}).get("threshold", 0),
+        "threshold": bundle.threshold or 0,
         "task": spec.task,
         "classes": spec.classes,
         "channels": spec.channels,
@@ -155,47 +143,33 @@ def read_runtime(source: str | None) -> dict[str, bytes]:
         UserError: if ``source`` does not exist, or is another version.
     """
     if source is None or source.startswith(("https://", "http://")):
-        folder = _download(MIRRORS if source is None else (source.rstrip("/"),))
-        return {name: (folder / name).read_bytes() for name in RUNTIME}
-    path = Path(source)
-    if path.is_file():
-        return _read_package(path)
-    for folder in (path, path / "dist"):
+        folders = [_download(MIRRORS if source is None else (source.rstrip("/"),))]
+    elif Path(source).is_file():
+        try:
+            with tarfile.open(source) as package:
+                members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
+                return {name: member.read() for name, member in members.items() if member}
+        except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError) as error:
+            reason = one_line(error)
+            raise UserError(f"--runtime '{source}' is not the package onnxruntime-web ({reason}). {ADVICE}") from None
+    else:
+        folders = [Path(source), Path(source) / "dist"]
+    for folder in folders:
         if all((folder / name).is_file() for name in RUNTIME):
             return {name: (folder / name).read_bytes() for name in RUNTIME}
     raise UserError(f"--runtime '{source}' does not contain {' and '.join(RUNTIME)}. {ADVICE}")
 
 
-def _read_package(path: Path) -> dict[str, bytes]:
-    try:
-        with tarfile.open(path) as package:
-            members = {name: package.extractfile(f"package/dist/{name}") for name in RUNTIME}
-            return {name: member.read() for name, member in members.items() if member}
-    except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--runtime '{path}' is not the package onnxruntime-web ({reason}). {ADVICE}") from None
-
-
 def _download(mirrors: tuple[str, ...]) -> Path:
     folder = cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
     for name, digest in RUNTIME.items():
-        target = folder / name
-        if target.is_file() and file_hash(target) == digest:
-            continue
-        print(f"Downloading {name} of onnxruntime-web {RUNTIME_VERSION}, once ...", flush=True)
         failures = []
         for mirror in mirrors:
             try:
-                with urllib.request.urlopen(f"{mirror}/{name}", timeout=TIMEOUT_SECONDS) as response:
-                    content = response.read()
-                if hashlib.sha256(content).hexdigest() == digest:
-                    break
-                failures.append(f"{mirror}/{name} is not the file of version {RUNTIME_VERSION}")
-            except (OSError, http.client.HTTPException, ValueError) as error:  # an invalid address is a ValueError
-                failures.append(f"{mirror}/{name} cannot be downloaded ({error})")
+                download(f"{mirror}/{name}", digest, folder / name)
+                break
+            except UserError as error:
+                failures.append(str(error))
         else:
-            raise UserError(f"{'; '.join(failures)}. {ADVICE}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing_file(target) as temporary:
-            temporary.write_bytes(content)
+            raise UserError(f"{' '.join(failures)} {ADVICE}")
     return folder
