@@ -48,7 +48,8 @@ def test_the_range_of_training_is_one_area_or_one_bar_per_model() -> None:
 def test_one_model_needs_no_legend_and_four_fit() -> None:
     assert not draw_invariance("consistency", NAMES[:1], [curves(0.9)], FAMILIES, [{}]).legends
     bins = reliability(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]), np.arange(2))
-    figure = draw_reliability([*NAMES, "d"], [bins] * 4, [bins, None, None, None])
+    calibrations = [{"bins": bins, "bins_after": after} for after in (bins, None, None, None)]
+    figure = draw_reliability([*NAMES, "d"], calibrations)
     figure.canvas.draw()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without temperature", "with temperature"]
     assert [panel.get_title() for panel in figure.axes if panel.get_title()] == [*NAMES, "d"]
@@ -57,7 +58,7 @@ def test_one_model_needs_no_legend_and_four_fit() -> None:
 def test_the_rotation_response_is_compared_with_the_diagonal() -> None:
     angles = tuple(range(-180, 181, 15))
     response = RotationResponse(angles, np.zeros((len(angles), 3)), None, (-60, 60))
-    panel = draw_rotation_response([1], ["a"], [response]).axes[0]
+    panel = draw_rotation_response({1: response}, ["a"]).axes[0]
     diagonal, line = panel.lines
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [-180, 180]
     assert np.ptp(line.get_ydata()) == 0 and len(panel.patches) == 1

@@ -38,7 +38,7 @@ FAMILIES = {family.name: family for family in distortions(SIDE, SIDE, "zeros")}
 def subject(predict: Callable[[Tensor], BatchOutput], model: Model | None = None) -> Subject:
     spec = ImageSpec(1, SIDE, SIDE, ("a", "b"), (0.5,), (0.5,))
     origin = Origin("a", "a", spec, None, None, None, {}, None)
-    return Subject(origin, "PyTorch", Path("a"), None, True, model, "", predict, "a")
+    return Subject(origin, "PyTorch", Path("a"), None, True, predict, model, name="a")
 
 
 def discs(count: int) -> Sample:
@@ -58,7 +58,7 @@ def by_brightness(images: Tensor) -> BatchOutput:
 
 def test_an_invariant_model_has_a_flat_curve() -> None:
     families = list(FAMILIES.values())
-    (invariance,) = measure_invariance([subject(by_brightness)], discs(40), families, [(-180.0, 180.0)])
+    invariance = measure_invariance(subject(by_brightness), discs(40), families, (-180.0, 180.0))
     for name in ("rotation", "blur"):
         curve = invariance.curves[name]
         assert [share.value for share in curve.accuracy] == [1] * len(curve.strengths), name
@@ -73,7 +73,7 @@ def test_consistency_counts_equal_predictions_even_if_they_are_wrong() -> None:
     def constant(images: Tensor) -> BatchOutput:
         return BatchOutput(np.tile([0.1, 0.2, 0.3, 0.4], (len(images), 1)), [])
 
-    (invariance,) = measure_invariance([subject(constant)], discs(40), [FAMILIES["noise"]], [(-180.0, 180.0)])
+    invariance = measure_invariance(subject(constant), discs(40), [FAMILIES["noise"]], (-180.0, 180.0))
     assert {share.value for share in invariance.curves["noise"].consistency} == {1}
     assert {share.value for share in invariance.curves["noise"].accuracy} == {0.25}
 
@@ -171,7 +171,7 @@ def test_the_residual_of_a_transformer_that_undoes_a_share_of_the_rotation(share
         return BatchOutput(np.ones((len(images), 2)), [Observation(transformer, theta, images, None)])
 
     model_subject, sample = subject(predict, model), blobs(9)
-    (invariance,) = measure_invariance([model_subject], sample, [FAMILIES["rotation"]], [(-90.0, 90.0)])
+    invariance = measure_invariance(model_subject, sample, [FAMILIES["rotation"]], (-90.0, 90.0))
     response = invariance.rotation_response
     assert response is not None and response.uprightness is not None
     assert response.uprightness["uprightness"] == pytest.approx(1 - share, abs=5e-3)

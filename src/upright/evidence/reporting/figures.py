@@ -9,17 +9,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from upright.evidence.reporting.invariance import (
-    ROTATION,
     DistortionFamily,
     InvarianceCurve,
     RotationResponse,
     Sample,
     transformer_views,
 )
-from upright.evidence.reporting.measures import BINS, Bin
+from upright.evidence.reporting.measures import BINS
 from upright.evidence.reporting.subjects import Subject
-from upright.intervals import wilson
-from upright.runs.drawing import COLOURS, draw_column, draw_columns, pixels_of
+from upright.intervals import Share, wilson
+from upright.runs.drawing import COLOURS, draw_column, draw_columns, evenly_spread, pixels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,16 +61,23 @@ def _add_legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) 
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def _draw_line(panel: "Axes", number: int, count: int, x: Sequence[float], y: Sequence[float]) -> Any:
-    """Draw line ``number`` of ``count``. Earlier lines are thicker, so that they stay visible below later ones."""
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+
+
+def _draw_line(
+    panel: "Axes", number: int, count: int, x: Sequence[float], middle: Any, low: Any = None, high: Any = None
+) -> Any:
+    """Draw line ``number`` of ``count``, with a band if it has ends.
+
+    Earlier lines are thicker, so that they stay visible below later ones.
+    """
     later_lines = min(count - 1 - number, 4)
-    style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-    style["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
-    return panel.plot(x, y, linewidth=1.0 + 0.45 * later_lines, markersize=2.4 + 0.9 * later_lines, **style)[0]
-
-
-def _draw_band(panel: "Axes", line: Any, low: Any, high: Any) -> None:
-    panel.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    marker: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 2.4 + 0.9 * later_lines}
+    (line,) = panel.plot(x, middle, linewidth=1.0 + 0.45 * later_lines, **marker, **_style(number))
+    if low is not None:
+        panel.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    return line
 
 
 def _mark_ranges(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) -> None:
@@ -92,26 +98,22 @@ def _mark_ranges(panel: "Axes", ranges: Sequence[tuple[float, float] | None]) ->
 def draw_circle(
     names: Sequence[str],
     degrees: Sequence[int],
-    right: Sequence[npt.NDArray[np.bool_]],
-    errors: Sequence[npt.NDArray[np.float64]],
+    answers: Sequence[tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]],
 ) -> "Figure":
     """Draw the share of right sides and the median error of orientations, by the angle of the image.
 
     Args:
         names: names of the models.
         degrees: the angles.
-        right: whether each answer has the right side, ``(N, A)``, for each model.
-        errors: errors in degrees, ``(N, A)``, for each model.
+        answers: whether each answer of a model has the right side, and its error in degrees, both ``(N, A)``.
     """
     with _styled_figure(2.3) as figure:
         share_panel, error_panel = figure.subplots(1, 2)
         lines = []
-        for number, (sides, deviations) in enumerate(zip(right, errors, strict=True)):
-            shares = [wilson(float(column.mean()), len(column)) for column in sides.T]
-            value, low, high = 100 * np.transpose(shares)
-            lines.append(_draw_line(share_panel, number, len(names), degrees, value))
-            _draw_band(share_panel, lines[-1], low, high)
-            _draw_line(error_panel, number, len(names), degrees, np.median(deviations, axis=0).tolist())
+        for number, (right, errors) in enumerate(answers):
+            shares = [wilson(float(column.mean()), len(column)) for column in right.T]
+            lines.append(_draw_line(share_panel, number, len(names), degrees, *_percent(shares)))
+            _draw_line(error_panel, number, len(names), degrees, np.median(errors, axis=0))
         share_panel.set(ylabel="right side, %", ylim=(0, 102))
         error_panel.set(ylabel="median error, degrees", ylim=(0, None))
         for each in (share_panel, error_panel):
@@ -133,11 +135,15 @@ def draw_abstention(
         panel = figure.subplots()
         lines = []
         for number, (answered, wrong) in enumerate(curves):
-            colour = COLOURS[number % len(COLOURS)]
-            lines += panel.plot(100 * answered, 100 * wrong, color=colour, linewidth=1.4)
+            lines += panel.plot(100 * answered, 100 * wrong, linewidth=1.4, **_style(number))
         panel.set(xlabel="answered, %", ylabel="wrong side, %", xlim=(0, 100), ylim=(0, None))
         _add_legend(figure, lines, names)
         return figure
+
+
+def _percent(shares: Sequence[Share]) -> npt.NDArray[np.float64]:
+    """Return values, lower and upper ends in percent, ``(3, N)``."""
+    return 100 * np.transpose(shares)
 
 
 def draw_invariance(
@@ -163,9 +169,8 @@ def draw_invariance(
             lines = []
             for number, by_family in enumerate(curves):
                 curve = by_family[family.name]
-                value, low, high = 100 * np.transpose(getattr(curve, measure))
-                lines.append(_draw_line(panel, number, len(names), curve.strengths, value))
-                _draw_band(panel, lines[-1], low, high)
+                shares = _percent(getattr(curve, measure))
+                lines.append(_draw_line(panel, number, len(names), curve.strengths, *shares))
             panel.set(
                 xlim=(family.strengths[0], family.strengths[-1]), ylim=(0, 102), xlabel=f"{family.name} ({family.unit})"
             )
@@ -181,47 +186,43 @@ def draw_invariance(
     return figure
 
 
-def draw_reliability(
-    names: Sequence[str], before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin] | None]
-) -> "Figure":
+def draw_reliability(names: Sequence[str], calibrations: Sequence[Mapping[str, Any]]) -> "Figure":
     """Draw accuracy by confidence for each model, and below it the share of predictions in each bin.
 
     Args:
         names: names of the models.
-        before: bins of each model, without a temperature.
-        after: bins of each model with its temperature; None for a model without a temperature.
+        calibrations: calibration of each model, see `calibrate`.
     """
     columns = min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
     edges = np.linspace(0, 100, BINS + 1)
     with _styled_figure(3.1 * rows, PAGE_INCHES * columns / COLUMNS if columns > 1 else 3.4) as figure:
         panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows)
+        for panel in panels.flat:
+            panel.set_axis_off()
         handles: dict[str, Any] = {}
-        for number in range(rows * columns):
+        for number, (name, calibration) in enumerate(zip(names, calibrations, strict=True)):
             row, column = divmod(number, columns)
-            upper, lower = panels[2 * row, column], panels[2 * row + 1, column]
-            if number >= len(names):
-                upper.set_axis_off()
-                lower.set_axis_off()
-                continue
+            upper, lower = panels[2 * row : 2 * row + 2, column]
             upper.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle=DASHES)
-            variants = {"without temperature": before[number], "with temperature": after[number]}
+            variants = {"without temperature": calibration["bins"], "with temperature": calibration["bins_after"]}
             for place, (label, bins) in enumerate(variants.items()):
                 if bins is None:
                     continue
                 x = [100 * each.confidence for each in bins if each.confidence is not None]
-                value, low, high = 100 * np.transpose([each.accuracy for each in bins if each.accuracy])
+                value, low, high = _percent([each.accuracy for each in bins if each.accuracy])
                 style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 3.5, "linestyle": ""}
                 (handles[label],) = upper.plot(x, value, **style)
                 upper.vlines(x, low, high, color=COLOURS[place], linewidth=0.8, alpha=0.6)
                 counts = np.array([each.count for each in bins])
                 lower.stairs(100 * counts / counts.sum(), edges, color=COLOURS[place], linewidth=1.1)
             for panel in (upper, lower):
+                panel.set_axis_on()
                 panel.set(xlim=(0, 102), ylim=(0, 103), xticks=range(0, 101, 20))
             upper.tick_params(labelbottom=False)
             lower.set_xlabel("confidence (%)")
             if len(names) > 1:
-                upper.set_title(names[number])
+                upper.set_title(name)
             if column == 0:
                 upper.set_ylabel("accuracy (%)")
                 lower.set_ylabel("predictions (%)")
@@ -229,32 +230,29 @@ def draw_reliability(
     return figure
 
 
-def draw_rotation_response(
-    numbers: Sequence[int], names: Sequence[str], responses: Sequence[RotationResponse]
-) -> "Figure":
+def draw_rotation_response(responses: Mapping[int, RotationResponse], names: Sequence[str]) -> "Figure":
     """Draw the residual angle after the spatial transformer: the median over images, and the quartiles.
 
     Args:
-        numbers: index of each model in the report, which sets its colour.
-        names: names of the models.
-        responses: response of each model to rotation.
+        responses: responses to rotation, by the number of the model in the report, which sets its colour.
+        names: names of these models.
     """
+    first, *_ = responses.values()
     with _styled_figure(2.7, 4.6) as figure:
         panel = figure.subplots()
-        ends = (responses[0].angles[0], responses[0].angles[-1])
+        ends = (first.angles[0], first.angles[-1])
         lines = panel.plot(ends, ends, color=GREY, linewidth=0.8, linestyle=DASHES)
         largest = ends[1]
-        for number, response in zip(numbers, responses, strict=True):
+        for number, response in responses.items():
             low, middle, high = response.quartiles
-            lines.append(_draw_line(panel, number, max(numbers) + 1, response.angles, middle))
-            _draw_band(panel, lines[-1], low, high)
+            lines.append(_draw_line(panel, number, max(responses) + 1, response.angles, middle, low, high))
             largest = max(largest, float(-low.min()), float(high.max()))
         largest = 60 * int(np.ceil(largest / 60))
         panel.set(xlim=ends, ylim=(-largest, largest), xticks=range(-180, 181, 60))
         panel.set(yticks=range(-largest, largest + 1, 60), ylabel="residual angle (degrees)")
         panel.set_xlabel("rotation (degrees)")
-        if len({response.within for response in responses}) == 1 and responses[0].within[1] < ends[1]:
-            panel.axvspan(*responses[0].within, color=LIGHT, zorder=0, linewidth=0)
+        if len({response.within for response in responses.values()}) == 1 and first.within[1] < ends[1]:
+            panel.axvspan(*first.within, color=LIGHT, zorder=0, linewidth=0)
         _add_legend(figure, [*lines[1:], lines[0]], [*names, "without a transformer"])
     return figure
 
@@ -270,9 +268,8 @@ def draw_strips(
         family: the rotation.
         classes: names of the classes.
     """
-    assert family.name == ROTATION
     present, firsts = np.unique(sample.labels, return_index=True)
-    chosen_classes = np.unique(np.linspace(0, len(present) - 1, min(STRIP_IMAGES, len(present))).round().astype(int))
+    chosen_classes = evenly_spread(len(present), STRIP_IMAGES)
     labels: list[str] = []
     columns = {}
     for degrees in STRIP_DEGREES:

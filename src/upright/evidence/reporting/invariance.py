@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from kornia.filters import gaussian_blur2d
+from scipy.stats import circmean
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from upright.architectures.spatial_transformer import Observation, last_of
+from upright.architectures.spatial_transformer import Observation
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
@@ -23,7 +24,7 @@ from upright.evidence.reporting.subjects import BatchOutput, Floats, Subject
 from upright.images import Pixels
 from upright.intervals import Share, wilson
 from upright.recipes import Recipe, recipe
-from upright.runs.drawing import pixels_of
+from upright.runs.plots import transformer_images
 from upright.training.uprightness import Uprightness, final_points
 from upright.warp import Padding, identity, pixel_centres, project_points, rotation_angle, warp
 
@@ -122,18 +123,17 @@ def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tu
         height: height of the images.
         width: width of the images.
     """
-    side = min(height, width)
     angle = slant = offset = 0.0
     low = high = 1.0
     for augmentation in _geometric_augmentations(data or {}):
         if isinstance(augmentation, RandomAffine):
             angle, slant = angle + augmentation.rotate, slant + augmentation.shear
-            offset += augmentation.shift * side
+            offset += augmentation.shift * min(height, width)
             low, high = low * augmentation.scale[0], high * augmentation.scale[1]
         elif isinstance(augmentation, RandomCrop):
             offset += augmentation.padding
-    ranges = {ROTATION: (-min(angle, 180.0), min(angle, 180.0)), "scale": (low, high), "shift": (0.0, offset)}
-    ranges["shear"] = (-slant, slant)
+    angle = min(angle, 180.0)
+    ranges = {ROTATION: (-angle, angle), "scale": (low, high), "shift": (0.0, offset), "shear": (-slant, slant)}
     return {name: ends for name, ends in ranges.items() if ends[0] < ends[1]}
 
 
@@ -184,12 +184,9 @@ def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
 
 
 class InvarianceCurve(NamedTuple):
-    """Accuracy and consistency of a model at each strength of a distortion.
+    """Accuracy and consistency of a model at each strength of a distortion, in ascending order.
 
-    Args:
-        strengths: strengths in ascending order.
-        accuracy: share of correct predictions.
-        consistency: share of predictions that equal the prediction for the undistorted image.
+    Consistency is the share of predictions that equal the prediction for the undistorted image.
     """
 
     strengths: tuple[float, ...]
@@ -220,13 +217,11 @@ class RotationResponse(NamedTuple):
         They are computed around the circular mean. Both directions are unwrapped from 0 degrees, so that curves do not
         jump by 360 degrees.
         """
-        radians = np.radians(self.residual)
-        centre = np.degrees(np.arctan2(np.sin(radians).mean(axis=1), np.cos(radians).mean(axis=1)))
+        centre = circmean(self.residual, low=-180, high=180, axis=1)
         spread = np.percentile(_wrap(self.residual - centre[:, None]), (25, 50, 75), axis=1)
         start = self.angles.index(0)
         backwards, forwards = (np.unwrap(part, period=360) for part in (centre[start::-1], centre[start:]))
-        quartiles: Floats = np.concatenate([backwards[:0:-1], forwards]) + spread
-        return quartiles
+        return np.concatenate([backwards[:0:-1], forwards]) + spread
 
 
 class Invariance(NamedTuple):
@@ -237,46 +232,32 @@ class Invariance(NamedTuple):
 
 
 def measure_invariance(
-    subjects: Sequence[Subject],
-    sample: Sample,
-    families: Sequence[DistortionFamily],
-    ranges: Sequence[tuple[float, float]],
-) -> list[Invariance]:
-    """Evaluate all models on the same distorted images.
+    subject: Subject, sample: Sample, families: Sequence[DistortionFamily], within: tuple[float, float]
+) -> Invariance:
+    """Evaluate a model on distorted images, which are the same for every model.
 
     Args:
-        subjects: the models.
+        subject: the model.
         sample: images to distort.
         families: the distortions.
-        ranges: range of angles for the uprightness of each model.
+        within: range of angles for the uprightness.
     """
-    undistorted = [_outputs(subject, sample.images) for subject in subjects]
-    classes: list[dict[str, list[npt.NDArray[np.int64]]]] = [{family.name: [] for family in families} for _ in subjects]
-    observations: list[dict[float, list[list[Observation]]]] = [{} for _ in subjects]
-    steps = [(family, strength) for family in families for strength in family.strengths]
-    for family, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
-        images = family(sample.images, strength)
-        for index, subject in enumerate(subjects):
-            outputs = undistorted[index] if strength == family.none else _outputs(subject, images)
-            classes[index][family.name].append(_classes(outputs))
-            if family.name == ROTATION and subject.model is not None:
-                observations[index][strength] = [output.observations for output in outputs]
-    invariances = []
-    for index, expected in enumerate(map(_classes, undistorted)):
-        curves = {}
-        for family in families:
-            accuracy, consistency = (
-                [wilson(float((each == target).mean()), len(each)) for each in classes[index][family.name]]
-                for target in (sample.labels, expected)
-            )
-            curves[family.name] = InvarianceCurve(family.strengths, accuracy, consistency)
-        invariances.append(
-            Invariance(
-                curves,
-                _rotation_response(observations[index], sample, ranges[index]) if observations[index] else None,
-            )
+    undistorted = _outputs(subject, sample.images)
+    curves, response = {}, None
+    for family in tqdm(families, desc=f"distorting for {subject.name}", unit="distortion", disable=None, leave=False):
+        outputs = [
+            undistorted if strength == family.none else _outputs(subject, family(sample.images, strength))
+            for strength in family.strengths
+        ]
+        accuracy, consistency = (
+            [wilson(float((_classes(each) == target).mean()), len(target)) for each in outputs]
+            for target in (sample.labels, _classes(undistorted))
         )
-    return invariances
+        curves[family.name] = InvarianceCurve(family.strengths, accuracy, consistency)
+        if family.name == ROTATION and subject.model:
+            observations = [[output.observations for output in each] for each in outputs]
+            response = _rotation_response(dict(zip(family.strengths, observations, strict=True)), sample, within)
+    return Invariance(curves, response)
 
 
 def _outputs(subject: Subject, images: Tensor) -> list[BatchOutput]:
@@ -284,20 +265,13 @@ def _outputs(subject: Subject, images: Tensor) -> list[BatchOutput]:
 
 
 def _classes(outputs: list[BatchOutput]) -> npt.NDArray[np.int64]:
-    classes: npt.NDArray[np.int64] = np.concatenate([output.probabilities for output in outputs]).argmax(axis=1)
-    return classes
+    return np.asarray(np.concatenate([output.probabilities for output in outputs]).argmax(axis=1))
 
 
 def _rotation_response(
     observations: dict[float, list[list[Observation]]], sample: Sample, within: tuple[float, float]
 ) -> RotationResponse:
-    """Measure the residual angle of each rotation.
-
-    Args:
-        observations: observations of all batches, by angle of the rotation.
-        sample: images before the rotation.
-        within: range of angles for the uprightness.
-    """
+    """Measure the residual angle of each rotation, from the observations of all batches at each angle."""
     height, width = sample.images.shape[-2:]
     aspect, points, measure = width / height, pixel_centres(4, 4), Uprightness()
     indices = torch.split(torch.arange(len(sample.labels)), CHUNK)
@@ -319,15 +293,11 @@ def _rotation_response(
 
 def transformer_views(subject: Subject, image: Tensor) -> list[Pixels]:
     """Return the output of each last transformer of a model for an image ``(1, C, H, W)``."""
-    model = subject.model
-    assert model is not None
-    normalised = model.normalise(image)
-    return [
-        pixels_of(model.denormalise(last.view(normalised)))[0] for last in last_of(subject.predict(image).observations)
-    ]
+    assert subject.model is not None
+    _, *outputs = transformer_images(subject.model, image, subject.predict(image).observations)
+    return [pixels for (pixels,) in outputs]
 
 
 def _wrap(degrees: Floats) -> Floats:
     """Map angles to the range from -180 to 180."""
-    wrapped: Floats = np.remainder(degrees + 180, 360) - 180
-    return wrapped
+    return np.remainder(degrees + 180, 360) - 180
