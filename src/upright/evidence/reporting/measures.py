@@ -100,38 +100,32 @@ class Predictions:
 
 
 @torch.no_grad()
-def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Predictions]:
-    """Evaluate all models on a split. Every image is decoded once.
+def evaluate(subject: Subject, data: ImageDataModule, split: str) -> Predictions:
+    """Evaluate a model on a split.
 
     Raises:
-        UserError: if a model predicts NaN or infinity.
+        UserError: if it predicts NaN or infinity.
     """
-    measures = [Uprightness() if subject.model else None for subject in subjects]
-    confidences = [MeanMetric() for _ in subjects]
-    probabilities: list[list[Floats]] = [[] for _ in subjects]
-    labels, groups = [], []
-    aspect = data.spec.width / data.spec.height
-    for batch in tqdm(data.loader(split), desc=f"evaluating {split}", unit="batch", disable=None, leave=False):
+    upright, confidence, aspect = Uprightness(), MeanMetric(), data.spec.width / data.spec.height
+    rows, labels, groups = [], [], []
+    title = f"evaluating {subject.name} on {split}"
+    for batch in tqdm(data.loader(split), desc=title, unit="batch", disable=None, leave=False):
+        output = subject.output(batch.images)
+        rows.append(output.probabilities)
         labels.append(batch.labels)
         groups.append(batch.group)
-        for subject, rows, measure, confidence in zip(subjects, probabilities, measures, confidences, strict=True):
-            output = subject.output(batch.images)
-            rows.append(output.probabilities)
-            if measure:
-                measure.update(batch.group, batch.transforms, output.observations, aspect)
-            for observation in output.observations:
-                if observation.confidence is not None:
-                    confidence.update(observation.confidence)
-    common = (torch.cat(labels).numpy(), torch.cat(groups).numpy())
-    return [
-        Predictions(
-            np.concatenate(rows),
-            *common,
-            uprightness_values(measure) if measure else None,
-            float(confidence.compute()) if confidence.update_called else None,
-        )
-        for rows, measure, confidence in zip(probabilities, measures, confidences, strict=True)
-    ]
+        if subject.model:
+            upright.update(batch.group, batch.transforms, output.observations, aspect)
+        for observation in output.observations:
+            if observation.confidence is not None:
+                confidence.update(observation.confidence)
+    return Predictions(
+        np.concatenate(rows),
+        torch.cat(labels).numpy(),
+        torch.cat(groups).numpy(),
+        uprightness_values(upright) if subject.model else None,
+        float(confidence.compute()) if confidence.update_called else None,
+    )
 
 
 def uprightness_values(measure: Uprightness) -> dict[str, float] | None:
@@ -170,14 +164,9 @@ class Bin:
 def calibrate(predictions: Predictions, validation: Predictions | None) -> dict[str, Any]:
     """Measure the calibration, without and with a temperature that is fitted on the validation split.
 
-    Args:
-        predictions: predictions for the evaluated split.
-        validation: predictions for the validation split; None if this is the evaluated split.
-
-    Returns:
-        ``log_loss`` (nats), the expected calibration ``error`` and the ``bins`` of `reliability`, the ``temperature``,
-        and the measures with it: ``log_loss_after`` and so on. Without a temperature, these are None, and there is a
-        ``reason``.
+    ``validation`` is None if this is the evaluated split. The result has ``log_loss`` (nats), the expected calibration
+    ``error`` and the ``bins`` of `reliability`, the ``temperature``, and the measures with it: ``log_loss_after`` and
+    so on. Without a temperature, these are None, and there is a ``reason``.
     """
 
     def measure(probabilities: Floats) -> dict[str, Any]:
@@ -201,10 +190,7 @@ def calibrate(predictions: Predictions, validation: Predictions | None) -> dict[
 def reliability(probabilities: Floats, labels: Integers, groups: Integers) -> list[Bin]:
     """Group predictions by confidence.
 
-    Args:
-        probabilities: probabilities of the classes, ``(N, K)``.
-        labels: true classes, ``(N,)``.
-        groups: index of the source image of each prediction, ``(N,)``.
+    The arrays are probabilities of the classes ``(N, K)``, true classes ``(N,)`` and indices of source images ``(N,)``.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
@@ -241,12 +227,8 @@ def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
 def fit_temperature(probabilities: Floats, labels: Integers) -> float | None:
     """Return the temperature with the lowest `log_loss` (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
-    Args:
-        probabilities: probabilities for images that the model was not trained on, ``(N, K)``.
-        labels: true classes, ``(N,)``.
-
-    Returns:
-        None if there is no minimum within `TEMPERATURES`.
+    The probabilities ``(N, K)`` are those of images that the model was not trained on, with labels ``(N,)``. The result
+    is None if there is no minimum within `TEMPERATURES`.
     """
     logits = _logits(probabilities)
     true = logits[np.arange(len(labels)), labels]

@@ -13,12 +13,12 @@ from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from upright.data.cache import to_tensor
-from upright.evidence.reporting.figures import draw_abstention, draw_circle
+from upright.evidence.reporting.figures import Models, draw_abstention, draw_circle
 from upright.evidence.reporting.measures import BINS
 from upright.evidence.reporting.page import Figures
 from upright.evidence.reporting.subjects import Floats, Group, Subject
 from upright.exporting.parity import Threshold
-from upright.intervals import clustered, wilson
+from upright.intervals import Share, clustered, wilson
 from upright.runs.drawing import evenly_spread
 from upright.runs.plots import draw_turns, turned
 from upright.runtime.task import QUARTER, deviation
@@ -33,12 +33,7 @@ PICTURES = 6
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Answers of one model for ``N`` images at ``A`` angles.
-
-    Args:
-        angles: estimated angles in degrees, ``(N, A)``.
-        confidences: their confidences, ``(N, A)``.
-    """
+    """Angles of one model in degrees, and their confidences, for ``N`` images at ``A`` angles, both ``(N, A)``."""
 
     angles: Floats
     confidences: Floats
@@ -54,19 +49,13 @@ class Answers:
         return np.asarray(self.errors < QUARTER)
 
     def record(self, threshold: float | None) -> dict[str, Any]:
-        """Return the measures for ``report.json``.
-
-        Args:
-            threshold: threshold of the confidence of a bundle, if it has one.
-        """
+        """Return the measures for ``report.json``. A bundle may have a threshold of the confidence."""
         errors, right = self.errors, self.right
-        groups = np.repeat(np.arange(len(errors)), len(DEGREES))
-        quarters = np.array(DEGREES) % 90 == 0
         confidences, sides = (torch.from_numpy(each.ravel()) for each in (self.confidences, right))
         above = self.confidences >= (threshold or 0.0)
         return {
-            "right_side": clustered(right.ravel(), groups),
-            "quarter_turns": clustered(right[:, quarters].ravel(), np.repeat(np.arange(len(errors)), quarters.sum())),
+            "right_side": _share(right),
+            "quarter_turns": _share(right[:, np.array(DEGREES) % 90 == 0]),
             "degrees": {
                 "median": float(np.median(errors)),
                 "mean": float(errors.mean()),
@@ -95,14 +84,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The content of a report on models that estimate the orientation.
-
-    Args:
-        group: the models and the data.
-        split: split of the data.
-        originals: the images that were rotated, each ``(1, C, S, S)``.
-        answers: answers of each model.
-    """
+    """The content of a report on orientations: the answers of each model, and the rotated images ``(1, C, S, S)``."""
 
     group: Group
     split: str
@@ -120,13 +102,10 @@ class Evidence:
         pairs = zip(self.group.subjects, self.answers, strict=True)
         return {"data": data, "models": [answers.record(_threshold(subject)) for subject, answers in pairs]}
 
-    def draw(self) -> Figures:
+    def draw(self, models: Models) -> Figures:
         """Return all figures by name: ``circle``, ``abstention``, and ``pictures-N`` of each model."""
-        names = [subject.name for subject in self.group.subjects]
-        figures: Figures = {
-            "circle": draw_circle(names, DEGREES, [(each.right, each.errors) for each in self.answers]),
-            "abstention": draw_abstention(names, [each.abstention() for each in self.answers]),
-        }
+        curves = [answers.abstention() for answers in self.answers]
+        figures: Figures = {"circle": draw_circle(models), "abstention": draw_abstention(models, curves)}
         images = [self.originals[place] for place in evenly_spread(len(self.originals), PICTURES)]
         for number, subject in enumerate(self.group.subjects, start=1):
             figures[f"pictures-{number}"] = draw_turns("", images, partial(_answers, subject))
@@ -163,6 +142,11 @@ def gather(group: Group, split: str, images: int) -> Evidence:
 
 def _answers(subject: Subject, images: Tensor) -> Floats:
     return subject.output(images).probabilities
+
+
+def _share(right: npt.NDArray[np.bool_]) -> Share:
+    """Return the share of right answers ``(N, A)``; those for one image are not independent."""
+    return clustered(right.ravel(), np.repeat(np.arange(len(right)), right.shape[1]))
 
 
 def _threshold(subject: Subject) -> float | None:

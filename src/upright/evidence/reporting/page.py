@@ -35,7 +35,7 @@ def write_page(
 
     Args:
         folder: the folder of the report.
-        template: ``report.html``, or ``orientation.html`` for models that estimate the orientation.
+        template: file of the template, beside this module.
         record: all measurements as plain data, the content of ``report.json``.
         figures: the figures by name, which become PNG files.
         vector: also write the plots as ``pdf`` or ``svg``; None writes no vector graphics.

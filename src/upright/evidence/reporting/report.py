@@ -64,7 +64,7 @@ def report(
     with replacing_folder(target) as folder:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
-        write_page(folder, evidence.template, record, evidence.draw(), vector)
+        write_page(folder, evidence.template, record, evidence.draw(record["models"]), vector)
     for model in record["models"]:
         print(evidence.summary(model))
     print(f"Page: {target / PAGE}")

@@ -47,17 +47,17 @@ class BatchOutput(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Metadata of a model file. Fields that the file does not record are None or empty."""
+    """Metadata of a model file, from ``path`` on the command line. Fields that it does not record are None or empty.
+
+    ``name`` is that of the run or of the bundle's folder, and ``digest`` that of the split.
+    """
 
     path: str
-    """Path as the user gave it on the command line."""
     name: str
-    """Name of the run, or of the bundle's folder."""
     spec: ImageSpec
     network: Recipe | None
     data: Recipe | None
     digest: str | None
-    """Digest of the split."""
     run: dict[str, Any]
     git_commit: str | None
     bundle: Bundle | None = None
@@ -74,8 +74,7 @@ class Subject:
         folder: folder of the run; None if the run of a bundle is no longer in ``checkpoints``.
         unseen: True if the model was certainly not trained on the images of the report.
         predict: function from uint8 images ``(B, C, H, W)`` to a `BatchOutput`.
-        model: the PyTorch model, which normalises images and computes the outputs of the transformers; None without
-            observations.
+        model: the PyTorch model, whose transformers are observed; None without observations.
         unobserved_reason: reason for missing observations.
         name: name that is unique in the report.
     """
@@ -112,12 +111,9 @@ class Group(NamedTuple):
 def open_subjects(
     paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = DEFAULT_PRECISIONS
 ) -> Group:
-    """Load models, and the data of the first one.
+    """Load checkpoints, runs and bundles (each in all ``precisions``), and the data of the first one.
 
-    Args:
-        paths: checkpoints, folders of runs, and bundles.
-        data: path of a YAML of data to use instead; None uses the data of the first model.
-        precisions: precisions to load of each bundle.
+    ``data`` is the path of a YAML of data to use instead.
 
     Raises:
         UserError: if a path is not a model or cannot be loaded; if classes or channels differ; if splits differ and
