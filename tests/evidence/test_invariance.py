@@ -17,28 +17,28 @@ from upright.data.configs import read_data
 from upright.data.digits import Digits
 from upright.evidence.distortions import rotate
 from upright.evidence.reporting.invariance import (
-    RotationResponse,
     Sample,
     distortions,
     measure_invariance,
+    residual_quartiles,
     take_sample,
     trained_ranges,
     transformer_views,
 )
 from upright.evidence.reporting.measures import evaluate
-from upright.evidence.reporting.subjects import BatchOutput, Origin, Subject
+from upright.evidence.reporting.subjects import NO_TRANSFORMER, BatchOutput, Origin, Subject
 from upright.images import ImageSpec
 from upright.training.model import Model
 from upright.warp import Padding, identity, warp
 
 SIDE = 28
-FAMILIES = {family.name: family for family in distortions(SIDE, SIDE, "zeros")}
+FAMILIES = distortions(SIDE, SIDE, "zeros")
 
 
 def subject(predict: Callable[[Tensor], BatchOutput], model: Model | None = None) -> Subject:
     spec = ImageSpec(1, SIDE, SIDE, ("a", "b"), (0.5,), (0.5,))
     origin = Origin("a", "a", spec, None, None, None, {}, None)
-    return Subject(origin, "PyTorch", Path("a"), None, True, model, "", predict, "a")
+    return Subject(origin, "PyTorch", Path("a"), None, True, predict, model, "" if model else NO_TRANSFORMER, "a")
 
 
 def discs(count: int) -> Sample:
@@ -57,25 +57,24 @@ def by_brightness(images: Tensor) -> BatchOutput:
 
 
 def test_an_invariant_model_has_a_flat_curve() -> None:
-    families = list(FAMILIES.values())
-    (invariance,) = measure_invariance([subject(by_brightness)], discs(40), families, [(-180.0, 180.0)])
+    measures = measure_invariance(subject(by_brightness), discs(40), FAMILIES, {})
     for name in ("rotation", "blur"):
-        curve = invariance.curves[name]
-        assert [share.value for share in curve.accuracy] == [1] * len(curve.strengths), name
-        assert {share.low for share in curve.consistency} == {curve.consistency[0].low}
-    scale = invariance.curves["scale"]
+        curve = measures["invariance"][name]
+        assert [share.value for share in curve["accuracy"]] == [1] * len(curve["strengths"]), name
+        assert {share.low for share in curve["consistency"]} == {curve["consistency"][0].low}
+    scale = measures["invariance"]["scale"]
     # A disc of half the size belongs to another class.
-    assert scale.accuracy[0].value < 0.5 and scale.accuracy[scale.strengths.index(1)].value == 1
-    assert invariance.rotation_response is None
+    assert scale["accuracy"][0].value < 0.5 and scale["accuracy"][scale["strengths"].index(1)].value == 1
+    assert measures["uprightness"] == {"silent": "it has no spatial transformer"}
 
 
 def test_consistency_counts_equal_predictions_even_if_they_are_wrong() -> None:
     def constant(images: Tensor) -> BatchOutput:
         return BatchOutput(np.tile([0.1, 0.2, 0.3, 0.4], (len(images), 1)), [])
 
-    (invariance,) = measure_invariance([subject(constant)], discs(40), [FAMILIES["noise"]], [(-180.0, 180.0)])
-    assert {share.value for share in invariance.curves["noise"].consistency} == {1}
-    assert {share.value for share in invariance.curves["noise"].accuracy} == {0.25}
+    measures = measure_invariance(subject(constant), discs(40), {"noise": FAMILIES["noise"]}, {})
+    assert {share.value for share in measures["invariance"]["noise"]["consistency"]} == {1}
+    assert {share.value for share in measures["invariance"]["noise"]["accuracy"]} == {0.25}
 
 
 def test_a_shift_by_complete_pixels_is_a_roll() -> None:
@@ -104,7 +103,7 @@ def test_right_angles_and_strength_none_are_exact() -> None:
     "name, strength", [("rotation", 45), ("scale", 0.5), ("shift", 6), ("shear", 50), ("blur", 1.8)]
 )
 def test_all_distortions_have_the_same_padding(name: str, strength: float, padding: Padding, darkest: int) -> None:
-    families = {family.name: family for family in distortions(20, SIDE, padding)}
+    families = distortions(20, SIDE, padding)
     white = torch.full((4, 1, 20, SIDE), 255, dtype=torch.uint8)
     minimum = int(families[name](white, strength).min())
     # A blurred border is not completely black.
@@ -113,7 +112,7 @@ def test_all_distortions_have_the_same_padding(name: str, strength: float, paddi
 
 def test_distortions_match_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (1, 1, 20, SIDE), generator=torch.Generator().manual_seed(0)).byte()
-    families = {family.name: family for family in distortions(20, SIDE, "zeros")}
+    families = distortions(20, SIDE, "zeros")
     # Let the augmentation draw the largest values.
     monkeypatch.setattr(torch, "rand", lambda *size: torch.ones(size))
     for name, strength, part in (
@@ -130,7 +129,7 @@ def test_evaluation_rotates_as_training_and_reports_do(padding: Padding) -> None
     data = Digits(angles=(0, 40), padding=padding)
     samples = data.samples("val")
     unrotated, rotated = samples[0::2].images, samples[1::2].images
-    families = {family.name: family for family in distortions(SIDE, SIDE, padding)}
+    families = distortions(SIDE, SIDE, padding)
     torch.testing.assert_close(families["rotation"].change(unrotated.float(), 40).round().byte(), rotated)
     augment = RandomAffine(rotate=40)
     augment.draw = lambda count, *size: rotate(40).expand(count, 3, 3)  # type: ignore[method-assign]
@@ -171,19 +170,17 @@ def test_the_residual_of_a_transformer_that_undoes_a_share_of_the_rotation(share
         return BatchOutput(np.ones((len(images), 2)), [Observation(transformer, theta, images, None)])
 
     model_subject, sample = subject(predict, model), blobs(9)
-    (invariance,) = measure_invariance([model_subject], sample, [FAMILIES["rotation"]], [(-90.0, 90.0)])
-    response = invariance.rotation_response
-    assert response is not None and response.uprightness is not None
-    assert response.uprightness["uprightness"] == pytest.approx(1 - share, abs=5e-3)
-    within = np.abs(response.angles) <= 90
+    rotation, ranges = {"rotation": FAMILIES["rotation"]}, {"rotation": (-90.0, 90.0)}
+    response = measure_invariance(model_subject, sample, rotation, ranges)["uprightness"]
+    in_range, degrees = response["in_range"], np.array(response["angles"])
+    assert in_range["uprightness"] == pytest.approx(1 - share, abs=5e-3)
+    within = np.abs(degrees) <= 90
     # The transformer rotates a spot to the right. The stored spots have angles from -60 to 60 degrees.
-    angles = np.add.outer((1 - share) * np.array(response.angles)[within], -share * np.linspace(-60, 60, 9))
-    assert response.uprightness["absolute_degrees_mean"] == pytest.approx(np.abs(angles).mean(), abs=0.5)
-    relative = np.abs((1 - share) * np.array(response.angles)[within]).mean()
-    assert response.uprightness["relative_degrees_mean"] == pytest.approx(relative, abs=0.5)
-    expected = (1 - share) * np.array(response.angles)
-    for quartile in response.quartiles:
-        np.testing.assert_allclose(quartile[within], expected[within], atol=1)
+    angles = np.add.outer((1 - share) * degrees[within], -share * np.linspace(-60, 60, 9))
+    assert in_range["absolute_degrees_mean"] == pytest.approx(np.abs(angles).mean(), abs=0.5)
+    assert in_range["relative_degrees_mean"] == pytest.approx(np.abs((1 - share) * degrees[within]).mean(), abs=0.5)
+    for quartile in response["left"].values():
+        np.testing.assert_allclose(np.array(quartile)[within], (1 - share) * degrees[within], atol=1)
     # The output of the transformer is rotated by the residual angle.
     (view,) = transformer_views(model_subject, FAMILIES["rotation"](sample.images[:1], 90))
     residual = float(spot_angles(torch.from_numpy(view)[None].permute(0, 3, 1, 2)).rad2deg())
@@ -204,7 +201,7 @@ def test_the_confidence_of_votes_is_a_mean_over_all_views() -> None:
         return BatchOutput(np.full((len(images), 10), 0.1), [observation])
 
     subjects = [subject(partial(predict, votes=votes), model) for votes in (True, False)]
-    voted, silent = evaluate(subjects, data, "test")
+    voted, silent = (evaluate(each, data, "test") for each in subjects)
     # The loader yields complete batches of 64 and a rest.
     sizes = [len(batch.images) for batch in data.loader("test")]
     assert voted.votes_confidence == pytest.approx(sum(-(-size // 3) for size in sizes) / sum(sizes), abs=1e-3)
@@ -216,7 +213,7 @@ def test_residual_angles_are_unwrapped_beyond_180_degrees() -> None:
     # Quartiles around 180 degrees are close to each other, not 360 degrees apart.
     angles = (-90.0, -45.0, 0.0, 45.0, 90.0)
     residual = np.array([[-179, 179, 178.0], [-90, -91, -92], [0, 0, 0], [90, 91, 92], [179, -179, -178]])
-    quartiles = RotationResponse(angles, residual, None, (-90, 90)).quartiles
+    quartiles = residual_quartiles(angles, residual)
     np.testing.assert_allclose(quartiles[1], [-181, -91, 0, 91, 181], atol=0.1)
     np.testing.assert_allclose(quartiles[2] - quartiles[0], [1.5, 1, 0, 1, 1.5], atol=0.1)
 

@@ -99,8 +99,8 @@ def test_a_checkpoint_and_its_bundle_have_the_same_numbers(record: Any) -> None:
 def test_numbers_match_scikit_learn_and_upright_test(record: Any, run_folder: Path, upright: Upright) -> None:
     assert upright("test", "--ckpt_path", run_folder / "best.ckpt").code == 0
     metrics = json.loads((run_folder / "test.json").read_text())["metrics"]
-    subjects, data = open_subjects([str(run_folder)])
-    (predictions,) = evaluate(subjects, data, "test")
+    (subject,), data = open_subjects([str(run_folder)])
+    predictions = evaluate(subject, data, "test")
     ours = record["models"][0]
     labels, probabilities, classes = predictions.labels, predictions.probabilities, predictions.classes
     assert ours["accuracy"]["value"] == accuracy_score(labels, classes)

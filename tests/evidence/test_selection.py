@@ -85,7 +85,9 @@ def test_predictions_are_stored_and_outdated_ones_are_not_used(
     assert upright("select", runs / "slow", runs / "good", "--to", "first").code == 0
     restored: list[Path] = []
     restore = candidates.restore
-    monkeypatch.setattr(candidates, "restore", lambda path, data: restored.append(path) or restore(path, data))
+    monkeypatch.setattr(
+        candidates, "restore", lambda path, *data, **options: restored.append(path) or restore(path, *data, **options)
+    )
     assert upright("select", runs / "slow", runs / "good", "--to", "second").code == 0
     assert not restored and read_selection(Path("second")) == read_selection(Path("first"))
     shutil.copy(runs / "good/best.ckpt", runs / "slow/best.ckpt")

@@ -69,7 +69,7 @@ def test_every_view_is_drawn_once_in_its_block(count: int, columns: int, size: i
     blocks = [
         (
             [[np.full((size, size, 3), (level, 50, 0), np.uint8) for level in row] for row in rows],
-            [Line(LONG)] * columns,
+            [[Line(LONG)]] * columns,
         )
         for rows in levels
     ]

@@ -6,10 +6,9 @@ Pillow draws all but the curves, because matplotlib is ten times as slow.
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.Image import Resampling, Transpose
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from upright.files import replacing_file
 from upright.images import Pixels
-from upright.runtime.task import QUARTER, deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +50,12 @@ def pixels_of(images: Tensor) -> list[Pixels]:
     return list(pixels)
 
 
+def evenly_spread(total: int, count: int) -> list[int]:
+    """Return at most ``count`` evenly spread indices below ``total``, the first and the last included."""
+    indices: list[int] = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    return indices
+
+
 class Line(NamedTuple):
     """A line of text below an image."""
 
@@ -59,86 +63,56 @@ class Line(NamedTuple):
     colour: str = BLACK
 
 
+def caption(classes: Sequence[str], guess: int, confidence: float, label: int) -> list[Line]:
+    """Return the lines of a prediction: the class with its confidence and, if it is wrong, the true class in red."""
+    lines = [Line(f"{confidence:.0%} · {classes[guess]}")]
+    return lines if guess == label else [*lines, Line(f"is {classes[label]}", RED)]
+
+
 def draw_tiles(
     title: str, images: Sequence[Pixels], captions: Sequence[Sequence[Line]], columns: int = 8
 ) -> Image.Image:
-    """Draw a sheet of images with lines of text below each.
-
-    Args:
-        title: the title of the sheet.
-        images: the images, of any sizes.
-        captions: the lines of each image; all images have the same number of lines.
-        columns: maximum number of columns.
-    """
-    side = _tile_side(images)
-    columns = min(columns, max(len(images), 1))
-    rows = -(-len(images) // columns)
-    lines = max(map(len, captions), default=0)
-    step, high = side + GAP, side + lines * LINE + GAP
-    sheet, pen = _sheet(title, columns * step - GAP, rows * high - GAP)
-    for place, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = MARGIN + place % columns * step, TITLE + place // columns * high
-        _paste(sheet, pixels, x, y, side)
-        for number, line in enumerate(caption):
-            pen.text(
-                (x + side // 2, y + side + 2 + number * LINE),
-                _truncate(line.text, side),
-                line.colour,
-                _font(),
-                anchor="ma",
-            )
-    return sheet
+    """Draw a sheet of images of any sizes, with lines of text below each, in at most ``columns`` columns."""
+    rows = range(0, len(images), columns)
+    blocks = [([images[start : start + columns]], captions[start : start + columns]) for start in rows]
+    return draw_blocks(title, [""] * min(columns, len(images)), blocks, across=1)
 
 
 def draw_blocks(
-    title: str, headings: Sequence[str], blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Line]]]
+    title: str,
+    headings: Sequence[str],
+    blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Sequence[Line]]]],
+    across: int = 2,
 ) -> Image.Image:
     """Draw blocks of images, two side by side, or one if two are wider than `MAX_WIDTH`.
 
     Args:
         title: the title of the sheet.
         headings: headings of the columns, the same for all blocks.
-        blocks: for each block its rows of images, one image per heading, and a line of text below each column.
+        blocks: for each block its rows of images, at most one image per heading, and the lines of text below each
+            column.
+        across: maximum number of blocks side by side.
     """
-    room = min(MAX_TILE, max(MAX_TILE // 4, MAX_WIDTH // len(headings) - GAP))
+    room = min(MAX_TILE, max(MAX_TILE // 4, MAX_WIDTH // max(len(headings), 1) - GAP))
     side = _tile_side([pixels for rows, _ in blocks for row in rows for pixels in row], room)
-    step = side + GAP
-    width, height = len(headings) * step + 2 * GAP, len(blocks[0][0]) * step + LINE + 2 * GAP
-    across = min(2, len(blocks), max(1, MAX_WIDTH // width))
-    sheet, pen = _sheet(title, across * width - 3 * GAP, LINE + 2 + -(-len(blocks) // across) * height - GAP)
-    for number, (rows, lines) in enumerate(blocks):
-        corner, top = MARGIN + number % across * width, TITLE + LINE + 2 + number // across * height
-        for column, (heading, line) in enumerate(zip(headings, lines, strict=True)):
+    step, head = side + GAP, LINE + 2 if any(headings) else 0
+    lines = max((len(caption) for _, captions in blocks for caption in captions), default=0)
+    width = len(headings) * step + 2 * GAP
+    height = max((len(rows) for rows, _ in blocks), default=0) * step + lines * LINE + GAP
+    across = min(across, max(len(blocks), 1), max(1, MAX_WIDTH // width))
+    sheet = _sheet(title, across * width - 3 * GAP, head + -(-len(blocks) // across) * height - GAP)
+    for number, (rows, captions) in enumerate(blocks):
+        corner, top = MARGIN + number % across * width, TITLE + head + number // across * height
+        for column, lines_below in enumerate(captions):
             x = corner + column * step
             if number < across:
-                pen.text((x + side // 2, TITLE), _truncate(heading, side), GREY, _font(), anchor="ma")
+                _write(sheet, x + side // 2, TITLE, _truncate(headings[column], side), GREY)
             stack = draw_column([row[column] for row in rows], side)
             sheet.paste(stack, (x, top))
-            below = top + stack.height + 2
-            pen.text((x + side // 2, below), _truncate(line.text, side), line.colour, _font(), anchor="ma")
+            for place, line in enumerate(lines_below):
+                y = top + stack.height + 2 + place * LINE
+                _write(sheet, x + side // 2, y, _truncate(line.text, side), line.colour)
     return sheet
-
-
-def draw_turns(
-    title: str, degrees: Sequence[int], blocks: Sequence[tuple[Tensor, Tensor, npt.NDArray[np.floating[Any]]]]
-) -> Image.Image:
-    """Draw images at several angles, and below each the image rotated back by its estimated angle.
-
-    Args:
-        title: the title of the sheet.
-        degrees: the angles, anticlockwise, the same for all blocks.
-        blocks: for each image its rotations, the results ``(A, C, H, W)``, and the answers ``(A, 2)``: angles and
-            confidences. The line below has both; it is red for a wrong side.
-    """
-    drawn = []
-    for before, after, answers in blocks:
-        errors = deviation(answers[:, 0] - np.array(degrees))
-        lines = [
-            Line(f"{round(angle)}°/{sure:.0%}", RED if error >= QUARTER else BLACK)
-            for (angle, sure), error in zip(answers.tolist(), errors.tolist(), strict=True)
-        ]
-        drawn.append(([pixels_of(before), pixels_of(after)], lines))
-    return draw_blocks(title, [f"{angle}°" for angle in degrees], drawn)
 
 
 def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
@@ -153,49 +127,37 @@ def draw_column(images: Sequence[Pixels | None], side: int) -> Image.Image:
 def draw_columns(
     title: str, labels: Sequence[str], columns: Mapping[str, Image.Image], *, first_apart: bool = True
 ) -> Image.Image:
-    """Draw a transformer's inputs and outputs side by side, one column per epoch or per angle.
+    """Draw a transformer's inputs and outputs side by side, one column from `draw_column` per epoch or per angle.
 
-    Args:
-        title: the title of the sheet.
-        labels: labels of the rows, names of classes.
-        columns: the columns, from `draw_column`, by their headings.
-        first_apart: whether a gap separates the first column from the others.
+    ``labels`` are those of the rows. With ``first_apart``, a gap follows the first column.
     """
-    indices = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), MAX_COLUMNS + 1)).round().astype(int))
-    selected = [list(columns.items())[place] for place in indices]
+    selected = [list(columns.items())[place] for place in evenly_spread(len(columns), MAX_COLUMNS + 1)]
     side, height = selected[0][1].size
     row = (height + GAP) // max(len(labels), 1)
     names = [_truncate(label, MAX_TILE) for label in labels]
     indent = MARGIN + int(max(map(_font().getlength, names), default=0)) + GAP
-    sheet, pen = _sheet(title, indent - MARGIN + len(selected) * (side + GAP), height + LINE + 2)
+    sheet = _sheet(title, indent - MARGIN + len(selected) * (side + GAP), height + LINE + 2)
     top = TITLE + LINE + 2
     for number, name in enumerate(names):
-        pen.text((indent - GAP, top + number * row + row // 2), name, BLACK, _font(), anchor="rm")
+        _write(sheet, indent - GAP, top + number * row + row // 2, name, anchor="rm")
     for number, (name, column) in enumerate(selected):
         x = indent + number * (side + GAP) + (GAP if number and first_apart else 0)
-        pen.text((x + side // 2, TITLE), name, GREY, _font(), anchor="ma")
+        _write(sheet, x + side // 2, TITLE, name, GREY)
         sheet.paste(column, (x, top))
     return sheet
 
 
 def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.Image:
-    """Draw a confusion matrix: rows are true classes, columns are predictions.
+    """Draw a confusion matrix ``(K, K)``: rows are true classes, columns are predictions.
 
-    Colours are shares of the row; numbers are counts.
-
-    Args:
-        title: the title, to which the number of correct predictions is added.
-        counts: images of the row's class that were predicted as the column's class, ``(K, K)``.
-        classes: the names of the classes.
+    Colours are shares of the row; numbers are counts. The number of correct predictions is added to the title.
     """
-    counts = counts.cpu()
-    number = len(classes)
+    counts, number = counts.cpu(), len(classes)
     shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    number_width = int(_font().getlength(f"{int(counts.max())}")) + 8
     cell = max(1, min(36, MAX_MATRIX // number))
-    numbered = max(cell, number_width, 18) * number <= MAX_MATRIX
-    if numbered:
-        cell = max(cell, number_width, 18)
+    numbered_cell = max(cell, int(_font().getlength(f"{int(counts.max())}")) + 8, 18)
+    if numbered := numbered_cell * number <= MAX_MATRIX:
+        cell = numbered_cell
     every = -(-LINE // cell)
     labelled = list(range(0, number, every))
     names = [_truncate(classes[place], MAX_TILE) for place in labelled]
@@ -203,50 +165,51 @@ def draw_confusion(title: str, counts: Tensor, classes: Sequence[str]) -> Image.
     side = cell * number
     title = f"{title}: {int(counts.diagonal().sum()):,} of {int(counts.sum()):,} correct"
     beside = LINE + GAP + room
-    sheet, pen = _sheet(title, side + beside, side + beside)
+    sheet = _sheet(title, side + beside, side + beside)
     x, y = MARGIN + beside, TITLE
     shade = 255 - shares[..., None] * (255 - np.array(BLUE))
     sheet.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((side, side), Resampling.NEAREST), (x, y))
-    pen.rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
+    ImageDraw.Draw(sheet).rectangle((x - 1, y - 1, x + side, y + side), outline=GREY)
     for place, name in zip(labelled, names, strict=True):
         middle = place * cell + cell // 2
-        pen.text((x - GAP, y + middle), name, BLACK, _font(), anchor="rm")
+        _write(sheet, x - GAP, y + middle, name, anchor="rm")
         _write_upwards(sheet, name, x + middle, y + side + GAP)
     _write_upwards(sheet, "true", MARGIN + LINE // 2, y + side // 2 - 12, GREY)
-    pen.text((x + side // 2, y + side + beside), "predicted", GREY, _font(), anchor="mb")
+    _write(sheet, x + side // 2, y + side + beside, "predicted", GREY, anchor="mb")
     if numbered:
         for row, column in np.argwhere(counts.numpy() > 0).tolist():
-            where = (x + column * cell + cell // 2, y + row * cell + cell // 2)
             colour = "white" if shares[row, column] > 0.5 else BLACK
-            pen.text(where, str(int(counts[row, column])), colour, _font(), anchor="mm")
+            where = (x + column * cell + cell // 2, y + row * cell + cell // 2)
+            _write(sheet, *where, str(int(counts[row, column])), colour, anchor="mm")
     return sheet
 
 
-def _sheet(title: str, width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def _sheet(title: str, width: int, height: int) -> Image.Image:
     """Return a white sheet with a title, and ``width`` x ``height`` pixels of room below it."""
     width = max(width, int(_font(13).getlength(title))) + 2 * MARGIN
     sheet = Image.new("RGB", (width, TITLE + height + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 5), title, BLACK, _font(13))
-    return sheet, pen
+    _write(sheet, MARGIN, 5, title, anchor="la", size=13)
+    return sheet
 
 
-def _tile_side(images: Sequence[Pixels], room: int = MAX_TILE) -> int:
+def _tile_side(images: Sequence[Pixels], room: int) -> int:
     """Return the side of a square of at most ``room`` pixels; small images are enlarged by whole numbers."""
     largest = max((max(pixels.shape[:2]) for pixels in images), default=room)
     return largest * (room // largest) or room
 
 
-def flat(pixels: Pixels) -> Pixels:
-    """Return an image ``(H, W, C)`` as drawing libraries take it: ``(H, W)`` if C is 1."""
-    return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-
-
 def _paste(sheet: Image.Image, pixels: Pixels, x: int, y: int, side: int) -> None:
-    image = Image.fromarray(flat(pixels))
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     method = Resampling.LANCZOS if max(image.size) > side else Resampling.NEAREST
     image = ImageOps.contain(image, (side, side), method)
     sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+
+
+def _write(
+    sheet: Image.Image, x: int, y: int, text: str, colour: str = BLACK, *, anchor: str = "ma", size: int = 11
+) -> None:
+    """Write a line of text. By default, the point is the middle of its upper edge."""
+    ImageDraw.Draw(sheet).text((x, y), text, colour, _font(size), anchor=anchor)
 
 
 def _write_upwards(sheet: Image.Image, text: str, middle: int, top: int, colour: str = BLACK) -> None:
@@ -273,12 +236,7 @@ def _truncate(text: str, width: int) -> str:
 
 
 def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
-    """Draw the losses, the main metrics, gradient norm and learning rates over the epochs, as far as they are recorded.
-
-    Args:
-        title: the title of the figure.
-        rows: the rows of ``metrics.csv``.
-    """
+    """Draw losses, main metrics, gradient norm and learning rates over the epochs, as recorded in ``metrics.csv``."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,13 +1,13 @@
 """Plots of a run: a callback that draws the validation split during training, and a figure of the transformer."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,18 +22,21 @@ from upright.runs.drawing import (
     BLACK,
     RED,
     Line,
+    caption,
     draw_blocks,
     draw_column,
     draw_columns,
     draw_confusion,
     draw_curves,
     draw_tiles,
-    draw_turns,
+    evenly_spread,
     pixels_of,
     save_png,
 )
 from upright.runs.loggers import log_picture
+from upright.runtime.task import QUARTER, deviation
 from upright.tables import read_rows
+from upright.training.model import Model
 from upright.training.module import ImageModule
 from upright.warp import rotation, warp
 
@@ -45,21 +48,16 @@ MAX_VIEWS = 36
 
 def plot_epochs(epochs: int) -> set[int]:
     """Return the epochs, from 0, after which plots are drawn: at most ten, evenly spread, including first and last."""
-    return set(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int).tolist())
+    return set(evenly_spread(epochs, 10))
 
 
 class RunPlots(Callback):
-    """Draw the validation split at some epochs, into the run's folder and every logger that takes images.
+    """Draw the validation split at some epochs, into the run's ``folder`` and every logger that takes images.
 
     The files are ``samples.png``, ``mistakes.png``, ``confusion.png``, ``transformer.png``, and at the end
     ``curves.png``. The callback uses the outputs of the regular validation pass. It runs no pass of its own and uses
     no random numbers. With several processes, the first one draws its share of the images, and the confusion matrix of
-    all.
-
-    The state contains the transformer's outputs at earlier epochs, as a small PNG per epoch.
-
-    Args:
-        folder: the folder of the run.
+    all. The state contains the transformer's outputs at earlier epochs, as a small PNG per epoch.
     """
 
     MAX_IMAGES = 24
@@ -73,10 +71,9 @@ class RunPlots(Callback):
         self.folder = folder
         self._epoch = self._drawn = -1
         self._predictions: list[tuple[Tensor, ...]] = []
-        # Positions of the images that have rows in transformer.png, and their places in each batch.
+        # Positions of the images that have rows in transformer.png. Input and outputs of each row at this epoch.
         self._rows: list[int] = []
-        self._places: dict[int, list[tuple[int, int]]] = {}
-        self._views: dict[int, list[Tensor]] = {}
+        self._views: dict[int, list[Pixels]] = {}
         self._columns: dict[str, bytes] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,13 +111,10 @@ class RunPlots(Callback):
             share = torch.arange(0, len(data.samples("val")), trainer.world_size)
             share = share[: int(trainer.num_val_batches[0]) * data.batch_size]
             self._rows = _one_per_class(data, share, self.MAX_ROWS // len(last))
-        if batch_idx not in self._places:
-            here = batch.position.tolist()
-            self._places[batch_idx] = [(here.index(at), row) for row, at in enumerate(self._rows) if at in here]
-        for place, row in self._places[batch_idx]:
-            normalised = pl_module.model.normalise(batch.images[place, None])
-            views = [pl_module.model.denormalise(_select_image(each, place).view(normalised)) for each in last]
-            self._views[row] = [pl_module.model.denormalise(normalised), *views]
+        places = (batch.position.cpu()[:, None] == torch.tensor(self._rows)).nonzero()
+        if len(places):
+            shown = transformer_images(pl_module.model, batch.images, outputs["observations"])
+            self._views |= {row: [images[place] for images in shown] for place, row in places.tolist()}
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -157,11 +151,8 @@ class RunPlots(Callback):
         some = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[: self.MAX_IMAGES])
 
         def sheet(title: str, rows: Tensor) -> Image.Image:
-            names, answers = data.spec.classes, zip(predicted[rows], confidence[rows], labels[rows], strict=True)
-            captions = [
-                [Line(f"{sure:.0%} · {names[guess]}"), *([] if guess == label else [Line(f"is {names[label]}", RED)])]
-                for guess, sure, label in answers
-            ]
+            answers = zip(predicted[rows].tolist(), confidence[rows].tolist(), labels[rows].tolist(), strict=True)
+            captions = [caption(data.spec.classes, *answer) for answer in answers]
             return draw_tiles(title, pixels_of(data.samples("val")[position[rows]].images), captions)
 
         plots = {
@@ -190,13 +181,16 @@ class RunPlots(Callback):
         inputs: list[Pixels | None] = []
         outputs: list[Pixels | None] = []
         for row in range(len(self._rows)):
-            image, *views = (
-                (pixels_of(each)[0] for each in self._views[row]) if row in self._views else [None] * (1 + branches)
-            )
+            image, *views = self._views.get(row, [None] * (1 + branches))
             inputs += [image] + [None] * (branches - 1)
             outputs += views
-        self._columns.setdefault("as it came", _png(inputs, self.TILE_SIDE))
-        self._columns[f"epoch {self._epoch + 1}"] = _png(outputs, self.TILE_SIDE)
+        self._columns = {"as it came": _png(inputs), **self._columns, f"epoch {self._epoch + 1}": _png(outputs)}
+
+
+def _png(images: Sequence[Pixels | None]) -> bytes:
+    buffer = io.BytesIO()
+    draw_column(images, RunPlots.TILE_SIDE).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _one_per_class(data: ImageDataModule, share: Tensor, count: int) -> list[int]:
@@ -211,67 +205,82 @@ def _one_per_class(data: ImageDataModule, share: Tensor, count: int) -> list[int
     return positions
 
 
-def _select_image(observation: Observation, place: int) -> Observation:
-    before = observation.before and _select_image(observation.before, place)
-    votes = None if observation.votes is None else observation.votes[place, None]
-    return replace(observation, theta=observation.theta[place, None], votes=votes, before=before)
+def transformer_images(model: Model, images: Tensor, observations: list[Observation]) -> list[list[Pixels]]:
+    """Return the input of the network, and the output of each last transformer, for images ``(B, C, H, W)``."""
+    normalised = model.normalise(images)
+    outputs = [last.view(normalised) for last in last_of(observations)]
+    return [pixels_of(model.denormalise(batch)) for batch in (normalised, *outputs)]
 
 
-def _png(images: Sequence[Pixels | None], side: int) -> bytes:
-    buffer = io.BytesIO()
-    draw_column(images, side).save(buffer, format="png")
-    return buffer.getvalue()
+def turned(image: Tensor, degrees: Sequence[int]) -> Tensor:
+    """Rotate a square image ``(1, C, S, S)`` by each angle anticlockwise, ``(A, C, S, S)``, uint8."""
+    images = warp(
+        image.float().expand(len(degrees), -1, -1, -1), rotation(torch.tensor(degrees).deg2rad()), "reflection"
+    )
+    for number, angle in enumerate(degrees):
+        if angle % 90 == 0:
+            images[number] = torch.rot90(image[0], angle // 90, (1, 2))  # exact: no pixel is resampled
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_turns(
+    title: str,
+    images: Sequence[Tensor],
+    answer: Callable[[Tensor], npt.NDArray[np.floating[Any]]],
+    show: Callable[[Tensor], Tensor] = Tensor.float,
+) -> Image.Image:
+    """Draw images ``(1, C, S, S)`` at eight angles, and below each the image rotated back by its estimated angle.
+
+    The line below has the angle and the confidence; it is red for a wrong side. ``answer`` maps uint8 images
+    ``(B, C, S, S)`` to both ``(B, 2)``, and ``show`` maps images to the pixels to draw.
+    """
+    blocks = []
+    for image in images:
+        before = turned(image, COMPASS)
+        answers = answer(before)
+        after = warp(before.float(), rotation(-torch.from_numpy(answers[:, 0]).float().deg2rad()), "reflection")
+        errors = deviation(answers[:, 0] - np.array(COMPASS))
+        lines = [
+            [Line(f"{round(angle)}°/{confidence:.0%}", RED if error >= QUARTER else BLACK)]
+            for (angle, confidence), error in zip(answers.tolist(), errors.tolist(), strict=True)
+        ]
+        blocks.append(([pixels_of(show(before)), pixels_of(show(after))], lines))
+    return draw_blocks(title, [f"{angle}°" for angle in COMPASS], blocks)
 
 
 def draw_orientation(title: str, model: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:
-    """Draw test images at eight angles, and below each the image after a rotation by its estimated angle.
+    """Draw ``count`` test images by `draw_turns`, evenly spread over the split."""
+    samples, ours = data.samples("test"), model.model
 
-    Args:
-        title: the title, to which an explanation of the rows is added.
-        model: a model whose answers are angles.
-        data: the datamodule, whose test split is drawn.
-        count: maximum number of images, evenly spread over the split.
-    """
-    samples = data.samples("test")
-    angles = rotation(torch.tensor(COMPASS).deg2rad())
-    blocks = []
-    for place in torch.linspace(0, len(samples) - 1, min(count, len(samples))).round().long().tolist():
-        image = samples[place : place + 1].images.to(model.device).float()
-        with torch.no_grad():
-            before = warp(image.expand(len(COMPASS), -1, -1, -1), angles.to(image.device), "reflection")
-            answers = model.model.answers(model(before))
-            after = warp(before, rotation(-answers[:, 0].deg2rad()), "reflection")
-        before, after = (model.model.denormalise(model.model.normalise(each)) for each in (before, after))
-        blocks.append((before, after, answers.cpu().numpy()))
-    title = f"{title}: images at eight angles, and rotated back by the estimated angle, which is red for a wrong side"
-    return draw_turns(title, COMPASS, blocks)
+    @torch.no_grad()
+    def answer(images: Tensor) -> npt.NDArray[np.floating[Any]]:
+        return np.asarray(ours.answers(model(images.to(model.device))).cpu())
+
+    return draw_turns(
+        f"{title}: images at eight angles, and rotated back by the estimated angle, which is red for a wrong side",
+        [samples[place : place + 1].images for place in evenly_spread(len(samples), count)],
+        answer,
+        lambda images: ours.denormalise(ours.normalise(images.to(model.device))),
+    )
 
 
 def draw_transformer(title: str, classifier: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:
-    """Draw the test split's views of some images, and below each view the output of the last transformer.
+    """Draw the test split's views of ``count`` images of as many classes, and the outputs of the last transformers.
 
-    Each of several parallel transformers has its own row. For a transformer inside the network, the figure shows the
-    part of the image that its feature maps cover.
-
-    Args:
-        title: the title, to which an explanation of the rows is added.
-        classifier: a classifier with a spatial transformer.
-        data: the datamodule, whose test split is drawn.
-        count: maximum number of images, of as many classes; images with many views are fewer (`MAX_VIEWS`).
+    Images with many views are fewer, see `MAX_VIEWS`. Each of several parallel transformers has its own row. For a
+    transformer inside the network, the figure shows the part of the image that its feature maps cover.
     """
     samples, views = data.samples("test"), data.views("test")
     columns, classes = len(views.names), data.spec.classes
     labels = torch.unique(samples.labels)
-    count = min(count, len(labels), max(1, MAX_VIEWS // columns))
+    count = min(count, max(1, MAX_VIEWS // columns))
     blocks = []
-    for label in labels[torch.linspace(0, len(labels) - 1, count).round().long()].tolist():
+    for label in labels[evenly_spread(len(labels), count)].tolist():
         first = int((samples.labels == label).nonzero()[0])
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as observations:
             predicted = classifier(images).argmax(dim=1).tolist()
-            normalised = classifier.model.normalise(images)
-            outputs = [classifier.model.denormalise(last.view(normalised)) for last in last_of(observations)]
-        rows = [pixels_of(batch) for batch in (classifier.model.denormalise(normalised), *outputs)]
-        blocks.append((rows, [Line(classes[guess], BLACK if guess == label else RED) for guess in predicted]))
+            rows = transformer_images(classifier.model, images, observations)
+        blocks.append((rows, [[Line(classes[guess], BLACK if guess == label else RED)] for guess in predicted]))
     title = f"{title}: input above, output of the spatial transformer below, with the prediction, red if wrong"
     return draw_blocks(title, [name + views.unit for name in views.names], blocks)

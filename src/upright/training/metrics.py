@@ -128,7 +128,8 @@ class ClassScores(NamedTuple):
 
 def class_scores(confusion: Tensor) -> list[ClassScores]:
     """Return the scores of each class, from a confusion matrix ``(K, K)``: rows are labels, columns predictions."""
-    right, predicted, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
+    confusion = confusion.cpu()
+    right, predicted, support = confusion.diag().double(), confusion.sum(dim=0), confusion.sum(dim=1)
     precision, recall = right / predicted.clamp(min=1), right / support.clamp(min=1)
     f1 = 2 * right / (predicted + support).clamp(min=1)
     columns = (precision.tolist(), recall.tolist(), f1.tolist(), support.tolist())

@@ -1,19 +1,21 @@
 """Measure accuracy and consistency under known distortions, and how spatial transformers respond to rotation."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from kornia.filters import gaussian_blur2d
+from scipy.stats import circmean
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from upright.architectures.spatial_transformer import Observation, last_of
+from upright.architectures.spatial_transformer import Observation
 from upright.data.augmentation import RandomAffine, RandomCrop
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion
@@ -21,15 +23,19 @@ from upright.evidence.distortions import rotate, shift, zoom
 from upright.evidence.reporting.measures import uprightness_values
 from upright.evidence.reporting.subjects import BatchOutput, Floats, Subject
 from upright.images import Pixels
-from upright.intervals import Share, wilson
+from upright.intervals import wilson
 from upright.recipes import Recipe, recipe
-from upright.runs.drawing import pixels_of
+from upright.runs.plots import transformer_images
 from upright.training.uprightness import Uprightness, final_points
 from upright.warp import Padding, identity, pixel_centres, project_points, rotation_angle, warp
 
 SEED = 0
 """Seed of the sample of images, and of the noise."""
 ROTATION = "rotation"
+DEFAULT_ROTATION_DEGREES = 180.0
+"""Range of angles for the uprightness, in each direction, if the training data declare no rotation."""
+MIN_ROTATION_DEGREES = 15.0
+"""Smallest range of angles for the uprightness, in each direction."""
 KORNIA_BORDERS = {"zeros": "constant", "border": "replicate", "reflection": "reflect"}
 CHUNK = 64
 """Images per batch."""
@@ -40,14 +46,11 @@ class DistortionFamily:
     """A distortion of images that has several strengths, such as rotation.
 
     Args:
-        name: name of the distortion.
         unit: unit of the strengths.
-        strengths: strengths in ascending order, including ``none``.
-        none: strength that does not change an image.
+        strengths: strengths in ascending order, including ``none``, which does not change an image.
         change: function that distorts float images ``(B, C, H, W)`` in [0, 255] by a strength.
     """
 
-    name: str
     unit: str
     strengths: tuple[float, ...]
     none: float
@@ -60,17 +63,12 @@ class DistortionFamily:
         return self.change(images.float(), strength).round().clamp(0, 255).to(torch.uint8)
 
 
-def distortions(height: int, width: int, padding: Padding) -> list[DistortionFamily]:
-    """Return all distortions for images of one size.
+def distortions(height: int, width: int, padding: Padding) -> dict[str, DistortionFamily]:
+    """Return all distortions for images of one size, by name, with a padding beyond the border.
 
     Rotations are anticlockwise. Successive images are shifted to the right, up, left and down, by complete pixels and
     so without resampling. Shear is along x. Noise is Gaussian and clipped at black and white. Every strength scales the
     same noise.
-
-    Args:
-        height: height of the images.
-        width: width of the images.
-        padding: padding beyond the border.
     """
     aspect, side = width / height, min(height, width)
 
@@ -101,39 +99,33 @@ def distortions(height: int, width: int, padding: Padding) -> list[DistortionFam
     angles = tuple(range(-180, 181, 15))
     scales = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2)
     deviations = (0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-    return [
-        DistortionFamily(ROTATION, "degrees", angles, 0, lambda x, angle: warped(rotate(angle, aspect), x)),
-        DistortionFamily("scale", "factor", scales, 1, lambda x, factor: warped(zoom(factor), x)),
-        DistortionFamily("shift", "pixels", tuple(shifts), 0, shifted),
-        DistortionFamily("shear", "degrees", tuple(range(-50, 51, 10)), 0, sheared),
-        DistortionFamily("blur", "sigma in pixels", tuple(sigmas), 0, blurred),
-        DistortionFamily("noise", "deviation, white is 1", deviations, 0, noisy),
-    ]
+    return {
+        ROTATION: DistortionFamily("degrees", angles, 0, lambda x, angle: warped(rotate(angle, aspect), x)),
+        "scale": DistortionFamily("factor", scales, 1, lambda x, factor: warped(zoom(factor), x)),
+        "shift": DistortionFamily("pixels", tuple(shifts), 0, shifted),
+        "shear": DistortionFamily("degrees", tuple(range(-50, 51, 10)), 0, sheared),
+        "blur": DistortionFamily("sigma in pixels", tuple(sigmas), 0, blurred),
+        "noise": DistortionFamily("deviation, white is 1", deviations, 0, noisy),
+    }
 
 
 def trained_ranges(data: Recipe | None, height: int, width: int) -> dict[str, tuple[float, float]]:
-    """Return the range of each distortion in training, in units of `distortions`, if the recipe declares one.
+    """Return the range of each distortion in training, in units of `distortions`, as far as the recipe declares it.
 
     A distorted MNIST counts as an augmentation. Angles and shifts of several augmentations are added; their scales are
     multiplied.
-
-    Args:
-        data: recipe of the datamodule; None if it is unknown.
-        height: height of the images.
-        width: width of the images.
     """
-    side = min(height, width)
     angle = slant = offset = 0.0
     low = high = 1.0
     for augmentation in _geometric_augmentations(data or {}):
         if isinstance(augmentation, RandomAffine):
             angle, slant = angle + augmentation.rotate, slant + augmentation.shear
-            offset += augmentation.shift * side
+            offset += augmentation.shift * min(height, width)
             low, high = low * augmentation.scale[0], high * augmentation.scale[1]
         elif isinstance(augmentation, RandomCrop):
             offset += augmentation.padding
-    ranges = {ROTATION: (-min(angle, 180.0), min(angle, 180.0)), "scale": (low, high), "shift": (0.0, offset)}
-    ranges["shear"] = (-slant, slant)
+    angle = min(angle, 180.0)
+    ranges = {ROTATION: (-angle, angle), "scale": (low, high), "shift": (0.0, offset), "shear": (-slant, slant)}
     return {name: ends for name, ends in ranges.items() if ends[0] < ends[1]}
 
 
@@ -152,12 +144,9 @@ def _geometric_augmentations(data: Recipe) -> Iterator[nn.Module]:
 
 
 class Sample(NamedTuple):
-    """Images to distort. Each source image occurs once, in its least distorted view.
+    """Images to distort, uint8 ``(N, C, H, W)`` at the size of the network, with labels and transforms ``(N, 3, 3)``.
 
-    Args:
-        images: uint8 ``(N, C, H, W)``, at the size of the network.
-        labels: ``(N,)``.
-        transforms: transforms of the views, ``(N, 3, 3)``.
+    Each source image occurs once, in its least distorted view.
     """
 
     images: Tensor
@@ -183,100 +172,39 @@ def take_sample(data: ImageDataModule, split: str, count: int) -> Sample:
     return Sample(images, labels.numpy(), transforms)
 
 
-class InvarianceCurve(NamedTuple):
-    """Accuracy and consistency of a model at each strength of a distortion.
-
-    Args:
-        strengths: strengths in ascending order.
-        accuracy: share of correct predictions.
-        consistency: share of predictions that equal the prediction for the undistorted image.
-    """
-
-    strengths: tuple[float, ...]
-    accuracy: list[Share]
-    consistency: list[Share]
-
-
-class RotationResponse(NamedTuple):
-    """Response of a spatial transformer to rotation. For parallel transformers, N counts every output of an image.
-
-    Args:
-        angles: angles of the rotation, in degrees.
-        residual: angle after the transformer, minus that angle without rotation, in degrees from -180 to 180,
-            ``(A, N)``.
-        uprightness: measures of `Uprightness` over the angles ``within``, by name.
-        within: range of angles for the measures, see `evidence.gather`.
-    """
-
-    angles: tuple[float, ...]
-    residual: Floats
-    uprightness: dict[str, float] | None
-    within: tuple[float, float]
-
-    @property
-    def quartiles(self) -> Floats:
-        """Lower quartile, median and upper quartile of the residual angle, ``(3, A)``.
-
-        They are computed around the circular mean. Both directions are unwrapped from 0 degrees, so that curves do not
-        jump by 360 degrees.
-        """
-        radians = np.radians(self.residual)
-        centre = np.degrees(np.arctan2(np.sin(radians).mean(axis=1), np.cos(radians).mean(axis=1)))
-        spread = np.percentile(_wrap(self.residual - centre[:, None]), (25, 50, 75), axis=1)
-        start = self.angles.index(0)
-        backwards, forwards = (np.unwrap(part, period=360) for part in (centre[start::-1], centre[start:]))
-        quartiles: Floats = np.concatenate([backwards[:0:-1], forwards]) + spread
-        return quartiles
-
-
-class Invariance(NamedTuple):
-    """Curves of a model by name of the distortion, and its response to rotation."""
-
-    curves: dict[str, InvarianceCurve]
-    rotation_response: RotationResponse | None
-
-
 def measure_invariance(
-    subjects: Sequence[Subject],
+    subject: Subject,
     sample: Sample,
-    families: Sequence[DistortionFamily],
-    ranges: Sequence[tuple[float, float]],
-) -> list[Invariance]:
-    """Evaluate all models on the same distorted images.
+    families: Mapping[str, DistortionFamily],
+    ranges: Mapping[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """Return the entries ``invariance`` and ``uprightness`` of a model in ``report.json``.
 
-    Args:
-        subjects: the models.
-        sample: images to distort.
-        families: the distortions.
-        ranges: range of angles for the uprightness of each model.
+    The consistency is the share of predictions that equal the prediction for the undistorted image. ``ranges`` are
+    those of training. Uprightness covers the angles of the training rotation, and at least `MIN_ROTATION_DEGREES` in
+    each direction. It covers all angles if the training data declare no rotation.
     """
-    undistorted = [_outputs(subject, sample.images) for subject in subjects]
-    classes: list[dict[str, list[npt.NDArray[np.int64]]]] = [{family.name: [] for family in families} for _ in subjects]
-    observations: list[dict[float, list[list[Observation]]]] = [{} for _ in subjects]
-    steps = [(family, strength) for family in families for strength in family.strengths]
-    for family, strength in tqdm(steps, desc="distorting", unit="step", disable=None, leave=False):
-        images = family(sample.images, strength)
-        for index, subject in enumerate(subjects):
-            outputs = undistorted[index] if strength == family.none else _outputs(subject, images)
-            classes[index][family.name].append(_classes(outputs))
-            if family.name == ROTATION and subject.model is not None:
-                observations[index][strength] = [output.observations for output in outputs]
-    invariances = []
-    for index, expected in enumerate(map(_classes, undistorted)):
-        curves = {}
-        for family in families:
-            accuracy, consistency = (
-                [wilson(float((each == target).mean()), len(each)) for each in classes[index][family.name]]
-                for target in (sample.labels, expected)
-            )
-            curves[family.name] = InvarianceCurve(family.strengths, accuracy, consistency)
-        invariances.append(
-            Invariance(
-                curves,
-                _rotation_response(observations[index], sample, ranges[index]) if observations[index] else None,
-            )
-        )
-    return invariances
+    undistorted = _outputs(subject, sample.images)
+    curves: dict[str, Any] = {}
+    uprightness: dict[str, Any] = {"silent": subject.unobserved_reason}
+    for name, family in tqdm(families.items(), f"distorting for {subject.name}", disable=None, leave=False):
+        outputs = [
+            undistorted if strength == family.none else _outputs(subject, family(sample.images, strength))
+            for strength in family.strengths
+        ]
+        shares = {
+            measure: [wilson(float((_classes(each) == target).mean()), len(target)) for each in outputs]
+            for measure, target in (("accuracy", sample.labels), ("consistency", _classes(undistorted)))
+        }
+        changed = [index for index, strength in enumerate(family.strengths) if strength != family.none]
+        means = {measure: fmean(each[index].value for index in changed) for measure, each in shares.items()}
+        form = {"unit": family.unit, "none": family.none, "trained": ranges.get(name), "strengths": family.strengths}
+        curves[name] = form | shares | {"mean": means}
+        if name == ROTATION and subject.model:
+            end = max(ranges.get(ROTATION, (0.0, DEFAULT_ROTATION_DEGREES))[1], MIN_ROTATION_DEGREES)
+            observations = [[output.observations for output in each] for each in outputs]
+            uprightness = _rotation_response(dict(zip(family.strengths, observations, strict=True)), sample, end)
+    return {"invariance": curves, "uprightness": uprightness}
 
 
 def _outputs(subject: Subject, images: Tensor) -> list[BatchOutput]:
@@ -284,19 +212,16 @@ def _outputs(subject: Subject, images: Tensor) -> list[BatchOutput]:
 
 
 def _classes(outputs: list[BatchOutput]) -> npt.NDArray[np.int64]:
-    classes: npt.NDArray[np.int64] = np.concatenate([output.probabilities for output in outputs]).argmax(axis=1)
-    return classes
+    return np.asarray(np.concatenate([output.probabilities for output in outputs]).argmax(axis=1))
 
 
 def _rotation_response(
-    observations: dict[float, list[list[Observation]]], sample: Sample, within: tuple[float, float]
-) -> RotationResponse:
-    """Measure the residual angle of each rotation.
+    observations: Mapping[float, Sequence[list[Observation]]], sample: Sample, end: float
+) -> dict[str, Any]:
+    """Measure the response to rotation, from the observations of all batches at each angle.
 
-    Args:
-        observations: observations of all batches, by angle of the rotation.
-        sample: images before the rotation.
-        within: range of angles for the uprightness.
+    The measures of `Uprightness` cover the angles up to ``end`` in both directions. The residual angle is that after
+    the transformer, minus its value without rotation. Every output of parallel transformers counts.
     """
     height, width = sample.images.shape[-2:]
     aspect, points, measure = width / height, pixel_centres(4, 4), Uprightness()
@@ -309,25 +234,30 @@ def _rotation_response(
             sampling_points = final_points(partial(project_points, transforms), batch, points)
             rotations = [rotation_angle(each, points, aspect) for each in sampling_points]
             batch_angles.append(torch.stack(rotations))  # (branches, B)
-            if within[0] <= degrees <= within[1]:
+            if abs(degrees) <= end:
                 measure.update(groups, transforms, batch, aspect)
         residual.append(torch.cat(batch_angles, dim=1).flatten().double().numpy())
     angles = tuple(observations)
-    residual_degrees = _wrap(np.degrees(np.stack(residual) - residual[angles.index(0)]))
-    return RotationResponse(angles, residual_degrees, uprightness_values(measure), within)
+    quartiles = residual_quartiles(angles, np.degrees(np.stack(residual) - residual[angles.index(0)])).tolist()
+    left = dict(zip(("lower_quartile", "median", "upper_quartile"), quartiles, strict=True))
+    return {"within": (-end, end), "in_range": uprightness_values(measure), "angles": angles, "left": left}
+
+
+def residual_quartiles(angles: Sequence[float], residual: Floats) -> Floats:
+    """Return lower quartile, median and upper quartile ``(3, A)`` of residual angles ``(A, N)``, in degrees.
+
+    They are computed around the circular mean. Both directions are unwrapped from 0 degrees, so that curves do not
+    jump by 360 degrees.
+    """
+    centre = circmean(residual, low=-180, high=180, axis=1)
+    spread = np.percentile(np.remainder(residual - centre[:, None] + 180, 360) - 180, (25, 50, 75), axis=1)
+    start = angles.index(0)
+    backwards, forwards = (np.unwrap(part, period=360) for part in (centre[start::-1], centre[start:]))
+    return np.asarray(np.concatenate([backwards[:0:-1], forwards]) + spread)
 
 
 def transformer_views(subject: Subject, image: Tensor) -> list[Pixels]:
     """Return the output of each last transformer of a model for an image ``(1, C, H, W)``."""
-    model = subject.model
-    assert model is not None
-    normalised = model.normalise(image)
-    return [
-        pixels_of(model.denormalise(last.view(normalised)))[0] for last in last_of(subject.predict(image).observations)
-    ]
-
-
-def _wrap(degrees: Floats) -> Floats:
-    """Map angles to the range from -180 to 180."""
-    wrapped: Floats = np.remainder(degrees + 180, 360) - 180
-    return wrapped
+    assert subject.model is not None
+    _, *outputs = transformer_images(subject.model, image, subject.predict(image).observations)
+    return [pixels for (pixels,) in outputs]

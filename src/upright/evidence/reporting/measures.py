@@ -1,23 +1,25 @@
 """Measure accuracy, differences and calibration of models on the same images."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import brentq
 from scipy.special import softmax
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
 from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UserError
 from upright.evidence.reporting.subjects import Floats, Subject
 from upright.exporting.parity import Drop
 from upright.intervals import Share, clustered
+from upright.training.metrics import class_scores
 from upright.training.uprightness import Uprightness
 
 Integers = npt.NDArray[np.int64]
@@ -52,45 +54,36 @@ class Predictions:
     @cached_property
     def classes(self) -> Integers:
         """Predicted classes, ``(N,)``."""
-        classes: Integers = self.probabilities.argmax(axis=1)
-        return classes
-
-    @property
-    def correct(self) -> npt.NDArray[np.bool_]:
-        """True for each correct prediction, ``(N,)``."""
-        correct: npt.NDArray[np.bool_] = self.classes == self.labels
-        return correct
+        return np.asarray(self.probabilities.argmax(axis=1))
 
     @cached_property
-    def confusion(self) -> Integers:
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """True for each correct prediction, ``(N,)``."""
+        return np.asarray(self.classes == self.labels)
+
+    @cached_property
+    def confusion(self) -> Tensor:
         """Number of predictions by true class (row) and predicted class (column), ``(K, K)``."""
-        counts: Integers = confusion_matrix(self.labels, self.classes, labels=range(self.probabilities.shape[1]))
-        return counts
+        classes = range(self.probabilities.shape[1])
+        return torch.from_numpy(confusion_matrix(self.labels, self.classes, labels=classes))
 
     @cached_property
     def mistakes(self) -> Integers:
         """Indices of the wrong predictions, the most confident first."""
         wrong = np.flatnonzero(~self.correct)
-        order: Integers = wrong[np.argsort(-self.probabilities[wrong].max(axis=1), kind="stable")]
-        return order
+        return wrong[np.argsort(-self.probabilities[wrong].max(axis=1), kind="stable")]
 
-    def accuracy_record(self, classes: tuple[str, ...], names: list[str]) -> dict[str, Any]:
+    def record(self, classes: tuple[str, ...], names: list[str]) -> dict[str, Any]:
         """Return accuracy, top-k accuracy, scores of the classes, confusion matrix and mistakes for ``report.json``."""
-        ranked = np.argsort(-self.probabilities, axis=1, kind="stable")
-        hits = ranked == self.labels[:, None]
-        score = partial(precision_recall_fscore_support, self.labels, self.classes, zero_division=0)
-        scores = score(labels=range(len(classes)))
+        hits = np.argsort(-self.probabilities, axis=1, kind="stable") == self.labels[:, None]
+        scores = class_scores(self.confusion)
         # As in training, the macro mean covers the classes that occur as label or as prediction.
-        macro = score(average="macro")
-        columns = ("precision", "recall", "f1", "support")
+        occurring = [row for row, count in zip(scores, self.confusion.sum(dim=0), strict=True) if row.support or count]
         return {
             "accuracy": clustered(self.correct, self.groups),
             "top": {str(k): clustered(hits[:, :k].any(axis=1), self.groups) for k in TOP_K if k < len(classes)},
-            "macro": dict(zip(columns[:3], map(float, macro[:3]), strict=True)),
-            "classes": [
-                {"class": name} | dict(zip(columns, (*map(float, row[:3]), int(row[3])), strict=True))
-                for name, row in zip(classes, np.transpose(scores), strict=True)
-            ],
+            "macro": {name: fmean(getattr(row, name) for row in occurring) for name in ("precision", "recall", "f1")},
+            "classes": [{"class": name} | row._asdict() for name, row in zip(classes, scores, strict=True)],
             "confusion": self.confusion.tolist(),
             "mistakes": len(self.mistakes),
             "worst_mistakes": [
@@ -107,40 +100,32 @@ class Predictions:
 
 
 @torch.no_grad()
-def evaluate(subjects: list[Subject], data: ImageDataModule, split: str) -> list[Predictions]:
-    """Evaluate all models on a split. Every image is decoded once.
+def evaluate(subject: Subject, data: ImageDataModule, split: str) -> Predictions:
+    """Evaluate a model on a split.
 
     Raises:
-        UserError: if a model predicts NaN or infinity.
+        UserError: if it predicts NaN or infinity.
     """
-    measures = [Uprightness() if subject.model else None for subject in subjects]
-    confidences = [MeanMetric() for _ in subjects]
-    probabilities: list[list[Floats]] = [[] for _ in subjects]
-    labels, groups = [], []
-    aspect = data.spec.width / data.spec.height
-    for batch in tqdm(data.loader(split), desc=f"evaluating {split}", unit="batch", disable=None, leave=False):
+    upright, confidence, aspect = Uprightness(), MeanMetric(), data.spec.width / data.spec.height
+    rows, labels, groups = [], [], []
+    title = f"evaluating {subject.name} on {split}"
+    for batch in tqdm(data.loader(split), desc=title, unit="batch", disable=None, leave=False):
+        output = subject.output(batch.images)
+        rows.append(output.probabilities)
         labels.append(batch.labels)
         groups.append(batch.group)
-        for subject, rows, measure, confidence in zip(subjects, probabilities, measures, confidences, strict=True):
-            output = subject.predict(batch.images)
-            if not np.isfinite(output.probabilities).all():
-                raise UserError(f"'{subject.origin.path}' predicts NaN or infinity; train or export it again.")
-            rows.append(output.probabilities)
-            if measure:
-                measure.update(batch.group, batch.transforms, output.observations, aspect)
-            for observation in output.observations:
-                if observation.confidence is not None:
-                    confidence.update(observation.confidence)
-    common = (torch.cat(labels).numpy(), torch.cat(groups).numpy())
-    return [
-        Predictions(
-            np.concatenate(rows),
-            *common,
-            uprightness_values(measure) if measure else None,
-            float(confidence.compute()) if confidence.update_called else None,
-        )
-        for rows, measure, confidence in zip(probabilities, measures, confidences, strict=True)
-    ]
+        if subject.model:
+            upright.update(batch.group, batch.transforms, output.observations, aspect)
+        for observation in output.observations:
+            if observation.confidence is not None:
+                confidence.update(observation.confidence)
+    return Predictions(
+        np.concatenate(rows),
+        torch.cat(labels).numpy(),
+        torch.cat(groups).numpy(),
+        uprightness_values(upright) if subject.model else None,
+        float(confidence.compute()) if confidence.update_called else None,
+    )
 
 
 def uprightness_values(measure: Uprightness) -> dict[str, float] | None:
@@ -167,15 +152,7 @@ def difference(first: Predictions, other: Predictions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions with a confidence in ``(above, to]``.
-
-    Args:
-        above: lower bound.
-        to: upper bound.
-        count: number of predictions.
-        confidence: mean confidence; None if the bin is empty.
-        accuracy: accuracy with its interval; None if the bin is empty.
-    """
+    """Predictions with a confidence in ``(above, to]``: mean confidence and accuracy, None if the bin is empty."""
 
     above: float
     to: float
@@ -184,72 +161,46 @@ class Bin:
     accuracy: Share | None
 
 
-class Calibration(NamedTuple):
-    """Calibration of a model, without and with a temperature that was fitted on the validation split.
+def calibrate(predictions: Predictions, validation: Predictions | None) -> dict[str, Any]:
+    """Measure the calibration, without and with a temperature that is fitted on the validation split.
 
-    Args:
-        log_loss: mean negative log-likelihood, in nats.
-        error: expected calibration error.
-        bins: predictions by confidence, see `reliability`.
-        temperature: the fitted temperature; None without one.
-        reason: reason for a missing temperature.
-        log_loss_after: log loss with the temperature.
-        error_after: calibration error with the temperature.
-        bins_after: bins with the temperature.
+    ``validation`` is None if this is the evaluated split. The result has ``log_loss`` (nats), the expected calibration
+    ``error`` and the ``bins`` of `reliability`, the ``temperature``, and the measures with it: ``log_loss_after`` and
+    so on. Without a temperature, these are None, and there is a ``reason``.
     """
 
-    log_loss: float
-    error: float
-    bins: list[Bin]
-    temperature: float | None = None
-    reason: str = ""
-    log_loss_after: float | None = None
-    error_after: float | None = None
-    bins_after: list[Bin] | None = None
-
-
-def calibrate(predictions: Predictions, validation: Predictions | None) -> Calibration:
-    """Measure calibration, with a temperature fitted on the validation split.
-
-    Args:
-        predictions: predictions for the evaluated split.
-        validation: predictions for the validation split; None if this is the evaluated split.
-    """
-
-    def measure(probabilities: Floats) -> tuple[float, float, list[Bin]]:
+    def measure(probabilities: Floats) -> dict[str, Any]:
         bins = reliability(probabilities, predictions.labels, predictions.groups)
-        return log_loss(probabilities, predictions.labels), calibration_error(bins), bins
+        return {"log_loss": log_loss(probabilities, predictions.labels), "error": calibration_error(bins), "bins": bins}
 
     before = measure(predictions.probabilities)
-    if validation is None:
-        return Calibration(*before, reason="it is fitted on the validation split, which this report evaluates")
-    temperature = fit_temperature(validation.probabilities, validation.labels)
-    if temperature is None:
-        return Calibration(
-            *before,
-            reason="the loss on the validation split has no minimum, because no prediction is wrong, or the "
-            "predictions are not better than chance",
-        )
-    return Calibration(*before, temperature, "", *measure(apply_temperature(predictions.probabilities, temperature)))
+    temperature, reason = None, "it is fitted on the validation split, which this report evaluates"
+    if validation:
+        temperature, reason = fit_temperature(validation.probabilities, validation.labels), ""
+        if temperature is None:
+            reason = (
+                "the loss on the validation split has no minimum, because no prediction is wrong, or the predictions "
+                "are not better than chance"
+            )
+    tempered = temperature and measure(apply_temperature(predictions.probabilities, temperature))
+    after = {f"{name}_after": tempered and tempered[name] for name in before}
+    return before | {"temperature": temperature, "reason": reason} | after
 
 
 def reliability(probabilities: Floats, labels: Integers, groups: Integers) -> list[Bin]:
     """Group predictions by confidence.
 
-    Args:
-        probabilities: probabilities of the classes, ``(N, K)``.
-        labels: true classes, ``(N,)``.
-        groups: index of the source image of each prediction, ``(N,)``.
+    The arrays are probabilities of the classes ``(N, K)``, true classes ``(N,)`` and indices of source images ``(N,)``.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    bin_indices = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    numbers = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = []
-    for index in range(BINS):
-        inside = bin_indices == index
+    for number in range(BINS):
+        inside = numbers == number
         mean = float(confidence[inside].mean()) if inside.any() else None
         accuracy = clustered(correct[inside], groups[inside]) if inside.any() else None
-        bins.append(Bin(index / BINS, (index + 1) / BINS, int(inside.sum()), mean, accuracy))
+        bins.append(Bin(number / BINS, (number + 1) / BINS, int(inside.sum()), mean, accuracy))
     return bins
 
 
@@ -270,19 +221,14 @@ def log_loss(probabilities: Floats, labels: Integers) -> float:
 
 def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
     """Return the probabilities ``(N, K)`` for the same logits divided by ``temperature``."""
-    scaled: Floats = softmax(_logits(probabilities) / temperature, axis=1)
-    return scaled
+    return np.asarray(softmax(_logits(probabilities) / temperature, axis=1))
 
 
 def fit_temperature(probabilities: Floats, labels: Integers) -> float | None:
     """Return the temperature with the lowest `log_loss` (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
-    Args:
-        probabilities: probabilities for images that the model was not trained on, ``(N, K)``.
-        labels: true classes, ``(N,)``.
-
-    Returns:
-        None if there is no minimum within `TEMPERATURES`.
+    The probabilities ``(N, K)`` are those of images that the model was not trained on, with labels ``(N,)``. The result
+    is None if there is no minimum within `TEMPERATURES`.
     """
     logits = _logits(probabilities)
     true = logits[np.arange(len(labels)), labels]
@@ -299,5 +245,4 @@ def fit_temperature(probabilities: Floats, labels: Integers) -> float | None:
 
 def _logits(probabilities: Floats) -> Floats:
     """Return the logits up to a constant per row, which softmax ignores."""
-    logits: Floats = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    return logits
+    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))

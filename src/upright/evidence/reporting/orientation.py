@@ -1,32 +1,28 @@
 """A report on models that estimate the orientation: their errors at all angles, and their confidence."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from upright.data.cache import to_tensor
-from upright.data.datamodule import ImageDataModule
-from upright.errors import UserError
-from upright.evidence.reporting.figures import draw_abstention, draw_circle
+from upright.evidence.reporting.figures import Models, draw_abstention, draw_circle
 from upright.evidence.reporting.measures import BINS
+from upright.evidence.reporting.page import Figures
 from upright.evidence.reporting.subjects import Floats, Group, Subject
 from upright.exporting.parity import Threshold
-from upright.intervals import clustered, wilson
-from upright.runs.drawing import draw_turns
-from upright.runs.plots import COMPASS
+from upright.intervals import Share, clustered, wilson
+from upright.runs.drawing import evenly_spread
+from upright.runs.plots import draw_turns, turned
 from upright.runtime.task import QUARTER, deviation
-from upright.warp import resize, rotation, warp
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from upright.warp import resize
 
 DEGREES = tuple(range(-180, 180, 15))
 """Angles of each image, in degrees anticlockwise."""
@@ -35,42 +31,31 @@ ENLARGEMENT = 4
 PICTURES = 6
 
 
-class Answers(NamedTuple):
-    """Answers of one model for ``N`` images at ``A`` angles.
-
-    Args:
-        angles: estimated angles in degrees, ``(N, A)``.
-        confidences: their confidences, ``(N, A)``.
-    """
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Angles of one model in degrees, and their confidences, for ``N`` images at ``A`` angles, both ``(N, A)``."""
 
     angles: Floats
     confidences: Floats
 
-    @property
+    @cached_property
     def errors(self) -> Floats:
         """Errors in degrees, from 0 to 180, ``(N, A)``."""
         return deviation(self.angles - np.array(DEGREES)).astype(float)
 
-    @property
+    @cached_property
     def right(self) -> npt.NDArray[np.bool_]:
         """True for each answer that chooses the right side, ``(N, A)``."""
-        right: npt.NDArray[np.bool_] = self.errors < QUARTER
-        return right
+        return np.asarray(self.errors < QUARTER)
 
     def record(self, threshold: float | None) -> dict[str, Any]:
-        """Return the measures for ``report.json``.
-
-        Args:
-            threshold: threshold of the confidence of a bundle, if it has one.
-        """
+        """Return the measures for ``report.json``. A bundle may have a threshold of the confidence."""
         errors, right = self.errors, self.right
-        groups = np.repeat(np.arange(len(errors)), len(DEGREES))
-        quarters = np.array(DEGREES) % 90 == 0
         confidences, sides = (torch.from_numpy(each.ravel()) for each in (self.confidences, right))
         above = self.confidences >= (threshold or 0.0)
         return {
-            "right_side": clustered(right.ravel(), groups),
-            "quarter_turns": clustered(right[:, quarters].ravel(), np.repeat(np.arange(len(errors)), quarters.sum())),
+            "right_side": _share(right),
+            "quarter_turns": _share(right[:, np.array(DEGREES) % 90 == 0]),
             "degrees": {
                 "median": float(np.median(errors)),
                 "mean": float(errors.mean()),
@@ -97,18 +82,76 @@ class Answers(NamedTuple):
         return counts / len(order), np.cumsum(~self.right.ravel()[order]) / counts
 
 
-def largest_side(data: ImageDataModule) -> int:
-    """Return the largest side of the images that are rotated, in pixels."""
-    return ENLARGEMENT * data.spec.height
+@dataclass(frozen=True)
+class Evidence:
+    """The content of a report on orientations: the answers of each model, and the rotated images ``(1, C, S, S)``."""
+
+    group: Group
+    split: str
+    originals: list[Tensor]
+    answers: list[Answers]
+    template = "orientation.html"
+
+    def record(self) -> dict[str, Any]:
+        """Return the entries of ``report.json`` that only these models have."""
+        data = {
+            "sources": len(self.originals),
+            "angles": len(DEGREES),
+            "largest": ENLARGEMENT * self.group.data.spec.height,
+        }
+        pairs = zip(self.group.subjects, self.answers, strict=True)
+        return {"data": data, "models": [answers.record(_threshold(subject)) for subject, answers in pairs]}
+
+    def draw(self, models: Models) -> Figures:
+        """Return all figures by name: ``circle``, ``abstention``, and ``pictures-N`` of each model."""
+        curves = [answers.abstention() for answers in self.answers]
+        figures: Figures = {"circle": draw_circle(models), "abstention": draw_abstention(models, curves)}
+        images = [self.originals[place] for place in evenly_spread(len(self.originals), PICTURES)]
+        for number, subject in enumerate(self.group.subjects, start=1):
+            figures[f"pictures-{number}"] = draw_turns("", images, partial(_answers, subject))
+        return figures
+
+    @staticmethod
+    def summary(model: dict[str, Any]) -> str:
+        """Return a line about a model of the record."""
+        share = model["right_side"]
+        return (
+            f"{model['name']}: right side {share['value']:.4f} (95 %: {share['low']:.4f} to {share['high']:.4f}), "
+            f"{model['quarter_turns']['value']:.4f} at exact quarter turns, median error "
+            f"{model['degrees']['median']:.1f} degrees, calibration error {model['calibration_error']:.4f}."
+        )
 
 
-def turned(pixels: Tensor, degrees: Sequence[int]) -> Tensor:
-    """Rotate a square image ``(1, C, S, S)`` by each angle anticlockwise, ``(A, C, S, S)``, values 0 to 255."""
-    images = warp(pixels.expand(len(degrees), -1, -1, -1), rotation(torch.tensor(degrees).deg2rad()), "reflection")
-    for number, angle in enumerate(degrees):
-        if angle % 90 == 0:
-            images[number] = torch.rot90(pixels[0], angle // 90, (1, 2))
-    return images.round().clamp(0, 255)
+def gather(group: Group, split: str, images: int) -> Evidence:
+    """Compute the answers of all models for evenly spaced originals of a split, at all angles.
+
+    Raises:
+        UserError: if a model answers with NaN or infinity.
+    """
+    subjects, data = group
+    indices = data.splits[split]
+    chosen = indices[np.linspace(0, len(indices) - 1, min(images, len(indices))).astype(int)]
+    originals = [square(data.source.images[i], ENLARGEMENT * data.spec.height) for i in chosen.tolist()]
+    rows: list[list[Floats]] = [[] for _ in subjects]
+    for image in tqdm(originals, desc="rotating", unit="image", disable=None, leave=False):
+        batch = turned(image, DEGREES)
+        for subject, answers in zip(subjects, rows, strict=True):
+            answers.append(_answers(subject, batch))
+    return Evidence(group, split, originals, [Answers(*np.moveaxis(np.stack(answers), 2, 0)) for answers in rows])
+
+
+def _answers(subject: Subject, images: Tensor) -> Floats:
+    return subject.output(images).probabilities
+
+
+def _share(right: npt.NDArray[np.bool_]) -> Share:
+    """Return the share of right answers ``(N, A)``; those for one image are not independent."""
+    return clustered(right.ravel(), np.repeat(np.arange(len(right)), right.shape[1]))
+
+
+def _threshold(subject: Subject) -> float | None:
+    bundle = subject.origin.bundle
+    return bundle.manifest.get("orientation", {}).get("threshold") if bundle else None
 
 
 def square(pixels: npt.NDArray[np.uint8], largest: int) -> Tensor:
@@ -120,45 +163,3 @@ def square(pixels: npt.NDArray[np.uint8], largest: int) -> Tensor:
     # Means of whole pixels first: the exact filter takes long for a large photograph.
     image = avg_pool2d(image, max(1, side // (2 * largest)))
     return resize(image, largest, largest, "crop")
-
-
-def chosen(data: ImageDataModule, split: str, count: int) -> list[Tensor]:
-    """Return evenly spaced originals of a split, see `square`."""
-    indices = data.splits[split]
-    indices = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
-    return [square(data.source.images[i], largest_side(data)) for i in indices.tolist()]
-
-
-def measure(subjects: Sequence[Subject], images: Sequence[Tensor]) -> list[Answers]:
-    """Return the answers of all models for all images at all angles.
-
-    Raises:
-        UserError: if a model answers with NaN or infinity.
-    """
-    rows: list[list[Floats]] = [[] for _ in subjects]
-    for image in tqdm(images, desc="rotating", unit="image", disable=None, leave=False):
-        batch = turned(image, DEGREES).to(torch.uint8)
-        for subject, answers in zip(subjects, rows, strict=True):
-            answers.append(subject.predict(batch).probabilities)
-            if not np.isfinite(answers[-1]).all():
-                raise UserError(f"'{subject.origin.path}' answers with NaN or infinity; train or export it again.")
-    return [Answers(*np.moveaxis(np.stack(answers), 2, 0)) for answers in rows]
-
-
-def draw(group: Group, answers: Sequence[Answers], images: Sequence[Tensor]) -> dict[str, "Image.Image | Figure"]:
-    """Return all figures by name: ``circle``, ``abstention``, and ``pictures-N`` of each model."""
-    names = [subject.name for subject in group.subjects]
-    figures: dict[str, Image.Image | Figure] = {
-        "circle": draw_circle(names, DEGREES, [each.right for each in answers], [each.errors for each in answers]),
-        "abstention": draw_abstention(names, [each.abstention() for each in answers]),
-    }
-    places = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).astype(int).tolist()
-    for number, subject in enumerate(group.subjects, start=1):
-        blocks = []
-        for place in places:
-            before = turned(images[place], COMPASS)
-            rows = subject.predict(before.to(torch.uint8)).probabilities
-            after = warp(before, rotation(-torch.from_numpy(rows[:, 0]).float().deg2rad()), "reflection")
-            blocks.append((before, after, rows))
-        figures[f"pictures-{number}"] = draw_turns("", COMPASS, blocks)
-    return figures

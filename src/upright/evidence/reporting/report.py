@@ -1,21 +1,26 @@
 """``upright report``: compare models on one self-contained page."""
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+import platform
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from upright.errors import UserError
+from upright.evidence.reporting import evidence as classification
 from upright.evidence.reporting import orientation
-from upright.evidence.reporting.evidence import gather, orientation_record, to_record
-from upright.evidence.reporting.page import Figures, draw_all, embed, write_page
+from upright.evidence.reporting.page import PAGE, write_page
 from upright.evidence.reporting.subjects import Subject, open_subjects
-from upright.files import check_replaceable, replacing_folder
+from upright.files import check_replaceable, file_hash, replacing_folder
 from upright.runs.folder import ROOT
 from upright.runs.seal import open_test_split
 
-PAGE, RECORD = "report.html", "report.json"
+RECORD = "report.json"
+FORMAT = 2
+PACKAGES = ("upright", "torch", "onnxruntime", "numpy", "kornia")
 
 
 def report(
@@ -53,22 +58,15 @@ def report(
     for subject in group.subjects:
         if split == "test" and subject.folder:
             open_test_split(subject.file, subject.folder, group.data, "upright report")
-    if group.data.spec.classes:
-        evidence = gather(group, split, images)
-        template, record, summary = "report.html", to_record(evidence, data), _summary
-        draw: Callable[[], Figures] = partial(draw_all, evidence)
-    else:
-        originals = orientation.chosen(group.data, split, images)
-        answers = orientation.measure(group.subjects, originals)
-        template, record = "orientation.html", orientation_record(group, answers, split, data)
-        draw, summary = partial(orientation.draw, group, answers, originals), _orientation_summary
+    evidence = (classification if group.data.spec.classes else orientation).gather(group, split, images)
+    record = _record(evidence, data)
     print("Drawing figures ...", flush=True)
     with replacing_folder(target) as folder:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
-        write_page(folder / PAGE, template, record, embed(draw(), folder, vector))
+        write_page(folder, evidence.template, record, evidence.draw(record["models"]), vector)
     for model in record["models"]:
-        print(summary(model))
+        print(evidence.summary(model))
     print(f"Page: {target / PAGE}")
     return 0
 
@@ -81,29 +79,52 @@ def _folder_name(subjects: Sequence[Subject]) -> str:
     return name
 
 
-def _orientation_summary(model: dict[str, Any]) -> str:
-    share, degrees = model["right_side"], model["degrees"]
-    return (
-        f"{model['name']}: right side {share['value']:.4f} (95 %: {share['low']:.4f} to {share['high']:.4f}), "
-        f"{model['quarter_turns']['value']:.4f} at exact quarter turns, median error {degrees['median']:.1f} degrees, "
-        f"calibration error {model['calibration_error']:.4f}."
+def _record(evidence: classification.Evidence | orientation.Evidence, data_yaml: str | None) -> dict[str, Any]:
+    """Return the content of ``report.json``. ``data_yaml`` is the YAML of data, if the user gave one."""
+    subjects, data = evidence.group
+    spec, own = data.spec, evidence.record()
+    common = {
+        "class_path": data.recipe["class_path"],
+        "chosen": data_yaml,
+        "split": evidence.split,
+        "digest": data.manifest.digest,
+        "size": [spec.channels, spec.height, spec.width],
+    }
+    plain: dict[str, Any] = _plain(
+        {
+            "format": FORMAT,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **own,
+            "data": common | own["data"],
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "models": [_file_record(*pair) for pair in zip(subjects, own["models"], strict=True)],
+        }
     )
+    return plain
 
 
-def _summary(model: dict[str, Any]) -> str:
-    share, calibration = model["accuracy"], model["calibration"]
-    line = (
-        f"{model['name']}: accuracy {share['value']:.4f} (95 %: {share['low']:.4f} to {share['high']:.4f}), "
-        f"calibration error {calibration['error']:.4f}"
-    )
-    if calibration["temperature"]:
-        line += f", {calibration['error_after']:.4f} at temperature {calibration['temperature']:.3f}"
-    if upright := model["uprightness"].get("in_range"):
-        line += (
-            f", uprightness {upright['uprightness']:.3f}, median deviation "
-            f"{upright['relative_degrees_median']:.1f} degrees relative and "
-            f"{upright['absolute_degrees_median']:.1f} absolute"
-        )
-    if change := model["difference"]:
-        line += f"; {change['points']:+.2f} points to the first model ({change['low']:+.2f} to {change['high']:+.2f})"
-    return f"{line}."
+def _file_record(subject: Subject, measures: dict[str, Any]) -> dict[str, Any]:
+    origin = subject.origin
+    return {
+        "name": subject.name,
+        "kind": subject.kind,
+        "path": origin.path,
+        "bytes": len(subject.file.read_bytes()),
+        "sha256": file_hash(subject.file),
+        "network": origin.network["class_path"] if origin.network else "unknown",
+        "run": origin.run,
+        "git_commit": origin.git_commit,
+        "unseen": subject.unseen,
+        **measures,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return named tuples and dataclasses as dicts, recursively."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

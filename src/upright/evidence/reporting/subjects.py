@@ -47,18 +47,9 @@ class BatchOutput(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Metadata of a model file. Fields that the file does not record are None or empty.
+    """Metadata of a model file, from ``path`` on the command line. Fields that it does not record are None or empty.
 
-    Args:
-        path: path as the user gave it on the command line.
-        name: name of the run, or of the bundle's folder.
-        spec: format of the images.
-        network: recipe of the network.
-        data: recipe of the training data.
-        digest: digest of the split.
-        run: name and id of the run.
-        git_commit: commit of the code that trained the model.
-        bundle: None for a checkpoint.
+    ``name`` is that of the run or of the bundle's folder, and ``digest`` that of the split.
     """
 
     path: str
@@ -82,10 +73,9 @@ class Subject:
         file: file with the weights.
         folder: folder of the run; None if the run of a bundle is no longer in ``checkpoints``.
         unseen: True if the model was certainly not trained on the images of the report.
-        model: the PyTorch model, which normalises images and computes the outputs of the transformers; None without
-            observations.
-        unobserved_reason: reason for missing observations.
         predict: function from uint8 images ``(B, C, H, W)`` to a `BatchOutput`.
+        model: the PyTorch model, whose transformers are observed; None without observations.
+        unobserved_reason: reason for missing observations.
         name: name that is unique in the report.
     """
 
@@ -94,10 +84,21 @@ class Subject:
     file: Traversable
     folder: Path | None
     unseen: bool
-    model: Model | None
-    unobserved_reason: str
     predict: Callable[[Tensor], BatchOutput]
+    model: Model | None = None
+    unobserved_reason: str = ""
     name: str = ""
+
+    def output(self, images: Tensor) -> BatchOutput:
+        """Return the output for uint8 images ``(B, C, H, W)``.
+
+        Raises:
+            UserError: if it has NaN or infinity.
+        """
+        output = self.predict(images)
+        if not np.isfinite(output.probabilities).all():
+            raise UserError(f"'{self.origin.path}' predicts NaN or infinity; train or export it again.")
+        return output
 
 
 class Group(NamedTuple):
@@ -110,12 +111,9 @@ class Group(NamedTuple):
 def open_subjects(
     paths: Sequence[str], data: str | None = None, precisions: Sequence[str] = DEFAULT_PRECISIONS
 ) -> Group:
-    """Load models, and the data of the first one.
+    """Load checkpoints, runs and bundles (each in all ``precisions``), and the data of the first one.
 
-    Args:
-        paths: checkpoints, folders of runs, and bundles.
-        data: path of a YAML of data to use instead; None uses the data of the first model.
-        precisions: precisions to load of each bundle.
+    ``data`` is the path of a YAML of data to use instead.
 
     Raises:
         UserError: if a path is not a model or cannot be loaded; if classes or channels differ; if splits differ and
@@ -154,44 +152,35 @@ def open_subjects(
 
 def _origin(path: str) -> Origin:
     folder = Path(path)
+    bundle, record = None, dict[str, Any]()
     if folder.name.endswith(ARCHIVE_SUFFIX) or (folder / SUMS).is_file() or (folder / MANIFEST).is_file():
         bundle = Bundle.open(folder)
-        provenance = bundle.manifest["provenance"]
-        return Origin(
-            path,
-            bundle.name,
-            bundle.spec,
-            _recipe_or_none(_dict_or_empty(provenance["model"].get("init_args")).get("network")),
-            _recipe_or_none(provenance.get("data")),
-            _dict_or_empty(provenance.get("split")).get("digest"),
-            _dict_or_empty(provenance.get("run")),
-            provenance.get("git_commit"),
-            bundle,
-        )
-    if not (folder.is_file() or (folder / "best.ckpt").is_file()) and folder.exists():
+        name, spec, record = bundle.name, bundle.spec, bundle.manifest["provenance"]
+    elif folder.exists() and not (folder.is_file() or (folder / "best.ckpt").is_file()):
         raise UserError(
             f"'{path}' is neither a run (it has no best.ckpt) nor a bundle (no {SUMS}); give a checkpoint, the folder "
             "of a run, or a bundle."
         )
-    record = read_checkpoint(path)[KEY]
+    else:
+        record = read_checkpoint(path)[KEY]
+        name, spec = record["run"]["name"], ImageSpec.from_dict(record["spec"])
+
+    # The manifest of a bundle from elsewhere may hold anything here.
+    def entries(value: Any) -> dict[str, Any]:
+        return value if isinstance(value, dict) else {}
+
+    network, data = entries(entries(record["model"].get("init_args")).get("network")), entries(record.get("data"))
     return Origin(
         path,
-        record["run"]["name"],
-        ImageSpec.from_dict(record["spec"]),
-        record["model"]["init_args"]["network"],
-        record["data"],
-        record["split"] and record["split"]["digest"],
-        record["run"],
-        record["git_commit"],
+        name,
+        spec,
+        network if "class_path" in network else None,
+        data if "class_path" in data else None,
+        entries(record.get("split")).get("digest"),
+        entries(record.get("run")),
+        record.get("git_commit"),
+        bundle,
     )
-
-
-def _dict_or_empty(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _recipe_or_none(value: Any) -> Recipe | None:
-    return value if isinstance(value, dict) and "class_path" in value else None
 
 
 def _data_of(origin: Origin) -> ImageDataModule:
@@ -221,12 +210,9 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
         return BatchOutput(model.answers(logits).double().numpy(), observations)
 
     file = find_checkpoint(origin.path)
-    has_transformer = _has_transformer(model)
-    observable, unobserved_reason = (model, "") if has_transformer else (None, NO_TRANSFORMER)
+    observed = (model, "") if _has_transformer(model) else (None, NO_TRANSFORMER)
     # `restore` refuses images that the model was trained on, if the checkpoint records them.
-    subject = Subject(
-        origin, "PyTorch", file, file.parent, origin.digest is not None, observable, unobserved_reason, predict
-    )
+    subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, predict, *observed)
     return subject, restored.image_data("A report distorts original images")
 
 
@@ -240,19 +226,8 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
     fixed_size = (size[0], size[1]) if all(isinstance(side, int) for side in size) else None
     step = batch if isinstance(batch, int) else BATCH
     thetas = [name for name in bundle.manifest["other_outputs"] if name.partition("_")[0] == "theta"]
-    model, template, unobserved_reason = None, list[Observation](), ""
-    try:
-        model = _build_untrained(origin) if bundle.spec.classes else None
-    except UprightError as error:  # the class of the network may be missing on this machine
-        unknown = "the meaning of theta is unknown" if thetas else "it is unknown whether it has a spatial transformer"
-        thetas, unobserved_reason = [], f"{unknown}: {error}"
-    else:
-        if model and thetas:
-            template = _observations(model)
-        elif model and _has_transformer(model):
-            model, unobserved_reason = None, "the bundle has no output theta; `upright export --outputs theta` adds it"
-        else:
-            model, unobserved_reason = None, NO_TRANSFORMER
+    model, unobserved_reason = _observed_model(origin, bool(thetas))
+    thetas, template = (thetas, _observations(model)) if model else ([], [])
 
     def predict(images: Tensor) -> BatchOutput:
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -263,14 +238,10 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
             for start in range(0, len(pixels), step)
         ]
         probabilities, *values = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return BatchOutput(
-            probabilities.astype(float), _with_thetas(template, [torch.from_numpy(each) for each in values])
-        )
+        return BatchOutput(probabilities.astype(float), _with_thetas(template, [*map(torch.from_numpy, values)]))
 
-    folder = _run_folder(origin.run)
-    return Subject(
-        origin, f"ONNX {precision}", bundle.model(precision), folder, unseen, model, unobserved_reason, predict
-    )
+    kind, file, folder = f"ONNX {precision}", bundle.model(precision), _run_folder(origin.run)
+    return Subject(origin, kind, file, folder, unseen, predict, model, unobserved_reason)
 
 
 def _run_folder(run: dict[str, Any]) -> Path | None:
@@ -283,16 +254,29 @@ def _run_folder(run: dict[str, Any]) -> Path | None:
     return None
 
 
-def _build_untrained(origin: Origin) -> Model:
-    """Build the network of a bundle, whose structure defines the meaning of theta. Its weights are not used."""
-    if origin.network is None:
-        raise UserError("the manifest does not record the network")
-    with torch.random.fork_rng(devices=[]):
-        try:
+def _observed_model(origin: Origin, has_theta: bool) -> tuple[Model | None, str]:
+    """Return the model of a bundle whose spatial transformers can be observed, or the reason why there is none.
+
+    The structure of the network defines the meaning of theta. Its weights are not used.
+    """
+    if not origin.spec.classes:
+        return None, NO_TRANSFORMER
+    try:
+        if origin.network is None:
+            raise UserError("the manifest does not record the network")
+        with torch.random.fork_rng(devices=[]):
             network = build(origin.network)(origin.spec.input_shape, len(origin.spec.classes))
-        except (TypeError, ValueError) as error:  # the installed class takes other arguments
-            raise UserError(str(error)) from None
-    return Model(origin.spec, network).eval()
+    except (UprightError, TypeError, ValueError) as error:  # this machine may have no such class, or another one
+        unknown = (
+            "the meaning of theta is unknown" if has_theta else "it is unknown whether it has a spatial transformer"
+        )
+        return None, f"{unknown}: {error}"
+    model = Model(origin.spec, network).eval()
+    if not _has_transformer(model):
+        return None, NO_TRANSFORMER
+    if not has_theta:
+        return None, "the bundle has no output theta; `upright export --outputs theta` adds it"
+    return model, ""
 
 
 @torch.no_grad()
@@ -314,14 +298,14 @@ def _with_thetas(template: list[Observation], thetas: list[Tensor]) -> list[Obse
 
 def _with_names(subjects: list[Subject]) -> list[Subject]:
     """Return the subjects, each with the shortest name that is unique among them."""
-    results = []
-    for one in subjects:
-        for form in ("{0}", "{0} ({1})", "{0} ({1}, {2})"):
-            names = [form.format(each.origin.name, each.kind, each.origin.path) for each in subjects]
-            name = form.format(one.origin.name, one.kind, one.origin.path)
-            if names.count(name) == 1:
-                results.append(replace(one, name=name))
-                break
-        else:
-            raise UserError(f"'{one.origin.path}' is given twice; give different models.")
-    return results
+    forms = [
+        (each.origin.name, f"{each.origin.name} ({each.kind})", f"{each.origin.name} ({each.kind}, {each.origin.path})")
+        for each in subjects
+    ]
+    named = []
+    for subject, names in zip(subjects, forms, strict=True):
+        unique = [name for name, others in zip(names, zip(*forms, strict=True), strict=True) if others.count(name) == 1]
+        if not unique:
+            raise UserError(f"'{subject.origin.path}' is given twice; give different models.")
+        named.append(replace(subject, name=unique[0]))
+    return named

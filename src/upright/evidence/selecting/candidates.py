@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,14 +30,10 @@ FINAL_STATES = ("complete", "pruned", "failed")
 
 
 class Candidate(NamedTuple):
-    """A run that `upright select` may choose.
+    """A run that `upright select` may choose, with the number of its validated epochs.
 
-    Args:
-        name: name that is unique among the candidates.
-        folder: folder of the run.
-        state: ``complete``, ``pruned``, ``failed``, or ``elsewhere`` if its checkpoint is not on this machine. Only
-            complete runs are ranked.
-        epochs: number of validated epochs.
+    Its state is ``complete``, ``pruned``, ``failed``, or ``elsewhere`` if its checkpoint is not on this machine. Only
+    complete runs are ranked.
     """
 
     name: str
@@ -46,7 +43,6 @@ class Candidate(NamedTuple):
 
     @property
     def checkpoint(self) -> Path:
-        """Path of the best checkpoint."""
         return self.folder / "best.ckpt"
 
 
@@ -116,22 +112,18 @@ class ValidationPredictions:
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """True for each correct prediction, ``(n,)``."""
-        correct: npt.NDArray[np.bool_] = self.predictions == self.labels
-        return correct
+        return np.asarray(self.predictions == self.labels)
 
     @property
     def scores(self) -> npt.NDArray[np.float64]:
         """Share of correct predictions over the views of each source image, ``(N,)``."""
-        scores: npt.NDArray[np.float64] = self.correct.reshape(-1, self.views).mean(axis=1)
-        return scores
+        return np.asarray(self.correct.reshape(-1, self.views).mean(axis=1))
 
 
 def predictions_of(runs: Sequence[Candidate], data: ImageDataModule | None = None) -> list[ValidationPredictions]:
     """Return the predictions of each run. Read them from its folder if they belong to its current checkpoint.
 
-    Args:
-        runs: runs that have a checkpoint.
-        data: data that replace the data of the checkpoints, if these have moved.
+    ``data`` replace the data of the checkpoints, if these have moved.
 
     Raises:
         UserError: if a checkpoint cannot be restored, or its validation split or classes differ from those of the
@@ -140,8 +132,7 @@ def predictions_of(runs: Sequence[Candidate], data: ImageDataModule | None = Non
     contents = [read_checkpoint(run.checkpoint)[KEY] for run in runs]
     _check_alike(runs, contents)
     # The runs of a sweep usually share their data, so reuse the data of the previous run.
-    shared: ImageDataModule | None = None
-    shared_recipe, images_digest = None, ""
+    reuse, reuse_recipe = data, None
     predictions: list[ValidationPredictions] = []
     for run, record in zip(tqdm(runs, "validating", unit="run", disable=None, leave=False), contents, strict=True):
         if data:
@@ -152,13 +143,11 @@ def predictions_of(runs: Sequence[Candidate], data: ImageDataModule | None = Non
             if cached := _cached(run.folder / PREDICTIONS_FILE, checkpoint):
                 predictions.append(cached)
                 continue
-            reuse = data or (shared if record["data"] == shared_recipe else None)
-            if reuse:
-                check_data(record, reuse, run.checkpoint, same_split=True)
-            restored = restore(run.checkpoint, reuse)
-            if restored.data is not shared:
-                shared, shared_recipe, images_digest = restored.data, record["data"], _digest(restored.data)
-            predictions.append(_predict(restored, checkpoint, images_digest))
+            if not data and record["data"] != reuse_recipe:
+                reuse = None
+            restored = restore(run.checkpoint, reuse, same_split=True)
+            reuse, reuse_recipe = restored.data, record["data"]
+            predictions.append(_predict(restored, checkpoint))
             with replacing_file(run.folder / PREDICTIONS_FILE) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **vars(predictions[-1]))
     for run, each in zip(runs, predictions, strict=True):
@@ -179,17 +168,19 @@ def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]
             raise UserError(
                 f"'{run.checkpoint}' does not record the data it was trained with; give runs on an ImageDataModule."
             )
-        if record["spec"]["classes"] != first["spec"]["classes"]:
-            difference = "classes"
-        elif not torch.equal(record["split"]["hashes"]["val"], first["split"]["hashes"]["val"]):
-            difference = "validation images"
-        else:
-            continue
-        raise UserError(
-            f"'{run.name}' and '{runs[0].name}' have different {difference}; give runs with the same {difference}."
-        )
+        images, images_of_first = (each["split"]["hashes"]["val"] for each in (record, first))
+        same = {
+            "classes": record["spec"]["classes"] == first["spec"]["classes"],
+            "validation images": torch.equal(images, images_of_first),
+        }
+        if different := [part for part, equal in same.items() if not equal]:
+            raise UserError(
+                f"'{run.name}' and '{runs[0].name}' have different {different[0]}; give runs with the same "
+                f"{different[0]}."
+            )
 
 
+@cache
 def _digest(data: ImageDataModule) -> str:
     digest = sha256()
     for original in data.originals("val"):
@@ -199,7 +190,7 @@ def _digest(data: ImageDataModule) -> str:
 
 
 @torch.inference_mode()
-def _predict(restored: Restored, checkpoint: str, images_digest: str) -> ValidationPredictions:
+def _predict(restored: Restored, checkpoint: str) -> ValidationPredictions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = restored.classifier.to(device)
     data = restored.image_data("A selection compares predictions for the same images")
@@ -211,7 +202,7 @@ def _predict(restored: Restored, checkpoint: str, images_digest: str) -> Validat
         losses.append(cross_entropy(logits, batch.labels, reduction="none"))
     columns = [torch.cat(parts).numpy() for parts in (labels, predictions, losses)]
     test_split = content_digest(data.manifest.hashes["test"])
-    return ValidationPredictions(checkpoint, images_digest, test_split, len(data.views("val").names), *columns)
+    return ValidationPredictions(checkpoint, _digest(data), test_split, len(data.views("val").names), *columns)
 
 
 def _cached(path: Path, checkpoint: str) -> ValidationPredictions | None:

@@ -71,12 +71,9 @@ def select(runs: Sequence[str], to: str | None = None, data: str | None = None) 
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run in the ranking.
+    """A run in the ranking, with its accuracy on the validation split.
 
     Args:
-        name: name of the run.
-        folder: folder of the run.
-        accuracy: accuracy on the validation split.
         interval: 95 % interval, valid for a run that was not chosen on these images.
         loss: mean negative log-likelihood.
         epochs: number of validated epochs.
@@ -92,13 +89,12 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class Selection:
-    """A ranking, and the estimate for its first run.
+    """A ranking of the complete runs, the best one first, and the estimate for the first one.
 
     Args:
         images: N, number of source images in the validation split.
         views: number of views of each image.
         candidates: number of all runs that the choice is made from, including incomplete ones.
-        ranking: the complete runs, the best one first.
         optimism: optimism of the accuracy of the first run, see `optimism.optimism`.
         test_openings: number of evaluations on the test split, for each run that has any.
     """
