@@ -73,7 +73,6 @@ class GoogLeNet(nn.Module):
 
     Args:
         input_shape: ``(C, H, W)``, of any size.
-        num_classes: ``K``.
         stem: window ``(kernel, stride, padding)`` of the first convolution. The paper's reduces 224 pixels to 28
             before the first block; ``(3, 1, 1)`` reduces 28 pixels to 7.
         batch_norm: add batch normalisation after every convolution, in place of its bias and of local response

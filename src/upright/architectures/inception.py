@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, check_size, min_size, scale_maps
+from upright.architectures.layers import Concat, ConvReLU, Pooling, check_size, scale_maps
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Add:
     rectified: bool = True
 
 
+MIN_SIZE = 75
+"""Smallest height or width that leaves a pixel: all three networks shrink images equally."""
+
 Plan = Conv | Valid | Add | Pooling | tuple["Plan", ...] | list["Plan"]
 """A tuple is a sequence of parts, a list is a set of parallel branches.
 
@@ -43,21 +46,17 @@ class Inception(nn.Module):
     """The layers of a plan, global average pooling, and one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
+        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
         plan: the layers before the global average.
         width: factor on every number of maps.
         dropout: probability of dropout before the linear layer.
-
-    Raises:
-        ValueError: if the plan shrinks images of this size to nothing.
     """
 
     def __init__(
         self, input_shape: tuple[int, int, int], num_classes: int, plan: Plan, *, width: float, dropout: float
     ) -> None:
         super().__init__()
-        check_size(self, input_shape, min_size(shrinking_windows(plan)))
+        check_size(self, input_shape, MIN_SIZE)
         self.features, channels = assemble(plan, input_shape[0], width)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
 
@@ -67,13 +66,7 @@ class Inception(nn.Module):
 
 
 class Residual(nn.Module):
-    """Branches whose output is added to the input: a 1 x 1 convolution matches the number of maps, a factor scales it.
-
-    Args:
-        channels: maps of the input and of the output.
-        plan: the branches, the scale, and the activation.
-        width: factor on the maps of the branches.
-    """
+    """Branches whose scaled output is added to the input; a 1 x 1 convolution matches the number of maps."""
 
     def __init__(self, channels: int, plan: Add, width: float) -> None:
         super().__init__()
@@ -88,11 +81,7 @@ class Residual(nn.Module):
 
 
 def check_blocks(blocks: tuple[int, int, int]) -> None:
-    """Refuse a network that lacks one of its three kinds of blocks.
-
-    Raises:
-        ValueError: if a number is below 1.
-    """
+    """Refuse a network that lacks one of its three kinds of blocks."""
     if min(blocks) < 1:
         raise ValueError(f"blocks must be at least 1 of each kind, got {blocks}.")
 
@@ -121,18 +110,3 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
                 step, channels = assemble(part, channels, width)
                 steps.append(step)
             return steps, channels
-
-
-def shrinking_windows(plan: Plan) -> list[Window]:
-    """Return the windows in ``plan`` that shrink the image. All branches shrink it equally, so the first is enough."""
-    match plan:
-        case Valid():
-            return [(3, plan.stride, 0)]
-        case "max":
-            return [(3, 2, 0)]
-        case list():
-            return shrinking_windows(plan[0])
-        case tuple():
-            return [window for part in plan for window in shrinking_windows(part)]
-        case _:
-            return []
