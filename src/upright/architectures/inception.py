@@ -1,10 +1,11 @@
-"""Inception networks as data: the notation of v3, v4 and Inception-ResNet-v2, and the network that they share."""
+"""Inception networks as data: the notation of all of them, and the network that the later ones share."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import Concat, ConvReLU, Pooling, check_size, scale_maps
+from upright.architectures.layers import Concat, ConvReLU, check_size, scale_maps
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Add:
 MIN_SIZE = 75
 """Smallest height or width that leaves a pixel: all three networks shrink images equally."""
 
-Plan = Conv | Valid | Add | Pooling | tuple["Plan", ...] | list["Plan"]
+Plan = Conv | Valid | Add | Literal["max", "pool", "avg"] | tuple["Plan", ...] | list["Plan"]
 """A tuple is a sequence of parts, a list is a set of parallel branches.
 
-All pooling is 3 x 3: ``max`` halves the size and has no padding, ``avg`` does not change the size.
+All pooling is 3 x 3: ``max`` halves the size and has no padding; ``pool``, of maxima too, and ``avg`` do not change it.
 """
 
 
@@ -86,12 +87,12 @@ def check_blocks(blocks: tuple[int, int, int]) -> None:
         raise ValueError(f"blocks must be at least 1 of each kind, got {blocks}.")
 
 
-def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
+def assemble(plan: Plan, channels: int, width: float, batch_norm: bool = True) -> tuple[nn.Module, int]:
     """Return the module that ``plan`` describes, ``width`` times as wide, and its number of output maps."""
     match plan:
         case Conv():
             maps = scale_maps(plan.maps, width)
-            return ConvReLU(channels, maps, plan.kernel), maps
+            return ConvReLU(channels, maps, plan.kernel, batch_norm=batch_norm), maps
         case Valid():
             maps = scale_maps(plan.maps, width)
             return ConvReLU(channels, maps, 3, stride=plan.stride, padding=0), maps
@@ -99,14 +100,16 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
             return Residual(channels, plan, width), channels
         case "max":
             return nn.MaxPool2d(3, 2), channels
+        case "pool":
+            return nn.MaxPool2d(3, 1, 1), channels
         case "avg":
             return nn.AvgPool2d(3, 1, 1, count_include_pad=False), channels
         case list():
-            branches, counts = zip(*(assemble(branch, channels, width) for branch in plan), strict=True)
+            branches, counts = zip(*(assemble(branch, channels, width, batch_norm) for branch in plan), strict=True)
             return Concat(branches), sum(counts)
         case tuple():
             steps = nn.Sequential()
             for part in plan:
-                step, channels = assemble(part, channels, width)
+                step, channels = assemble(part, channels, width, batch_norm)
                 steps.append(step)
             return steps, channels
