@@ -83,12 +83,9 @@ class Description:
 
 
 def describe(network: nn.Module, input_shape: Shape) -> Description:
-    """Run one image of zeros through ``network`` and describe every layer.
+    """Run one image of zeros ``(C, H, W)`` through ``network``, in evaluation mode, and describe every layer.
 
-    Args:
-        network: a network for images ``(B, C, H, W)``, on any device; on ``meta`` nothing is computed. It is put into
-            evaluation mode.
-        input_shape: ``(C, H, W)``.
+    The network may be on any device; on ``meta`` nothing is computed.
     """
     network.eval()
     device = next((tensor.device for tensor in chain(network.parameters(), network.buffers())), None)

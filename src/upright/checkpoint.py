@@ -30,11 +30,7 @@ def git_commit() -> str | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return ``path`` if it is a file, or its ``best.ckpt`` if it is the folder of a run.
-
-    Raises:
-        UserError: if there is no checkpoint, with the most similar name in the folder.
-    """
+    """Return ``path`` if it is a file, or its ``best.ckpt`` if it is the folder of a run."""
     path = Path(path)
     if path.is_dir():
         if (path / "best.ckpt").is_file():
@@ -63,11 +59,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_format(checkpoint: Any, path: str | Path) -> None:
-    """Check that the content of the file ``path`` is a checkpoint of this version of Upright.
-
-    Raises:
-        CheckpointError: if it is not.
-    """
+    """Refuse the content of the file ``path`` if it is not a checkpoint of this version of Upright."""
     ours = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict) or "state_dict" not in checkpoint or not isinstance(ours.get("format"), int):
         raise CheckpointError(f"'{path}' holds weights, but it is not a checkpoint that `upright fit` wrote.")
@@ -81,12 +73,7 @@ def check_format(checkpoint: Any, path: str | Path) -> None:
 def load_file(path: Path, kind: str) -> Any:
     """Load a file of tensors and plain data to the CPU, without running any code in it.
 
-    Args:
-        path: path of the file.
-        kind: expected kind of file, with an article, for messages.
-
-    Raises:
-        CheckpointError: if the file is damaged or contains code.
+    If the file is damaged or contains code, the error names the expected ``kind`` of file.
     """
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
@@ -132,10 +119,9 @@ def _first_line(error: Exception) -> str:
 
 
 def output_count(ours: Mapping[str, Any]) -> int:
-    """Return the number of outputs of a checkpoint's network. Before version 0.3 it was not recorded.
+    """Return the number of outputs of a network, from Upright's part of its checkpoint.
 
-    Args:
-        ours: Upright's part of the checkpoint.
+    Before version 0.3 it was not recorded.
     """
     return int(ours.get("outputs", len(ours["spec"]["classes"])))
 
@@ -143,11 +129,7 @@ def output_count(ours: Mapping[str, Any]) -> int:
 def training_hashes(ours: Mapping[str, Any]) -> torch.Tensor | None:
     """Return content hashes of all images that the weights were trained on, by this run and by those it started from.
 
-    Args:
-        ours: Upright's part of the checkpoint.
-
-    Returns:
-        None if the checkpoint records no images.
+    The result is None if ``ours``, Upright's part of the checkpoint, records no images.
     """
     parts = (ours["split"] and ours["split"]["hashes"]["train"], ours.get("seen"))
     hashes = [part for part in parts if part is not None]

@@ -14,8 +14,7 @@ from upright.training.restoring import restore
 def demo(name: str = "demo") -> int:
     """Train, test, export, verify and infer on real digits rotated at random, and print the results.
 
-    Args:
-        name: name of the run and of the bundle; both are replaced.
+    The run and the bundle of this name are replaced.
     """
     run, bundle = Path("checkpoints", name), Path("export", name)
     images = run / "test-images"

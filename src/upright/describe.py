@@ -31,9 +31,6 @@ def run(source: str, format: str = "table", data: str | None = None) -> int:
         format: ``table``, ``json`` or ``markdown``.
         data: a YAML of data that replaces the data of ``source``. The data set the input shape and the number of
             classes.
-
-    Raises:
-        UserError: if ``source`` or its data cannot be used, or the network does not accept images of this shape.
     """
     recipe, spec, outputs = network_and_spec(find_config(source), data)
     network = build(recipe)
@@ -115,12 +112,13 @@ def _count(number: int) -> str:
     return f"{number:,}" if number else ""
 
 
-def _summary(description: Description) -> str:
+def _notes(description: Description) -> list[str]:
     totals = description.totals
-    return (
+    summary = (
         f"input {' x '.join(map(str, description.input))}; {totals.trainable:,} of {totals.parameters:,} parameters "
         f"are trained; {totals.megabytes:,.2f} MB as float32"
     )
+    return [*(f"warning: {text}" for text in description.warnings), summary]
 
 
 def _table(description: Description) -> str:
@@ -135,17 +133,12 @@ def _table(description: Description) -> str:
         lines.append("  ".join(f"{c:{side}{width}}" for c, side, width in zip(cells, sides, widths, strict=True)))
     lines.insert(1, "-" * len(lines[0]))
     lines.insert(-1, lines[1])
-    notes = [*_warnings(description), _summary(description), "", *LEGEND]
-    return "\n".join(line.rstrip() for line in [*lines, "", *notes])
+    return "\n".join(line.rstrip() for line in [*lines, "", *_notes(description), "", *LEGEND])
 
 
 def _markdown(description: Description) -> str:
-    notes = [*_warnings(description), _summary(description), *LEGEND]
-    return "\n".join([markdown(_cells(description), numbers=len(NUMBERS)), *(f"- {note}" for note in notes)])
-
-
-def _warnings(description: Description) -> list[str]:
-    return [f"warning: {text}" for text in description.warnings]
+    notes = (f"- {note}" for note in [*_notes(description), *LEGEND])
+    return "\n".join([markdown(_cells(description), numbers=len(NUMBERS)), *notes])
 
 
 def _json(description: Description) -> str:

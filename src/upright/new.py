@@ -24,11 +24,7 @@ TAKEN = ("build", "checkpoints", "configs", "dist", "export", "tests", "wandb")
 
 
 def new(options: New) -> int:
-    """Write the project.
-
-    Raises:
-        UserError: if the name cannot be used, or the folder holds files.
-    """
+    """Write the project, unless its name cannot be used or its folder holds files."""
     folder = Path(options.project)
     # The name of "." is that of the working directory.
     name = folder.absolute().name
@@ -47,11 +43,7 @@ def new(options: New) -> int:
 
 
 def package_name(name: str) -> str:
-    """Return the name of the Python package of a project.
-
-    Raises:
-        UserError: if the project cannot have this name.
-    """
+    """Return the name of the Python package of a project, unless the project cannot have this name."""
     if not re.fullmatch(NAME, name):
         similar = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
         hint = f" Try '{similar}'." if re.fullmatch(NAME, similar) else ""

@@ -21,8 +21,7 @@ Recipe = dict[str, Any]
 def recipe(part: Any) -> Any:
     """Convert ``part`` to plain data. A class, or a partial of a class, becomes ``class_path`` and ``init_args``.
 
-    Raises:
-        UserError: for a lambda, a function or another object, which cannot be rebuilt from a checkpoint.
+    A lambda, a function or another object is refused: it cannot be rebuilt from a checkpoint.
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
@@ -50,11 +49,7 @@ def recipe(part: Any) -> Any:
 
 
 def load_class(class_path: str) -> type:
-    """Import the class ``package.module.Class``.
-
-    Raises:
-        UserError: if the module or the class does not exist, with the nearest name.
-    """
+    """Import the class ``package.module.Class``."""
     module_name, _, name = class_path.rpartition(".")
     try:
         module = importlib.import_module(module_name)

@@ -1,9 +1,12 @@
-"""Read tables from CSV, and write them as Markdown."""
+"""Read and write tables as CSV, and write them as Markdown."""
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from upright.files import write_text
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -12,6 +15,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:

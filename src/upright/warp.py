@@ -26,16 +26,12 @@ STRIP_VALUES = 2**19
 
 
 class Taps(NamedTuple):
-    """The nonzero weights of a filter along one axis of an image.
-
-    Args:
-        part: the pixels that the filter uses.
-        indices: indices into this part, ``(new_size, K)``.
-        weights: weights of these pixels, ``(new_size, K)``.
-    """
+    """The nonzero weights of a filter along one axis of an image, ``(new_size, K)``."""
 
     part: slice
+    """The pixels that the filter uses."""
     indices: Tensor
+    """Indices into this part, ``(new_size, K)``."""
     weights: Tensor
 
 
@@ -101,7 +97,12 @@ def _combined(terms: Tensor, factors: Tensor) -> Tensor:
 
 
 def spline_solution(controls: Tensor) -> Tensor:
-    """Return the matrix ``(K + 3, K)`` that `spline_weights` needs for ``controls`` ``(K, 2)``."""
+    """Return the matrix ``(K + 3, K)`` that `spline_points` needs for ``controls`` ``(K, 2)``.
+
+    Its product with `_spline_basis` is the weight of each control at a point. The weighted sum of values is the
+    thin-plate spline (Bookstein 1989, "Principal warps"): the function of least bending that has those values at the
+    controls. It reproduces every affine function.
+    """
     count = len(controls)
     system = torch.zeros(count + 3, count + 3, dtype=torch.float64, device=controls.device)
     system[:count] = _spline_basis(controls.double(), controls.double())
@@ -111,21 +112,12 @@ def spline_solution(controls: Tensor) -> Tensor:
     return solution
 
 
-def spline_weights(controls: Tensor, solution: Tensor, points: Tensor) -> Tensor:
-    """Return the weight of each of ``controls`` ``(K, 2)`` at ``points`` ``(..., N, 2)``: ``(..., N, K)``.
-
-    The thin-plate spline (Bookstein 1989, "Principal warps"): ``weights @ values`` ``(K, D)`` is the function of least
-    bending that has those values at the controls; it reproduces every affine function.
-    """
-    return _spline_basis(controls, points) @ solution
-
-
 def spline_points(controls: Tensor, solution: Tensor, shifts: Tensor, points: Tensor) -> Tensor:
     """Apply the splines that move ``controls`` ``(K, 2)`` by ``shifts`` ``(B, K, 2)`` to ``points``: ``(B, N, 2)``.
 
     ``points`` are ``(N, 2)``, with the same weights for all images, or ``(B, N, 2)``.
     """
-    return points + _combined(spline_weights(controls, solution, points), shifts.mT)
+    return points + _combined(_spline_basis(controls, points) @ solution, shifts.mT)
 
 
 def _spline_basis(controls: Tensor, points: Tensor) -> Tensor:
@@ -143,16 +135,10 @@ def sample(
     sampling: Sampling = "bilinear",
     shrink: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """Sample ``images`` ``(B, C, h, w)`` at ``points`` ``(B, N, 2)``: ``(B, C, height, width)``.
+    """Sample float ``images`` ``(B, C, h, w)`` at ``points`` ``(B, N, 2)``: ``(B, C, height, width)``.
 
-    Args:
-        images: float images.
-        points: points row by row, like `pixel_centres` of ``height * shrink[0]`` x ``width * shrink[1]``.
-        height: rows of the result.
-        width: columns of the result.
-        padding: values beyond the border.
-        sampling: interpolation between pixels.
-        shrink: numbers of points, down and across, that are averaged for each pixel of the result.
+    The points are row by row, like `pixel_centres` of ``height * shrink[0]`` x ``width * shrink[1]``. So many points,
+    down and across, are averaged for each pixel of the result.
     """
     grid = points.reshape(-1, height * shrink[0], width * shrink[1], 2)
     values = grid_sample(images, grid, mode=sampling, padding_mode=padding, align_corners=False)
@@ -315,20 +301,10 @@ def _centres(size: Tensor, box: Tensor, new_size: int) -> Tensor:
 def _filter(
     positions: Tensor, size: Tensor, box: Tensor, new_size: int, rule: Rule, interpolation: Interpolation
 ) -> Tensor:
-    """Return the weights that resample the centred ``box`` of a line of ``size`` pixels.
+    """Return the weights ``(new_size, n)`` that resample the centred ``box`` of a line of ``size`` pixels.
 
-    With ``pad``, the weights of a new pixel whose centre lies beyond the line are zero.
-
-    Args:
-        positions: indices of the pixels, ``(n,)``, or of those for each new pixel, ``(new_size, n)``.
-        size: length of the line.
-        box: length of the box.
-        new_size: number of new pixels.
-        rule: rule of `resize`.
-        interpolation: kernel.
-
-    Returns:
-        The weights ``(new_size, n)``.
+    ``positions`` are indices of the pixels, ``(n,)``, or of those for each new pixel, ``(new_size, n)``. With ``pad``,
+    the weights of a new pixel whose centre lies beyond the line are zero.
     """
     centres = _centres(size, box, new_size)
     distance = (positions + 0.5 - centres[:, None]).abs() / (box / new_size).clamp(min=1)

@@ -689,7 +689,7 @@ def test_a_resumed_run_cannot_change_the_rate_of_its_body(upright: Upright, firs
         resume = ("--name", "second", "--ckpt_path", "last", "--trainer.max_epochs", 2, "--trainer.callbacks", freeze)
         answer = upright("fit", *resume, "--wandb", "off")
         assert answer.code == 2 and answer.err.count("\n") == 1
-        assert f"was trained with an lr_factor of 0.1 for the body and cannot resume with {factor}" in answer.err
+        assert f"was trained with Freeze.lr_factor 0.1 and cannot resume with {factor}" in answer.err
 
 
 @pytest.mark.slow

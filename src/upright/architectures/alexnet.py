@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Window, check_size, min_size, size_after
+from upright.architectures.layers import Window, maps_size
 from upright.architectures.mlp import MLP
 
 
@@ -38,7 +38,6 @@ STAGES = (
     Stage((3, 1, 1), towers=True),
     Stage((3, 1, 1), towers=True, pooled=True),
 )
-POOLING: Window = (3, 2, 0)
 
 
 class AlexNet(nn.Module):
@@ -46,7 +45,6 @@ class AlexNet(nn.Module):
 
     Args:
         input_shape: ``(C, H, W)``, at least 63 x 63, or 15 x 15 with the stem ``(3, 1, 1)``.
-        num_classes: ``K``.
         widths: maps of the convolutions.
         units: units of the two hidden fully connected layers.
         groups: 2 for the paper's two towers, which meet in the third convolution; 1 for a single tower.
@@ -75,23 +73,19 @@ class AlexNet(nn.Module):
         if len(widths) != 5 or len(units) != 2:
             raise ValueError(f"AlexNet needs 5 widths and 2 units, got {len(widths)} and {len(units)}.")
         stages = (STAGES[0]._replace(window=stem), *STAGES[1:])
-        windows: list[Window] = []
         layers: list[nn.Module] = []
-        inputs, height, width = input_shape
+        inputs = input_shape[0]
         for outputs, stage in zip(widths, stages, strict=True):
             layers += [nn.Conv2d(inputs, outputs, *stage.window, groups=groups if stage.towers else 1), nn.ReLU()]
-            windows.append(stage.window)
             inputs = outputs
             if stage.normalised and local_response_norm:
                 # PyTorch divides alpha by the size; the paper's is 1e-4.
                 layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2))
             if stage.pooled:
-                layers.append(nn.MaxPool2d(*POOLING))
-                windows.append(POOLING)
-        check_size(self, input_shape, min_size(windows))
+                layers.append(nn.MaxPool2d(3, 2))
         self.features = nn.Sequential(*layers)
-        rows, columns = (size_after(size, windows) for size in (height, width))
-        self.classifier = MLP((inputs, rows, columns), num_classes, widths=units, dropout=dropout)
+        maps = (inputs, *maps_size(self, self.features, input_shape))
+        self.classifier = MLP(maps, num_classes, widths=units, dropout=dropout)
         initialise(self, "normal" if paper_start else "he_normal")
         if paper_start:
             biases = [parameter for name, parameter in self.named_parameters() if name.endswith("bias")]

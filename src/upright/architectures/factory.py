@@ -25,8 +25,6 @@ class Factory(nn.Module):
     ``class_path`` gets this class around it.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         path: import path of a class or a function.
         options: its other arguments, by name.
     """
@@ -62,20 +60,15 @@ class Factory(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits = self.network(images)
         if not isinstance(logits, Tensor) or logits.shape[1:] != (self.num_classes,):
-            kind = type(logits).__name__
-            result = (
-                f"a tensor (B, {', '.join(map(str, logits.shape[1:]))})" if isinstance(logits, Tensor) else f"a {kind}"
-            )
+            result = f"a {type(logits).__name__}"
+            if isinstance(logits, Tensor):
+                result = f"a tensor (B, {', '.join(map(str, logits.shape[1:]))})"
             raise UserError(f"{self.path} returns {result} in forward, not logits (B, {self.num_classes}).")
         return logits
 
 
 def resolve(path: str) -> Callable[..., Any]:
-    """Import a class or a function.
-
-    Raises:
-        ValueError: if there is none with this path.
-    """
+    """Import a class or a function. Raise a `ValueError` if there is none with this path."""
     try:
         part = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
@@ -138,34 +131,22 @@ def one_line(error: BaseException) -> str:
 
 
 def _arguments(
-    path: str,
-    function: Callable[..., Any],
-    input_shape: tuple[int, int, int],
-    num_classes: int,
-    options: dict[str, Any],
+    path: str, function: Any, input_shape: tuple[int, int, int], num_classes: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the arguments of ``function`` by name; those that come from the data replace ``options``."""
     parameters = inspect.signature(function).parameters
-    names_of_all = {*parameters, *options}
-    others = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     channels, *size = input_shape
-    values: dict[tuple[str, ...], Any] = {
-        ("input_shape",): input_shape,
-        CLASSES: num_classes,
-        CHANNELS: channels,
-        SIZES: size[0] if size[0] == size[1] else tuple(size),
-    }
-    arguments: dict[str, Any] = {}
+    values = {CLASSES: num_classes, CHANNELS: channels, SIZES: size[0] if size[0] == size[1] else tuple(size)}
+    arguments: dict[str, Any] = {"input_shape": input_shape} if "input_shape" in {*parameters, *options} else {}
     for names, value in values.items():
-        name = next((name for name in names if name in names_of_all), None)
-        if name is None and names is CLASSES and others:
-            name = CLASSES[0]  # torchvision's functions pass their keyword arguments on to the class
-        if name is not None:
+        if name := next((name for name in names if name in {*parameters, *options}), None):
             arguments[name] = value
         elif names is CLASSES:
-            raise ValueError(
-                f"{path} has no parameter for the number of classes; it needs one named {' or '.join(CLASSES)}."
-            )
+            if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+                raise ValueError(
+                    f"{path} has no parameter for the number of classes; it needs one named {' or '.join(CLASSES)}."
+                )
+            arguments[CLASSES[0]] = value  # torchvision's functions pass their keyword arguments on to the class
         elif names is CHANNELS and channels != 3 and "input_shape" not in arguments:
             raise ValueError(
                 f"{path} has no parameter for the {channels} channel(s) of these images ({', '.join(CHANNELS)}): use "

@@ -18,54 +18,38 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from upright.architectures.inception import Conv, Plan, assemble
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Concat, ConvReLU, Window, scale_maps
+from upright.architectures.layers import ConvReLU, Window, scale_maps
 
-Widths = tuple[int, tuple[int, int], tuple[int, int], int]
-"""Maps of the four branches: 1 x 1; 1 x 1 then 3 x 3; 1 x 1 then 5 x 5; pooling then 1 x 1."""
 
-STAGES: tuple[tuple[Widths, ...], ...] = (
+def block(one: int, three: tuple[int, int], five: tuple[int, int], pooled: int) -> Plan:
+    """Return the plan of figure 2b by the maps of its branches: four windows on the same maps."""
+    return [
+        Conv(one),
+        (Conv(three[0]), Conv(three[1], 3)),
+        (Conv(five[0]), Conv(five[1], 5)),
+        ("pool", Conv(pooled)),
+    ]
+
+
+STAGES: tuple[tuple[Plan, ...], ...] = (
     (  # 3a, 3b: 28 x 28 pixels of the paper's 224
-        (64, (96, 128), (16, 32), 32),
-        (128, (128, 192), (32, 96), 64),
+        block(64, (96, 128), (16, 32), 32),
+        block(128, (128, 192), (32, 96), 64),
     ),
     (  # 4a to 4e: 14 x 14
-        (192, (96, 208), (16, 48), 64),
-        (160, (112, 224), (24, 64), 64),
-        (128, (128, 256), (24, 64), 64),
-        (112, (144, 288), (32, 64), 64),
-        (256, (160, 320), (32, 128), 128),
+        block(192, (96, 208), (16, 48), 64),
+        block(160, (112, 224), (24, 64), 64),
+        block(128, (128, 256), (24, 64), 64),
+        block(112, (144, 288), (32, 64), 64),
+        block(256, (160, 320), (32, 128), 128),
     ),
     (  # 5a, 5b: 7 x 7
-        (256, (160, 320), (32, 128), 128),
-        (384, (192, 384), (48, 128), 128),
+        block(256, (160, 320), (32, 128), 128),
+        block(384, (192, 384), (48, 128), 128),
     ),
 )
-
-
-class Inception(Concat):
-    """Four windows on the same maps (figure 2b).
-
-    Args:
-        channels: number of input maps.
-        widths: maps of the branches in the paper.
-        width: factor on these numbers of maps.
-        batch_norm: add batch normalisation after every convolution.
-    """
-
-    def __init__(self, channels: int, widths: Widths, *, width: float, batch_norm: bool) -> None:
-        a, b, c, d = widths
-        one, before_three, three, before_five, five, pooled = (scale_maps(maps, width) for maps in (a, *b, *c, d))
-        conv = partial(ConvReLU, batch_norm=batch_norm)
-        super().__init__(
-            [
-                conv(channels, one),
-                nn.Sequential(conv(channels, before_three), conv(before_three, three, 3)),
-                nn.Sequential(conv(channels, before_five), conv(before_five, five, 5)),
-                nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(channels, pooled)),
-            ]
-        )
-        self.maps = one + three + five + pooled
 
 
 class GoogLeNet(nn.Module):
@@ -73,7 +57,6 @@ class GoogLeNet(nn.Module):
 
     Args:
         input_shape: ``(C, H, W)``, of any size.
-        num_classes: ``K``.
         stem: window ``(kernel, stride, padding)`` of the first convolution. The paper's reduces 224 pixels to 28
             before the first block; ``(3, 1, 1)`` reduces 28 pixels to 7.
         batch_norm: add batch normalisation after every convolution, in place of its bias and of local response
@@ -105,10 +88,9 @@ class GoogLeNet(nn.Module):
         for number, stage in enumerate(STAGES):
             if number > 0:
                 self.features.append(halve())
-            for widths in stage:
-                block = Inception(channels, widths, width=width, batch_norm=batch_norm)
-                self.features.append(block)
-                channels = block.maps
+            for plan in stage:
+                inception, channels = assemble(plan, channels, width, batch_norm)
+                self.features.append(inception)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
         initialise(self, "he_normal")
 

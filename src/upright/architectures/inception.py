@@ -1,10 +1,11 @@
-"""Inception networks as data: the notation of v3, v4 and Inception-ResNet-v2, and the network that they share."""
+"""Inception networks as data: the notation of all of them, and the network that the later ones share."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import Concat, ConvReLU, Pooling, Window, check_size, min_size, scale_maps
+from upright.architectures.layers import Concat, ConvReLU, check_size, scale_maps
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ class Add:
     rectified: bool = True
 
 
-Plan = Conv | Valid | Add | Pooling | tuple["Plan", ...] | list["Plan"]
+MIN_SIZE = 75
+"""Smallest height or width that leaves a pixel: all three networks shrink images equally."""
+
+Plan = Conv | Valid | Add | Literal["max", "pool", "avg"] | tuple["Plan", ...] | list["Plan"]
 """A tuple is a sequence of parts, a list is a set of parallel branches.
 
-All pooling is 3 x 3: ``max`` halves the size and has no padding, ``avg`` does not change the size.
+All pooling is 3 x 3: ``max`` halves the size and has no padding; ``pool``, of maxima too, and ``avg`` do not change it.
 """
 
 
@@ -43,21 +47,17 @@ class Inception(nn.Module):
     """The layers of a plan, global average pooling, and one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
+        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
         plan: the layers before the global average.
         width: factor on every number of maps.
         dropout: probability of dropout before the linear layer.
-
-    Raises:
-        ValueError: if the plan shrinks images of this size to nothing.
     """
 
     def __init__(
         self, input_shape: tuple[int, int, int], num_classes: int, plan: Plan, *, width: float, dropout: float
     ) -> None:
         super().__init__()
-        check_size(self, input_shape, min_size(shrinking_windows(plan)))
+        check_size(self, input_shape, MIN_SIZE)
         self.features, channels = assemble(plan, input_shape[0], width)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
 
@@ -67,13 +67,7 @@ class Inception(nn.Module):
 
 
 class Residual(nn.Module):
-    """Branches whose output is added to the input: a 1 x 1 convolution matches the number of maps, a factor scales it.
-
-    Args:
-        channels: maps of the input and of the output.
-        plan: the branches, the scale, and the activation.
-        width: factor on the maps of the branches.
-    """
+    """Branches whose scaled output is added to the input; a 1 x 1 convolution matches the number of maps."""
 
     def __init__(self, channels: int, plan: Add, width: float) -> None:
         super().__init__()
@@ -88,21 +82,17 @@ class Residual(nn.Module):
 
 
 def check_blocks(blocks: tuple[int, int, int]) -> None:
-    """Refuse a network that lacks one of its three kinds of blocks.
-
-    Raises:
-        ValueError: if a number is below 1.
-    """
+    """Refuse a network that lacks one of its three kinds of blocks."""
     if min(blocks) < 1:
         raise ValueError(f"blocks must be at least 1 of each kind, got {blocks}.")
 
 
-def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
+def assemble(plan: Plan, channels: int, width: float, batch_norm: bool = True) -> tuple[nn.Module, int]:
     """Return the module that ``plan`` describes, ``width`` times as wide, and its number of output maps."""
     match plan:
         case Conv():
             maps = scale_maps(plan.maps, width)
-            return ConvReLU(channels, maps, plan.kernel), maps
+            return ConvReLU(channels, maps, plan.kernel, batch_norm=batch_norm), maps
         case Valid():
             maps = scale_maps(plan.maps, width)
             return ConvReLU(channels, maps, 3, stride=plan.stride, padding=0), maps
@@ -110,29 +100,16 @@ def assemble(plan: Plan, channels: int, width: float) -> tuple[nn.Module, int]:
             return Residual(channels, plan, width), channels
         case "max":
             return nn.MaxPool2d(3, 2), channels
+        case "pool":
+            return nn.MaxPool2d(3, 1, 1), channels
         case "avg":
             return nn.AvgPool2d(3, 1, 1, count_include_pad=False), channels
         case list():
-            branches, counts = zip(*(assemble(branch, channels, width) for branch in plan), strict=True)
+            branches, counts = zip(*(assemble(branch, channels, width, batch_norm) for branch in plan), strict=True)
             return Concat(branches), sum(counts)
         case tuple():
             steps = nn.Sequential()
             for part in plan:
-                step, channels = assemble(part, channels, width)
+                step, channels = assemble(part, channels, width, batch_norm)
                 steps.append(step)
             return steps, channels
-
-
-def shrinking_windows(plan: Plan) -> list[Window]:
-    """Return the windows in ``plan`` that shrink the image. All branches shrink it equally, so the first is enough."""
-    match plan:
-        case Valid():
-            return [(3, plan.stride, 0)]
-        case "max":
-            return [(3, 2, 0)]
-        case list():
-            return shrinking_windows(plan[0])
-        case tuple():
-            return [window for part in plan for window in shrinking_windows(part)]
-        case _:
-            return []

@@ -68,8 +68,6 @@ class InceptionV3(Inception):
     """A stem, eleven blocks on three grids, a global average, one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
-        num_classes: ``K``.
         width: factor on every number of maps.
         dropout: probability of dropout before the linear layer.
     """

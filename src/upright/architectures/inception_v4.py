@@ -54,8 +54,6 @@ class InceptionV4(Inception):
     """A stem, three kinds of blocks with a reduction between, a global average, one linear layer.
 
     Args:
-        input_shape: ``(C, H, W)``, at least 75 x 75; the paper's images are 299 x 299.
-        num_classes: ``K``.
         blocks: number of blocks of each kind; at 299 pixels on grids of 35 x 35, 17 x 17 and 8 x 8.
         width: factor on every number of maps.
         dropout: probability of dropout before the linear layer.

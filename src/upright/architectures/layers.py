@@ -1,7 +1,7 @@
 """Layers that many networks share: activations and poolings by name, blocks, and checks of the image size."""
 
-from collections.abc import Collection, Iterable
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,39 +17,38 @@ Window = tuple[int, int, int]
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    """Refuse a value that an option does not allow.
-
-    Raises:
-        ValueError: if ``value`` is not in ``allowed``; the message lists the allowed values.
-    """
+    """Refuse a value of the option ``name`` that is not in ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
-def min_size(windows: Iterable[Window]) -> int:
-    """Return the smallest height or width that leaves at least one pixel after all ``windows`` in sequence.
+def maps_size(network: nn.Module, layers: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Return height and width after all convolutions and poolings of ``layers``, which run in sequence.
 
-    It inverts ``floor((n - kernel + 2 * padding) / stride) + 1``.
+    Raises:
+        ValueError: if they would shrink images of this size to nothing.
     """
-    size = 1
-    for kernel, stride, padding in reversed(list(windows)):
-        size = max(1, (size - 1) * stride + kernel - 2 * padding)
-    return size
-
-
-def size_after(size: int, windows: Iterable[Window]) -> int:
-    """Return the height or width after all ``windows`` in sequence."""
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    windows = [_window(layer) for layer in layers.modules() if isinstance(layer, kinds)]
+    minimum = 1
+    for kernel, stride, padding in reversed(windows):
+        minimum = max(1, (minimum - 1) * stride + kernel - 2 * padding)
+    check_size(network, input_shape, minimum)
+    _, height, width = input_shape
     for kernel, stride, padding in windows:
-        size = (size - kernel + 2 * padding) // stride + 1
-    return size
+        height, width = ((size - kernel + 2 * padding) // stride + 1 for size in (height, width))
+    return height, width
+
+
+def _window(layer: Any) -> Window:
+    kernel, stride, padding = (
+        value[0] if isinstance(value, tuple) else value for value in (layer.kernel_size, layer.stride, layer.padding)
+    )
+    return kernel, stride, padding
 
 
 def check_size(network: nn.Module, input_shape: tuple[int, int, int], minimum: int) -> None:
-    """Refuse images that ``network`` would shrink to nothing.
-
-    Raises:
-        ValueError: if height or width is below ``minimum``.
-    """
+    """Refuse images with a height or width below ``minimum``, which ``network`` would shrink to nothing."""
     _, height, width = input_shape
     if min(height, width) < minimum:
         raise ValueError(
@@ -58,11 +57,7 @@ def check_size(network: nn.Module, input_shape: tuple[int, int, int], minimum: i
 
 
 def scale_maps(maps: int, width: float) -> int:
-    """Multiply a number of maps by ``width``; return an integer, at least 1.
-
-    Raises:
-        ValueError: if ``width`` is not positive.
-    """
+    """Multiply a number of maps by ``width``; return an integer, at least 1."""
     if not width > 0:
         raise ValueError(f"width multiplies the numbers of maps and must be above 0, got {width}.")
     return max(1, round(maps * width))
@@ -71,13 +66,7 @@ def scale_maps(maps: int, width: float) -> int:
 class ConvReLU(nn.Sequential):
     """A convolution and a ReLU, with batch normalisation between them in place of the bias.
 
-    Args:
-        channels: number of input maps.
-        maps: number of output maps.
-        kernel: size of the kernel; one number if it is square.
-        stride: stride in pixels.
-        padding: zeros on each side; ``same`` does not change the size at stride 1.
-        batch_norm: add batch normalisation; without it the convolution has a bias.
+    Without batch normalisation the convolution has a bias.
     """
 
     def __init__(

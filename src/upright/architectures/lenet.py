@@ -10,16 +10,7 @@ scale and bias, and the output is linear (the paper's is radial basis functions)
 
 from torch import Tensor, nn
 
-from upright.architectures.layers import (
-    ACTIVATIONS,
-    POOLINGS,
-    Activation,
-    Pooling,
-    check_choice,
-    check_size,
-    min_size,
-    size_after,
-)
+from upright.architectures.layers import ACTIVATIONS, POOLINGS, Activation, Pooling, check_choice, maps_size
 
 
 class LeNet(nn.Module):
@@ -28,7 +19,6 @@ class LeNet(nn.Module):
     Args:
         input_shape: ``(C, H, W)``, at least 12 x 12. Below 32 pixels the first convolution pads by 2, because the
             paper puts MNIST's 28 pixels into 32.
-        num_classes: ``K``.
         widths: maps of C1 and C3, units of C5 and F6.
         activation: activation after each convolution and hidden layer.
         pooling: kind of the 2 x 2 pooling.
@@ -46,15 +36,12 @@ class LeNet(nn.Module):
         super().__init__()
         channels, height, width = input_shape
         padding = 2 if min(height, width) < 32 else 0
-        windows = [(5, 1, padding), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
-        check_size(self, input_shape, min_size(windows))
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("pooling", pooling, POOLINGS)
         if len(widths) != 4:
             raise ValueError(f"LeNet needs widths of C1, C3, C5 and F6, got {len(widths)}.")
         c1, c3, c5, f6 = widths
         act, pool = ACTIVATIONS[activation], POOLINGS[pooling]
-        rows, columns = (size_after(size, windows) for size in (height, width))
         self.features = nn.Sequential(
             nn.Conv2d(channels, c1, 5, padding=padding),
             act(),
@@ -63,6 +50,7 @@ class LeNet(nn.Module):
             act(),
             pool(2),
         )
+        rows, columns = maps_size(self, self.features, input_shape)
         self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(c3 * rows * columns, c5),

@@ -17,8 +17,6 @@ class MLP(nn.Module):
     """Fully connected layers.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         widths: units of each hidden layer.
         activation: activation after each hidden layer.
         dropout: share of hidden units that are dropped; one number for all hidden layers, or one for each.

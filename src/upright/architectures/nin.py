@@ -17,20 +17,16 @@ The paper's network for CIFAR-10 is almost ``widths=(192, 192, 192), stem=(5, 1,
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Window, check_size, min_size
+from upright.architectures.layers import Window, maps_size
 
 WINDOWS: tuple[Window, ...] = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1))
-ONE_BY_ONE: Window = (1, 1, 0)
-POOLING: Window = (3, 2, 0)
 
 
 def mlpconv(inputs: int, widths: tuple[int, int, int], window: Window) -> list[nn.Module]:
     """Return a convolution, and two 1 x 1 convolutions that mix its maps at every pixel."""
-    layers: list[nn.Module] = []
-    for outputs, (kernel, stride, padding) in zip(widths, (window, ONE_BY_ONE, ONE_BY_ONE), strict=True):
-        layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.ReLU()]
-        inputs = outputs
-    return layers
+    first, second, third = widths
+    convolutions = [nn.Conv2d(inputs, first, *window), nn.Conv2d(first, second, 1), nn.Conv2d(second, third, 1)]
+    return [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
 
 
 class NiN(nn.Module):
@@ -38,7 +34,6 @@ class NiN(nn.Module):
 
     Args:
         input_shape: ``(C, H, W)``, at least 67 x 67; 7 x 7 for the network of CIFAR-10 above.
-        num_classes: ``K``.
         widths: maps of each block; fewer than four widths leave out the last blocks.
         stem: window ``(kernel, stride, padding)`` of the first convolution.
         dropout: share of values that are dropped before the last block.
@@ -58,13 +53,13 @@ class NiN(nn.Module):
             raise ValueError(f"NiN has 1 to 4 blocks, got {len(widths)} widths.")
         inputs = input_shape[0]
         *before, (width, last_window) = zip(widths, (stem, *WINDOWS[1:]), strict=False)
-        check_size(self, input_shape, min_size([w for _, window in before for w in (window, POOLING)] + [last_window]))
         layers: list[nn.Module] = []
         for outputs, window in before:
-            layers += [*mlpconv(inputs, (outputs, outputs, outputs), window), nn.MaxPool2d(*POOLING)]
+            layers += [*mlpconv(inputs, (outputs, outputs, outputs), window), nn.MaxPool2d(3, 2)]
             inputs = outputs
         *block, _ = mlpconv(inputs, (width, width, num_classes), last_window)
         self.layers = nn.Sequential(*layers, nn.Dropout(dropout), *block)
+        maps_size(self, self.layers, input_shape)  # refuses images that are too small
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:

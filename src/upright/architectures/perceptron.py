@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 
 class Perceptron(nn.Module):
-    """One linear unit per class.
-
-    Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
-    """
+    """One linear unit per class."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()

@@ -38,8 +38,6 @@ class Recurrent(nn.Module):
     """A recurrent network over the image, and a linear layer on its last state.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         cell: kind of the cell. The LSTM and the GRU are one node of an ONNX graph; the plain cell is unrolled to about
             six nodes per step.
         order: part of the image that is read at each step, with all its channels.

@@ -32,7 +32,6 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.S
 
 
 def basic(inputs: int, width: int, stride: int) -> nn.Sequential:
-    """Return two 3 x 3 convolutions."""
     return nn.Sequential(convolution(inputs, width, 3, stride), nn.ReLU(), convolution(width, width, 3))
 
 
@@ -76,18 +75,13 @@ class Residual(nn.Module):
         return torch.relu(y if self.shortcut is None else self.shortcut(x) + y)
 
 
-def blocks(
+def residual_blocks(
     widths: tuple[int, ...], counts: tuple[int, ...], body: LayerFactory, expansion: int, shortcut: LayerFactory | None
 ) -> nn.Sequential:
-    """Return stages of residual blocks; each stage but the first halves height and width.
+    """Return stages of ``counts`` residual blocks; each stage but the first halves height and width.
 
-    Args:
-        widths: width of the body in each stage; the first is also the number of input maps.
-        counts: number of blocks in each stage.
-        body: factory of the layers whose output is added.
-        expansion: output maps of a body, divided by its width.
-        shortcut: factory of the shortcut of blocks whose input and output differ in shape; other blocks have the
-            identity. None removes all shortcuts.
+    The body of a block has ``expansion`` times as many output maps as its width. ``shortcut`` is for blocks whose input
+    and output differ in shape; other blocks have the identity. None removes all shortcuts.
     """
     residuals: list[nn.Module] = []
     inputs = widths[0]
@@ -113,15 +107,27 @@ DEPTHS: dict[int, tuple[LayerFactory, int, tuple[int, ...]]] = {
 }
 
 
-class ResNet(nn.Module):
+class Residuals(nn.Module):
+    """A stem, residual blocks, the mean over all pixels, and a linear layer."""
+
+    def __init__(self, stem: nn.Module, blocks: nn.Sequential, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.classifier = stem, blocks, classifier
+        initialise(self, "he_normal")
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.blocks(self.stem(images))  # (B, D, h, w)
+        logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
+        return logits
+
+
+class ResNet(Residuals):
     """The networks for ImageNet. Images may have any size, also at run time.
 
     With 1000 classes and RGB they have 11,689,512 parameters at depth 18, then 21,797,672 (34), 25,557,032 (50),
     44,549,160 (101), and 60,192,808 (152).
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         depth: 18 or 34 of basic blocks; 50, 101 or 152 of bottlenecks.
         widths: maps of each stage; fewer than four widths leave out the last stages.
         shortcuts: add the input of each block to its output.
@@ -139,7 +145,6 @@ class ResNet(nn.Module):
         shortcuts: bool = True,
         stem: Literal["imagenet", "small"] = "imagenet",
     ) -> None:
-        super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"ResNet has a depth of {', '.join(map(str, DEPTHS))}, got {depth}.")
         if not 1 <= len(widths) <= 4:
@@ -148,28 +153,20 @@ class ResNet(nn.Module):
         body, expansion, counts = DEPTHS[depth]
         channels = input_shape[0]
         if stem == "imagenet":
-            self.stem = nn.Sequential(convolution(channels, widths[0], 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+            first = nn.Sequential(convolution(channels, widths[0], 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         else:
-            self.stem = nn.Sequential(convolution(channels, widths[0], 3), nn.ReLU())
-        self.blocks = blocks(widths, counts[: len(widths)], body, expansion, projection if shortcuts else None)
-        self.classifier = nn.Linear(expansion * widths[-1], num_classes)
-        initialise(self, "he_normal")
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.blocks(self.stem(images))  # (B, D, h, w)
-        logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
-        return logits
+            first = nn.Sequential(convolution(channels, widths[0], 3), nn.ReLU())
+        blocks = residual_blocks(widths, counts[: len(widths)], body, expansion, projection if shortcuts else None)
+        super().__init__(first, blocks, nn.Linear(expansion * widths[-1], num_classes))
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(Residuals):
     """The networks for CIFAR-10, with shortcuts without parameters. Images may have any size, also at run time.
 
     With 10 classes and RGB they have 269,722 parameters at depth 20, then 464,154 (32), 658,586 (44), 853,018 (56),
     1,727,962 (110), and 19,421,274 at depth 1202.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         depth: 6n + 2, for three stages of n blocks.
         width: maps of the first stage, doubled in each of the others.
         shortcuts: add the input of each block to its output.
@@ -184,17 +181,10 @@ class SmallResNet(nn.Module):
         width: int = 16,
         shortcuts: bool = True,
     ) -> None:
-        super().__init__()
         count, remainder = divmod(depth - 2, 6)
         if count < 1 or remainder:
             raise ValueError(f"SmallResNet has a depth of 6n + 2 (8, 14, 20, ...), got {depth}.")
-        self.stem = nn.Sequential(convolution(input_shape[0], width, 3), nn.ReLU())
+        stem = nn.Sequential(convolution(input_shape[0], width, 3), nn.ReLU())
         widths = (width, 2 * width, 4 * width)
-        self.blocks = blocks(widths, (count, count, count), basic, 1, Subsampling if shortcuts else None)
-        self.classifier = nn.Linear(widths[-1], num_classes)
-        initialise(self, "he_normal")
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.blocks(self.stem(images))  # (B, D, h, w)
-        logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
-        return logits
+        blocks = residual_blocks(widths, (count, count, count), basic, 1, Subsampling if shortcuts else None)
+        super().__init__(stem, blocks, nn.Linear(widths[-1], num_classes))

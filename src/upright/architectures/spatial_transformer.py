@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_choice
-from upright.architectures.localisers import ConvLocaliser, DenseLocaliser, Network, Shape, VotingLocaliser
-from upright.architectures.transforms import MATRIX_TRANSFORMS, ThinPlate, TransformName
+from upright.architectures.localisers import ConvLocaliser, DenseLocaliser, Network, Shape
+from upright.architectures.transforms import MatrixTransform, ThinPlate, TransformName
 from upright.architectures.voting import SLOPE, PolarLocaliser
 from upright.warp import Padding, Sampling, full_precision, pixel_centres, sample
 
@@ -52,11 +52,11 @@ class SpatialTransformer(nn.Module):
         output_size: ``(H, W)`` of the output, by default that of the input. If it is smaller, several points per pixel
             are averaged to avoid aliasing, as the paper does after its transformer.
         start: ``theta`` before training, by default the identity. Parallel transformers can start at different places
-            of the image. A `VotingLocaliser` has no start: it follows the image before training, too.
+            of the image. A `PolarLocaliser` has no start: it follows the image before training, too.
         lr_factor: learning rate of the transformer, as a multiple of the network's.
 
     Attributes:
-        voting: True if the localiser is a `VotingLocaliser`.
+        voting: True if the localiser is a `PolarLocaliser`.
     """
 
     def __init__(
@@ -83,21 +83,18 @@ class SpatialTransformer(nn.Module):
         check_choice("transform", transform, get_args(TransformName))
         check_choice("sampling", sampling, get_args(Sampling))
         check_choice("padding", padding, get_args(Padding))
-        self.transform: nn.Module
-        if transform == "thin_plate":
-            self.transform = ThinPlate(control_points)
-        else:
-            self.transform = MATRIX_TRANSFORMS[transform](width / height)
-        size = int(self.transform.size)
+        spline = transform == "thin_plate"
+        self.transform = ThinPlate(control_points) if spline else MatrixTransform(transform, width / height)
+        size = self.transform.size
         if start is not None and len(start) != size:
             raise ValueError(f"start needs {size} numbers for '{transform}', got {len(start)}.")
         localiser = localiser or (PolarLocaliser if transform == "rotation" else ConvLocaliser)
         body = localiser(input_shape, features)
         head: list[nn.Module] = [nn.ReLU(), Regression(features, start or [0.0] * size)]
-        if isinstance(body, VotingLocaliser):
-            if transform != body.transform or start is not None:
+        if isinstance(body, PolarLocaliser):
+            if transform != "rotation" or start is not None:
                 raise ValueError(
-                    f"{type(body).__name__} votes for the transform '{body.transform}' and has no start; "
+                    f"{type(body).__name__} votes for the transform 'rotation' and has no start; "
                     f"got transform '{transform}' and start {start}."
                 )
             score = nn.Conv1d(features, 1, 1, bias=False)  # the softmax would cancel a bias
@@ -107,7 +104,7 @@ class SpatialTransformer(nn.Module):
                 score.weight.mul_(0.1)
             head = [nn.LeakyReLU(SLOPE), score, nn.Flatten()]
         self.localisation = nn.Sequential(body, *head)
-        self.voting = isinstance(body, VotingLocaliser)
+        self.voting = isinstance(body, PolarLocaliser)
 
     def locate(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``theta`` ``(B, P)`` of images ``(B, C, H, W)``, and the votes ``(B, N)`` if the localiser votes."""
@@ -120,10 +117,10 @@ class SpatialTransformer(nn.Module):
             return self.localiser.theta(votes), votes
 
     @property
-    def localiser(self) -> VotingLocaliser:
+    def localiser(self) -> PolarLocaliser:
         """The localiser, if ``voting`` is True."""
         localiser = self.localisation[0]
-        assert isinstance(localiser, VotingLocaliser)
+        assert isinstance(localiser, PolarLocaliser)
         return localiser
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
@@ -135,11 +132,8 @@ class SpatialTransformer(nn.Module):
     def sample(self, images: Tensor, sources: Callable[[Tensor], Tensor]) -> Tensor:
         """Sample ``images`` ``(B, C, H, W)`` to the output size: ``(B, C, H', W')``.
 
-        If the output has fewer pixels than ``images``, several points of each pixel are averaged.
-
-        Args:
-            images: images or feature maps.
-            sources: function from output points ``(N, 2)`` to points of ``images``, ``(B, N, 2)``.
+        ``sources`` maps output points ``(N, 2)`` to points of ``images``, ``(B, N, 2)``. If the output has fewer pixels
+        than ``images``, several points of each pixel are averaged.
         """
         _, rows, columns = self.output_shape
         shrink = (-(-images.shape[-2] // rows), -(-images.shape[-1] // columns))
@@ -185,7 +179,7 @@ class Observation:
         theta: parameters of the transform, ``(B, P)``.
         output: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
         before: observation of the transformer before it, if there is one.
-        votes: distribution over the candidates of a `VotingLocaliser`, ``(B, N)``; None for other localisers.
+        votes: distribution over the candidates of a `PolarLocaliser`, ``(B, N)``; None for other localisers.
     """
 
     transformer: SpatialTransformer
@@ -237,9 +231,8 @@ _observer: ContextVar[_Observer | None] = ContextVar("observer", default=None)
 def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
     """Collect an `Observation` of every spatial transformer in the forward passes inside the ``with``, in order.
 
-    Args:
-        stop_after: leave the ``with`` block as soon as this many transformers have computed their ``theta``. The last
-            of them does not sample, and nothing after it runs.
+    The ``with`` block ends as soon as ``stop_after`` transformers have computed their ``theta``. The last of them does
+    not sample, and nothing after it runs.
     """
     observer = _Observer([], stop_after)
     token = _observer.set(observer)
@@ -254,14 +247,7 @@ def observing(stop_after: int | None = None) -> Iterator[list[Observation]]:
 def observe(
     transformer: SpatialTransformer, theta: Tensor, sample_output: Callable[[], Tensor], votes: Tensor | None = None
 ) -> Tensor:
-    """Return ``sample_output()``, and record it as an `Observation` inside `observing`.
-
-    Args:
-        transformer: the transformer.
-        theta: its parameters, ``(B, P)``.
-        sample_output: function that samples its output.
-        votes: its votes, ``(B, N)``, if its localiser votes.
-    """
+    """Return ``sample_output()``, and record it as an `Observation` inside `observing`."""
     observer = _observer.get()
     if observer is None:
         return sample_output()

@@ -26,8 +26,6 @@ class Timm(nn.Module):
     checkpoint is enough for everything later.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         name: name of the network, with or without the tag of its weights: ``resnet18``, ``resnet18.a1_in1k``.
         pretrained: start from the published weights. timm downloads them once, to the cache of Hugging Face.
         options: further arguments of ``timm.create_model``, such as ``drop_path_rate``.

@@ -23,7 +23,6 @@ class SeriesTransformer(nn.Module):
     The transforms are composed and the original images are sampled, so nothing is resampled twice.
 
     Args:
-        input_shape: ``(C, H, W)``.
         transformers: factories; each is called with the output shape of the transformer before.
     """
 
@@ -65,7 +64,6 @@ class ParallelTransformer(nn.Module):
     It is the paper's arrangement for the addition of two digits (section 4.1, appendix A.1).
 
     Args:
-        input_shape: ``(C, H, W)``.
         transformers: factories; each is called with ``(input_shape)``. All outputs must have one size.
     """
 
@@ -89,8 +87,6 @@ class ParallelNetwork(nn.Module):
     It is the paper's 2x and 4x arrangement for birds (section 4.3): each transformer learns to look at another part.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         network: factory of networks; it is called with ``(shape, features)`` for every transformer.
         transformers: factories; each is called with ``(input_shape)``.
         features: number of output features of each network.
@@ -125,8 +121,6 @@ class TransformerNetwork(nn.Module):
     one that ran before it.
 
     Args:
-        input_shape: ``(C, H, W)``.
-        num_classes: ``K``.
         network: factory of the network; it gets the transformed images.
         transformer: factory of transformers; for every place it is called with the shape of the input there.
         places: ``input``, and names of modules of the network, as in ``named_modules``. A transformer is put before

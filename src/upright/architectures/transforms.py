@@ -18,7 +18,6 @@ arXiv:1812.07035).
 | thin_plate | 2 K² | x, y of the shift of each of K x K control points, row by row |
 """
 
-from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -29,90 +28,54 @@ from upright.warp import direction_rotation, project_points, spline_points, spli
 
 TransformName = Literal["translation", "rotation", "attention", "similarity", "affine", "projective", "thin_plate"]
 
+SIZES: dict[TransformName, int] = {
+    "translation": 2,
+    "rotation": 2,
+    "attention": 3,
+    "similarity": 5,
+    "affine": 6,
+    "projective": 8,
+}
+"""``P``, the number of parameters of each transform by a matrix."""
 MIN_LENGTH = 1e-5
 """Length of the shortest direction that has an angle of its own. Shorter ones are rounding errors."""
 
 
-class Transform(nn.Module, ABC):
-    """A family of transforms.
+def _matrices(name: TransformName, theta: Tensor, aspect: float) -> Tensor:
+    """Return the matrices ``(B, 2 or 3, 3)`` of ``theta`` ``(B, P)``. A rotation needs ``aspect``, width / height."""
+    match name:
+        case "translation":
+            return torch.eye(2, 3, device=theta.device) + pad(theta[:, :, None], (2, 0))
+        case "rotation":
+            return _rotation(theta, aspect)
+        case "attention":
+            linear = theta[:, :1, None].exp() * torch.eye(2, device=theta.device)
+            return torch.cat([linear, theta[:, 1:, None]], dim=2)
+        case "similarity":
+            linear = theta[:, 2, None, None].exp() * _rotation(theta[:, :2], aspect)[:, :2, :2]
+            return torch.cat([linear, theta[:, 3:, None]], dim=2)
+        case "affine":
+            return torch.eye(2, 3, device=theta.device) + theta.reshape(-1, 2, 3)
+        case _:
+            return torch.eye(3, device=theta.device) + pad(theta, (0, 1)).reshape(-1, 3, 3)
+
+
+class MatrixTransform(nn.Module):
+    """A transform by a matrix: all but the thin-plate spline.
 
     Args:
-        aspect: width / height of the input, which rotations need.
+        name: family of the transform.
+        aspect: width / height of the input.
     """
 
-    size: int
-    """``P``, the number of parameters."""
-
-    def __init__(self, aspect: float = 1.0) -> None:
+    def __init__(self, name: TransformName, aspect: float) -> None:
         super().__init__()
-        self.aspect = aspect
+        self.name, self.aspect, self.size = name, aspect, SIZES[name]
 
     def forward(self, theta: Tensor, points: Tensor) -> Tensor:
         """Map output ``points`` to the input: ``(B, N, 2)``."""
-        return transform_points(self.matrices(theta), points)
-
-    @abstractmethod
-    def matrices(self, theta: Tensor) -> Tensor:
-        """Return the matrices ``(B, 2 or 3, 3)`` of ``theta`` ``(B, P)``."""
-
-
-class Translation(Transform):
-    """Shift."""
-
-    size = 2
-
-    def matrices(self, theta: Tensor) -> Tensor:
-        return _identity(theta) + pad(theta[:, :, None], (2, 0))
-
-
-class Rotation(Transform):
-    """Rotation around the centre."""
-
-    size = 2
-
-    def matrices(self, theta: Tensor) -> Tensor:
-        return _rotation(theta, self.aspect)
-
-
-class Attention(Transform):
-    """Shift, and a zoom that is equal along both axes."""
-
-    size = 3
-
-    def matrices(self, theta: Tensor) -> Tensor:
-        scale = theta[:, :1, None].exp()
-        return torch.cat([scale * torch.eye(2, device=theta.device), theta[:, 1:, None]], dim=2)
-
-
-class Similarity(Transform):
-    """Rotation, zoom and shift."""
-
-    size = 5
-
-    def matrices(self, theta: Tensor) -> Tensor:
-        linear = theta[:, 2, None, None].exp() * _rotation(theta[:, :2], self.aspect)[:, :2, :2]
-        return torch.cat([linear, theta[:, 3:, None]], dim=2)
-
-
-class Affine(Transform):
-    """Every transform that maps parallel lines to parallel lines."""
-
-    size = 6
-
-    def matrices(self, theta: Tensor) -> Tensor:
-        return _identity(theta) + theta.reshape(-1, 2, 3)
-
-
-class Projective(Transform):
-    """Perspective: the view of a plane from any point."""
-
-    size = 8
-
-    def matrices(self, theta: Tensor) -> Tensor:
-        return torch.eye(3, device=theta.device) + pad(theta, (0, 1)).reshape(-1, 3, 3)
-
-    def forward(self, theta: Tensor, points: Tensor) -> Tensor:
-        return project_points(self.matrices(theta), points)
+        matrices = _matrices(self.name, theta, self.aspect)
+        return (project_points if self.name == "projective" else transform_points)(matrices, points)
 
 
 class ThinPlate(nn.Module):
@@ -138,20 +101,6 @@ class ThinPlate(nn.Module):
 
     def forward(self, theta: Tensor, points: Tensor) -> Tensor:
         return spline_points(self.controls, self.solution, theta.reshape(-1, self.size // 2, 2), points)
-
-
-MATRIX_TRANSFORMS: dict[TransformName, type[Transform]] = {
-    "translation": Translation,
-    "rotation": Rotation,
-    "attention": Attention,
-    "similarity": Similarity,
-    "affine": Affine,
-    "projective": Projective,
-}
-
-
-def _identity(theta: Tensor) -> Tensor:
-    return torch.eye(2, 3, device=theta.device)
 
 
 def unit(directions: Tensor) -> Tensor:

@@ -14,13 +14,11 @@ Images of 224 pixels and 1000 classes give 132,863,336 parameters at depth 11, t
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import Window, check_size, min_size, size_after
+from upright.architectures.layers import maps_size
 from upright.architectures.mlp import MLP
 
 # Table 1: convolutions of each stage; with the three fully connected layers they make the depth.
 STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-CONVOLUTION: Window = (3, 1, 1)
-POOLING: Window = (2, 2, 0)
 
 
 class VGG(nn.Module):
@@ -28,12 +26,14 @@ class VGG(nn.Module):
 
     Args:
         input_shape: ``(C, H, W)``, at least 32 x 32 with five stages, and half of that for every stage less.
-        num_classes: ``K``.
         depth: 11, 13, 16 or 19, the paper's A, B, D, E.
         widths: maps of each stage; fewer than five widths leave out the last stages.
         units: units of the two hidden fully connected layers.
         batch_norm: add batch normalisation after each convolution.
         dropout: share of hidden fully connected units that are dropped.
+
+    Attributes:
+        maps: shape ``(C, H, W)`` of the maps that the fully connected layers read.
     """
 
     def __init__(
@@ -54,21 +54,17 @@ class VGG(nn.Module):
             raise ValueError(f"VGG has 1 to 5 stages, got {len(widths)} widths.")
         if len(units) != 2:
             raise ValueError(f"VGG has two hidden fully connected layers, got {len(units)} units.")
-        windows: list[Window] = []
         layers: list[nn.Module] = []
-        inputs, height, width = input_shape
+        inputs = input_shape[0]
         for outputs, convolutions in zip(widths, STAGES[depth], strict=False):
             for _ in range(convolutions):
-                layers.append(nn.Conv2d(inputs, outputs, *CONVOLUTION, bias=not batch_norm))
+                layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=not batch_norm))
                 layers += [nn.BatchNorm2d(outputs), nn.ReLU()] if batch_norm else [nn.ReLU()]
-                windows.append(CONVOLUTION)
                 inputs = outputs
-            layers.append(nn.MaxPool2d(*POOLING))
-            windows.append(POOLING)
-        check_size(self, input_shape, min_size(windows))
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        rows, columns = (size_after(size, windows) for size in (height, width))
-        self.classifier = MLP((inputs, rows, columns), num_classes, widths=units, dropout=dropout)
+        self.maps = (inputs, *maps_size(self, self.features, input_shape))
+        self.classifier = MLP(self.maps, num_classes, widths=units, dropout=dropout)
         initialise(self, "he_normal")
 
     def forward(self, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_size
-from upright.architectures.localisers import Shape, VotingLocaliser
+from upright.architectures.localisers import Shape
 from upright.architectures.transforms import unit
 from upright.warp import resize, sample
 
@@ -30,22 +30,24 @@ SLOPE = 0.1
 """Slope of the activations below 0. With 0, all maps died in some trainings, and the transformer stood still."""
 
 
-class PolarLocaliser(VotingLocaliser):
-    """Votes for the angle of a rotation, on a polar grid around the centre.
+class PolarLocaliser(nn.Module):
+    """Votes for the angle of a rotation, on a polar grid around the centre: features of each angle, ``(B, F, N)``.
+
+    The transformer computes a score of each angle from its features. The softmax of the scores is a distribution, the
+    votes ``(B, N)``.
 
     A rotation of the image by ``360 / angles`` degrees shifts the votes by one angle. Nothing outside of the largest
     centred disc, and two pixels around it, changes them.
 
     Args:
         input_shape: ``(C, H, W)``, at least 4 x 4.
-        num_outputs: number of features of each angle.
+        num_outputs: number ``F`` of features of each angle.
         angles: number ``N`` of angles of the grid.
         radii: number of radii of the grid.
         widths: maps of the convolutions on the grid.
         kernel: size of the convolutions on the grid, odd.
     """
 
-    transform = "rotation"
     directions: Tensor
 
     def __init__(
@@ -79,11 +81,12 @@ class PolarLocaliser(VotingLocaliser):
         initialise(self, "he_normal")
 
     def theta(self, votes: Tensor) -> Tensor:
+        """Return the mean of the angles under the votes, as parameters of the rotation, ``(B, 2)``."""
         # The mean has the length of the confidence. Of a short one, the difference from (1, 0) would be rounded.
         return unit(votes @ self.directions) - torch.tensor([1.0, 0.0], device=votes.device)
 
     def confidence(self, votes: Tensor) -> Tensor:
-        """Return the length of the mean direction, ``(B,)``."""
+        """Return the length of the mean direction, ``(B,)``: 0 if the votes are equal, 1 if one angle has all."""
         length: Tensor = (votes @ self.directions).norm(dim=1)
         return length
 
@@ -96,7 +99,6 @@ class PolarGrid(nn.Module):
     """Sample images on a polar grid around their centre: ``(B, C, H, W)`` to ``(B, C, radii, angles + 2 * margin)``.
 
     Args:
-        input_shape: ``(C, H, W)``.
         radii: radius of each row, in halves of the shorter side, ascending.
         angles: number of angles: the middles of equal arcs, clockwise from the right.
         margin: number of columns that are repeated on each side, for convolutions without padding.

@@ -49,11 +49,7 @@ class RunCheckpoint(ModelCheckpoint):
 def checkpoints(folder: Path, monitor: str, mode: Literal["min", "max"], every_n_steps: int) -> list[Callback]:
     """Return callbacks that write ``best.ckpt`` by a metric of validation, and ``last.ckpt`` after every epoch.
 
-    Args:
-        folder: the folder of the run.
-        monitor: name of the metric.
-        mode: whether the smallest or the largest value is the best.
-        every_n_steps: number of steps between further writes of ``last.ckpt`` within an epoch; 0 for none.
+    ``last.ckpt`` is also written within an epoch after ``every_n_steps`` steps; 0 for never.
     """
     common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
     callbacks: list[Callback] = [
@@ -70,11 +66,8 @@ class MetricsFile(Callback):
 
     ``lr`` is the learning rate of the first parameter group, ``lr/1`` that of the second. ``seconds`` is the duration
     of the epoch, with validation and checkpoints. ``images_per_second`` is the number of training images over that
-    time. The loggers get these values too.
-
-    Args:
-        path: path of the file.
-        lines: whether to print the metrics of up to about ten epochs, for terminals without a progress bar.
+    time. The loggers get these values too. With ``lines``, the metrics of up to about ten epochs are printed, for
+    terminals without a progress bar.
     """
 
     def __init__(self, path: Path, *, lines: bool = False) -> None:
@@ -97,15 +90,18 @@ class MetricsFile(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        if self._validated != trainer.current_epoch:
-            # These are the validation metrics of an earlier epoch, which Lightning does not remove.
-            metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")}
-        row |= {name: f"{value:.6g}" for name, value in metrics.items()}
+        # Lightning does not remove the validation metrics of an earlier epoch.
+        metrics = {
+            name: float(value)
+            for name, value in sorted(trainer.callback_metrics.items())
+            if self._validated == trainer.current_epoch or not name.startswith("val/")
+        }
         seconds = time.monotonic() - self._started
-        own = _rates(trainer) | {"seconds": seconds, "images_per_second": self._images / seconds}
-        row |= {name: f"{value:.6g}" for name, value in own.items()}
+        groups = enumerate(trainer.optimizers[0].param_groups)
+        own = {f"lr/{number}" if number else "lr": group["lr"] for number, group in groups}
+        own |= {"seconds": seconds, "images_per_second": self._images / seconds}
+        row: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row |= {name: f"{value:.6g}" for name, value in (metrics | own).items()}
         for logger in trainer.loggers:
             # Lightning logs its own metrics of an epoch at this step.
             logger.log_metrics(own, step=trainer.global_step - 1)
@@ -126,11 +122,6 @@ def epochs_of(trainer: L.Trainer) -> int:
     return math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
 
 
-def _rates(trainer: L.Trainer) -> dict[str, float]:
-    groups = trainer.optimizers[0].param_groups
-    return {f"lr/{number}" if number else "lr": group["lr"] for number, group in enumerate(groups)}
-
-
 def brief(metrics: Mapping[str, float]) -> str:
     """Return the most important metrics on one line: all of training, and `BRIEF` of validation."""
     validation = [f"val/{name}" for name in BRIEF if f"val/{name}" in metrics]
@@ -139,11 +130,7 @@ def brief(metrics: Mapping[str, float]) -> str:
 
 
 class Divergence(Callback):
-    """Stop a run when its loss or weights are not finite, before a checkpoint of them is written.
-
-    Args:
-        folder: the folder of the run, with its earlier checkpoints.
-    """
+    """Stop a run when its loss or weights are not finite, before a checkpoint of them is written to ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

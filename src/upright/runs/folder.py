@@ -32,12 +32,7 @@ def is_sweep(folder: Path) -> bool:
 def locked(path: Path, error: str | None = None) -> Iterator[None]:
     """Hold a lock, which one process at a time can hold. The system releases it when the process ends or is killed.
 
-    Args:
-        path: path of the lock file, which is deleted afterwards.
-        error: message of the error if another process holds the lock; by default, wait for it.
-
-    Raises:
-        UserError: with the message ``error``.
+    If another process holds the lock, wait for it, or raise a `UserError` with the message ``error``.
     """
     lock = FileLock(path)
     try:
@@ -53,11 +48,7 @@ def locked(path: Path, error: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def locked_run(folder: Path) -> Iterator[None]:
-    """Lock a folder against other runs, and delete the new folder of all runs if it stays empty.
-
-    Raises:
-        UserError: if another run holds the lock.
-    """
+    """Lock a folder against other runs, and delete the new folder of all runs if it stays empty."""
     if folder.parent.is_file():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder.parent))
     new = not folder.parent.exists()

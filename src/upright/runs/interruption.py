@@ -18,11 +18,7 @@ from upright.runs.folder import is_first_process
 
 
 class Interrupted(BaseException):
-    """Request to stop the run. It is no `Exception`, so that no handler of errors catches it.
-
-    Args:
-        number: the number of the signal.
-    """
+    """Request to stop the run by a signal. It is no `Exception`, so that no handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -53,9 +49,6 @@ class Interruption(Checkpoint):
 
     Lightning's own handlers save in the middle of a step (SLURM), do not save (Ctrl-C), or wait for each other forever
     (SIGTERM in one of several processes). This class is a `Checkpoint`, so it runs after all other callbacks.
-
-    Args:
-        path: path of the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:

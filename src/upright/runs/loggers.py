@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -26,12 +25,7 @@ RUN_TAG = "upright.run"
 def tensorboard_logger(folder: Path, resumed_at: int | None) -> Logger:
     """Return a logger that writes into ``tensorboard/`` in the folder of the run.
 
-    Args:
-        folder: the folder of the run.
-        resumed_at: the step that the run resumes from, so that TensorBoard hides later steps; None for a new run.
-
-    Raises:
-        UserError: if the package is missing.
+    TensorBoard hides the steps after ``resumed_at``, which is None for a new run.
     """
     _check_installed("tensorboard", "tensorboard")
     return TensorBoardLogger(
@@ -42,12 +36,7 @@ def tensorboard_logger(folder: Path, resumed_at: int | None) -> Logger:
 def mlflow_logger(folder: Path, run: Mapping[str, str]) -> Logger:
     """Return a logger that writes to ``MLFLOW_TRACKING_URI``, or to ``mlflow.db`` in the working directory.
 
-    Args:
-        folder: the folder of the run.
-        run: the ``name`` and ``id`` of the run; a resumed run has the same ones, and resumes its MLflow run.
-
-    Raises:
-        UserError: if a package is missing, or if MLflow refuses the address.
+    ``run`` holds the ``name`` and ``id``. A resumed run has the same ones, and resumes its MLflow run.
     """
     for package in ("mlflow", "sqlalchemy", "alembic"):
         _check_installed("mlflow", package)
@@ -101,14 +90,7 @@ def _check_installed(option: str, package: str) -> None:
 
 
 def log_picture(logger: Logger, name: str, path: Path, step: int) -> None:
-    """Log a plot to a logger that takes images: TensorBoard, MLflow, or any with a method ``log_image`` like W&B's.
-
-    Args:
-        logger: a logger of the run.
-        name: the name of the plot.
-        path: its file.
-        step: the step that it belongs to.
-    """
+    """Log a plot to a logger that takes images: TensorBoard, MLflow, or any with a method ``log_image`` like W&B's."""
     if hasattr(logger, "log_image"):
         logger.log_image(name, [str(path)], step=step)
     elif isinstance(logger, TensorBoardLogger):
@@ -117,21 +99,10 @@ def log_picture(logger: Logger, name: str, path: Path, step: int) -> None:
         logger.experiment.log_image(logger.run_id, Image.open(path), key=name, step=step)
 
 
-class HyperparameterTable(Callback):
-    """Log the hyperparameters and the metrics of ``best.ckpt`` to TensorBoard's table when a run ends.
-
-    Args:
-        folder: the folder of the run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = self.folder / "best.ckpt"
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and best.is_file():
-                metrics = read_checkpoint(best)[KEY]["metrics"]
-                best_metrics = {f"best/{name}": value for name, value in metrics.items()}
-                logger.log_hyperparams(logger.hparams, best_metrics, step=trainer.global_step - 1)
+def log_best_metrics(trainer: L.Trainer, best: Path) -> None:
+    """Log the hyperparameters and the metrics of the checkpoint ``best`` to TensorBoard's table."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            metrics = read_checkpoint(best)[KEY]["metrics"]
+            best_metrics = {f"best/{name}": value for name, value in metrics.items()}
+            logger.log_hyperparams(logger.hparams, best_metrics, step=trainer.global_step - 1)

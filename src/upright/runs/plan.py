@@ -33,13 +33,6 @@ def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
     """Return the name of a run: ``name`` if given, else the names of its configs, joined by hyphens.
 
     A run of a W&B sweep has its id added, since all runs of a sweep share a config.
-
-    Args:
-        name: the option ``--name``.
-        configs: paths of the experiment's YAML files.
-
-    Raises:
-        UserError: if the name cannot be a folder's, or there is none.
     """
     if name is None:
         if not configs:
@@ -55,15 +48,9 @@ def run_name(name: str | None, configs: Sequence[str | Path]) -> str:
 def plan_run(folder: Path, *, ckpt_path: str | None, start_from: str | None, force: bool) -> RunPlan:
     """Decide which checkpoint a run starts with. The caller has locked the folder with `locked_run`.
 
-    Args:
-        folder: the folder of the run.
-        ckpt_path: a checkpoint to resume from: a file, ``last`` or ``best`` of the run, or ``auto``, which means the
-            last one if there is one, else a new run.
-        start_from: weights to start with, if the run does not resume.
-        force: whether the run replaces a run in the folder.
-
-    Raises:
-        UserError: if a file is missing, or if the folder is not empty and must not be replaced.
+    ``ckpt_path`` is a checkpoint to resume from: a file, ``last`` or ``best`` of the run, or ``auto``, which means the
+    last one if there is one, else a new run. If the run does not resume, it starts with the weights ``start_from``.
+    With ``force``, it replaces a run in the folder.
     """
     checkpoint = _checkpoint(folder, ckpt_path)
     start = find_checkpoint(start_from) if start_from is not None and not checkpoint else None
@@ -82,13 +69,7 @@ def plan_run(folder: Path, *, ckpt_path: str | None, start_from: str | None, for
 def config_to_resume(ckpt_path: str | None, root: Path, name: str | None) -> Path:
     """Return the config.yaml of the run to resume, if ``--config`` is not given.
 
-    Args:
-        ckpt_path: the option: a file, a run's folder, ``last`` or ``best``.
-        root: the folder of all runs.
-        name: the option ``--name``, needed with ``last`` and ``best``.
-
-    Raises:
-        UserError: if no run is named, or its folder holds no config.
+    ``ckpt_path`` is a file, a run's folder, or ``last`` or ``best`` of the run ``name`` in ``root``.
     """
     if ckpt_path in (None, "auto"):
         raise UserError("fit needs an experiment, for example `upright fit --config configs/stn_lenet.yaml`.")

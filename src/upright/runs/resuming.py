@@ -37,14 +37,7 @@ UNSUPPORTED = {
 
 
 def check_supported(trainer: Any) -> None:
-    """Refuse options of the trainer that `fit` does not support.
-
-    Args:
-        trainer: the parsed options of ``trainer``.
-
-    Raises:
-        UserError: if there is such an option; the message names a replacement.
-    """
+    """Refuse options of the trainer that `fit` does not support; the message names a replacement."""
     callbacks = trainer.callbacks or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         for kind, reason in UNSUPPORTED.items():
@@ -66,40 +59,19 @@ def _epochs(checkpoint: Mapping[str, Any]) -> int:
 
 
 def check_resumable(
-    checkpoint: Mapping[str, Any],
-    model: ImageModule,
-    data: L.LightningDataModule,
-    trainer: Any,
-    path: str | Path,
+    checkpoint: Mapping[str, Any], model: ImageModule, data: L.LightningDataModule, trainer: Any, path: str | Path
 ) -> None:
     """Refuse to resume with options that a resumed run would ignore, or could not use.
 
     Lightning restores the state of optimiser and schedule, and with it their rates and weight decay. A changed option
-    would be recorded but not used.
-
-    Args:
-        checkpoint: the checkpoint to resume from.
-        model: the model of this run.
-        data: the data of this run.
-        trainer: the trainer with its callbacks.
-        path: path of the checkpoint, for messages.
-
-    Raises:
-        UserError: if optimiser, schedule, groups, batch size or averaging differ, or if the run is complete.
+    would be recorded but not used. A run that is complete is refused, too.
     """
-    for part in ("optimizer", "scheduler"):
-        theirs, ours = (r["init_args"].get(part) or {} for r in (checkpoint[KEY]["model"], model.recipe))
-        for key, (old, new) in _differences(theirs, ours, f"model.{part}"):
+    freeze = next((callback for callback in trainer.callbacks if isinstance(callback, Freeze)), Freeze())
+    for key, old, new, reason in _options(checkpoint, model, data, freeze):
+        if old != new:
             raise UserError(
-                f"'{path}' was trained with {key} {old} and cannot resume with {new}, because the optimiser's "
-                f"state is restored; to train its weights with another one: --start_from {path}."
-            )
-    if isinstance(data, ImageDataModule):
-        theirs = (checkpoint[KEY]["data"] or {}).get("init_args", {}).get("batch_size", data.batch_size)
-        if theirs != data.batch_size:
-            raise UserError(
-                f"'{path}' was trained with data.batch_size {theirs} and cannot resume with {data.batch_size}, because "
-                f"the schedule counts batches; to train its weights with another one: --start_from {path}."
+                f"'{path}' was trained with {key} {old} and cannot resume with {new}, because {reason}; to train its "
+                f"weights with another one: --start_from {path}."
             )
     monitors = [state["monitor"] for key, state in checkpoint["callbacks"].items() if key.startswith("RunCheckpoint")]
     for callback in trainer.callbacks:
@@ -110,24 +82,11 @@ def check_resumable(
                 f"'{best}' was chosen by {monitors[0]}, and {callback.monitor} cannot be compared with it: resume with "
                 f"--monitor {monitors[0]}, or start a new run with another --name."
             )
-    theirs = checkpoint["callbacks"].get(Freeze.__name__, {}).get("lr_factor", 1.0)
-    ours = next((callback.lr_factor for callback in trainer.callbacks if isinstance(callback, Freeze)), 1.0)
-    if theirs != ours:
-        raise UserError(
-            f"'{path}' was trained with an lr_factor of {theirs} for the body and cannot resume with {ours}; "
-            "use Freeze with the same lr_factor, or leave --ckpt_path out to start a new run."
-        )
-    for callback in trainer.callbacks:
-        if isinstance(callback, Freeze):
-            # Its setup sets the parameters' rates, which decide the groups.
-            callback.setup(trainer, model, "fit")
-    theirs, ours = (
-        [len(group["params"]) for group in groups]
-        for groups in (
-            checkpoint["optimizer_states"][0]["param_groups"],
-            grouped_optimizer(model.model, model.optimizer).param_groups,
-        )
-    )
+    if freeze in trainer.callbacks:
+        # Its setup sets the parameters' rates, which decide the groups.
+        freeze.setup(trainer, model, "fit")
+    theirs = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+    ours = [len(group["params"]) for group in grouped_optimizer(model.model, model.optimizer).param_groups]
     if theirs != ours:
         raise UserError(
             f"'{path}' has parameter groups of {theirs}, and this run has {ours}: weight decay, lr_factor or Freeze "
@@ -145,12 +104,21 @@ def check_resumable(
         )
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the options that differ between two configs. An option that one lacks has its default there."""
-    if theirs.get("class_path") != ours.get("class_path"):
-        yield key, (theirs.get("class_path"), ours.get("class_path"))
-        return
-    old, new = theirs.get("init_args", {}), ours.get("init_args", {})
-    for name in sorted(old.keys() & new.keys()):
-        if old[name] != new[name]:
-            yield f"{key}.init_args.{name}", (old[name], new[name])
+def _options(
+    checkpoint: Mapping[str, Any], model: ImageModule, data: Any, freeze: Freeze
+) -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield options with the old and the new value, and the reason why a resumed run must not change them.
+
+    An option that one config lacks has its default there.
+    """
+    reason = "the optimiser's state is restored"
+    for part in ("optimizer", "scheduler"):
+        old, new = (each["init_args"].get(part) or {} for each in (checkpoint[KEY]["model"], model.recipe))
+        yield f"model.{part}", old.get("class_path"), new.get("class_path"), reason
+        old, new = old.get("init_args", {}), new.get("init_args", {})
+        for name in sorted(old.keys() & new.keys()):
+            yield f"model.{part}.init_args.{name}", old[name], new[name], reason
+    yield "Freeze.lr_factor", checkpoint["callbacks"].get("Freeze", {}).get("lr_factor", 1.0), freeze.lr_factor, reason
+    if isinstance(data, ImageDataModule):
+        old = (checkpoint[KEY]["data"] or {}).get("init_args", {}).get("batch_size", data.batch_size)
+        yield "data.batch_size", old, data.batch_size, "the schedule counts batches"

@@ -25,13 +25,8 @@ LOG_FILE = "test_openings.jsonl"
 def open_test_split(model: Traversable, run: Path, data: ImageDataModule, by: str) -> None:
     """Record that a model is about to be evaluated on the test split, and print how often that has happened.
 
-    With several processes, only the first one calls it.
-
-    Args:
-        model: a checkpoint, or a bundle's ONNX file.
-        run: the folder of the training run, which holds the log.
-        data: the datamodule of the test split.
-        by: the command, such as ``upright test``.
+    With several processes, only the first one calls it. ``model`` is a checkpoint, or a bundle's ONNX file; the folder
+    ``run`` holds the log; ``by`` is the command, such as ``upright test``.
     """
     split = content_digest(data.manifest.hashes["test"])
     opening = {
@@ -57,11 +52,7 @@ def open_test_split(model: Traversable, run: Path, data: ImageDataModule, by: st
 
 
 def openings(folder: Path) -> list[dict[str, Any]]:
-    """Return the openings recorded in a run's folder, the oldest first.
-
-    Raises:
-        UserError: if the file was changed by hand and cannot be read.
-    """
+    """Return the openings recorded in a run's folder, the oldest first."""
     path = folder / LOG_FILE
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -83,7 +74,6 @@ def count_in_sweep(folder: Path, test_split: str) -> dict[str, int]:
 def content_digest(hashes: Tensor) -> str:
     """Return the SHA-256 of a test split's images, which identifies it even if the other splits change.
 
-    Args:
-        hashes: content hashes of the images, sorted, int64 ``(n,)``.
+    ``hashes`` are the sorted content hashes of the images, int64 ``(n,)``.
     """
     return hashlib.sha256(hashes.numpy().astype("<i8").tobytes()).hexdigest()

@@ -45,15 +45,10 @@ class StepLogger(WandbLogger):
 def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | None:
     """Return the logger of a run, or None if W&B is off or not installed.
 
-    If wandb is not installed, it prints a message.
-
     Args:
         mode: ``offline`` stores the record in ``folder/wandb``, for ``wandb sync``; ``online`` sends it.
         folder: the folder of the run.
         run: the ``name`` and ``id`` of the run; a resumed run has the same ones.
-
-    Raises:
-        UserError: if ``online`` is not possible.
     """
     if (mode := _available_mode(mode)) == "off":
         return None
@@ -74,15 +69,7 @@ def wandb_logger(mode: Mode, folder: Path, run: Mapping[str, str]) -> Logger | N
 
 
 def bundle_mode(mode: Mode | None, checkpoint: Path) -> Mode:
-    """Return the mode for `log_bundle`.
-
-    Args:
-        mode: the option; by default ``offline`` if there is a record of the checkpoint's run, else ``off``.
-        checkpoint: the checkpoint to export.
-
-    Raises:
-        UserError: if ``online`` is not possible.
-    """
+    """Return the mode for `log_bundle`: by default ``offline`` if the checkpoint's run has a record, else ``off``."""
     tracked = (checkpoint.parent / "wandb").is_dir() and find_spec("wandb")
     return _available_mode(mode or ("offline" if tracked else "off"))
 
@@ -108,11 +95,7 @@ def _available_mode(mode: Mode) -> Mode:
 
 
 class Artifacts(Callback):
-    """Log to W&B the split that a run uses, and at the end its checkpoints.
-
-    Args:
-        folder: the folder of the run.
-    """
+    """Log to W&B the split that a run uses, and at the end the checkpoints in its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,7 +105,7 @@ class Artifacts(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if (run := _run_of(trainer)) and isinstance(data, ImageDataModule):
             manifest = data.manifest
-            file = _artifact_folder(run) / "split.json"
+            file = _artifact_file(run, "split.json")
             hashes = {split: part.tolist() for split, part in manifest.hashes.items()}
             write_text(file, json.dumps(manifest.to_dict() | {"hashes": hashes}))
             metadata = {"digest": manifest.digest, "counts": manifest.counts}
@@ -135,23 +118,15 @@ class Artifacts(Callback):
             return
         paths = {name: self.folder / f"{name}.ckpt" for name in ("last", "best")}
         checkpoints = {name: read_checkpoint(path) for name, path in paths.items() if path.is_file()}
+        aliases = {name: [name] for name in checkpoints}
         if len({checkpoint["global_step"] for checkpoint in checkpoints.values()}) < len(checkpoints):
-            del checkpoints["last"]
-            aliases = ["best", "last"]
-        for name, checkpoint in checkpoints.items():
-            run.log_artifact(
-                _checkpoint(run, paths[name], checkpoint), aliases=aliases if len(checkpoints) == 1 else [name]
-            )
+            aliases = {"best": ["best", "last"]}
+        for name, names in aliases.items():
+            run.log_artifact(_checkpoint(run, paths[name], checkpoints[name]), aliases=names)
 
 
 def log_bundle(mode: Mode, checkpoint: Path, bundle: Path) -> None:
-    """Log to W&B, as a run in the group of the training run, which checkpoint a bundle was exported from.
-
-    Args:
-        mode: the mode from `bundle_mode`.
-        checkpoint: the exported checkpoint.
-        bundle: the folder of the bundle.
-    """
+    """Log to W&B, as a run in the group of the training run, which checkpoint a bundle was exported from."""
     if mode == "off":
         return
     import wandb
@@ -210,10 +185,11 @@ def _use(run: "Run", artifact: "Artifact") -> None:
         run.use_artifact(artifact)
 
 
-def _artifact_folder(run: "Run") -> Path:
-    folder = Path(run.dir).parent / "artifacts"
-    folder.mkdir(exist_ok=True)
-    return folder
+def _artifact_file(run: "Run", name: str) -> Path:
+    """Return the path of a file in the record of ``run``, in a folder that exists."""
+    path = Path(run.dir).parent / "artifacts" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _link_or_copy(run: "Run", path: Path, name: str) -> Path:
@@ -221,8 +197,7 @@ def _link_or_copy(run: "Run", path: Path, name: str) -> Path:
 
     The file must not change until it is uploaded, but a resumed run or an export replaces the original.
     """
-    target = _artifact_folder(run) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _artifact_file(run, name)
     try:
         os.link(path, target)
     except OSError:

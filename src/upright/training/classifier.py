@@ -37,6 +37,8 @@ class ImageClassifier(ImageModule):
         upright_weight: weight of the upright loss: two views of an image should end in one pose, whichever it is.
         prior_weight: weight of the identity prior: every view should end as the image was before augmentation. Use it
             for data that have an up of their own. A localiser that votes needs no rotated views for it.
+        loss_weight: weight of ``loss``. With 0, only the poses train, and no gradient goes through the network behind
+            the transformers.
     """
 
     def __init__(
@@ -55,12 +57,10 @@ class ImageClassifier(ImageModule):
         if not num_classes:
             raise UserError("These data have no classes: train upright.OrientationEstimator with them.")
         super().__init__(spec, network, num_classes, optimizer, scheduler, init)
-        self.upright_weight, self.prior_weight, self.loss_weight = upright_weight, prior_weight, loss_weight
-        self.loss = loss(num_classes)
-        self.pose_losses = PoseLosses(upright_weight, prior_weight)
+        self.loss, self.loss_weight = loss(num_classes), loss_weight
+        self.pose_losses = PoseLosses(self.model, upright_weight, prior_weight)
         if loss_weight < 0 or not (loss_weight or self.pose_losses):
             raise UserError(f"loss_weight {loss_weight} trains nothing: use 1, or 0 with a prior_weight (2 is usual).")
-        self.pose_losses.check_network(self.model)
         self.metrics = nn.ModuleDict(
             {
                 f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0, extra=self.extra_metrics())
@@ -71,7 +71,7 @@ class ImageClassifier(ImageModule):
     @property
     def views(self) -> int:
         """Number of augmented views of each image that the datamodule yields."""
-        return 2 if self.upright_weight else 1
+        return 2 if self.pose_losses.upright_weight else 1
 
     def extra_metrics(self) -> Mapping[str, Metric]:
         """Return further torchmetrics of validation and test, by name. Override it to add some.
@@ -87,14 +87,20 @@ class ImageClassifier(ImageModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         loss: Any = self.loss
         if getattr(loss, "balanced", False):
-            loss.balance(_train_counts(data, self.spec.classes))
+            if not isinstance(data, ImageDataModule):
+                kind = type(data).__name__
+                raise UserError(
+                    f"class_weights balanced needs an ImageDataModule, got {kind}: give one weight per class."
+                )
+            counts = data.manifest.counts["train"]
+            loss.balance(torch.tensor([counts.get(name, 0) for name in self.spec.classes]))
         augmentation = data.augmentation if isinstance(data, ImageDataModule) else None
         if augmentation and augmentation.mixes and not self._takes_probabilities():
             raise UserError(
                 f"{augmentation.mixes} gives an image several classes, but {type(self.loss).__name__} takes one label: "
                 f"use upright.training.losses.CrossEntropy, or remove {augmentation.mixes} from data.init_args.augment."
             )
-        self.pose_losses.check_data(self.model, augmentation)
+        self.pose_losses.check_data(augmentation)
 
     def _takes_probabilities(self) -> bool:
         classes = len(self.spec.classes)
@@ -113,7 +119,7 @@ class ImageClassifier(ImageModule):
             logits = self.model(batch.images)
             value: Tensor = self.loss(logits, batch.labels)
             self._means.add("train/loss", value, len(logits))
-            loss += self.loss_weight * value
+            loss = loss + self.loss_weight * value
         if self.pose_losses:
             # Batches of other loaders have no views: their images are as they are.
             transforms, observed = [view.transforms for view in batch.views] or [_unchanged], [observations]
@@ -166,12 +172,3 @@ class ImageClassifier(ImageModule):
 
 def _unchanged(points: Tensor) -> Tensor:
     return points
-
-
-def _train_counts(data: Any, classes: tuple[str, ...]) -> Tensor:
-    if not isinstance(data, ImageDataModule):
-        raise UserError(
-            f"class_weights balanced needs an ImageDataModule, got {type(data).__name__}: give one weight per class."
-        )
-    counts = data.manifest.counts["train"]
-    return torch.tensor([counts.get(name, 0) for name in classes])

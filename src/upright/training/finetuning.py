@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -41,9 +41,6 @@ from upright.training.published_weights import (
 )
 from upright.training.restoring import check_unseen
 
-T = TypeVar("T")
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-
 MIN_FIT = 0.8
 """Smallest share of the body's tensors for which weights must have a tensor of the same name and shape."""
 PREFIXES = ("module", "model", "network", "net", "backbone")
@@ -67,18 +64,19 @@ class WeightName(NamedTuple):
 
 
 class StartWeights(NamedTuple):
-    """Weights to start from."""
+    """Weights to start from, and the facts about them that are known."""
 
-    weights: dict[WeightName, Tensor]
+    state: dict[str, Tensor]
     origin: str
     """Author of the weights, for messages."""
-    normalisation: Normalisation | None
-    """Normalisation of the images that the weights were trained on; None if unknown."""
-    same_classes: bool
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and std of the images that the weights were trained on."""
+    same_classes: bool = False
     """True if the classes are the same in the same order, so that the head can be used."""
+    network: Recipe | None = None
     run: dict[str, Any] | None = None
     image_hashes: Tensor | None = None
-    """Content hashes of the images that the weights were trained on; None if unknown."""
+    """Content hashes of the images that the weights were trained on."""
     remarks: tuple[str, ...] = ()
 
 
@@ -97,11 +95,7 @@ def head(classifier: ImageModule) -> set[str]:
 
 
 def start_from(
-    classifier: ImageModule,
-    path: str | Path | None = None,
-    data: ImageDataModule | None = None,
-    *,
-    allow_seen: bool = False,
+    classifier: ImageModule, path: str | Path | None = None, data: ImageDataModule | None = None
 ) -> list[str]:
     """Load weights into a classifier by name and shape, before training, and record their origin in its ``start``.
 
@@ -109,8 +103,7 @@ def start_from(
         classifier: a new classifier. Only its network's weights, ``start`` and ``start_hashes`` change.
         path: an Upright checkpoint, a run's folder, or a state dict (``.pth``, ``.safetensors``); by default the
             published weights of a network that is ``pretrained``, such as `Timm`.
-        data: the datamodule of training and evaluation.
-        allow_seen: whether validation and test images may be ones that the weights were trained on.
+        data: a datamodule whose validation and test images must not be ones that the weights were trained on.
 
     Returns:
         Messages for the user, one per line; none if there are no weights to load.
@@ -126,11 +119,11 @@ def start_from(
         name = source.origin
     else:
         path = find_checkpoint(path)
-        source, digest, name = _read(path, classifier, data, allow_seen), file_hash(path), str(path)
+        source, digest, name = _read(path, classifier, data), file_hash(path), str(path)
     network = classifier.model.network
     state, head_names = network.state_dict(), head(classifier)
-    names = _unwrapped(_weight_names(state, classifier.recipe["init_args"]["network"]))
-    weights = {key: source.weights[own] for key, own in _unwrapped({key: key for key in source.weights}).items()}
+    names = _weight_names(state, classifier.recipe["init_args"]["network"])
+    weights = {key: source.state[own] for key, own in _weight_names(source.state, source.network).items()}
     missing_places, unused_places = _places(names) - _places(weights), _places(weights) - _places(names)
     new = {name for key, name in names.items() if key.place in missing_places}
     new |= set() if source.same_classes else head_names
@@ -148,11 +141,9 @@ def start_from(
     lines = [f"Start: {origin}, {len(fitting)} of {len(state)} tensors."]
     if not source.same_classes:
         modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name in head_names))
-        rows = next(
-            (weights[key].shape[:1] for key, name in names.items() if name in head_names and key in weights), ()
-        )
-        count = len(classifier.spec.classes)
-        classes = f"{count} classes in place of {rows[0]}" if rows and rows[0] != count else f"{count} other classes"
+        heads = [weights[key] for key, name in names.items() if name in head_names and key in weights]
+        count, old = len(classifier.spec.classes), next((len(value) for value in heads if value.ndim), None)
+        classes = f"{count} other classes" if old in (count, None) else f"{count} classes in place of {old}"
         lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} from scratch: {classes}.")
     lines += misfits
     lines += [f"The transformer at {place} starts from scratch." for place in sorted(missing_places)]
@@ -169,20 +160,16 @@ def start_from(
 
 def _published_weights(classifier: ImageModule) -> StartWeights | None:
     """Return the published weights of a pretrained network; None if no part of the network is pretrained."""
-    part = _pretrained(classifier.model.network)
-    if part is None:
+    if (part := _pretrained(classifier.model.network)) is None:
         return None
     place, module = part
     try:
         published = module.published()
     except ValueError as error:
         raise UserError(str(error)) from None
-    return StartWeights(
-        {WeightName("", f"{place}{name}"): value for name, value in published.weights.items()},
-        published.origin,
-        (published.mean, published.std),
-        are_imagenet_classes(classifier.spec.classes),
-    )
+    state = {f"{place}{name}": value for name, value in published.weights.items()}
+    same_classes = are_imagenet_classes(classifier.spec.classes)
+    return StartWeights(state, published.origin, (published.mean, published.std), same_classes)
 
 
 def _pretrained(network: nn.Module) -> tuple[str, Any] | None:
@@ -193,19 +180,16 @@ def _pretrained(network: nn.Module) -> tuple[str, Any] | None:
     return None
 
 
-def _innermost(network: Any) -> nn.Module:
+def _innermost(network: nn.Module) -> nn.Module:
     """Return the network inside all `TransformerNetwork`."""
-    while isinstance(network, TransformerNetwork):
-        network = network.network
-    inner: nn.Module = network
-    return inner
+    return _innermost(network.network) if isinstance(network, TransformerNetwork) else network
 
 
-def _read(path: Path, classifier: ImageModule, data: ImageDataModule | None, allow_seen: bool) -> StartWeights:
+def _read(path: Path, classifier: ImageModule, data: ImageDataModule | None) -> StartWeights:
     content = load_file(path, "an Upright checkpoint or a state dict")
     if isinstance(content, dict) and KEY in content:
         check_format(content, path)
-        if data is not None and not allow_seen:
+        if data is not None:
             check_unseen(content[KEY], data, path)
         return _upright_weights(content, classifier.spec)
     state = _state_dict(content)
@@ -214,8 +198,8 @@ def _read(path: Path, classifier: ImageModule, data: ImageDataModule | None, all
     network = _innermost(classifier.model.network)
     state = {WRAPPERS.sub("", name.replace("_orig_mod.", "")): value for name, value in state.items()}
     if isinstance(network, ResNet | VGG):
-        return _torchvision_weights(state, network, classifier)
-    return StartWeights({WeightName("", name): v for name, v in state.items()}, "a state dict", None, False)
+        return _torchvision_weights(state, network, classifier.spec.classes)
+    return StartWeights(state, "a state dict")
 
 
 def _state_dict(content: Any) -> dict[str, Tensor] | None:
@@ -231,27 +215,32 @@ def _upright_weights(checkpoint: dict[str, Any], spec: ImageSpec) -> StartWeight
     ours, prefix = checkpoint[KEY], "model.network."
     theirs = ImageSpec.from_dict(ours["spec"])
     state = {name.removeprefix(prefix): v for name, v in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    keys = _weight_names(state, ours["model"]["init_args"]["network"])
     run = {name: ours["run"][name] for name in ("name", "id")}
     remark = f"The weights were trained on images with mask {theirs.mask}; these data have mask {spec.mask}."
     return StartWeights(
-        {key: state[name] for key, name in keys.items()},
+        state,
         f"run {run['name']}, {run['id']}",
         (theirs.mean, theirs.std),
         theirs.classes == spec.classes,
+        ours["model"]["init_args"]["network"],
         run,
         training_hashes(ours),
         () if theirs.mask == spec.mask else (remark,),
     )
 
 
-def _weight_names(names: Iterable[str], network: Recipe) -> dict[WeightName, str]:
-    """Return the names of a network's state dict by `WeightName`, with the places from the network's config."""
-    return {_weight_name(name, network): name for name in names}
+def _weight_names(state: Mapping[str, Tensor], network: Recipe | None) -> dict[WeightName, str]:
+    """Return the names in a state dict by `WeightName`, with the places from the network's config.
+
+    Wrappers are removed from the beginning of all names, unless two names would then be equal.
+    """
+    names = {_weight_name(name, network): name for name in state}
+    short = {key._replace(name=WRAPPERS.sub("", key.name)): name for key, name in names.items()}
+    return short if len(short) == len(names) else names
 
 
-def _weight_name(name: str, network: Recipe) -> WeightName:
-    if network["class_path"] != recipe(TransformerNetwork)["class_path"]:
+def _weight_name(name: str, network: Recipe | None) -> WeightName:
+    if network is None or network["class_path"] != recipe(TransformerNetwork)["class_path"]:
         return WeightName("", name)
     arguments = network.get("init_args", {})
     part, _, rest = name.partition(".")
@@ -273,20 +262,10 @@ def _places(keys: Iterable[WeightName]) -> set[str]:
     return {key.place for key in keys} - {""}
 
 
-def _unwrapped(keys: Mapping[WeightName, T]) -> dict[WeightName, T]:
-    """Remove wrappers from the beginning of all names, unless two names would then be equal."""
-    short = {key._replace(name=WRAPPERS.sub("", key.name)): value for key, value in keys.items()}
-    return short if len(short) == len(keys) else dict(keys)
-
-
 def _check_fit(
     name: str, weights: Mapping[WeightName, Tensor], wanted: Mapping[WeightName, Tensor], fitting: set[WeightName]
 ) -> list[str]:
-    """Return sentences about tensors that do not fit.
-
-    Raises:
-        UserError: if too few fit.
-    """
+    """Return sentences about tensors that do not fit; refuse the weights if too few fit."""
     counted = [key for key in wanted if not key.name.endswith("num_batches_tracked")]
     missing = [key for key in counted if key not in weights]
     unexpected = [key for key in weights if key not in wanted]
@@ -295,19 +274,19 @@ def _check_fit(
         for key in counted
         if key in weights and key not in fitting
     ]
-    problems = [f"it lacks {_list_some(missing)}"] if missing else []
-    problems += [f"the network has no {_list_some(unexpected)}"] if unexpected else []
-    problems += [_list_some(others)] if others else []
+    reasons = (
+        (missing, "it lacks ", "From scratch, because the weights have none of this name: "),
+        (unexpected, "the network has no ", "Not used, because the network has none of this name: "),
+        (others, "", "From scratch, because of another shape: "),
+    )
     share = len(fitting.intersection(counted)) / max(1, len(counted))
     if share < MIN_FIT:
+        problems = "; ".join(problem + _list_some(items) for items, problem, _ in reasons if items)
         raise UserError(
-            f"'{name}' holds the weights of another network: {'; '.join(problems)}. {share:.0%} of the tensors before "
+            f"'{name}' holds the weights of another network: {problems}. {share:.0%} of the tensors before "
             f"the head fit, and at least {MIN_FIT:.0%} must."
         )
-    lines = [f"From scratch, because the weights have none of this name: {_list_some(missing)}."] if missing else []
-    lines += [f"From scratch, because of another shape: {_list_some(others)}."] if others else []
-    lines += [f"Not used, because the network has none of this name: {_list_some(unexpected)}."] if unexpected else []
-    return lines
+    return [f"{remark}{_list_some(items)}." for items, _, remark in reasons if items]
 
 
 def _list_some(items: Sequence[object], limit: int = 3) -> str:
@@ -319,40 +298,23 @@ def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "one number"
 
 
-def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classifier: ImageModule) -> StartWeights:
+def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classes: tuple[str, ...]) -> StartWeights:
     weights = resnet_weights(state) if isinstance(network, ResNet) else vgg_weights(state)
     if weights.keys() == state.keys():  # they already have our names
-        return StartWeights({WeightName("", name): v for name, v in state.items()}, "a state dict", None, False)
-    remarks: list[str] = []
+        return StartWeights(state, "a state dict")
+    remarks: tuple[str, ...] = ()
     linear = weights.get(VGG_FIRST_LINEAR)
     if isinstance(network, VGG) and linear is not None:
-        maps, rows, columns = _maps(network, classifier)
+        maps, rows, columns = network.maps
         if linear.shape[1:] == (maps * VGG_POOLED**2,) and (rows, columns) != (VGG_POOLED, VGG_POOLED):
             weights[VGG_FIRST_LINEAR] = merge_pooling(linear, rows, columns)
-            remarks.append(
+            remarks = (
                 f"{VGG_FIRST_LINEAR.removesuffix('.weight')} was trained on {VGG_POOLED}x{VGG_POOLED} maps, but "
-                f"these images give {rows}x{columns}: its weights now include torchvision's pooling."
+                f"these images give {rows}x{columns}: its weights now include torchvision's pooling.",
             )
-    classes, last = classifier.spec.classes, weights.get(PUBLISHED_HEADS[type(network)])
-    return StartWeights(
-        {WeightName("", name): value for name, value in weights.items()},
-        "torchvision's",
-        (MEAN, STD),
-        are_imagenet_classes(classes) and last is not None and last.shape[:1] == (len(classes),),
-        remarks=tuple(remarks),
-    )
-
-
-@torch.no_grad()
-def _maps(network: VGG, classifier: ImageModule) -> tuple[int, ...]:
-    """Return the shape of the convolutions' output, ``(C, H, W)``, with the classifier's transformer in front."""
-    shapes: list[tuple[int, ...]] = []
-    handle = network.features.register_forward_hook(lambda _module, _inputs, maps: shapes.append(tuple(maps.shape[1:])))
-    model, training = classifier.model, classifier.training
-    model.eval()(torch.zeros(1, *classifier.spec.input_shape))
-    model.train(training)
-    handle.remove()
-    return shapes[0]
+    last = weights.get(PUBLISHED_HEADS[type(network)])
+    same_classes = are_imagenet_classes(classes) and last is not None and last.shape[:1] == (len(classes),)
+    return StartWeights(weights, "torchvision's", (MEAN, STD), same_classes, remarks=remarks)
 
 
 class Freeze(Callback):
@@ -374,13 +336,15 @@ class Freeze(Callback):
             )
         self.until_epoch, self.lr_factor, self.head = until_epoch, lr_factor, head
         self._body: set[str] = set()
+        self._network = nn.Module()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the body and set its ``lr_factor``, before the optimiser makes its groups."""
         if stage != "fit":
             return
         assert isinstance(pl_module, ImageModule)
-        network, new = pl_module.model.network, set((pl_module.start or {}).get("anew", ()))
+        self._network = network = pl_module.model.network
+        new = set((pl_module.start or {}).get("anew", ()))
         new |= set() if self.head else head(pl_module)
         if not pl_module.start and _pretrained(network):  # with a stock Trainer, these weights load later
             names = _weight_names(network.state_dict(), pl_module.recipe["init_args"]["network"])
@@ -398,36 +362,31 @@ class Freeze(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Freeze again in a run that resumes within an epoch, because that epoch does not start again."""
-        self._freeze(trainer, pl_module)
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._freeze(trainer, pl_module)
+        if self.until_epoch == 0:
+            return
+        frozen = self._freezes(trainer.current_epoch)
+        if trainer.world_size == 1:
+            for parameter in self._parameters():
+                parameter.requires_grad_(not frozen)
+        for name, module in self._network.named_modules():
+            own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
+            if hasattr(module, "running_mean") and own <= self._body:
+                module.train(not frozen)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard the body's gradients. Several processes fix at the start which parameters have gradients."""
         if trainer.world_size > 1 and self._freezes(trainer.current_epoch):
-            for parameter in self._parameters(pl_module):
+            for parameter in self._parameters():
                 parameter.grad = None
 
     def _freezes(self, epoch: int) -> bool:
         return self.until_epoch is None or epoch < self.until_epoch
 
-    def _parameters(self, classifier: L.LightningModule) -> list[nn.Parameter]:
-        assert isinstance(classifier, ImageModule)
-        return [value for name, value in classifier.model.network.named_parameters() if name in self._body]
-
-    def _freeze(self, trainer: L.Trainer, classifier: L.LightningModule) -> None:
-        if self.until_epoch == 0:
-            return
-        frozen = self._freezes(trainer.current_epoch)
-        if trainer.world_size == 1:
-            for parameter in self._parameters(classifier):
-                parameter.requires_grad_(not frozen)
-        assert isinstance(classifier, ImageModule)
-        for name, module in classifier.model.network.named_modules():
-            own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)}
-            if hasattr(module, "running_mean") and own <= self._body:
-                module.train(not frozen)
+    def _parameters(self) -> list[nn.Parameter]:
+        return [value for name, value in self._network.named_parameters() if name in self._body]
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``lr_factor``. A resumed run must not change it, because the optimiser's rates are restored."""

@@ -78,9 +78,6 @@ class PerceptronLoss(nn.Module):
 
     With batches of one and plain SGD this is the perceptron's rule (Rosenblatt 1958; for several classes Duda, Hart
     1973, section 5.12). Only a mistake changes weights: those of the true and of the predicted class.
-
-    Args:
-        num_classes: ``K``.
     """
 
     def __init__(self, num_classes: int) -> None:

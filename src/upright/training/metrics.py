@@ -1,7 +1,5 @@
 """Metrics of validation and test: torchmetrics, updated with every batch, computed once over all processes."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from upright.files import write_text
+from upright.tables import write_rows
 from upright.training.uprightness import Uprightness
 
 TOP_K = 5
@@ -34,12 +32,8 @@ class StageMetrics(nn.Module):
     ``precision``, ``recall`` and ``f1`` are means over the classes that occur as labels or predictions. ``top5`` exists
     for more than 5 classes. ``calibration_error`` is that of the predicted class, in 15 bins (Guo et al. 2017,
     arXiv:1706.04599). ``confusion`` ``(K, K)`` counts the images of the row's class predicted as the column's class.
-    A network with a transformer also has the measures of `Uprightness`.
-
-    Args:
-        num_classes: ``K``.
-        upright: whether the network has a transformer to measure.
-        extra: further metrics by name, updated with probabilities and labels.
+    A network with a transformer also has the measures of `Uprightness`. Further metrics are updated with probabilities
+    and labels.
     """
 
     def __init__(self, num_classes: int, *, upright: bool, extra: Mapping[str, Metric] | None = None) -> None:
@@ -139,25 +133,14 @@ def class_scores(confusion: Tensor) -> list[ClassScores]:
 def write_tables(folder: Path, confusion: Tensor, classes: Sequence[str]) -> list[Path]:
     """Write ``test_confusion.csv`` and ``test_classes.csv`` (precision, recall, F1 and support of each class).
 
-    Args:
-        folder: folder to write to.
-        confusion: images of the row's class predicted as the column's class, ``(K, K)``.
-        classes: names of the classes.
-
-    Returns:
-        The two paths.
+    ``confusion`` ``(K, K)`` counts the images of the row's class predicted as the column's class.
     """
     each = [
-        [name, *(f"{value:.6f}" for value in scores[:3]), scores.support]
+        [name, *(f"{score:.6f}" for score in scores[:3]), scores.support]
         for name, scores in zip(classes, class_scores(confusion), strict=True)
     ]
     counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
-    tables: dict[str, list[list[object]]] = {
-        "test_confusion.csv": [["label", *classes], *counts],
-        "test_classes.csv": [["class", "precision", "recall", "f1", "support"], *each],
-    }
-    for name, rows in tables.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_text(folder / name, text.getvalue())
-    return [folder / name for name in tables]
+    paths = [folder / "test_confusion.csv", folder / "test_classes.csv"]
+    write_rows(paths[0], [["label", *classes], *counts])
+    write_rows(paths[1], [["class", "precision", "recall", "f1", "support"], *each])
+    return paths

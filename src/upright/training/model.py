@@ -33,12 +33,7 @@ class Model(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def normalise(self, images: Tensor, *, masked: bool = True) -> Tensor:
-        """Resize, normalise and mask images ``(B, C, h, w)`` of any size, values 0 to 255, for the network.
-
-        Args:
-            images: the images.
-            masked: whether to apply the mask of the spec.
-        """
+        """Resize, normalise and mask images ``(B, C, h, w)`` of any size, values 0 to 255, for the network."""
         spec, input_size = self.spec, images.shape[-2:]
         size = spec.height, spec.width
         # A branch on a symbolic size cannot be exported; at equal size resizing changes no bit.

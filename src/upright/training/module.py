@@ -33,13 +33,7 @@ from upright.warp import identity
 class ImageModule(Recorded, L.LightningModule):
     """A network with what every task shares. A subclass adds the loss, the metrics and the predictions of its task.
 
-    Args:
-        spec: shape, classes and normalisation of an image; the command line takes it from the data.
-        network: completed with ``(input_shape, outputs)``.
-        outputs: number of outputs of the network.
-        optimizer: completed with parameter groups; see `upright.training.optimisation`.
-        scheduler: completed with ``(optimizer, total_steps)``; it steps after every batch.
-        init: scheme of the initial weights; by default the network's own.
+    The ``network`` is completed with ``(input_shape, outputs)``. For the other parts, see `ImageClassifier`.
     """
 
     def __init__(
@@ -138,10 +132,7 @@ class ImageModule(Recorded, L.LightningModule):
         An `ImageDataModule` seeds for its own batches. A resumed run draws the same dropout.
         """
         if not isinstance(batch, Batch):
-            seed_generators(
-                hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)),
-                self.device,
-            )
+            seed_generators(hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)), self.device)
         return as_batch(batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -169,9 +160,7 @@ class ImageModule(Recorded, L.LightningModule):
     def contents(self, data: Any, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Return Upright's part of a checkpoint, as plain data and tensors.
 
-        Args:
-            data: the datamodule, or None.
-            metrics: metrics of the validation of these weights.
+        ``data`` is the datamodule, or None. ``metrics`` are those of the validation of these weights.
         """
         return {
             "format": FORMAT,
@@ -225,15 +214,10 @@ class ImageModule(Recorded, L.LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Rebuild the classifier of a checkpoint, in evaluation mode.
+        """Rebuild the classifier of a checkpoint, or of a run's folder, in evaluation mode.
 
-        Args:
-            checkpoint_path: a checkpoint of any Trainer, or the folder of a run.
-            map_location: the device; by default the CPU.
-            hparams_file: not used; a checkpoint holds its hyperparameters.
-            strict: whether the checkpoint must have all weights; true by default.
-            weights_only: not used; no checkpoint runs code here.
-            **kwargs: arguments that replace those in the checkpoint.
+        The device is ``map_location``, by default the CPU. ``kwargs`` replace arguments in the checkpoint.
+        ``hparams_file`` and ``weights_only`` are not used: a checkpoint holds its hyperparameters, and runs no code.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, or does not fit the classes that it names.

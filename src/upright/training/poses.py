@@ -1,7 +1,6 @@
 """The losses of poses: the upright loss of two views, and the identity prior; and what the data must have for them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,45 +13,31 @@ from upright.training.uprightness import final_points, upright_loss
 from upright.warp import pixel_centres
 
 
-@dataclass(frozen=True)
 class PoseLosses:
-    """Weights of the losses that compare poses; see `ImageClassifier`.
+    """The losses that compare poses, with their weights; see `ImageClassifier`.
 
-    Args:
-        upright_weight: weight of the upright loss.
-        prior_weight: weight of the identity prior.
+    Raises:
+        UserError: for a negative weight, and for a network without a spatial transformer.
     """
 
-    upright_weight: float
-    prior_weight: float
-
-    def __bool__(self) -> bool:
-        return bool(self.upright_weight or self.prior_weight)
-
-    def check_network(self, network: nn.Module) -> None:
-        """Refuse a negative weight, and a network without a spatial transformer.
-
-        Raises:
-            UserError: for such a weight or network.
-        """
-        present = any(isinstance(module, SpatialTransformer) for module in network.modules())
-        for name in ("upright_weight", "prior_weight"):
-            weight = getattr(self, name)
-            if weight < 0 or (weight > 0 and not present):
+    def __init__(self, network: nn.Module, upright_weight: float, prior_weight: float) -> None:
+        self.upright_weight, self.prior_weight = upright_weight, prior_weight
+        transformers = [module for module in network.modules() if isinstance(module, SpatialTransformer)]
+        for name, weight in (("upright_weight", upright_weight), ("prior_weight", prior_weight)):
+            if weight < 0 or (weight > 0 and not transformers):
                 raise UserError(
                     f"{name} {weight} needs a SpatialTransformer in the network; "
                     "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
                 )
+        self.voting = all(transformer.voting for transformer in transformers)
 
-    def check_data(self, network: nn.Module, augmentation: Augmentation | None) -> None:
-        """Refuse data that the losses cannot use.
+    def __bool__(self) -> bool:
+        return bool(self.upright_weight or self.prior_weight)
 
-        Args:
-            network: the network with its transformers.
-            augmentation: the augmentation of an `ImageDataModule`; None for other data.
+    def check_data(self, augmentation: Augmentation | None) -> None:
+        """Refuse data without a second view or a rotation, with mixed images, or with an unknown transform.
 
-        Raises:
-            UserError: if the data have no second view, no rotation, mixed images, or an unknown transform.
+        ``augmentation`` is that of an `ImageDataModule`; None for other data.
         """
         if not self:
             return
@@ -62,9 +47,8 @@ class PoseLosses:
                 "one, or set upright_weight 0."
             )
         loss, option = ("The upright loss", "upright_weight") if self.upright_weight else ("The prior", "prior_weight")
-        transformers = [module for module in network.modules() if isinstance(module, SpatialTransformer)]
         # Votes follow every rotation, also of images that were never rotated.
-        follows = not self.upright_weight and all(each.voting for each in transformers)
+        follows = not self.upright_weight and self.voting
         if not (follows or (augmentation and augmentation.moves)):
             raise UserError(
                 f"{loss} compares poses of an image, but the data are not rotated: add "
@@ -86,10 +70,7 @@ class PoseLosses:
     ) -> Mapping[str, tuple[float, Tensor, int]]:
         """Return each loss with a weight by its name: the weight, its value, and the number of poses of its mean.
 
-        Args:
-            transforms: the transform of each view of the images.
-            observed: the observations of the transformers for each view.
-            aspect: width / height of the images.
+        For each view of the images, there is a transform, and there are the observations of the transformers.
         """
         views = list(zip(transforms, observed, strict=True))
         points = pixel_centres(4, 4, device=observed[0][0].theta.device)

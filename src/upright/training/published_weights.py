@@ -66,13 +66,7 @@ def vgg_weights(published: Weights) -> Weights:
 def merge_pooling(weight: Tensor, rows: int, columns: int) -> Tensor:
     """Return weights over maps of ``rows x columns`` with the same output as ``weight`` over the pooled 7 x 7 maps.
 
-    Args:
-        weight: weights of the linear layer, ``(units, maps * 49)``.
-        rows: rows of the maps.
-        columns: columns of the maps.
-
-    Returns:
-        Weights ``(units, maps * rows * columns)``.
+    Their shape is ``(units, maps * rows * columns)``, and that of ``weight`` is ``(units, maps * 49)``.
     """
     pixels = torch.eye(rows * columns, dtype=weight.dtype).view(-1, 1, rows, columns)
     pooling = adaptive_avg_pool2d(pixels, VGG_POOLED).flatten(1).T  # (49, rows * columns)

@@ -27,14 +27,7 @@ class Restored(NamedTuple):
     """Number of epochs that the weights were trained for."""
 
     def image_data(self, reason: str) -> ImageDataModule:
-        """Return the datamodule if it is an `ImageDataModule`.
-
-        Args:
-            reason: the reason why it must be one, for the message.
-
-        Raises:
-            UserError: if it is of another class, or None.
-        """
+        """Return the datamodule. For the ``reason``, refuse one that is not an `ImageDataModule`."""
         if isinstance(self.data, ImageDataModule):
             return self.data
         kind = type(self.data).__name__
@@ -58,7 +51,7 @@ def restore(
     Args:
         path: a checkpoint, or a run's folder.
         data: a datamodule in place of the checkpoint's own.
-        same_split: whether the data must be the images of training, in the same splits; by default without ``data``.
+        same_split: whether the data must have the splits of training; by default without ``data``; see `check_data`.
         evaluated_on: splits of other data, which must not hold an image of the model's training set.
         content: content of the checkpoint, if it has been read before.
 
@@ -85,18 +78,10 @@ def check_data(
     same_split: bool,
     evaluated_on: Sequence[str] = ("val", "test"),
 ) -> None:
-    """Refuse data that do not fit the checkpoint.
+    """Refuse data that do not fit the checkpoint ``path``, of which ``ours`` is Upright's part.
 
-    Args:
-        ours: Upright's part of the checkpoint.
-        data: the datamodule.
-        path: path of the checkpoint, for messages.
-        same_split: whether the data must be the images of training and model selection, in the same splits.
-        evaluated_on: splits that must not hold an image of the model's training set.
-
-    Raises:
-        UserError: if classes or channels differ, or the split does. Also, with other data, if ``evaluated_on`` has
-            images that the model was trained on.
+    Classes and channels must be the same. With ``same_split``, the data must be the images of training and model
+    selection, in the same splits. The splits ``evaluated_on`` must not hold an image of the model's training set.
     """
     check_task(ImageSpec.from_dict(ours["spec"]), data, path)
     if same_split and ours["split"] and data.manifest.digest != ours["split"]["digest"]:
@@ -116,17 +101,7 @@ def check_task(spec: ImageSpec, data: ImageDataModule, path: str | Path) -> None
 def check_unseen(
     ours: Mapping[str, Any], data: ImageDataModule, path: str | Path, splits: Sequence[str] = ("val", "test")
 ) -> None:
-    """Refuse data whose validation or test images the checkpoint was trained on. Its own splits are not checked.
-
-    Args:
-        ours: Upright's part of the checkpoint.
-        data: the datamodule.
-        path: path of the checkpoint, for messages.
-        splits: splits that the checkpoint is evaluated on.
-
-    Raises:
-        UserError: if there is such an image.
-    """
+    """Refuse data whose ``splits`` hold images that the checkpoint was trained on. Its own splits are not checked."""
     if not ours["split"] or data.manifest.digest == ours["split"]["digest"]:
         return
     hashes = training_hashes(ours)

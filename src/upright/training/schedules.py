@@ -1,6 +1,7 @@
 """Learning rate schedules as multipliers, one per step, so that groups of different rates keep their ratio.
 
-The first ``w = round(warmup * n)`` of ``n`` steps are the warm-up. At step ``s < w`` the multiplier is
+Each is called with the optimiser, whose own rates are the peak, and with the number ``n`` of steps of the run.
+The first ``w = round(warmup * n)`` steps are the warm-up. At step ``s < w`` the multiplier is
 ``(s + 1) / (w + 1)``: linear (Goyal et al. 2017, arXiv:1706.02677), and above 0 at the first step. After the warm-up,
 each schedule has its own formula. `OneCycle` rises along a cosine instead.
 """
@@ -20,11 +21,7 @@ MakeScheduler = Callable[[Optimizer, int], LRScheduler]
 
 
 def check_schedule(make: MakeScheduler) -> None:
-    """Refuse a schedule of torch whose second argument is not the number of steps.
-
-    Raises:
-        UserError: for such a schedule, for example ``StepLR``, whose second argument is ``step_size``.
-    """
+    """Refuse a schedule of torch whose second argument is not the number of steps, such as ``StepLR``."""
     kind = load_class(recipe(make)["class_path"])
     if kind.__module__ != LRScheduler.__module__:
         return
@@ -41,8 +38,6 @@ class Constant(LambdaLR):
     """Keep the optimiser's own rate after the warm-up: the multiplier is 1.
 
     Args:
-        optimizer: the optimiser; its rates are the peak.
-        total_steps: number of steps of the run, ``n``.
         warmup: fraction of the steps for the warm-up.
     """
 
@@ -57,8 +52,6 @@ class Step(LambdaLR):
     rate falls at the same relative times in a longer or shorter run.
 
     Args:
-        optimizer: the optimiser; its rates are the peak.
-        total_steps: number of steps of the run, ``n``.
         milestones: fractions of the run.
         factor: factor on the rate at each milestone.
         warmup: fraction of the steps for the warm-up.
@@ -89,8 +82,6 @@ class Cosine(LambdaLR):
     The multiplier is ``end + (1 - end) (1 + cos(pi (s - w) / (n - w))) / 2``.
 
     Args:
-        optimizer: the optimiser; its rates are the peak.
-        total_steps: number of steps of the run, ``n``.
         end: multiplier after the last step.
         warmup: fraction of the steps for the warm-up.
     """
@@ -109,8 +100,6 @@ class OneCycle(LambdaLR):
     torch's ``OneCycleLR`` sets all groups to the same rate, and so ignores the ``lr_factor`` of a localiser.
 
     Args:
-        optimizer: the optimiser; its rates are the peak.
-        total_steps: number of steps of the run.
         warmup: fraction of the steps for the warm-up.
         start: multiplier of the first step.
     """
@@ -134,8 +123,6 @@ class Plateau(ReduceLROnPlateau):
     so after it, and a resumed run would miss one.
 
     Args:
-        optimizer: the optimiser; its rates are the first.
-        total_steps: not used.
         factor: factor on the rate.
         patience: number of validations without a lower loss that change nothing.
         threshold: a loss is lower if it is below the best one by this fraction of it.

@@ -23,10 +23,7 @@ def final_points(
 ) -> list[Tensor]:
     """Return the positions of output points in the undistorted images, ``(B, N, 2)``, for each last observation.
 
-    Args:
-        transforms: transform applied to each image before: maps output points to points of the undistorted image.
-        observations: observations of the transformers, in order.
-        points: the output points to compare, ``(N, 2)``.
+    ``transforms`` is the transform applied to each image before: it maps output points to the undistorted image.
     """
     return [transforms(last.points(points)) for last in last_of(observations)]
 

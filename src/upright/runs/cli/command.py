@@ -28,22 +28,10 @@ TRAINER_DEFAULTS = {
     # Metrics are logged per epoch; Lightning warns if an epoch has fewer steps than this.
     "log_every_n_steps": 1,
 }
-
-
 CONFIG_OPTIONS = ("--config", "-c", "--data")
 
 
-class EarlyOptions(argparse.Namespace):
-    """Options that decide which defaults the parser has."""
-
-    config: list[str] | None
-    ckpt_path: str | None
-    name: str | None
-    root: Path
-    help_all: bool
-
-
-def early_options(arguments: Sequence[str]) -> EarlyOptions:
+def early_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the options that name a run or a checkpoint; its config or data become the parser's defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append")
@@ -51,16 +39,11 @@ def early_options(arguments: Sequence[str]) -> EarlyOptions:
     parser.add_argument("--name")
     parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=ROOT)
     parser.add_argument("--help_all", action="store_true")
-    return parser.parse_known_args(arguments, EarlyOptions())[0]
+    return parser.parse_known_args(arguments)[0]
 
 
 class Command(LightningCLI):
-    """LightningCLI for one command. It builds trainer, model and data; the command then runs the trainer.
-
-    Args:
-        command: the name of the command, for help.
-        arguments: the arguments after the command.
-    """
+    """LightningCLI for one command. It builds trainer, model and data; the command then runs the trainer."""
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
@@ -75,7 +58,7 @@ class Command(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             run=False,
-            args=replacing_data(finding_configs(arguments)),
+            args=resolve_configs(arguments),
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -96,12 +79,7 @@ class Command(LightningCLI):
                 parser.add_argument(f"--{each.name}", help=each.metadata["help"], **kind)
 
     def instantiate_trainer(self, callbacks: Sequence[Callback] = (), **kwargs: Any) -> L.Trainer:
-        """Build Lightning's trainer, with checkpoints that are written completely or not at all.
-
-        Args:
-            callbacks: callbacks to put before those of the config.
-            kwargs: arguments that replace those of the config.
-        """
+        """Build Lightning's trainer, with ``callbacks`` before those of the config."""
         config = self.config_init.trainer
         kwargs = {"logger": config.logger or False, **kwargs}
         try:
@@ -114,22 +92,14 @@ class Command(LightningCLI):
             raise UserError(" ".join(str(error).split())) from error
 
     def instantiate(self) -> Any:
-        """Return the parsed options with their classes instantiated.
-
-        Raises:
-            UserError: if a class refuses its arguments, or a package is missing.
-        """
+        """Return the parsed options with their classes instantiated."""
         try:
             return self.parser.instantiate(self.config)
         except (ValueError, TypeError, ImportError) as error:
             raise user_error(error) or UserError(explain(str(error))) from error
 
     def as_data(self) -> dict[str, Any]:
-        """Return the parsed options as plain data, with all defaults.
-
-        Raises:
-            UserError: if one cannot be written as YAML.
-        """
+        """Return the parsed options as plain data, with all defaults."""
         try:
             options: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         except ValueError as error:
@@ -137,27 +107,23 @@ class Command(LightningCLI):
         return options
 
 
-def finding_configs(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of configs that come with Upright by their paths."""
-    resolved: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
+def resolve_configs(arguments: Sequence[str]) -> list[str]:
+    """Replace the names of configs that come with Upright by their paths, and let ``--data FILE`` replace earlier data.
+
+    jsonargparse would merge options of one dataset into the other.
+    """
+    words: list[str] = []
+    for argument in arguments:
         option, equals, value = argument.partition("=")
-        if equals and option in CONFIG_OPTIONS:
-            resolved.append(f"{option}={find_config(value)}")
-        else:
-            resolved.append(str(find_config(argument)) if previous in CONFIG_OPTIONS else argument)
+        words += [option, value] if equals and option in CONFIG_OPTIONS else [argument]
+    resolved: list[str] = []
+    for previous, word in zip(["", *words], words, strict=False):
+        if previous in CONFIG_OPTIONS:
+            word = str(find_config(word))
+            if previous == "--data" and Path(word).suffix in (".yaml", ".yml", ".json"):
+                resolved += ["null", "--data"]
+        resolved.append(word)
     return resolved
-
-
-def replacing_data(arguments: Sequence[str]) -> list[str]:
-    """Let ``--data FILE`` replace earlier data. jsonargparse would merge options of one dataset into the other."""
-    replaced: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        value = argument.removeprefix("--data=") if argument.startswith("--data=") else following
-        if argument.split("=")[0] == "--data" and Path(value).suffix in (".yaml", ".yml", ".json"):
-            replaced += ["--data", "null"]
-        replaced.append(argument)
-    return replaced
 
 
 def listed(value: Any) -> list[Any]:

@@ -1,7 +1,5 @@
 """``validate test predict``: metrics and predictions of a checkpoint."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from upright.runs.cli.command import Command, early_options
 from upright.runs.drawing import draw_confusion, save_png
 from upright.runs.plots import draw_orientation, draw_transformer
 from upright.runs.seal import open_test_split
+from upright.tables import write_rows
 from upright.training.metrics import write_tables
 from upright.training.restoring import restore
 
@@ -27,22 +26,16 @@ READING_OPTIONS = ("batch_size", "cache", "num_workers")
 
 
 class Evaluation(Command):
-    """Evaluate a checkpoint's model on data that it was not trained on.
-
-    Args:
-        command: ``validate``, ``test`` or ``predict``.
-        arguments: the arguments after the command.
-    """
+    """Evaluate a checkpoint's model on data that it was not trained on."""
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         early = early_options(arguments)
-        self.content, self.recorded = {}, None
-        if early.ckpt_path is None and not early.help_all:
-            raise UserError(
-                f"{command} needs --ckpt_path, for example `upright {command} --ckpt_path checkpoints/NAME/best.ckpt`."
-            )
+        self.recorded: Recipe | None = None
         if not early.help_all:
-            self.path = find_checkpoint(str(early.ckpt_path))
+            if early.ckpt_path is None:
+                example = f"`upright {command} --ckpt_path checkpoints/NAME/best.ckpt`"
+                raise UserError(f"{command} needs --ckpt_path, for example {example}.")
+            self.path = find_checkpoint(early.ckpt_path)
             self.content = read_checkpoint(self.path)
             self.recorded = self.content[KEY]["data"]
         super().__init__(command, arguments)
@@ -74,6 +67,8 @@ class Evaluation(Command):
 
     def evaluate(self) -> None:
         trainer: Any = self.trainer
+        if self.command == "predict" and trainer.world_size > 1:
+            raise UserError(f"predict runs in one process, got {trainer.world_size}: --trainer.devices 1.")
         if self.command != "validate" and isinstance(self.datamodule, ImageDataModule) and trainer.is_global_zero:
             open_test_split(self.path, self.path.parent, self.datamodule, f"upright {self.command}")
         results = getattr(trainer, self.command)(self.model, self.datamodule)
@@ -113,22 +108,9 @@ class Evaluation(Command):
             header = ["angle", "confidence"]
             rows = [[f"{angle:.2f}", f"{confidence:.6f}"] for angle, confidence in torch.cat(batches).tolist()]
         names = list(data.names("test")) if isinstance(data, ImageDataModule) else map(str, range(len(rows)))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", *header])
-        writer.writerows([name, *row] for name, row in zip(names, rows, strict=True))
         path = Path(self.config_init.output or self.path.parent / "predictions.csv")
-        write_text(path, text.getvalue())
+        write_rows(path, [["name", *header], *([name, *row] for name, row in zip(names, rows, strict=True))])
         print(f"Written: {path} ({len(rows)} images)")
-
-
-def evaluate(command: str, arguments: Sequence[str]) -> None:
-    """Run ``validate``, ``test`` or ``predict`` with the options that follow it."""
-    evaluation = Evaluation(command, arguments)
-    if command == "predict" and evaluation.trainer.world_size > 1:
-        processes = evaluation.trainer.world_size
-        raise UserError(f"predict runs in one process, got {processes}: --trainer.devices 1.")
-    evaluation.evaluate()
 
 
 def _images(data: Recipe | None) -> Recipe | None:

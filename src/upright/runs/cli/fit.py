@@ -25,7 +25,7 @@ from upright.runs.callbacks import Divergence, GradientNorm, MetricsFile, brief,
 from upright.runs.cli.command import Command, early_options, listed
 from upright.runs.folder import is_first_process, locked_run, replacing_run
 from upright.runs.interruption import Interrupted, Interruption
-from upright.runs.loggers import HyperparameterTable, mlflow_logger, tensorboard_logger
+from upright.runs.loggers import log_best_metrics, mlflow_logger, tensorboard_logger
 from upright.runs.plan import agent_run, config_to_resume, plan_run, run_name
 from upright.runs.plots import RunPlots
 from upright.runs.resuming import check_resumable, check_supported, is_complete
@@ -65,12 +65,7 @@ def fit(arguments: Sequence[str]) -> None:
 
 
 class Fit(Command):
-    """Build a run.
-
-    Args:
-        arguments: the arguments after ``upright fit``.
-        resources: receives the lock of the run's folder, and releases it when it is closed.
-    """
+    """Build a run. ``resources`` releases the lock of its folder when it is closed."""
 
     def __init__(self, arguments: Sequence[str], resources: ExitStack) -> None:
         self.resources = resources
@@ -133,18 +128,17 @@ class Fit(Command):
         self.model.run = run
         self.interruption = Interruption(self.plan.folder / "last.ckpt")
         check_supported(self.config_init.trainer)
-        self.trainer = self.instantiate_trainer(self._callbacks(), **self._trainer_options(run))
-
-    def _trainer_options(self, run: dict[str, Any]) -> dict[str, Any]:
         # Lightning looks in its root folder for checkpoints of a requeued job, and takes those of any run.
         options: dict[str, Any] = {"default_root_dir": str(self.plan.folder)}
-        if not self.config.trainer.fast_dev_run and (loggers := self._loggers(run)):
+        if loggers := self._loggers(run):
             options["logger"] = loggers
-        return options
+        self.trainer = self.instantiate_trainer(self._callbacks(), **options)
 
     def _loggers(self, run: dict[str, Any]) -> list[Logger]:
         """Return the loggers of the config, by default W&B, and those of the options."""
         configured, folder = self.config_init.trainer.logger, self.plan.folder
+        if self.config.trainer.fast_dev_run:
+            return []
         if isinstance(configured, bool):
             # Lightning replaces True by a default logger of its own.
             loggers = []
@@ -164,7 +158,7 @@ class Fit(Command):
         if self.config.trainer.fast_dev_run:
             return [self.interruption]
         return [
-            RunConfig(folder / "config.yaml", self.recorded()),
+            RunConfig(folder, self.recorded()),
             Divergence(folder),
             *checkpoints(folder, self.config.monitor, self.config.mode or "min", self.config.save_every_n_steps),
             self.interruption,
@@ -173,7 +167,6 @@ class Fit(Command):
             MetricsFile(folder / "metrics.csv", lines=not self.config.trainer.enable_progress_bar),
             RunPlots(folder),
             Artifacts(folder),
-            HyperparameterTable(folder),
         ]
 
     def recorded(self) -> dict[str, Any]:
@@ -200,10 +193,9 @@ class Fit(Command):
                 return
             check_resumable(self.checkpoint, model, data, self.trainer, plan.checkpoint)
         else:
-            images = data if isinstance(data, ImageDataModule) else None
-            lines = start_from(model, plan.start, images, allow_seen=self.config.allow_seen_images)
-            if lines:
-                self._print(*lines, sep="\n")
+            check = isinstance(data, ImageDataModule) and not self.config.allow_seen_images
+            for line in start_from(model, plan.start, data if check else None):
+                self._print(line)
         first = self.trainer.is_global_zero
         new = first and not plan.resumes_in_place
         with replacing_run(plan.folder) if new else nullcontext(), self.interruption.listening():
@@ -223,9 +215,9 @@ class Fit(Command):
             else:
                 self._print(_summary(plan.folder))
 
-    def _print(self, *lines: str, sep: str = " ") -> None:
+    def _print(self, text: str) -> None:
         if self.trainer.is_global_zero:
-            print(*lines, sep=sep, flush=True)
+            print(text, flush=True)
 
     def _how_to_resume(self) -> str:
         last = self.plan.folder / "last.ckpt"
@@ -244,15 +236,10 @@ class Fit(Command):
 
 
 class RunConfig(Callback):
-    """Write ``config.yaml``, print notes about the data, and pass the experiment to the loggers.
+    """Write ``config.yaml``, print notes about the data, and pass the experiment and its result to the loggers."""
 
-    Args:
-        path: path of the file.
-        experiment: the experiment as plain data.
-    """
-
-    def __init__(self, path: Path, experiment: dict[str, Any]) -> None:
-        self.path, self.experiment = path, experiment
+    def __init__(self, folder: Path, experiment: dict[str, Any]) -> None:
+        self.folder, self.experiment = folder, experiment
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -264,11 +251,16 @@ class RunConfig(Callback):
             for remark in data.remarks:
                 print(f"Note: {remark}", file=sys.stderr)
             facts["split_digest"] = data.manifest.digest
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, yaml.safe_dump(self.experiment, sort_keys=False))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.experiment, sort_keys=False))
         facts |= {"start": pl_module.start} if pl_module.start else {}
         for logger in trainer.loggers:
             logger.log_hyperparams(self.experiment | facts)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        best = self.folder / "best.ckpt"
+        if trainer.is_global_zero and best.is_file():
+            log_best_metrics(trainer, best)
 
 
 def _summary(folder: Path) -> str:

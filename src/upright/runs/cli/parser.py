@@ -30,12 +30,7 @@ def user_error(error: BaseException | None) -> UprightError | None:
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """Return jsonargparse's report as one line: the input, the allowed values, and the nearest name.
-
-    Args:
-        message: the report.
-        options: the parser's own option strings, ``--name``.
-    """
+    """Return jsonargparse's report ``message`` as one line: the input, the allowed values, and the nearest name."""
     names = sorted(option[2:] for option in options if re.fullmatch(r"--.*(?<!help)(?<!\+)", option))
     if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)

@@ -7,26 +7,27 @@ import warnings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from upright.errors import UprightError, UserError
-from upright.runs.cli.evaluation import evaluate
+from upright.runs.cli.evaluation import Evaluation
 from upright.runs.cli.fit import fit
 from upright.runs.cli.parser import user_error
 from upright.runs.folder import is_first_process
 from upright.runs.interruption import Interrupted
 from upright.runs.process import keep_freed_memory, leave_a_core
 
+EXPECTED_WARNINGS = (
+    ".*LeafSpec.*",  # Lightning 2.6 uses a class that torch 2.13 deprecates
+    "You requested to overfit",  # Lightning does not see that our loader does not shuffle with overfit_batches
+    "The ``noload`` loader strategy is deprecated",  # MLflow 3 asks for what SQLAlchemy 2.1 deprecates
+    "Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
+    "Be aware that when using `ckpt_path`",  # a resumed run may drop the option that saves within epochs
+)
+
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run one of Lightning's commands.
-
-    Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
-        arguments: the arguments after the command.
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Returns:
         The exit code: 0, or 128 plus the number of the signal that stopped the run.
-
-    Raises:
-        UserError: for every mistake of the user.
     """
     keep_freed_memory()
     leave_a_core()
@@ -36,21 +37,13 @@ def run(command: str, arguments: list[str]) -> int:
         # Lightning 2.6 calls functions that jsonargparse 5 will not have; the version is pinned below 5.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
         warnings.filterwarnings("ignore", message=".*jsonargparse.*", category=DeprecationWarning)
-        # Lightning 2.6 uses a class that torch 2.13 deprecates.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        # Lightning does not see that our loader does not shuffle with overfit_batches.
-        warnings.filterwarnings("ignore", message="You requested to overfit")
-        # MLflow 3 asks for what SQLAlchemy 2.1 deprecates.
-        warnings.filterwarnings("ignore", message="The ``noload`` loader strategy is deprecated")
-        # A resumed run continues in its own folder.
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        # A resumed run may drop the option that saves within epochs.
-        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         try:
             if command == "fit":
                 fit(arguments)
             else:
-                evaluate(command, arguments)
+                Evaluation(command, arguments).evaluate()
         except Interrupted as stop:
             # A launcher of several processes reports the first process that ends with an error as the failed one.
             return stop.exit_code if is_first_process() else 0

@@ -39,11 +39,7 @@ class Space(NamedTuple):
 
 
 def read_space(path: str | Path) -> Space:
-    """Read the YAML of a sweep.
-
-    Raises:
-        UserError: if a key or value is not allowed, or a config does not exist.
-    """
+    """Read the YAML of a sweep."""
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("space") or {}, dict):
         raise UserError(f"'{path}' must hold {', '.join(KEYS)}; 'space' must be options of `upright fit`.")
@@ -72,11 +68,7 @@ def read_space(path: str | Path) -> Space:
 
 
 def check_free(options: Iterable[str]) -> None:
-    """Refuse options that the sweep itself sets.
-
-    Raises:
-        UserError: with the option.
-    """
+    """Refuse options that the sweep itself sets."""
     for option in options:
         if option in RESERVED:
             raise UserError(

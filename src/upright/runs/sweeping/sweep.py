@@ -47,7 +47,7 @@ def sweep(
     options: Sequence[str] = (),
     command: Sequence[str] = COMMAND,
 ) -> int:
-    """Search in ``checkpoints/NAME``, or resume the sweep there.
+    """Search in ``checkpoints/NAME``, or resume the sweep there. Return the exit code: 0, or 130 if it was stopped.
 
     Args:
         space: path of the YAML; see `read_space`.
@@ -55,13 +55,6 @@ def sweep(
         name: name of the sweep; that of the YAML by default.
         options: options of ``upright fit``, for every trial.
         command: the command that a trial runs, without its options.
-
-    Returns:
-        The exit code: 0, or 130 if it was stopped.
-
-    Raises:
-        UserError: for a mistake in the YAML or one that every trial makes, if another space was searched with this
-            name, or if no trial has a score.
     """
     plan = read_space(space)
     names = [option.lstrip("-").partition("=")[0] for option in options if option.startswith("-")]
@@ -98,15 +91,7 @@ def sweep(
 
 
 class Search:
-    """The trials of a study, one after the other.
-
-    Args:
-        study: Optuna's study.
-        space: the options and their values.
-        folder: the folder of the sweep.
-        command: the command that a trial runs.
-        options: options of ``upright fit``, for every trial.
-    """
+    """The trials of a study, one after the other. For ``command`` and ``options``, see `sweep`."""
 
     def __init__(self, study: Study, space: Space, folder: Path, command: list[str], options: list[str]) -> None:
         self.study, self.space, self.folder, self.command, self.options = study, space, folder, command, options
@@ -118,11 +103,7 @@ class Search:
         raise KeyboardInterrupt
 
     def run(self, total: int) -> None:
-        """Resume unfinished trials, start new ones until there are ``total``, and print the best.
-
-        Raises:
-            UserError: for a mistake that every trial makes, or if no trial has a score.
-        """
+        """Resume unfinished trials, start new ones until there are ``total``, and print the best."""
         for unfinished in self.study.get_trials(states=(TrialState.RUNNING,)):
             self._run(unfinished)
         while (number := len(self.study.trials)) < total:
@@ -205,11 +186,7 @@ def _scored(study: Study) -> bool:
 
 @contextmanager
 def _locked_sweep(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder of a sweep, in which ``sweep.yaml`` stores its identity.
-
-    Raises:
-        UserError: if it belongs to another sweep or to a run, or if another process holds it.
-    """
+    """Hold the folder of a sweep, in which ``sweep.yaml`` stores its identity; refuse another identity."""
     if folder.exists() and any(folder.iterdir()) and not is_sweep(folder):
         raise UserError(f"'{folder}' exists and is not a sweep; give the sweep another --name.")
     folder.mkdir(parents=True, exist_ok=True)

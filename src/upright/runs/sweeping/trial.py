@@ -21,13 +21,7 @@ GRACE_SECONDS = 20
 
 @contextmanager
 def running(command: Sequence[str], log: Path, group: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the process of a trial. At the end of the ``with`` it and all its children have ended.
-
-    Args:
-        command: program and arguments.
-        log: file to which its output is appended.
-        group: the W&B group of the trials of a sweep.
-    """
+    """Run the process of a trial, in a W&B group. At the end of the ``with`` it and all its children have ended."""
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
