@@ -134,7 +134,8 @@ class ImageSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageSpec":
         """Return the spec of `to_dict`. A missing field has its default."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+        return cls(**values)
 
 
 def decode(
