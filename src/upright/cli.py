@@ -42,16 +42,12 @@ EXTRAS = {"optuna": "sweep", **dict.fromkeys(("msgspec", "prometheus_client", "s
 """The extra that installs a package. The extra ``train`` installs all other packages."""
 
 
-def _summary(kind: type[options.Options]) -> str:
-    return (kind.__doc__ or "").partition("\n")[0].rstrip(".")
-
-
 def _overview() -> str:
-    rows = {name: _summary(kind) for name, kind in options.LIGHTNING.items()}
-    rows |= {name: _summary(command.options) for name, command in COMMANDS.items()}
+    kinds = options.LIGHTNING | {name: command.options for name, command in COMMANDS.items()}
+    summaries = {name: (kind.__doc__ or "").partition("\n")[0].rstrip(".") for name, kind in kinds.items()}
     return (
         "usage: upright COMMAND ...\n\nFrom images to a verified ONNX bundle.\n\n"
-        + "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
+        + "\n".join(f"  {name:<10} {text}" for name, text in summaries.items())
         + "\n\n`upright COMMAND --help` lists its options. To start: upright new my-project"
     )
 

@@ -198,7 +198,9 @@ class Export(Options):
     force: bool = option(False, "replace an existing bundle")
     data: str | None = option(None, DATA, "YAML")
     outputs: Sequence[Literal["theta", "warped", "votes", "confidence", "logits", "features"]] = option(
-        (), "further outputs of the graph: four of each spatial transformer, the logits, the input of the head"
+        (),
+        "outputs of the graph beside the probabilities: parameters, output image, votes and confidence of each "
+        "spatial transformer, logits, input of the head",
     )
     wandb: Literal["offline", "online", "off"] | None = option(
         None, "record the bundle in Weights & Biases; by default offline if its run is tracked, else off"
@@ -241,7 +243,7 @@ class Attach(Options):
     force: bool = option(False, "replace an existing bundle")
     images: str | None = option(
         None,
-        "images for the comparison, in a folder per class to measure harm and gain; by default the samples",
+        "images for the comparison, in a folder per class to measure harm and gain; by default the bundle's samples",
         "FOLDER",
     )
     classes: str | None = option(

@@ -434,7 +434,6 @@ def test_ids_of_requests_and_traces(trained: Path, samples: list[bytes]) -> None
     assert [line["request_id"] for line in lines][:2] == ["mine", made.headers["x-request-id"]]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_a_reload_is_complete_or_keeps_the_old_bundle(bundle: Path, samples: list[bytes]) -> None:
     with serving(bundle, "--quiet") as running:
 

@@ -484,6 +484,9 @@ def test_a_dry_run_writes_only_the_csv(orientation: Path, scans: Path, upright: 
     assert contents(Path("out")).keys() == {"straighten.csv", "straighten.json"}
     assert upright(*arguments).code == 0
     assert rows(Path("out")) == planned and len(planned) == len(ANGLES)
+    # Any path of the folder gives the same copies.
+    assert upright("straighten", orientation, "scans/../scans/2020", "--to", "other", "--dry-run").code == 0
+    assert rows(Path("other")).keys() == planned.keys()
 
 
 def test_images_with_one_place_do_not_replace_each_other(orientation: Path, scans: Path, upright: Upright) -> None:

@@ -1,7 +1,6 @@
 """``upright infer``: classify images with a bundle, or estimate their orientation."""
 
 import csv
-import io
 import json
 import os
 import sys
@@ -63,10 +62,11 @@ def infer(options: Infer) -> int:
 
     # Escape bytes of file names that are not text.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    write_row = csv.writer(sys.stdout, lineterminator="\n").writerow
     if options.format == "csv":
         ranks = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
         columns = [f"{name}{rank}" for rank in ranks for name in ("label", "probability")]
-        print(_csv_line("path", *(columns if classes else Orientation._fields)))
+        write_row(["path", *(columns if classes else Orientation._fields)])
     try:
         for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
             try:
@@ -82,7 +82,7 @@ def infer(options: Infer) -> int:
             for number, (path, _) in enumerate(batch):
                 line, cells, record = _texts(predictor.task.result(outputs[main][number]), top, width)
                 if options.format == "csv":
-                    print(_csv_line(path, *cells))
+                    write_row([path, *cells])
                 elif options.format == "jsonl":
                     extra = {name: outputs[name][number].tolist() for name in options.outputs}
                     record = {"path": str(path)} | record | ({"outputs": extra} if extra else {})
@@ -171,9 +171,3 @@ def _top(predictor: Predictor | OrientationPredictor, top: int | None) -> int:
     if top is not None and not 1 <= top <= classes:
         raise UserError(f"--top must be from 1 to {classes} (the number of classes), got {top}.")
     return top or 1
-
-
-def _csv_line(*cells: object) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue().removesuffix("\n")

@@ -188,7 +188,11 @@ def _rotated(image: Image.Image, degrees: float, settings: Resampling) -> Image.
         image = image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
-    size = _inner(image.size, cos, sin) if settings.fit == "crop" else _outer(image.size, cos, sin)
+    if settings.fit == "crop":
+        size = _inner(image.size, abs(cos), abs(sin))
+    else:
+        sides = np.abs([[cos, sin], [sin, cos]]) @ image.size
+        size = math.ceil(sides[0] - 1e-6), math.ceil(sides[1] - 1e-6)
     (x, y), (new_x, new_y) = ((width / 2, height / 2) for width, height in (image.size, size))
     matrix = (cos, sin, x - cos * new_x - sin * new_y, -sin, cos, y + sin * new_x - cos * new_y)
     if image.mode in ("LA", "RGBA"):
@@ -200,16 +204,8 @@ def _rotated(image: Image.Image, degrees: float, settings: Resampling) -> Image.
     return Image.fromarray(np.asarray(image).round().clip(0, 65_535).astype(np.uint16)) if deep else image
 
 
-def _outer(size: tuple[int, int], cos: float, sin: float) -> tuple[int, int]:
-    """Return the size of the smallest rectangle around a rotated rectangle."""
-    width, height = size
-    cos, sin = abs(cos), abs(sin)
-    return math.ceil(width * cos + height * sin - 1e-6), math.ceil(width * sin + height * cos - 1e-6)
-
-
 def _inner(size: tuple[int, int], cos: float, sin: float) -> tuple[int, int]:
-    """Return the size of the largest upright rectangle inside a rotated rectangle."""
-    cos, sin = abs(cos), abs(sin)
+    """Return the size of the largest upright rectangle inside a rotated rectangle. Cosine and sine are positive."""
     long, short = max(size), min(size)
     if short <= 2 * sin * cos * long or abs(sin - cos) < 1e-9:
         # Two corners touch the long side; the other two lie on the middle line.

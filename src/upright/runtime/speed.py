@@ -40,11 +40,9 @@ class Speed(NamedTuple):
 def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Call ``run`` for `TURN_SECONDS`, at least once. Return the seconds of each call.
 
-    Args:
-        run: function to time.
-        clock: function that returns seconds. Use `time.process_time` if the function has one thread: it excludes the
-            time of other processes. On a busy machine these interrupt long calls more than short ones (12 processes on
-            2 cores: LeNet in batches of 64 seemed 21 times as fast as PyTorch).
+    Use the clock `time.process_time` if the function has one thread: it excludes the time of other processes. On a busy
+    machine these interrupt long calls more than short ones (12 processes on 2 cores: LeNet in batches of 64 seemed 21
+    times as fast as PyTorch).
     """
     start = before = clock()
     seconds: list[float] = []
@@ -57,10 +55,9 @@ def turn(run: Callable[[], object], clock: Callable[[], float] = time.perf_count
 
 
 def side_by_side(turns: Mapping[str, Turn]) -> dict[str, Speed]:
-    """Time implementations by turns. Every round has one turn of each, so a disturbance affects all of them.
+    """Time implementations by turns, and compare them with the first one.
 
-    Args:
-        turns: implementations by name; the first one is the reference.
+    Every round has one turn of each, so a disturbance affects all of them.
     """
     # The first round is a warm-up.
     rounds = [[one() for one in turns.values()] for _ in range(1 + ROUNDS)][1:]

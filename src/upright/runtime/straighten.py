@@ -232,7 +232,7 @@ def _find(options: Straighten) -> Iterator[Row]:
         folder = Path(name) if Path(name).is_dir() else None
         if folder and (others := list_files(folder).others):
             print(f"upright: warning: {describe_others(others)} They are not copied.", file=sys.stderr)
-        base = (folder or Path.cwd()).absolute()
+        base = Path(os.path.abspath(folder or "."))
         for path in (Path(os.path.abspath(path)) for path in paths):
             yield Row(str(path), str(path.relative_to(base if path.is_relative_to(base) else path.anchor)))
 

@@ -14,10 +14,10 @@ from upright.runtime.bundle import PARITY, SUMS, Bundle
 from upright.runtime.predictor import open_predictor, open_session
 from upright.runtime.speed import machine, speeds_by_batch
 
-HINTS = {
-    "int8": " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
+INT8_HINT = (
+    " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
     "export without --full-range, or use another precision on this machine."
-}
+)
 
 
 def verify(options: Verify) -> int:
@@ -81,6 +81,6 @@ def _check(bundle: Bundle, precision: str) -> str:
                 f"Bundle '{bundle.folder}' gives other predictions on this machine ({precision}, batches of "
                 f"{batch_size}): {len(files)} of {len(pixels)} samples differ by up to {differences.max():.2g} "
                 f"(allowed {tolerance:.2g}), {int(flipped.sum())} of them in {task.answer}: {', '.join(files)}."
-                f"{HINTS.get(precision, '')}"
+                f"{INT8_HINT if precision == 'int8' else ''}"
             )
     return f"{precision} within {differences.max():.1e} (allowed {tolerance:.0e})"

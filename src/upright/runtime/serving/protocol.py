@@ -115,8 +115,7 @@ class Model:
         }
         if classes:
             self.metadata["outputs"].append({"name": LABELS, "datatype": "BYTES", "shape": [-1]})
-        self.outputs = [output["name"] for output in self.metadata["outputs"]]
-        self._datatypes = {output["name"]: output["datatype"] for output in self.metadata["outputs"]}
+        self.outputs: dict[str, str] = {output["name"]: output["datatype"] for output in self.metadata["outputs"]}
 
     def read(self, body: bytes, header: str | None) -> Parsed:
         """Parse the body of a request, which may have a ``header``, `HEADER`, or raise a `UserError`."""
@@ -164,11 +163,10 @@ class Model:
         all_binary = request.parameters.get("binary_data_output") is True
         for requested in request.outputs:
             if requested.name == LABELS:
-                labels = [self.classes[best] for best in outputs[PROBABILITIES].argmax(axis=1)]
-                array: Any = np.array(labels, object)
+                array: Any = np.array(self.classes, object)[outputs[PROBABILITIES].argmax(axis=1)]
             else:
                 array = outputs[requested.name]
-            tensor = OutputTensor(requested.name, list(array.shape), self._datatypes[requested.name])
+            tensor = OutputTensor(requested.name, list(array.shape), self.outputs[requested.name])
             if requested.parameters.get("binary_data", all_binary) is True:
                 tail.append(_packed(array))
                 tensor.parameters = {"binary_data_size": len(tail[-1])}

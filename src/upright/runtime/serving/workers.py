@@ -21,7 +21,6 @@ from upright.runtime.serving.metrics import SHARED_FOLDER
 
 POLL_SECONDS = 0.1
 RESTART_SECONDS = 1
-RELOAD = getattr(signal, "SIGHUP", None)
 Work = Callable[[Callable[[], None]], None]
 """A function that serves until a signal. It calls its argument when it is ready."""
 
@@ -37,8 +36,8 @@ class Worker:
 
     def reload(self) -> None:
         self.stale = not self.ready  # a signal would end a process that does not handle it yet
-        if self.ready and RELOAD and self.process.pid:
-            os.kill(self.process.pid, RELOAD)
+        if self.ready and self.process.pid:
+            os.kill(self.process.pid, signal.SIGHUP)
 
 
 class Workers:
@@ -53,8 +52,7 @@ class Workers:
         """Serve until SIGTERM or SIGINT, and pass SIGHUP on. The first worker must be ready before others start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
-        if RELOAD:
-            signal.signal(RELOAD, self._reload)
+        signal.signal(signal.SIGHUP, self._reload)
         with TemporaryDirectory(prefix="upright-metrics-") as folder:
             os.environ[SHARED_FOLDER] = folder
             try:
