@@ -138,8 +138,7 @@ def check_weights(size: int, owner: str) -> None:
 def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
     """Write a model in evaluation mode to one ONNX file. Its metadata contain the class names.
 
-    Raises:
-        UserError: if the network does not support the form, or its weights do not fit into an ONNX file.
+    Raise a `UserError` if the network does not support the form, or its weights do not fit into an ONNX file.
     """
     form = form or Form()
     spec, graph = model.spec, Graph(model, form).eval()
