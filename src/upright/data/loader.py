@@ -70,14 +70,7 @@ class BatchLoader:
     With ``shuffle`` (training), samples that do not fill a batch on every process are dropped; they are different ones
     in every epoch. Without ``shuffle``, every sample is delivered exactly once, by one process.
 
-    Args:
-        samples: all samples of the split.
-        batch_size: samples per batch and process.
-        shuffle: use a new order in every epoch.
-        seed: seed of the order.
-        rank: number of this process.
-        world_size: number of processes.
-        workers: number of worker processes that read samples ahead; 0 reads them in this process.
+    ``batch_size`` counts the samples of one process. ``workers`` processes read ahead; with 0, this process reads.
     """
 
     def __init__(

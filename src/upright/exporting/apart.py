@@ -48,13 +48,7 @@ def straighten(images: Tensor, angle: float, padding: Padding) -> Tensor:
 
 
 class Photograph(NamedTuple):
-    """An image of the comparison.
-
-    Args:
-        name: its path, or that of a sample.
-        source: its file or the content of its file.
-        label: index of its class, or None.
-    """
+    """An image of the comparison: its path, its file or the content of it, and the index of its class."""
 
     name: str
     source: Path | bytes
