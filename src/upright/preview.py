@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,14 +54,14 @@ def preview(
         raise UserError(f"--write-statistics: {type(data).__name__} has no options mean and std.")
     if write_statistics and not (Path(source).is_file() and Path(source).suffix in (".yaml", ".yml")):
         raise UserError(f"--write-statistics needs the path of a YAML of data, got '{source}'.")
-    statistics = _statistics(data)
-    print(_table(data, statistics), flush=True)
+    mean, std, count = _statistics(data)
+    print(_table(data, mean, std, count), flush=True)
     for remark in data.remarks:
         print(f"Note: {remark}")
     draw(data, Path(output), seed)
     print(f"Plot: {output}")
     if write_statistics:
-        set_arguments(Path(source), mean=_numbers(statistics.mean), std=_numbers(statistics.std))
+        set_arguments(Path(source), mean=_numbers(mean), std=_numbers(std))
         print(f"Statistics: mean and std in '{source}'")
     return 0
 
@@ -80,15 +79,7 @@ def _data(path: Path, root: str | None) -> ImageDataModule:
     return build_data(recipe, path, **options)
 
 
-class Statistics(NamedTuple):
-    """Mean and standard deviation of each channel, on the scale of 0 to 1, and the number of images."""
-
-    mean: list[float]
-    std: list[float]
-    images: int
-
-
-def _table(data: ImageDataModule, statistics: Statistics) -> str:
+def _table(data: ImageDataModule, mean: list[float], std: list[float], count: int) -> str:
     spec, facts, manifest = data.spec, data.images.facts, data.manifest
 
     def row(title: str, cells: Iterable[str]) -> str:
@@ -105,7 +96,6 @@ def _table(data: ImageDataModule, statistics: Statistics) -> str:
     sizes = np.stack([used["height"], used["width"]])
     low, middle, high = (f"{h:.0f}x{w:.0f}" for h, w in (sizes.min(1), np.median(sizes, axis=1), sizes.max(1)))
     size = low if low == high else f"{low} to {high} (median height and width: {middle})"
-    mean, std, count = statistics
     lines += [
         "",
         f"Image size: {size}. Network input: {spec.channels} x {spec.height} x {spec.width} ({spec.resize}).",
@@ -122,8 +112,11 @@ def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:.4f}" for value in values) + "]"
 
 
-def _statistics(data: ImageDataModule) -> Statistics:
-    """Measure evenly spaced training images. A dataset with a distortion as its task distorts the images first."""
+def _statistics(data: ImageDataModule) -> tuple[list[float], list[float], int]:
+    """Return mean and deviation of each channel of evenly spaced training images, from 0 to 1, and their number.
+
+    A dataset with a distortion as its task distorts the images first.
+    """
     samples = data.samples("train")
     task = Augmentation(part for part in data.augmentation.parts if isinstance(part, Distortion))
     chosen = torch.linspace(0, len(samples) - 1, min(len(samples), MAX_STATISTICS_IMAGES)).long()
@@ -135,7 +128,7 @@ def _statistics(data: ImageDataModule) -> Statistics:
         pixels += images[:, 0].numel()
     mean = total / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
-    return Statistics(mean.tolist(), std.tolist(), len(chosen))
+    return mean.tolist(), std.tolist(), len(chosen)
 
 
 def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:

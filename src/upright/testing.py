@@ -46,10 +46,7 @@ three compute the confidence of votes."""
 
 
 def check_network(config: str | Path) -> None:
-    """Hold the network of an experiment to every contract below, with random images.
-
-    Args:
-        config: the YAML of an experiment.
+    """Hold the network of the YAML of an experiment to every contract below, with random images.
 
     Raises:
         AssertionError: if a contract is broken.
@@ -178,11 +175,8 @@ def check_graph(network: nn.Module, spec: ImageSpec, opset: int = Form.opset) ->
 def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = (), lone_norms: bool = False) -> None:
     """Check a graph for images of one size with more outputs, and its conversions to float16 and 8 bits.
 
-    Args:
-        network: the class of the network, or a `functools.partial` of it.
-        spec: the spec of its images.
-        unchanged: outputs that are the same in every precision.
-        lone_norms: whether the network has normalisations that follow no convolution or linear layer.
+    Outputs ``unchanged`` are the same in every precision. With ``lone_norms``, the network has normalisations that
+    follow no convolution or linear layer.
     """
     classifier = ImageClassifier(spec, network, partial(torch.optim.SGD, lr=0.1))
     model, shape = classifier.model, spec.input_shape

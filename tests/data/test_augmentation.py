@@ -109,7 +109,7 @@ def test_a_part_is_rebuilt_from_its_recipe_and_draws_from_the_seed(part: Callabl
 
 def test_neighbouring_geometric_parts_are_sampled_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr("upright.data.augmentation.sample", lambda *a: calls.append(a) or sample(*a))
+    monkeypatch.setattr("upright.warp.sample", lambda *a: calls.append(a) or sample(*a))
     parts = [part() for part in GEOMETRIC.values()]
     check_transforms(Augmentation(parts), smooth())
     check_transforms(Augmentation(parts[::-1]), smooth())

@@ -17,23 +17,12 @@ from typing import NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from upright import warp
 from upright.data.batch import Points, View
 from upright.data.mixing import Mixing
 from upright.errors import UserError
 from upright.internals.kornia import has_part
-from upright.warp import (
-    Padding,
-    full_precision,
-    grid_points,
-    identity,
-    pixel_centres,
-    project_points,
-    rotation,
-    sample,
-    spline_points,
-    spline_solution,
-    transform_points,
-)
+from upright.warp import Padding
 
 CHUNK_IMAGES = 128
 """Number of images that a CPU samples at a time, so that they stay in its cache. 2,048 images of 3 x 32 x 32 took a
@@ -88,8 +77,8 @@ class RandomAffine(Geometric):
         aspect = width / height
         # Always six draws per image, in this order, so that one option does not change the draws of the others.
         angle, size, slant, mirror, *shifts = torch.rand(6, batch)
-        matrices = rotation(math.radians(self.rotate) * (2 * angle - 1), aspect)
-        inner = identity(batch).clone()
+        matrices = warp.rotation(math.radians(self.rotate) * (2 * angle - 1), aspect)
+        inner = warp.identity(batch).clone()
         inner[:, 0, 0] = torch.where(mirror < self.flip, -1.0, 1.0)
         inner[:, 0, 1] = torch.tan(math.radians(self.shear) * (2 * slant - 1)) / aspect
         inner[:, :2] /= (self.scale[0] + (self.scale[1] - self.scale[0]) * size)[:, None, None]
@@ -115,7 +104,7 @@ class RandomCrop(Geometric):
     def draw(self, batch: int, height: int, width: int) -> Tensor:
         # The same draws for every padding, as in `RandomAffine`.
         shifts = (torch.rand(batch, 2) * (2 * self.padding + 1)).floor() - self.padding
-        matrices = identity(batch).clone()
+        matrices = warp.identity(batch).clone()
         matrices[:, :2, 2] = 2 * shifts / torch.tensor([width, height])
         return matrices
 
@@ -212,7 +201,7 @@ class RandomElastic(Geometric):
         self.sigma = sigma
         line = torch.linspace(-1, 1, points)
         self.controls = torch.cartesian_prod(line, line)
-        self.solution = spline_solution(self.controls)
+        self.solution = warp.spline_solution(self.controls)
 
     def draw(self, batch: int, height: int, width: int) -> "Spline":
         return Spline(self.controls, self.solution, 2 * self.sigma * torch.randn(batch, len(self.controls), 2))
@@ -229,7 +218,7 @@ class Spline:
     def __call__(self, points: Tensor) -> Tensor:
         """Map output ``points`` ``(N, 2)`` or ``(B, N, 2)`` to the input: ``(B, N, 2)``."""
         controls, solution, shifts = (part.to(points.device) for part in (self.controls, self.solution, self.shifts))
-        return spline_points(controls, solution, shifts, points)
+        return warp.spline_points(controls, solution, shifts, points)
 
     def __getitem__(self, chosen: Tensor) -> "Spline":
         return Spline(self.controls, self.solution, self.shifts[chosen])
@@ -266,26 +255,26 @@ class Composition:
 
     def __call__(self, points: Tensor) -> Tensor:
         """Map output ``points`` ``(N, 2)`` or ``(B, N, 2)`` to the input: ``(B, N, 2)``."""
-        with full_precision(points.device):
+        with warp.full_precision(points.device):
             # A point of the output goes through the last transform first.
             for part in reversed(self.parts):
                 if not isinstance(part, Tensor):
                     points = part(points)
                 elif _is_affine(part):
-                    points = transform_points(part.to(points.device), points)
+                    points = warp.transform_points(part.to(points.device), points)
                 else:
-                    points = project_points(part.to(points.device), points)
+                    points = warp.project_points(part.to(points.device), points)
         return points.expand(self.batch, -1, -1)
 
     def grid(self, height: int, width: int, device: torch.device) -> Tensor:
         """Map the pixel centres of the output to the input: ``(B, H*W, 2)``."""
         if len(self.parts) == 1 and isinstance(self.parts[0], Tensor) and _is_affine(self.parts[0]):
-            return grid_points(self.parts[0].to(device), height, width)
-        return self(pixel_centres(height, width, device=device))
+            return warp.grid_points(self.parts[0].to(device), height, width)
+        return self(warp.pixel_centres(height, width, device=device))
 
 
 def _is_affine(matrices: Tensor) -> bool:
-    return torch.equal(matrices[:, 2], identity(len(matrices))[:, 2])
+    return torch.equal(matrices[:, 2], warp.identity(len(matrices))[:, 2])
 
 
 class Augmentation(nn.Module):
@@ -341,7 +330,7 @@ class Augmentation(nn.Module):
             targets: labels ``(B,)``, or probabilities ``(B, K)``, which mixing parts need.
         """
         # Matrices are composed on the CPU.
-        with full_precision(images.device), full_precision(torch.device("cpu")):
+        with warp.full_precision(images.device), warp.full_precision(torch.device("cpu")):
             return self._view(images, targets)
 
     def _view(self, images: Tensor, targets: Tensor | None) -> View:
@@ -386,11 +375,11 @@ class Augmentation(nn.Module):
         points = transforms.grid(height, width, images.device)
         chunk = CHUNK_IMAGES if images.device.type == "cpu" else len(images)
         if len(images) <= chunk:
-            return sample(images.float(), points, height, width, self.padding)
+            return warp.sample(images.float(), points, height, width, self.padding)
         sampled = torch.empty(images.shape, device=images.device)
         for start in range(0, len(images), chunk):
             part = slice(start, start + chunk)
-            sampled[part] = sample(images[part].float(), points[part], height, width, self.padding)
+            sampled[part] = warp.sample(images[part].float(), points[part], height, width, self.padding)
         return sampled
 
 
@@ -446,4 +435,4 @@ def _normalised(matrices: Tensor, size: torch.Size, new_size: torch.Size) -> Poi
         return torch.tensor(rows, device=matrices.device)
 
     # The result stays on its device: a check for affine matrices would wait for the device.
-    return partial(project_points, pixels(*size).inverse() @ matrices.inverse() @ pixels(*new_size))
+    return partial(warp.project_points, pixels(*size).inverse() @ matrices.inverse() @ pixels(*new_size))

@@ -127,12 +127,7 @@ class Decoder:
 
 
 class PixelArray:
-    """Stored images.
-
-    Args:
-        pixels: uint8 ``(rows, V, C, H, W)``.
-        rows: row of every image; by default image ``i`` is in row ``i``.
-    """
+    """Stored images, uint8 ``(rows, V, C, H, W)``, and the row of every image; by default ``i`` is in row ``i``."""
 
     def __init__(self, pixels: npt.NDArray[np.uint8], rows: Indices | None = None) -> None:
         self.pixels, self.rows = pixels, rows
@@ -159,7 +154,7 @@ class Cache:
 
     On disk they are rows of two files, ``facts`` and ``pixels``, that only grow. A row is identified by path, number,
     size and times of the image file: new images are appended, and a changed image gets a new row. The name of the
-    folder contains the class of `Images`; if you change how your own class decodes, delete the folder.
+    folder contains the class of the images; if you change how your own class decodes, delete the folder.
 
     Args:
         decoder: the images to store.

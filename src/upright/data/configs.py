@@ -15,11 +15,7 @@ from upright.recipes import Recipe, build, load_class
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return the content of a YAML file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """Return the content of a YAML file. Raise a `UserError` if it cannot be read."""
     try:
         return yaml.safe_load(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -58,10 +54,7 @@ def adopt_format(model: Any, data: Any) -> None:
     """Set missing data options, in place, to the image format of the network's published weights.
 
     The network states them in a classmethod ``image_format``; `ResizedImages.adopted` lists the options. The configs of
-    model and data are dictionaries, or jsonargparse's Namespaces.
-
-    Raises:
-        UserError: if the network has no such format.
+    model and data are dictionaries, or jsonargparse's Namespaces. Raise a `UserError` if the network has no format.
     """
     image_format, entries = _image_format(model), _entries(data)
     if image_format is None or not isinstance(entries.get("class_path"), str):
@@ -108,10 +101,9 @@ def _entries(config: Any) -> dict[str, Any]:
 
 
 def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataModule:
-    """Build the datamodule of a recipe; ``path`` is its file, and ``options`` replace its options.
+    """Build the datamodule of a recipe from the file ``path``; ``options`` replace its own.
 
-    Raises:
-        UserError: if the class does not take these options, or is not a datamodule.
+    Raise a `UserError` if the class does not take these options, or is not a datamodule.
     """
     try:
         datamodule = build(data)(**options)
@@ -125,8 +117,7 @@ def build_data(data: Recipe, path: str | Path, **options: object) -> ImageDataMo
 def set_arguments(path: Path, **values: str) -> None:
     """Set arguments in the YAML of a dataset, or of an experiment that contains one. All other text stays.
 
-    Raises:
-        UserError: if the YAML has no such place, or cannot be written.
+    Raise a `UserError` if the YAML has no such place, or cannot be written.
     """
     text = path.read_text(encoding="utf-8")
     document = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -156,12 +156,8 @@ class MNISTDistortion(Distortion):
 class FixedDraws(Views):
     """Random distortions of the images of one split, the same ones every time.
 
-    Args:
-        distortion: the distortion.
-        digits: all images of the source, uint8 ``(N, 28, 28, 1)``.
-        indices: images of the split, sorted; clutter is cut from them.
-        draws: number of distortions of each image.
-        seed: seed of the draws.
+    ``digits`` ``(N, 28, 28, 1)`` are all images of the source. ``indices``, sorted, are those of the split, from which
+    clutter is cut. ``draws`` is the number of distortions of each image.
     """
 
     def __init__(self, distortion: MNISTDistortion, digits: Bytes, indices: Indices, draws: int, seed: int) -> None:

@@ -22,8 +22,7 @@ def data_folder(name: str) -> Path:
 def download(file: str, md5: str, address: str, folder: Path, wanted_files: str) -> Path:
     """Download a file from the folder at an address, and check its MD5. An incomplete file is deleted.
 
-    Raises:
-        UserError: if that fails. The message asks for ``wanted_files``, which the user may put into ``folder`` instead.
+    The `UserError` of a failure asks for ``wanted_files``, which the user may put into ``folder`` instead.
     """
     url = f"{address}/{file}"
     try:

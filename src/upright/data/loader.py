@@ -1,11 +1,8 @@
 """Batches of a split. The order is a function of seed and epoch; the only state is the position in the epoch.
 
-Why not StatefulDataLoader: torchdata 0.11.0 was tested with torch 2.13 and Lightning 2.6.6. It fixes the order when
-``iter`` is called, and Lightning calls ``iter`` before ``set_epoch``, so a run resumed in epoch 1 got the order of
-epoch 0. If anything asked for the number of batches before, Lightning also dropped the loader's position. After an
-epoch that ended early (``limit_train_batches``), as many batches of the next epoch were skipped. An error of a worker
-arrived as 18 lines, and Ctrl-C killed the workers. Order, shares, seeds, errors and signals would remain our code, and
-we would save only a counter. Both loaders cost a small part of a LeNet step per batch.
+Why not StatefulDataLoader of torchdata 0.11.0: with Lightning 2.6.6, a run resumed in epoch 1 got the order of epoch 0,
+an epoch that ended early skipped batches of the next one, and Ctrl-C killed the workers. Order, shares, seeds, errors
+and signals would remain our code, and we would save only a counter.
 """
 
 import os
@@ -73,14 +70,7 @@ class BatchLoader:
     With ``shuffle`` (training), samples that do not fill a batch on every process are dropped; they are different ones
     in every epoch. Without ``shuffle``, every sample is delivered exactly once, by one process.
 
-    Args:
-        samples: all samples of the split.
-        batch_size: samples per batch and process.
-        shuffle: use a new order in every epoch.
-        seed: seed of the order.
-        rank: number of this process.
-        world_size: number of processes.
-        workers: number of worker processes that read samples ahead; 0 reads them in this process.
+    ``batch_size`` counts the samples of one process. ``workers`` processes read ahead; with 0, this process reads.
     """
 
     def __init__(

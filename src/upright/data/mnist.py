@@ -82,11 +82,7 @@ class KMNIST(IDX):
 
 
 def read_idx(path: Path | zipfile.Path) -> Bytes:
-    """Read the uint8 array of an IDX file, with or without gzip.
-
-    Raises:
-        UserError: if it is truncated, too long, or another format.
-    """
+    """Read the uint8 array of an IDX file. Raise a `UserError` if it is truncated, too long, or another format."""
     content = read_file(path)
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4].ljust(4, b"\xff"))
     offset = 4 + 4 * dimensions

@@ -8,11 +8,7 @@ from upright.errors import UserError
 
 
 def read_parquet(file: Path, read: Callable[[Any], Any], advice: str = "") -> Any:
-    """Return ``read(pyarrow.parquet)``.
-
-    Raises:
-        UserError: if the package is missing, with ``advice`` for another way, or the file cannot be read.
-    """
+    """Return ``read(pyarrow.parquet)``, or raise a `UserError`: the file is broken, or the package missing."""
     try:
         import pyarrow
         import pyarrow.parquet

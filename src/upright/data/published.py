@@ -77,11 +77,7 @@ class Published(ImageDataModule):
         return next((path for name in names if (path := self.folder / name).is_file()), None)
 
     def fetch(self, name: str) -> Path:
-        """Download one of the files of `checksums`.
-
-        Raises:
-            UserError: if the user named a folder, which never changes, or the download fails.
-        """
+        """Download one of the files of `checksums`, but not into a folder that the user named: it never changes."""
         if self.root:
             raise UserError(
                 f"'{self.root}' does not hold {self.wanted_files} (no {name}); `root` (--data.root) is the folder of "
@@ -90,11 +86,7 @@ class Published(ImageDataModule):
         return download(name, self.checksums[name], self.address, self.folder, self.wanted_files)
 
     def read(self) -> Source:
-        """Read all images, the training part first.
-
-        Raises:
-            UserError: if images, labels and classes do not fit together.
-        """
+        """Read all images, the training part first. Raise a `UserError` if images, labels and classes do not fit."""
         train, test = self.parts()
         for name, (images, labels) in (("train", train), ("test", test)):
             if not len(images) or images.shape != (*labels.shape, *self.shape) or labels.max() >= len(self.classes):
@@ -113,11 +105,7 @@ class Published(ImageDataModule):
 
 
 def read_file(path: Path | zipfile.Path) -> bytes:
-    """Return the content of a file, decompressed if it is gzip.
-
-    Raises:
-        UserError: if it cannot be read or is truncated.
-    """
+    """Return the content of a file, decompressed if it is gzip. Raise a `UserError` if it is truncated."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content

@@ -104,8 +104,7 @@ class ResizedImages(ImageDataModule):
     def arrange(self, rows: Sequence[Row], images: Images, **details: Any) -> Source:
         """Return the source of these images, one per row; ``details`` are other arguments of `Source`.
 
-        Raises:
-            UserError: if a label is not among the classes, or a split lacks a class.
+        Raise a `UserError` if a label is not among the classes, or a split lacks a class.
         """
         classes = self.classes()
         numbers = {name: number for number, name in enumerate(classes or ("",))}

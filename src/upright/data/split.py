@@ -44,13 +44,8 @@ def stratified_split(
 ) -> dict[str, Indices]:
     """Return sorted indices per split, with the same share of every class in each; ``train`` gets the rest.
 
-    Args:
-        labels: class of every image.
-        fractions: fraction of all images for every split but ``train``, in the order in which they are split off.
-        seed: seed of the split.
-        folds: if not 0, ``val`` is one of this many equal parts of the remaining images.
-        fold: number of that part, from 0.
-        classes: names of the classes, for messages; by default their numbers.
+    ``fractions`` of all images are split off in their order. With ``folds``, ``val`` is one of this many equal parts of
+    the remaining images, and ``fold`` its number, from 0. ``classes`` are names for messages.
 
     Raises:
         UserError: if the fractions leave nothing, or a class is too small for all splits.

@@ -14,15 +14,10 @@ Result = TypeVar("Result")
 
 
 def fetch(read: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int) -> Iterator[Result]:
-    """Yield ``read(argument)`` for every argument, in order.
-
-    Args:
-        read: a function that can be pickled.
-        arguments: the arguments of the calls.
-        workers: number of processes; 0 reads in this process.
+    """Yield ``read(argument)`` for every argument, in order, by this number of processes; 0 is this process.
 
     Raises:
-        UprightError: the error that ``read`` raised, in one line.
+        UprightError: the error that ``read``, which can be pickled, raised.
         UserError: if a worker process dies.
     """
     if not workers:

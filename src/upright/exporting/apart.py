@@ -4,11 +4,12 @@ The rotation and the preprocessing are those of `warp`, so they share no code wi
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
+import onnxruntime
 import torch
 from scipy.special import softmax
 from torch import Tensor
@@ -20,7 +21,7 @@ from upright.exporting.foreign import Foreign
 from upright.exporting.front import ORIENTATION, PROBABILITIES, STRAIGHTENED, Decision, model_outputs
 from upright.exporting.harm import MARGIN, Answers, Flags
 from upright.images import ImageSpec, Pixels, decode
-from upright.runtime.predictor import OrientationPredictor, open_session, run_batch, session_batches
+from upright.runtime.predictor import OrientationPredictor, run_batch, session_batches
 from upright.runtime.task import Classification, OrientationEstimation, Rows
 from upright.warp import Padding, rotation, warp
 
@@ -47,13 +48,7 @@ def straighten(images: Tensor, angle: float, padding: Padding) -> Tensor:
 
 
 class Photograph(NamedTuple):
-    """An image of the comparison.
-
-    Args:
-        name: its path, or that of a sample.
-        source: its file or the content of its file.
-        label: index of its class, or None.
-    """
+    """An image of the comparison: its path, its file or the content of it, and the index of its class."""
 
     name: str
     source: Path | bytes
@@ -99,6 +94,7 @@ def measure(
     return Answers(bare, straightened, np.concatenate(confidences), upright, groups)
 
 
+@dataclass(eq=False)
 class Comparison:
     """The graph against its parts run apart, each on what the graph's part before it returns.
 
@@ -106,23 +102,20 @@ class Comparison:
     part is compared by itself: the orientation, the straightened images, and the outputs of the foreign model.
 
     Args:
-        graph: the attached graph, with the output ``straightened``.
+        session: the attached graph, with the output ``straightened``.
         estimator: the orientation bundle.
         foreign: the foreign model.
-        decision: that of the graph.
+        decision: when and how the graph rotates an image.
         are_logits: True if the graph applies softmax to the scores.
     """
 
-    def __init__(
-        self,
-        graph: onnx.ModelProto,
-        estimator: OrientationPredictor,
-        foreign: Foreign,
-        decision: Decision,
-        are_logits: bool,
-    ) -> None:
-        self.session = open_session(graph.SerializeToString())
-        self.estimator, self.foreign, self.decision, self.are_logits = estimator, foreign, decision, are_logits
+    session: onnxruntime.InferenceSession
+    estimator: OrientationPredictor
+    foreign: Foreign
+    decision: Decision
+    are_logits: bool
+
+    def __post_init__(self) -> None:
         self.names = [output.name for output in self.session.get_outputs()]
         self.differences = dict.fromkeys(self.names, 0.0)
         """Largest difference of each output: of a direction, in grey levels, or relative to the largest value."""
@@ -169,11 +162,7 @@ class Comparison:
         return decided
 
     def metrics(self) -> dict[str, Any]:
-        """Return the results for ``parity.json``.
-
-        Raises:
-            GateError: if the graph differs from its parts, with the views and the outputs that differ.
-        """
+        """Return the results for ``parity.json``. Raise a `GateError` if the graph differs from its parts."""
         allowed = {name: ALLOWED.get(name, TOLERANCE) for name in self.names}
         if self.offending:
             largest = [f"{name} {n:.1e} (allowed {allowed[name]:.0e})" for name, n in self.differences.items()]

@@ -23,7 +23,7 @@ from upright.image_paths import find_images, list_folders
 from upright.images import LISTED_CLASSES, ImageSpec
 from upright.options import Attach
 from upright.runtime.bundle import MODELS, SUMS, Bundle, checksums
-from upright.runtime.predictor import OrientationPredictor
+from upright.runtime.predictor import OrientationPredictor, open_session
 from upright.tables import markdown
 
 
@@ -71,7 +71,8 @@ def attach(options: Attach) -> int:
     orientation = onnx.load_from_string(bundle.model("fp32").read_bytes())
     graph = attached_graph(orientation, foreign, decision, are_logits=kind == "logits")
     print(f"Comparing with the parts on {len(photographs)} images in {len(ANGLES)} rotations ...", flush=True)
-    comparison = Comparison(graph, estimator, foreign, decision, kind == "logits")
+    session = open_session(graph.SerializeToString())
+    comparison = Comparison(session, estimator, foreign, decision, kind == "logits")
     samples = []
     per_image = max(1, SAMPLE_COUNT // len(photographs))
     sampled = np.linspace(0, len(photographs) - 1, min(SAMPLE_COUNT, len(photographs))).astype(int).tolist()
@@ -116,8 +117,7 @@ def attach(options: Attach) -> int:
 def find_photographs(folder: str | None, bundle: Bundle, spec: ImageSpec) -> list[Photograph]:
     """Return the images of a folder, or the samples of a bundle. Images in folders per class have labels.
 
-    Raises:
-        UserError: if there are no images, or only some of the folders are classes.
+    Raise a `UserError` if there are no images, or only some of the folders are classes.
     """
     if folder is None:
         named = zip(bundle.samples, bundle.sample_files, strict=True)

@@ -63,7 +63,8 @@ from upright.training.restoring import restore
 def export(*arguments: Any, **options: Any) -> int:
     """Write a bundle, but only if its graphs reproduce PyTorch on the complete validation split.
 
-    The arguments are those of `upright.options.Export`: the checkpoint, then the options of ``upright export``.
+    The arguments are the fields of `upright.options.Export`: the checkpoint, a path, and the options of the command
+    ``upright export``, with underscores. Examples are ``name="mine"``, ``force=True`` and ``precision=("int8",)``.
 
     Returns:
         The exit code, 0.
@@ -75,7 +76,7 @@ def export(*arguments: Any, **options: Any) -> int:
     return _export(Export(*arguments, **options))
 
 
-export.__signature__ = signature(Export)  # type: ignore[attr-defined]  # what `help` prints
+export.__signature__ = signature(Export).replace(return_annotation=int)  # type: ignore[attr-defined]  # what `help` prints
 
 
 def _export(options: Export) -> int:

@@ -120,11 +120,7 @@ class Foreign:
         self.preprocessing = replace(self.preprocessing, spec=replace(self.preprocessing.spec, classes=classes))
 
     def __call__(self, fitted: Tensor) -> Outputs:
-        """Return all outputs for images of the input's size ``(B, C, H, W)``, values 0 to 255.
-
-        Raises:
-            EngineError: if onnxruntime fails.
-        """
+        """Return all outputs for images of the input's size ``(B, C, H, W)``, values 0 to 255."""
         values = self.preprocessing.convert(fitted)
         step = self.batch or len(values)
         parts = []
@@ -245,14 +241,8 @@ class Foreign:
 def read_records(model: Path, *, is_upright: bool) -> dict[str, Any]:
     """Return the parts of the preprocessing that files beside a model record, by the names of the options of `Attach`.
 
-    There may also be ``background``, and ``classes`` are a list.
-
-    Args:
-        model: path of the model.
-        is_upright: True for the model of a bundle, whose manifest lies beside it.
-
-    Raises:
-        UserError: if a file cannot be read.
+    There may also be ``background``, and ``classes`` are a list. Only the manifest of an Upright model is read. Raise a
+    `UserError` if a file cannot be read.
     """
     records: dict[str, Any] = {}
     readers = {"config.json": _read_config, "preprocessor_config.json": _read_processor}

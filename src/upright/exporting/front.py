@@ -34,28 +34,22 @@ class Decision:
     padding: Padding
 
 
-class Nodes:
-    """Nodes and constants of a part of a graph, in their order."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
+class Nodes(list[onnx.NodeProto]):
+    """The nodes of a part of a graph, in their order."""
 
     def __call__(self, operator: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
         """Add a node, and return the name of its output.
 
         Inputs are names of tensors, or constants: a float, an integer, a list of integers, a float32 array.
         """
-        names = [each if isinstance(each, str) else self._constant(each) for each in inputs]
-        name = f"front/{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, names, [output or name], name, **attributes))
+        names = [each if isinstance(each, str) else self("Constant", value=_tensor(each)) for each in inputs]
+        name = f"front/{operator}_{len(self)}"
+        self.append(helper.make_node(operator, names, [output or name], name, **attributes))
         return output or name
 
-    def _constant(self, value: Any) -> str:
-        array = np.asarray(value, np.float32 if isinstance(value, float | np.ndarray) else np.int64)
-        name = f"front/constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(array, name))
-        return name
+
+def _tensor(value: Any) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(value, np.float32 if isinstance(value, float | np.ndarray) else np.int64))
 
 
 def add_front(n: Nodes, preprocessing: Preprocessing, decision: Decision, opset: int) -> str:
@@ -177,11 +171,11 @@ def attached_graph(
         helper.make_tensor_value_info(STRAIGHTENED, float32, [batch, spec.height, spec.width, spec.channels]),
     ]
     graph = helper.make_graph(
-        [*first.graph.node, *front.nodes, *second.graph.node, *tail.nodes],
+        [*first.graph.node, *front, *second.graph.node, *tail],
         "attached",
         [helper.make_tensor_value_info(IMAGES, uint8, [batch, "height", "width", spec.channels])],
         outputs,
-        [*first.graph.initializer, *front.constants, *second.graph.initializer],
+        [*first.graph.initializer, *second.graph.initializer],
         sparse_initializer=[*first.graph.sparse_initializer, *second.graph.sparse_initializer],
     )
     imports = {each.domain: each for model in (first, second) for each in model.opset_import}

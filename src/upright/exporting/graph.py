@@ -66,10 +66,6 @@ class Form:
 class Graph(nn.Module):
     """The deployed form of a model: from channels-last images to probabilities, or to an orientation.
 
-    Args:
-        model: the module that was trained.
-        form: form of the graph.
-
     Raises:
         UserError: if the network does not have one of the outputs.
     """
@@ -120,7 +116,7 @@ class Graph(nn.Module):
             "votes": lambda: [each.votes for each in observations],
             "confidence": lambda: [each.confidence[:, None] for each in observations if each.confidence is not None],
             "logits": lambda: [logits],
-            "features": lambda: features[:1],  # if several modules form the head, the input of the first one
+            "features": lambda: [features[0]],  # if several modules form the head, the input of the first one
         }
         others = (output for name in self.form.outputs for output in outputs[name]() if output is not None)
         return (self.model.answers(logits), *others)
@@ -138,8 +134,7 @@ def check_weights(size: int, owner: str) -> None:
 def write_graph(model: Model, path: Path, form: Form | None = None) -> None:
     """Write a model in evaluation mode to one ONNX file. Its metadata contain the class names.
 
-    Raises:
-        UserError: if the network does not support the form, or its weights do not fit into an ONNX file.
+    Raise a `UserError` if the network does not support the form, or its weights do not fit into an ONNX file.
     """
     form = form or Form()
     spec, graph = model.spec, Graph(model, form).eval()

@@ -94,12 +94,7 @@ class Drop(NamedTuple):
         The interval is the adjusted Wald interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a
         difference of binomial proportions based on paired data"; recommended by Fagerland, Lydersen and Laake 2014):
         add one lost and one gained image to the differences, then compute the normal interval of their mean. The views
-        of a source image count as one image, with the mean of their differences.
-
-        Args:
-            was_right: True for each image that the first model classifies correctly, ``(N,)``.
-            is_right: the same for the second model, ``(N,)``.
-            groups: index of the source image of each image, ``(N,)``.
+        of a source image, whose index is in ``groups``, count as one image, with the mean of their differences.
         """
         lost = was_right.astype(float) - is_right.astype(float)
         by_group = np.bincount(groups, lost) / np.bincount(groups)
@@ -207,12 +202,9 @@ class Comparison:
 
 
 class Reference:
-    """Probabilities by PyTorch for all originals of the validation split, with which all graphs are compared.
+    """Answers of a model for all originals of the validation split, with which all graphs of one form are compared.
 
-    Args:
-        model: a model in evaluation mode, on the CPU.
-        data: the datamodule with the originals.
-        form: form of the graphs.
+    The model is in evaluation mode, on the CPU.
     """
 
     def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
@@ -300,17 +292,13 @@ NEVER = 2.0
 
 
 class Threshold(NamedTuple):
-    """Confidence from which the angles of a model are used, chosen on the validation split.
-
-    Args:
-        threshold: the confidence.
-        share: share of the images with at least this confidence.
-        wrong: share of the answers for them that choose a wrong side: errors of 45 degrees and more.
-    """
+    """Confidence from which the angles of a model are used, chosen on the validation split."""
 
     threshold: float
     share: float
+    """Share of the images with at least this confidence."""
     wrong: float
+    """Share of the answers for them that choose a wrong side: errors of 45 degrees and more."""
 
 
 def choose_threshold(comparison: Comparison, max_wrong: float) -> Threshold:

@@ -44,11 +44,7 @@ LINEAR_LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 class Converter(ABC):
-    """Convert chosen layers of a float32 graph to a lower precision.
-
-    Args:
-        path: path of the float32 graph.
-        network: network that the graph was written from.
+    """Convert chosen layers of a float32 graph, which was written from a network, to a lower precision.
 
     Raises:
         UserError: if no layer can be converted.

@@ -24,10 +24,8 @@ TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 def model_folders(repository: Path, name: str, precisions: Iterable[str], bundle: Path, force: bool) -> dict[str, Path]:
     """Return the folder of each precision: ``NAME`` for float32, ``NAME_fp16`` and ``NAME_int8``.
 
-    The repository may contain other models, and the bundle may not exist yet.
-
-    Raises:
-        UserError: if a model exists, if a folder is not a Triton model, or if bundle and repository overlap.
+    The repository may contain other models, and the bundle may not exist yet. Raise a `UserError` if a model exists, if
+    a folder is not a Triton model, or if bundle and repository overlap.
     """
     folders = {each: repository / (name if each == "fp32" else f"{name}_{each}") for each in precisions}
     for folder in folders.values():
