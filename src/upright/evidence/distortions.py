@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upright.data.cache import to_tensor
-from upright.evidence.bench import Bench, Run
+from upright.evidence.bench import Run
 from upright.training.restoring import restore
 from upright.warp import identity, rotation, warp
 
@@ -51,21 +50,13 @@ def zoom(factor: float) -> Tensor:
     return torch.diag(torch.tensor([1 / factor, 1 / factor, 1.0]))
 
 
-def curves(bench: Bench, runs: Sequence[Run], kinds: Kinds, every: int = 1) -> list[dict[str, Curve]]:
-    """Measure the accuracy of each run's network on its distorted test images.
-
-    Args:
-        bench: runs the measurements in parallel.
-        runs: runs; their test images must have the network's size, because they are not resized.
-        kinds: matrices of the distortions.
-        every: step between images of the test split; 1 uses all of them.
-    """
-    return bench.map(_curves, [(run.folder, kinds, every) for run in runs])
-
-
 @torch.no_grad()
-def _curves(folder: Path, kinds: Kinds, every: int) -> dict[str, Curve]:
-    classifier, data, *_ = restore(folder / "best.ckpt")
+def curves(run: Run, kinds: Kinds, every: int = 1) -> dict[str, Curve]:
+    """Measure the accuracy of a run's network on every n-th of its test images, distorted.
+
+    The images must have the network's size, because they are not resized.
+    """
+    classifier, data, *_ = restore(run.folder / "best.ckpt")
     indices = data.splits["test"][::every]
     counts = {kind: torch.zeros(len(strengths), 2) for kind, strengths in kinds.items()}
     for chunk in np.array_split(indices, math.ceil(len(indices) / CHUNK)):

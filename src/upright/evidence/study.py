@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from matplotlib import rc_context
 
@@ -70,13 +71,9 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
 
 
 def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
-    """Run a study: print its protocol, then write ``study.md``, a figure and ``results.json``.
+    """Run a study: print its protocol, then write ``study.md``, a figure and ``results.json`` into ``folder``.
 
-    Args:
-        module: module with a docstring (claim, then protocol) and a function ``run(bench)`` that returns a `Finding`.
-        folder: folder to write into.
-        seeds: number of runs per variant.
-        scale: scale of the study.
+    The module has a docstring (claim, then protocol) and a function ``run(bench)`` that returns a `Finding`.
     """
     name = module.__name__.rpartition(".")[2]
     claim, protocol = claim_and_protocol(module)
@@ -96,11 +93,18 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     table = markdown([[*finding.table[0]], *([*row.values()] for row in finding.table)]).rstrip()
     page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
     results = {"study": name, "claim": claim, "held": finding.held, "sentence": finding.sentence, "scale": scale}
-    results |= {"seeds": seeds, "minutes": round(minutes, 2), "numbers": finding.numbers}
+    results |= {"seeds": seeds, "minutes": round(minutes, 2), "numbers": _named(finding.numbers)}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(folder / "study.md", "\n\n".join(page) + "\n")
     print(f"\n{table}\n\n{verdict.replace('**', '')}\n{cost}\nWritten: {folder}/study.md, {name}.png, results.json")
     return finding
+
+
+def _named(numbers: Any) -> Any:
+    """Return numbers with strings as keys, as JSON requires."""
+    if not isinstance(numbers, dict):
+        return numbers
+    return {" ".join(map(str, key)) if isinstance(key, tuple) else key: _named(each) for key, each in numbers.items()}
 
 
 def claim_and_protocol(module: ModuleType) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from upright.evidence.reporting.subjects import Floats, Group, Subject
 from upright.exporting.parity import Threshold
 from upright.intervals import Share, clustered, wilson
 from upright.runs.drawing import evenly_spread
-from upright.runs.plots import draw_turns, turned
+from upright.runs.plots import EXAMPLES, draw_turns, turned
 from upright.runtime.task import QUARTER, deviation
 from upright.warp import resize
 
@@ -28,7 +28,6 @@ DEGREES = tuple(range(-180, 180, 15))
 """Angles of each image, in degrees anticlockwise."""
 ENLARGEMENT = 4
 """Largest side of a rotated image, as a multiple of the network's input."""
-PICTURES = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ class Evidence:
         """Return all figures by name: ``circle``, ``abstention``, and ``pictures-N`` of each model."""
         curves = [answers.abstention() for answers in self.answers]
         figures: Figures = {"circle": draw_circle(models), "abstention": draw_abstention(models, curves)}
-        images = [self.originals[place] for place in evenly_spread(len(self.originals), PICTURES)]
+        images = [self.originals[place] for place in evenly_spread(len(self.originals), EXAMPLES)]
         for number, subject in enumerate(self.group.subjects, start=1):
             figures[f"pictures-{number}"] = draw_turns("", images, partial(_answers, subject))
         return figures

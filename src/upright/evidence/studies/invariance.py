@@ -20,7 +20,7 @@ from statistics import mean
 from upright.data.augmentation import RandomAffine
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
 from upright.evidence.distortions import Curve, Kinds, curves, rotate, zoom
-from upright.evidence.finding import Finding, draw_band, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_band, metric, panels, rows, spreads
 
 TITLES = {
     "plain": "LeNet",
@@ -51,7 +51,6 @@ def losses(run: dict[str, Curve]) -> dict[str, float]:
 
 
 def run(bench: Bench) -> Finding:
-    """Train the four networks, then rotate and scale the test images."""
     options = {"train_fraction": bench.choose(0.1, 0.3), "val_fraction": 0.02, "batch_size": 128}
     affine = partial(RandomAffine, rotate=45, scale=(0.8, 1.25))
     plain = Experiment(LENET, bench.data(**options), bench.choose(1, 6))
@@ -59,7 +58,7 @@ def run(bench: Bench) -> Finding:
     transformer = augmented._replace(network=transformed("similarity"))
     upright = transformer._replace(upright_weight=2.0)
     runs = bench.train(dict(zip(TITLES, (plain, augmented, transformer, upright), strict=True)))
-    lines = {key: curves(bench, runs[key], KINDS, every=bench.choose(8, 4)) for key in runs}
+    lines = bench.measure(curves, runs, KINDS, bench.choose(8, 4))
     each = {key: [losses(run) for run in lines[key]] for key in runs}
     drops = {key: {name: [run[name] for run in each[key]] for name in each[key][0]} for key in runs}
     plain_drops, *others = drops.values()
@@ -77,7 +76,7 @@ def run(bench: Bench) -> Finding:
     undistorted = list(KINDS["size"]).index(1.0)
     columns = {"accuracy": spreads({key: [run["size"].accuracy[undistorted] for run in lines[key]] for key in runs}, 3)}
     columns |= {f"drop {name}": spreads({key: drops[key][name] for key in runs}, 3) for name in plain_drops}
-    columns["uprightness"] = spreads(metric_by_group(runs, "test/uprightness"), 3)
+    columns["uprightness"] = spreads(metric(runs, "test/uprightness"), 3)
     figure, axes = panels(2, width=4.6)
     for axis, (kind, strengths) in zip(axes, KINDS.items(), strict=True):
         axis.axvspan(*TRAINED[kind], color="#dddddd", alpha=0.6, linewidth=0, label="range of training")
