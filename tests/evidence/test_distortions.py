@@ -39,10 +39,10 @@ def test_a_curve_begins_with_the_test_accuracy(tmp_path: Path) -> None:
     ]
     kinds = {"pixels": {0: [zoom(1)], 9: [shift(9, 0, 28, 28), shift(-9, 0, 28, 28)]}}
     for run in runs:
-        accuracy, consistency = curves(run, kinds)["pixels"]
+        accuracy, consistency = curves(run, kinds)["pixels"].values()
         assert accuracy[0] == pytest.approx(run.metrics["test/accuracy"]) and consistency[0] == 1
         assert accuracy[1] < accuracy[0] and consistency[1] < 0.9
-    assert curves(runs[0], kinds, every=3)["pixels"].consistency[0] == 1
+    assert curves(runs[0], kinds, every=3)["pixels"]["consistency"][0] == 1
 
 
 def test_without_pooling_maps_and_parameters_are_the_same() -> None:

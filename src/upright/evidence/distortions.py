@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +15,12 @@ from upright.warp import identity, rotation, warp
 CHUNK = 256
 """Images per batch."""
 
+MEASURES = ("accuracy", "consistency")
 Kinds = Mapping[str, Mapping[float, Sequence[Tensor]]]
 """Matrices ``(3, 3)`` by name of the distortion, then by strength. Results are averaged over the matrices of a
 strength, such as a rotation to the left and to the right."""
-
-
-class Curve(NamedTuple):
-    """Accuracy and consistency of a network, one number per strength of a distortion.
-
-    Args:
-        accuracy: share of correct predictions.
-        consistency: share of predictions that equal the prediction for the undistorted image, correct or not.
-    """
-
-    accuracy: list[float]
-    consistency: list[float]
+Curves = dict[str, dict[str, list[float]]]
+"""A number per strength, by name of the distortion, then by name of the measure."""
 
 
 def shift(right: float, down: float, height: int, width: int) -> Tensor:
@@ -51,10 +41,11 @@ def zoom(factor: float) -> Tensor:
 
 
 @torch.no_grad()
-def curves(run: Run, kinds: Kinds, every: int = 1) -> dict[str, Curve]:
-    """Measure the accuracy of a run's network on every n-th of its test images, distorted.
+def curves(run: Run, kinds: Kinds, every: int = 1) -> Curves:
+    """Measure ``accuracy`` and ``consistency`` of a run's network on every n-th of its test images, distorted.
 
-    The images must have the network's size, because they are not resized.
+    Consistency is the share of predictions that equal the prediction for the undistorted image, correct or not. The
+    images must have the network's size, because they are not resized.
     """
     classifier, data, *_ = restore(run.folder / "best.ckpt")
     indices = data.splits["test"][::every]
@@ -69,4 +60,4 @@ def curves(run: Run, kinds: Kinds, every: int = 1) -> dict[str, Curve]:
                     predictions = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
                     matches = torch.stack([(predictions == labels).sum(), (predictions == undistorted).sum()])
                     counts[kind][strength_index] += matches / len(matrices)
-    return {kind: Curve(*(count / len(indices)).T.tolist()) for kind, count in counts.items()}
+    return {kind: dict(zip(MEASURES, (count / len(indices)).T.tolist(), strict=True)) for kind, count in counts.items()}

@@ -98,7 +98,7 @@ def draw_blocks(
     step, head = side + GAP, LINE + 2 if any(headings) else 0
     lines = max((len(caption) for _, captions in blocks for caption in captions), default=0)
     width = len(headings) * step + 2 * GAP
-    height = max((len(rows) for rows, _ in blocks), default=0) * step + lines * LINE + GAP
+    height = max((len(rows) for rows, _ in blocks), default=0) * step + lines * LINE + 2 * GAP
     across = min(across, max(len(blocks), 1), max(1, MAX_WIDTH // width))
     sheet = _sheet(title, across * width - 3 * GAP, head + -(-len(blocks) // across) * height - GAP)
     for number, (rows, captions) in enumerate(blocks):

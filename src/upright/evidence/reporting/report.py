@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -120,11 +119,9 @@ def _file_record(subject: Subject, measures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return named tuples and dataclasses as dicts, recursively."""
+    """Return named tuples as dicts, recursively."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
-    elif is_dataclass(value):
-        value = vars(value)
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
