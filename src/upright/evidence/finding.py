@@ -72,12 +72,9 @@ def spreads(groups: Mapping[Key, Sequence[float]], digits: int = 4) -> dict[Key,
 def rows(
     heading: str, titles: Mapping[Key, str] | Sequence[str], columns: Mapping[str, Mapping[Any, str]]
 ) -> list[dict[str, str]]:
-    """Return the rows of a table.
+    """Return the rows of a table; ``titles`` are the first cells by key, or the keys themselves.
 
-    Args:
-        heading: heading of the first column.
-        titles: first cell of each row, by key, or the keys themselves.
-        columns: the other columns by heading, each with a cell per key; a missing cell becomes a dash.
+    Each of the other columns has a cell per key; a missing cell becomes a dash.
     """
     cells = titles if isinstance(titles, Mapping) else {title: title for title in titles}
     return [

@@ -30,13 +30,8 @@ FULL = "--full"
 def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: bool = False) -> int:
     """Run a study in ``checkpoints/study-NAME`` (``-quick``, ``-full``), or list all studies.
 
-    The same command resumes an interrupted study from the checkpoints of its runs.
-
-    Args:
-        study: the name of a module of `upright.evidence.studies`; without a name, all studies are listed.
-        seeds: number of runs per variant.
-        quick: use scikit-learn's digits. The study then takes seconds, and does not test the claim.
-        full: run at the larger scale, which takes more than half an hour. Only some studies have one.
+    The same command resumes an interrupted study from the checkpoints of its runs. The arguments are the options of the
+    command, see `upright.options.Study`.
 
     Raises:
         UserError: for an unknown or missing name, fewer than 2 seeds, or a scale that the study does not have.

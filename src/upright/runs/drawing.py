@@ -84,13 +84,12 @@ def draw_blocks(
     blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Sequence[Line]]]],
     across: int = 2,
 ) -> Image.Image:
-    """Draw blocks of images, two side by side, or one if two are wider than `MAX_WIDTH`.
+    """Draw blocks of images, at most ``across`` side by side, or one if they are wider than `MAX_WIDTH`.
 
     Args:
         title: the title of the sheet.
         headings: headings of the columns, the same for all blocks.
-        blocks: for each block its rows of images, at most one image per heading, and the lines of text below each
-            column.
+        blocks: for each block its rows, at most one image per heading, and the lines of text below each column.
         across: maximum number of blocks side by side.
     """
     room = min(MAX_TILE, max(MAX_TILE // 4, MAX_WIDTH // max(len(headings), 1) - GAP))

@@ -34,15 +34,7 @@ def report(
 ) -> int:
     """Evaluate models on the same images, and write ``report.html``, its figures and tables, and ``report.json``.
 
-    Args:
-        models: checkpoints, folders of runs, and bundles. Each one is compared with the first one.
-        data: a YAML of data that replaces the data of the first model.
-        split: split of the data, ``test`` or ``val``.
-        images: number of images to distort for the curves, or to rotate.
-        precision: precisions of bundles.
-        to: folder of the report; by default ``checkpoints/report-NAME``.
-        force: replace an existing report.
-        vector: also write the plots in this format.
+    The arguments are the options of the command, see `upright.options.Report`.
 
     Raises:
         UserError: if a model or the data cannot be used (see `open_subjects`), or the report exists.

@@ -35,10 +35,7 @@ LINE_WIDTH = 110
 def select(runs: Sequence[str], to: str | None = None, data: str | None = None) -> int:
     """Print the ranking, and write it as ``selection.md``, ``.json`` and ``.png``.
 
-    Args:
-        runs: folders of runs, or the folder of a sweep.
-        to: folder to write to; by default the folder of the sweep, if it is the only argument.
-        data: a YAML of the data, if they have moved.
+    The arguments are the options of the command, see `upright.options.Select`.
 
     Raises:
         UserError: if no run is complete, or the runs were validated on different images.
