@@ -25,11 +25,9 @@ def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
-    """Return a Markdown table whose columns are also aligned in a terminal.
+    """Return a Markdown table whose columns are also aligned in a terminal. The first row has the headings.
 
-    Args:
-        rows: the headings, then the cells of each row.
-        numbers: how many columns, counted from the right, hold numbers; they are aligned to the right.
+    The last ``numbers`` columns hold numbers, which are aligned to the right.
     """
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]

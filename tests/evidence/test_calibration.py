@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from upright.evidence.reporting.measures import (
-    Bin,
     apply_temperature,
     calibration_error,
     fit_temperature,
@@ -51,15 +50,15 @@ def test_the_calibration_error_matches_a_computation_by_hand() -> None:
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.45, 0.55]])
     bins = reliability(probabilities, np.array([0, 1, 0, 0]), np.arange(4))
     # The bins have a width of 1/15: 0.9 is in the 14th; 0.55 and 0.6, the upper end, are in the 9th.
-    assert {index: each.count for index, each in enumerate(bins) if each.count} == {8: 2, 13: 2}
+    assert {index: each["count"] for index, each in enumerate(bins) if each["count"]} == {8: 2, 13: 2}
     assert calibration_error(bins) == pytest.approx(2 / 4 * abs(0.9 - 0.5) + 2 / 4 * abs(0.575 - 0.5))
-    assert bins[0] == Bin(above=0, to=1 / 15, count=0, confidence=None, accuracy=None)
+    assert bins[0] == {"above": 0, "to": 1 / 15, "count": 0, "confidence": None, "accuracy": None}
 
 
 def test_views_of_one_image_widen_the_interval_of_a_bin() -> None:
     probabilities, labels = np.tile([[0.9, 0.1]], (40, 1)), np.repeat([0, 1], 20)
     single, views = (reliability(probabilities, labels, groups) for groups in (np.arange(40), np.arange(40) // 4))
-    one, other = (each.accuracy for bins in (single, views) for each in bins if each.accuracy)
+    one, other = (each["accuracy"] for bins in (single, views) for each in bins if each["accuracy"])
     assert one.value == other.value == 0.5
     assert other.high - other.low > 1.5 * (one.high - one.low)
 

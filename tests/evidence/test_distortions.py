@@ -34,14 +34,15 @@ def test_zoom_by_two_covers_four_times_the_area() -> None:
 
 
 def test_a_curve_begins_with_the_test_accuracy(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, 2, "quick")
-    runs = bench.train({"p": Experiment(Perceptron, partial(Digits, batch_size=16), epochs=2)})["p"]
+    runs = Bench(tmp_path, 2, "quick").train({"p": Experiment(Perceptron, partial(Digits, batch_size=16), epochs=2)})[
+        "p"
+    ]
     kinds = {"pixels": {0: [zoom(1)], 9: [shift(9, 0, 28, 28), shift(-9, 0, 28, 28)]}}
-    for run, by_kind in zip(runs, curves(bench, runs, kinds), strict=True):
-        accuracy, consistency = by_kind["pixels"]
+    for run in runs:
+        accuracy, consistency = curves(run, kinds)["pixels"].values()
         assert accuracy[0] == pytest.approx(run.metrics["test/accuracy"]) and consistency[0] == 1
         assert accuracy[1] < accuracy[0] and consistency[1] < 0.9
-    assert curves(bench, runs[:1], kinds, every=3)[0]["pixels"].consistency[0] == 1
+    assert curves(runs[0], kinds, every=3)["pixels"]["consistency"][0] == 1
 
 
 def test_without_pooling_maps_and_parameters_are_the_same() -> None:

@@ -22,7 +22,8 @@ from upright.evidence.selecting.candidates import (
     find_candidates,
     predictions_of,
 )
-from upright.evidence.selecting.selection import Selection
+from upright.evidence.selecting.selection import rank
+from upright.intervals import Share
 
 LENET = ROOT / "configs/lenet.yaml"
 QUICK = ("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4", "--wandb", "off")
@@ -221,12 +222,12 @@ def test_the_sentence_and_the_notes_match_the_numbers() -> None:
     # b and c have the same accuracy, and c has the lower loss. a has the lowest loss.
     correct = [[1] * 50 + [0] * 50, [1] * 95 + [0] * 5, [0] * 5 + [1] * 95]
     predictions = validation_predictions(correct, [0.1, 0.3, 0.2])
-    result = Selection.of(runs, predictions, [*runs, Candidate("d", Path("d"), "pruned", 1)])
-    assert [each.name for each in result.ranking] == ["c", "b", "a"]
-    estimate, optimism = result.estimate, result.optimism
+    result = rank(runs, predictions, [*runs, Candidate("d", Path("d"), "pruned", 1)])
+    assert [each["name"] for each in result["ranking"]] == ["c", "b", "a"]
+    optimism, estimate = result["optimism"], Share(**result["estimate"])
     assert 0.005 < optimism < 0.03 and estimate.value == pytest.approx(0.95 - optimism)
-    assert result.ranking[0].interval == pytest.approx((estimate.low + optimism, estimate.high + optimism))
-    assert result.sentence == (
+    assert result["ranking"][0]["interval"] == pytest.approx([estimate.low + optimism, estimate.high + optimism])
+    assert result["sentence"] == (
         f"c is the best of 3 complete runs (4 in all): accuracy 0.9500 on 100 validation images. Corrected for the "
         f"choice of the best, its expected accuracy is {estimate.value:.4f} (95 % interval {estimate.low:.4f} to "
         f"{estimate.high:.4f}). The correction of {optimism:.4f} is a bootstrap estimate over the validation "
@@ -239,23 +240,23 @@ def test_the_sentence_and_the_notes_match_the_numbers() -> None:
 
 def test_a_single_complete_run_among_others() -> None:
     a, c = (Candidate(name, Path(name), state, 1) for name, state in (("a", "complete"), ("c", "elsewhere")))
-    result = Selection.of([a], validation_predictions([[1] * 90 + [0] * 10], [0.1]), [a, c])
+    result = rank([a], validation_predictions([[1] * 90 + [0] * 10], [0.1]), [a, c])
     sentence = "a is the only complete run of 2, so its accuracy is not corrected: accuracy 0.9000 on 100"
-    assert result.sentence.startswith(sentence) and result.optimism == 0
+    assert result["sentence"].startswith(sentence) and result["optimism"] == 0
     assert "Runs: 1 complete, 1 elsewhere." in selection._notes(result, [a, c], [])[0]
 
 
 def test_one_image_and_nan_are_refused() -> None:
     a = Candidate("a", Path("a"), "complete", 1)
     with pytest.raises(UprightError, match="The validation split has one image, but a selection needs"):
-        Selection.of([a], validation_predictions([[1]], [0.1]), [a])
+        rank([a], validation_predictions([[1]], [0.1]), [a])
     with pytest.raises(UprightError, match="'a' predicts NaN or infinity; omit this run"):
-        Selection.of([a], validation_predictions([[1, 0]], [float("nan")]), [a])
+        rank([a], validation_predictions([[1, 0]], [float("nan")]), [a])
 
 
 def test_names_are_not_parsed_as_mathematics(tmp_path: Path) -> None:
     a = Candidate("lr$\\frac{$", Path("a"), "complete", 1)
-    result = Selection.of([a], validation_predictions([[1, 0]], [0.1]), [a])
+    result = rank([a], validation_predictions([[1, 0]], [0.1]), [a])
     selection._draw(result).savefig(tmp_path / "a.png")
 
 

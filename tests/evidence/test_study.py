@@ -6,6 +6,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import lightning as L
 import pytest
@@ -24,6 +25,7 @@ from upright.evidence.finding import Finding, mean_and_spread, panels
 from upright.evidence.studies import depth, kernel, published, transformer, uprightness
 from upright.evidence.study import claim_and_protocol, run
 from upright.tables import read_rows
+from upright.training.restoring import restore
 
 STUDIES = [module.name for module in pkgutil.iter_modules(studies.__path__)]
 LONG = (
@@ -132,20 +134,20 @@ def test_published_errors_are_reached_or_missed_by_the_mean(tmp_path: Path) -> N
 class FakeAccuracies(Bench):
     """A bench that returns runs with these accuracies on the test split, by variant."""
 
-    def __init__(self, folder: Path, accuracies: dict[str, tuple[float, float]]) -> None:
+    def __init__(self, folder: Path, accuracies: dict[tuple[str, Any], tuple[float, float]]) -> None:
         super().__init__(folder, 2, "quick")
         self.accuracies = accuracies
         (folder / "metrics.csv").write_text("epoch,train/loss\n0,0.5\n")
 
-    def train(self, variants: object) -> dict[str, list[Run]]:
+    def train(self, variants: object) -> dict[tuple[str, Any], list[Run]]:
         return {key: [Run(self.folder, {"test/accuracy": v}, 1) for v in each] for key, each in self.accuracies.items()}
 
 
 def test_deep_is_better_if_every_deep_run_is_above_every_shallow_one(tmp_path: Path) -> None:
-    shallow = {"MLP-1": (0.90, 0.91), "CNN-1": (0.95, 0.96)}
-    held = depth.run(FakeAccuracies(tmp_path, shallow | {"MLP-4": (0.92, 0.93), "CNN-4": (0.97, 0.98)}))
+    shallow = {("MLP", 1): (0.90, 0.91), ("CNN", 1): (0.95, 0.96)}
+    held = depth.run(FakeAccuracies(tmp_path, shallow | {("MLP", 4): (0.92, 0.93), ("CNN", 4): (0.97, 0.98)}))
     assert held.held and "not" not in held.sentence
-    one_below = depth.run(FakeAccuracies(tmp_path, shallow | {"MLP-4": (0.905, 0.93), "CNN-4": (0.97, 0.98)}))
+    one_below = depth.run(FakeAccuracies(tmp_path, shallow | {("MLP", 4): (0.905, 0.93), ("CNN", 4): (0.97, 0.98)}))
     assert (
         not one_below.held
         and "MLPs with 100,000 parameters are not clearly better if they are deep" in one_below.sentence
@@ -154,10 +156,15 @@ def test_deep_is_better_if_every_deep_run_is_above_every_shallow_one(tmp_path: P
 
 
 def test_transformers_are_in_order_by_their_means(tmp_path: Path) -> None:
-    accuracies = {"R-cnn": (0.90, 0.92), "R-affine": (0.95, 0.95), "R-spline": (0.96, 0.96), "R-upright": (0.97, 0.97)}
+    accuracies = {
+        ("R", "cnn"): (0.90, 0.92),
+        ("R", "affine"): (0.95, 0.95),
+        ("R", "spline"): (0.96, 0.96),
+        ("R", "upright"): (0.97, 0.97),
+    }
     held = transformer.run(FakeAccuracies(tmp_path, accuracies))
     assert held.held and "CNN 9.00 %" in held.sentence and held.sentence.endswith("The claimed order holds on R.")
-    for wrong in ({"R-spline": (0.971, 0.971)}, {"R-affine": (0.90, 0.91)}):
+    for wrong in ({("R", "spline"): (0.971, 0.971)}, {("R", "affine"): (0.90, 0.91)}):
         not_held = transformer.run(FakeAccuracies(tmp_path, accuracies | wrong))
         assert not not_held.held and not_held.sentence.endswith("The claimed order holds on none.")
 
@@ -173,7 +180,7 @@ def test_complete_runs_are_not_repeated(tmp_path: Path) -> None:
     assert [each.folder.name for each in runs] == ["a-0", "a-1"]
     assert runs[0].metrics == json.loads((tmp_path / "a-0/test.json").read_text())["metrics"]
     assert runs[0].metrics != runs[1].metrics and len(runs[0].column("val/loss")) == 1
-    assert isinstance(runs[0].restored().classifier.model.network, Perceptron)
+    assert isinstance(restore(runs[0].folder).classifier.model.network, Perceptron)
     tested = (runs[0].metrics["test/loss"], runs[0].metrics["test/accuracy"])
     assert runs[0].loss_and_accuracy("test") == pytest.approx(tested, abs=1e-6)
     config = yaml.safe_load((tmp_path / "a-1/config.yaml").read_text())

@@ -36,13 +36,13 @@ from upright.tables import read_rows
 from upright.training.classifier import ImageClassifier
 from upright.training.losses import CrossEntropy
 from upright.training.model import Model
-from upright.training.restoring import Restored, restore
+from upright.training.restoring import restore
 from upright.training.schedules import OneCycle
 
 Scale = Literal["quick", "standard", "full"]
 ReturnValue = TypeVar("ReturnValue")
 Value = TypeVar("Value")
-GroupKey = TypeVar("GroupKey")
+Key = TypeVar("Key")
 
 LENET = partial(LeNet, activation="relu", pooling="max")
 
@@ -58,22 +58,11 @@ def transformed(transform: TransformName, network: Network = LENET, **options: A
 
 
 class Experiment(NamedTuple):
-    """Settings of one run of ``upright fit``. Network, data and so on are classes, or partials of classes.
+    """Settings of one run of ``upright fit``, with the defaults of the studies.
 
-    Args:
-        network: the network; it is called with ``(input_shape, num_classes)``.
-        data: the datamodule.
-        epochs: number of epochs.
-        optimizer: the optimizer; it is called with parameter groups.
-        loss: the loss; it is called with ``(num_classes)``.
-        init: initialisation scheme; by default that of the network.
-        upright_weight: weight of the upright loss.
-        prior_weight: weight of the identity prior.
-        callbacks: callbacks of the trainer.
-        validate_every: number of epochs between validations.
-        start_from: checkpoint with the initial weights.
-        precision: precision of the trainer. ``bf16-mixed`` halves the time of a convolution on a processor with
-            bfloat16.
+    Network, data, optimizer, loss and callbacks are classes, or partials of classes, as in a config. ``start_from`` is
+    a checkpoint with the initial weights. The precision ``bf16-mixed`` halves the time of a convolution on a processor
+    with bfloat16.
     """
 
     network: Network
@@ -122,14 +111,10 @@ class Run(NamedTuple):
         """Return a column of ``metrics.csv``, without the epochs that have no value."""
         return [float(row[name]) for row in read_rows(self.folder / "metrics.csv") if row.get(name)]
 
-    def restored(self) -> Restored:
-        """Restore the model of ``best.ckpt``, and its data."""
-        return restore(self.folder / "best.ckpt")
-
     @torch.no_grad()
     def loss_and_accuracy(self, split: str) -> tuple[float, float]:
         """Return loss and accuracy of ``best.ckpt`` on a split, without augmentation."""
-        classifier, data, *_ = self.restored()
+        classifier, data, *_ = restore(self.folder / "best.ckpt")
         assert isinstance(classifier, ImageClassifier)
         pairs = [(classifier(batch.images), batch.labels) for batch in data.loader(split)]
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -137,33 +122,29 @@ class Run(NamedTuple):
 
 
 class TrainingJob(NamedTuple):
-    """One run of an experiment, with one seed, in ``folder/name``."""
+    """One run of an experiment with one seed, in ``folder``. The text of its config is in a YAML beside the folder."""
 
     folder: Path
-    name: str
-    experiment: Experiment
-    seed: int
+    config: str
 
     @property
-    def config(self) -> Path:
+    def path(self) -> Path:
         """Path of the YAML."""
-        return self.folder / f"{self.name}.yaml"
+        return self.folder.with_name(f"{self.folder.name}.yaml")
 
     def owns_folder(self) -> bool:
         """Return whether the folder belongs to this experiment."""
-        return self.config.exists() and self.config.read_text() == self.experiment.config(self.seed)
+        return self.path.exists() and self.path.read_text() == self.config
 
     def result(self) -> Run | None:
         """Return the run, if it is complete."""
-        record = self.folder / self.name / "done.json"
-        if self.owns_folder() and record.exists():
-            return Run(self.folder / self.name, **json.loads(record.read_text()))
-        return None
+        record = self.folder / "done.json"
+        return Run(self.folder, **json.loads(record.read_text())) if self.owns_folder() and record.exists() else None
 
     def seconds_before(self) -> float | None:
         """Return the seconds of the epochs before an interruption; None without a checkpoint to resume from."""
-        if self.owns_folder() and (self.folder / self.name / "last.ckpt").exists():
-            return sum(float(row["seconds"]) for row in read_rows(self.folder / self.name / "metrics.csv"))
+        if self.owns_folder() and (self.folder / "last.ckpt").exists():
+            return sum(float(row["seconds"]) for row in read_rows(self.folder / "metrics.csv"))
         return None
 
     def run(self) -> Run:
@@ -172,37 +153,34 @@ class TrainingJob(NamedTuple):
         Raises:
             UserError: for a mistake in the experiment.
         """
-        folder, before = self.folder / self.name, self.seconds_before()
+        folder, before = self.folder, self.seconds_before()
         if before is None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, self.experiment.config(self.seed))
+            write_text(self.path, self.config)
         start = time.process_time()
-        options = ["--trainer.default_root_dir", str(folder.parent), "--name", self.name]
+        options = ["--trainer.default_root_dir", str(folder.parent), "--name", folder.name]
         options += ["--wandb", "off", "--ckpt_path", "auto"]
         # Print only one line per run. All other output is in the folder of the run.
         with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
             try:
-                code = run_command("fit", ["--config", str(self.config), *options])
+                code = run_command("fit", ["--config", str(self.path), *options])
                 code = code or run_command("test", ["--ckpt_path", str(folder / "best.ckpt")])
             except UprightError as error:
-                raise UserError(f"{self.name}: {error}") from error
+                raise UserError(f"{folder.name}: {error}") from error
         if code:
             raise KeyboardInterrupt
         metrics = json.loads((folder / "test.json").read_text())["metrics"]
         run = Run(folder, metrics, round((before or 0.0) + time.process_time() - start, 1))
         write_text(folder / "done.json", json.dumps({"metrics": run.metrics, "seconds": run.seconds}) + "\n")
-        print(f"  {self.name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
+        print(f"  {folder.name}: {run.seconds:.0f} s, test accuracy {metrics['test/accuracy']:.4f}", flush=True)
         return run
 
 
 class Bench:
-    """The environment of a study: its scale, its data, and its runs.
+    """The environment of a study: its scale, its data, and its runs, ``seeds`` of each variant.
 
-    Args:
-        folder: folder of the runs.
-        seeds: number of runs of each variant.
-        scale: ``quick`` uses the digits and takes seconds; ``standard`` takes at most half an hour on two cores.
+    The scale ``quick`` uses the digits and takes seconds; ``standard`` takes at most half an hour on two cores.
     """
 
     def __init__(self, folder: Path, seeds: int, scale: Scale) -> None:
@@ -220,21 +198,21 @@ class Bench:
         """Return MNIST, or scikit-learn's digits for the scale ``quick``, with options of `ImageDataModule`."""
         return partial(Digits if self.scale == "quick" else MNIST, **options)
 
-    def train(self, variants: Mapping[str, Experiment | Callable[[int], Experiment]]) -> dict[str, list[Run]]:
+    def train(self, variants: Mapping[Key, Experiment | Callable[[int], Experiment]]) -> dict[Key, list[Run]]:
         """Train and test every variant with every seed. Runs that are already complete are not repeated.
 
-        Args:
-            variants: experiments by name, or functions that return the experiment for a seed.
+        A variant is an experiment, or a function that returns the experiment for a seed. Its name may have several
+        parts.
 
         Raises:
             UserError: for a mistake in an experiment.
         """
-        names = [(variant, seed) for seed in range(self.seeds) for variant in variants]
         jobs = []
-        for variant, seed in names:
-            experiment = variants[variant]
-            seeded = experiment if isinstance(experiment, Experiment) else experiment(seed)
-            jobs.append(TrainingJob(self.folder, f"{variant}-{seed}", seeded, seed))
+        for seed in range(self.seeds):
+            for key, experiment in variants.items():
+                name = "-".join(map(str, key)) if isinstance(key, tuple) else str(key)
+                seeded = experiment if isinstance(experiment, Experiment) else experiment(seed)
+                jobs.append(TrainingJob(self.folder / f"{name.replace(' ', '_')}-{seed}", seeded.config(seed)))
         results = [job.result() for job in jobs]
         pending_jobs = [job for job, run in zip(jobs, results, strict=True) if run is None]
         self.seconds += sum(run.seconds for run in results if run)
@@ -247,17 +225,15 @@ class Bench:
             for path in self.folder.glob(".*.running"):
                 path.unlink(missing_ok=True)
             raise
-        runs: dict[str, list[Run]] = {variant: [] for variant in variants}
-        for (variant, _), run in zip(names, results, strict=True):
-            runs[variant].append(run or next(new))
-        return runs
+        runs = [run or next(new) for run in results]
+        return {key: runs[number :: len(variants)] for number, key in enumerate(variants)}
 
-    def losses_and_accuracies(
-        self, runs: Mapping[GroupKey, Sequence[Run]], split: str
-    ) -> dict[GroupKey, list[tuple[float, float]]]:
-        """Return `Run.loss_and_accuracy` of every run, in the same groups."""
-        pairs = iter(self.map(Run.loss_and_accuracy, [(run, split) for each in runs.values() for run in each]))
-        return {key: [next(pairs) for _ in each] for key, each in runs.items()}
+    def measure(
+        self, function: Callable[..., ReturnValue], runs: Mapping[Key, Sequence[Run]], *arguments: Any
+    ) -> dict[Key, list[ReturnValue]]:
+        """Call a function with each run and the arguments. Return the results in the same groups."""
+        results = iter(self.map(function, [(run, *arguments) for each in runs.values() for run in each]))
+        return {key: [next(results) for _ in each] for key, each in runs.items()}
 
     def map(self, function: Callable[..., ReturnValue], arguments: Iterable[tuple[Any, ...]]) -> list[ReturnValue]:
         """Call the function for all arguments, in their order. Unless the scale is quick, calls run in parallel."""

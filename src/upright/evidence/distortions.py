@@ -2,36 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from upright.data.cache import to_tensor
-from upright.evidence.bench import Bench, Run
+from upright.evidence.bench import Run
 from upright.training.restoring import restore
 from upright.warp import identity, rotation, warp
 
 CHUNK = 256
 """Images per batch."""
 
+MEASURES = ("accuracy", "consistency")
 Kinds = Mapping[str, Mapping[float, Sequence[Tensor]]]
 """Matrices ``(3, 3)`` by name of the distortion, then by strength. Results are averaged over the matrices of a
 strength, such as a rotation to the left and to the right."""
-
-
-class Curve(NamedTuple):
-    """Accuracy and consistency of a network, one number per strength of a distortion.
-
-    Args:
-        accuracy: share of correct predictions.
-        consistency: share of predictions that equal the prediction for the undistorted image, correct or not.
-    """
-
-    accuracy: list[float]
-    consistency: list[float]
+Curves = dict[str, dict[str, list[float]]]
+"""A number per strength, by name of the distortion, then by name of the measure."""
 
 
 def shift(right: float, down: float, height: int, width: int) -> Tensor:
@@ -51,21 +40,14 @@ def zoom(factor: float) -> Tensor:
     return torch.diag(torch.tensor([1 / factor, 1 / factor, 1.0]))
 
 
-def curves(bench: Bench, runs: Sequence[Run], kinds: Kinds, every: int = 1) -> list[dict[str, Curve]]:
-    """Measure the accuracy of each run's network on its distorted test images.
-
-    Args:
-        bench: runs the measurements in parallel.
-        runs: runs; their test images must have the network's size, because they are not resized.
-        kinds: matrices of the distortions.
-        every: step between images of the test split; 1 uses all of them.
-    """
-    return bench.map(_curves, [(run.folder, kinds, every) for run in runs])
-
-
 @torch.no_grad()
-def _curves(folder: Path, kinds: Kinds, every: int) -> dict[str, Curve]:
-    classifier, data, *_ = restore(folder / "best.ckpt")
+def curves(run: Run, kinds: Kinds, every: int = 1) -> Curves:
+    """Measure ``accuracy`` and ``consistency`` of a run's network on every n-th of its test images, distorted.
+
+    Consistency is the share of predictions that equal the prediction for the undistorted image, correct or not. The
+    images must have the network's size, because they are not resized.
+    """
+    classifier, data, *_ = restore(run.folder / "best.ckpt")
     indices = data.splits["test"][::every]
     counts = {kind: torch.zeros(len(strengths), 2) for kind, strengths in kinds.items()}
     for chunk in np.array_split(indices, math.ceil(len(indices) / CHUNK)):
@@ -78,4 +60,4 @@ def _curves(folder: Path, kinds: Kinds, every: int) -> dict[str, Curve]:
                     predictions = classifier(warp(images, matrix.expand(len(images), 3, 3)).round()).argmax(1)
                     matches = torch.stack([(predictions == labels).sum(), (predictions == undistorted).sum()])
                     counts[kind][strength_index] += matches / len(matrices)
-    return {kind: Curve(*(count / len(indices)).T.tolist()) for kind, count in counts.items()}
+    return {kind: dict(zip(MEASURES, (count / len(indices)).T.tolist(), strict=True)) for kind, count in counts.items()}

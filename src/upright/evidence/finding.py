@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from upright.evidence.bench import Run
 from upright.runs.drawing import COLOURS
 
-GroupKey = TypeVar("GroupKey")
+Key = TypeVar("Key")
 
 STYLE: dict[Any, Any] = {"axes.labelsize": 9, "axes.titlesize": 9, "legend.fontsize": 8}
 """Matplotlib settings of all studies."""
@@ -36,23 +37,22 @@ class Finding(NamedTuple):
     numbers: Any
 
 
-def values(runs: Iterable[Run], name: str) -> list[float]:
-    """Return a metric of the test split, for the runs that have it."""
-    return [run.metrics[name] for run in runs if name in run.metrics]
+def metric(runs: Mapping[Key, Iterable[Run]], name: str) -> dict[Key, list[float]]:
+    """Return a metric of the test split for groups of runs, without the runs that do not have it."""
+    return {key: [run.metrics[name] for run in each if name in run.metrics] for key, each in runs.items()}
 
 
-def metric_by_group(runs: Mapping[GroupKey, Iterable[Run]], name: str) -> dict[GroupKey, list[float]]:
-    """Return a metric of the test split for groups of runs."""
-    return {key: values(each, name) for key, each in runs.items()}
+def last_values(runs: Mapping[Key, Iterable[Run]], column: str) -> dict[Key, list[float]]:
+    """Return the last value of a column of ``metrics.csv`` for groups of runs."""
+    return {key: [run.column(column)[-1] for run in each] for key, each in runs.items()}
 
 
-def errors(runs: Mapping[GroupKey, Iterable[Run]]) -> dict[GroupKey, list[float]]:
-    """Return test errors in percent for groups of runs."""
-    accuracies = metric_by_group(runs, "test/accuracy")
+def errors(accuracies: Mapping[Key, Iterable[float]]) -> dict[Key, list[float]]:
+    """Return errors in percent for groups of accuracies."""
     return {key: [100 * (1 - accuracy) for accuracy in each] for key, each in accuracies.items()}
 
 
-def means(groups: Mapping[GroupKey, Sequence[float]]) -> dict[GroupKey, float]:
+def means(groups: Mapping[Key, Sequence[float]]) -> dict[Key, float]:
     """Return the mean of each group that is not empty."""
     return {key: statistics.mean(each) for key, each in groups.items() if each}
 
@@ -64,24 +64,22 @@ def mean_and_spread(numbers: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
-def spreads(groups: Mapping[GroupKey, Sequence[float]], digits: int = 4) -> dict[GroupKey, str]:
+def spreads(groups: Mapping[Key, Sequence[float]], digits: int = 4) -> dict[Key, str]:
     """Return `mean_and_spread` of each group, as a column for `rows`."""
     return {key: mean_and_spread(each, digits) for key, each in groups.items()}
 
 
 def rows(
-    heading: str, titles: Mapping[GroupKey, str], columns: Mapping[str, Mapping[GroupKey, str]]
+    heading: str, titles: Mapping[Key, str] | Sequence[str], columns: Mapping[str, Mapping[Any, str]]
 ) -> list[dict[str, str]]:
-    """Return the rows of a table.
+    """Return the rows of a table; ``titles`` are the first cells by key, or the keys themselves.
 
-    Args:
-        heading: heading of the first column.
-        titles: first cell of each row.
-        columns: the other columns by heading, each with a cell per row; a missing cell becomes a dash.
+    Each of the other columns has a cell per key; a missing cell becomes a dash.
     """
+    cells = titles if isinstance(titles, Mapping) else {title: title for title in titles}
     return [
-        {heading: title} | {name: cells.get(key, "-") for name, cells in columns.items()}
-        for key, title in titles.items()
+        {heading: title} | {name: column.get(key, "-") for name, column in columns.items()}
+        for key, title in cells.items()
     ]
 
 
@@ -97,29 +95,24 @@ def panels(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3
 
 
 def draw_band(axis: Axes, x: Iterable[float], runs: npt.ArrayLike, label: str, **style: Any) -> None:
-    """Draw the mean over runs as a line, and the range from minimum to maximum as a band.
-
-    Args:
-        axis: axes to draw on.
-        x: coordinates, ``(n,)``.
-        runs: values of each run, ``(runs, n)``.
-        label: label in the legend.
-        **style: style of the line.
-    """
+    """Draw the mean over ``runs`` ``(runs, n)`` as a line, and the range from minimum to maximum as a band."""
     x, lines = list(x), np.asarray(runs, dtype=float)
     (line,) = axis.plot(x, lines.mean(axis=0), label=label, linewidth=1.4, **style)
     if len(lines) > 1:
         axis.fill_between(x, lines.min(axis=0), lines.max(axis=0), color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def draw_points(axis: Axes, groups: Mapping[str, Sequence[float]], label: str = "") -> None:
-    """Draw every run as a point, and the mean of each group as a line across it."""
-    for index, (name, numbers) in enumerate(groups.items()):
-        colour = COLOURS[index % len(COLOURS)]
+def draw_points(
+    axis: Axes, groups: Mapping[Key, Sequence[float]], label: str, titles: Mapping[Key, str] | Sequence[Key]
+) -> None:
+    """Draw every run as a point, and the mean of each group as a line across it. ``titles`` are the groups to draw."""
+    for index, key in enumerate(titles):
+        colour, numbers = COLOURS[index % len(COLOURS)], groups.get(key, [])
         if numbers:
             spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
-            axis.scatter(index + spread, numbers, s=16, color=colour, label=name, zorder=3)
+            axis.scatter(index + spread, numbers, s=16, color=colour, zorder=3)
             axis.hlines(statistics.mean(numbers), index - 0.25, index + 0.25, color=colour, linewidth=1.4)
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axis.set_xlim(-0.6, len(groups) - 0.4)
+    names = [titles[key] if isinstance(titles, Mapping) else str(key) for key in titles]
+    axis.set_xticks(range(len(names)), [fill(name, 12, break_long_words=False) for name in names], fontsize=7)
+    axis.set_xlim(-0.6, len(names) - 0.4)
     axis.set_ylabel(label)

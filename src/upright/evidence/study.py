@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from matplotlib import rc_context
 
@@ -29,13 +30,8 @@ FULL = "--full"
 def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: bool = False) -> int:
     """Run a study in ``checkpoints/study-NAME`` (``-quick``, ``-full``), or list all studies.
 
-    The same command resumes an interrupted study from the checkpoints of its runs.
-
-    Args:
-        study: the name of a module of `upright.evidence.studies`; without a name, all studies are listed.
-        seeds: number of runs per variant.
-        quick: use scikit-learn's digits. The study then takes seconds, and does not test the claim.
-        full: run at the larger scale, which takes more than half an hour. Only some studies have one.
+    The same command resumes an interrupted study from the checkpoints of its runs. The arguments are the options of the
+    command, see `upright.options.Study`.
 
     Raises:
         UserError: for an unknown or missing name, fewer than 2 seeds, or a scale that the study does not have.
@@ -70,13 +66,9 @@ def study(study: str | None = None, seeds: int = 3, quick: bool = False, full: b
 
 
 def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
-    """Run a study: print its protocol, then write ``study.md``, a figure and ``results.json``.
+    """Run a study: print its protocol, then write ``study.md``, a figure and ``results.json`` into ``folder``.
 
-    Args:
-        module: module with a docstring (claim, then protocol) and a function ``run(bench)`` that returns a `Finding`.
-        folder: folder to write into.
-        seeds: number of runs per variant.
-        scale: scale of the study.
+    The module has a docstring (claim, then protocol) and a function ``run(bench)`` that returns a `Finding`.
     """
     name = module.__name__.rpartition(".")[2]
     claim, protocol = claim_and_protocol(module)
@@ -96,11 +88,18 @@ def run(module: ModuleType, folder: Path, seeds: int, scale: Scale) -> Finding:
     table = markdown([[*finding.table[0]], *([*row.values()] for row in finding.table)]).rstrip()
     page = [f"## {name}", claim, protocol, table, f"![{name}]({name}.png)", verdict, f"`{command}`: {cost}"]
     results = {"study": name, "claim": claim, "held": finding.held, "sentence": finding.sentence, "scale": scale}
-    results |= {"seeds": seeds, "minutes": round(minutes, 2), "numbers": finding.numbers}
+    results |= {"seeds": seeds, "minutes": round(minutes, 2), "numbers": _named(finding.numbers)}
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(folder / "study.md", "\n\n".join(page) + "\n")
     print(f"\n{table}\n\n{verdict.replace('**', '')}\n{cost}\nWritten: {folder}/study.md, {name}.png, results.json")
     return finding
+
+
+def _named(numbers: Any) -> Any:
+    """Return numbers with strings as keys, as JSON requires."""
+    if not isinstance(numbers, dict):
+        return numbers
+    return {" ".join(map(str, key)) if isinstance(key, tuple) else key: _named(each) for key, each in numbers.items()}
 
 
 def claim_and_protocol(module: ModuleType) -> tuple[str, str]:

@@ -84,13 +84,12 @@ def draw_blocks(
     blocks: Sequence[tuple[Sequence[Sequence[Pixels]], Sequence[Sequence[Line]]]],
     across: int = 2,
 ) -> Image.Image:
-    """Draw blocks of images, two side by side, or one if two are wider than `MAX_WIDTH`.
+    """Draw blocks of images, at most ``across`` side by side, or one if they are wider than `MAX_WIDTH`.
 
     Args:
         title: the title of the sheet.
         headings: headings of the columns, the same for all blocks.
-        blocks: for each block its rows of images, at most one image per heading, and the lines of text below each
-            column.
+        blocks: for each block its rows, at most one image per heading, and the lines of text below each column.
         across: maximum number of blocks side by side.
     """
     room = min(MAX_TILE, max(MAX_TILE // 4, MAX_WIDTH // max(len(headings), 1) - GAP))
@@ -98,7 +97,7 @@ def draw_blocks(
     step, head = side + GAP, LINE + 2 if any(headings) else 0
     lines = max((len(caption) for _, captions in blocks for caption in captions), default=0)
     width = len(headings) * step + 2 * GAP
-    height = max((len(rows) for rows, _ in blocks), default=0) * step + lines * LINE + GAP
+    height = max((len(rows) for rows, _ in blocks), default=0) * step + lines * LINE + 2 * GAP
     across = min(across, max(len(blocks), 1), max(1, MAX_WIDTH // width))
     sheet = _sheet(title, across * width - 3 * GAP, head + -(-len(blocks) // across) * height - GAP)
     for number, (rows, captions) in enumerate(blocks):

@@ -42,6 +42,8 @@ from upright.warp import rotation, warp
 
 COMPASS = tuple(range(0, 360, 45))
 """Angles in `draw_orientation` and in reports, in degrees anticlockwise."""
+EXAMPLES = 6
+"""Maximum number of images in `draw_orientation`, in `draw_transformer` and in reports."""
 MAX_VIEWS = 36
 """Maximum number of views in `draw_transformer`, as long as it draws one image."""
 
@@ -197,12 +199,10 @@ def _one_per_class(data: ImageDataModule, share: Tensor, count: int) -> list[int
     """Return positions in the validation split: one image for each of ``count`` classes, cycling through the views."""
     views = len(data.views("val").names)
     labels = data.samples("val").labels[share // views]
-    positions = []
-    for number, label in enumerate(torch.unique(labels)[: max(count, 1)]):
-        of_class = share[labels == label]
-        of_view = of_class[of_class % views == number % views]
-        positions.append(int((of_view if len(of_view) else of_class)[0]))
-    return positions
+    return [
+        min(share[labels == label].tolist(), key=lambda position: (position - number) % views)
+        for number, label in enumerate(torch.unique(labels)[: max(count, 1)])
+    ]
 
 
 def transformer_images(model: Model, images: Tensor, observations: list[Observation]) -> list[list[Pixels]]:
@@ -231,8 +231,8 @@ def draw_turns(
 ) -> Image.Image:
     """Draw images ``(1, C, S, S)`` at eight angles, and below each the image rotated back by its estimated angle.
 
-    The line below has the angle and the confidence; it is red for a wrong side. ``answer`` maps uint8 images
-    ``(B, C, S, S)`` to both ``(B, 2)``, and ``show`` maps images to the pixels to draw.
+    The line below has the angle and the confidence; it is red for a wrong side. ``answer`` maps uint8 images ``(B, C,
+    S, S)`` to both, ``(B, 2)``, and ``show`` maps images to the pixels to draw.
     """
     blocks = []
     for image in images:
@@ -248,8 +248,8 @@ def draw_turns(
     return draw_blocks(title, [f"{angle}°" for angle in COMPASS], blocks)
 
 
-def draw_orientation(title: str, model: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:
-    """Draw ``count`` test images by `draw_turns`, evenly spread over the split."""
+def draw_orientation(title: str, model: ImageModule, data: ImageDataModule) -> Image.Image:
+    """Draw test images by `draw_turns`, evenly spread over the split."""
     samples, ours = data.samples("test"), model.model
 
     @torch.no_grad()
@@ -258,24 +258,22 @@ def draw_orientation(title: str, model: ImageModule, data: ImageDataModule, coun
 
     return draw_turns(
         f"{title}: images at eight angles, and rotated back by the estimated angle, which is red for a wrong side",
-        [samples[place : place + 1].images for place in evenly_spread(len(samples), count)],
+        [samples[place : place + 1].images for place in evenly_spread(len(samples), EXAMPLES)],
         answer,
         lambda images: ours.denormalise(ours.normalise(images.to(model.device))),
     )
 
 
-def draw_transformer(title: str, classifier: ImageModule, data: ImageDataModule, count: int = 6) -> Image.Image:
-    """Draw the test split's views of ``count`` images of as many classes, and the outputs of the last transformers.
+def draw_transformer(title: str, classifier: ImageModule, data: ImageDataModule) -> Image.Image:
+    """Draw the test split's views of images of some classes, and the outputs of the last transformers.
 
     Images with many views are fewer, see `MAX_VIEWS`. Each of several parallel transformers has its own row. For a
     transformer inside the network, the figure shows the part of the image that its feature maps cover.
     """
     samples, views = data.samples("test"), data.views("test")
     columns, classes = len(views.names), data.spec.classes
-    labels = torch.unique(samples.labels)
-    count = min(count, max(1, MAX_VIEWS // columns))
-    blocks = []
-    for label in labels[evenly_spread(len(labels), count)].tolist():
+    labels, blocks = torch.unique(samples.labels), []
+    for label in labels[evenly_spread(len(labels), min(EXAMPLES, max(1, MAX_VIEWS // columns)))].tolist():
         first = int((samples.labels == label).nonzero()[0])
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as observations:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from upright.data.datamodule import ImageDataModule
 from upright.evidence.reporting.subjects import Floats, Subject
 from upright.exporting.parity import Drop
-from upright.intervals import Share, clustered
+from upright.intervals import clustered
 from upright.training.metrics import class_scores
 from upright.training.uprightness import Uprightness
 
@@ -150,17 +150,6 @@ def difference(first: Predictions, other: Predictions) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Predictions with a confidence in ``(above, to]``: mean confidence and accuracy, None if the bin is empty."""
-
-    above: float
-    to: float
-    count: int
-    confidence: float | None
-    accuracy: Share | None
-
-
 def calibrate(predictions: Predictions, validation: Predictions | None) -> dict[str, Any]:
     """Measure the calibration, without and with a temperature that is fitted on the validation split.
 
@@ -187,31 +176,28 @@ def calibrate(predictions: Predictions, validation: Predictions | None) -> dict[
     return before | {"temperature": temperature, "reason": reason} | after
 
 
-def reliability(probabilities: Floats, labels: Integers, groups: Integers) -> list[Bin]:
-    """Group predictions by confidence.
+def reliability(probabilities: Floats, labels: Integers, groups: Integers) -> list[dict[str, Any]]:
+    """Return ``count``, mean ``confidence`` and ``accuracy`` of predictions with a confidence in (``above``, ``to``].
 
     The arrays are probabilities of the classes ``(N, K)``, true classes ``(N,)`` and indices of source images ``(N,)``.
+    An empty bin has no confidence and no accuracy: None.
     """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     numbers = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = []
     for number in range(BINS):
         inside = numbers == number
         mean = float(confidence[inside].mean()) if inside.any() else None
         accuracy = clustered(correct[inside], groups[inside]) if inside.any() else None
-        bins.append(Bin(number / BINS, (number + 1) / BINS, int(inside.sum()), mean, accuracy))
+        ends = {"above": number / BINS, "to": (number + 1) / BINS}
+        bins.append({**ends, "count": int(inside.sum()), "confidence": mean, "accuracy": accuracy})
     return bins
 
 
-def calibration_error(bins: list[Bin]) -> float:
+def calibration_error(bins: list[dict[str, Any]]) -> float:
     """Return the expected calibration error: the mean distance of confidence and accuracy over the predictions."""
-    distances = [
-        each.count * abs(each.confidence - each.accuracy.value)
-        for each in bins
-        if each.confidence is not None and each.accuracy
-    ]
-    return sum(distances) / sum(each.count for each in bins)
+    distances = [each["count"] * abs(each["confidence"] - each["accuracy"].value) for each in bins if each["count"]]
+    return float(sum(distances) / sum(each["count"] for each in bins))
 
 
 def log_loss(probabilities: Floats, labels: Integers) -> float:

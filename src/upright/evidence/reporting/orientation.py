@@ -1,7 +1,7 @@
 """A report on models that estimate the orientation: their errors at all angles, and their confidence."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from upright.evidence.reporting.subjects import Floats, Group, Subject
 from upright.exporting.parity import Threshold
 from upright.intervals import Share, clustered, wilson
 from upright.runs.drawing import evenly_spread
-from upright.runs.plots import draw_turns, turned
+from upright.runs.plots import EXAMPLES, draw_turns, turned
 from upright.runtime.task import QUARTER, deviation
 from upright.warp import resize
 
@@ -28,85 +28,37 @@ DEGREES = tuple(range(-180, 180, 15))
 """Angles of each image, in degrees anticlockwise."""
 ENLARGEMENT = 4
 """Largest side of a rotated image, as a multiple of the network's input."""
-PICTURES = 6
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """Angles of one model in degrees, and their confidences, for ``N`` images at ``A`` angles, both ``(N, A)``."""
-
-    angles: Floats
-    confidences: Floats
-
-    @cached_property
-    def errors(self) -> Floats:
-        """Errors in degrees, from 0 to 180, ``(N, A)``."""
-        return deviation(self.angles - np.array(DEGREES)).astype(float)
-
-    @cached_property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """True for each answer that chooses the right side, ``(N, A)``."""
-        return np.asarray(self.errors < QUARTER)
-
-    def record(self, threshold: float | None) -> dict[str, Any]:
-        """Return the measures for ``report.json``. A bundle may have a threshold of the confidence."""
-        errors, right = self.errors, self.right
-        confidences, sides = (torch.from_numpy(each.ravel()) for each in (self.confidences, right))
-        above = self.confidences >= (threshold or 0.0)
-        return {
-            "right_side": _share(right),
-            "quarter_turns": _share(right[:, np.array(DEGREES) % 90 == 0]),
-            "degrees": {
-                "median": float(np.median(errors)),
-                "mean": float(errors.mean()),
-                "p95": float(np.quantile(errors, 0.95)),
-            },
-            "within_5": float((errors <= 5).mean()),
-            "within_10": float((errors <= 10).mean()),
-            "confidence": float(self.confidences.mean()),
-            "calibration_error": float(binary_calibration_error(confidences, sides.long(), n_bins=BINS)),
-            "threshold": None
-            if threshold is None
-            else Threshold(threshold, float(above.mean()), float((~right[above]).mean()) if above.any() else 0.0),
-            "circle": {
-                "degrees": DEGREES,
-                "right_side": [wilson(float(column.mean()), len(column)) for column in right.T],
-                "median": np.median(errors, axis=0).tolist(),
-            },
-        }
-
-    def abstention(self) -> tuple[Floats, Floats]:
-        """Return the share of answers above each confidence, and the share of wrong sides among them."""
-        order = np.argsort(-self.confidences.ravel(), kind="stable")
-        counts = np.arange(1, len(order) + 1)
-        return counts / len(order), np.cumsum(~self.right.ravel()[order]) / counts
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The content of a report on orientations: the answers of each model, and the rotated images ``(1, C, S, S)``."""
+    """The content of a report on models that estimate the orientation.
+
+    Args:
+        group: the models and the data.
+        split: split of the data.
+        originals: the images that were rotated, each ``(1, C, S, S)``.
+        models: measures of each model for ``report.json``.
+        abstentions: curves of each model, see `abstention`.
+    """
 
     group: Group
     split: str
     originals: list[Tensor]
-    answers: list[Answers]
+    models: list[dict[str, Any]]
+    abstentions: list[tuple[Floats, Floats]]
     template = "orientation.html"
 
     def record(self) -> dict[str, Any]:
         """Return the entries of ``report.json`` that only these models have."""
-        data = {
-            "sources": len(self.originals),
-            "angles": len(DEGREES),
-            "largest": ENLARGEMENT * self.group.data.spec.height,
-        }
-        pairs = zip(self.group.subjects, self.answers, strict=True)
-        return {"data": data, "models": [answers.record(_threshold(subject)) for subject, answers in pairs]}
+        largest = ENLARGEMENT * self.group.data.spec.height
+        data = {"sources": len(self.originals), "angles": len(DEGREES), "largest": largest}
+        return {"data": data, "models": self.models}
 
     def draw(self, models: Models) -> Figures:
         """Return all figures by name: ``circle``, ``abstention``, and ``pictures-N`` of each model."""
-        curves = [answers.abstention() for answers in self.answers]
-        figures: Figures = {"circle": draw_circle(models), "abstention": draw_abstention(models, curves)}
-        images = [self.originals[place] for place in evenly_spread(len(self.originals), PICTURES)]
+        figures: Figures = {"circle": draw_circle(models), "abstention": draw_abstention(models, self.abstentions)}
+        images = [self.originals[place] for place in evenly_spread(len(self.originals), EXAMPLES)]
         for number, subject in enumerate(self.group.subjects, start=1):
             figures[f"pictures-{number}"] = draw_turns("", images, partial(_answers, subject))
         return figures
@@ -137,7 +89,48 @@ def gather(group: Group, split: str, images: int) -> Evidence:
         batch = turned(image, DEGREES)
         for subject, answers in zip(subjects, rows, strict=True):
             answers.append(_answers(subject, batch))
-    return Evidence(group, split, originals, [Answers(*np.moveaxis(np.stack(answers), 2, 0)) for answers in rows])
+    evidence = Evidence(group, split, originals, [], [])
+    for subject, answers in zip(subjects, rows, strict=True):
+        angles, confidences = np.moveaxis(np.stack(answers), 2, 0)
+        errors = deviation(angles - np.array(DEGREES)).astype(float)
+        evidence.models.append(_measures(errors, confidences, _threshold(subject)))
+        evidence.abstentions.append(abstention(confidences, errors < QUARTER))
+    return evidence
+
+
+def _measures(errors: Floats, confidences: Floats, threshold: float | None) -> dict[str, Any]:
+    """Return the measures of ``N`` images at ``A`` angles ``(N, A)``, with errors in degrees from 0 to 180."""
+    right = errors < QUARTER
+    confidence, sides = (torch.from_numpy(each.ravel()) for each in (confidences, right))
+    above = confidences >= (threshold or 0.0)
+    return {
+        "right_side": _share(right),
+        "quarter_turns": _share(right[:, np.array(DEGREES) % 90 == 0]),
+        "degrees": {
+            "median": float(np.median(errors)),
+            "mean": float(errors.mean()),
+            "p95": float(np.quantile(errors, 0.95)),
+        },
+        "within_5": float((errors <= 5).mean()),
+        "within_10": float((errors <= 10).mean()),
+        "confidence": float(confidences.mean()),
+        "calibration_error": float(binary_calibration_error(confidence, sides.long(), n_bins=BINS)),
+        "threshold": None
+        if threshold is None
+        else Threshold(threshold, float(above.mean()), float((~right[above]).mean()) if above.any() else 0.0),
+        "circle": {
+            "degrees": DEGREES,
+            "right_side": [wilson(float(column.mean()), len(column)) for column in right.T],
+            "median": np.median(errors, axis=0).tolist(),
+        },
+    }
+
+
+def abstention(confidences: Floats, right: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Return the share of answers above each confidence, and the share of wrong sides among them."""
+    order = np.argsort(-confidences.ravel(), kind="stable")
+    counts = np.arange(1, len(order) + 1)
+    return counts / len(order), np.cumsum(~right.ravel()[order]) / counts
 
 
 def _answers(subject: Subject, images: Tensor) -> Floats:

@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +34,7 @@ def report(
 ) -> int:
     """Evaluate models on the same images, and write ``report.html``, its figures and tables, and ``report.json``.
 
-    Args:
-        models: checkpoints, folders of runs, and bundles. Each one is compared with the first one.
-        data: a YAML of data that replaces the data of the first model.
-        split: split of the data, ``test`` or ``val``.
-        images: number of images to distort for the curves, or to rotate.
-        precision: precisions of bundles.
-        to: folder of the report; by default ``checkpoints/report-NAME``.
-        force: replace an existing report.
-        vector: also write the plots in this format.
+    The arguments are the options of the command, see `upright.options.Report`.
 
     Raises:
         UserError: if a model or the data cannot be used (see `open_subjects`), or the report exists.
@@ -120,11 +111,9 @@ def _file_record(subject: Subject, measures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return named tuples and dataclasses as dicts, recursively."""
+    """Return named tuples as dicts, recursively."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
-    elif is_dataclass(value):
-        value = vars(value)
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -20,7 +20,7 @@ from upright.architectures.voting import PolarLocaliser
 from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.finding import Finding, draw_points, means, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_points, means, metric, panels, rows, spreads
 from upright.training.losses import CrossEntropy
 
 TITLES = {
@@ -35,7 +35,6 @@ VOTES = ("votes", "votes-prior")
 
 
 def run(bench: Bench) -> Finding:
-    """Train LeNet alone, and behind each of five transformers."""
     fraction, angles = bench.choose((0.1, (-120, 0, 120)), (1.0, (-160, -120, -80, -40, 0, 40, 80, 120, 160)))
     affine = partial(RandomAffine, rotate=180, scale=(0.9, 1.1), shift=0.05)
     data = partial(Digits, train_fraction=fraction, angles=angles, augment=[affine])
@@ -52,7 +51,7 @@ def run(bench: Bench) -> Finding:
     }
     runs = bench.train(experiments)
     accuracy, uprightness, relative, absolute = (
-        metric_by_group(runs, f"test/{name}")
+        metric(runs, f"test/{name}")
         for name in ("accuracy", "uprightness", "relative_degrees_median", "absolute_degrees_median")
     )
     worst = max(max(uprightness[name]) for name in VOTES)
@@ -70,11 +69,8 @@ def run(bench: Bench) -> Finding:
         "absolute, degrees (median)": spreads(absolute, 1),
     }
     figure, axes = panels(2, width=5)
-    for axis, (name, groups) in zip(axes, {"test accuracy": accuracy, "uprightness": uprightness}.items(), strict=True):
-        draw_points(
-            axis, {TITLES[key].replace(", ", ",\n").replace(" and", "\nand"): groups[key] for key in groups}, name
-        )
-        axis.tick_params(axis="x", labelsize=6)
+    draw_points(axes[0], accuracy, "test accuracy", TITLES)
+    draw_points(axes[1], uprightness, "uprightness", TITLES)
     axes[1].set_ylim(bottom=0)
     numbers = {
         "test/accuracy": accuracy,

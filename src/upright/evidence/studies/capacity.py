@@ -20,59 +20,51 @@ import numpy as np
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
+from upright.evidence.bench import Bench, Experiment, Run
+from upright.evidence.finding import Finding, draw_band, errors, last_values, means, metric, panels, rows, spreads
 
 WIDTHS = (1, 2, 4, 8, 16, 64, 256, 1024)
 SMALL, WIDEST = 1, 1024
 
 
 def run(bench: Bench) -> Finding:
-    """Train at every width."""
     widths, epochs = bench.choose((SMALL, WIDEST), WIDTHS), bench.choose(2, 30)
-    variants = {
-        f"width-{width}": Experiment(
-            network=partial(MLP, widths=(width,)),
-            data=bench.data(train_fraction=bench.choose(0.1, 1000 / 54000)),
-            epochs=epochs,
-            optimizer=partial(SGD, lr=0.05, momentum=0.9),
-            validate_every=epochs,
-        )
-        for width in widths
-    }
-    runs = dict(zip(widths, bench.train(variants).values(), strict=True))
-    scores = bench.losses_and_accuracies(runs, "train")
+    plain = Experiment(
+        network=MLP,
+        data=bench.data(train_fraction=bench.choose(0.1, 1000 / 54000)),
+        epochs=epochs,
+        optimizer=partial(SGD, lr=0.05, momentum=0.9),
+        validate_every=epochs,
+    )
+    runs = bench.train({width: plain._replace(network=partial(MLP, widths=(width,))) for width in widths})
+    scores = bench.measure(Run.loss_and_accuracy, runs, "train")
     losses = {
         "training": {width: [loss for loss, _ in scores[width]] for width in widths},
-        "validation": {width: [run.column("val/loss")[-1] for run in runs[width]] for width in widths},
+        "validation": last_values(runs, "val/loss"),
     }
-    right = {
-        "training": {width: [right for _, right in scores[width]] for width in widths},
-        "validation": {width: [run.column("val/accuracy")[-1] for run in runs[width]] for width in widths},
-        "test": metric_by_group(runs, "test/accuracy"),
+    error = {
+        "training": errors({width: [right for _, right in scores[width]] for width in widths}),
+        "validation": errors(last_values(runs, "val/accuracy")),
+        "test": errors(metric(runs, "test/accuracy")),
     }
-    errors = {
-        split: {width: [100 * (1 - share) for share in shares] for width, shares in groups.items()}
-        for split, groups in right.items()
-    }
-    training, validation, test = (means(groups) for groups in errors.values())
-    best = min(widths, key=lambda width: validation[width])
-    fits = all(w < s for w, s in zip(errors["training"][WIDEST], errors["training"][SMALL], strict=True))
-    worse = [widest > other for widest, other in zip(errors["test"][WIDEST], errors["test"][best], strict=True)]
+    training, validation, test = (means(groups) for groups in error.values())
+    best = min(validation, key=validation.__getitem__)
+    fits = all(w < s for w, s in zip(error["training"][WIDEST], error["training"][SMALL], strict=True))
+    worse = [widest > other for widest, other in zip(error["test"][WIDEST], error["test"][best], strict=True)]
     sentence = (
         f"From {SMALL} unit to {WIDEST:,} units, the training error changes from {training[SMALL]:.1f} % to "
         f"{training[WIDEST]:.1f} %. The test error is {test[best]:.1f} % with {best:,} units, the width with the "
         f"lowest validation error. It is {test[WIDEST]:.1f} % at the widest, and higher in {sum(worse)} of "
         f"{len(worse)} runs."
     )
-    columns = {f"{title} error, %": spreads(groups, 1) for title, groups in errors.items()}
+    columns = {f"{title} error, %": spreads(groups, 1) for title, groups in error.items()}
     columns |= {f"{title} loss": spreads(groups, 3) for title, groups in losses.items()}
     table = rows("units", {width: f"{width:,}" for width in widths}, columns)
     figure, axes = panels(2)
-    plots = {"error, %": {title: errors[title] for title in ("training", "test")}, "loss": losses}
+    plots = {"error, %": {title: error[title] for title in ("training", "test")}, "loss": losses}
     for axis, (measure, lines) in zip(axes, plots.items(), strict=True):
         for title, groups in lines.items():
             draw_band(axis, widths, np.transpose([*groups.values()]), title, marker="o", markersize=3)
         axis.set(xscale="log", xlabel="hidden units", ylabel=measure, ylim=(0, None))
         axis.legend()
-    return Finding(fits and all(worse) and best > SMALL, sentence, table, figure, {"error": errors, "loss": losses})
+    return Finding(fits and all(worse) and best > SMALL, sentence, table, figure, {"error": error, "loss": losses})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from upright.architectures.mlp import MLP
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_band, last_values, means, metric, panels, rows, spreads
 
 SHAPE = (1, 28, 28)
 DEPTHS = (1, 2, 3, 4)
@@ -74,21 +74,14 @@ def widths(family: str, depth: int) -> tuple[int, ...]:
 
 
 def run(bench: Bench) -> Finding:
-    """Train both families at every depth."""
     depths, epochs = bench.choose((SHALLOW, DEEP), DEPTHS), bench.choose(1, 10)
-    keys = {f"{family}-{depth}": (family, depth) for family in FAMILIES for depth in depths}
+    keys = [(family, depth) for family in FAMILIES for depth in depths]
     plain = Experiment(MLP, bench.data(train_fraction=0.1), epochs, init="he_normal", validate_every=epochs)
-    runs = bench.train(
-        {
-            name: plain._replace(network=partial(FAMILIES[family][0], widths=widths(family, depth)))
-            for name, (family, depth) in keys.items()
-        }
-    )
-    accuracy = metric_by_group(runs, "test/accuracy")
-    loss = {name: [each.column("train/loss")[-1] for each in runs[name]] for name in runs}
+    runs = bench.train({key: plain._replace(network=partial(FAMILIES[key[0]][0], widths=widths(*key))) for key in keys})
+    accuracy, loss = metric(runs, "test/accuracy"), last_values(runs, "train/loss")
     won, parts, mean = {}, [], means(accuracy)
     for family, (_, budget) in FAMILIES.items():
-        shallow, deep = f"{family}-{SHALLOW}", f"{family}-{DEEP}"
+        shallow, deep = (family, SHALLOW), (family, DEEP)
         won[family] = min(accuracy[deep]) > max(accuracy[shallow])
         parts.append(
             f"{family}s with {budget:,} parameters are {'' if won[family] else 'not clearly '}better if they are deep: "
@@ -96,17 +89,17 @@ def run(bench: Bench) -> Finding:
             f"({'every' if won[family] else 'not every'} deep run is above every shallow run)."
         )
     columns = {
-        "layers": {name: str(depth) for name, (_, depth) in keys.items()},
-        "width": {name: " or ".join(str(width) for width in sorted({*widths(*key)})) for name, key in keys.items()},
-        "parameters": {name: f"{parameters(FAMILIES[key[0]][0], widths(*key)):,}" for name, key in keys.items()},
+        "layers": {key: str(key[1]) for key in keys},
+        "width": {key: " or ".join(map(str, sorted({*widths(*key)}))) for key in keys},
+        "parameters": {key: f"{parameters(FAMILIES[key[0]][0], widths(*key)):,}" for key in keys},
         "test accuracy": spreads(accuracy),
         "training loss": spreads(loss),
     }
-    table = rows("network", {name: family for name, (family, _) in keys.items()}, columns)
+    table = rows("network", {key: key[0] for key in keys}, columns)
     figure, axes = panels(2, 2)
     for row, (title, groups) in enumerate({"test accuracy": accuracy, "training loss": loss}.items()):
         for axis, family in zip(axes[2 * row :], FAMILIES, strict=False):
-            draw_band(axis, depths, np.transpose([groups[f"{family}-{depth}"] for depth in depths]), family)
+            draw_band(axis, depths, np.transpose([groups[family, depth] for depth in depths]), family)
             axis.set_title(f"{family}s with {FAMILIES[family][1]:,} parameters")
             axis.set(xticks=depths, xlabel="hidden layers" if family == "MLP" else "convolutions", ylabel=title)
     numbers = {"test/accuracy": accuracy, "train/loss": loss}

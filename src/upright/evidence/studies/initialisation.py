@@ -51,7 +51,6 @@ def change(layers: Sequence[float]) -> float:
 
 
 def run(bench: Bench) -> Finding:
-    """Measure every activation with every scheme."""
     data = bench.data()()
     batch = data.samples("train")[slice(512)]
     keys = [(activation, scheme) for activation in TITLES for scheme in SCHEMES]
@@ -87,6 +86,6 @@ def run(bench: Bench) -> Finding:
             axis.set(yscale="log", xlabel="layer", ylabel=f"standard deviation of {title}", title=TITLES[activation])
             axis.set_ylim(values.min() / 3, values.max() * 3)
     axes[0].legend(fontsize=7)
-    numbers = {" ".join(key): {"activations": signal[key], "gradients": gradient[key]} for key in keys}
+    numbers = {key: {"activations": signal[key], "gradients": gradient[key]} for key in keys}
     table = rows("activation", {key: TITLES[key[0]] for key in keys}, columns)
     return Finding(most < 10 and least > 1000, sentence, table, figure, numbers)

@@ -19,8 +19,8 @@ from statistics import mean
 
 from upright.data.augmentation import RandomAffine
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.distortions import Curve, Kinds, curves, rotate, zoom
-from upright.evidence.finding import Finding, draw_band, metric_by_group, panels, rows, spreads
+from upright.evidence.distortions import Curves, Kinds, curves, rotate, zoom
+from upright.evidence.finding import Finding, draw_band, metric, panels, rows, spreads
 
 TITLES = {
     "plain": "LeNet",
@@ -36,9 +36,9 @@ TRAINED = {"degrees": (-45, 45), "size": (0.8, 1.25)}
 LABELS = {"degrees": "rotation, degrees", "size": "scale"}
 
 
-def losses(run: dict[str, Curve]) -> dict[str, float]:
+def losses(run: Curves) -> dict[str, float]:
     """Return the loss of accuracy from undistorted images: the largest within the training range, and beyond."""
-    angles, factors = (dict(zip(strengths, run[kind].accuracy, strict=True)) for kind, strengths in KINDS.items())
+    angles, factors = (dict(zip(strengths, run[kind]["accuracy"], strict=True)) for kind, strengths in KINDS.items())
     accuracies = {
         "up to 45 degrees": min(angles[n] for n in angles if abs(n) <= 45),
         "at 45 degrees": mean([angles[-45], angles[45]]),
@@ -51,7 +51,6 @@ def losses(run: dict[str, Curve]) -> dict[str, float]:
 
 
 def run(bench: Bench) -> Finding:
-    """Train the four networks, then rotate and scale the test images."""
     options = {"train_fraction": bench.choose(0.1, 0.3), "val_fraction": 0.02, "batch_size": 128}
     affine = partial(RandomAffine, rotate=45, scale=(0.8, 1.25))
     plain = Experiment(LENET, bench.data(**options), bench.choose(1, 6))
@@ -59,7 +58,7 @@ def run(bench: Bench) -> Finding:
     transformer = augmented._replace(network=transformed("similarity"))
     upright = transformer._replace(upright_weight=2.0)
     runs = bench.train(dict(zip(TITLES, (plain, augmented, transformer, upright), strict=True)))
-    lines = {key: curves(bench, runs[key], KINDS, every=bench.choose(8, 4)) for key in runs}
+    lines = bench.measure(curves, runs, KINDS, bench.choose(8, 4))
     each = {key: [losses(run) for run in lines[key]] for key in runs}
     drops = {key: {name: [run[name] for run in each[key]] for name in each[key][0]} for key in runs}
     plain_drops, *others = drops.values()
@@ -75,17 +74,19 @@ def run(bench: Bench) -> Finding:
         f"{averages['at 0.5 x']} at half the size (augmented, transformer, upright loss)."
     )
     undistorted = list(KINDS["size"]).index(1.0)
-    columns = {"accuracy": spreads({key: [run["size"].accuracy[undistorted] for run in lines[key]] for key in runs}, 3)}
+    columns = {
+        "accuracy": spreads({key: [run["size"]["accuracy"][undistorted] for run in lines[key]] for key in runs}, 3)
+    }
     columns |= {f"drop {name}": spreads({key: drops[key][name] for key in runs}, 3) for name in plain_drops}
-    columns["uprightness"] = spreads(metric_by_group(runs, "test/uprightness"), 3)
+    columns["uprightness"] = spreads(metric(runs, "test/uprightness"), 3)
     figure, axes = panels(2, width=4.6)
     for axis, (kind, strengths) in zip(axes, KINDS.items(), strict=True):
         axis.axvspan(*TRAINED[kind], color="#dddddd", alpha=0.6, linewidth=0, label="range of training")
         for key, title in TITLES.items():
-            draw_band(axis, strengths, [run[kind].accuracy for run in lines[key]], title)
+            draw_band(axis, strengths, [run[kind]["accuracy"] for run in lines[key]], title)
         axis.set(xlabel=LABELS[kind], ylabel="accuracy", ylim=(0, 1.02))
     axes[0].legend(loc="lower center")
-    numbers = {key: [{kind: run[kind].accuracy for kind in KINDS} for run in lines[key]] for key in runs}
+    numbers = {key: [{kind: run[kind]["accuracy"] for kind in KINDS} for run in lines[key]] for key in runs}
     held = not_invariant and within <= 0.03 and limited
     table = rows("network", TITLES, columns)
     return Finding(held, sentence, table, figure, {"accuracy": numbers, "lost": drops})

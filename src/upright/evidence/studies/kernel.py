@@ -24,6 +24,7 @@ KERNELS = {
     "Laplacian": ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0)),
     "Gaussian": ((1 / 16, 1 / 8, 1 / 16), (1 / 8, 1 / 4, 1 / 8), (1 / 16, 1 / 8, 1 / 16)),
 }
+SOURCES = ("digits", "noise")
 REACHED = 0.999
 
 
@@ -53,23 +54,20 @@ def summary(steps: Sequence[int | None]) -> str:
 
 
 def run(bench: Bench) -> Finding:
-    """Learn each kernel from digits and from noise."""
     digits = bench.data()().samples("train")
     steps = bench.choose(50, 500)
-    runs: dict[str, dict[str, list[tuple[Tensor, list[float]]]]] = {
-        source: {name: [] for name in KERNELS} for source in ("digits", "noise")
+    runs: dict[tuple[str, str], list[tuple[Tensor, list[float]]]] = {
+        (source, name): [] for source in SOURCES for name in KERNELS
     }
     for seed in range(bench.seeds):
         torch.manual_seed(seed)
         sample = digits[torch.randperm(len(digits))[: bench.choose(32, 256)]].images.float() / 255
         images = {"digits": (sample - sample.mean()) / sample.std(), "noise": torch.randn(sample.shape)}
         for name, kernel in KERNELS.items():
-            for source in runs:
-                runs[source][name].append(learn(images[source], torch.tensor(kernel), seed, steps))
-    paths = {source: [cosines for each in kernels.values() for _, cosines in each] for source, kernels in runs.items()}
-    ends = {
-        source: {name: [run[-1] for _, run in kernels[name]] for name in KERNELS} for source, kernels in runs.items()
-    }
+            for source in SOURCES:
+                runs[source, name].append(learn(images[source], torch.tensor(kernel), seed, steps))
+    paths = {source: [path for name in KERNELS for _, path in runs[source, name]] for source in SOURCES}
+    ends = {key: [path[-1] for _, path in each] for key, each in runs.items()}
     needed = {
         source: [next((step for step, cosine in enumerate(path, 1) if cosine > REACHED), None) for path in each]
         for source, each in paths.items()
@@ -79,8 +77,10 @@ def run(bench: Bench) -> Finding:
         f"The lowest cosine similarity of a kernel learnt from digits to the true kernel is {least:.5f}. With digits, "
         f"{summary(needed['digits'])}. With noise, whose pixels are independent, {summary(needed['noise'])}."
     )
-    columns = {f"from {source}, cosine": spreads(each, 5) for source, each in ends.items()}
-    examples = {name: runs["digits"][name][0][0] for name in KERNELS}
+    columns = {
+        f"from {source}, cosine": spreads({name: ends[source, name] for name in KERNELS}, 5) for source in SOURCES
+    }
+    examples = {name: runs["digits", name][0][0] for name in KERNELS}
     columns["learnt from digits"] = {
         name: " / ".join(" ".join(f"{value:+.2f}" for value in row) for row in kernel.tolist())
         for name, kernel in examples.items()
@@ -92,9 +92,9 @@ def run(bench: Bench) -> Finding:
         axis.imshow(pair.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set_title(f"{name}: true, learnt")
         axis.set_axis_off()
-    for source, style in (("digits", "-"), ("noise", "--")):
+    for source, style in zip(SOURCES, ("-", "--"), strict=True):
         draw_band(axes[3], range(1, steps + 1), 1 - torch.tensor(paths[source]).numpy(), source, linestyle=style)
     axes[3].set(yscale="log", xlabel="step", ylabel="1 - cosine")
     axes[3].legend()
-    table = rows("kernel", {name: name for name in KERNELS}, columns)
+    table = rows("kernel", [*KERNELS], columns)
     return Finding(least > REACHED, sentence, table, figure, {"cosine": ends, f"steps to {REACHED}": needed})

@@ -79,7 +79,6 @@ def learn(datamodule: Callable[[], ImageDataModule], rate: float, normalised: bo
 
 
 def run(bench: Bench) -> Finding:
-    """Train both networks at every rate."""
     rates = bench.choose((0.01, 0.1), (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
     data = bench.data(train_fraction=bench.choose(0.5, 0.2))
     keys = [(kind, rate, seed) for kind in KINDS for rate in rates for seed in range(bench.seeds)]
@@ -125,7 +124,8 @@ def run(bench: Bench) -> Finding:
     axes[1].axhline(REACHED, color="#666666", linewidth=0.8, linestyle=":")
     for axis in axes[:2]:
         axis.legend(fontsize=7)
-    draw_points(axes[2], {f"{kind.split()[0]}, {best[kind]:g}": accuracy[kind] for kind in KINDS}, "test accuracy")
+    titles = {kind: f"{kind.split()[0]}, {best[kind]:g}" for kind in KINDS}
+    draw_points(axes[2], accuracy, "test accuracy", titles)
     numbers = {
         kind: {
             f"{rate:g}": [

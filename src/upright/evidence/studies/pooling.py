@@ -26,8 +26,8 @@ from upright.architectures.localisers import Network, Shape
 from upright.architectures.nin import NiN
 from upright.architectures.resnet import SmallResNet
 from upright.evidence.bench import LENET, Bench, Experiment
-from upright.evidence.distortions import Curve, Kinds, curves, rotate, shift, zoom
-from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
+from upright.evidence.distortions import MEASURES, Kinds, curves, rotate, shift, zoom
+from upright.evidence.finding import Finding, draw_band, means, metric, panels, rows, spreads
 
 
 class StridedLeNet(LeNet):
@@ -77,12 +77,13 @@ def outputs(network: Network, height: int, width: int) -> str:
 
 
 def run(bench: Bench) -> Finding:
-    """Train LeNet with each kind of pooling, and distort the test images."""
     data = bench.data(train_fraction=bench.choose(0.3, 0.4), val_fraction=0.05, batch_size=128)
     runs = bench.train({key: Experiment(network, data, bench.choose(1, 5)) for key, network in POOLINGS.items()})
-    lines = {key: curves(bench, each, KINDS, every=bench.choose(8, 2)) for key, each in runs.items()}
+    lines = bench.measure(curves, runs, KINDS, bench.choose(8, 2))
     same = {
-        name: {key: [each[kind].consistency[list(KINDS[kind]).index(strength)] for each in lines[key]] for key in runs}
+        name: {
+            key: [each[kind]["consistency"][list(KINDS[kind]).index(strength)] for each in lines[key]] for key in runs
+        }
         for name, (kind, strength) in COMPARED.items()
     }
     lengths = {
@@ -103,17 +104,16 @@ def run(bench: Bench) -> Finding:
     )
     titles = {key: f"LeNet, {TITLES[key]}" for key in runs}
     titles |= {key: f"{key}, global average pooling, not trained" for key in GLOBAL}
-    columns = {"test accuracy": spreads(metric_by_group(runs, "test/accuracy"))}
+    columns = {"test accuracy": spreads(metric(runs, "test/accuracy"))}
     columns |= {f"consistency, {name}": spreads(groups, 3) for name, groups in same.items()}
     heading = "outputs for " + ", ".join(f"{height}x{width}" for height, width in SIZES)
     columns[heading] = {key: ", ".join(each) for key, each in lengths.items()}
     figure, axes = panels(3, 2, width=3.6, height=2.6)
-    for axis, (measure, kind) in zip(axes, [(m, kind) for m in Curve._fields for kind in KINDS], strict=True):
+    for axis, (measure, kind) in zip(axes, [(m, kind) for m in MEASURES for kind in KINDS], strict=True):
         for key in runs:
-            draw_band(axis, KINDS[kind], [getattr(each[kind], measure) for each in lines[key]], TITLES[key])
+            draw_band(axis, KINDS[kind], [each[kind][measure] for each in lines[key]], TITLES[key])
         axis.set(xlabel=LABELS[kind], ylabel=measure)
     axes[0].legend()
-    numbers = {key: [{kind: curve._asdict() for kind, curve in each.items()} for each in lines[key]] for key in runs}
     held = not less and limited and one_length
     table = rows("network", titles, columns)
-    return Finding(held, sentence, table, figure, {"curves": numbers, "same": same, "outputs": lengths})
+    return Finding(held, sentence, table, figure, {"curves": lines, "same": same, "outputs": lengths})

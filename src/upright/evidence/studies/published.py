@@ -37,9 +37,8 @@ from upright.architectures.resnet import SmallResNet
 from upright.data.datamodule import ImageDataModule
 from upright.data.distorted_mnist import Task
 from upright.evidence.bench import Bench, Experiment, transformed
-from upright.evidence.finding import Finding, errors, means, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_points, errors, means, metric, panels, rows, spreads
 from upright.evidence.studies.transformer import FITTING, PUBLISHED, ROTATED, digits, draw_published, mnist
-from upright.runs.drawing import COLOURS
 from upright.training.losses import CrossEntropy
 
 
@@ -58,11 +57,10 @@ def experiment(task: Task, data: Callable[[], ImageDataModule], epochs: int) -> 
 
 
 def run(bench: Bench) -> Finding:
-    """Train the network on the tasks."""
     tasks: tuple[Task, ...] = bench.choose(("R",), ("R",), ("R", "RTS", "TC", "E", "P"))
     data, epochs = bench.choose(digits, mnist), bench.choose(1, 24)
     runs = bench.train({task: experiment(task, data(task), epochs) for task in tasks})
-    error, uprightness = errors(runs), metric_by_group(runs, "test/uprightness")
+    error, uprightness = errors(metric(runs, "test/accuracy")), metric(runs, "test/uprightness")
     mean = means(error)
     missed = [task for task in tasks if mean[task] > PUBLISHED[task]]
     reached = [task for task in tasks if task not in missed]
@@ -70,19 +68,15 @@ def run(bench: Bench) -> Finding:
         ", ".join(f"{task} {mean[task]:.2f} % (published: {PUBLISHED[task]})" for task in tasks)
         + f". Reached on {', '.join(reached) or 'none'}; missed on {', '.join(missed) or 'none'}."
     )
-    columns = {
-        "transform": {str(task): FITTING[task].replace("_", "-") for task in tasks},
+    columns: dict[str, dict[Task, str]] = {
+        "transform": {task: FITTING[task].replace("_", "-") for task in tasks},
         "error, %": spreads(error, 2),
-        "published, %": {str(task): f"{PUBLISHED[task]}" for task in tasks},
+        "published, %": {task: f"{PUBLISHED[task]}" for task in tasks},
         "uprightness": spreads({task: uprightness[task] for task in ROTATED if task in uprightness}, 3),
     }
     figure, (axis,) = panels(1, width=3 + len(tasks), height=3.4)
-    for index, task in enumerate(tasks):
-        label = "" if index else "upright loss, each seed"
-        axis.scatter([index] * len(error[task]), error[task], s=20, color=COLOURS[0], label=label, zorder=3)
+    draw_points(axis, error, "test error, %", tasks)
     draw_published(axis, tasks)
     axis.set_ylim(0, None)
-    table = rows("task", {task: task for task in runs}, columns)
-    return Finding(
-        not missed, sentence, table, figure, {"error": error, "uprightness": uprightness, "published": PUBLISHED}
-    )
+    numbers = {"error": error, "uprightness": uprightness, "published": PUBLISHED}
+    return Finding(not missed, sentence, rows("task", tasks, columns), figure, numbers)

@@ -14,18 +14,18 @@ The claim holds if both are true for weight decay 0.01 and for dropout 0.5:
 
 from functools import partial
 
+import numpy as np
 from torch.optim import SGD
 
 from upright.architectures.mlp import MLP
-from upright.evidence.bench import Bench, Experiment
-from upright.evidence.finding import Finding, draw_points, errors, means, metric_by_group, panels, rows, spreads
+from upright.evidence.bench import Bench, Experiment, Run
+from upright.evidence.finding import Finding, draw_points, errors, last_values, means, metric, panels, rows, spreads
 
 DECAYS, DROPOUTS = (0.003, 0.01, 0.03), (0.2, 0.5, 0.8)
 PLAIN, COMPARED = "none", ("decay 0.01", "dropout 0.5")
 
 
 def run(bench: Bench) -> Finding:
-    """Train with each kind of regularisation at three strengths, and without."""
     epochs = bench.choose(2, 30)
 
     def variant(decay: float = 0.0, dropout: float = 0.0) -> Experiment:
@@ -41,13 +41,11 @@ def run(bench: Bench) -> Finding:
     variants |= {f"decay {decay}": variant(decay=decay) for decay in bench.choose(DECAYS[1:2], DECAYS)}
     variants |= {f"dropout {share}": variant(dropout=share) for share in bench.choose(DROPOUTS[1:2], DROPOUTS)}
     runs = bench.train(variants)
-    scores = bench.losses_and_accuracies(runs, "train")
+    scores = bench.measure(Run.loss_and_accuracy, runs, "train")
     training = {name: [loss for loss, _ in scores[name]] for name in runs}
-    validation = {name: [run.column("val/loss")[-1] for run in runs[name]] for name in runs}
-    gap = {
-        name: [after - before for before, after in zip(training[name], validation[name], strict=True)] for name in runs
-    }
-    accuracy = metric_by_group(runs, "test/accuracy")
+    validation = last_values(runs, "val/loss")
+    gap = {name: np.subtract(validation[name], training[name]).tolist() for name in runs}
+    accuracy = metric(runs, "test/accuracy")
     mean_gap, mean_accuracy = means(gap), means(accuracy)
     narrower = {name: max(gap[name]) < min(gap[PLAIN]) for name in COMPARED}
     as_good = {name: mean_accuracy[name] >= mean_accuracy[PLAIN] for name in COMPARED}
@@ -60,14 +58,14 @@ def run(bench: Bench) -> Finding:
     losses = {"training loss": training, "validation loss": validation, "gap": gap}
     columns = {title: spreads(groups, 3) for title, groups in losses.items()} | {"test accuracy": spreads(accuracy)}
     figure, axes = panels(2, width=5.2)
-    plots = {"gap: validation loss - training loss": gap, "test error, %": errors(runs)}
+    plots = {"gap: validation loss - training loss": gap, "test error, %": errors(accuracy)}
     for axis, (title, groups) in zip(axes, plots.items(), strict=True):
-        draw_points(axis, {name.replace(" ", "\n"): groups[name] for name in runs}, title)
+        draw_points(axis, groups, title, [*runs])
     axes[0].set_ylim(bottom=0)
     axes[1].set_yscale("log")
     axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].yaxis.set_minor_formatter("{x:g}")
     held = all(narrower.values()) and all(as_good.values())
-    table = rows("regularisation", {name: name for name in runs}, columns)
+    table = rows("regularisation", [*runs], columns)
     numbers = {"train/loss": training, "val/loss": validation, "test/accuracy": accuracy}
     return Finding(held, sentence, table, figure, numbers)

@@ -30,7 +30,7 @@ from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.resnet import SmallResNet
 from upright.data.batch import Batch
 from upright.evidence.bench import Bench, Experiment, signals_and_gradients
-from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_band, last_values, means, metric, panels, rows, spreads
 from upright.images import ImageSpec
 from upright.runs.drawing import COLOURS
 
@@ -54,19 +54,19 @@ def gradients(shortcuts: bool, depth: int, scheme: Scheme, seed: int, spec: Imag
 
 
 def run(bench: Bench) -> Finding:
-    """Train both kinds at every depth, and measure gradients in networks before training."""
     depths = bench.choose((8, 14), (8, 20, 44))
     shallow, deep = depths[0], depths[-1]
     data, epochs = bench.data(train_fraction=bench.choose(0.05, 0.1)), bench.choose(1, 3)
     optimizer = partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.0001)
     plain = Experiment(SmallResNet, data, epochs, optimizer=optimizer, validate_every=epochs)
-    names = {(kind, depth): f"{kind.split()[-1]}-{depth}" for kind in KINDS for depth in depths}
-    networks = {
-        (kind, depth): partial(SmallResNet, depth=depth, width=4, shortcuts=KINDS[kind]) for kind, depth in names
-    }
-    results = bench.train({name: plain._replace(network=networks[key]) for key, name in names.items()})
-    runs = {key: results[name] for key, name in names.items()}
-    loss = {key: [each.column("train/loss")[-1] for each in runs[key]] for key in runs}
+    runs = bench.train(
+        {
+            (kind, depth): plain._replace(network=partial(SmallResNet, depth=depth, width=4, shortcuts=shortcuts))
+            for kind, shortcuts in KINDS.items()
+            for depth in depths
+        }
+    )
+    loss = last_values(runs, "train/loss")
     images, further = data(), bench.choose(depths, (8, 20, 32, 44, 80, 110))
     batch = next(iter(images.loader("train")))
     norms = {
@@ -91,7 +91,7 @@ def run(bench: Bench) -> Finding:
         f"{deep} without normalisation (Xavier), the ratio of gradients is at most {max(product):.0e} without "
         f"shortcuts, and at least {min(total):.2g} with shortcuts."
     )
-    accuracy = metric_by_group(runs, "test/accuracy")
+    accuracy = metric(runs, "test/accuracy")
     columns = {
         "depth": {key: str(key[1]) for key in runs},
         "training loss": spreads(loss, 3),
@@ -117,15 +117,6 @@ def run(bench: Bench) -> Finding:
     for axis in axes:
         axis.set_yscale("log")
         axis.legend(fontsize=7)
-    numbers = {
-        "train/loss": {names[key]: each for key, each in loss.items()},
-        "test/accuracy": {names[key]: each for key, each in accuracy.items()},
-        "gradient": {" ".join(map(str, key)): each for key, each in first.items()},
-    }
-    return Finding(
-        degrades and keeps and passes,
-        sentence,
-        rows("network", {key: key[0] for key in runs}, columns),
-        figure,
-        numbers,
-    )
+    numbers = {"train/loss": loss, "test/accuracy": accuracy, "gradient": first}
+    table = rows("network", {key: key[0] for key in runs}, columns)
+    return Finding(degrades and keeps and passes, sentence, table, figure, numbers)

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from upright.data.augmentation import RandomAffine
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.finding import Finding, draw_points, means, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_points, means, metric, panels, rows, spreads
 from upright.training.model import Model
 
 TITLES = {
@@ -48,7 +48,6 @@ def gradient(experiment: Experiment, seed: int) -> float:
 
 
 def run(bench: Bench) -> Finding:
-    """Measure the gradient, then train with each way of sampling."""
     data = bench.data(
         train_fraction=bench.choose(0.1, 0.3),
         val_fraction=0.02,
@@ -61,7 +60,7 @@ def run(bench: Bench) -> Finding:
     variants["upright"] = variants["nearest"]._replace(upright_weight=2.0)
     norms = {key: [gradient(variants[key], seed) for seed in range(bench.seeds)] for key in NETWORKS}
     runs = bench.train(variants)
-    accuracy, uprightness = metric_by_group(runs, "test/accuracy"), metric_by_group(runs, "test/uprightness")
+    accuracy, uprightness = metric(runs, "test/accuracy"), metric(runs, "test/uprightness")
     right, mean = means(accuracy), means(uprightness)
     none_and_some = not any(norms["nearest"]) and all(norms["bilinear"])
     learns = max(uprightness["bilinear"]) < min(uprightness["nearest"])
@@ -81,7 +80,7 @@ def run(bench: Bench) -> Finding:
     figure, axes = panels(3, width=3.6)
     plots = {"norm of the gradient before training": norms, "uprightness": uprightness, "test accuracy": accuracy}
     for axis, (name, groups) in zip(axes, plots.items(), strict=True):
-        draw_points(axis, {title.replace(" ", "\n", 1): groups.get(key, []) for key, title in TITLES.items()}, name)
+        draw_points(axis, groups, name, TITLES)
     axes[1].set_ylim(bottom=-0.03)
     numbers = {"gradient": norms, "test/uprightness": uprightness, "test/accuracy": accuracy}
     return Finding(none_and_some and learns, sentence, rows("network", TITLES, columns), figure, numbers)

@@ -86,7 +86,6 @@ def draw(scores: Floats, models: int, images: int, generator: np.random.Generato
 
 
 def run(bench: Bench) -> Finding:
-    """Train the candidates, then choose among them in many draws."""
     draws, estimates = bench.choose((20, 4), (400, 40))
     images = bench.choose(IMAGES[:1], IMAGES)
     keys = [(count, size) for count in MODELS for size in images]

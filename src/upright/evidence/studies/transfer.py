@@ -24,7 +24,7 @@ from upright.data.digits import Digits
 from upright.data.mnist import MNIST
 from upright.data.source import Source
 from upright.evidence.bench import Bench, Experiment
-from upright.evidence.finding import Finding, draw_band, means, metric_by_group, panels, spreads, values
+from upright.evidence.finding import Finding, draw_band, means, metric, panels, spreads
 from upright.images import ImageSpec
 from upright.training.finetuning import Freeze
 
@@ -72,7 +72,6 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def run(bench: Bench) -> Finding:
-    """Train on the first half, then on a few images of the second half in four ways."""
     ways = bench.choose(tuple(WAYS)[:2], tuple(WAYS))
     sizes = bench.choose((20,), (20, 100, 500, 2500))
     embedded, available = bench.choose((True, 610), (False, 26_500))
@@ -88,10 +87,8 @@ def run(bench: Bench) -> Finding:
         start = None if way == SCRATCH else sources[seed].folder / "best.ckpt"
         return Experiment(body, data, epochs[size], validate_every=every[size], start_from=start, **WAYS[way])
 
-    names = {(size, way): f"{way.replace(', ', '_').replace(' ', '_')}_{size}" for size in sizes for way in ways}
-    results = bench.train({name: partial(target, *key) for key, name in names.items()})
-    runs = {key: results[name] for key, name in names.items()}
-    accuracy = metric_by_group(runs, "test/accuracy")
+    runs = bench.train({(size, way): partial(target, size, way) for size in sizes for way in ways})
+    accuracy = metric(runs, "test/accuracy")
     mean = means(accuracy)
     lead = {size: max(mean[size, way] for way in ways if way != SCRATCH) - mean[size, SCRATCH] for size in sizes}
     held = min(lead.values()) > 0 and lead[sizes[0]] > lead[sizes[-1]]
@@ -110,6 +107,5 @@ def run(bench: Bench) -> Finding:
     axes[0].set(xscale="log", xlabel="training images of the target", ylabel="test accuracy")
     axes[0].legend()
     axes[1].set(xlabel=f"epoch, {plot_size} images", ylabel="validation accuracy")
-    numbers = {f"{way}, {size}": each for (size, way), each in accuracy.items()}
-    record = {"test/accuracy": numbers, "source": values(sources, "test/accuracy")}
-    return Finding(held, f"{sentence}.", table, figure, record)
+    numbers = {"test/accuracy": accuracy, "source": [run.metrics["test/accuracy"] for run in sources]}
+    return Finding(held, f"{sentence}.", table, figure, numbers)

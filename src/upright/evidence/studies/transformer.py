@@ -32,7 +32,7 @@ from upright.data.datamodule import ImageDataModule
 from upright.data.digits import Digits
 from upright.data.distorted_mnist import DistortedMNIST, MNISTDistortion, Task
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.finding import Finding, errors, mean_and_spread, means, metric_by_group, panels
+from upright.evidence.finding import Finding, errors, means, metric, panels, rows, spreads
 from upright.runs.drawing import COLOURS
 from upright.training.losses import CrossEntropy
 
@@ -90,39 +90,36 @@ def draw_published(axis: Axes, tasks: Sequence[Task]) -> None:
 
 
 def run(bench: Bench) -> Finding:
-    """Train the networks on every task."""
     tasks: tuple[Task, ...] = bench.choose(("R",), ("R", "RTS", "TC", "P", "E"))
     data, epochs = bench.choose(digits, mnist), bench.choose(1, 2)
     variants = {task: experiments(task, data(task), epochs) for task in tasks}
-    runs = bench.train({f"{task}-{key}": variants[task][key] for key in TITLES for task in tasks})
-    error, uprightness = errors(runs), metric_by_group(runs, "test/uprightness")
+    runs = bench.train({(task, key): variants[task][key] for key in TITLES for task in tasks})
+    error, uprightness = errors(metric(runs, "test/accuracy")), metric(runs, "test/uprightness")
     mean, held_on, parts = means(error), [], []
     for task in tasks:
-        cnn, *transformers = (mean[f"{task}-{key}"] for key in TITLES)
+        cnn, *transformers = (mean[task, key] for key in TITLES)
         if transformers[-1] == min(transformers) and max(transformers) < cnn:
             held_on.append(task)
-        parts.append(f"{task}: " + ", ".join(f"{title} {mean[f'{task}-{key}']:.2f} %" for key, title in TITLES.items()))
+        parts.append(f"{task}: " + ", ".join(f"{title} {mean[task, key]:.2f} %" for key, title in TITLES.items()))
     parts.append(f"The claimed order holds on {', '.join(held_on) or 'none'}.")
-    table = [
-        {"network": title}
-        | {f"{task}, error %": mean_and_spread(error[f"{task}-{key}"], 2) for task in tasks}
-        | {
-            f"{each}, uprightness": mean_and_spread(uprightness[f"{each}-{key}"], 3)
-            for each in tasks
-            if each in ROTATED
-        }
-        for key, title in TITLES.items()
-    ]
-    published = {f"{task}, error %": f"{PUBLISHED[task]}" for task in tasks}
-    table.append({name: "-" for name in table[0]} | {"network": "published best"} | published)
+    columns = {
+        f"{task}, error %": spreads({key: error[task, key] for key in TITLES}, 2) | {"published": f"{PUBLISHED[task]}"}
+        for task in tasks
+    }
+    columns |= {
+        f"{task}, uprightness": spreads({key: uprightness[task, key] for key in TITLES}, 3)
+        for task in tasks
+        if task in ROTATED
+    }
+    table = rows("network", TITLES | {"published": "published best"}, columns)
     figure, (axis,) = panels(1, width=3.4 + 1.4 * len(tasks), height=3.6)
     step = 0.76 / len(TITLES)
     for number, (key, title) in enumerate(TITLES.items()):
         for index, task in enumerate(tasks):
-            points, x = error[f"{task}-{key}"], index + step * (number - (len(TITLES) - 1) / 2)
+            points, x = error[task, key], index + step * (number - (len(TITLES) - 1) / 2)
             label = "" if index else title
             axis.scatter([x] * len(points), points, s=16, color=COLOURS[number], label=label, zorder=3)
-            axis.hlines(mean[f"{task}-{key}"], x - 0.4 * step, x + 0.4 * step, color=COLOURS[number])
+            axis.hlines(mean[task, key], x - 0.4 * step, x + 0.4 * step, color=COLOURS[number])
     draw_published(axis, tasks)
     axis.set_yscale("log")
     axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])

@@ -15,22 +15,22 @@ from functools import partial
 from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.evidence.bench import LENET, Bench, Experiment, transformed
-from upright.evidence.finding import Finding, draw_points, means, metric_by_group, panels, rows, spreads
+from upright.evidence.finding import Finding, draw_points, means, metric, panels, rows, spreads
 from upright.training.losses import CrossEntropy
 
 TITLES = {"lenet": "LeNet", "transformer": "spatial transformer", "upright": "with the upright loss"}
 
 
 def run(bench: Bench) -> Finding:
-    """Train LeNet alone, and behind each of two transformers."""
     fraction, angles = bench.choose((0.1, (-60, 60)), (1.0, (-60, -30, 0, 30, 60)))
     affine = partial(RandomAffine, rotate=60, scale=(0.9, 1.1), shift=0.05)
     data = partial(Digits, train_fraction=fraction, angles=angles, augment=[affine])
     lenet = Experiment(LENET, data, bench.choose(1, 60), loss=partial(CrossEntropy, label_smoothing=0.1))
     transformer = lenet._replace(network=transformed("affine"))
-    upright = transformer._replace(upright_weight=2.0)
-    runs = bench.train({"lenet": lenet, "transformer": transformer, "upright": upright})
-    accuracy, uprightness = metric_by_group(runs, "test/accuracy"), metric_by_group(runs, "test/uprightness")
+    runs = bench.train(
+        {"lenet": lenet, "transformer": transformer, "upright": transformer._replace(upright_weight=2.0)}
+    )
+    accuracy, uprightness = metric(runs, "test/accuracy"), metric(runs, "test/uprightness")
     held = max(uprightness["upright"]) < min(uprightness["transformer"])
     mean = means(uprightness)
     sentence = (
@@ -40,9 +40,8 @@ def run(bench: Bench) -> Finding:
     )
     columns = {"test accuracy": spreads(accuracy), "uprightness": spreads(uprightness, 3)}
     figure, axes = panels(2)
-    plots = {"test accuracy": accuracy, "uprightness": uprightness}
-    for axis, (name, groups) in zip(axes, plots.items(), strict=True):
-        draw_points(axis, {TITLES[key].replace(" ", "\n", 1): groups[key] for key in groups}, name)
+    draw_points(axes[0], accuracy, "test accuracy", TITLES)
+    draw_points(axes[1], uprightness, "uprightness", TITLES)
     axes[1].set_ylim(bottom=0)
     numbers = {"test/accuracy": accuracy, "test/uprightness": uprightness}
     return Finding(held, sentence, rows("network", TITLES, columns), figure, numbers)

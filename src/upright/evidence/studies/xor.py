@@ -57,7 +57,6 @@ def learn(name: str, seed: int) -> tuple[nn.Module, float]:
 
 
 def run(bench: Bench) -> Finding:
-    """Train the three networks, and draw their decisions."""
     runs = {name: [learn(name, seed) for seed in range(bench.seeds)] for name in NETWORKS}
     accuracy = {name: [right for _, right in each] for name, each in runs.items()}
     linear, mlp, without = accuracy.values()
@@ -65,12 +64,12 @@ def run(bench: Bench) -> Finding:
         f"The perceptron classifies at most {max(linear):.3f} of the test points correctly, the MLP at least "
         f"{min(mlp):.3f}, and the MLP without activations at most {max(without):.3f}."
     )
-    table = rows("network", {name: name for name in NETWORKS}, {"test accuracy": spreads(accuracy, 3)})
+    table = rows("network", NETWORKS, {"test accuracy": spreads(accuracy, 3)})
     figure, axes = panels(4, width=3)
     for axis, name in zip(axes, NETWORKS, strict=False):
         draw_plane(axis, runs[name][0][0])
         axis.set_title(name)
-    draw_points(axes[3], {name.replace(" without", "\nwithout"): accuracy[name] for name in NETWORKS}, "test accuracy")
+    draw_points(axes[3], accuracy, "test accuracy", NETWORKS)
     axes[3].set_ylim(0, 1.05)
     return Finding(min(mlp) > 0.99 and max(linear + without) <= 0.78, sentence, table, figure, {"accuracy": accuracy})
 
