@@ -2,10 +2,12 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import wraps
+from inspect import signature
 from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar, cast, dataclass_transform, get_args, get_origin
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, cast, dataclass_transform, get_args, get_origin
 
 from upright.errors import UserError, nearest
 
@@ -52,6 +54,23 @@ class Options:
 
 
 Parsed = TypeVar("Parsed", bound=Options)
+Arguments = ParamSpec("Arguments")
+
+
+def with_arguments_of(
+    options: Callable[Arguments, Parsed],
+) -> Callable[[Callable[[Parsed], int]], Callable[Arguments, int]]:
+    """Give a function of an object of options the signature of their class, for calls from Python."""
+
+    def decorate(function: Callable[[Parsed], int]) -> Callable[Arguments, int]:
+        @wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            return function(options(*args, **kwargs))
+
+        call.__signature__ = signature(options).replace(return_annotation=int)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from upright.exporting.records import SAMPLE_COUNT, check_target, new_manifest, 
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, file_hash, replacing_file, replacing_folder
 from upright.images import Pixels
-from upright.options import Export
+from upright.options import Export, with_arguments_of
 from upright.runs.tracking import bundle_mode, log_bundle
 from upright.runtime.bundle import (
     ARCHIVE_SUFFIX,
@@ -60,11 +59,12 @@ from upright.training.module import ImageModule
 from upright.training.restoring import restore
 
 
-def export(*arguments: Any, **options: Any) -> int:
+@with_arguments_of(Export)
+def export(options: Export) -> int:
     """Write a bundle, but only if its graphs reproduce PyTorch on the complete validation split.
 
-    The arguments are the fields of `upright.options.Export`: the checkpoint, a path, and the options of the command
-    ``upright export``, with underscores. Examples are ``name="mine"``, ``force=True`` and ``precision=("int8",)``.
+    Call it with the path of a checkpoint, and the options of the command ``upright export`` by name, with underscores:
+    ``name="mine"``, ``force=True``, ``precision=("int8",)``.
 
     Returns:
         The exit code, 0.
@@ -73,13 +73,6 @@ def export(*arguments: Any, **options: Any) -> int:
         UserError: if the checkpoint or its data cannot be used, or the bundle exists.
         GateError: if ONNX Runtime and PyTorch disagree, or a precision loses too much accuracy.
     """
-    return _export(Export(*arguments, **options))
-
-
-export.__signature__ = signature(Export).replace(return_annotation=int)  # type: ignore[attr-defined]  # what `help` prints
-
-
-def _export(options: Export) -> int:
     form = Form(options.opset, options.batch, options.size, tuple(dict.fromkeys(options.outputs)))
     precisions: list[PrecisionName] = [each for each in ("fp16", "int8") if each in options.precision]
     for flag, value, unit in (
