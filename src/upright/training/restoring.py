@@ -78,7 +78,7 @@ def check_data(
     same_split: bool,
     evaluated_on: Sequence[str] = ("val", "test"),
 ) -> None:
-    """Refuse data that do not fit the checkpoint ``path``, of which ``ours`` is Upright's part.
+    """Refuse data that do not fit the checkpoint ``path``. Its part that Upright wrote is ``ours``.
 
     Classes and channels must be the same. With ``same_split``, the data must be the images of training and model
     selection, in the same splits. The splits ``evaluated_on`` must not hold an image of the model's training set.
