@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from upright.errors import EngineError, UserError
+from upright.errors import EngineError, UserError, one_line
 from upright.exporting.graph import MAX_BYTES
 from upright.exporting.precision import TOLERANCES
 from upright.files import check_exists
@@ -133,7 +133,7 @@ class Foreign:
             try:
                 results = self.session.run(names, {self.input.name: filled})
             except Exception as error:  # onnxruntime's exceptions have no other common base
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 raise EngineError(f"onnxruntime failed on {self.name} with {filled.shape}: {reason}") from error
             for name, result in zip(names, results, strict=True):
                 if not isinstance(result, np.ndarray) or result.shape[:1] != (step,):
@@ -153,7 +153,7 @@ class Foreign:
         try:
             proto = onnx.load(self.path)
         except Exception as error:  # a damaged file can lead protobuf to any exception; external data may be missing
-            raise UserError(f"{self.name} cannot be read as ONNX: {' '.join(str(error).split())}.") from None
+            raise UserError(f"{self.name} cannot be read as ONNX: {one_line(error)}.") from None
         size = sum(len(each.raw_data) for each in proto.graph.initializer)
         if size > MAX_BYTES:
             raise UserError(
