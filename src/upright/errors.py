@@ -44,8 +44,8 @@ class EngineError(UprightError):
 
 
 def one_line(error: object, limit: int | None = None) -> str:
-    """Return the message of an error on one line, with at most ``limit`` characters."""
-    return " ".join(str(error).split())[:limit]
+    """Return the message of an error, or else its type, on one line of at most ``limit`` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

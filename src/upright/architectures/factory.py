@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 
 CLASSES = ("num_classes", "n_classes", "classes")
 CHANNELS = ("in_chans", "in_channels", "input_channels", "num_channels", "channels")
@@ -50,8 +50,8 @@ class Factory(nn.Module):
             network = function(**arguments)
         except (TypeError, AttributeError, LookupError, AssertionError) as error:
             raise ValueError(
-                f"{path} cannot be built with {', '.join(arguments)}: {one_line(error)}. Give further arguments in "
-                "`options` of upright.architectures.factory.Factory."
+                f"{path} cannot be built with {', '.join(arguments)}: {one_line(error, 200)}. Give further arguments "
+                "in `options` of upright.architectures.factory.Factory."
             ) from None
         if not isinstance(network, nn.Module):
             raise ValueError(f"{path} returns a {type(network).__name__}; a network is a torch.nn.Module.")
@@ -72,7 +72,7 @@ def resolve(path: str) -> Callable[..., Any]:
     try:
         part = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' cannot be imported ({one_line(error)}): give package.module.Name.") from None
+        raise ValueError(f"'{path}' cannot be imported ({one_line(error, 200)}): give package.module.Name.") from None
     if not callable(part):
         raise ValueError(f"'{path}' is a {type(part).__name__}, not a class or a function.")
     function: Callable[..., Any] = part
@@ -123,11 +123,6 @@ def _is_foreign(part: Any) -> bool:
     if len(parameters) > 1 and parameters[1].name in CLASSES and parameters[0].default is inspect.Parameter.empty:
         return parameters[0].name in (*CHANNELS, *SIZES)
     return any(name in CLASSES for name in inspect.signature(part).parameters)
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first 200 characters of an error's text, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _arguments(

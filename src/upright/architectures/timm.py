@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.factory import one_line
+from upright.errors import one_line
 
 
 class Pretrained(NamedTuple):
@@ -52,7 +52,8 @@ class Timm(nn.Module):
         try:
             self.backbone: nn.Module = _timm().create_model(name, num_classes=num_classes, **self._options)
         except (TypeError, AttributeError, LookupError, AssertionError) as error:
-            raise ValueError(f"timm cannot build '{name}' for images of {input_shape}: {one_line(error)}") from None
+            reason = one_line(error, 200)
+            raise ValueError(f"timm cannot build '{name}' for images of {input_shape}: {reason}") from None
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.backbone(images)
@@ -87,8 +88,9 @@ class Timm(nn.Module):
                 backbone = _timm().create_model(self.name, pretrained=True, **self._options)
         except Exception as error:  # the clients of the Hub raise errors of many kinds
             raise ValueError(
-                f"The weights of '{self.name}' can neither be downloaded nor found in the cache ({one_line(error)}). "
-                "Give their file with --start_from, or train from scratch with pretrained: false."
+                f"The weights of '{self.name}' can neither be downloaded nor found in the cache "
+                f"({one_line(error, 200)}). Give their file with --start_from, or train from scratch with pretrained: "
+                "false."
             ) from None
         weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
         return Pretrained(weights, config.hf_hub_id or config.url, tuple(config.mean), tuple(config.std))
@@ -118,5 +120,5 @@ def _config(name: str) -> Any:
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise ValueError(f"timm has no weights '{name}': {one_line(error)}") from None
+        raise ValueError(f"timm has no weights '{name}': {one_line(error, 200)}") from None
     return config

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from upright.data.published import LabelledImages, Published, read_file, unreadable
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 
 IMAGE_BYTES = 3 * 32 * 32
 
@@ -92,7 +92,7 @@ class CIFAR(Published):
             batch = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
             data, labels = batch["data"].array(), np.array(batch[self.label[1]])
         except Exception as error:  # a truncated or foreign pickle may raise any error
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error, 200)
             raise UserError(f"'{name}' is not a file of CIFAR's Python version: {text}.") from None
         if data.shape != (labels.size, IMAGE_BYTES) or labels.ndim != 1 or labels.dtype.kind != "i":
             raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from upright.data.datamodule import ImageDataModule
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.examples import find_config
 from upright.files import replacing_file
 from upright.recipes import Recipe, build, load_class
@@ -21,7 +21,7 @@ def read_yaml(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"'{path}' cannot be read as YAML: {one_line(error)}") from None
 
 
 def read_data(path: str | Path, model: Any = None, **options: object) -> ImageDataModule:

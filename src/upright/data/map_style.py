@@ -12,7 +12,7 @@ import torch
 from upright.data.resized import ResizedImages, Row
 from upright.data.source import Source
 from upright.data.split import SPLITS, content_hash
-from upright.errors import ImageError, UserError
+from upright.errors import ImageError, UserError, one_line
 from upright.images import ImageSpec, Pixels, decode
 from upright.recipes import Recipe, build, recipe
 
@@ -143,4 +143,4 @@ def _labels(split: str, dataset: Any) -> list[int]:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {one_line(error, 300)}"

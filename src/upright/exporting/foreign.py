@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from upright.errors import EngineError, UserError
+from upright.errors import EngineError, UserError, one_line
 from upright.exporting.graph import check_weights
 from upright.exporting.precision import TOLERANCES
 from upright.files import check_exists
@@ -130,7 +130,7 @@ class Foreign:
             try:
                 results = self.session.run(self.output_names, {self.input.name: filled})
             except Exception as error:  # onnxruntime's exceptions have no other common base
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 raise EngineError(f"onnxruntime failed on {self.name} with {filled.shape}: {reason}") from error
             for name, result in zip(self.output_names, results, strict=True):
                 if not isinstance(result, np.ndarray) or result.shape[:1] != (step,):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, inliner, numpy_helper, version_converter
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.exporting.foreign import HALF, Foreign, Preprocessing
 from upright.runtime.bundle import FORMAT
 from upright.warp import Padding
@@ -218,7 +218,7 @@ def _prepared(model: onnx.ModelProto, opset: int, name: str) -> onnx.ModelProto:
         if _opset(copy) != opset:
             copy = version_converter.convert_version(copy, opset)
     except Exception as error:  # the converter is C++, with exceptions of several types
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{name} has opset {_opset(model)}, and ONNX cannot convert it to opset {opset}: {reason}. "
             f"Export it with opset {opset}."

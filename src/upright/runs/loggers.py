@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from upright.checkpoint import KEY, read_checkpoint
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.runs.folder import is_first_process
 from upright.runs.tracking import PROJECT
 
@@ -55,7 +55,7 @@ def mlflow_logger(folder: Path, run: Mapping[str, str]) -> Logger:
             experiment_id = experiment.experiment_id if experiment else client.create_experiment(PROJECT)
             runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run['id']}'", max_results=1)
         except mlflow.MlflowException as error:
-            raise UserError(f"--mlflow: {' '.join(str(error).split())}") from error
+            raise UserError(f"--mlflow: {one_line(error)}") from error
     return RunMLFlowLogger(
         folder,
         run_name=run["name"],

@@ -41,7 +41,7 @@ def check_signature(bundle: Path, hashes: Mapping[str, str], signature: bytes, k
         try:
             verifier.verify(bundle, path)
         except Exception as error:  # a forged signature can lead the parsers to any exception
-            reason = one_line(error).rstrip(". ") or type(error).__name__
+            reason = one_line(error).rstrip(". ")
             raise BundleError(
                 f"Bundle '{bundle}' has no valid signature by '{key}': {reason:.300}. Do not use it; get bundle and "
                 "key from their author."

@@ -20,7 +20,7 @@ from upright.checkpoint import FORMAT, KEY, git_commit, read_checkpoint
 from upright.data.batch import Batch
 from upright.data.datamodule import ImageDataModule, seed_generators
 from upright.data.loader import global_seed
-from upright.errors import CheckpointError, UserError
+from upright.errors import CheckpointError, UserError, one_line
 from upright.images import ImageSpec
 from upright.recipes import Recipe, Recorded, build, load_class, recipe
 from upright.training.metrics import Means
@@ -61,7 +61,7 @@ class ImageModule(Recorded, L.LightningModule):
         except ValueError as error:
             raise UserError(str(error)) from error
         except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:400]
+            reason = one_line(error, 400)
             raise UserError(f"The network cannot be built for images of {spec.input_shape}: {reason}") from error
         if init:
             initialise(built, init)

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.examples import find_config
 from upright.options import LIGHTNING
 from upright.runs.checkpoint_io import AtomicCheckpointIO
@@ -89,7 +89,7 @@ class Command(LightningCLI):
                 **kwargs,
             )
         except (ValueError, TypeError, ImportError) as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(one_line(error)) from error
 
     def instantiate(self) -> Any:
         """Return the parsed options with their classes instantiated."""

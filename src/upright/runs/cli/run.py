@@ -6,7 +6,7 @@ import warnings
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from upright.errors import UprightError, UserError
+from upright.errors import UprightError, UserError, one_line
 from upright.runs.cli.evaluation import Evaluation
 from upright.runs.cli.fit import fit
 from upright.runs.cli.parser import user_error
@@ -48,7 +48,7 @@ def run(command: str, arguments: list[str]) -> int:
             # A launcher of several processes reports the first process that ends with an error as the failed one.
             return stop.exit_code if is_first_process() else 0
         except MisconfigurationException as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(one_line(error)) from error
         except UnicodeDecodeError as error:
             raise UserError(f"A config must be YAML in UTF-8: {error}.") from error
         except ValueError as error:
