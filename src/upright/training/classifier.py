@@ -1,7 +1,7 @@
 """LightningModule that trains any network to classify images."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,8 @@ class ImageClassifier(ImageModule):
                 loss = loss + weight * value
         return loss
 
-    def _evaluate(self, batch: Any, stage: str) -> dict[str, Any]:
+    def evaluate(self, batch: Any, stage: str) -> dict[str, Any]:
+        """Update the metrics; return ``probabilities`` ``(B, K)`` and the transformers' ``observations``."""
         batch = as_batch(batch)
         metrics: Any = self.metrics[f"_{stage}"]
         with observing() as observations:
@@ -144,25 +145,6 @@ class ImageClassifier(ImageModule):
             aspect = self.spec.width / self.spec.height
             metrics.uprightness.update(batch.group, batch.transforms, observations, aspect)
         return {"probabilities": probabilities, "observations": observations}
-
-    def report(self, stage: str) -> dict[str, Tensor]:
-        """Log and reset the metrics of a stage; keep the confusion matrix."""
-        metrics: Any = self.metrics[f"_{stage}"]
-        values = metrics.compute()
-        self.confusion = values.pop("confusion", None)
-        for name, value in values.items():
-            if not value.isnan():
-                self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", sync_dist=True)
-        metrics.reset()
-        return cast(dict[str, Tensor], values)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Update the validation metrics; return ``probabilities`` ``(B, K)`` and the transformers' ``observations``."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Update the test metrics; return the same as `validation_step`."""
-        return self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return labels ``(B,)`` and probabilities ``(B, K)``."""

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upright.architectures.initialisation import Scheme, initialise
 from upright.architectures.localisers import Network
@@ -35,6 +35,9 @@ class ImageModule(Recorded, L.LightningModule):
 
     The ``network`` is completed with ``(input_shape, outputs)``. For the other parts, see `ImageClassifier`.
     """
+
+    metrics: nn.ModuleDict
+    """The metrics of each stage, ``_val`` and ``_test``."""
 
     def __init__(
         self,
@@ -144,8 +147,25 @@ class ImageModule(Recorded, L.LightningModule):
             self.log_dict(self._means.take(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     @abstractmethod
+    def evaluate(self, batch: Any, stage: str) -> Any:
+        """Update the metrics of a stage, ``val`` or ``test``, and return what its callbacks need."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.evaluate(batch, "test")
+
     def report(self, stage: str) -> dict[str, Tensor]:
-        """Log and reset the metrics of a stage, ``val`` or ``test``; return them by name, with a ``loss``."""
+        """Log and reset the metrics of a stage, and return them; a matrix ``confusion`` stays in the attribute."""
+        metrics: Any = self.metrics[f"_{stage}"]
+        values: dict[str, Tensor] = metrics.compute()
+        self.confusion = values.pop("confusion", None)
+        for name, value in values.items():
+            if not value.isnan():
+                self.log(f"{stage}/{name}", value, prog_bar=name in ("accuracy", "four_way"), sync_dist=True)
+        metrics.reset()
+        return values
 
     def on_validation_epoch_end(self) -> None:
         loss = self.report("val")["loss"]

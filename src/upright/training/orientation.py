@@ -94,8 +94,8 @@ class OrientationEstimator(ImageModule):
         self._means.add("train/loss", loss, len(scores))
         return loss
 
-    def _evaluate(self, batch: Any, stage: str) -> None:
-        """Answer each image at a quarter turn, and at another angle. Both depend only on its position in the split."""
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Answer each image at a quarter turn and at another angle, which depend only on its position in the split."""
         batch = as_batch(batch)
         metrics: Any = self.metrics[f"_{stage}"]
         images, before = batch.images.float(), initial_angles(batch)
@@ -113,23 +113,6 @@ class OrientationEstimator(ImageModule):
         if stage == "test" and self.spec.mask != "none":
             whole = self.model.network(self.model.normalise(rotated, masked=False)).float()
             metrics.update("whole", orientation(whole), before + angles)
-
-    def report(self, stage: str) -> dict[str, Tensor]:
-        """Log and reset the metrics of a stage."""
-        metrics: Any = self.metrics[f"_{stage}"]
-        values: dict[str, Tensor] = metrics.compute()
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "four_way", sync_dist=True)
-        metrics.reset()
-        return values
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the angle in degrees and the confidence of each image as it is, ``(B, 2)``."""
