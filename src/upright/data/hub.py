@@ -134,15 +134,13 @@ class Hub(ResizedImages):
         return f"split '{split}' of '{self._name}'"
 
     def read(self) -> Source:
-        columns, (files, remarks) = self._columns, self._layout
-        rows: list[Row] = []
-        for split, labels in self._labels_of_splits.items():
+        columns, (files, remarks), splits = self._columns, self._layout, self._labels_of_splits
+        known, rows = columns.names, list[Row]()
+        for split, labels in splits.items():
             for number, label in enumerate(labels):
-                is_number = columns.names and 0 <= label < len(columns.names)
-                name = columns.names[label] if columns.names and is_number else class_name(str(label))
+                name = known[label] if known and 0 <= label < len(known) else class_name(str(label))
                 place = f"Row {number} of {self.where(split)}"
                 rows.append(Row(name, split, f"{split or 'row'}/{number:06d}", place))
-        splits = self._labels_of_splits
         if unlabelled := [split for split in files if split not in splits]:
             remarks = [*remarks, f"Splits without labels are left out: {', '.join(unlabelled)}."]
         folder = _unpack([file for split in splits for file in files[split]], columns)

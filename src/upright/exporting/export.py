@@ -75,11 +75,10 @@ def export(options: Export) -> int:
     """
     form = Form(options.opset, options.batch, options.size, tuple(dict.fromkeys(options.outputs)))
     precisions: list[PrecisionName] = [each for each in ("fp16", "int8") if each in options.precision]
-    for flag, value, unit in (
-        ("drop", options.max_drop, "points of accuracy"), ("wrong", options.max_wrong, "percent")
-    ):  # fmt: skip
+    limits = {"--max-drop": (options.max_drop, "points of accuracy"), "--max-wrong": (options.max_wrong, "percent")}
+    for flag, (value, unit) in limits.items():
         if not 0 <= value <= 100:
-            raise UserError(f"--max-{flag} must be from 0 to 100 {unit}, got {value:g}.")
+            raise UserError(f"{flag} must be from 0 to 100 {unit}, got {value:g}.")
     if options.full_range and "int8" not in precisions:
         raise UserError("--full-range changes the weights of int8; give --precision int8, too.")
     if options.name is not None:
