@@ -43,12 +43,13 @@ SLOW = {
 }
 ELSEWHERE = {
     "docs/how-to/attach.md": "tests/exporting/test_attach.py",
+    "docs/how-to/other-languages.md": "tests/runtime/test_clients.py",
     "docs/how-to/timm.md": "tests/ecosystem/test_timm.py",
     "docs/tutorials/your-project.md": "tests/test_new.py",
 }
 """Pages that another test executes."""
 
-LANGUAGES = {"python", "sh", "yaml", "csv", "json", "text", ""}
+LANGUAGES = {"python", "sh", "yaml", "csv", "json", "text", "js", ""}
 """``text`` is output, and a block without a language is a drawing: neither runs."""
 
 QUICK = {
