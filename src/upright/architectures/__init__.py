@@ -1,4 +1,4 @@
-"""One network per file. Of the rest of Upright, they import only `warp` and `errors`.
+"""One network per file. The files import only `warp` and `errors` of the rest of Upright.
 
 Shared modules: `layers` (activations, poolings, blocks, smallest image sizes), `inception` (Inceptions as data),
 `initialisation`, `transforms` (the transforms of a spatial transformer).

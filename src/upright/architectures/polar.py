@@ -22,7 +22,7 @@ from upright.warp import full_precision
 
 
 class PolarNetwork(nn.Module):
-    """Scores of ``N`` rotations of an image, ``(B, N)``; number ``k`` is that by ``k * 360 / N`` degrees anticlockwise.
+    """Scores of ``N`` rotations of an image, ``(B, N)``. Score ``k`` is for ``k * 360 / N`` degrees anticlockwise.
 
     A rotation of the image by ``360 / angles`` degrees shifts the scores. Nothing outside of the largest centred disc,
     and two pixels around it, changes them.

@@ -395,7 +395,7 @@ def probe(part: nn.Module) -> Behaviour:
 
     It draws once per batch if its results vary with the seed, but never between the two images. It moves pixels if the
     spot appears elsewhere, or if the size changes. A rare or small effect may be missed. A module that fails here is
-    not judged: it may need another size. Nor are modules of this package and of kornia, which draw for each image.
+    accepted: it may need another size. Modules of this package and of kornia are not tried: they draw for each image.
     """
     is_kornia = any(type(module).__module__.startswith("kornia.") for module in part.modules())
     if is_kornia or isinstance(part, Geometric | Distortion | Mixing):

@@ -30,7 +30,7 @@ class EMNIST(IDX):
     Args:
         split: the arrangement, each with a training and a test part.
             ``letters``: 145,600 images of 26 classes, upper and lower case merged;
-            ``balanced``: 131,600 of 47, with as many of each; ``byclass``: all 814,255 of 62;
+            ``balanced``: 131,600 of 47, the same number of each; ``byclass``: all 814,255 of 62;
             ``bymerge``: all of 47; ``digits``: 280,000 of 10; ``mnist``: 70,000 of 10.
         root: folder of the published ``gzip.zip``, or of the IDX files in it (with or without ``.gz``, also in
             ``gzip/``). By default the archive is downloaded once (560 MB) to ``$UPRIGHT_DATA/emnist``, or to the

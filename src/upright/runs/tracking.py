@@ -81,7 +81,7 @@ def _available_mode(mode: Mode) -> Mode:
     if find_spec("wandb") is None:
         if mode == "online":
             raise UserError("--wandb online needs the package wandb: `pip install wandb`.")
-        print("wandb is not installed (`pip install wandb`), and keeps no record; a run has its metrics.csv.")
+        print("wandb is not installed (`pip install wandb`), so it records nothing; a run has its metrics.csv.")
         return "off"
     if mode == "offline":
         # wandb would print only the path of the record, which the README documents.
