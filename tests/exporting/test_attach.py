@@ -264,7 +264,7 @@ def test_a_key_signs_the_bundle(parts: Path, upright: Upright) -> None:
     assert upright("verify", "export/attached", "--key", str(parts / "key.pub")).code == 0
     write_keys(parts, "other")
     answer = upright("verify", "export/attached", "--key", str(parts / "other.pub"))
-    assert answer.code == 1 and "has no valid signature" in answer.err
+    assert answer.code == 2 and "has no valid signature" in answer.err
 
 
 def test_images_below_the_smallest_angle_are_not_touched(parts: Path) -> None:
