@@ -49,7 +49,7 @@ ELSEWHERE = {
 }
 """Pages that another test executes."""
 
-LANGUAGES = {"python", "sh", "yaml", "csv", "json", "text", "js", ""}
+LANGUAGES = {"python", "sh", "yaml", "csv", "json", "text", "js", "cpp", "java", "xml", ""}
 """``text`` is output, and a block without a language is a drawing: neither runs."""
 
 QUICK = {

@@ -308,6 +308,8 @@ class Attach(Options):
         if self.crop is not None and self.crop > 1:
             raise UserError(f"--crop must be at most 1, the complete image; got {self.crop:g}.")
 
+    sign: str | None = option(None, "sign the bundle with this private key, a PEM file; needs the extra `sign`", "KEY")
+
 
 class Verify(BundleOptions):
     """Check a bundle on this machine."""

@@ -24,6 +24,7 @@ from tests.exporting.attachable import (
     write_images,
     write_orientation_bundle,
 )
+from tests.runtime.test_signature import signs, write_keys
 from upright.architectures.nin import NiN
 from upright.errors import UserError
 from upright.exporting import attach as attach_module
@@ -251,6 +252,19 @@ def test_the_limit_of_harm_chooses_the_threshold(parts: Path, upright: Upright) 
     answer = upright(*command, "--max-harm", "1")
     assert answer.code == 1 and "12 upright images cannot show a harm within --max-harm 1 points" in answer.err
     assert Path("export/attached/SHA256SUMS").read_bytes() == content
+
+
+@signs
+def test_a_key_signs_the_bundle(parts: Path, upright: Upright) -> None:
+    write_classifier(Path("model.onnx"))
+    key = write_keys(parts, "key")
+    options = ("--output", "output", "--resize", "stretch", "--threshold", "0.5", "--sign", str(key))
+    answer = upright("attach", "orientation", "model.onnx", *NORMALISED, *options)
+    assert answer.code == 0, answer.err
+    assert upright("verify", "export/attached", "--key", str(parts / "key.pub")).code == 0
+    write_keys(parts, "other")
+    answer = upright("verify", "export/attached", "--key", str(parts / "other.pub"))
+    assert answer.code == 2 and "has no valid signature" in answer.err
 
 
 def test_images_below_the_smallest_angle_are_not_touched(parts: Path) -> None:

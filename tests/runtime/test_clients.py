@@ -1,9 +1,11 @@
 """The clients of the page "Use a bundle from other languages" give the answers of Upright.
 
-Each client needs its toolchain and is skipped without it. Node's packages are installed from their registry.
+Each client is installed by the commands of the page, and skipped if its toolchain, a library or the network is missing.
+Set `CLASSPATH` to use jars that you have in place of Maven's.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,33 +25,43 @@ from upright.runtime.predictor import OrientationPredictor, Predictor, open_pred
 
 PAGE = PAGES["docs/how-to/other-languages.md"]
 COMMANDS = [line for block in blocks(PAGE) if block.language == "sh" for line in lines(block)]
-OFFLINE = re.compile("ENOTFOUND|ECONN|EAI_AGAIN|ETIMEDOUT")
+MISSING = re.compile(
+    r"ENOTFOUND|ECONN\w+|EAI_AGAIN|ETIMEDOUT|Unknown host \S+|Could not transfer \w+|fatal error: \S+ No such file.*"
+)
+"""Messages of npm and Maven without a network, and of a compiler without a library."""
 Row = tuple[str, float, str]
 """Class or angle, its probability or confidence, and the path."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def setup(folder: Path, start: str) -> None:
-    """Run the line of the page that installs or compiles a client, in ``folder``."""
-    (line,) = (line for line in COMMANDS if line.startswith(start))
-    if not shutil.which(start.split()[0]):
-        pytest.skip(f"{start.split()[0]} is not installed")
-    result = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, check=False)
-    if missing := OFFLINE.search(result.stdout + result.stderr):
-        pytest.skip(f"`{line}` needs more: {missing[0]}")
-    assert result.returncode == 0, result.stderr
+CLIENTS = {
+    "javascript": ("npm install", ["node", "classify.mjs"]),
+    "cpp": ("g++", ["./classify"]),
+    "java": ("mvn", ["java", "-cp", os.environ.get("CLASSPATH", "jars/*"), "Classify.java"]),
+}
+"""The line of the page that installs or compiles a client, and the command that runs it."""
 
 
-@pytest.fixture(scope="module", params=["javascript"])
+@pytest.fixture(scope="module", params=CLIENTS)
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a client that is ready to run, and its command."""
+    start, command = CLIENTS[request.param]
+    (line,) = (line for line in COMMANDS if line.startswith(start))
     folder = tmp_path_factory.mktemp(request.param)
     for block in blocks(PAGE):
         if block.name:
             (folder / block.name).write_text(block.content, encoding="utf-8")
-    setup(folder, "npm install")
-    return folder, ["node", "classify.mjs"]
+    for program in (start.split()[0], command[0]):
+        if not program.startswith("./") and not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    if request.param == "java" and "CLASSPATH" in os.environ:
+        return folder, command
+    result = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    if missing := MISSING.search(result.stdout + result.stderr):
+        pytest.skip(f"`{start}` of the page fails here: {missing[0]}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, command
 
 
 def rows(text: str) -> Iterator[Row]:
@@ -69,7 +81,9 @@ def run(client: tuple[Path, list[str]], bundle: Path, paths: Sequence[Path]) -> 
     return answers
 
 
-def check(answers: Sequence[Row], expected: Sequence[Sequence[float]], classes: Sequence[str], tolerance: float) -> None:
+def check(
+    answers: Sequence[Row], expected: Sequence[Sequence[float]], classes: Sequence[str], tolerance: float
+) -> None:
     for (answer, score, path), row in zip(answers, expected, strict=True):
         if classes:
             assert answer == classes[int(np.argmax(row))], path

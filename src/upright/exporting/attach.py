@@ -17,13 +17,14 @@ from upright.exporting.apart import ANGLES, Comparison, Photograph, fit, kind_of
 from upright.exporting.foreign import Foreign
 from upright.exporting.front import Decision, attached_graph
 from upright.exporting.harm import effect_tables, summary
-from upright.exporting.records import SAMPLE_COUNT, check_target, new_manifest, write_records
+from upright.exporting.records import SAMPLE_COUNT, check_target, new_manifest, seal, write_records
 from upright.files import check_name, file_hash, replacing_folder
 from upright.image_paths import find_images, list_folders
 from upright.images import LISTED_CLASSES, ImageSpec
 from upright.options import Attach
-from upright.runtime.bundle import MODELS, SUMS, Bundle, checksums
+from upright.runtime.bundle import MODELS, SUMS, Bundle
 from upright.runtime.predictor import OrientationPredictor, open_session
+from upright.runtime.signature import read_signer
 from upright.tables import markdown
 
 
@@ -40,6 +41,7 @@ def attach(options: Attach) -> int:
     target = Path(options.to)
     check_name(target.name)
     check_target(target, options.force, "--to")
+    signer = read_signer(Path(options.sign)) if options.sign else None
     estimator = OrientationPredictor(options.orientation)
     bundle = estimator.bundle
     if any(isinstance(length, int) for length in bundle.manifest["input"]["shape"][:3]):
@@ -103,7 +105,7 @@ def attach(options: Attach) -> int:
         }
         manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
         write_records(folder, manifest, parity, card(manifest, parity), samples)
-        (folder / SUMS).write_text(checksums(folder))
+        seal(folder, target, signer)
     print(
         f"{precision['views']} views: agreement {precision['agreement']:.2%}; the graph straightens "
         f"{precision['straightened']} of them (threshold {decision.threshold:.4f}). The scores are {kind}."

@@ -33,7 +33,7 @@ from upright.exporting.parity import (
     fitted_originals,
 )
 from upright.exporting.precision import TOLERANCES, Converter, Float16, Int8, PrecisionName
-from upright.exporting.records import SAMPLE_COUNT, check_target, new_manifest, write_records
+from upright.exporting.records import SAMPLE_COUNT, check_target, new_manifest, seal, write_records
 from upright.exporting.triton import check_labels, model_folders, write_models
 from upright.files import check_name, file_hash, replacing_file, replacing_folder
 from upright.images import Pixels
@@ -42,15 +42,12 @@ from upright.runs.tracking import bundle_mode, log_bundle
 from upright.runtime.bundle import (
     ARCHIVE_SUFFIX,
     MODELS,
-    SUMS,
     Bundle,
-    checksums,
-    file_hashes,
     write_archive,
     write_json,
 )
 from upright.runtime.predictor import open_session
-from upright.runtime.signature import SIGNATURE, read_signer, write_signature
+from upright.runtime.signature import read_signer
 from upright.runtime.speed import machine, speeds_by_batch
 from upright.runtime.task import task_of
 from upright.training.finetuning import head
@@ -127,9 +124,7 @@ def export(options: Export) -> int:
         write_records(folder, manifest, parity, card(manifest, parity), _samples(reference, exact.stable))
         hashes = {MODELS[each]: file_hash(folder / MODELS[each]) for each in descriptions}
         write_json(folder / BOM, bom(manifest, parity, hashes))
-        if signer:
-            write_signature(folder / SIGNATURE, target, file_hashes(folder), signer)
-        (folder / SUMS).write_text(checksums(folder))
+        seal(folder, target, signer)
 
     log_bundle(tracking, path, target)
     for line in summary(parity, task_of(images.spec.classes)):

@@ -10,8 +10,21 @@ from PIL import Image
 from upright.errors import UserError
 from upright.files import check_replaceable
 from upright.images import ImageSpec, Pixels
-from upright.runtime.bundle import EXPECTED, FORMAT, MANIFEST, MODELS, PARITY, SAMPLES, SUMS, spec_entries, write_json
+from upright.runtime.bundle import (
+    EXPECTED,
+    FORMAT,
+    MANIFEST,
+    MODELS,
+    PARITY,
+    SAMPLES,
+    SUMS,
+    checksums,
+    file_hashes,
+    spec_entries,
+    write_json,
+)
 from upright.runtime.predictor import open_session, run_batch
+from upright.runtime.signature import SIGNATURE, write_signature
 from upright.runtime.task import task_of
 
 SAMPLE_COUNT = 16
@@ -72,3 +85,13 @@ def write_records(
         rows = {name: run_batch(session, pixels[None])[0][0].tolist() for name, session in sessions.items()}
         expected.append({"file": file, **description, manifest["output"]["name"]: rows})
     write_json(folder / EXPECTED, expected)
+
+
+def seal(folder: Path, target: Path, signer: Any) -> None:
+    """Write the hashes of all files of a bundle that becomes ``target``, and its signature, unless ``signer`` is None.
+
+    Nothing is written into the folder after that.
+    """
+    if signer:
+        write_signature(folder / SIGNATURE, target, file_hashes(folder), signer)
+    (folder / SUMS).write_text(checksums(folder))

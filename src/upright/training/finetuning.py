@@ -142,9 +142,10 @@ def start_from(
     if not source.same_classes:
         modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in state if name in head_names))
         heads = [weights[key] for key, name in names.items() if name in head_names and key in weights]
-        count, old = len(classifier.spec.classes), next((len(value) for value in heads if value.ndim), None)
-        classes = f"{count} other classes" if old in (count, None) else f"{count} classes in place of {old}"
-        lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} from scratch: {classes}.")
+        count, old = classifier.outputs, next((len(value) for value in heads if value.ndim), None)
+        kind = "classes" if classifier.spec.classes else "rotations"
+        outputs = f"{count} other {kind}" if old in (count, None) else f"{count} {kind} in place of {old}"
+        lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} from scratch: {outputs}.")
     lines += misfits
     lines += [f"The transformer at {place} starts from scratch." for place in sorted(missing_places)]
     lines += [f"The transformer at {place} is ignored: the network has none there." for place in sorted(unused_places)]
