@@ -287,7 +287,7 @@ def test_a_wrong_graph_writes_no_bundle(
     assert list((tmp_path / "export").iterdir()) == []
 
 
-@pytest.mark.parametrize("broken", ["write_graph", "Reference.compare", "write_records", "card", "checksums"])
+@pytest.mark.parametrize("broken", ["write_graph", "Reference.compare", "write_records", "card", "seal"])
 def test_the_bundle_is_written_completely_or_not_at_all(
     upright: Upright, bundle: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

@@ -626,11 +626,14 @@ def test_a_run_that_is_killed_often_resumes(
 def test_ctrl_c_stops_after_the_images_in_work(
     orientation: Path, many: Path, reference: dict[str, str], tmp_path: Path, upright: Upright
 ) -> None:
-    to = tmp_path / "out"
-    process = start(orientation, many, to)
-    wait_for_rows(to, 5)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate()
+    for attempt in range(5):  # a busy machine may deliver the signal after the last image
+        to = tmp_path / f"out-{attempt}"
+        process = start(orientation, many, to)
+        wait_for_rows(to, 5)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+        if process.returncode:
+            break
     assert process.returncode == 130 and errors == "upright: stopped. The same command resumes.\n"
     copies = {name: value for name, value in contents(to).items() if not name.startswith("straighten.")}
     assert output.startswith(f"{len(copies)} images: ") and 5 <= len(copies) < IMAGES
