@@ -382,7 +382,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 def test_a_key_of_a_config_that_does_not_exist(upright: Upright, tmp_path: Path) -> None:
     for text, expected in (
         ("modell: {network: x}", "unknown option 'modell.network'. Did you mean 'model'?"),
-        ("model: {netwrk: x}", "unknown option 'netwrk'. Did you mean 'network'? Allowed: init, loss, loss_weight, network"),
+        (
+            "model: {netwrk: x}",
+            "unknown option 'netwrk'. Did you mean 'network'? Allowed: init, loss, loss_weight, network",
+        ),
         ("model: [", "while parsing"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
