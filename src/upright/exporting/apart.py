@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from upright.data.cache import to_tensor
 from upright.errors import GateError
-from upright.exporting.foreign import Foreign
+from upright.exporting.foreign import Foreign, Outputs
 from upright.exporting.front import ORIENTATION, PROBABILITIES, STRAIGHTENED, Decision, model_outputs
 from upright.exporting.harm import MARGIN, Answers, Flags
 from upright.images import ImageSpec, Pixels, decode
@@ -129,15 +129,18 @@ class Comparison:
         Returns:
             True for each view that is so far from the threshold that rounding does not change the decision.
         """
-        batches = session_batches(self.session, views, lambda image: image, len(views))
-        outputs = (run_batch(self.session, np.stack(batch), self.names) for batch in batches)
-        actual = dict(zip(self.names, map(np.concatenate, zip(*outputs, strict=True)), strict=True))
+        runs: list[tuple[Outputs, Outputs]] = []
+        for batch in session_batches(self.session, views, lambda image: image, len(views)):
+            outputs = dict(zip(self.names, run_batch(self.session, np.stack(batch), self.names), strict=True))
+            # In the same batches, because dynamic quantization takes its scale from all images of a batch.
+            images = np.ascontiguousarray(outputs[STRAIGHTENED].transpose(0, 3, 1, 2))
+            runs.append((outputs, self.foreign(torch.from_numpy(images))))
+        actual, expected = (_joined(parts) for parts in zip(*runs, strict=True))
         angles, confidence = actual[ORIENTATION].T
         threshold, min_angle = np.float32(self.decision.threshold), np.float32(self.decision.min_angle)
         acts = (confidence >= threshold) & (np.abs(angles) >= min_angle)
         fitted = fit(self.foreign, views, np.where(acts, angles, 0).tolist(), self.decision.padding).numpy()
-        straightened = np.ascontiguousarray(actual[STRAIGHTENED].transpose(0, 3, 1, 2))
-        expected = self.foreign(torch.from_numpy(straightened))
+        straightened = actual[STRAIGHTENED].transpose(0, 3, 1, 2)
         scores = expected[self.foreign.scores]
         expected = {new: expected[old] for old, new in model_outputs(self.foreign).items()}
         expected[PROBABILITIES] = softmax(scores.astype(float), axis=1) if self.are_logits else scores
@@ -177,6 +180,10 @@ class Comparison:
             "largest_differences": self.differences,
             "allowed_differences": allowed,
         }
+
+
+def _joined(parts: Sequence[Outputs]) -> Outputs:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def relative_differences(expected: Rows, actual: Rows) -> Rows:
