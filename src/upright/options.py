@@ -225,7 +225,7 @@ class Export(Options):
         None, "record the bundle in Weights & Biases; by default offline if its run is tracked, else off"
     )
     precision: Sequence[Literal["fp32", "fp16", "int8"]] = option(
-        (), "further models in float16 or 8 bits, each of which must keep its accuracy; fp32 is always written"
+        (), "further models in float16 or 8 bits, which must keep their accuracy; fp32 is always written"
     )
     max_drop: float = option(0.5, "largest loss of accuracy on the validation split by a lower precision", "POINTS")
     max_wrong: float = option(

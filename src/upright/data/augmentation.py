@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from upright import warp
 from upright.data.batch import Points, View
 from upright.data.mixing import Mixing
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 from upright.internals.kornia import has_part
 from upright.warp import Padding
 
@@ -365,7 +365,7 @@ class Augmentation(nn.Module):
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(
                 f"{type(part).__name__} in data.init_args.augment does not take a batch of shape "
-                f"{tuple(images.shape)}: {' '.join(str(error).split())[:200]}"
+                f"{tuple(images.shape)}: {one_line(error, 200)}"
             ) from error
         matrices = getattr(part, "transform_matrix", None) if has_part(part, "geometric") else None
         return images, _normalised(matrices, size, images.shape[-2:]) if isinstance(matrices, Tensor) else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pooch
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 
 
 def absolute(path: str | Path) -> Path:
@@ -29,6 +29,6 @@ def download(file: str, md5: str, address: str, folder: Path, wanted_files: str)
         return Path(pooch.retrieve(url, f"md5:{md5}", file, folder, progressbar=sys.stderr.isatty()))
     except Exception as error:  # a network or a disk makes the libraries below raise anything
         raise UserError(
-            f"{url} cannot be downloaded ({' '.join(str(error).split())[:300]}). Put {wanted_files} into '{folder}', "
+            f"{url} cannot be downloaded ({one_line(error, 300)}). Put {wanted_files} into '{folder}', "
             "or name their folder with --data.root."
         ) from None

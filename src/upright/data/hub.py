@@ -16,7 +16,7 @@ from upright.data.parquet import read_columns, read_parquet
 from upright.data.resized import ResizedImages, Row, class_name
 from upright.data.source import Source
 from upright.data.split import split_of
-from upright.errors import ImageError, UserError, nearest
+from upright.errors import ImageError, UserError, nearest, one_line
 from upright.files import replacing_folder, write_text
 from upright.images import ImageSpec, Pixels, decode
 
@@ -135,10 +135,10 @@ class Hub(ResizedImages):
 
     def read(self) -> Source:
         columns, (files, remarks), splits = self._columns, self._layout, self._labels_of_splits
-        known, rows = columns.names, list[Row]()
+        classes, rows = columns.names, list[Row]()
         for split, labels in splits.items():
             for number, label in enumerate(labels):
-                name = known[label] if known and 0 <= label < len(known) else class_name(str(label))
+                name = classes[label] if classes and 0 <= label < len(classes) else class_name(str(label))
                 place = f"Row {number} of {self.where(split)}"
                 rows.append(Row(name, split, f"{split or 'row'}/{number:06d}", place))
         if unlabelled := [split for split in files if split not in splits]:
@@ -279,7 +279,7 @@ def _hub(name: str, call: Callable[[Any], Any]) -> Any:
         return call(huggingface_hub)
     except Exception as error:  # a network makes the library raise anything
         raise UserError(
-            f"Dataset '{name}' cannot be read from the Hub: {' '.join(str(error).split())[:300]} Check name and "
+            f"Dataset '{name}' cannot be read from the Hub: {one_line(error, 300)} Check name and "
             "revision, or give a local folder of its Parquet files."
         ) from error
 

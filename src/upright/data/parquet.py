@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from upright.errors import UserError
+from upright.errors import UserError, one_line
 
 
 def read_parquet(file: Path, read: Callable[[Any], Any], advice: str = "") -> Any:
@@ -17,7 +17,7 @@ def read_parquet(file: Path, read: Callable[[Any], Any], advice: str = "") -> An
     try:
         return read(pyarrow.parquet)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"'{file}' cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"'{file}' cannot be read as Parquet: {one_line(error, 200)}") from None
 
 
 def read_columns(file: Path, names: list[str]) -> Any:

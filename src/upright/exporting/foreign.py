@@ -102,7 +102,7 @@ class Foreign:
         try:
             self.proto = onnx.load(path)
         except Exception as error:  # a damaged file can lead protobuf to any exception; external data may be missing
-            raise UserError(f"{self.name} cannot be read as ONNX: {' '.join(str(error).split())}.") from None
+            raise UserError(f"{self.name} cannot be read as ONNX: {one_line(error)}.") from None
         check_weights(sum(len(each.raw_data) for each in self.proto.graph.initializer), self.name)
         self.session = open_session(path)
         inputs = self.session.get_inputs()
