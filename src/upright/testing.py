@@ -220,8 +220,10 @@ def check_forms(network: Network, spec: ImageSpec, unchanged: Sequence[str] = ()
             assert converter.name == "fp16" or quantized, "the int8 graph quantizes nothing"
             outputs = run_batch(open_session(content), pixels, graph.names)
             assert all(output.dtype == np.float32 for output in outputs), f"{converter.name}: an output is not float32"
-            difference = np.abs(outputs[0] - exact[0]).max()
-            assert difference < 0.1, f"{converter.name}: probabilities differ from float32 by {difference:.2g}"
+            # Logits of random weights have any size, so the bound is relative.
+            place = graph.names.index("logits")
+            error = np.linalg.norm(outputs[place] - exact[place]) / np.linalg.norm(exact[place])
+            assert error < 0.2, f"{converter.name}: the logits differ from float32 by a share of {error:.2g}"
             for name in unchanged:
                 place = graph.names.index(name)
                 assert np.allclose(outputs[place], exact[place], atol=1e-6), f"{converter.name}: {name} changes"
