@@ -1,5 +1,6 @@
 """Parameter groups, averaged weights, the trainer's own options, and the end of a run."""
 
+import copy
 import csv
 import json
 import re
@@ -21,7 +22,7 @@ from upright.data.digits import Digits
 from upright.errors import UprightError
 from upright.training.classifier import ImageClassifier
 from upright.training.losses import CrossEntropy
-from upright.training.optimisation import grouped_optimizer
+from upright.training.optimisation import Muon, grouped_optimizer, orthogonalised
 
 STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
 QUICK = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 4, "--wandb", "off")
@@ -36,6 +37,7 @@ OPTIMISERS = {
     "AdamW": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
     "NAdam": partial(torch.optim.NAdam, lr=0.01, weight_decay=0.1),
     "Adagrad": partial(torch.optim.Adagrad, lr=0.01, weight_decay=0.1),
+    "Muon": partial(Muon, lr=0.01, weight_decay=0.1),
 }
 STNET = partial(
     TransformerNetwork,
@@ -120,10 +122,59 @@ def test_fused_and_unfused_steps_are_equal(name: str) -> None:
     torch.testing.assert_close(results[0], results[2])
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (32, 72), (72, 32)])
+def test_muon_steps_are_orthogonal(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = (left.T @ orthogonalised(matrix) @ right.T).diagonal()
+    assert 0.6 < values.min() <= values.max() < 1.25
+
+
+def test_muon_leaves_all_but_matrices_to_adamw() -> None:
+    steps = {}
+    for kind in (Muon, torch.optim.AdamW):
+        torch.manual_seed(0)
+        network = SmallResNet((3, 12, 12), 10, depth=8, width=16)
+        optimizer = kind(network.parameters(), lr=0.01, weight_decay=0.1)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        optimizer.step()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        steps[kind] = {name: parameter - before[name] for name, parameter in network.named_parameters()}
+    for name, step in steps[Muon].items():
+        is_matrix = step.ndim > 1 and len(step) > 10
+        assert torch.equal(step, steps[torch.optim.AdamW][name]) != is_matrix, name
+        if is_matrix:
+            # As large as a first step of AdamW, whose entries are the learning rate.
+            assert 0.1 < step.square().mean().sqrt() / 0.01 < 0.4, name
+
+
+def test_muon_goes_on_from_its_state() -> None:
+    torch.manual_seed(0)
+    network = SmallResNet((3, 12, 12), 10, depth=8, width=16)
+    optimizer = Muon(network.parameters())
+
+    def step(network: nn.Module, optimizer: Muon) -> None:
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter).cumsum(0)
+        optimizer.step()
+
+    step(network, optimizer)
+    resumed = copy.deepcopy(network)
+    other = Muon(resumed.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(network, optimizer)
+    step(resumed, other)
+    for ours, theirs in zip(network.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_an_optimisers_error_is_one_line() -> None:
     for optimiser, text in (
         (partial(torch.optim.SGD, lr=-1.0), r"model.optimizer: Invalid learning rate: -1.0"),
         (partial(torch.optim.SGD, lr=1.0, nesterov=True), r"model.optimizer: Nesterov momentum requires"),
+        (partial(Muon, momentum=1.0), r"model.optimizer: momentum must be at least 0 and less than 1, got 1.0"),
     ):
         with pytest.raises(UprightError, match=text):
             grouped_optimizer(ImageClassifier(SPEC, LeNet, optimiser).model, optimiser)
