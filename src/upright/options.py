@@ -163,6 +163,10 @@ class BundleOptions(Options):
         address=True,
     )
     sha256: str | None = option(None, "SHA-256 of the bundle's archive; an https:// address needs it", "HASH")
+    expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", "HASH")
+    key: str | None = option(
+        None, "public key (a PEM file) that must have signed the bundle; needs the extra `sign`", "PUB"
+    )
 
 
 class ModelOptions(BundleOptions):
@@ -314,10 +318,6 @@ class Attach(Options):
 class Verify(BundleOptions):
     """Check a bundle on this machine."""
 
-    expect: str | None = option(None, "SHA-256 of the bundle's file SHA256SUMS; another one is refused", "HASH")
-    key: str | None = option(
-        None, "public key (a PEM file) that must have signed the bundle; needs the extra `sign`", "PUB"
-    )
     speed: bool = option(False, "also compare the speed on one thread with that of the export")
     speed_factor: float = option(1.5, "warn with --speed if a batch takes FACTOR times as long", "FACTOR", above=1)
 

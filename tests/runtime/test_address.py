@@ -157,7 +157,7 @@ def test_another_hash_and_a_larger_archive_are_not_stored(
         (ELSEWHERE, "0" * 64, "must begin with https:// or wandb-artifact://"),
         ("s3://bucket/x", None, "must begin with https:// or wandb-artifact://"),
         ("https://[", "0" * 64, r"'https://\[' is no address of a bundle"),
-        (str(DIGITS), "0" * 64, "is the hash of an archive, and '.*digits' is none; use `upright verify --expect`"),
+        (str(DIGITS), "0" * 64, "is the hash of an archive, and '.*digits' is none; use --expect"),
         ("wandb-artifact://a/b/c:v0", "0" * 64, "is the hash of an archive"),
     ],
 )

@@ -24,7 +24,7 @@ from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import ANGLES, photograph, write_orientation_bundle, write_unresized_bundle
 from upright.errors import BundleError, EngineError, ImageError, UserError
 from upright.runtime import infer as infer_module
-from upright.runtime.bundle import write_archive
+from upright.runtime.bundle import SUMS, checksums, write_archive
 from upright.runtime.predictor import OrientationPredictor, Predictor, open_predictor
 from upright.runtime.task import Orientation, Prediction
 
@@ -217,6 +217,11 @@ def test_another_process_gets_the_predictor(bundle: Path, tmp_path: Path, monkey
     assert again.max_pixels == 5000 and again.session.get_session_options().intra_op_num_threads == 1
     (bundle / "model.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match=r"damaged or was changed: model\.onnx"):
+        pickle.loads(pickle.dumps(predictor))
+    shutil.copyfile(ROOT / "export/digits/model.onnx", bundle / "model.onnx")
+    (bundle / SUMS).write_text(checksums(bundle))
+    Predictor(bundle)
+    with pytest.raises(BundleError, match=r"is not the expected bundle: SHA256SUMS has the SHA-256 [0-9a-f]{64}"):
         pickle.loads(pickle.dumps(predictor))
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from tests.conftest import ROOT, Upright
 from upright.errors import BundleError, UserError
+from upright.options import Serve
 from upright.runtime.bundle import SUMS, Bundle, checksums, file_hashes, file_names, write_archive
+from upright.runtime.serving.loaded import open_predictor
 from upright.runtime.signature import PASSWORD, SIGNATURE, read_signer, write_signature
 
 DIGITS = ROOT / "export/digits"
@@ -213,6 +215,31 @@ def test_the_command_of_model_signing_agrees(signed: Path, upright: Upright) -> 
     assert answer.code == 0 and f"signature of {key}, hashes, format 2" in answer.out
     answer = upright("verify", DIGITS, "--key", key)
     assert answer.code == 2 and "has no signature; `upright export --sign KEY` writes one" in answer.err
+
+
+@signs
+def test_every_command_checks_before_it_uses_a_bundle(signed: Path, upright: Upright, tmp_path: Path) -> None:
+    key, digest = tmp_path / "key.pub", Bundle.open(signed).digest
+    forged = forge(signed, random.Random(0), sign_with_another_key)
+    commands = {
+        "infer": [signed / "samples/00.png"],
+        "benchmark": [],
+        "serve": [],
+        "straighten": [signed / "samples", "--to", tmp_path / "copies"],
+        "web": [],
+    }
+    for command, arguments in commands.items():
+        answer = upright(command, forged, *arguments, "--key", key)
+        assert answer.code == 2 and f"'{forged}' has no valid signature by '{key}'" in answer.err
+        answer = upright(command, forged, *arguments, "--expect", digest)
+        assert answer.code == 2 and f"'{forged}' is not the expected bundle: SHA256SUMS has the SHA-256" in answer.err
+    answer = upright("infer", signed, signed / "samples", "--key", key, "--expect", digest.upper())
+    assert answer.code == 0 and len(answer.out.splitlines()) == 16
+    options = Serve(str(signed), key=str(key))
+    assert open_predictor(options).bundle.digest == digest
+    sign_with_another_key(signed, random.Random(0))
+    with pytest.raises(BundleError, match="has no valid signature"):  # a reload
+        open_predictor(options)
 
 
 @signs

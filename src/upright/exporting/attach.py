@@ -4,7 +4,6 @@ The steps are: read the preprocessing of the model, choose the threshold, write 
 apart on rotated images, and write the bundle.
 """
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from upright.files import check_name, file_hash, replacing_folder
 from upright.image_paths import find_images, list_folders
 from upright.images import LISTED_CLASSES, ImageSpec
 from upright.options import Attach
-from upright.runtime.bundle import MODELS, SUMS, Bundle
+from upright.runtime.bundle import MODELS, Bundle
 from upright.runtime.predictor import OrientationPredictor, open_session
 from upright.runtime.signature import read_signer
 from upright.tables import markdown
@@ -144,10 +143,7 @@ def _manifest(
     preprocessing = {key: value for key, value in vars(foreign.preprocessing).items() if key != "spec"}
     manifest["provenance"] |= {
         "model": {"file": foreign.path.name, "sha256": file_hash(foreign.path)},
-        "orientation": {
-            "name": bundle.manifest["name"],
-            "sha256": sha256((bundle.files / SUMS).read_bytes()).hexdigest(),
-        },
+        "orientation": {"name": bundle.manifest["name"], "sha256": bundle.digest},
     }
     return manifest | {
         "preprocessing": preprocessing | {"scores": kind},

@@ -41,7 +41,7 @@ def local_bundle(source: str, sha256: str | None = None) -> str:
     if expected and not re.fullmatch(r"[0-9a-f]{64}", expected):
         raise UserError(f"--sha256 must be a SHA-256, 64 hexadecimal digits, got '{expected}'.")
     if expected and (address.startswith(WANDB) or Path(address).is_dir()):
-        raise UserError(f"--sha256 is the hash of an archive, and '{address}' is none; use `upright verify --expect`.")
+        raise UserError(f"--sha256 is the hash of an archive, and '{address}' is none; use --expect.")
     if address.startswith(WANDB):
         return str(_artifact(address.removeprefix(WANDB)))
     if "://" not in address:

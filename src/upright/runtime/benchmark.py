@@ -56,7 +56,7 @@ Row = dict[str, Any]  # measurements of one runtime at one batch size and one nu
 
 def benchmark(options: Benchmark) -> int:
     """Print a Markdown table. With ``--to``, also write it to a folder, with JSON and a plot."""
-    bundle, checkpoint = Bundle.open(options.bundle), options.checkpoint
+    bundle, checkpoint = Bundle.open(options.bundle, options.key, options.expect), options.checkpoint
     fixed = bundle.fixed_batch
     batches = sorted(set(options.batches or ([fixed] if fixed else BATCHES)))
     if fixed and batches != [fixed]:

@@ -153,19 +153,25 @@ class Bundle:
         """Name of the folder, or of the archive without its suffix."""
         return self.folder.resolve().name.removesuffix(ARCHIVE_SUFFIX)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file SHA256SUMS, which stands for the content of all files."""
+        return file_hash(self.files / SUMS)
+
     @classmethod
-    def open(cls, folder: str | Path, key: str | Path | None = None) -> "Bundle":
-        """Check the hash of every file, then the signature, then the format, then the content.
+    def open(cls, folder: str | Path, key: str | Path | None = None, expect: str | None = None) -> "Bundle":
+        """Check the hash of every file, then `digest` and the signature, then the format, then the content.
 
         Args:
             folder: the bundle's folder, or its archive.
             key: a public key that must have signed the bundle; None to check no signature.
+            expect: the `digest` that the bundle must have; None for any.
 
         Raises:
             UserError: if the key cannot be used.
             BundleError: if the folder or the archive is not a bundle, if any bit of a file changed, if it contains
-                anything but files, if the key did not sign it, if it refers to a file outside, or if this version
-                cannot read its format.
+                anything but files, if it is not the expected one, if the key did not sign it, if it refers to a file
+                outside, or if this version cannot read its format.
         """
         bundle, folder = cls(Path(folder)), Path(folder)
         if not (bundle.files / SUMS).is_file():
@@ -185,6 +191,8 @@ class Bundle:
             raise BundleError(
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
+        if expect is not None and expect.lower() != bundle.digest:
+            raise BundleError(f"'{folder}' is not the expected bundle: SHA256SUMS has the SHA-256 {bundle.digest}.")
         if key is not None:
             if SIGNATURE not in hashes:
                 raise BundleError(f"Bundle '{folder}' has no signature; `upright export --sign KEY` writes one.")

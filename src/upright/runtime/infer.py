@@ -16,6 +16,7 @@ from upright.files import replacing_file
 from upright.image_paths import find_images
 from upright.images import Pixels
 from upright.options import Infer
+from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import OrientationPredictor, Predictor, open_predictor, session_batches
 from upright.runtime.task import Orientation, Prediction
 
@@ -25,7 +26,7 @@ BATCH = 64
 def infer(options: Infer) -> int:
     """Print one line per image. Report images that cannot be read on standard error, and then return 2."""
     predictor = open_predictor(
-        options.bundle,
+        Bundle.open(options.bundle, options.key, options.expect),
         options.precision,
         threads=options.threads,
         providers=options.providers,

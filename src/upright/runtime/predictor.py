@@ -63,7 +63,8 @@ class BundlePredictor(Generic[Result]):
         if self.task.name != self.task_name:
             raise UserError(f"Bundle '{self.bundle.folder}' {OTHER_PREDICTOR[self.task.name]} for it.")
         options: dict[str, Any] = {"threads": threads, "providers": providers, "max_pixels": max_pixels}
-        self._reopen = partial(type(self), self.bundle.folder.absolute(), precision, **options)
+        place = self.bundle.folder.absolute(), self.bundle.digest
+        self._reopen = partial(_reopen, type(self), *place, precision, **options)
         model = self.bundle.model(precision)
         self.session = open_session(model, threads, providers)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
@@ -75,7 +76,7 @@ class BundlePredictor(Generic[Result]):
             raise BundleError(f"The inputs and outputs of '{model}' do not match the manifest.")
 
     def __reduce__(self) -> tuple[Callable[[], "BundlePredictor[Result]"], tuple[()]]:
-        # A session cannot be pickled. The other process opens the bundle and checks it again.
+        # A session cannot be pickled. The other process opens the bundle, and checks that it is the same one.
         return self._reopen, ()
 
     def __call__(self, image: ImageSource) -> Result:
@@ -244,6 +245,12 @@ class OrientationPredictor(BundlePredictor[Orientation]):
     """Estimate the orientation of images with a bundle; see `BundlePredictor`."""
 
     task_name = "orientation"
+
+
+def _reopen(
+    kind: "type[BundlePredictor[Result]]", folder: Path, digest: str, *arguments: Any, **options: Any
+) -> "BundlePredictor[Result]":
+    return kind(Bundle.open(folder, expect=digest), *arguments, **options)
 
 
 def open_predictor(bundle: str | Path | Bundle, *arguments: Any, **options: Any) -> Predictor | OrientationPredictor:

@@ -20,10 +20,10 @@ from typing import IO, Any, NamedTuple
 
 from upright.cores import count_cores
 from upright.errors import UserError
-from upright.files import file_hash, replacing_file, write_text
+from upright.files import replacing_file, write_text
 from upright.image_paths import describe_others, find_images, list_files
 from upright.options import Straighten
-from upright.runtime.bundle import SUMS, Bundle
+from upright.runtime.bundle import Bundle
 from upright.runtime.infer import Progress, read_names
 from upright.runtime.predictor import OrientationPredictor
 from upright.runtime.rotation import Resampling, parse_colour, rotate
@@ -102,7 +102,7 @@ class Straightener:
     def __init__(self, options: Straighten) -> None:
         self.options, self.to = options, Path(options.to)
         self.resampling = Resampling(options.fit, parse_colour(options.background), options.quality)
-        bundle = Bundle.open(options.bundle)
+        bundle = Bundle.open(options.bundle, options.key, options.expect)
         if bundle.spec.classes:
             raise UserError(
                 f"Bundle '{options.bundle}' classifies images; `straighten` needs a bundle without classes, which "
@@ -119,7 +119,7 @@ class Straightener:
         self.threshold = threshold
         names = ("precision", "turns", "min_angle", "fit", "background", "quality", "max_pixels", "dry_run", "force")
         self.settings = {name: getattr(options, name) for name in names}
-        self.settings |= {"bundle": file_hash(bundle.files / SUMS), "threshold": threshold}
+        self.settings |= {"bundle": bundle.digest, "threshold": threshold}
 
     def __call__(self, row: Row, replace: bool) -> Row:
         """Write the copy of an image. Complete the row, unless it has an error."""

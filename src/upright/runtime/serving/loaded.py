@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from operator import itemgetter
 from typing import cast
 
@@ -12,7 +11,7 @@ import numpy as np
 from upright.cores import count_cores
 from upright.errors import ImageError
 from upright.options import Serve
-from upright.runtime.bundle import SUMS
+from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import OrientationPredictor, Predictor, fixed_batch
 from upright.runtime.predictor import open_predictor as open_bundle
 from upright.runtime.serving import protocol
@@ -24,7 +23,7 @@ from upright.runtime.serving.metrics import Metrics
 def open_predictor(options: Serve) -> Predictor | OrientationPredictor:
     """Open the bundle and run it on its first sample."""
     predictor = open_bundle(
-        options.bundle,
+        Bundle.open(options.bundle, options.key, options.expect),
         options.precision,
         threads=options.threads or None,
         providers=options.providers,
@@ -54,7 +53,7 @@ class Loaded:
         self.predictor, self.classes, self.task = predictor, predictor.spec.classes, predictor.task
         self.options, self.metrics, self.budget, self.decoders = options, metrics, budget, decoders
         # The version is a hash, so the same files have the same version on every server.
-        self.version = options.model_version or sha256((predictor.bundle.files / SUMS).read_bytes()).hexdigest()[:12]
+        self.version = options.model_version or predictor.bundle.digest[:12]
         self.name = options.name or predictor.bundle.name
         self.protocol = protocol.Model(self.name, self.version, predictor.session, self.classes)
         self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)

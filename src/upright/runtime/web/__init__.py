@@ -42,7 +42,7 @@ ONE_FILE_POLICY = (
 
 def web(options: Web) -> int:
     """Write a page that needs no network. It replaces an older page."""
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, options.key, options.expect)
     model = bundle.model(options.precision)
     target = Path(options.to) / bundle.name
     if target.exists() and not (target.is_dir() and (_is_page(target) or not any(target.iterdir()))):
