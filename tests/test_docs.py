@@ -74,6 +74,7 @@ NOT_RUN = {
     "tensorboard": "a server",
     "uvx mlflow server": "a server",
     "upright serve": "a server, see tests/runtime",
+    "upright preview my-transforms.yaml": "needs albumentations, see tests/ecosystem/test_image_transforms.py",
     "upright straighten": "needs a bundle of the orientation, see tests/runtime/test_straighten.py",
     "upright web": "downloads onnxruntime-web, see tests/runtime/test_web.py",
     "wandb": "needs an account",

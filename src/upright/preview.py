@@ -11,6 +11,7 @@ from upright.checkpoint import KEY, read_checkpoint
 from upright.data.augmentation import Augmentation, Distortion
 from upright.data.configs import build_data, read_data, set_arguments
 from upright.data.datamodule import ImageDataModule
+from upright.data.image_transforms import SEEDS
 from upright.data.resized import ResizedImages
 from upright.data.split import SPLITS
 from upright.errors import UserError
@@ -159,7 +160,9 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
             batch = samples[torch.tensor(places)]
             torch.manual_seed(seed)
             for number in range(1, AUGMENTED_ROWS + 1):
-                add(f"augmented {number}", inputs(data.augmentation(batch.images).images), labels)
+                seeds = [hash((seed, number, place)) % SEEDS for place in places]
+                transformed = data.image_transforms(batch.images, seeds)
+                add(f"augmented {number}", inputs(data.augmentation(transformed).images), labels)
         else:
             for number, view in enumerate(views.names[:MAX_VIEW_ROWS]):
                 batch = samples[torch.tensor(places) * len(views.names) + number]

@@ -187,7 +187,7 @@ class Cache:
             raise UserError(f"cache {storage}: the images of this dataset are in memory; use cache auto or memory.")
         if workers is None:
             workers = min(count_cores(), 8) if count > 1000 else 0
-        self.workers = workers if source.lazy else 0
+        self.workers, self._decoders = workers, workers if source.lazy else 0
         self.pixels: PixelArray | Decoder = decoder
         if storage == "memory":
             self.pixels = PixelArray(self._in_memory())
@@ -213,9 +213,9 @@ class Cache:
         """Decode the images at ``positions`` chunk by chunk, and record their facts."""
         size = max(1, CHUNK_BYTES // self._row_bytes)
         chunks = [positions[start : start + size] for start in range(0, len(positions), size)]
-        visible = self.workers > 0 and sys.stderr.isatty()
+        visible = self._decoders > 0 and sys.stderr.isatty()
         with tqdm(total=len(positions), desc="Decoding", unit=" images", leave=False, disable=not visible) as bar:
-            results = fetch(self.decoder.__getitem__, chunks, self.workers)
+            results = fetch(self.decoder.__getitem__, chunks, self._decoders)
             for chunk, (pixels, facts) in zip(chunks, results, strict=True):
                 self.facts[chunk] = facts
                 yield chunk, pixels

@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot
 from upright.data.augmentation import Augmentation
 from upright.data.batch import Batch
 from upright.data.cache import Cache, Decoder, Storage, to_tensor
+from upright.data.image_transforms import ImageTransforms, MakeTransform
 from upright.data.loader import BatchLoader, Samples, global_seed
 from upright.data.source import Original, Source
 from upright.data.split import (
@@ -51,6 +52,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         angles: rotations of every validation and test image, in degrees anticlockwise, as uint8.
         augment: augmentation of a training batch, in order: each part is `Geometric`, `Mixing`, or any ``nn.Module`` on
             a float batch in [0, 1], for example kornia's.
+        image_transforms: transforms of single training images by other packages, before ``augment``, in the processes
+            of ``num_workers``: ``class_path`` and ``init_args`` of each; see `ImageTransforms`.
         padding: values beyond the border, for `Geometric` parts and for ``angles``, so that validation and test show
             what training shows: ``zeros``, ``border`` or ``reflection``.
         mask: ``disc`` shows the network only the largest centred disc of every image, in training, evaluation and
@@ -58,7 +61,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         cache: place of the decoded images: ``memory``, ``disk`` (`cache_folder`), or ``none``, which decodes images on
             access; ``auto`` is disk for lazy images that take more than 64 MiB. A dataset in memory allows only
             ``auto`` and ``memory``.
-        num_workers: processes that decode files; by default one per core, at most 8, for more than 1,000 images.
+        num_workers: processes that decode files or apply ``image_transforms``; by default one per core, at most 8, for
+            more than 1,000 images.
         max_unreadable: number of images that may be unreadable; they are left out, and reported.
     """
 
@@ -88,6 +92,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         train_fraction: float = 1.0,
         angles: Sequence[float] = (0.0,),
         augment: Sequence[Callable[[], nn.Module]] = (),
+        image_transforms: Sequence[MakeTransform] = (),
         padding: Padding = "zeros",
         mask: Mask = "none",
         cache: Storage = "auto",
@@ -116,6 +121,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         self._mask = mask
         self.cache, self.num_workers, self.max_unreadable = cache, num_workers, max_unreadable
         self.augmentation = Augmentation((part() for part in augment), padding=padding)
+        self.image_transforms = ImageTransforms(image_transforms)
         self._arguments: dict[str, Any] = recipe(self.arguments)  # raises here, not when a checkpoint is written
         self._samples: dict[str, Samples] = {}
         self._resume_from: dict[str, Any] = {}
@@ -286,8 +292,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         transforms = views.transforms(torch.from_numpy(indices), aspects)
         return Samples(pixels, positions, torch.from_numpy(self._labels[indices]), transforms)
 
-    def loader(self, split: str, *, shuffle: bool = False) -> BatchLoader:
-        """Return the loader of this process's share of a split."""
+    def loader(self, split: str, *, shuffle: bool = False, transforms: ImageTransforms | None = None) -> BatchLoader:
+        """Return the loader of this process's share of a split, with or without ``transforms`` of its images."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         samples = self.samples(split)
         return BatchLoader(
@@ -297,7 +303,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             seed=global_seed(),
             rank=rank,
             world_size=world_size,
-            workers=self.images.workers if isinstance(samples.pixels, Decoder) else 0,
+            workers=self.images.workers if isinstance(samples.pixels, Decoder) or transforms else 0,
+            transforms=transforms,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -329,7 +336,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Return the training loader, with a new order in every epoch; with ``overfit_batches``, always the same."""
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        self._train_loader = loader = self.loader("train", shuffle=not overfits)
+        self._train_loader = loader = self.loader("train", shuffle=not overfits, transforms=self.image_transforms)
         if self._resume_from:
             loader.load_state_dict(self._resume_from)
             self._resume_from = {}

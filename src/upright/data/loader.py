@@ -7,6 +7,7 @@ and signals would remain our code, and we would save only a counter.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from upright.data.batch import Batch
 from upright.data.cache import Decoder, PixelArray
+from upright.data.image_transforms import SEEDS, ImageTransforms
 from upright.data.split import Indices
 from upright.data.workers import fetch
 
@@ -71,6 +73,7 @@ class BatchLoader:
     in every epoch. Without ``shuffle``, every sample is delivered exactly once, by one process.
 
     ``batch_size`` counts the samples of one process. ``workers`` processes read ahead; with 0, this process reads.
+    ``transforms`` draw for each image from a seed of its own, a function of the run's seed, the epoch and the image.
     """
 
     def __init__(
@@ -83,7 +86,9 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        transforms: ImageTransforms | None = None,
     ) -> None:
+        self.transforms = transforms or ImageTransforms()
         self.samples, self.rank, self.world_size, self.workers = samples, rank, world_size, workers
         # A training split that is smaller than one batch becomes one batch.
         self.batch_size = min(batch_size, max(1, len(samples) // world_size)) if shuffle else batch_size
@@ -108,9 +113,14 @@ class BatchLoader:
         start = self._resume.get("position", 0) if self._resume.get("epoch") == epoch else 0
         self._resume = {}
         batches = torch.split(order[self.rank :: self.world_size], self.batch_size)[start : len(self)]
-        for index, batch in enumerate(fetch(self.samples.__getitem__, batches, self.workers), start):
+        for index, batch in enumerate(fetch(partial(self._read, epoch), batches, self.workers), start):
             self._position = index + 1
             yield batch._replace(seed=hash((self.sampler.seed, epoch, index, self.rank)))
+
+    def _read(self, epoch: int, chosen: Tensor) -> Batch:
+        batch = self.samples[chosen]
+        seeds = [hash((self.sampler.seed, epoch, position)) % SEEDS for position in chosen.tolist()]
+        return batch._replace(images=self.transforms(batch.images, seeds))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, and the number of its batches that were delivered."""

@@ -94,13 +94,14 @@ class ImageClassifier(ImageModule):
                 )
             counts = data.manifest.counts["train"]
             loss.balance(torch.tensor([counts.get(name, 0) for name in self.spec.classes]))
-        augmentation = data.augmentation if isinstance(data, ImageDataModule) else None
+        data = data if isinstance(data, ImageDataModule) else None
+        augmentation = data and data.augmentation
         if augmentation and augmentation.mixes and not self._takes_probabilities():
             raise UserError(
                 f"{augmentation.mixes} gives an image several classes, but {type(self.loss).__name__} takes one label: "
                 f"use upright.training.losses.CrossEntropy, or remove {augmentation.mixes} from data.init_args.augment."
             )
-        self.pose_losses.check_data(augmentation)
+        self.pose_losses.check_data(data)
 
     def _takes_probabilities(self) -> bool:
         classes = len(self.spec.classes)

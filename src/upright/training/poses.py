@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer
-from upright.data.augmentation import Augmentation
 from upright.data.batch import Points
+from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.training.uprightness import final_points, upright_loss
 from upright.warp import pixel_centres
@@ -34,13 +34,14 @@ class PoseLosses:
     def __bool__(self) -> bool:
         return bool(self.upright_weight or self.prior_weight)
 
-    def check_data(self, augmentation: Augmentation | None) -> None:
+    def check_data(self, data: ImageDataModule | None) -> None:
         """Refuse data without a second view or a rotation, with mixed images, or with an unknown transform.
 
-        ``augmentation`` is that of an `ImageDataModule`; None for other data.
+        ``data`` is None for data of another class.
         """
         if not self:
             return
+        augmentation = data and data.augmentation
         if self.upright_weight and augmentation is None:
             raise UserError(
                 "The upright loss needs two augmented views of each image, which only an ImageDataModule yields: use "
@@ -59,9 +60,9 @@ class PoseLosses:
                 f"{loss} compares poses of one image, but {augmentation.mixes} mixes two images: remove it from "
                 f"data.init_args.augment, or set {option} 0."
             )
-        if augmentation and augmentation.unreported:
+        if data and (unreported := data.augmentation.unreported or data.image_transforms.moving):
             raise UserError(
-                f"{loss} needs the transform of each image, but {augmentation.unreported} does not report it: use "
+                f"{loss} needs the transform of each image, but {unreported} does not report it: use "
                 f"upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set {option} 0."
             )
 
