@@ -12,7 +12,7 @@ import pytest
 
 import upright as package
 from tests.conftest import ROOT, Upright
-from tests.runtime.bundles import write_orientation_bundle
+from tests.runtime.bundles import write_multilabel_bundle, write_orientation_bundle
 from upright.errors import UprightError
 from upright.options import Serve
 from upright.runtime.bundle import SUMS, Bundle, checksums
@@ -34,6 +34,7 @@ NAMED = {
     "provenance.metrics": "METRIC",
     "probabilities": "PRECISION",
     "orientation": "PRECISION",
+    "multilabel.thresholds": "CLASS",
 }
 """Objects whose keys are names, and the word on the page for them."""
 
@@ -81,7 +82,8 @@ def keys_of(bundle: Path) -> dict[str, set[str]]:
 
 
 def test_the_bundle_format_has_every_key_of_a_bundle(bundle: Path, tmp_path: Path) -> None:
-    for folder in (bundle, ROOT / "export/digits", write_orientation_bundle(tmp_path / "export/sky")):
+    others = write_orientation_bundle(tmp_path / "export/sky"), write_multilabel_bundle(tmp_path / "export/tags")
+    for folder in (bundle, ROOT / "export/digits", *others):
         for name, paths in keys_of(folder).items():
             assert paths - {"precisions.PRECISION.float_layers"} <= keys_on_page(name)
 
@@ -103,6 +105,9 @@ def test_the_bundle_format_has_exactly_the_keys_of_a_bundle(upright: Upright, ru
     metrics = ("four_way", "error_degrees_median", "largest_difference_degrees", "unstable")
     fresh["manifest.json"].add("orientation.threshold")
     fresh["parity.json"] |= {f"precisions.PRECISION.{metric}" for metric in metrics}
+    # `test_from_a_table_to_a_bundle` exports several classes per image.
+    fresh["manifest.json"].add("multilabel.thresholds")
+    fresh["parity.json"] |= {"multilabel.thresholds.CLASS", "precisions.PRECISION.f1"}
     fresh["parity.json"] |= {f"orientation.{key}" for key in ("max_wrong", "threshold", "share", "wrong")}
     for name, paths in fresh.items():
         assert paths == keys_on_page(name)
@@ -127,6 +132,7 @@ def change(bundle: Path, path: str, value: Any) -> None:
         ("format", 3, "Install a newer Upright"),
         ("spec.depth", 1, "unexpected keyword argument 'depth'"),
         ("spec.resize", "squeeze", "resize must be one of"),
+        ("spec.multilabel", True, "multiple values for keyword argument 'multilabel'"),
         ("spec.mask", "disc", "multiple values for keyword argument 'mask'"),
         ("mask", "ring", "mask must be one of none, disc; got 'ring'"),
         ("interpolation", "lanczos", "interpolation must be one of bilinear, bicubic; got 'lanczos'"),

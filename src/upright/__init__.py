@@ -19,6 +19,8 @@ _MODULES = {
     "ImageSpec": "upright.images",
     "LeNet": "upright.architectures.lenet",
     "MNIST": "upright.data.mnist",
+    "MultiLabelClassifier": "upright.training.multilabel",
+    "MultiLabelPredictor": "upright.runtime.predictor",
     "OrientationEstimator": "upright.training.orientation",
     "OrientationPredictor": "upright.runtime.predictor",
     "Pictures": "upright.data.pictures",

@@ -11,8 +11,10 @@ from upright.data.pictures import Pictures as Pictures
 from upright.errors import UprightError as UprightError
 from upright.exporting.export import export as export
 from upright.images import ImageSpec as ImageSpec
+from upright.runtime.predictor import MultiLabelPredictor as MultiLabelPredictor
 from upright.runtime.predictor import OrientationPredictor as OrientationPredictor
 from upright.runtime.predictor import Predictor as Predictor
 from upright.training.classifier import ImageClassifier as ImageClassifier
+from upright.training.multilabel import MultiLabelClassifier as MultiLabelClassifier
 from upright.training.orientation import OrientationEstimator as OrientationEstimator
 from upright.training.restoring import restore as restore

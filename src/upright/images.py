@@ -23,7 +23,7 @@ ImageSource: TypeAlias = str | Path | bytes | bytearray | IO[bytes] | Image.Imag
 Item = TypeVar("Item")
 Resize = Literal["stretch", "crop", "pad", "none"]
 Mask = Literal["none", "disc"]
-TaskName = Literal["classification", "orientation"]
+TaskName = Literal["classification", "multilabel", "orientation"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -69,6 +69,7 @@ class ImageSpec:
         mask: ``disc`` replaces all pixels outside the largest centred disc by the mean, so that no corner shows the
             angle of a rotated image; ``none`` shows the complete image.
         interpolation: filter of ``resize``, with antialiasing: ``bilinear`` or ``bicubic``.
+        multilabel: an image has any number of the classes, also none; each class has its own probability.
 
     Raises:
         UserError: if a value is out of range.
@@ -84,6 +85,7 @@ class ImageSpec:
     background: int = 0
     mask: Mask = "none"
     interpolation: Interpolation = "bilinear"
+    multilabel: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -115,8 +117,8 @@ class ImageSpec:
 
     @property
     def task(self) -> TaskName:
-        """``classification``, or ``orientation`` if there are no classes."""
-        return "classification" if self.classes else "orientation"
+        """``classification``; ``multilabel`` for several classes per image; ``orientation`` if there are no classes."""
+        return ("multilabel" if self.multilabel else "classification") if self.classes else "orientation"
 
     @property
     def summary(self) -> str:
@@ -125,7 +127,7 @@ class ImageSpec:
             return f"{self.channels} channel(s) and the orientation, without classes"
         more = len(self.classes) - LISTED_CLASSES
         text = f"{self.channels} channel(s) and the classes {list(self.classes[:LISTED_CLASSES])}"
-        return text + (f" and {more} more" if more > 0 else "")
+        return text + (f" and {more} more" if more > 0 else "") + (", any number per image" if self.multilabel else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for checkpoints and manifests."""

@@ -392,8 +392,9 @@ class Benchmark(BundleOptions):
 class Serve(ModelOptions):
     """Classify images over HTTP, or estimate their orientation.
 
-    POST /v1/classify or, for a bundle without classes, /v1/orientation; and the Open Inference Protocol (/v2). /docs
-    describes both, /metrics is for Prometheus. Put a reverse proxy in front for authentication, TLS and routing.
+    POST /v1/classify (/v1/labels for several classes per image, /v1/orientation without classes); and the Open
+    Inference Protocol (/v2). /docs describes both, /metrics is for Prometheus. Put a reverse proxy in front for
+    authentication, TLS and routing.
     """
 
     name: str | None = option(None, "name of the model in routes and answers; by default that of the folder")

@@ -13,7 +13,7 @@ from upright.data.configs import build_data, read_data, set_arguments
 from upright.data.datamodule import ImageDataModule
 from upright.data.image_transforms import SEEDS
 from upright.data.resized import ResizedImages
-from upright.data.split import SPLITS
+from upright.data.split import SPLITS, label_text
 from upright.errors import UserError
 from upright.examples import find_config
 from upright.files import check_exists
@@ -153,7 +153,7 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
     for split in SPLITS:
         places = _of_many_classes(data, split, columns)
         indices = [int(data.splits[split][place]) for place in places]
-        labels = [data.kinds[data.source.labels[index]] for index in indices]
+        labels = [label_text(data.source.labels[index], data.kinds) for index in indices]
         add(split, [data.source.images[index] for index in indices], labels)
         views, samples = data.views(split), data.samples(split)
         if split == "train":
@@ -173,6 +173,8 @@ def draw(data: ImageDataModule, path: Path, seed: int = 0) -> None:
 def _of_many_classes(data: ImageDataModule, split: str, count: int) -> list[int]:
     """Return positions in the split: the first image of every class, then the second, and so on."""
     labels = np.asarray(data.source.labels)[data.splits[split]]
+    if labels.ndim == 2:
+        labels = labels.argmax(axis=1)  # the first class of each image
     by_class = np.argsort(labels, kind="stable")
     rank = np.empty_like(by_class)
     rank[by_class] = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])

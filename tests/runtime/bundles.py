@@ -14,6 +14,7 @@ from onnxscript import opset18 as op
 from PIL import Image
 from torch import nn
 
+from upright.architectures.mlp import MLP
 from upright.architectures.nin import NiN
 from upright.exporting.graph import Form, Graph, write_graph
 from upright.images import ImageSpec, Pixels
@@ -45,6 +46,18 @@ def write_bundle(
     noise = [np.random.default_rng(n).integers(0, 256, (height, width, spec.channels), np.uint8) for n in range(4)]
     shape = [form.batch or "batch", *(form.size or ("height", "width")), spec.channels]
     return _complete(folder, spec, noise, shape, Graph(model, form).names, type(model.network).__name__)
+
+
+def write_multilabel_bundle(folder: Path) -> Path:
+    """Write a bundle of an untrained network with several classes per image. Half of the samples have each class."""
+    spec = ImageSpec(1, 8, 8, ("cat", "dog", "indoor"), (0.4,), (0.5,), multilabel=True)
+    write_bundle(folder, spec, partial(MLP, widths=[16]))
+    rows = [sample["probabilities"]["fp32"] for sample in json.loads((folder / EXPECTED).read_text())]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["multilabel"] = {"thresholds": np.median(rows, axis=0).tolist()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / SUMS).write_text(checksums(folder))
+    return folder
 
 
 @script(default_opset=op)

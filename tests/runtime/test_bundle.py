@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from tests.conftest import Upright
-from tests.runtime.bundles import write_orientation_bundle
+from tests.runtime.bundles import write_multilabel_bundle, write_orientation_bundle
 from upright.errors import UprightError
 from upright.runtime.bundle import EXPECTED, SUMS, Bundle, checksums, write_archive
 
@@ -83,6 +83,26 @@ def test_the_task_follows_from_the_classes(bundle: Path, upright: Upright, tmp_p
         rewrite(folder, task=task)
         answer = upright("verify", folder)
         assert answer.code == 2 and f"the task is '{task}', but its spec is one of {other}" in answer.err
+
+
+def test_thresholds_of_classes_are_checked(upright: Upright, tmp_path: Path) -> None:
+    tags = write_multilabel_bundle(tmp_path / "export/tags")
+    assert upright("verify", tags).code == 0
+    for thresholds in ([0.5, 0.5], [0.5, 0.5, 2.0], [0.5, 0.5, float("nan")], [0.5, 0.5, "1"], "abc", 1, [[0.5]] * 3):
+        rewrite(tags, multilabel={"thresholds": thresholds})
+        answer = upright("verify", tags)
+        assert answer.code == 2 and "is not a bundle that `upright export` wrote" in answer.err, thresholds
+    rewrite(tags, multilabel={})  # by default 0.5
+    assert upright("verify", tags).code == 0
+    # A class that an answer gained or lost is an error, even if its probability hardly changed.
+    samples = json.loads((tags / EXPECTED).read_text())
+    value = samples[0]["probabilities"]["fp32"][0]
+    samples[0]["probabilities"]["fp32"][0] = value + 0.05
+    (tags / EXPECTED).write_text(json.dumps(samples))
+    rewrite(tags, multilabel={"thresholds": [value + 0.02, 0.5, 0.5]})
+    answer = upright("verify", tags)
+    assert answer.code == 1 and "1 of 4 samples differ by up to 0.05" in answer.err
+    assert "1 of them in the classes: samples/00.png" in answer.err
 
 
 def test_verify_compares_orientations(upright: Upright, tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from tests.runtime.bundles import photograph, write_bundle, write_orientation_bundle, write_unresized_bundle
+from tests.runtime.bundles import (
+    photograph,
+    write_bundle,
+    write_multilabel_bundle,
+    write_orientation_bundle,
+    write_unresized_bundle,
+)
 from tests.runtime.conformance import Server, protocol_violations, triton_violations
 from upright.architectures.lenet import LeNet
 from upright.errors import UprightError
@@ -38,7 +44,7 @@ from upright.exporting.graph import Form
 from upright.images import DECODE_BYTES, ImageSpec, Pixels
 from upright.options import Serve, parse
 from upright.runtime.bundle import SUMS, checksums
-from upright.runtime.predictor import Predictor
+from upright.runtime.predictor import MultiLabelPredictor, Predictor
 
 
 class Reply(NamedTuple):
@@ -210,6 +216,36 @@ def test_concurrent_requests_get_their_own_predictions(server: Running, predicto
         assert reply.status == 200 and is_prediction(reply.json["results"][0], image, predictor)
     runs = server.metric("upright_batch_images_count") - before[0]
     assert server.metric("upright_batch_images_sum") - before[1] == 96 and runs < 96
+
+
+def test_a_bundle_with_several_classes_per_image(tmp_path: Path) -> None:
+    tags = write_multilabel_bundle(tmp_path / "tags")
+    predictor = MultiLabelPredictor(tags)
+    images = [path.read_bytes() for path in predictor.bundle.sample_files if isinstance(path, Path)]
+    results = predictor.predict(images)
+    with serving(tags, "--quiet") as running:
+        body, kind = multipart({str(number): image for number, image in enumerate(images)})
+        reply = running.ask("POST", "/v1/labels", body, Content_Type=kind)
+        for answer, result in zip(reply.json["results"], results, strict=True):
+            labels = {each["label"]: each["probability"] for each in answer["labels"]}
+            assert list(labels) == list(result.labels) and labels == pytest.approx(result.labels, abs=1e-6)
+        message = "The task of this model is multilabel: send images to /v1/labels."
+        assert running.classify(images[0]).json == {"error": message}
+        message = "top is for models with classes, and this one finds several classes per image; omit top."
+        assert running.ask("POST", "/v1/labels?top=1", images[0]).json == {"error": message}
+        counts = Counter(label for result in results for label in result.labels)
+        for label, count in counts.items():
+            assert running.metric(f'upright_predictions_total{{label="{label}"}}') == count
+        # The protocol has the probabilities, and no most probable class.
+        assert [output["name"] for output in running.ask("GET", "/v2/models/tags").json["outputs"]] == ["probabilities"]
+        data = [base64.b64encode(image).decode() for image in images]
+        encoded = {"inputs": [{"name": "images", "shape": [len(data)], "datatype": "BYTES", "data": data}]}
+        (output,) = running.ask("POST", "/v2/models/tags/infer", json.dumps(encoded).encode()).json["outputs"]
+        assert output["data"] == pytest.approx(
+            [p for result in results for p in result.probabilities.values()], abs=1e-6
+        )
+        description = running.ask("GET", "/openapi.json").json
+        assert next(iter(description["paths"])) == "/v1/labels" and "several classes" in description["info"]["title"]
 
 
 def test_an_orientation_bundle(bundle: Path, tmp_path: Path, samples: list[bytes]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Answer, Upright
-from tests.runtime.bundles import write_bundle, write_orientation_bundle
+from tests.runtime.bundles import write_bundle, write_multilabel_bundle, write_orientation_bundle
 from upright.architectures.lenet import LeNet
 from upright.images import ImageSpec
 from upright.runtime import web
@@ -67,6 +67,14 @@ def test_the_page_of_an_orientation_bundle(upright: Upright, tmp_path: Path, dis
     (bundle / SUMS).write_text(checksums(bundle))
     assert upright("web", bundle, "--runtime", dist).code == 0
     assert json.loads(Path("web/sky/model.json").read_text())["threshold"] == 0.4
+
+
+def test_the_page_of_a_bundle_with_several_classes(upright: Upright, tmp_path: Path, dist: Path) -> None:
+    bundle = write_multilabel_bundle(tmp_path / "export/tags")
+    assert upright("web", bundle, "--runtime", dist).code == 0
+    facts = json.loads(Path("web/tags/model.json").read_text())
+    thresholds = json.loads((bundle / "manifest.json").read_text())["multilabel"]["thresholds"]
+    assert (facts["task"], facts["thresholds"]) == ("multilabel", thresholds)
 
 
 def test_a_page_contains_no_paths_of_the_training_machine(upright: Upright, tmp_path: Path, dist: Path) -> None:

@@ -20,13 +20,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, Upright
-from tests.runtime.bundles import photograph, write_bundle, write_orientation_bundle
+from tests.runtime.bundles import photograph, write_bundle, write_multilabel_bundle, write_orientation_bundle
 from upright.architectures.lenet import LeNet
 from upright.architectures.nin import NiN
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.exporting.graph import Form
 from upright.images import ImageSpec, Resize
-from upright.runtime.predictor import OrientationPredictor, Predictor, open_session, run_batch
+from upright.runtime.predictor import MultiLabelPredictor, OrientationPredictor, Predictor, open_session, run_batch
 from upright.runtime.web import RUNTIME_VERSION
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
@@ -379,6 +379,22 @@ def test_several_transformers(look: Any, made: Any) -> None:
     tab = look(made(GREY, network, Form(outputs=("warped",))))
     assert tab.locator("#views figcaption").all_inner_texts() == ["Output of transformer 1", "Output of transformer 2"]
     assert canvas(tab, "warped_2").std() > 0
+
+
+def test_several_classes(look: Any, upright: Upright, tmp_path: Path) -> None:
+    bundle = write_multilabel_bundle(tmp_path / "export/tags")
+    assert upright("web", bundle, "--runtime", RUNTIME).code == 0
+    tab = look(tmp_path / "web/tags")
+    predictor = MultiLabelPredictor(bundle)
+    results = [predictor(file) for file in predictor.bundle.sample_files]
+    assert {len(result.labels) for result in results} & {0, 2, 3}
+    for number, result in enumerate(results):
+        tab.click(f"#samples button:nth-child({number + 1})")
+        marked = [name for name in predictor.spec.classes if name in result.labels]
+        marks = "[...document.querySelectorAll('#rows .first .label')].map(label => label.title).join()"
+        until(tab, f"{marks} === '{','.join(marked)}'")
+        assert rows(tab) == pytest.approx(list(result.probabilities.values()), abs=1e-5)
+    until(tab, f"document.getElementById('share').textContent.includes('“{', '.join(marked) or 'no class'}”')")
 
 
 def test_the_orientation(look: Any, upright: Upright, tmp_path: Path) -> None:

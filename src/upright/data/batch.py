@@ -28,7 +28,8 @@ class Batch(NamedTuple):
 
     Args:
         images: uint8 ``(B, C, H, W)`` from the loader; float in [0, 255] after augmentation.
-        labels: int64 ``(B,)``; probabilities ``(B, K)`` if augmentation mixes images.
+        labels: int64 ``(B,)``; 0 and 1 as float ``(B, K)`` if an image has several classes; probabilities ``(B, K)`` if
+            augmentation mixes images.
         position: index in the split, int64 ``(B,)``.
         group: index of the source image, int64 ``(B,)``. Several views of one image share it.
         transforms: transform that the source applied to each image, ``(B, 3, 3)``, from output to input coordinates.

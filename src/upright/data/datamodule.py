@@ -178,7 +178,16 @@ class ImageDataModule(Recorded, L.LightningDataModule):
 
     @cached_property
     def _labels(self) -> Indices:
-        return np.asarray(self.source.labels, dtype=np.int64)
+        labels = np.asarray(self.source.labels, dtype=np.int64)
+        if labels.ndim != 1 + self.spec.multilabel:
+            raise UserError(f"A spec with multilabel {self.spec.multilabel} does not fit labels {labels.shape}.")
+        return labels
+
+    @property
+    def _strata(self) -> tuple[Indices, tuple[str, ...]]:
+        """The labels that splits are stratified by, and their names. With several classes per image, all are equal."""
+        several = self.spec.multilabel
+        return (np.zeros_like(self._labels[:, 0]), ("images",)) if several else (self._labels, self.kinds)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -210,10 +219,11 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             del fractions[name]
         if fractions or self.folds:
             first, place = first_occurrences(self.images.facts["hash"][pool])
-            labels = self._labels[pool][first]
+            strata, kinds = self._strata
+            labels = strata[pool][first]
             try:
                 split = stratified_split(
-                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=self.kinds
+                    labels, fractions, self.split_seed, folds=self.folds, fold=self.fold, classes=kinds
                 )
             except UprightError as error:
                 more = len(pool) - len(first)
@@ -223,7 +233,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             parts["train"] = pool
         if self.train_fraction < 1:
             train = parts["train"]
-            parts["train"] = train[stratified_part(self._labels[train], self.train_fraction, self.split_seed)]
+            parts["train"] = train[stratified_part(self._strata[0][train], self.train_fraction, self.split_seed)]
         return {name: parts[name] for name in SPLITS}
 
     @cached_property
@@ -239,6 +249,9 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         remarks += describe_duplicates(
             self.splits, self._labels, self.images.facts["hash"], self.kinds, self.source.names
         )
+        for split, counts in self.manifest.counts.items() if self.spec.multilabel else ():
+            if missing := [name for name in self.spec.classes if name not in counts]:
+                remarks.append(f"No image of split '{split}' has the class {' or '.join(map(repr, missing))}.")
         if len(unreadable := np.flatnonzero(~self.images.readable)):
             remarks.append(
                 f"{len(unreadable)} of {len(self._labels)} images cannot be read and are left out, for example "
@@ -253,7 +266,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
     def originals(self, split: str) -> Iterator[Original]:
         """Yield decoded images at their own sizes, in the order of the loader, never from the cache."""
         indices = self.splits[split]
-        labels = np.repeat(self._labels[indices], len(self.views(split).names)).tolist()
+        labels = np.repeat(self._labels[indices], len(self.views(split).names), axis=0).tolist()
         yield from map(Original, self.names(split), self.shown(indices, split), labels)
 
     def shown(self, indices: Indices, split: str) -> Iterator[Pixels]:
@@ -290,7 +303,8 @@ class ImageDataModule(Recorded, L.LightningDataModule):
             facts = self.images.facts[indices]
             aspects = torch.from_numpy(facts["width"] / facts["height"]).float()
         transforms = views.transforms(torch.from_numpy(indices), aspects)
-        return Samples(pixels, positions, torch.from_numpy(self._labels[indices]), transforms)
+        labels = torch.from_numpy(self._labels[indices])
+        return Samples(pixels, positions, labels.float() if spec.multilabel else labels, transforms)
 
     def loader(self, split: str, *, shuffle: bool = False, transforms: ImageTransforms | None = None) -> BatchLoader:
         """Return the loader of this process's share of a split, with or without ``transforms`` of its images."""
@@ -326,7 +340,7 @@ class ImageDataModule(Recorded, L.LightningDataModule):
         """
         seed_generators(batch.seed, batch.images.device)
         labels = batch.labels
-        if self.augmentation.mixes:
+        if self.augmentation.mixes and not self.spec.multilabel:
             labels = one_hot(labels, len(self.spec.classes)).float()
         augmentation = self.augmentation.to(batch.images.device)
         first = augmentation(batch.images, labels)

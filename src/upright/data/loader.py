@@ -31,7 +31,7 @@ class Samples:
     Args:
         pixels: stored images, or a decoder that reads files on access.
         positions: rows of the images in ``pixels``, ``(n,)``.
-        labels: int64 ``(n,)``.
+        labels: labels of the images, see `Batch`.
         transforms: transform of each view, ``(n, V, 3, 3)``.
     """
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Images, Source
 from upright.errors import UserError, nearest
@@ -16,7 +18,7 @@ class Row(NamedTuple):
     """One image of a dataset.
 
     Args:
-        label: name of the class.
+        label: name of the class; with several classes, see `ResizedImages.class_names`.
         split: ``train``, ``val`` or ``test``; empty if the user did not split the images.
         name: short name of the image.
         place: where the label comes from, for messages.
@@ -51,6 +53,8 @@ class ResizedImages(ImageDataModule):
 
     adopted = ("size", "mean", "std", "interpolation")
     """Options whose defaults a network with an ``image_format`` sets; see `upright.data.configs.adopt_format`."""
+    multilabel = False
+    """See `ImageSpec`."""
 
     def __init__(
         self,
@@ -93,13 +97,17 @@ class ResizedImages(ImageDataModule):
     def spec(self) -> ImageSpec:
         return ImageSpec(
             self.channels, self.size, self.size, self.classes(), self.mean, self.std, self.resize, self.background,
-            interpolation=self.interpolation,
+            interpolation=self.interpolation, multilabel=self.multilabel,
         )  # fmt: skip
 
     @property
     def stored_size(self) -> tuple[int, int]:
         side = self.stored or self.size
         return side, side
+
+    def class_names(self, label: str) -> Sequence[str]:
+        """Return the classes in the label of a `Row`."""
+        return [label]
 
     def arrange(self, rows: Sequence[Row], images: Images, **details: Any) -> Source:
         """Return the source of these images, one per row; ``details`` are other arguments of `Source`.
@@ -109,16 +117,22 @@ class ResizedImages(ImageDataModule):
         classes = self.classes()
         numbers = {name: number for number, name in enumerate(classes or ("",))}
         splits: dict[str, list[int]] = {}
+        labels: Any = np.zeros((len(rows), len(classes)), np.int64) if self.multilabel else []
         for index, row in enumerate(rows):
-            if row.label not in numbers:
-                raise UserError(
-                    f"{row.place}: label '{row.label}' of split '{row.split}' is not among the training labels "
-                    f"{classes}.{nearest(row.label, numbers)}"
-                )
+            for label in self.class_names(row.label):
+                if label not in numbers:
+                    raise UserError(
+                        f"{row.place}: label '{label}' of split '{row.split}' is not among the training labels "
+                        f"{classes}.{nearest(label, numbers)}"
+                    )
+                if self.multilabel:
+                    labels[index, numbers[label]] = 1
+                else:
+                    labels.append(numbers[label])
             splits.setdefault(row.split, []).append(index)
-        for split, indices in splits.items():
+        for split, indices in ({} if self.multilabel else splits).items():
             self.check_classes(split, {rows[index].label for index in indices})
-        labels, names = [numbers[row.label] for row in rows], [row.name for row in rows]
+        names = [row.name for row in rows]
         return Source(images, labels, names, None if "" in splits else splits, **details)
 
     def check_classes(self, split: str, labels: set[str]) -> None:

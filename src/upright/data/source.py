@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from upright.images import Pixels
 
@@ -17,7 +20,7 @@ class Source:
 
     Args:
         images: decoded images, uint8 ``(H, W, C)``; their sizes may differ.
-        labels: indices into the classes of the spec.
+        labels: indices into the classes of the spec; 0 and 1 ``(N, K)`` if an image has several classes.
         names: short unique names, for messages and files.
         splits: indices of ``train``, ``val`` and ``test``, if the dataset defines some of them.
         files: the file of each image; ``None`` if they have no files of their own.
@@ -27,7 +30,7 @@ class Source:
     """
 
     images: Images
-    labels: Sequence[int]
+    labels: Sequence[int] | npt.NDArray[np.int64]
     names: Sequence[str]
     splits: Mapping[str, Sequence[int]] | None = None
     files: Sequence[Path] | None = None
@@ -45,4 +48,5 @@ class Original(NamedTuple):
 
     name: str
     pixels: Pixels
-    label: int
+    label: Any
+    """Index of the class; with several classes, 0 or 1 for each."""

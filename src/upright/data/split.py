@@ -15,6 +15,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from upright.errors import UserError
 from upright.images import LISTED_CLASSES, Pixels
+from upright.runtime.task import JOIN
 
 Indices = npt.NDArray[np.int64]
 SPLITS = ("train", "val", "test")
@@ -133,7 +134,8 @@ class SplitManifest:
         """Build the manifest from the indices of every split, and the label and content hash of every image."""
         counts = {}
         for name, part in splits.items():
-            per_class = np.bincount(labels[part], minlength=len(classes)).tolist()
+            several = labels.ndim == 2  # classes per image
+            per_class = (labels[part].sum(0) if several else np.bincount(labels[part], minlength=len(classes))).tolist()
             counts[name] = {label: count for label, count in sorted(zip(classes, per_class, strict=True)) if count}
         return cls(source, counts, {name: torch.from_numpy(np.sort(hashes[part])) for name, part in splits.items()})
 
@@ -149,6 +151,11 @@ class SplitManifest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data and tensors, for checkpoints."""
         return asdict(self) | {"digest": self.digest}
+
+
+def label_text(label: Any, classes: Sequence[str]) -> str:
+    """Return an index as the name of its class; of 0 and 1 for each class, the names with 1."""
+    return JOIN.join(itertools.compress(classes, label)) if np.ndim(label) else classes[label]
 
 
 def describe_duplicates(
@@ -171,11 +178,11 @@ def describe_duplicates(
     used = np.concatenate(list(splits.values()))
     first, place = first_occurrences(hashes[used])
     originals = used[first[place]]
-    differing = np.flatnonzero(labels[used] != labels[originals])
+    differing = np.flatnonzero((labels[used] != labels[originals]).reshape(len(used), -1).any(axis=1))
     if len(differing):
         one, other = originals[differing[0]], used[differing[0]]
         remarks.append(
             f"{len(differing)} images have a duplicate in another class, for example '{names[one]}' "
-            f"({classes[labels[one]]}) and '{names[other]}' ({classes[labels[other]]})."
+            f"({label_text(labels[one], classes)}) and '{names[other]}' ({label_text(labels[other], classes)})."
         )
     return remarks

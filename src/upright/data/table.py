@@ -4,8 +4,8 @@ import csv
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 
 from upright.data.download import absolute
@@ -29,11 +29,15 @@ class Table(ImageFiles):
 
     Args:
         file: the table: ``.csv`` (UTF-8, commas, column names in the first line) or ``.parquet`` (needs pyarrow).
+        separator: text between the classes of an image, such as ``;`` for ``cat;dog``. An image then has any number of
+            classes; an empty label is none. In Parquet, a label may be a list. The splits are random, not stratified.
         **options: options of `ResizedImages`.
     """
 
-    def __init__(self, *, file: str, **options: object) -> None:
-        self.file = absolute(file)
+    def __init__(self, *, file: str, separator: str | None = None, **options: object) -> None:
+        if separator == "":
+            raise UserError("separator must be at least one character, such as ';'; omit it for one class per image.")
+        self.file, self.separator, self.multilabel = absolute(file), separator, separator is not None
         self.arguments["file"] = str(self.file)
         super().__init__(**options)  # type: ignore[arg-type]  # the base's own types
 
@@ -42,7 +46,10 @@ class Table(ImageFiles):
         """The checked cells by line, without looking for the images."""
         if not self.file.is_file():
             raise UserError(f"Table '{self.file}' does not exist; `file` (--data.file) is a .csv or .parquet file.")
-        readers = {".csv": _csv_cells, ".parquet": _parquet_cells}
+        readers: dict[str, Callable[[Path], Iterator[tuple[int, Cells]]]] = {
+            ".csv": _csv_cells,
+            ".parquet": partial(_parquet_cells, separator=self.separator),
+        }
         if (suffix := self.file.suffix.lower()) not in readers:
             raise UserError(f"Table '{self.file}' must be a .csv or .parquet file.")
         table = dict(readers[suffix](self.file))
@@ -50,8 +57,9 @@ class Table(ImageFiles):
             raise UserError(f"Table '{self.file}' holds no images: no line follows the names of the columns.")
         splits = {split for _, _, split in table.values()}
         for line, (path, label, split) in table.items():
-            if not path or not label:
-                raise UserError(f"{self._place(line)} has no {'label' if path else 'path'}.")
+            if not path or not (label or self.multilabel):
+                advice = " If an image may have several classes or none, give a `separator`." if path else ""
+                raise UserError(f"{self._place(line)} has no {'label' if path else 'path'}.{advice}")
             if split not in ("", *SPLITS):
                 raise UserError(
                     f"{self._place(line)}: split must be one of {', '.join(SPLITS)} (validation, Test, ... "
@@ -68,11 +76,15 @@ class Table(ImageFiles):
 
     def classes(self) -> tuple[str, ...]:
         """Return the training labels, sorted; whole numbers by their value."""
-        names = {label for _, label, split in self._cells.values() if split in ("", "train")}
+        labels = {label for _, label, split in self._cells.values() if split in ("", "train")}
+        names = {name for label in labels for name in self.class_names(label)}
         whole = all(re.fullmatch(r"-?\d+", name) for name in names)
         if len(names) < 2:
             raise UserError(f"Table '{self.file}' must have at least two labels for training; found {sorted(names)}.")
         return tuple(sorted(names, key=lambda name: (int(name) if whole else 0, name)))
+
+    def class_names(self, label: str) -> list[str]:
+        return [label] if self.separator is None else [n for part in label.split(self.separator) if (n := part.strip())]
 
     def rows(self) -> list[Row]:
         lines: dict[str, int] = {}
@@ -117,11 +129,15 @@ def _csv_cells(file: Path) -> Iterator[tuple[int, Cells]]:
         raise UserError(f"Table '{file}' cannot be read: {error}.") from None
 
 
-def _parquet_cells(file: Path) -> Iterator[tuple[int, Cells]]:
+def _parquet_cells(file: Path, separator: str | None) -> Iterator[tuple[int, Cells]]:
     header = read_parquet(file, lambda pq: pq.read_schema(file).names, advice=", or save it as .csv")
     _check_header(header, file)
     table = read_columns(file, [name for name in header if name in COLUMNS])
     for line, row in enumerate(table.to_pylist(), start=1):
+        if isinstance(row["label"], list):
+            if separator is None:
+                raise UserError(f"'{file}' line {line}: the label is a list; give a `separator`, such as ';'.")
+            row["label"] = separator.join(map(str, row["label"]))
         yield line, _cells({name: "" if cell is None else str(cell) for name, cell in row.items()})
 
 

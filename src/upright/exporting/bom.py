@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 from uuid import NAMESPACE_URL, uuid5
 
-from upright.runtime.task import task_of
+from upright.runtime.bundle import read_task
 
 BOM = "bom.cdx.json"
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
@@ -17,8 +17,11 @@ SCOPES = {"onnxruntime": "required", "upright": "optional"}
 def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
     """Return the content of `BOM`; ``models`` are hashes by file. It has no date, so equal bundles have equal files."""
     provenance, classes = manifest["provenance"], tuple(manifest["spec"]["classes"])
-    task = task_of(classes)
-    description = f"Image classifier with {len(classes)} classes." if classes else "Estimator of the angle of an image."
+    task = read_task(manifest)
+    several = ", any number of them per image" if task.name == "multilabel" else ""
+    description = f"Image classifier with {len(classes)} classes{several}."
+    if not classes:
+        description = "Estimator of the angle of an image."
     packages = [
         {
             "type": "library",
@@ -45,7 +48,7 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
                 "approach": {"type": "supervised" if classes else "self-supervised"},
                 "task": f"image {task.name}",
                 "modelArchitecture": provenance["model"]["init_args"]["network"]["class_path"],
-                "datasets": [_dataset(provenance)],
+                "datasets": [_dataset(provenance, "labels" if several else "images")],
                 "inputs": [{"format": _tensor(manifest["input"])}],
                 "outputs": [{"format": text} for text in (_tensor(manifest["output"]), *manifest["other_outputs"])],
             },
@@ -68,11 +71,11 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
     return {**header, "serialNumber": uuid5(NAMESPACE_URL, json.dumps(content)).urn, **content}
 
 
-def _dataset(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _dataset(provenance: Mapping[str, Any], counted: str) -> dict[str, Any]:
     split = provenance["split"]
     counts = ", ".join(f"{sum(classes.values())} {name}" for name, classes in split["counts"].items())
     digest = {"name": "upright:split.digest", "value": split["digest"]}
-    contents = {"properties": [digest, {"name": "upright:split.images", "value": counts}]}
+    contents = {"properties": [digest, {"name": f"upright:split.{counted}", "value": counts}]}
     return {"type": "dataset", "name": provenance["data"]["class_path"], "contents": contents}
 
 

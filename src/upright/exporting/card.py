@@ -4,12 +4,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from upright.exporting.precision import TOLERANCES
-from upright.runtime.bundle import MODELS
-from upright.runtime.task import Task, task_of
+from upright.runtime.bundle import MODELS, read_task
+from upright.runtime.task import Task
 from upright.tables import markdown
 
 WORTHWHILE = 1.1
 """Smallest speed relative to float32 that is larger than the noise of the measurement."""
+
+KINDS = {
+    "classification": ("An image classifier", "Predictor", "label"),
+    "multilabel": ("A classifier of images with any number of classes", "MultiLabelPredictor", "labels"),
+    "orientation": ("A model that estimates by which angle an image is rotated", "OrientationPredictor", "angle"),
+}
+"""Model, predictor, and answer of the predictor, by task."""
 
 
 def summary(parity: dict[str, Any], task: Task) -> Iterator[str]:
@@ -21,6 +28,8 @@ def summary(parity: dict[str, Any], task: Task) -> Iterator[str]:
         f"{exact['largest_difference']:.1e}{degrees}; {task.score} {parity['accuracy']['pytorch']:.4f} by PyTorch, "
         f"{exact['accuracy']:.4f} by ONNX Runtime."
     )
+    if multilabel := parity.get("multilabel"):
+        yield f"Macro F1 {exact['f1']:.4f}, with thresholds that maximise it: {_thresholds(multilabel)}."
     if orientation := parity.get("orientation"):
         yield _threshold(orientation, exact)
     lower = {name: metrics for name, metrics in parity["precisions"].items() if name != "fp32"}
@@ -41,6 +50,10 @@ def summary(parity: dict[str, Any], task: Task) -> Iterator[str]:
             f"Warning: {parity['sources']} source images are too few to detect a drop of {max_drop:g} points (the "
             f"smallest is {parity['smallest_drop_to_tell']:.2f}), so only the measured drop had to be within the limit."
         )
+
+
+def _thresholds(multilabel: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {threshold:.3f}" for name, threshold in multilabel["thresholds"].items())
 
 
 def _threshold(orientation: dict[str, Any], exact: dict[str, Any]) -> str:
@@ -71,12 +84,16 @@ def card(manifest: dict[str, Any], parity: dict[str, Any]) -> str:
     sizes = "any size" if height == "height" else "only this size"
     others = "".join(f", `{other}`" for other in manifest["other_outputs"])
     classes = manifest["spec"]["classes"]
-    task = task_of(classes)
-    kind = "An image classifier" if classes else "A model that estimates by which angle an image is rotated"
+    task = read_task(manifest)
+    kind, predictor, answer = KINDS[task.name]
     class_row = f"| Classes | {', '.join(classes)} |\n" if classes else ""
-    predictor = ("Predictor", "label") if classes else ("OrientationPredictor", "angle")
     score = task.score.capitalize()
     confidence = f"\n{_threshold(parity['orientation'], exact)}\n" if "orientation" in parity else ""
+    if multilabel := parity.get("multilabel"):
+        confidence = f"""
+An image has a class from a threshold of its probability. The thresholds maximise F1 on this split ({exact["f1"]:.4f} is
+the mean of the classes): {_thresholds(multilabel)}.
+"""
     turned = "" if classes else " They were turned by 0, 90, 180 and 270 degrees, without a change of a pixel."
     metrics = markdown([["metric", "value"], *([key, f"{value:.4f}"] for key, value in provenance["metrics"].items())])
     return f"""# {name}
@@ -115,7 +132,7 @@ Install Upright; its base install needs no PyTorch. Then:
     upright verify {name}          # check the files, and compare predictions on this machine
     upright infer {name} IMAGE ...
 
-In Python: `from upright import {predictor[0]}; {predictor[0]}("{name}")("image.png").{predictor[1]}`
+In Python: `from upright import {predictor}; {predictor}("{name}")("image.png").{answer}`
 """
 
 

@@ -49,7 +49,7 @@ from upright.runtime.bundle import (
 from upright.runtime.predictor import open_session
 from upright.runtime.signature import read_signer
 from upright.runtime.speed import machine, speeds_by_batch
-from upright.runtime.task import task_of
+from upright.runtime.task import MultiLabel
 from upright.training.finetuning import head
 from upright.training.model import Model
 from upright.training.module import ImageModule
@@ -117,6 +117,10 @@ def export(options: Export) -> int:
         exact = comparisons["fp32"]
         parity = _parity(folder, reference, comparisons) | {"max_drop": options.max_drop}
         manifest = _manifest(name, contents, reference, descriptions)
+        if isinstance(reference.task, MultiLabel):
+            thresholds = reference.task.thresholds
+            parity["multilabel"] = {"thresholds": thresholds}
+            manifest["multilabel"] = {"thresholds": list(thresholds.values())}
         if not images.spec.classes:
             threshold = choose_threshold(exact, options.max_wrong)
             parity["orientation"] = {"max_wrong": options.max_wrong, **threshold._asdict()}
@@ -127,7 +131,7 @@ def export(options: Export) -> int:
         seal(folder, target, signer)
 
     log_bundle(tracking, path, target)
-    for line in summary(parity, task_of(images.spec.classes)):
+    for line in summary(parity, reference.task):
         print(line)
     if folders:
         write_models(Bundle.open(target), folders)
@@ -190,7 +194,7 @@ def _parity(folder: Path, reference: Reference, comparisons: dict[str, Compariso
     sessions = {name: open_session(folder / MODELS[name], threads=1) for name in comparisons}
     speeds = speeds_by_batch(sessions, image)
     exact = comparisons["fp32"]
-    cached = cached_accuracy(reference.graph.model, reference.data)
+    cached = cached_accuracy(reference.graph.model, reference.data, reference.task)
     return {
         "split": "val",
         "images": len(exact.names),

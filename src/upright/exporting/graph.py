@@ -80,7 +80,7 @@ class Graph(nn.Module):
         numbers = [""] if len(transformers) == 1 else [f"_{number + 1}" for number in range(len(transformers))]
         voting = [number for number, each in zip(numbers, transformers, strict=True) if each.voting]
         suffixes = {"theta": numbers, "warped": numbers, "votes": voting, "confidence": voting}
-        self.names = [task_of(model.spec.classes).output]
+        self.names = [task_of(model.spec).output]
         for name in form.outputs:
             if name in suffixes and not transformers:
                 raise UserError(f"The network has no spatial transformer, so it has no output {name}.")

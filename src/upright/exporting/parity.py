@@ -17,7 +17,7 @@ from upright.data.source import Original
 from upright.exporting.graph import Form, Graph
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
-from upright.runtime.task import QUARTER, Classification, OrientationEstimation, task_of
+from upright.runtime.task import QUARTER, THRESHOLD, MultiLabel, OrientationEstimation, Task, task_of
 from upright.training.model import Model, orientation
 from upright.warp import resize_pixels
 
@@ -122,7 +122,7 @@ class Comparison:
 
     Args:
         names: names of the images.
-        labels: true answers, see `Classification.right`, ``(N,)``.
+        labels: true answers, see the method ``right`` of the task, ``(N,)`` or ``(N, K)``.
         groups: index of the source image of each image, ``(N,)``.
         expected: main output by PyTorch, ``(N, columns)``.
         actual: main output by the graph, ``(N, columns)``.
@@ -138,7 +138,7 @@ class Comparison:
     expected: Floats
     actual: Floats
     others: dict[str, float]
-    task: Classification | OrientationEstimation
+    task: Task
     stable: npt.NDArray[np.bool_]
 
     @property
@@ -198,6 +198,8 @@ class Comparison:
                 "error_degrees_median": float(np.median(errors)),
                 "four_way": float((errors < QUARTER).mean()),
             }
+        if isinstance(self.task, MultiLabel):
+            metrics["f1"] = float(f1_scores(self.task.decide(self.actual), self.labels).mean())
         return metrics | ({"other_outputs": self.others} if self.others else {})
 
 
@@ -209,7 +211,7 @@ class Reference:
 
     def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
         self.graph, self.data, self.form = Graph(model, form).eval(), data, form
-        self.task = task_of(data.spec.classes)
+        self.task = task_of(data.spec)
         self.answers: list[npt.NDArray[np.float32]] = []
         """Main output by PyTorch for each batch; empty before the first comparison."""
         self.stable: list[npt.NDArray[np.bool_]] = []
@@ -218,11 +220,12 @@ class Reference:
     def compare(self, session: onnxruntime.InferenceSession) -> Comparison:
         """Run all originals with a graph, at their own size or at the fixed size of the graph.
 
-        For the first graph, also run PyTorch, and compare the other outputs.
+        For the first graph, also run PyTorch, compare the other outputs, and choose the thresholds of `MultiLabel`.
         """
+        is_first = not self.answers
         names: list[str] = []
-        labels: list[int] = []
-        actual, others = [], dict.fromkeys([] if self.answers else self.graph.names[1:], 0.0)
+        labels: list[Any] = []
+        actual, others = [], dict.fromkeys(self.graph.names[1:] if is_first else [], 0.0)
         outputs = [self.task.output, *others]
         batches = batches_of_one_size(
             fitted_originals(self.data, self.form), lambda original: original.pixels, self.form.batch or MAX_BATCH
@@ -242,11 +245,14 @@ class Reference:
                 names += [original.name for original in batch]
                 labels += [original.label for original in batch]
                 progress.update(len(batch))
+        expected_rows = np.concatenate(self.answers).astype(float)
+        if is_first and isinstance(self.task, MultiLabel):
+            self.task = MultiLabel(self.task.classes, best_thresholds(expected_rows, np.array(labels)))
         return Comparison(
             names,
             np.array(labels),
             np.arange(len(names)) // len(self.data.views("val").names),
-            np.concatenate(self.answers).astype(float),
+            expected_rows,
             np.concatenate(actual).astype(float),
             others,
             self.task,
@@ -275,16 +281,39 @@ def are_stable(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
 
 
 @torch.no_grad()
-def cached_accuracy(model: Model, data: ImageDataModule) -> float:
+def cached_accuracy(model: Model, data: ImageDataModule, task: Task) -> float:
     """Return the share of right answers for the cached validation images, rounded to uint8 at the network's size.
 
     This value is only reported. As a gate, it would reject a correct graph because of the rounding.
     """
-    task = task_of(data.spec.classes)
     right = [
         task.right(model.answers(model(batch.images)).numpy(), batch.labels.numpy()) for batch in data.loader("val")
     ]
     return float(np.concatenate(right).mean())
+
+
+def f1_scores(answers: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]) -> Floats:
+    """Return the F1 score of each class, ``(K,)``, from answers and labels ``(N, K)``; 0 for a class of neither."""
+    right, total = (answers & (labels == 1)).sum(axis=0), answers.sum(axis=0) + labels.sum(axis=0)
+    scores: Floats = 2 * right / np.maximum(total, 1)
+    return scores
+
+
+def best_thresholds(rows: Floats, labels: npt.NDArray[np.int64]) -> list[float]:
+    """Return for each class the threshold with the largest F1 score, from probabilities and labels ``(N, K)``.
+
+    It lies midway between two probabilities, so that rounding moves none of them across it. It is 0.5 for a class
+    without an image.
+    """
+    thresholds = []
+    for values, truth in zip(rows.T, labels.T, strict=True):
+        order = np.argsort(-values, kind="stable")
+        values, right = values[order], np.cumsum(truth[order])
+        scores = 2 * right / (np.arange(1, len(values) + 1) + truth.sum())
+        following = np.append(values[1:], 0.0)
+        best = int(np.where(values > following, scores, -1.0).argmax())
+        thresholds.append(float((values[best] + following[best]) / 2) if truth.any() else THRESHOLD)
+    return thresholds
 
 
 NEVER = 2.0

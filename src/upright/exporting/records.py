@@ -46,7 +46,7 @@ def new_manifest(name: str, spec: ImageSpec, shape: Sequence[int | str], package
         shape: batch, height and width of the input; text for a free axis.
         packages: packages that wrote the bundle, beside Upright.
     """
-    task = task_of(spec.classes)
+    task = task_of(spec)
     return {
         "format": FORMAT,
         "name": name,

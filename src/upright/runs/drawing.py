@@ -243,7 +243,7 @@ def draw_curves(title: str, rows: Sequence[Mapping[str, str]]) -> "Figure":
     rates = {tuple(row.get(name) for row in rows): name for name in reversed(names) if name.split("/")[0] == "lr"}
     panels = {
         "loss": ["train/loss", "val/loss", "train/upright_loss", "train/prior_loss"],
-        "accuracy": ["val/accuracy"],
+        "accuracy": ["val/accuracy", "val/map", "val/subset_accuracy"],
         "uprightness": ["val/uprightness"],
         "median deviation (degrees)": ["val/relative_degrees_median", "val/absolute_degrees_median"],
         "gradient norm": ["grad_norm/mean", "grad_norm/max"],

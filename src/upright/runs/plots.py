@@ -103,7 +103,7 @@ class RunPlots(Callback):
     ) -> None:
         """Store the predictions, and the last transformers' outputs for the images that have rows."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.sanity_checking or not isinstance(data, ImageDataModule) or not data.spec.classes:
+        if trainer.sanity_checking or not isinstance(data, ImageDataModule) or data.spec.task != "classification":
             return
         assert isinstance(pl_module, ImageModule)
         self._predictions.append((batch.position, batch.labels, *outputs["probabilities"].max(dim=1)))

@@ -35,6 +35,7 @@ LEGEND = """
 
 AGREE = {
     "classification": "the same first class as ONNX Runtime in fp32, and the largest difference of a\n  probability",
+    "multilabel": "the same classes as ONNX Runtime in fp32, and the largest difference of a\n  probability",
     "orientation": "an angle within 1 degree of that of ONNX Runtime in fp32, and the largest\n  difference in degrees",
 }
 """Meaning of the column ``agree`` by task."""

@@ -46,7 +46,24 @@ def file_hashes(folder: Traversable) -> dict[str, str]:
 def spec_entries(spec: ImageSpec) -> dict[str, Any]:
     """Return the entries of ``manifest.json`` that describe a spec."""
     plain = spec.to_dict()
+    del plain["multilabel"]  # follows from the task
     return {"task": spec.task, **{key: plain.pop(key) for key in OUTSIDE}, "spec": plain}
+
+
+def read_spec(manifest: Mapping[str, Any]) -> ImageSpec:
+    """Return the spec that a manifest describes."""
+    outside = {key: manifest.get(key, default) for key, default in OUTSIDE.items()}
+    return ImageSpec.from_dict(dict(**outside, **manifest["spec"], multilabel=manifest.get("task") == "multilabel"))
+
+
+def read_thresholds(manifest: Mapping[str, Any]) -> list[Any]:
+    """Return the threshold of each class; an empty list if a manifest has none."""
+    return list(manifest.get("multilabel", {}).get("thresholds", ()))
+
+
+def read_task(manifest: Mapping[str, Any]) -> Task:
+    """Return the task of a manifest, with its thresholds."""
+    return task_of(read_spec(manifest), read_thresholds(manifest))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -232,6 +249,8 @@ class Bundle:
             raise ValueError(f"the threshold of the confidence must be a number, got {self.threshold!r}")
         if (task := self.manifest.get("task", "classification")) != spec.task:
             raise ValueError(f"the task is {task!r}, but its spec is one of {spec.task}")
+        if not all(isinstance(each, float) and 0 <= each <= 1 for each in read_thresholds(self.manifest)):
+            raise ValueError("the thresholds of the classes must be fractions from 0 to 1")
         files = {f"{SAMPLES}/{file.name}" for file in (self.files / SAMPLES).iterdir()}
         for sample in samples:
             if sample["file"] not in files or (spec.classes and not isinstance(sample["label"], str)):
@@ -260,13 +279,12 @@ class Bundle:
     @cached_property
     def spec(self) -> ImageSpec:
         """Format of the images."""
-        outside = {key: self.manifest.get(key, default) for key, default in OUTSIDE.items()}
-        return ImageSpec.from_dict(dict(**outside, **self.manifest["spec"]))
+        return read_spec(self.manifest)
 
     @property
     def task(self) -> Task:
-        """The task, which follows from the classes of the spec."""
-        return task_of(self.spec.classes)
+        """The task, with its thresholds."""
+        return read_task(self.manifest)
 
     @property
     def precisions(self) -> list[str]:

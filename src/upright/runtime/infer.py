@@ -17,8 +17,8 @@ from upright.image_paths import find_images
 from upright.images import Pixels
 from upright.options import Infer
 from upright.runtime.bundle import Bundle
-from upright.runtime.predictor import OrientationPredictor, Predictor, open_predictor, session_batches
-from upright.runtime.task import Orientation, Prediction
+from upright.runtime.predictor import AnyPredictor, open_predictor, session_batches
+from upright.runtime.task import JOIN, LabelSet, Orientation, Prediction
 
 BATCH = 64
 
@@ -67,7 +67,8 @@ def infer(options: Infer) -> int:
     if options.format == "csv":
         ranks = [""] if top == 1 else [f"_{rank}" for rank in range(1, top + 1)]
         columns = [f"{name}{rank}" for rank in ranks for name in ("label", "probability")]
-        write_row(["path", *(columns if classes else Orientation._fields)])
+        several = predictor.task.name == "multilabel"
+        write_row(["path", *(["labels", *classes] if several else columns if classes else Orientation._fields)])
     try:
         for batch in session_batches(predictor.session, images(), lambda image: image[1], BATCH):
             try:
@@ -148,12 +149,16 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _texts(result: Prediction | Orientation, top: int, width: int) -> tuple[str, list[str], dict[str, Any]]:
+def _texts(result: Prediction | LabelSet | Orientation, top: int, width: int) -> tuple[str, list[str], dict[str, Any]]:
     """Return a result, with its ``top`` classes, as a line of the table, as cells of CSV, and as an object of JSON."""
     if isinstance(result, Orientation):
         angle, confidence = result
         line = f"{angle:z7.2f}\N{DEGREE SIGN}  {confidence:.4f}"
         return line, [f"{angle:z.4f}", f"{confidence:.6f}"], result._asdict()
+    if isinstance(result, LabelSet):
+        line = "  ".join(f"{label} {probability:.4f}" for label, probability in result.labels.items()) or "-"
+        cells = [JOIN.join(result.labels), *(f"{probability:.6f}" for probability in result.probabilities.values())]
+        return line, cells, result._asdict()
     ranked = result.top(top)
     line = "  ".join(f"{label:<{width}} {probability:.4f}" for label, probability in ranked)
     record: dict[str, Any] = {"label": result.label, "probability": result.probability}
@@ -162,13 +167,12 @@ def _texts(result: Prediction | Orientation, top: int, width: int) -> tuple[str,
     return line, [cell for label, probability in ranked for cell in (label, f"{probability:.6f}")], record
 
 
-def _top(predictor: Predictor | OrientationPredictor, top: int | None) -> int:
+def _top(predictor: AnyPredictor, top: int | None) -> int:
     """Check the option --top."""
     classes = len(predictor.spec.classes)
-    if top is not None and not classes:
-        raise UserError(
-            f"--top is for bundles with classes, and '{predictor.bundle.folder}' estimates the orientation; omit --top."
-        )
+    if top is not None and predictor.task.name != "classification":
+        other = "finds several classes per image" if classes else "estimates the orientation"
+        raise UserError(f"--top is for bundles with classes, and '{predictor.bundle.folder}' {other}; omit --top.")
     if top is not None and not 1 <= top <= classes:
         raise UserError(f"--top must be from 1 to {classes} (the number of classes), got {top}.")
     return top or 1

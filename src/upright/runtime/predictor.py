@@ -6,7 +6,7 @@ from functools import partial
 from importlib.resources.abc import Traversable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,14 @@ from upright.cores import count_cores
 from upright.errors import BundleError, EngineError, ImageError, UserError, one_line
 from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, TaskName, batches_of_one_size, decode
 from upright.runtime.bundle import Bundle
-from upright.runtime.task import Orientation, Prediction, Rows
+from upright.runtime.task import LabelSet, Orientation, Prediction, Rows
 
 Item = TypeVar("Item")
-Result = TypeVar("Result", bound=Prediction | Orientation)
+Result = TypeVar("Result", bound=Prediction | LabelSet | Orientation)
 Errors = Literal["raise", "return"]
 OTHER_PREDICTOR: dict[TaskName, str] = {
     "classification": "classifies images; use upright.Predictor",
+    "multilabel": "finds several classes per image; use upright.MultiLabelPredictor",
     "orientation": "estimates the orientation; use upright.OrientationPredictor",
 }
 CPU = ("cpu",)
@@ -241,6 +242,12 @@ class Predictor(BundlePredictor[Prediction]):
     task_name = "classification"
 
 
+class MultiLabelPredictor(BundlePredictor[LabelSet]):
+    """Find all classes of images with a bundle; see `BundlePredictor`."""
+
+    task_name = "multilabel"
+
+
 class OrientationPredictor(BundlePredictor[Orientation]):
     """Estimate the orientation of images with a bundle; see `BundlePredictor`."""
 
@@ -253,10 +260,14 @@ def _reopen(
     return kind(Bundle.open(folder, expect=digest), *arguments, **options)
 
 
-def open_predictor(bundle: str | Path | Bundle, *arguments: Any, **options: Any) -> Predictor | OrientationPredictor:
+AnyPredictor: TypeAlias = Predictor | MultiLabelPredictor | OrientationPredictor
+
+
+def open_predictor(bundle: str | Path | Bundle, *arguments: Any, **options: Any) -> AnyPredictor:
     """Open a bundle with the predictor of its task; `BundlePredictor` has the arguments."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    kind = Predictor if bundle.spec.task == "classification" else OrientationPredictor
+    kinds: tuple[type[AnyPredictor], ...] = (Predictor, MultiLabelPredictor, OrientationPredictor)
+    (kind,) = (kind for kind in kinds if kind.task_name == bundle.spec.task)
     return kind(bundle, *arguments, **options)
 
 

@@ -1,12 +1,13 @@
 """Tasks: what the main output of a bundle's graph holds, and how two such outputs are compared."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from upright.images import TaskName
+from upright.images import ImageSpec, TaskName
 
 Rows = npt.NDArray[np.floating[Any]]  # the main output of a graph for `N` images, `(N, columns)`
 
@@ -29,6 +30,18 @@ class Prediction(NamedTuple):
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
 
 
+class LabelSet(NamedTuple):
+    """The classes of one image.
+
+    Args:
+        labels: probability of each class that reaches its threshold, the most probable first. It may be empty.
+        probabilities: probabilities of all classes, in the order of the spec.
+    """
+
+    labels: dict[str, float]
+    probabilities: dict[str, float]
+
+
 class Orientation(NamedTuple):
     """The orientation of one image.
 
@@ -44,6 +57,8 @@ class Orientation(NamedTuple):
 
 QUARTER = 45.0  # error in degrees from which an angle chooses a wrong one of four sides
 NEAR = 10.0  # largest error of a right angle in degrees
+JOIN = ";"  # between the classes of one image, in text
+THRESHOLD = 0.5  # probability from which an image has a class, if a bundle has no threshold of its own
 
 
 class Classification:
@@ -90,6 +105,53 @@ class Classification:
         second, first = np.sort(expected, axis=1)[:, -2:].T
         other: npt.NDArray[np.bool_] = actual.argmax(axis=1) != expected.argmax(axis=1)
         return other & (first - second > tolerance) if tolerance else other
+
+
+class MultiLabel(Classification):
+    """Several classes per image: the output ``probabilities`` has one column per class, and they do not sum to 1.
+
+    Args:
+        classes: names of the classes.
+        thresholds: probability from which an image has a class, one per class; by default 0.5.
+    """
+
+    name = "multilabel"
+    answer = "the classes"
+    score = "subset accuracy"
+
+    def __init__(self, classes: tuple[str, ...], thresholds: Sequence[float] = ()) -> None:
+        super().__init__(classes)
+        self.thresholds = dict(zip(classes, thresholds or [THRESHOLD] * len(classes), strict=True))
+        self._limits = np.array(list(self.thresholds.values()))
+
+    def result(self, row: Rows) -> LabelSet:  # type: ignore[override]  # the result of another task
+        by_class = dict(zip(self.classes, map(float, row), strict=True))
+        ranked = sorted(by_class.items(), key=lambda item: -item[1])
+        return LabelSet({name: value for name, value in ranked if value >= self.thresholds[name]}, by_class)
+
+    def decide(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Return whether each image has each class, ``(N, K)``."""
+        decisions: npt.NDArray[np.bool_] = rows >= self._limits
+        return decisions
+
+    def right(self, rows: Rows, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether all classes of each image are right, ``(N,)``. ``labels`` are 0 and 1, ``(N, K)``."""
+        right: npt.NDArray[np.bool_] = (self.decide(rows) == labels).all(axis=1)
+        return right
+
+    def text(self, row: Rows) -> str:
+        return JOIN.join(compress(self.classes, self.decide(row)))
+
+    def label(self, number: Sequence[int]) -> str:  # type: ignore[override]  # 0 and 1 of each class
+        return JOIN.join(compress(self.classes, number))
+
+    def changed(self, expected: Rows, actual: Rows, tolerance: float = 0.0) -> npt.NDArray[np.bool_]:
+        """Return whether each image has other classes, ``(N,)``, besides those within ``tolerance`` of a threshold."""
+        other = self.decide(expected) != self.decide(actual)
+        if tolerance:
+            other &= np.abs(expected - self._limits) > tolerance
+        changed: npt.NDArray[np.bool_] = other.any(axis=1)
+        return changed
 
 
 class OrientationEstimation:
@@ -143,9 +205,11 @@ class OrientationEstimation:
 Task: TypeAlias = Classification | OrientationEstimation  # the meaning of the main output of a graph
 
 
-def task_of(classes: Sequence[str]) -> Task:
-    """Return the task of a spec with these classes."""
-    return Classification(tuple(classes)) if classes else OrientationEstimation()
+def task_of(spec: ImageSpec, thresholds: Sequence[float] = ()) -> Task:
+    """Return the task of a spec; ``thresholds`` are those of `MultiLabel`."""
+    if spec.task == "multilabel":
+        return MultiLabel(spec.classes, thresholds)
+    return Classification(spec.classes) if spec.classes else OrientationEstimation()
 
 
 def deviation(degrees: Rows) -> Rows:

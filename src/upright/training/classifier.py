@@ -1,7 +1,7 @@
 """LightningModule that trains any network to classify images."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,20 @@ from upright.architectures.localisers import Network
 from upright.architectures.spatial_transformer import observing
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
-from upright.images import ImageSpec
+from upright.images import ImageSpec, TaskName
 from upright.training.losses import CrossEntropy
 from upright.training.metrics import StageMetrics
 from upright.training.module import ImageModule, as_batch
 from upright.training.optimisation import MakeOptimizer
 from upright.training.poses import PoseLosses
 from upright.training.schedules import MakeScheduler, OneCycle
+
+OTHER_TASK: dict[TaskName, str] = {
+    "classification": "These data have one class per image: train upright.ImageClassifier with them.",
+    "multilabel": "These data have several classes per image: train upright.MultiLabelClassifier with them.",
+    "orientation": "These data have no classes: train upright.OrientationEstimator with them.",
+}
+"""Refusal of data of each task by a classifier of another one."""
 
 
 class ImageClassifier(ImageModule):
@@ -41,6 +48,8 @@ class ImageClassifier(ImageModule):
             the transformers.
     """
 
+    task: ClassVar[TaskName] = "classification"
+
     def __init__(
         self,
         spec: ImageSpec,
@@ -54,8 +63,8 @@ class ImageClassifier(ImageModule):
         loss_weight: float = 1.0,
     ) -> None:
         num_classes = len(spec.classes)
-        if not num_classes:
-            raise UserError("These data have no classes: train upright.OrientationEstimator with them.")
+        if spec.task != self.task:
+            raise UserError(OTHER_TASK[spec.task])
         super().__init__(spec, network, num_classes, optimizer, scheduler, init)
         self.loss, self.loss_weight = loss(num_classes), loss_weight
         self.pose_losses = PoseLosses(self.model, upright_weight, prior_weight)
@@ -63,7 +72,12 @@ class ImageClassifier(ImageModule):
             raise UserError(f"loss_weight {loss_weight} trains nothing: use 1, or 0 with a prior_weight (2 is usual).")
         self.metrics = nn.ModuleDict(
             {
-                f"_{stage}": StageMetrics(num_classes, upright=self.transformers > 0, extra=self.extra_metrics())
+                f"_{stage}": StageMetrics(
+                    num_classes,
+                    upright=self.transformers > 0,
+                    extra=self.extra_metrics(),
+                    multilabel=self.task == "multilabel",
+                )
                 for stage in ("val", "test")
             }
         )
@@ -92,8 +106,7 @@ class ImageClassifier(ImageModule):
                 raise UserError(
                     f"class_weights balanced needs an ImageDataModule, got {kind}: give one weight per class."
                 )
-            counts = data.manifest.counts["train"]
-            loss.balance(torch.tensor([counts.get(name, 0) for name in self.spec.classes]))
+            loss.balance(self.class_counts(data))
         data = data if isinstance(data, ImageDataModule) else None
         augmentation = data and data.augmentation
         if augmentation and augmentation.mixes and not self._takes_probabilities():
@@ -102,6 +115,11 @@ class ImageClassifier(ImageModule):
                 f"use upright.training.losses.CrossEntropy, or remove {augmentation.mixes} from data.init_args.augment."
             )
         self.pose_losses.check_data(data)
+
+    def class_counts(self, data: ImageDataModule) -> Tensor:
+        """Return the number of training images of each class, ``(K,)``."""
+        counts = data.manifest.counts["train"]
+        return torch.tensor([counts.get(name, 0) for name in self.spec.classes])
 
     def _takes_probabilities(self) -> bool:
         classes = len(self.spec.classes)
@@ -140,7 +158,7 @@ class ImageClassifier(ImageModule):
         metrics: Any = self.metrics[f"_{stage}"]
         with observing() as observations:
             logits = self.model(batch.images)
-        probabilities = logits.float().softmax(dim=1)
+        probabilities = self.model.answers(logits.float())
         metrics.update(probabilities, batch.labels, self.loss(logits, batch.labels))
         if metrics.uprightness is not None:
             aspect = self.spec.width / self.spec.height
@@ -148,9 +166,9 @@ class ImageClassifier(ImageModule):
         return {"probabilities": probabilities, "observations": observations}
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Return labels ``(B,)`` and probabilities ``(B, K)``."""
+        """Return labels ``(B,)`` or ``(B, K)``, and probabilities ``(B, K)``."""
         batch = as_batch(batch)
-        return batch.labels, self.model(batch.images).softmax(dim=1)
+        return batch.labels, self.model.answers(self.model(batch.images))
 
 
 def _unchanged(points: Tensor) -> Tensor:

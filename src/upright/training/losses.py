@@ -2,7 +2,7 @@
 
 A loss that also accepts probabilities ``(B, K)`` as labels can train on mixed images (`upright.data.mixing`). If a loss
 has a true attribute ``balanced``, its method ``balance(counts)`` is called before training with the number of images of
-each class.
+each class; with several classes per image, with the numbers of images with and without each class, ``(2, K)``.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from upright.errors import UserError
 
@@ -71,6 +71,52 @@ class CrossEntropy(nn.Module):
             logits, targets, weight=self.weight, label_smoothing=self.label_smoothing, reduction="sum"
         )
         return total / len(logits)
+
+
+class BinaryCrossEntropy(nn.Module):
+    """Cross entropy of each class on its own, for several classes per image: the mean over images and classes.
+
+    Args:
+        num_classes: ``K``.
+        label_smoothing: weight of 0.5 in the mean of a target and 0.5.
+        positive_weights: weights of the terms of images with a class, one per class; ``balanced``: the number of
+            training images without the class for each one with it.
+
+    Raises:
+        UserError: if there is not one positive weight per class.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        label_smoothing: float = 0.0,
+        positive_weights: Sequence[float] | Literal["balanced"] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise UserError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
+        self.label_smoothing, self.balanced = label_smoothing, positive_weights == "balanced"
+        weights = [1.0] * num_classes if self.balanced or positive_weights is None else list(positive_weights)
+        if len(weights) != num_classes or not all(isinstance(each, int | float) and each > 0 for each in weights):
+            raise UserError(
+                f"positive_weights must be balanced, or {num_classes} numbers above 0, one per class in the order of "
+                f"the data; got {positive_weights}."
+            )
+        # Part of the weights, so that a test on any data uses the weights of training.
+        self.register_buffer("weight", None if positive_weights is None else torch.tensor(weights, dtype=torch.float32))
+
+    def balance(self, counts: Tensor) -> None:
+        """Set ``balanced`` weights from the numbers of training images with and without each class, ``(2, K)``."""
+        if self.balanced and self.weight is not None:
+            self.weight.copy_(counts[1].clamp(min=1) / counts[0].clamp(min=1))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Map logits and labels or probabilities, both ``(B, K)``, to a scalar."""
+        targets = targets.lerp(torch.full_like(targets, 0.5), self.label_smoothing)
+        return binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weight)
 
 
 class PerceptronLoss(nn.Module):

@@ -53,6 +53,8 @@ class Model(nn.Module):
 
     def answers(self, logits: Tensor) -> Tensor:
         """Return the main output of a deployed model: probabilities ``(B, K)``, or `orientation` ``(B, 2)``."""
+        if self.spec.task == "multilabel":
+            return logits.sigmoid()
         return logits.softmax(dim=1) if self.spec.classes else orientation(logits)
 
 

@@ -75,7 +75,7 @@ class ImageModule(Recorded, L.LightningModule):
         self._means = Means()
         self._validated_step = -1
         self.confusion: Tensor | None = None
-        """Confusion matrix of the last validation or test, ``(K, K)``: rows are labels, columns predictions."""
+        """Confusion matrix of the last validation or test, see `StageMetrics`: rows are labels, columns predictions."""
 
     @property
     def recipe(self) -> Recipe:
@@ -163,7 +163,7 @@ class ImageModule(Recorded, L.LightningModule):
         self.confusion = values.pop("confusion", None)
         for name, value in values.items():
             if not value.isnan():
-                self.log(f"{stage}/{name}", value, prog_bar=name in ("accuracy", "four_way"), sync_dist=True)
+                self.log(f"{stage}/{name}", value, prog_bar=name in ("accuracy", "four_way", "map"), sync_dist=True)
         metrics.reset()
         return values
 
@@ -275,8 +275,8 @@ def as_batch(batch: Any) -> Batch:
     """Return a batch of any loader as a `Batch`.
 
     Args:
-        batch: a `Batch`, or images ``(B, C, H, W)`` and labels ``(B,)``. Images are uint8, or floats in [0, 1] as
-            torchvision's ``ToTensor`` gives them: the classifier normalises them itself, by its spec.
+        batch: a `Batch`, or images ``(B, C, H, W)`` and labels as in a `Batch`. Images are uint8, or floats in [0, 1]
+            as torchvision's ``ToTensor`` gives them: the classifier normalises them itself, by its spec.
 
     Raises:
         UserError: if the batch is of another type.

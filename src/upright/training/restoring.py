@@ -93,8 +93,9 @@ def check_data(
 
 
 def check_task(spec: ImageSpec, data: ImageDataModule, path: str | Path) -> None:
-    """Refuse data whose classes or channels differ from those of a model with ``spec``, from ``path``."""
-    if (data.spec.classes, data.spec.channels) != (spec.classes, spec.channels):
+    """Refuse data whose task, classes or channels differ from those of a model with ``spec``, from ``path``."""
+    theirs = data.spec
+    if (theirs.task, theirs.classes, theirs.channels) != (spec.task, spec.classes, spec.channels):
         raise UserError(f"'{path}' was trained on {spec.summary}; the data have {data.spec.summary}.")
 
 

@@ -42,6 +42,11 @@ def report(
     if images < 1:
         raise UserError(f"--images must be at least 1, got {images}.")
     group = open_subjects(models, data, precision)
+    if group.data.spec.task == "multilabel":
+        raise UserError(
+            f"'{models[0]}' finds several classes per image, and report compares models with one class per image; "
+            "`upright test` writes the scores of each class."
+        )
     target = Path(to) if to else ROOT / f"report-{_folder_name(group.subjects)}"
     check_replaceable(target, "a report", RECORD)
     if not force and target.exists() and any(target.iterdir()):

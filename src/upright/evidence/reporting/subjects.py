@@ -124,7 +124,8 @@ def open_subjects(
     if tuple(precisions) != DEFAULT_PRECISIONS and not any(origin.bundle for origin in origins):
         raise UserError("--precision chooses among the models of a bundle, but none of these models is a bundle.")
     for other in origins[1:]:
-        if (other.spec.classes, other.spec.channels) != (first.spec.classes, first.spec.channels):
+        specs = [each.spec for each in (other, first)]
+        if len({(spec.task, spec.classes, spec.channels) for spec in specs}) > 1:
             raise UserError(
                 f"'{other.path}' has {other.spec.summary}; '{first.path}' has {first.spec.summary}. Give models with "
                 "the same channels and classes."

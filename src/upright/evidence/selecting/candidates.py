@@ -163,6 +163,8 @@ def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]
     first = contents[0]
     if not first["spec"]["classes"]:
         raise UserError(f"'{runs[0].checkpoint}' estimates the orientation, and select compares classifiers.")
+    if first["spec"].get("multilabel"):
+        raise UserError(f"'{runs[0].checkpoint}' finds several classes per image, and select compares single classes.")
     for run, record in zip(runs, contents, strict=True):
         if not record["data"] or not record["split"]:
             raise UserError(

@@ -17,6 +17,7 @@ from upright.runs.cli.command import Command, early_options
 from upright.runs.drawing import draw_confusion, save_png
 from upright.runs.plots import draw_orientation, draw_transformer
 from upright.runs.seal import open_test_split
+from upright.runtime.task import task_of
 from upright.tables import write_rows
 from upright.training.metrics import write_tables
 from upright.training.restoring import restore
@@ -85,24 +86,25 @@ class Evaluation(Command):
         title, plots = f"Test, epoch {self.epoch}", {}
         if model.confusion is not None:
             print(f"Tables:  {', '.join(map(str, write_tables(folder, model.confusion, model.spec.classes)))}")
+        if model.spec.task == "classification" and model.confusion is not None:
             plots["confusion"] = draw_confusion(title, model.confusion, model.spec.classes)
         if isinstance(data, ImageDataModule):
             if not model.spec.classes:
                 plots["orientation"] = draw_orientation(title, model, data)
-            elif model.transformers:
+            elif model.transformers and not model.spec.multilabel:
                 plots["transformer"] = draw_transformer(title, model, data)
         for name, plot in plots.items():
             save_png(plot, folder / f"test_{name}.png")
             print(f"Plot:    {folder / f'test_{name}.png'}")
 
     def _write_predictions(self, batches: list[Any]) -> None:
-        data, classes = self.datamodule, self.model.spec.classes
+        data, classes, task = self.datamodule, self.model.spec.classes, task_of(self.model.spec)
         if classes:
             labels, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
             header = ["label", "prediction", *classes]
             rows = [
-                [classes[label], classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())]
-                for label, row in zip(labels.tolist(), probabilities, strict=True)
+                [task.label(label), task.text(row), *(f"{p:.6f}" for p in row.tolist())]
+                for label, row in zip(labels.tolist(), probabilities.numpy(), strict=True)
             ]
         else:
             header = ["angle", "confidence"]

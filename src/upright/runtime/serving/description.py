@@ -23,12 +23,16 @@ class RankedClass(msgspec.Struct):
 
 
 class Result(msgspec.Struct, omit_defaults=True):
-    """A prediction, an orientation or an error for one image. ``angle`` is in degrees anticlockwise, -180 to 180."""
+    """A prediction, classes, an orientation or an error for one image.
+
+    ``labels`` are classes whose probability reaches the threshold. ``angle`` is in degrees anticlockwise, -180 to 180.
+    """
 
     name: str | None = None
     label: str | None = None
     probability: float | None = None
     top: list[RankedClass] | None = None
+    labels: list[RankedClass] | None = None
     angle: float | None = None
     confidence: float | None = None
     outputs: dict[str, list[Any]] | None = None
@@ -66,6 +70,12 @@ ANSWERS: dict[TaskName, Answers] = {
         "Classify",
         "a label with its probability (`top` is the number of classes to return)",
     ),
+    "multilabel": Answers(
+        "/v1/labels",
+        "an image classifier with several classes per image",
+        "Find the classes of",
+        "its classes with their probabilities, the most probable first; there may be none",
+    ),
     "orientation": Answers(
         "/v1/orientation",
         "the orientation of images",
@@ -75,9 +85,9 @@ ANSWERS: dict[TaskName, Answers] = {
 }
 
 
-def openapi(model: Model, limit: int, root_path: str) -> dict[str, Any]:
+def openapi(model: Model, task: TaskName, limit: int, root_path: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 description of a server that takes ``limit`` images per request."""
-    classes, answers = len(model.classes), ANSWERS["classification" if model.classes else "orientation"]
+    classes, answers = len(model.classes), ANSWERS[task]
     names = {"type": "array", "items": {"enum": [name for name in model.outputs if name != LABELS]}}
     outputs = _parameter("outputs", "query", names, style="form", explode=False)
     top = _parameter("top", "query", {"type": "integer", "minimum": 1, "maximum": classes, "default": 1})

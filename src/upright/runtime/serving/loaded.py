@@ -12,15 +12,16 @@ from upright.cores import count_cores
 from upright.errors import ImageError
 from upright.options import Serve
 from upright.runtime.bundle import Bundle
-from upright.runtime.predictor import OrientationPredictor, Predictor, fixed_batch
+from upright.runtime.predictor import AnyPredictor, fixed_batch
 from upright.runtime.predictor import open_predictor as open_bundle
 from upright.runtime.serving import protocol
 from upright.runtime.serving.batching import Batcher, Budget, Images, Outputs, set_exception
 from upright.runtime.serving.description import RankedClass, Result
 from upright.runtime.serving.metrics import Metrics
+from upright.runtime.task import MultiLabel
 
 
-def open_predictor(options: Serve) -> Predictor | OrientationPredictor:
+def open_predictor(options: Serve) -> AnyPredictor:
     """Open the bundle and run it on its first sample."""
     predictor = open_bundle(
         Bundle.open(options.bundle, options.key, options.expect),
@@ -44,7 +45,7 @@ class Loaded:
 
     def __init__(
         self,
-        predictor: Predictor | OrientationPredictor,
+        predictor: AnyPredictor,
         options: Serve,
         metrics: Metrics,
         budget: Budget,
@@ -55,7 +56,8 @@ class Loaded:
         # The version is a hash, so the same files have the same version on every server.
         self.version = options.model_version or predictor.bundle.digest[:12]
         self.name = options.name or predictor.bundle.name
-        self.protocol = protocol.Model(self.name, self.version, predictor.session, self.classes)
+        one_class = self.classes if self.task.name == "classification" else ()
+        self.protocol = protocol.Model(self.name, self.version, predictor.session, one_class)
         self.max_batch = min(options.max_batch, fixed_batch(predictor.session) or options.max_batch)
         delay = options.max_delay_ms / 1000
         self.batcher = Batcher(predictor.run_outputs, self.max_batch, delay, metrics.observe_run, budget)
@@ -133,8 +135,11 @@ class Loaded:
             return Result(name, error=str(outcome))
         # Use plain floats: NumPy would release the interpreter lock and then wait for it.
         (row,) = outcome[self.task.output].tolist()
-        self.metrics.observe(self.classes, row)
+        self.metrics.observe(self.task, row)
         outputs = {output: outcome[output][0].tolist() for output in names} or None
+        if isinstance(self.task, MultiLabel):
+            labels = [RankedClass(*item) for item in self.task.result(row).labels.items()]
+            return Result(name, labels=labels, outputs=outputs)
         if not self.classes:
             return Result(name, angle=row[0], confidence=row[1], outputs=outputs)
         pairs = sorted(zip(row, self.classes, strict=True), key=itemgetter(0), reverse=True)[:top]

@@ -7,6 +7,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from upright.runtime.task import Classification, MultiLabel, Task
+
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable with the folder in which workers share their metrics. `prometheus_client` reads it at import."""
 
@@ -36,7 +38,7 @@ class Metrics:
         self.model = Histogram("model_seconds", "Time per run of the model.", **common)
         text = "Accepted images without a response."
         self.waiting = Gauge("waiting_images", text, multiprocess_mode="livesum", **common)
-        self.predictions = Counter("predictions", "Images by their predicted class.", ["label"], **common)
+        self.predictions = Counter("predictions", "Images by each of their predicted classes.", ["label"], **common)
         self.angles = Counter("angles", "Images by their angle, rounded to 45 degrees.", ["degrees"], **common)
         text = "Probability of the predicted class, or confidence of the angle."
         self.confidence = Histogram("confidence", text, buckets=CONFIDENCES, **common)
@@ -57,15 +59,21 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    def observe(self, classes: Sequence[str], row: list[float]) -> None:
-        """Count the answer for one image: a row of the main output."""
-        if classes:
+    def observe(self, task: Task, row: Any) -> None:
+        """Count the answer for one image: a row of the main output, as a list."""
+        labels: dict[str, float] = {}
+        if isinstance(task, MultiLabel):
+            labels = task.result(row).labels
+        elif isinstance(task, Classification):
             confidence = max(row)
-            self.predictions.labels(classes[row.index(confidence)]).inc()
+            labels = {task.classes[row.index(confidence)]: confidence}
         else:
             angle, confidence = row
             self.angles.labels(SECTORS[round(angle / 45) % 8]).inc()
-        self.confidence.observe(confidence)
+            self.confidence.observe(confidence)
+        for label, confidence in labels.items():
+            self.predictions.labels(label).inc()
+            self.confidence.observe(confidence)
 
     def observe_run(self, images: int, seconds: float) -> None:
         self.batch.observe(images)

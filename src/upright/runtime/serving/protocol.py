@@ -98,7 +98,7 @@ def number(text: str) -> int:
 class Model:
     """The model as clients see it, and the conversion of its requests and responses.
 
-    With ``classes``, it has the further output `LABELS`.
+    With ``classes``, one for each image, it has the further output `LABELS`.
     """
 
     def __init__(self, name: str, version: str, session: onnxruntime.InferenceSession, classes: Sequence[str]) -> None:

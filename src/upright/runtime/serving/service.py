@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from upright.errors import ImageError, UprightError, UserError
 from upright.images import TaskName
 from upright.options import Serve
-from upright.runtime.predictor import OrientationPredictor, Predictor
+from upright.runtime.predictor import AnyPredictor
 from upright.runtime.serving import protocol
 from upright.runtime.serving.batching import Budget, log
 from upright.runtime.serving.description import ANSWERS, Results, openapi, page
@@ -52,7 +52,7 @@ request_log = logging.getLogger("upright.serve.requests")
 class Service:
     """The routes and their shared state."""
 
-    def __init__(self, predictor: Predictor | OrientationPredictor, options: Serve) -> None:
+    def __init__(self, predictor: AnyPredictor, options: Serve) -> None:
         self.options = options
         self.max_body = int(options.max_body_mb * 1e6)
         self.waiting, self.held_bytes, self.draining, self.started = 0, 0, False, False
@@ -61,7 +61,7 @@ class Service:
         self.decoders = ThreadPoolExecutor(decoder_count(options), "decode")
         self.loaded = self._load(predictor)
 
-    def _load(self, predictor: Predictor | OrientationPredictor) -> Loaded:
+    def _load(self, predictor: AnyPredictor) -> Loaded:
         return Loaded(predictor, self.options, self.metrics, self.budget, self.decoders)
 
     async def reload(self) -> None:
@@ -214,7 +214,7 @@ class Service:
             _refuse(
                 404, f"The task of this model is {loaded.task.name}: send images to {ANSWERS[loaded.task.name].route}."
             )
-        top = self._top(request, len(loaded.classes))
+        top = self._top(request, len(loaded.protocol.classes))
         names = list(filter(None, request.query_params.get("outputs", "").split(",")))
         loaded.predictor.check_outputs(names)
         async with self._accepted(request) as body:
@@ -235,7 +235,8 @@ class Service:
         if text is None:
             return 1
         if not classes:
-            raise UserError("top is for models with classes, and this one estimates the orientation; omit top.")
+            other = "finds several classes per image" if self.loaded.classes else "estimates the orientation"
+            raise UserError(f"top is for models with classes, and this one {other}; omit top.")
         top = protocol.number(text)
         if not 1 <= top <= classes:
             raise UserError(f"top must be from 1 to {classes} (the number of classes), got {text!r}.")
@@ -278,7 +279,7 @@ class Service:
                     raise UserError(str(error)) from None
         outputs = {name: np.concatenate([part[name] for part in parts]) for name in names} if parts[1:] else parts[0]
         for row in outputs[loaded.task.output].tolist() if loaded.task.output in outputs else ():
-            self.metrics.observe(loaded.classes, row)
+            self.metrics.observe(loaded.task, row)
         content, end = loaded.protocol.write(parsed, outputs)
         if end is None:
             return Response(content, media_type="application/json")
@@ -314,7 +315,7 @@ class Service:
         return _json(fields | {"ready": ready}, 200 if ready else 503)
 
     def _description(self) -> dict[str, Any]:
-        return openapi(self.loaded.protocol, self.options.max_queue, self.options.root_path)
+        return openapi(self.loaded.protocol, self.loaded.task.name, self.options.max_queue, self.options.root_path)
 
     def _observed(self, app: ASGIApp) -> ASGIApp:
         """Count and log every request of ``app``."""

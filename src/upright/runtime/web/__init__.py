@@ -16,6 +16,7 @@ from upright.files import cache_folder, replacing_folder
 from upright.options import Web
 from upright.runtime.address import download
 from upright.runtime.bundle import SAMPLES, Bundle
+from upright.runtime.task import MultiLabel
 
 RUNTIME_VERSION = "1.30.0"  # version of onnxruntime-web that this module downloads and the tests use
 RUNTIME = {
@@ -89,6 +90,7 @@ def _facts(bundle: Bundle, precision: str, folder: Path) -> dict[str, Any]:
         "precision": precision,
         "tolerance": bundle.tolerance(precision),
         "threshold": bundle.threshold or 0,
+        "thresholds": list(bundle.task.thresholds.values()) if isinstance(bundle.task, MultiLabel) else None,
         "task": spec.task,
         "classes": spec.classes,
         "channels": spec.channels,

@@ -415,15 +415,18 @@ async function showPage() {
 
   // -- the tasks: what a row of the main output means
 
-  // One probability per class.
+  // One probability per class. With `thresholds`, an image has each class that reaches its own.
   function classification() {
-    const { classes } = about;
+    const { classes, thresholds } = about;
     const colours = new Map(); // class -> number of its colour, for the classes with a curve
     const isLong = classes.length > ROWS;
     const rows = [...classes.keys()].slice(0, isLong ? 5 : ROWS).map((k) => makeRow(isLong ? "" : classes[k]));
     $("rows").className = classes.every((name) => name.length < 4) ? "short" : "";
 
     const best = (probabilities) => probabilities.indexOf(Math.max(...probabilities));
+    const labels = (row) =>
+      thresholds ? [...classes.keys()].filter((k) => row[k] >= thresholds[k]) : [best(row)];
+    const named = (row) => labels(row).map((k) => classes[k]).join(", ") || "no class";
     const colour = (k) => (colours.has(k) ? `var(--curve-${colours.get(k)})` : undefined);
 
     // Choose the classes with a curve: that of the upright image, which the text names, and those with the largest area.
@@ -457,29 +460,30 @@ async function showPage() {
       remember() {},
       forget: () => colours.clear(),
       difference: (expected, row) => Math.max(...expected.map((value, k) => Math.abs(value - row[k]))),
-      speech: (row) => `${classes[best(row)]}, ${Math.round(100 * row[best(row)])} percent`,
+      speech: (row) =>
+        labels(row).map((k) => `${classes[k]}, ${Math.round(100 * row[k])} percent`).join("; ") || "no class",
       lines: () => chooseColours().map((k) => ({ name: classes[k], colour: colour(k), height: (row) => row[k] })),
       show(row) {
         const order = [...classes.keys()];
         if (isLong) order.sort((a, b) => row[b] - row[a]);
-        const first = best(row);
+        const first = labels(row);
         rows.forEach((show, i) => {
           const k = order[i];
-          show(classes[k], row[k], `${(100 * row[k]).toFixed(1)} %`, colour(k), k === first);
+          show(classes[k], row[k], `${(100 * row[k]).toFixed(1)} %`, colour(k), first.includes(k));
         });
       },
       // Return the range of angles with the same answer as at 0, as text.
       share() {
-        const first = best(curve.get(0));
+        const first = named(curve.get(0));
         const reach = (step) => {
           let at = 0;
-          while (Math.abs(at) < 180 && best(curve.get(at + step) ?? curve.get(-at - step)) === first) at += step;
+          while (Math.abs(at) < 180 && named(curve.get(at + step) ?? curve.get(-at - step)) === first) at += step;
           return at;
         };
         const [low, high] = [reach(-STEP), reach(STEP)];
         const range = low === high ? "only at 0°" : `from ${low}° to ${high}°`.replaceAll("-", "−");
         const span = high - low >= 360 ? "at every angle" : range;
-        return `Stays “${classes[first]}” ${span}`;
+        return `Stays “${first}” ${span}`;
       },
     };
   }
