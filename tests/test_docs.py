@@ -35,6 +35,7 @@ SLOW = {
     "README.zh-CN.md",
     "docs/how-to/compare.md",
     "docs/how-to/export.md",
+    "docs/how-to/fine-tune.md",
     "docs/how-to/orientation.md",
     "docs/how-to/sweep.md",
     "docs/how-to/track.md",

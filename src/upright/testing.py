@@ -40,9 +40,21 @@ CLASSES = 7
 """Number of classes of the tested networks: unusual, so that a fixed number is noticed."""
 QUICK = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--wandb", "off")
 """Options of `upright fit` for a run of seconds."""
-AROUND = {"Transpose", "Cast", "Sub", "Div", "Softmax", "Identity", "MatMul", "ReduceL2", "Unsqueeze"}
+AROUND = {
+    "Transpose",
+    "Cast",
+    "Sub",
+    "Div",
+    "Softmax",
+    "Identity",
+    "MatMul",
+    "ReduceL2",
+    "Unsqueeze",
+    "ReduceSum",
+    "Min",
+}
 """ONNX operators outside the network in a graph for images of the network's own size: none of them resizes. The last
-three compute the confidence of votes."""
+five compute the confidence of votes."""
 
 
 def check_network(config: str | Path) -> None:

@@ -156,6 +156,18 @@ def identity(batch: int, *, device: torch.device | None = None) -> Tensor:
     return torch.eye(3, device=device).expand(batch, 3, 3)
 
 
+def disc(height: int, width: int) -> Tensor:
+    """Return the weights ``(H, W)`` of a centred disc: 1 inside, 0 outside, with an edge of one pixel between them.
+
+    The edge ends at the centres of the outermost pixels. Within it, a rotation around the centre never interpolates
+    with the padding, so neither the corners nor the edge depend on the angle.
+    """
+    radius = (min(height, width) - 1) / 2
+    y, x = (torch.arange(length) - (length - 1) / 2 for length in (height, width))
+    # The sums of squares are exact, so the disc has exactly the symmetries of a square.
+    return (radius - (y.square()[:, None] + x.square()).sqrt()).clamp(0, 1)
+
+
 def rotation(angles: Tensor, aspect: float | Tensor = 1.0) -> Tensor:
     """Return the matrices ``(B, 3, 3)`` that rotate the visible content of an image anticlockwise.
 

@@ -2,16 +2,19 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from upright.architectures.polar import PolarNetwork
 from upright.architectures.spatial_transformer import Observation, SpatialTransformer, observing
-from upright.architectures.voting import PolarLocaliser
+from upright.architectures.voting import NetworkLocaliser, PolarLocaliser
 from upright.data.digits import Digits
+from upright.training.model import orientation
 from upright.training.uprightness import Uprightness
-from upright.warp import pixel_centres, rotation, rotation_angle, transform_points
+from upright.warp import disc, pixel_centres, resize, rotation, rotation_angle, transform_points
 
 VARIANTS = {
     "default": ((1, 28, 28), {}, 5.0),
@@ -72,8 +75,32 @@ def test_the_pose_rotates_with_the_image_before_any_training(variant: Variant) -
     assert turns(angles + applied - angles[30]).abs().max() < tolerance
 
 
-def test_quarter_rotations_are_exact() -> None:
-    transformer, images = SpatialTransformer((2, 20, 20)), torch.rand(5, 2, 20, 20)
+def test_a_network_of_scores_answers_as_in_the_task_orientation() -> None:
+    network = partial(PolarNetwork, angles=32, radii=8, widths=(16,), strides=(2,), blocks=1)
+    localiser = partial(NetworkLocaliser, network=network, turns=16, size=24, mask="disc")
+    transformer = SpatialTransformer((2, 20, 28), localiser=localiser).eval()
+    transformer.localiser.scale.mul_(2)
+    transformer.localiser.shift.add_(0.3)
+    transformer.localiser.network.classifier.weight.data.mul_(8)  # sharper votes
+    images = torch.rand(6, 2, 20, 28)
+    with torch.no_grad(), observing() as observations:
+        transformer(images)
+        scores = transformer.localiser.network((resize(images, 24, 24, "crop") * 2 + 0.3) * disc(24, 24))
+    angles, confidence = orientation(scores).unbind(dim=1)
+    assert turns(poses(transformer, images) + angles).abs().max() < 1e-3 and angles.std() > 10
+    torch.testing.assert_close(observations[0].confidence, confidence)
+    torch.testing.assert_close(observations[0].votes, scores.softmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    "localiser",
+    [PolarLocaliser, partial(NetworkLocaliser, network=partial(PolarNetwork, radii=8, blocks=1), turns=32)],
+    ids=["polar", "network"],
+)
+def test_quarter_rotations_are_exact(localiser: Any) -> None:
+    torch.manual_seed(0)
+    transformer = SpatialTransformer((2, 20, 20), localiser=localiser).eval()
+    images = torch.rand(5, 2, 20, 20)
     angles = torch.stack([poses(transformer, images.rot90(quarter, (2, 3))) for quarter in range(4)])
     assert turns(angles - angles[0] + 90 * torch.arange(4)[:, None]).abs().max() < 0.5
 
@@ -161,5 +188,7 @@ def test_refuses(options: dict[str, object], text: str) -> None:
 def test_the_transform_has_to_be_that_of_the_votes() -> None:
     with pytest.raises(ValueError, match="PolarLocaliser votes for the transform 'rotation' and has no start; got"):
         SpatialTransformer((1, 28, 28), transform="affine", localiser=PolarLocaliser)
+    with pytest.raises(ValueError, match="turns must be at least 4, got 2"):
+        SpatialTransformer((1, 28, 28), localiser=partial(NetworkLocaliser, network=PolarNetwork, turns=2))
     with pytest.raises(ValueError, match=r"got transform 'rotation' and start \[1.0, 0.0\]"):
         SpatialTransformer((1, 28, 28), start=[1.0, 0.0])

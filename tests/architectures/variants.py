@@ -103,6 +103,21 @@ TRANSFORMERS = [
     around("rotation", transform="rotation", padding="border"),
     around("rotation-regressed", transform="rotation", localiser={"class_path": A + "localisers.ConvLocaliser"}),
     around("polar", localiser={"class_path": A + "voting.PolarLocaliser", "init_args": {"kernel": 5, "angles": 24}}),
+    around(
+        "network",
+        localiser={
+            "class_path": A + "voting.NetworkLocaliser",
+            "init_args": {
+                "network": {
+                    "class_path": A + "polar.PolarNetwork",
+                    "init_args": {"angles": 16, "radii": 6, "widths": [8], "strides": [2], "blocks": 1},
+                },
+                "turns": 16,
+                "size": 24,
+                "mask": "disc",
+            },
+        },
+    ),
     around("attention-smaller", transform="attention", output_size=[14, 12]),
     around("similarity-larger", transform="similarity", output_size=[40, 30]),
     around("affine-dense", transform="affine", localiser={"class_path": A + "localisers.DenseLocaliser"}),
@@ -142,7 +157,7 @@ SLOW_TO_EXPORT = re.compile(
     "inception|googlenet$|googlenet-batch|resnet-50|resnet-18-plain|small-resnet-20|vgg-1|nin$|alexnet-i"
     "|alexnet-paper|mlp-|lenet-|lstm-|gru-columns|rnn-rows-b|googlenet-small|resnet-18|small-resnet-plain|nin-small"
     "|transformer-(nearest|bicubic|inside-resnet|two|before|translation|affine-dense|attention-smaller|stacked"
-    "|similarity-larger|projective-reflection)"
+    "|similarity-larger|projective-reflection|network$)"
 )
 """Variants that are exported in slow tests: their graphs are large, or their layers are those of other variants."""
 

@@ -23,19 +23,26 @@ from tests.training.test_checkpoint import Exploit
 from tests.training.test_published_weights import random_weights, resnet_forward, resnet_layout, vgg_forward, vgg_layout
 from upright.architectures.lenet import LeNet
 from upright.architectures.perceptron import Perceptron
+from upright.architectures.polar import PolarNetwork
 from upright.architectures.resnet import ResNet, SmallResNet
-from upright.architectures.spatial_transformer import SpatialTransformer
+from upright.architectures.spatial_transformer import SpatialTransformer, observing
 from upright.architectures.timm import Pretrained
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
+from upright.architectures.voting import NetworkLocaliser
 from upright.checkpoint import read_checkpoint
+from upright.data.augmentation import RandomAffine
 from upright.data.digits import Digits
 from upright.errors import UprightError
+from upright.files import file_hash
 from upright.images import ImageSpec
 from upright.recipes import build
 from upright.training.classifier import ImageClassifier
 from upright.training.finetuning import Freeze, head, start_from
+from upright.training.orientation import OrientationEstimator, votes
+from upright.training.poses import prior_loss
 from upright.training.restoring import restore
+from upright.warp import pixel_centres, project_points, rotation, rotation_angle
 
 SPEC = Digits(size=12, margin=0).spec
 FEW = replace(SPEC, classes=("7", "8", "9"))
@@ -421,6 +428,121 @@ def test_weights_that_cannot_be_loaded_are_one_line() -> None:
         start_from(model)
 
 
+# --- Weights of an orientation for the localiser ----------------------------------------------------------------------
+
+POLAR = partial(PolarNetwork, angles=16, radii=6, widths=(8,), strides=(2,), blocks=1)
+UPRIGHT = replace(SPEC, height=16, width=16, classes=(), mean=(0.5,), std=(0.25,), resize="crop", mask="disc")
+
+
+def estimator(path: Path, **spec: object) -> OrientationEstimator:
+    """Write the checkpoint of an untrained orientation estimator whose votes are not all equal."""
+    torch.manual_seed(2)
+    model = OrientationEstimator(replace(UPRIGHT, **spec), POLAR, SGD, turns=16).eval()
+    model.model.network.classifier.weight.data.mul_(9)
+    save(model, path)
+    return model
+
+
+def behind(weights: Path, **options: object) -> object:
+    options = {"network": POLAR, "turns": 16, "size": 16, "mask": "disc"} | options
+    localiser = partial(NetworkLocaliser, weights=str(weights), **options)
+    return partial(TransformerNetwork, network=SMALL, transformer=partial(SpatialTransformer, localiser=localiser))
+
+
+def test_a_localiser_has_the_answers_of_an_orientation_checkpoint(tmp_path: Path) -> None:
+    theirs, path = estimator(tmp_path / "up.ckpt"), save(classifier(), tmp_path / "one.ckpt")
+    model = classifier(behind(tmp_path / "up.ckpt"), seed=1)
+    lines = start_from(model, path)
+    count = len(network_state(theirs)) + 2
+    assert lines[1:] == [f"Start of transformer.localisation.0: '{tmp_path}/up.ckpt' (run one, 1), {count} tensors."]
+    record = {"path": str(tmp_path / "up.ckpt"), "sha256": file_hash(tmp_path / "up.ckpt")}
+    assert model.start["localisers"] == [record | {"run": {"name": "one", "id": "1"}}]
+    images = torch.rand(4, 1, 12, 12) * 255
+    (tmp_path / "up.ckpt").unlink()  # the checkpoint of the whole is enough
+    restored = ImageClassifier.load_from_checkpoint(save(model, tmp_path / "whole.ckpt"))
+    for each in (model.eval(), restored):
+        with torch.no_grad(), observing() as observations:
+            each(images)
+        (angles, confidence), (last,) = theirs.predict_step((images / 255, torch.zeros(4)), 0).T, observations
+        points = pixel_centres(4, 4)
+        found = rotation_angle(last.points(points), points).rad2deg()
+        assert torch.allclose(torch.remainder(found + angles + 180, 360), torch.tensor(180.0), atol=0.01)
+        assert torch.allclose(last.confidence, confidence, atol=1e-4) and angles.std() > 1
+    # A file that has the transformer wins over the localiser's own weights.
+    estimator(tmp_path / "up.ckpt", mean=(0.1,))
+    again = classifier(behind(tmp_path / "up.ckpt"), seed=3)
+    assert len(start_from(again, tmp_path / "whole.ckpt")) == 1 and "localisers" not in again.start
+    shift = "transformer.localisation.0.shift"
+    assert torch.equal(network_state(again)[shift], network_state(model)[shift])
+
+
+def test_a_localiser_trains_in_place_before_a_frozen_classifier(tmp_path: Path) -> None:
+    estimator(tmp_path / "up.ckpt")
+    model = classifier(behind(tmp_path / "up.ckpt"), prior_weight=2.0, loss_weight=0.0)
+    start_from(model, save(classifier(), tmp_path / "one.ckpt"))
+    with pytest.raises(UprightError, match="The prior compares poses of an image, but the data are not rotated"):
+        train(model, Freeze(until_epoch=None, head=True), epochs=1)
+    rotate = {"augment": [partial(RandomAffine, rotate=180)]}
+    watch = train(model, Freeze(until_epoch=None, head=True), epochs=1, **rotate)
+    changed = {name for name, value in watch.states[0].items() if not torch.equal(value, watch.states[-1][name])}
+    trained = {f"transformer.{name}" for name, _ in model.model.network.transformer.named_parameters()}
+    # The softmax of the votes cancels what all scores have in common.
+    assert {name for name in trained if not name.endswith("bias")} <= changed
+    assert all(name.startswith("transformer.") for name in changed)
+
+
+def test_the_prior_of_a_localiser_is_the_loss_of_the_task_orientation(tmp_path: Path) -> None:
+    model = classifier(behind(tmp_path / "up.ckpt"), prior_weight=1.0, loss_weight=0.0).eval()
+    images, angles = torch.rand(3, 1, 12, 12), torch.tensor([0.3, -2.0, 1.0])
+    with observing() as observations:
+        model(images)
+    transforms, points = partial(project_points, rotation(angles)), pixel_centres(4, 4)
+    loss = prior_loss(transforms, observations, points, 1.0)
+    expected = torch.nn.functional.cross_entropy(observations[0].votes.log(), votes(angles, 16))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_stock_trainer_loads_the_weights_of_a_localiser_once(tmp_path: Path) -> None:
+    theirs = estimator(tmp_path / "up.ckpt")
+    model = classifier(behind(tmp_path / "up.ckpt"))
+    watch = train(model, Freeze(until_epoch=1), epochs=1)  # freezes the classifier
+    weights = "transformer.localisation.0.network.layers.0.convolution.weight"
+    assert torch.equal(watch.states[0][weights], network_state(theirs)["layers.0.convolution.weight"])
+    assert torch.equal(watch.states[0]["network.stem.0.0.weight"], watch.states[-1]["network.stem.0.0.weight"])
+    assert not torch.equal(watch.states[0][weights], watch.states[-1][weights])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"turns": 32, "mask": "none"}, r'{"turns": 16, "mask": "disc"}'),
+        ({"size": None}, r'{"size": 16}'),
+        ({"network": partial(POLAR, blocks=2)}, r'{"network": {"class_path": .* "blocks": 1}}}'),
+    ],
+)
+def test_weights_of_another_localiser_are_refused_and_change_nothing(
+    tmp_path: Path, options: dict[str, object], text: str
+) -> None:
+    estimator(tmp_path / "up.ckpt")
+    model = classifier(behind(tmp_path / "up.ckpt", **options))
+    before = network_state(model)
+    with pytest.raises(
+        UprightError, match=rf"another form than the NetworkLocaliser has. Give it .*: {text}."
+    ) as refusal:
+        start_from(model, save(classifier(seed=4), tmp_path / "one.ckpt"))
+    assert "\n" not in str(refusal.value)
+    assert model.start is None and all(torch.equal(v, network_state(model)[n]) for n, v in before.items())
+
+
+def test_a_localiser_takes_no_classifier_and_no_other_channels(tmp_path: Path) -> None:
+    model = classifier(behind(save(classifier(), tmp_path / "one.ckpt")))
+    with pytest.raises(UprightError, match=r"one.ckpt' is a classifier; weights of NetworkLocaliser must be a run of"):
+        start_from(model)
+    estimator(tmp_path / "up.ckpt", channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+    with pytest.raises(UprightError, match=r"up.ckpt' was trained on .*; the data have "):
+        start_from(classifier(behind(tmp_path / "up.ckpt")))
+
+
 # --- Freeze -----------------------------------------------------------------------------------------------------------
 
 
@@ -444,9 +566,9 @@ class Recorder(L.Callback):
         self.metrics = set(trainer.callback_metrics)
 
 
-def train(model: ImageClassifier, freeze: Freeze, epochs: int = 3) -> Recorder:
+def train(model: ImageClassifier, freeze: Freeze, epochs: int = 3, **options: object) -> Recorder:
     watch = Recorder()
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -456,9 +578,9 @@ def train(model: ImageClassifier, freeze: Freeze, epochs: int = 3) -> Recorder:
         limit_val_batches=1,
         # Validation within the epoch puts the network into evaluation mode and back.
         val_check_interval=2,
-        **options,
+        **quiet,
     )
-    trainer.fit(model, Digits(size=12, margin=0, batch_size=16))
+    trainer.fit(model, Digits(size=12, margin=0, batch_size=16, **options))
     return watch
 
 
@@ -517,7 +639,7 @@ def test_a_loss_without_weight_needs_a_prior() -> None:
 
 
 def test_a_network_without_a_body_has_nothing_to_freeze() -> None:
-    with pytest.raises(UprightError, match="all parameters of Perceptron depend on the number of classes"):
+    with pytest.raises(UprightError, match="all parameters of Perceptron start from scratch, or depend on"):
         train(classifier(Perceptron), Freeze(until_epoch=1))
 
 

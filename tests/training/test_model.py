@@ -13,8 +13,8 @@ from upright.architectures.lenet import LeNet
 from upright.exporting.graph import Form, write_graph
 from upright.images import ImageSpec, Resize
 from upright.runtime.predictor import open_session
-from upright.training.model import Model, disc
-from upright.warp import pixel_centres, rotation, warp
+from upright.training.model import Model
+from upright.warp import disc, pixel_centres, rotation, warp
 
 SIDE = 28
 SPEC = ImageSpec(3, SIDE, SIDE, ("a", "b", "c"), (0.4, 0.5, 0.6), (0.3, 0.2, 0.1), mask="disc")

@@ -24,11 +24,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_choice
 from upright.architectures.localisers import ConvLocaliser, DenseLocaliser, Network, Shape
 from upright.architectures.transforms import MatrixTransform, ThinPlate, TransformName
-from upright.architectures.voting import SLOPE, PolarLocaliser
+from upright.architectures.voting import PolarLocaliser, VotingLocaliser
 from upright.warp import Padding, Sampling, full_precision, pixel_centres, sample
 
 # Checkpoints of version 0.2 name the paper's localisers as classes of this module.
@@ -52,11 +51,11 @@ class SpatialTransformer(nn.Module):
         output_size: ``(H, W)`` of the output, by default that of the input. If it is smaller, several points per pixel
             are averaged to avoid aliasing, as the paper does after its transformer.
         start: ``theta`` before training, by default the identity. Parallel transformers can start at different places
-            of the image. A `PolarLocaliser` has no start: it follows the image before training, too.
+            of the image. A localiser that votes has no start: it follows the image.
         lr_factor: learning rate of the transformer, as a multiple of the network's.
 
     Attributes:
-        voting: True if the localiser is a `PolarLocaliser`.
+        voting: True if the localiser is a `VotingLocaliser`.
     """
 
     def __init__(
@@ -91,20 +90,15 @@ class SpatialTransformer(nn.Module):
         localiser = localiser or (PolarLocaliser if transform == "rotation" else ConvLocaliser)
         body = localiser(input_shape, features)
         head: list[nn.Module] = [nn.ReLU(), Regression(features, start or [0.0] * size)]
-        if isinstance(body, PolarLocaliser):
+        self.voting = isinstance(body, VotingLocaliser)
+        if isinstance(body, VotingLocaliser):
             if transform != "rotation" or start is not None:
                 raise ValueError(
                     f"{type(body).__name__} votes for the transform 'rotation' and has no start; "
                     f"got transform '{transform}' and start {start}."
                 )
-            score = nn.Conv1d(features, 1, 1, bias=False)  # the softmax would cancel a bias
-            initialise(score, "he_normal")
-            # Small scores spread the votes: sharp ones would jump between two good angles of an image.
-            with torch.no_grad():
-                score.weight.mul_(0.1)
-            head = [nn.LeakyReLU(SLOPE), score, nn.Flatten()]
+            head = body.head(features)
         self.localisation = nn.Sequential(body, *head)
-        self.voting = isinstance(body, PolarLocaliser)
 
     def locate(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``theta`` ``(B, P)`` of images ``(B, C, H, W)``, and the votes ``(B, N)`` if the localiser votes."""
@@ -117,10 +111,10 @@ class SpatialTransformer(nn.Module):
             return self.localiser.theta(votes), votes
 
     @property
-    def localiser(self) -> PolarLocaliser:
+    def localiser(self) -> VotingLocaliser:
         """The localiser, if ``voting`` is True."""
         localiser = self.localisation[0]
-        assert isinstance(localiser, PolarLocaliser)
+        assert isinstance(localiser, VotingLocaliser)
         return localiser
 
     def points(self, theta: Tensor, reference: Tensor) -> Tensor:
@@ -179,7 +173,7 @@ class Observation:
         theta: parameters of the transform, ``(B, P)``.
         output: output of the transformer, ``(B, C, H', W')``; empty if the pass was stopped before sampling.
         before: observation of the transformer before it, if there is one.
-        votes: distribution over the candidates of a `PolarLocaliser`, ``(B, N)``; None for other localisers.
+        votes: distribution over the candidates of a `VotingLocaliser`, ``(B, N)``; None for other localisers.
     """
 
     transformer: SpatialTransformer

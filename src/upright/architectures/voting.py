@@ -11,6 +11,7 @@ grid; learned canonicalisation (Kaba et al. 2023, arXiv:2211.06489) chooses amon
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from torch.nn.functional import avg_pool2d
 
 from upright.architectures.initialisation import initialise
 from upright.architectures.layers import check_size
-from upright.architectures.localisers import Shape
+from upright.architectures.localisers import Network, Shape
 from upright.architectures.transforms import unit
-from upright.warp import resize, sample
+from upright.warp import disc, resize, sample
 
 PIXELS_PER_RADIUS = 4
 """Largest number of pixels of the image's side per radius. Larger images are resized first, against aliasing."""
@@ -30,7 +31,32 @@ SLOPE = 0.1
 """Slope of the activations below 0. With 0, all maps died in some trainings, and the transformer stood still."""
 
 
-class PolarLocaliser(nn.Module):
+class VotingLocaliser(nn.Module):
+    """Base of localisers that vote for one of ``N`` rotations: the softmax of their scores are the votes ``(B, N)``."""
+
+    directions: Tensor
+    """Direction (cos, sin) of the transformer's rotation for each vote, ``(N, 2)``."""
+
+    def head(self, features: int) -> list[nn.Module]:
+        """Return the layers from the localiser's output to the scores ``(B, N)``."""
+        return []
+
+    def counted(self, votes: Tensor) -> Tensor:
+        """Return the votes whose mean direction is the answer; the others are 0."""
+        return votes
+
+    def theta(self, votes: Tensor) -> Tensor:
+        """Return the mean of the counted directions under the votes, as parameters of the rotation, ``(B, 2)``."""
+        # The mean has the length of the confidence. Of a short one, the difference from (1, 0) would be rounded.
+        return unit(self.counted(votes) @ self.directions) - torch.tensor([1.0, 0.0], device=votes.device)
+
+    def confidence(self, votes: Tensor) -> Tensor:
+        """Return the length of the mean direction, ``(B,)``: 0 if the votes are equal, 1 if one angle has all."""
+        length: Tensor = (votes @ self.directions).norm(dim=1)
+        return length
+
+
+class PolarLocaliser(VotingLocaliser):
     """Votes for the angle of a rotation, on a polar grid around the centre: features of each angle, ``(B, F, N)``.
 
     The transformer computes a score of each angle from its features. The softmax of the scores is a distribution, the
@@ -47,8 +73,6 @@ class PolarLocaliser(nn.Module):
         widths: maps of the convolutions on the grid.
         kernel: size of the convolutions on the grid, odd.
     """
-
-    directions: Tensor
 
     def __init__(
         self,
@@ -80,19 +104,100 @@ class PolarLocaliser(nn.Module):
         # With torch's own scheme the votes are almost equal, and rounding would decide the angle of some images.
         initialise(self, "he_normal")
 
-    def theta(self, votes: Tensor) -> Tensor:
-        """Return the mean of the angles under the votes, as parameters of the rotation, ``(B, 2)``."""
-        # The mean has the length of the confidence. Of a short one, the difference from (1, 0) would be rounded.
-        return unit(votes @ self.directions) - torch.tensor([1.0, 0.0], device=votes.device)
-
-    def confidence(self, votes: Tensor) -> Tensor:
-        """Return the length of the mean direction, ``(B,)``: 0 if the votes are equal, 1 if one angle has all."""
-        length: Tensor = (votes @ self.directions).norm(dim=1)
-        return length
+    def head(self, features: int) -> list[nn.Module]:
+        score = nn.Conv1d(features, 1, 1, bias=False)  # the softmax would cancel a bias
+        initialise(score, "he_normal")
+        # Small scores spread the votes: sharp ones would jump between two good angles of an image.
+        with torch.no_grad():
+            score.weight.mul_(0.1)
+        return [nn.LeakyReLU(SLOPE), score, nn.Flatten()]
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(self.grid(images))
         return features
+
+
+class NetworkLocaliser(VotingLocaliser):
+    """Votes by any network that scores rotations, for example that of an `OrientationEstimator`.
+
+    Angle and confidence are those of the estimator, see `near_peak`. Building it loads no weights:
+    `upright.training.finetuning.start_from` does so when training begins, and a checkpoint is enough for everything
+    later.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_outputs: not used, because the network returns one score for each rotation.
+        network: factory of the network; it is called with the shape of its images and with ``turns``.
+        turns: number ``N`` of rotations. Score ``k`` is for an image rotated by ``k * 360 / N`` degrees anticlockwise.
+        size: height and width of the images that the network gets; by default the shorter side of the input. Other
+            inputs are cropped to a square and resized.
+        mask: ``disc`` shows the network only the largest centred disc, as the data option of this name does.
+        weights: checkpoint or run of an `OrientationEstimator` whose weights are loaded when training begins.
+
+    Attributes:
+        scale: factor on the input, ``(C, 1, 1)``, where its normalisation is not that of the network.
+        shift: summand after ``scale``, ``(C, 1, 1)``.
+        factory: the argument ``network``.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    disc: Tensor | None
+
+    def __init__(
+        self,
+        input_shape: Shape,
+        num_outputs: int,
+        *,
+        network: Network,
+        turns: int = 64,
+        size: int | None = None,
+        mask: Literal["none", "disc"] = "none",
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if turns < 4:
+            raise ValueError(f"turns must be at least 4, got {turns}.")
+        channels, *sides = input_shape
+        self.turns, self.size, self.mask, self.weights = turns, size or min(sides), mask, weights
+        self.resizes = [self.size, self.size] != sides
+        self.factory = network
+        self.network = network((channels, self.size, self.size), turns)
+        self.register_buffer("scale", torch.ones(channels, 1, 1))
+        self.register_buffer("shift", torch.zeros(channels, 1, 1))
+        self.register_buffer("disc", disc(self.size, self.size) if mask == "disc" else None, persistent=False)
+        angles = -2 * math.pi * torch.arange(turns) / turns  # against the rotation of the image
+        self.register_buffer("directions", torch.stack([angles.cos(), angles.sin()], dim=1), persistent=False)
+
+    def counted(self, votes: Tensor) -> Tensor:
+        return near_peak(votes)
+
+    def confidence(self, votes: Tensor) -> Tensor:
+        """Return the share of the votes near their peak, ``(B,)``."""
+        return self.counted(votes).sum(dim=1).clamp(max=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float()
+        if self.resizes:
+            images = resize(images, self.size, self.size, "crop")
+        images = images * self.scale + self.shift
+        scores: Tensor = self.network(images if self.disc is None else images * self.disc)
+        return scores
+
+
+def near_peak(votes: Tensor) -> Tensor:
+    """Return the votes ``(B, N)`` for ``N`` equal steps of a full turn; those 45 degrees or more from the peak are 0.
+
+    Votes for another side of the image would pull the mean over all away from every side. The peak is that of the votes
+    smoothed over as many degrees.
+    """
+    count = votes.shape[1]
+    steps = torch.arange(count, device=votes.device)
+    # Row k is for peak k: which votes count, and with which weights they are smoothed.
+    distances = (torch.remainder(steps - steps[:, None] + count // 2, count) - count // 2).abs()
+    near = (8 * distances < count).to(votes.dtype)
+    kernel = near * (4 * math.pi * distances / count).cos().to(votes.dtype)
+    return votes * near[(votes @ kernel).argmax(dim=1)]
 
 
 class PolarGrid(nn.Module):

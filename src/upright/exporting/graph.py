@@ -87,7 +87,7 @@ class Graph(nn.Module):
             if not suffixes.get(name, [""]):
                 raise UserError(
                     f"No spatial transformer of the network has a localiser that votes, so it has no output {name}; "
-                    "upright.architectures.voting.PolarLocaliser votes."
+                    "those of upright.architectures.voting vote."
                 )
             self.names += [name + suffix for suffix in suffixes.get(name, [""])]
         if "features" in form.outputs and not (form.head and all(form.head)):

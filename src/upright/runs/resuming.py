@@ -43,7 +43,7 @@ def check_supported(trainer: Any) -> None:
         for kind, reason in UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} does not work with `upright fit`: {reason}.")
-    for option in ("max_epochs", "max_steps", "limit_train_batches"):
+    for option in ("max_steps", "limit_train_batches"):
         if getattr(trainer, option) == 0:
             raise UserError(f"trainer.{option} 0 trains nothing: give more, or leave it out.")
 

@@ -43,7 +43,8 @@ class ImageClassifier(ImageModule):
         init: scheme of the initial weights; by default the network's own.
         upright_weight: weight of the upright loss: two views of an image should end in one pose, whichever it is.
         prior_weight: weight of the identity prior: every view should end as the image was before augmentation. Use it
-            for data that have an up of their own. A localiser that votes needs no rotated views for it.
+            for data that have an up of their own. A `PolarLocaliser` needs no rotated views for it. See also
+            `prior_loss`.
         loss_weight: weight of ``loss``. With 0, only the poses train, and no gradient goes through the network behind
             the transformers.
     """

@@ -2,12 +2,14 @@
 
 **Finding the head.** `head` builds the network again with one extra class. The parameters whose shape changes are the
 *head*; the other parameters are the *body*. Spatial transformers of a `TransformerNetwork` are separate parts: weights
-that were trained without a transformer can start a network with one, and the other way round.
+that were trained without a transformer can start a network with one, and the other way round. A new transformer can
+have the weights of an orientation in its `NetworkLocaliser`.
 
 **Matching weights.** Tensors are matched by name and shape, whatever wrappers (`PREFIXES`) begin their names. At least
 `MIN_FIT` of the body's tensors must fit; the others start from scratch.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
@@ -22,12 +24,21 @@ from torch import Tensor, nn
 from upright.architectures.resnet import ResNet
 from upright.architectures.transformer_network import TransformerNetwork
 from upright.architectures.vgg import VGG
-from upright.checkpoint import KEY, check_format, find_checkpoint, load_file, training_hashes
+from upright.architectures.voting import NetworkLocaliser
+from upright.checkpoint import (
+    KEY,
+    check_format,
+    find_checkpoint,
+    load_file,
+    output_count,
+    read_checkpoint,
+    training_hashes,
+)
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
 from upright.files import file_hash
 from upright.images import ImageSpec
-from upright.recipes import Recipe, recipe
+from upright.recipes import Recipe, load_class, recipe
 from upright.training.module import ImageModule
 from upright.training.published_weights import (
     MEAN,
@@ -80,6 +91,18 @@ class StartWeights(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
+class LocaliserWeights(NamedTuple):
+    """Weights of an orientation for a `NetworkLocaliser`."""
+
+    name: str
+    """Name of the localiser in the network."""
+    state: dict[str, Tensor]
+    path: Path
+    run: dict[str, Any]
+    image_hashes: Tensor | None
+    remarks: tuple[str, ...]
+
+
 def head(classifier: ImageModule) -> set[str]:
     """Return the names of the network's parameters and buffers that depend on the number of outputs."""
     network, shape = classifier.arguments["network"], classifier.spec.input_shape
@@ -99,6 +122,8 @@ def start_from(
 ) -> list[str]:
     """Load weights into a classifier by name and shape, before training, and record their origin in its ``start``.
 
+    A `NetworkLocaliser` with ``weights`` gets them, unless ``path`` holds the weights of its transformer.
+
     Args:
         classifier: a new classifier. Only its network's weights, ``start`` and ``start_hashes`` change.
         path: an Upright checkpoint, a run's folder, or a state dict (``.pth``, ``.safetensors``); by default the
@@ -112,15 +137,23 @@ def start_from(
         UserError: for a file that cannot be read, weights of another network, or data whose validation or test
             images the weights were trained on; the classifier is then unchanged.
     """
+    network = classifier.model.network
+    localisers = [
+        _read_localiser(name, module, classifier, data)
+        for name, module in network.named_modules()
+        if isinstance(module, NetworkLocaliser) and module.weights
+    ]
     if path is None:
         source, digest = _published_weights(classifier), None
         if source is None:
-            return []
+            if not localisers:
+                return []
+            classifier.start = {"path": None, "sha256": None, "run": None, "anew": sorted(network.state_dict())}
+            return _start_localisers(classifier, localisers)
         name = source.origin
     else:
         path = find_checkpoint(path)
         source, digest, name = _read(path, classifier, data), file_hash(path), str(path)
-    network = classifier.model.network
     state, head_names = network.state_dict(), head(classifier)
     names = _weight_names(state, classifier.recipe["init_args"]["network"])
     weights = {key: source.state[own] for key, own in _weight_names(source.state, source.network).items()}
@@ -147,7 +180,10 @@ def start_from(
         outputs = f"{count} other {kind}" if old in (count, None) else f"{count} {kind} in place of {old}"
         lines.append(f"{' and '.join(modules)} start{'s' if len(modules) == 1 else ''} from scratch: {outputs}.")
     lines += misfits
-    lines += [f"The transformer at {place} starts from scratch." for place in sorted(missing_places)]
+    localisers = [each for each in localisers if f"{each.name}.scale" in new]
+    lines += _start_localisers(classifier, localisers)
+    started = {key.place for key, name in names.items() for each in localisers if name.startswith(f"{each.name}.")}
+    lines += [f"The transformer at {place} starts from scratch." for place in sorted(missing_places - started)]
     lines += [f"The transformer at {place} is ignored: the network has none there." for place in sorted(unused_places)]
     lines += source.remarks
     theirs, ours = source.normalisation, (classifier.spec.mean, classifier.spec.std)
@@ -156,6 +192,73 @@ def start_from(
             f"The weights were trained on images of mean {list(theirs[0])} and std {list(theirs[1])}; "
             f"these data have mean {list(ours[0])} and std {list(ours[1])}."
         )
+    return lines
+
+
+def _read_localiser(
+    name: str, localiser: NetworkLocaliser, classifier: ImageModule, data: ImageDataModule | None
+) -> LocaliserWeights:
+    """Read the weights of a localiser. Raise a `UserError` if they were not trained in the form that it has."""
+    assert localiser.weights is not None
+    path = find_checkpoint(localiser.weights)
+    checkpoint = read_checkpoint(path)
+    ours = checkpoint[KEY]
+    spec, theirs = classifier.spec, ImageSpec.from_dict(ours["spec"])
+    if theirs.classes:
+        raise UserError(f"'{path}' is a classifier; weights of NetworkLocaliser must be a run of OrientationEstimator.")
+    if data is not None:
+        check_unseen(ours, data, path)
+    wanted = {
+        "network": _complete(ours["model"]["init_args"]["network"]),
+        "turns": output_count(ours),
+        "size": theirs.height,
+        "mask": theirs.mask,
+    }
+    actual = {each: getattr(localiser, each) for each in wanted} | {"network": _complete(recipe(localiser.factory))}
+    if others := {each: value for each, value in wanted.items() if value != actual[each]}:
+        raise UserError(
+            f"'{path}' was trained in another form than the NetworkLocaliser has. Give it these init_args: "
+            f"{json.dumps(others)}."
+        )
+    if theirs.channels != spec.channels:
+        raise UserError(f"'{path}' was trained on {theirs.summary}; the data have {spec.summary}.")
+    prefix = "model.network."
+    state = {
+        f"network.{key.removeprefix(prefix)}": v
+        for key, v in checkpoint["state_dict"].items()
+        if key.startswith(prefix)
+    }
+    # The network of the transformer gets images with the normalisation of the data.
+    means, stds = (
+        torch.tensor([getattr(each, part) for each in (spec, theirs)])[:, :, None, None] for part in ("mean", "std")
+    )
+    state |= {"scale": stds[0] / stds[1], "shift": (means[0] - means[1]) / stds[1]}
+    if {key: v.shape for key, v in state.items()} != {key: v.shape for key, v in localiser.state_dict().items()}:
+        raise UserError(f"'{path}' holds the weights of another network than its config names: train it again.")
+    run = {key: ours["run"][key] for key in ("name", "id")}
+    remark = f"'{path}' was trained on images with mask {theirs.mask}; these data have mask {spec.mask}."
+    masked = spec.mask not in ("none", theirs.mask)
+    return LocaliserWeights(name, state, path, run, training_hashes(ours), (remark,) if masked else ())
+
+
+def _complete(network: Recipe) -> Recipe:
+    """Return the recipe of a network with all its defaults, as JSON has it."""
+    parameters = signature(load_class(network["class_path"])).parameters.values()
+    defaults = {each.name: recipe(each.default) for each in parameters if each.default is not each.empty}
+    complete: Recipe = json.loads(json.dumps(network | {"init_args": defaults | network.get("init_args", {})}))
+    return complete
+
+
+def _start_localisers(classifier: ImageModule, localisers: Sequence[LocaliserWeights]) -> list[str]:
+    """Load the weights of localisers, record their origin in ``start``, and return messages for the user."""
+    assert classifier.start is not None
+    lines = []
+    for name, state, path, run, hashes, remarks in localisers:
+        classifier.model.network.get_submodule(name).load_state_dict(state)
+        classifier.start.setdefault("localisers", []).append({"path": str(path), "sha256": file_hash(path), "run": run})
+        seen = [each for each in (classifier.start_hashes, hashes) if each is not None]
+        classifier.start_hashes = torch.unique(torch.cat(seen)) if seen else None
+        lines += [f"Start of {name}: '{path}' (run {run['name']}, {run['id']}), {len(state)} tensors.", *remarks]
     return lines
 
 
@@ -321,8 +424,9 @@ def _torchvision_weights(state: dict[str, Tensor], network: ResNet | VGG, classe
 class Freeze(Callback):
     """Freeze the body in the first epochs, and then train it at a smaller rate if asked.
 
-    All that `start_from` has no weights for is always trained: a new head, new transformers. A frozen body has no
-    gradients, and its batch normalisation uses its stored statistics and does not update them.
+    All that the file of `start_from` lacks is always trained: a new head, and new transformers, also with a
+    `NetworkLocaliser` that has its own weights. A frozen body has no gradients, and its batch normalisation uses its
+    stored statistics and does not update them.
 
     Args:
         until_epoch: the first epoch that trains the body, counted from 0; None if no epoch does.
@@ -347,14 +451,15 @@ class Freeze(Callback):
         self._network = network = pl_module.model.network
         new = set((pl_module.start or {}).get("anew", ()))
         new |= set() if self.head else head(pl_module)
-        if not pl_module.start and _pretrained(network):  # with a stock Trainer, these weights load later
+        own = any(isinstance(module, NetworkLocaliser) and module.weights for module in network.modules())
+        if not pl_module.start and (own or _pretrained(network)):  # with a stock Trainer, these weights load later
             names = _weight_names(network.state_dict(), pl_module.recipe["init_args"]["network"])
             new |= {name for key, name in names.items() if key.place}
         self._body = {name for name, _ in network.named_parameters() if name not in new}
         if not self._body:
             raise UserError(
-                f"Freeze has nothing to freeze: all parameters of {type(network).__name__} depend on the number of "
-                "classes."
+                f"Freeze has nothing to freeze: all parameters of {type(network).__name__} start from scratch, or "
+                "depend on the number of classes."
             )
         for name in self._body:
             parameter = network.get_parameter(name)

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from upright.architectures.voting import near_peak
 from upright.images import ImageSpec
-from upright.warp import resize
+from upright.warp import disc, resize
 
 
 class Model(nn.Module):
@@ -62,31 +63,11 @@ def orientation(scores: Tensor) -> Tensor:
     """Return the angle and the confidence of images, ``(B, 2)``, from the scores of rotations ``(B, N)``.
 
     Score ``k`` is that of a rotation by ``k * 360 / N`` degrees anticlockwise. The softmax of the scores are the votes.
-    The angle, from -180 to 180 degrees, is the mean direction of the votes less than 45 degrees from their peak. Votes
-    for another side of the image would pull the mean over all away from every side. The confidence, from 0 to 1, is
-    the share of these votes. The peak is that of the votes smoothed over as many degrees.
+    The angle, from -180 to 180 degrees, is the mean direction of the votes less than 45 degrees from their peak, see
+    `near_peak`. The confidence, from 0 to 1, is the share of these votes.
     """
-    count = scores.shape[1]
-    steps = torch.arange(count, device=scores.device)
-    angles = 2 * math.pi * steps / count
-    # Row k is for peak k: which votes count, and with which weights they are smoothed.
-    distances = (torch.remainder(steps - steps[:, None] + count // 2, count) - count // 2).abs()
-    near = (8 * distances < count).to(scores.dtype)
-    kernel = near * (4 * math.pi * distances / count).cos().to(scores.dtype)
-    votes = scores.softmax(dim=1)
-    counted = votes * near[(votes @ kernel).argmax(dim=1)]
+    counted = near_peak(scores.softmax(dim=1))
+    angles = 2 * math.pi * torch.arange(scores.shape[1], device=scores.device) / scores.shape[1]
     x, y = (counted @ torch.stack([angles.cos(), angles.sin()], dim=1).to(scores.dtype)).unbind(dim=1)
     # Rounding can lift a sum above 1, and torchmetrics then takes all confidences for logits.
     return torch.stack([torch.atan2(y, x).rad2deg(), counted.sum(dim=1).clamp(max=1)], dim=1)
-
-
-def disc(height: int, width: int) -> Tensor:
-    """Return the weights ``(H, W)`` of a centred disc: 1 inside, 0 outside, with an edge of one pixel between them.
-
-    The edge ends at the centres of the outermost pixels. Within it, a rotation around the centre never interpolates
-    with the padding, so neither the corners nor the edge depend on the angle.
-    """
-    radius = (min(height, width) - 1) / 2
-    y, x = (torch.arange(length) - (length - 1) / 2 for length in (height, width))
-    # The sums of squares are exact, so the disc has exactly the symmetries of a square.
-    return (radius - (y.square()[:, None] + x.square()).sqrt()).clamp(0, 1)

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from upright.architectures.spatial_transformer import Observation, SpatialTransformer
+from upright.architectures.spatial_transformer import Observation, SpatialTransformer, last_of
+from upright.architectures.voting import NetworkLocaliser, PolarLocaliser
 from upright.data.batch import Points
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UserError
+from upright.training.orientation import votes
 from upright.training.uprightness import final_points, upright_loss
-from upright.warp import pixel_centres
+from upright.warp import pixel_centres, rotation_angle
 
 
 class PoseLosses:
@@ -29,7 +31,7 @@ class PoseLosses:
                     f"{name} {weight} needs a SpatialTransformer in the network; "
                     "use 0, or put a transformer in front (configs/stn_lenet.yaml)."
                 )
-        self.voting = all(transformer.voting for transformer in transformers)
+        self.follows = all(isinstance(transformer.localisation[0], PolarLocaliser) for transformer in transformers)
 
     def __bool__(self) -> bool:
         return bool(self.upright_weight or self.prior_weight)
@@ -48,9 +50,8 @@ class PoseLosses:
                 "one, or set upright_weight 0."
             )
         loss, option = ("The upright loss", "upright_weight") if self.upright_weight else ("The prior", "prior_weight")
-        # Votes follow every rotation, also of images that were never rotated.
-        follows = not self.upright_weight and self.voting
-        if not (follows or (augmentation and augmentation.moves)):
+        # A PolarLocaliser follows every rotation, also of images that were never rotated.
+        if not ((self.follows and not self.upright_weight) or (augmentation and augmentation.moves)):
             raise UserError(
                 f"{loss} compares poses of an image, but the data are not rotated: add "
                 f"upright.data.augmentation.RandomAffine with rotate to data.init_args.augment, or set {option} 0."
@@ -81,7 +82,25 @@ class PoseLosses:
             first, second = poses
             losses["upright_loss"] = (self.upright_weight, upright_loss(first, second, points, aspect), len(first))
         if self.prior_weight:
-            final = torch.cat(poses)
-            deviation = upright_loss(final, points.expand_as(final), points, aspect)
-            losses["prior_loss"] = (self.prior_weight, deviation, len(final))
+            parts = [prior_loss(*view, points, aspect) for view in views]
+            losses["prior_loss"] = (self.prior_weight, torch.stack(parts).mean(), sum(map(len, poses)))
         return losses
+
+
+def prior_loss(transforms: Points, observations: list[Observation], points: Tensor, aspect: float) -> Tensor:
+    """Return the mean loss of poses that should be the identity, for one view of the images.
+
+    It is `upright_loss` against the identity. The votes of a `NetworkLocaliser` have modes, whose mean is no answer: it
+    is their cross-entropy with the rotation of the image, which also trains an `OrientationEstimator`.
+    """
+    losses = []
+    for last in last_of(observations):
+        before = transforms(last.before.points(points) if last.before else points)
+        if isinstance(last.transformer.localisation[0], NetworkLocaliser):
+            assert last.votes is not None
+            target = votes(rotation_angle(before.expand(len(last.votes), -1, -1), points, aspect), last.votes.shape[1])
+            losses.append(-(target * last.votes.clamp(min=1e-12).log()).sum(dim=1).mean())
+        else:
+            final = transforms(last.points(points))
+            losses.append(upright_loss(final, points.expand_as(final), points, aspect))
+    return torch.stack(losses).mean()

@@ -196,11 +196,16 @@ class Fit(Command):
             check = isinstance(data, ImageDataModule) and not self.config.allow_seen_images
             for line in start_from(model, plan.start, data if check else None):
                 self._print(line)
+            if self.trainer.max_epochs == 0 and not model.start:
+                raise UserError("trainer.max_epochs 0 trains nothing: give more, or weights with --start_from.")
         first = self.trainer.is_global_zero
         new = first and not plan.resumes_in_place
         with replacing_run(plan.folder) if new else nullcontext(), self.interruption.listening():
             try:
                 self.trainer.fit(model, data, ckpt_path=plan.checkpoint and str(plan.checkpoint), weights_only=True)
+                if self.trainer.max_epochs == 0:
+                    self.trainer.validate(model, data, verbose=False)
+                    self.trainer.save_checkpoint(plan.folder / "best.ckpt")
             except BaseException as error:
                 if isinstance(error, Interrupted) and first:
                     print(self._how_to_resume(), file=sys.stderr)
@@ -272,7 +277,8 @@ def _summary(folder: Path) -> str:
     if best.is_file():
         checkpoint = read_checkpoint(best)
         epochs = int(rows[-1]["epoch"]) + 1 if rows else checkpoint["epoch"] + 1
-        first = f"Best: epoch {checkpoint['epoch'] + 1} of {epochs}  {brief(checkpoint[KEY]['metrics'])}"
+        first = f"Best: epoch {checkpoint['epoch'] + 1} of {epochs}" if checkpoint["global_step"] else "Not trained"
+        first += f"  {brief(checkpoint[KEY]['metrics'])}"
     else:
         best, first = folder / "last.ckpt", "Best: unknown, because nothing was validated; there is last.ckpt"
     return (
