@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_orientation_bundle, write_unresized_bundle
 from tests.runtime.test_server import serving
+from tests.test_house import loaded_by
 from upright import OrientationPredictor, Predictor
 from upright.errors import EngineError, GateError, ImageError, UserError
 from upright.runtime import benchmark, openvino, speed
@@ -129,6 +130,11 @@ def test_infer_and_verify(upright: Upright) -> None:
         assert one["label"] == other["label"] and one["probability"] == pytest.approx(other["probability"], abs=1e-5)
     answer = upright("verify", DIGITS, *ENGINE)
     assert answer.code == 0 and ", fp32 within " in answer.out.replace("; ", ", ") and "int8 in openvino" in answer.out
+
+
+def test_infer_loads_no_other_heavy_package() -> None:
+    arguments = ["infer", str(DIGITS), str(DIGITS / "samples/00.png"), *ENGINE]
+    assert loaded_by(f"from upright.cli import main\nassert main({arguments!r}) == 0") == {"openvino"}
 
 
 def test_serve() -> None:

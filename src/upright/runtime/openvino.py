@@ -20,7 +20,7 @@ SETTINGS = {
     "INFERENCE_PRECISION_HINT": "f32",
     # Pinned threads of several processes would all share the first cores.
     "ENABLE_CPU_PINNING": False,
-    # Kernels are compiled for every size of image and batch, about 0.3 MB each. The default is 5000.
+    # Limit on kernels, which are compiled for every size of image and batch. The default is 5000, some gigabytes.
     "CPU_RUNTIME_CACHE_CAPACITY": 256,
 }
 ONEDNN_KERNELS = "64"  # of all models together, besides the above; the default is 1024
