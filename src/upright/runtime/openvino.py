@@ -66,12 +66,14 @@ class OpenVINOSession:
             name = f"'{model}'" if isinstance(model, str) else "the model"
             raise EngineError(f"openvino {version('openvino')} cannot load {name}: {one_line(error)}") from error
         self._request, self._lock = self._model.create_infer_request(), Lock()
+        self._inputs, self._outputs = (list(map(_end, ends)) for ends in (self._model.inputs, self._model.outputs))
+        self._places = {output.name: place for place, output in enumerate(self._outputs)}
 
     def get_inputs(self) -> list[End]:
-        return list(map(_end, self._model.inputs))
+        return self._inputs
 
     def get_outputs(self) -> list[End]:
-        return list(map(_end, self._model.outputs))
+        return self._outputs
 
     def get_providers(self) -> list[str]:
         return []  # onnxruntime's kind of engines
@@ -81,7 +83,7 @@ class OpenVINOSession:
         (images,) = feeds.values()
         with self._lock:
             results = self._request.infer(feeds, share_inputs=True, share_outputs=True)
-            outputs = [np.array(results[name]) for name in names]
+            outputs = [np.array(results[self._places[name]]) for name in names]
             if images[0].size > images.shape[-1] * MAX_BATCH_PIXELS:
                 # After a large image, return the memory to the system.
                 self._model.release_memory()
