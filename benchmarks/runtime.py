@@ -1,10 +1,11 @@
 """Speed in deployment: ONNX Runtime and PyTorch, int8, fp32 and OpenVINO, preprocessing, cold starts.
 
-    python benchmarks/runtime.py [recipes] [int8] [preprocessing] [cold] [--quick]
+    python benchmarks/runtime.py [recipes] [engines] [int8] [preprocessing] [cold] [--quick]
 
 By default all parts run. The engines take turns in one process, on one thread, measured in processor time (except for
 ``cold``). A ratio is the median of nine rounds, with the quartiles. Networks have random weights. PyTorch runs without
-gradients, in the layout of Upright's models (channels last). ``int8`` compares with OpenVINO if it is installed.
+gradients, in the layout of Upright's models (channels last). ``engines`` and ``int8`` compare with OpenVINO if it is
+installed.
 """
 
 import logging
@@ -34,11 +35,11 @@ from upright.data.configs import read_data, read_yaml
 from upright.exporting.graph import OPSET, Form, Graph, write_graph
 from upright.exporting.precision import Int8
 from upright.images import ImageSpec
+from upright.options import Engine
 from upright.recipes import build
 from upright.runtime import speed
-from upright.runtime.predictor import open_session
+from upright.runtime.predictor import open_session, run_batch
 from upright.runtime.speed import Speed, machine, side_by_side, turn
-from upright.runtime.worker import openvino_model
 from upright.training.model import Model
 
 
@@ -56,6 +57,9 @@ FULL: dict[str, Callable[..., nn.Module]] = {
     "GoogLeNet": partial(GoogLeNet, stem=(3, 1, 1), batch_norm=True),
 }
 """Networks at the widths of their papers."""
+
+
+ENGINE_RECIPES = ("lenet", "resnet", "alexnet", "lstm")
 
 
 def random_model(network: Callable[..., nn.Module], spec: ImageSpec) -> Model:
@@ -92,7 +96,7 @@ def run_of(session: onnxruntime.InferenceSession, images: np.ndarray) -> Callabl
     return partial(session.run, None, {"images": images})
 
 
-def eager(module: nn.Module, images: Tensor) -> Callable[[], object]:
+def eager(module: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
     """Return a function that runs a module once in PyTorch."""
 
     @torch.inference_mode()
@@ -124,6 +128,11 @@ def pixels(spec: ImageSpec, batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch, spec.height, spec.width, spec.channels), dtype=np.uint8)
 
 
+def calibration(spec: ImageSpec) -> Iterator[np.ndarray]:
+    """Yield images that determine the ranges of int8."""
+    yield pixels(spec, 16)
+
+
 def recipes(folder: Path, size: Size) -> None:
     """Compare ONNX Runtime fp32 with eager PyTorch, for every recipe of ``configs/``."""
     columns = ("recipe", "batch", "eager, ms", "ONNX Runtime, ms", "times as fast", "with preprocessing")
@@ -144,6 +153,30 @@ def recipes(folder: Path, size: Size) -> None:
             row(path.stem, batch, *times, ratio(speeds["onnx"]), ratio(preprocessed["onnx"]))
 
 
+def engines(folder: Path, size: Size) -> None:
+    """Compare ONNX Runtime and OpenVINO, fp32 and int8, with eager PyTorch: from uint8 images to probabilities."""
+    installed: list[Engine] = ["onnxruntime", "openvino"]
+    kinds = [(e, precision) for precision in ("fp32", "int8") for e in installed if find_spec(e)]
+    head("Times as fast as eager PyTorch", "recipe", "batch", "eager, ms", *map(" ".join, kinds))
+    for path in [path for path in size.configs if path.stem in ENGINE_RECIPES] or size.configs:
+        model = random_model(build(read_yaml(path)["model"]["network"]), read_data(path).spec)
+        write_graph(model, folder / "fp32.onnx")
+        converter = Int8(folder / "fp32.onnx", model.network, partial(calibration, model.spec), folder, False)
+        (folder / "int8.onnx").write_bytes(converter.convert(converter.layers))
+        (folder / "ranges.json").unlink(missing_ok=True)  # an LSTM has none
+        sessions = {kind: open_session(folder / f"{kind[1]}.onnx", threads=1, engine=kind[0]) for kind in kinds}
+
+        def answers(images: Tensor, model: Model = model) -> Tensor:
+            return model.answers(model(images))
+
+        for batch in size.batches:
+            images = pixels(model.spec, batch)
+            runs = {"eager": eager(answers, torch.from_numpy(images).permute(0, 3, 1, 2))}
+            runs |= {" ".join(kind): partial(run_batch, each, images) for kind, each in sessions.items()}
+            speeds = timed(runs)
+            row(path.stem, batch, f"{speeds.pop('eager').p50:.3f}", *map(ratio, speeds.values()))
+
+
 def int8(folder: Path, size: Size) -> None:
     """Compare int8 with fp32, and with OpenVINO."""
     peer = find_spec("openvino") is not None
@@ -153,22 +186,18 @@ def int8(folder: Path, size: Size) -> None:
         model = random_model(network, colour())
         path = folder / "model.onnx"
         write_graph(model, path)
-
-        def calibration(spec: ImageSpec = model.spec) -> Iterator[np.ndarray]:
-            yield pixels(spec, 16)
-
         sessions = {"fp32": open_session(path, threads=1)}
         for kind, full_range in (("int8", False), ("full", True)):
-            converter = Int8(path, model.network, calibration, folder, full_range)
+            converter = Int8(path, model.network, partial(calibration, model.spec), folder, full_range)
             (folder / f"{kind}.onnx").write_bytes(converter.convert(converter.layers))
             sessions[kind] = open_session(folder / f"{kind}.onnx", threads=1)
             (folder / "ranges.json").unlink()
         others = {"vino": path, "vino8": folder / "int8.onnx"} if peer else {}
-        loaded = {other: openvino_model(file, 1) for other, file in others.items()}
+        loaded = {other: open_session(file, threads=1, engine="openvino") for other, file in others.items()}
         for batch in size.batches:
             images = pixels(model.spec, batch)
             runs: dict[str, Callable[[], object]] = {key: run_of(value, images) for key, value in sessions.items()}
-            runs |= {other: partial(run, images) for other, run in loaded.items()}
+            runs |= {other: partial(run_batch, session, images) for other, session in loaded.items()}
             speeds = timed(runs)
             # The first run is the reference, so int8 is second.
             against = [timed({other: runs[other], "int8": runs["int8"]})["int8"] for other in others]
@@ -252,7 +281,7 @@ def cold(folder: Path, size: Size) -> None:
         row(name, f"{one.p50 / 1000:.2f}", f"{megabytes:.0f}", against, f"{megabytes / ours:.1f}")
 
 
-PARTS = {part.__name__: part for part in (recipes, int8, preprocessing, cold)}
+PARTS = {part.__name__: part for part in (recipes, engines, int8, preprocessing, cold)}
 
 
 def main() -> None:

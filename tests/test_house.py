@@ -32,7 +32,10 @@ ORDER = (
     ("demo", "testing", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-HEAVY = ("torch", "lightning", "torchmetrics", "onnx", "sklearn", "matplotlib", "wandb", "jsonargparse", "optuna")
+HEAVY = (
+    *("torch", "lightning", "torchmetrics", "onnx", "openvino"),
+    *("sklearn", "matplotlib", "wandb", "jsonargparse", "optuna"),
+)
 
 
 def part(path: Path) -> str:

@@ -152,6 +152,8 @@ PATHS = "images, folders of images, patterns like 'x/**/*.png'; - reads paths fr
 PROVIDERS = (
     "execution providers of onnxruntime, best first: cuda, tensorrt, coreml, openvino, ..., if this build has them"
 )
+Engine = Literal["onnxruntime", "openvino"]
+ENGINE = "engine that runs the model; openvino needs the extra `openvino`, and must agree on the samples of the bundle"
 DATA = "a YAML of the data, if they moved since the training"
 
 
@@ -318,6 +320,7 @@ class Attach(Options):
 class Verify(BundleOptions):
     """Check a bundle on this machine."""
 
+    engine: Engine = option("onnxruntime", "also check the predictions of this engine")
     speed: bool = option(False, "also compare the speed on one thread with that of the export")
     speed_factor: float = option(1.5, "warn with --speed if a batch takes FACTOR times as long", "FACTOR", above=1)
 
@@ -333,6 +336,7 @@ class Infer(ModelOptions):
     )
     npz: str | None = option(None, "also write paths and the main and further outputs to this file of NumPy", "FILE")
     threads: int | None = option(None, "threads per run; by default as many as there are cores", "N")
+    engine: Engine = option("onnxruntime", ENGINE)
     providers: Sequence[str] = option(("cpu",), PROVIDERS, "NAME")
     max_pixels: int = option(64_000_000, "limit for one image; larger images are refused", "N")
 
@@ -384,6 +388,9 @@ class Benchmark(BundleOptions):
     """Measure how fast a bundle is on this machine."""
 
     checkpoint: str | None = option(None, "the bundle's checkpoint or run; adds PyTorch, eager and compiled", "CKPT")
+    engine: Engine | None = option(
+        None, "measure only this engine, and fp32 in ONNX Runtime; by default all that are installed"
+    )
     batches: Sequence[int] | None = option(None, "batch sizes; by default 1 8 64, or the bundle's own", "B", minimum=1)
     threads: Sequence[int] = option((1,), "threads per run, each a part of the table", "N", minimum=1)
     to: str | None = option(None, "also write benchmark.md, benchmark.json and benchmark.png to this folder", "FOLDER")
@@ -403,6 +410,7 @@ class Serve(ModelOptions):
     port: int = option(8000, "port to listen on; 0 chooses a free one and logs it")
     workers: int = option(1, "processes behind the port, each with the bundle and limits of its own", "N", minimum=1)
     threads: int = option(0, "threads per run; 0 for the cores, divided by the workers", "N", minimum=0)
+    engine: Engine = option("onnxruntime", ENGINE)
     providers: Sequence[str] = option(("cpu",), PROVIDERS, "NAME")
     decoders: int = option(0, "threads that decode images; 0 for the cores, divided by the workers", "N", minimum=0)
     max_batch: int = option(64, "images per run of the model", "N", minimum=1)

@@ -120,7 +120,7 @@ def test_runtimes_that_fail_are_named_and_the_others_are_measured(
 ) -> None:
     exact = find_runtimes(Bundle.open(DIGITS), None)[0]
     broken = [
-        Runtime("Raising", "numpy", "upright.runtime.worker:openvino", {"bundle": 5}, 0, 0.0),
+        Runtime("Raising", "numpy", "upright.runtime.worker:predictor", {"bundle": 5}, 0, 0.0),
         Runtime("Ending", "numpy", "os:_exit", {"status": 3}, 0, 0.0),
     ]
     monkeypatch.setattr(benchmark_module, "find_runtimes", lambda *_: [exact, *broken])

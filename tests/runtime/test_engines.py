@@ -16,15 +16,16 @@ import pytest
 
 from tests.conftest import ROOT
 from upright.images import decode
-from upright.runtime import worker
 from upright.runtime.bundle import Bundle
+from upright.runtime.predictor import open_session, run_batch
 
 Images = npt.NDArray[np.uint8]
 Engine = Callable[[Path, Images], npt.NDArray[np.float32]]
 
 
 def openvino(model: Path, images: Images) -> npt.NDArray[np.float32]:
-    return worker.openvino_model(model, threads=1)(images)
+    (probabilities,) = run_batch(open_session(model, threads=1, engine="openvino"), images)
+    return probabilities
 
 
 def node(package: str) -> Engine:

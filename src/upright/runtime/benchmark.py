@@ -17,6 +17,7 @@ from upright.errors import UserError
 from upright.files import replacing_file, write_text
 from upright.options import Benchmark
 from upright.runtime.bundle import Bundle
+from upright.runtime.openvino import check_installed
 from upright.runtime.speed import machine, side_by_side
 from upright.runtime.task import OrientationEstimation, Rows, Task
 from upright.runtime.worker import Worker
@@ -66,7 +67,11 @@ def benchmark(options: Benchmark) -> int:
         raise UserError("--checkpoint needs the package 'torch': pip install 'upright[train]'.")
     if checkpoint and not Path(checkpoint).exists():
         raise UserError(f"Checkpoint '{checkpoint}' does not exist.")
+    if options.engine == "openvino":
+        check_installed()
     runtimes = find_runtimes(bundle, checkpoint)
+    if options.engine:
+        runtimes = [each for each in runtimes if each is runtimes[0] or each.package in ("torch", options.engine)]
     rows, failures = list[Row](), dict[str, str]()
     for threads in dict.fromkeys(options.threads):
         rows += _measure(bundle, runtimes, batches, threads, failures)
@@ -98,8 +103,8 @@ def find_runtimes(bundle: Bundle, checkpoint: str | None) -> list[Runtime]:
     folder, runtimes = str(bundle.folder), list[Runtime]()
     for name, package in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
         for precision in bundle.precisions if find_spec(package) else ():
-            load, size = f"upright.runtime.worker:{package}", len(bundle.model(precision).read_bytes())
-            settings: dict[str, Any] = {"bundle": folder, "precision": precision}
+            load, size = "upright.runtime.worker:predictor", len(bundle.model(precision).read_bytes())
+            settings: dict[str, Any] = {"bundle": folder, "precision": precision, "engine": package}
             runtimes.append(Runtime(f"{name} {precision}", package, load, settings, size, bundle.tolerance(precision)))
     if checkpoint:
         file = Path(checkpoint) / "best.ckpt" if Path(checkpoint).is_dir() else Path(checkpoint)

@@ -30,6 +30,7 @@ def infer(options: Infer) -> int:
         options.precision,
         threads=options.threads,
         providers=options.providers,
+        engine=options.engine,
         max_pixels=options.max_pixels,
     )
     top, classes, main = _top(predictor, options.top), predictor.spec.classes, predictor.task.output

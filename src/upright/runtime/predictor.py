@@ -6,16 +6,18 @@ from functools import partial
 from importlib.resources.abc import Traversable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
 from upright.cores import count_cores
-from upright.errors import BundleError, EngineError, ImageError, UserError, one_line
+from upright.errors import BundleError, EngineError, GateError, ImageError, UserError, one_line
 from upright.images import MAX_BATCH_PIXELS, MAX_PIXELS, ImageSource, Pixels, TaskName, batches_of_one_size, decode
+from upright.options import Engine
 from upright.runtime.bundle import Bundle
+from upright.runtime.openvino import OpenVINOSession
 from upright.runtime.task import LabelSet, Orientation, Prediction, Rows
 
 Item = TypeVar("Item")
@@ -26,6 +28,10 @@ OTHER_PREDICTOR: dict[TaskName, str] = {
     "multilabel": "finds several classes per image; use upright.MultiLabelPredictor",
     "orientation": "estimates the orientation; use upright.OrientationPredictor",
 }
+INT8_HINT = (
+    " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
+    "export without --full-range, or use another precision on this machine."
+)
 CPU = ("cpu",)
 CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -39,10 +45,14 @@ class BundlePredictor(Generic[Result]):
         threads: threads per run; by default the number of cores that this process may use.
         providers: execution providers of onnxruntime, best first: ``cpu``, ``cuda``, ``tensorrt``, ``openvino``, ...
         max_pixels: limit on the pixels of an image; a larger image is refused before it is decoded.
+        engine: ``onnxruntime``, or ``openvino``, which first has to reproduce the predictions for the samples.
 
     Raises:
         BundleError: if the bundle is damaged, has no model of that precision, or its model does not fit its manifest.
-        UserError: if a provider is not installed, a number is out of range, or the bundle is for another task.
+        UserError: if the engine or a provider is not installed, a number is out of range, or the bundle is for another
+            task.
+        EngineError: if OpenVINO cannot load the model.
+        GateError: if OpenVINO gives other predictions for the samples.
     """
 
     task_name: TaskName
@@ -55,19 +65,21 @@ class BundlePredictor(Generic[Result]):
         threads: int | None = None,
         providers: Sequence[str] = CPU,
         max_pixels: int = MAX_PIXELS,
+        engine: Engine = "onnxruntime",
     ) -> None:
         if max_pixels < 1:
             raise UserError(f"max_pixels must be at least 1, got {max_pixels}.")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec, self.max_pixels = self.bundle.spec, max_pixels
+        self.precision, self.engine = precision, engine
         self.task = self.bundle.task
         if self.task.name != self.task_name:
             raise UserError(f"Bundle '{self.bundle.folder}' {OTHER_PREDICTOR[self.task.name]} for it.")
-        options: dict[str, Any] = {"threads": threads, "providers": providers, "max_pixels": max_pixels}
+        options: dict[str, Any] = dict(threads=threads, providers=providers, max_pixels=max_pixels, engine=engine)
         place = self.bundle.folder.absolute(), self.bundle.digest
         self._reopen = partial(_reopen, type(self), *place, precision, **options)
         model = self.bundle.model(precision)
-        self.session = open_session(model, threads, providers)
+        self.session = open_session(model, threads, providers, engine)
         ends = [*self.session.get_inputs(), *self.session.get_outputs()][:2]
         expected = [
             ("images", "tensor(uint8)", 4, self.spec.channels),
@@ -75,6 +87,8 @@ class BundlePredictor(Generic[Result]):
         ]
         if [(end.name, end.type, len(end.shape), end.shape[-1]) for end in ends] != expected:
             raise BundleError(f"The inputs and outputs of '{model}' do not match the manifest.")
+        if engine != "onnxruntime":  # `export` has run onnxruntime on all validation images
+            self.check_samples()
 
     def __reduce__(self) -> tuple[Callable[[], "BundlePredictor[Result]"], tuple[()]]:
         # A session cannot be pickled. The other process opens the bundle, and checks that it is the same one.
@@ -119,7 +133,7 @@ class BundlePredictor(Generic[Result]):
 
         Raises:
             ImageError: if an image cannot be used, unless ``errors`` is ``return``.
-            EngineError: if onnxruntime fails.
+            EngineError: if the engine fails.
         """
 
         def decode_or_error(image: ImageSource) -> Pixels | ImageError:
@@ -210,20 +224,54 @@ class BundlePredictor(Generic[Result]):
 
         Raises:
             ImageError: if the network does not accept images of this size.
-            EngineError: if onnxruntime fails.
+            EngineError: if the engine fails.
         """
+        size, spec = images.shape[1:3], self.spec
+        if self.engine == "openvino" and spec.resize == "none" and (size[0] < spec.height or size[1] < spec.width):
+            # If the output of a layer is empty, OpenVINO returns the results of an earlier run.
+            smallest = _size((spec.height, spec.width))
+            raise ImageError(
+                f"The network does not resize images of {_size(size)} pixels, and the engine openvino needs at least "
+                f"{smallest}; use the engine onnxruntime."
+            )
         try:
             return dict(zip(names, run_batch(self.session, images, names), strict=True))
         except EngineError as error:
             if self._accepts_training_size(images.shape):
-                size = _size(images.shape[1:3])
-                raise ImageError(f"The model does not accept images of {size} pixels: {error}") from error
+                raise ImageError(f"The model does not accept images of {_size(size)} pixels: {error}") from error
             raise
+
+    def check_samples(self) -> float:
+        """Return the largest difference from the predictions that `export` recorded for the samples of the bundle.
+
+        Raises:
+            GateError: if a difference is larger than its tolerance.
+        """
+        pixels = [decode(file, self.spec) for file in self.bundle.sample_files]
+        expected, tolerance = self.bundle.expected(self.precision), self.bundle.tolerance(self.precision)
+        # Run the samples one by one and in one batch, because the batch size must not change a prediction.
+        for batch_size in (1, len(pixels)):
+            actual = np.stack(list(self.rows(pixels, batch_size)))
+            differences = self.task.differences(expected, actual)
+            flipped = self.task.changed(expected, actual, tolerance)
+            wrong = flipped | ~(differences <= tolerance)
+            if wrong.any():
+                samples, hint = self.bundle.samples, INT8_HINT if self.precision == "int8" else ""
+                if self.engine != "onnxruntime":
+                    hint = " Use the engine onnxruntime."
+                files = [sample["file"] for sample, is_wrong in zip(samples, wrong, strict=True) if is_wrong]
+                raise GateError(
+                    f"Bundle '{self.bundle.folder}' gives other predictions on this machine ({self.engine}, "
+                    f"{self.precision}, batches of {batch_size}): {len(files)} of {len(pixels)} samples differ by up "
+                    f"to {differences.max():.2g} (allowed {tolerance:.2g}), {int(flipped.sum())} of them in "
+                    f"{self.task.answer}: {', '.join(files)}.{hint}"
+                )
+        return float(differences.max())
 
     def _accepts_training_size(self, shape: tuple[int, ...]) -> bool:
         """Return whether the model runs on as many pixels at the size of its training images.
 
-        Only a network without resizing can refuse a size, and onnxruntime raises the same exception for any failure.
+        Only a network without resizing can refuse a size, and engines raise the same exception for any failure.
         """
         (batch, height, width, channels), spec = shape, self.spec
         if spec.resize != "none" or (height, width) == (spec.height, spec.width):
@@ -272,31 +320,43 @@ def open_predictor(bundle: str | Path | Bundle, *arguments: Any, **options: Any)
 
 
 def open_session(
-    model: Traversable | bytes, threads: int | None = None, providers: Sequence[str] = CPU
-) -> onnxruntime.InferenceSession:
-    """Open an ONNX file with onnxruntime.
+    model: Traversable | bytes,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    engine: Engine = "onnxruntime",
+) -> Any:
+    """Open an ONNX file as an ``InferenceSession`` of onnxruntime, or an `OpenVINOSession`.
 
     Args:
         model: path or content of the file, or a file in an archive.
         threads: number of threads per run; by default the number of cores that this process may use.
         providers: execution providers, best first: ``cuda``, ``tensorrt``, ``coreml``, ``openvino``, ... The processor
             runs the operators that none of them supports.
+        engine: ``onnxruntime`` or ``openvino``.
 
     Raises:
         BundleError: if onnxruntime cannot load the file.
-        UserError: if a provider is not installed or cannot start.
+        EngineError: if OpenVINO cannot load the file.
+        UserError: if the engine or a provider is not installed or cannot start.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}; without it, there are as many as cores.")
+    if engine not in get_args(Engine):
+        raise UserError(f"engine must be {' or '.join(get_args(Engine))}, got '{engine}'.")
+    # By default engines use all physical cores of the machine, also in a container that may use fewer.
+    cores = count_cores()
+    count = threads or (cores if cores < (os.cpu_count() or 1) else 0)
+    content = model if isinstance(model, bytes) else str(model) if isinstance(model, Path) else model.read_bytes()
+    if engine == "openvino":
+        if list(providers) != list(CPU):
+            raise UserError(f"providers are for the engine onnxruntime, got {', '.join(providers)}; omit them.")
+        return OpenVINOSession(content, count)
     full_names = find_providers(providers)
     options = onnxruntime.SessionOptions()
-    # By default onnxruntime uses all physical cores of the machine, also in a container that may use fewer.
-    cores = count_cores()
-    options.intra_op_num_threads = threads or (cores if cores < (os.cpu_count() or 1) else 0)
+    options.intra_op_num_threads = count
     # Do not log constants that the optimiser could not fold. Errors are also raised as exceptions.
     options.log_severity_level = 4
     try:
-        content = model if isinstance(model, bytes) else str(model) if isinstance(model, Path) else model.read_bytes()
         session = onnxruntime.InferenceSession(content, options, providers=full_names)
     except Exception as error:  # onnxruntime's exceptions have no other common base
         name = "the model" if isinstance(model, bytes) else f"'{model}'"
@@ -316,7 +376,7 @@ def find_providers(names: Sequence[str]) -> list[str]:
         if _short(name) not in available:
             raise UserError(
                 f"onnxruntime {onnxruntime.__version__} has no provider '{name}', only {', '.join(available)}; "
-                "install another build of it in its place, such as onnxruntime-gpu or onnxruntime-openvino."
+                "install another build of it in its place, such as onnxruntime-gpu, or use the engine openvino."
             )
     return [available[_short(name)] for name in names]
 
@@ -351,7 +411,7 @@ def run_batch(
 
     Raises:
         ImageError: if the model was exported for another size or another number of channels.
-        EngineError: if onnxruntime fails.
+        EngineError: if the engine fails.
     """
     count, shape = len(images), _size(images.shape[1:])
     allowed = session.get_inputs()[0].shape[1:]
@@ -366,5 +426,6 @@ def run_batch(
             arguments.append(onnxruntime.RunOptions())
             arguments[-1].add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return [output[:count] for output in session.run(*arguments)]
-    except Exception as error:  # onnxruntime's exceptions have no other common base
-        raise EngineError(f"onnxruntime failed on {count} images of (H, W, C) {shape}: {one_line(error)}") from error
+    except Exception as error:  # the engines' exceptions have no other common base
+        engine = "openvino" if isinstance(session, OpenVINOSession) else "onnxruntime"
+        raise EngineError(f"{engine} failed on {count} images of (H, W, C) {shape}: {one_line(error)}") from error

@@ -3,26 +3,21 @@
 import json
 from collections.abc import Iterator
 
-import numpy as np
 import onnxruntime
 
 from upright.errors import GateError, UserError
 from upright.images import decode
-from upright.options import Verify
+from upright.options import Engine, Verify
 from upright.runtime.bundle import PARITY, Bundle
 from upright.runtime.predictor import open_predictor, open_session
 from upright.runtime.speed import machine, speeds_by_batch
-
-INT8_HINT = (
-    " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
-    "export without --full-range, or use another precision on this machine."
-)
 
 
 def verify(options: Verify) -> int:
     """Check hashes and format, and for each precision the model's metadata and its predictions for the samples."""
     bundle = Bundle.open(options.bundle, options.key, options.expect)
-    lines = [_check(bundle, precision) for precision in bundle.precisions]
+    engines: list[Engine] = list(dict.fromkeys(["onnxruntime", options.engine]))
+    lines = [_check(bundle, precision, engine) for engine in engines for precision in bundle.precisions]
     signature = f"signature of {options.key}, " if options.key else ""
     print(
         f"Verified '{options.bundle}': {signature}hashes, format {bundle.manifest['format']}, "
@@ -58,25 +53,11 @@ def compare_speed(bundle: Bundle, factor: float) -> Iterator[str]:
         )
 
 
-def _check(bundle: Bundle, precision: str) -> str:
-    predictor, spec, task = open_predictor(bundle, precision), bundle.spec, bundle.task
-    metadata = json.loads(predictor.session.get_modelmeta().custom_metadata_map.get("upright", "null"))
-    if metadata != {"classes": list(spec.classes), "format": bundle.manifest["format"]}:
-        raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {metadata}.")
-    pixels = [decode(path, spec) for path in bundle.sample_files]
-    expected, tolerance = bundle.expected(precision), bundle.tolerance(precision)
-    # Run the samples one by one and in one batch, because the batch size must not change a prediction.
-    for batch_size in (1, len(pixels)):
-        actual = np.stack(list(predictor.rows(pixels, batch_size)))
-        differences = task.differences(expected, actual)
-        flipped = task.changed(expected, actual, tolerance)
-        wrong = flipped | ~(differences <= tolerance)
-        if wrong.any():
-            files = [sample["file"] for sample, is_wrong in zip(bundle.samples, wrong, strict=True) if is_wrong]
-            raise GateError(
-                f"Bundle '{bundle.folder}' gives other predictions on this machine ({precision}, batches of "
-                f"{batch_size}): {len(files)} of {len(pixels)} samples differ by up to {differences.max():.2g} "
-                f"(allowed {tolerance:.2g}), {int(flipped.sum())} of them in {task.answer}: {', '.join(files)}."
-                f"{INT8_HINT if precision == 'int8' else ''}"
-            )
-    return f"{precision} within {differences.max():.1e} (allowed {tolerance:.0e})"
+def _check(bundle: Bundle, precision: str, engine: Engine) -> str:
+    predictor = open_predictor(bundle, precision, engine=engine)
+    if engine == "onnxruntime":
+        metadata = json.loads(predictor.session.get_modelmeta().custom_metadata_map.get("upright", "null"))
+        if metadata != {"classes": list(bundle.spec.classes), "format": bundle.manifest["format"]}:
+            raise GateError(f"The metadata of '{bundle.model(precision)}' differ from the manifest: {metadata}.")
+    difference, suffix = predictor.check_samples(), "" if engine == "onnxruntime" else f" in {engine}"
+    return f"{precision}{suffix} within {difference:.1e} (allowed {bundle.tolerance(precision):.0e})"

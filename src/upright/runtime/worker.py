@@ -4,7 +4,6 @@ The process imports only the packages of this runtime, so other runtimes do not 
 """
 
 import importlib
-import io
 import json
 import os
 import subprocess
@@ -12,16 +11,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from upright.errors import UprightError, UserError
 from upright.images import decode
+from upright.options import Engine
 from upright.runtime.bundle import Bundle
 from upright.runtime.speed import turn
 
@@ -88,31 +87,11 @@ class Worker:
         raise RuntimeError(f"its process ended with {code}: {last_line[:300]}")
 
 
-def onnxruntime(bundle: str, precision: str, threads: int) -> LoadedModel:
-    """Load a bundle in ONNX Runtime, with all the checks of `upright infer`."""
+def predictor(bundle: str, precision: str, engine: Engine, threads: int) -> LoadedModel:
+    """Load a bundle in an engine, with all the checks of `upright infer`."""
     from upright.runtime.predictor import open_predictor
 
-    return open_predictor(bundle, precision, threads=threads).run
-
-
-def openvino(bundle: str, precision: str, threads: int) -> LoadedModel:
-    """Load a bundle in OpenVINO."""
-    return openvino_model(Bundle(Path(bundle)).model(precision), threads)
-
-
-def openvino_model(model: Traversable, threads: int) -> LoadedModel:
-    """Load an ONNX file in OpenVINO, on the processor.
-
-    By default, OpenVINO computes float32 files in bfloat16 on a processor that has it. The bundle's answers then
-    change by more than their tolerance, so this function sets float32.
-    """
-    from openvino import Core
-
-    core = Core()
-    network = core.read_model(model if isinstance(model, Path) else io.BytesIO(model.read_bytes()))
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(network, "CPU", settings)
-    return lambda images: cast(npt.NDArray[np.float32], compiled({"images": images})[compiled.output(0)])
+    return open_predictor(bundle, precision, threads=threads, engine=engine).run
 
 
 def peak_memory() -> int | None:

@@ -28,6 +28,7 @@ def open_predictor(options: Serve) -> AnyPredictor:
         options.precision,
         threads=options.threads or None,
         providers=options.providers,
+        engine=options.engine,
         max_pixels=options.max_pixels,
     )
     # Load Pillow's plugins and allocate the model's memory before the first request.

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 
 from upright.errors import UserError, one_line
+from upright.runtime.openvino import OpenVINOSession
 from upright.runtime.serving.batching import Images, Outputs
 
 HEADER = "Inference-Header-Content-Length"
@@ -109,7 +110,7 @@ class Model:
         self.metadata: dict[str, Any] = {
             "name": name,
             "versions": [version],
-            "platform": "onnxruntime_onnx",
+            "platform": "openvino" if isinstance(session, OpenVINOSession) else "onnxruntime_onnx",
             "inputs": [_tensor(images)],
             "outputs": [*map(_tensor, session.get_outputs())],
         }
