@@ -134,6 +134,13 @@ def test_from_a_table_to_a_bundle(mosaics: Path, upright: Upright) -> None:
     assert answer.code == 0, answer.err
 
 
+def test_a_validation_split_needs_a_class(tmp_path: Path, upright: Upright) -> None:
+    table = write(tmp_path, "a,train", "b,train", ",val", "a,test", header="path,label,split")
+    answer = upright("fit", "--config", CONFIG, "--data.file", table, "--data.size", "16", "--wandb", "off")
+    assert answer.code == 2 and "No image of the validation split has a class" in answer.err
+    assert not Path("checkpoints/multilabel").exists()
+
+
 def write(folder: Path, *lines: str, header: str = "path,label") -> str:
     for number in range(len(lines)):
         noise = np.random.default_rng(number % 10).integers(0, 256, (12, 12), dtype=np.uint8)

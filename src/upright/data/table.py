@@ -18,6 +18,7 @@ from upright.errors import UserError, nearest
 COLUMNS = ("path", "label", "split")
 Cells = tuple[str, str, str]
 """Path, label and split of one line."""
+Reader = Callable[[Path], Iterator[tuple[int, Cells]]]
 
 
 class Table(ImageFiles):
@@ -46,10 +47,7 @@ class Table(ImageFiles):
         """The checked cells by line, without looking for the images."""
         if not self.file.is_file():
             raise UserError(f"Table '{self.file}' does not exist; `file` (--data.file) is a .csv or .parquet file.")
-        readers: dict[str, Callable[[Path], Iterator[tuple[int, Cells]]]] = {
-            ".csv": _csv_cells,
-            ".parquet": partial(_parquet_cells, separator=self.separator),
-        }
+        readers: dict[str, Reader] = {".csv": _csv_cells, ".parquet": partial(_parquet_cells, separator=self.separator)}
         if (suffix := self.file.suffix.lower()) not in readers:
             raise UserError(f"Table '{self.file}' must be a .csv or .parquet file.")
         table = dict(readers[suffix](self.file))

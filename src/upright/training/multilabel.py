@@ -47,6 +47,13 @@ class MultiLabelClassifier(ImageClassifier):
                 "upright.training.losses.BinaryCrossEntropy."
             )
 
+    def on_fit_start(self) -> None:
+        """Refuse data without a class in the validation split; see also the base."""
+        super().on_fit_start()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule) and not data.manifest.counts["val"]:
+            raise UserError("No image of the validation split has a class, so there is nothing to measure: add some.")
+
     def class_counts(self, data: ImageDataModule) -> Tensor:
         """Return the numbers of training images with and without each class, ``(2, K)``."""
         counts = super().class_counts(data)
