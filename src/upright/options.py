@@ -215,7 +215,30 @@ class Preview(Options):
     write_statistics: bool = option(False, "write the measured mean and deviation into the YAML; its comments stay")
 
 
-class Export(Options):
+class AbstentionOptions(Options):
+    """Base of the commands that write a graph whose transformer abstains."""
+
+    threshold: float | None = option(
+        None,
+        "smallest confidence of the transformer; below it, the image passes unchanged",
+        "C",
+        minimum=0,
+    )
+    max_harm: float | None = option(
+        None,
+        "choose the smallest threshold whose harm is within this limit: points of upright images that go from right "
+        "to wrong, by the upper end of its interval",
+        "POINTS",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None and self.max_harm is not None:
+            raise UserError("--max-harm chooses the threshold; give only one of --max-harm and --threshold.")
+
+
+class Export(AbstentionOptions):
     """Write a verified ONNX bundle of a checkpoint."""
 
     checkpoint: str = argument("a checkpoint, or the folder of a run (its best.ckpt)")
@@ -252,7 +275,7 @@ class Export(Options):
     triton: str | None = option(None, "also write the models with their config into this Triton repository", "FOLDER")
 
 
-class Attach(Options):
+class Attach(AbstentionOptions):
     """Straighten images in front of any ONNX classifier, in one graph.
 
     The result is a bundle: its graph makes an image upright by the orientation bundle, preprocesses it for the
@@ -296,21 +319,12 @@ class Attach(Options):
         "C",
         minimum=0,
     )
-    max_harm: float | None = option(
-        None,
-        "choose the smallest threshold whose harm is within this limit: points of upright images that go from right "
-        "to wrong, by the upper end of its interval",
-        "POINTS",
-        above=0,
-    )
     min_angle: float = option(1.0, "smallest angle; below it, the image passes unchanged", "DEGREES", minimum=0)
     padding: Literal["zeros", "border", "reflection"] = option("reflection", "values beyond the border of the image")
     straightened: bool = option(False, "also return the images that the classifier gets, as output straightened")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold is not None and self.max_harm is not None:
-            raise UserError("--max-harm chooses the threshold; give only one of --max-harm and --threshold.")
         if self.crop is not None and self.crop > 1:
             raise UserError(f"--crop must be at most 1, the complete image; got {self.crop:g}.")
 

@@ -465,8 +465,8 @@ def test_a_localiser_has_the_answers_of_an_orientation_checkpoint(tmp_path: Path
             each(images)
         (angles, confidence), (last,) = theirs.predict_step((images / 255, torch.zeros(4)), 0).T, observations
         points = pixel_centres(4, 4)
-        found = rotation_angle(last.points(points), points).rad2deg()
-        assert torch.allclose(torch.remainder(found + angles + 180, 360), torch.tensor(180.0), atol=0.01)
+        poses = rotation_angle(last.points(points), points).rad2deg()
+        assert torch.allclose(torch.remainder(poses + angles + 180, 360), torch.tensor(180.0), atol=0.01)
         assert torch.allclose(last.confidence, confidence, atol=1e-4) and angles.std() > 1
     # A file that has the transformer wins over the localiser's own weights.
     estimator(tmp_path / "up.ckpt", mean=(0.1,))

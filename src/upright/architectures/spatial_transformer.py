@@ -56,6 +56,8 @@ class SpatialTransformer(nn.Module):
 
     Attributes:
         voting: True if the localiser is a `VotingLocaliser`.
+        threshold: confidence below which the transformer abstains: ``theta`` is then 0, the identity. `upright export`
+            sets it; it is 0 in training.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class SpatialTransformer(nn.Module):
         localiser = localiser or (PolarLocaliser if transform == "rotation" else ConvLocaliser)
         body = localiser(input_shape, features)
         head: list[nn.Module] = [nn.ReLU(), Regression(features, start or [0.0] * size)]
-        self.voting = isinstance(body, VotingLocaliser)
+        self.voting, self.threshold = isinstance(body, VotingLocaliser), 0.0
         if isinstance(body, VotingLocaliser):
             if transform != "rotation" or start is not None:
                 raise ValueError(
@@ -108,7 +110,10 @@ class SpatialTransformer(nn.Module):
         # Eight bits resolve an angle only to a degree or two.
         with full_precision(images.device):
             votes: Tensor = self.localisation(images.float()).softmax(dim=1)
-            return self.localiser.theta(votes), votes
+            theta = self.localiser.theta(votes)
+            if self.threshold:
+                theta = torch.where(self.localiser.confidence(votes)[:, None] >= self.threshold, theta, 0.0)
+            return theta, votes
 
     @property
     def localiser(self) -> VotingLocaliser:

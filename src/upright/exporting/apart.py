@@ -56,9 +56,14 @@ class Photograph(NamedTuple):
 
     def views(self, spec: ImageSpec, padding: Padding) -> list[Pixels]:
         """Return the image in all rotations of `ANGLES`, uint8 ``(H, W, C)``."""
-        pixels = to_tensor(decode(self.source, spec)[None])
-        rotated = [straighten(pixels, -angle, padding).round().clamp(0, 255) for angle in ANGLES]
-        return [each[0].permute(1, 2, 0).numpy().astype(np.uint8) for each in rotated]
+        return rotated_views(decode(self.source, spec), padding)
+
+
+def rotated_views(pixels: Pixels, padding: Padding) -> list[Pixels]:
+    """Return an image ``(H, W, C)`` in all rotations of `ANGLES`, uint8."""
+    images = to_tensor(pixels[None])
+    rotated = [straighten(images, -angle, padding).round().clamp(0, 255) for angle in ANGLES]
+    return [each[0].permute(1, 2, 0).numpy().astype(np.uint8) for each in rotated]
 
 
 def fit(foreign: Foreign, images: Iterable[Pixels], angles: Iterable[float], padding: Padding) -> Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from upright.exporting.harm import effect_tables
+from upright.exporting.harm import summary as effect_summary
 from upright.exporting.precision import TOLERANCES
 from upright.runtime.bundle import MODELS, read_task
 from upright.runtime.task import Task
@@ -32,6 +34,8 @@ def summary(parity: dict[str, Any], task: Task) -> Iterator[str]:
         yield f"Macro F1 {exact['f1']:.4f}, with thresholds that maximise it: {_thresholds(multilabel)}."
     if orientation := parity.get("orientation"):
         yield _threshold(orientation, exact)
+    if effect := parity.get("effect"):
+        yield f"Threshold of the confidence: {effect['threshold']:.4f}. {effect_summary(effect)}"
     lower = {name: metrics for name, metrics in parity["precisions"].items() if name != "fp32"}
     for name, metrics in lower.items():
         low, high = metrics["drop_interval"]
@@ -121,7 +125,7 @@ PyTorch and ONNX Runtime answered all {parity["images"]} original images.{turned
 | {score}, PyTorch | {accuracy["pytorch"]:.4f} |
 | {score}, ONNX Runtime | {exact["accuracy"]:.4f} |
 | {score}, PyTorch on the cached images that training used | {accuracy["cached_pipeline"]:.4f} |
-{confidence}{_precisions(manifest, parity, task)}
+{confidence}{_abstention(parity)}{_precisions(manifest, parity, task)}
 ## Metrics of the training run
 
 {metrics}
@@ -134,6 +138,20 @@ Install Upright; its base install needs no PyTorch. Then:
 
 In Python: `from upright import {predictor}; {predictor}("{name}")("image.png").{answer}`
 """
+
+
+def _abstention(parity: dict[str, Any]) -> str:
+    """Return the section about a spatial transformer that abstains, if there is one."""
+    if not (effect := parity.get("effect")):
+        return ""
+    limit = f" It keeps the harm within {parity['max_harm']:g} points." if parity["max_harm"] is not None else ""
+    return f"""
+## Harm and gain
+
+Below the confidence {effect["threshold"]:.4f}, the spatial transformer abstains: the image passes unchanged.{limit}
+The images of the validation split were shown upright, and in {len(parity["angles"]) - 1} other rotations.
+
+{effect_tables(effect)}"""
 
 
 def _precisions(manifest: dict[str, Any], parity: dict[str, Any], task: Task) -> str:

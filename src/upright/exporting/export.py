@@ -20,6 +20,8 @@ import torch
 from upright.checkpoint import find_checkpoint
 from upright.data.configs import read_data
 from upright.errors import UserError
+from upright.exporting.abstention import measure, voting_transformer
+from upright.exporting.apart import ANGLES
 from upright.exporting.bom import BOM, bom
 from upright.exporting.card import card, summary
 from upright.exporting.gate import Batches, check_exact, convert_within
@@ -107,9 +109,21 @@ def export(options: Export) -> int:
         folders = model_folders(Path(options.triton), name, ("fp32", *precisions), target, options.force)
         check_labels(images.spec.classes)
 
+    model, threshold, effect = restored.classifier.cpu().model.eval(), 0.0, None
+    if options.threshold is not None or options.max_harm is not None:
+        option = "--threshold" if options.max_harm is None else "--max-harm"
+        transformer = voting_transformer(model, option)
+        count = len(images.splits["val"])
+        print(f"Measuring harm and gain on {count} images in {len(ANGLES)} rotations ...", flush=True)
+        answers = measure(model, images, option, form.size)
+        chosen = options.threshold if options.max_harm is None else answers.smallest_threshold(options.max_harm)
+        transformer.threshold = threshold = float(np.float32(chosen))
+        effect = answers.effect(threshold)
+        form = replace(form, outputs=tuple(dict.fromkeys((*form.outputs, "confidence"))))
+
     with replacing_folder(target) as folder:
         print(f"Exporting '{options.checkpoint}' (opset {form.opset}) ...", flush=True)
-        reference = Reference(restored.classifier.cpu().model.eval(), images, form)
+        reference = Reference(model, images, form, threshold)
         split = contents["split"]
         excluded = torch.cat([split["hashes"][part] for part in ("val", "test")]) if split else torch.empty(0).long()
         calibration = partial(calibration_batches, images, excluded, form)
@@ -122,9 +136,12 @@ def export(options: Export) -> int:
             parity["multilabel"] = {"thresholds": thresholds}
             manifest["multilabel"] = {"thresholds": list(thresholds.values())}
         if not images.spec.classes:
-            threshold = choose_threshold(exact, options.max_wrong)
-            parity["orientation"] = {"max_wrong": options.max_wrong, **threshold._asdict()}
-            manifest["orientation"] = {"threshold": threshold.threshold}
+            confidence = choose_threshold(exact, options.max_wrong)
+            parity["orientation"] = {"max_wrong": options.max_wrong, **confidence._asdict()}
+            manifest["orientation"] = {"threshold": confidence.threshold}
+        if effect:
+            parity |= {"angles": ANGLES, "max_harm": options.max_harm, "effect": effect}
+            manifest["orientation"] = {"threshold": threshold}
         write_records(folder, manifest, parity, card(manifest, parity), _samples(reference, exact.stable))
         hashes = {MODELS[each]: file_hash(folder / MODELS[each]) for each in descriptions}
         write_json(folder / BOM, bom(manifest, parity, hashes))

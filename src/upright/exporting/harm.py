@@ -102,16 +102,16 @@ class Answers:
 
 
 def summary(effect: dict[str, Any]) -> str:
-    """Return harm, gain and accuracy of an `Answers.effect` in one line."""
+    """Return harm, gain and accuracy of an `Answers.effect`, which may come from ``parity.json``, in one line."""
     shares = [
         "{} {:.2f} points (95 %: {:.2f} to {:.2f})".format(title, effect[key], *effect[f"{key}_interval"])
         for title, key in (("Harm", "harm"), ("gain", "gain"))
     ]
     accuracy = [
-        f"{kind} {values['bare']:.4f} alone, {values['attached']:.4f} attached"
+        f"{kind} {values['bare']:.4f} as they are, {values['attached']:.4f} straightened"
         for kind, values in effect["accuracy"].items()
     ]
-    return f"{', '.join(shares)}. Accuracy: {'; '.join(accuracy)}."
+    return f"{', '.join(shares)}. Accuracy of images: {'; '.join(accuracy)}."
 
 
 def effect_tables(effect: dict[str, Any]) -> str:
@@ -125,6 +125,6 @@ def effect_tables(effect: dict[str, Any]) -> str:
         low, high = effect[f"{key}_interval"]
         count = f"{effect['images'][kind]} {kind}"
         shares.append([f"{key}: {meaning}", count, f"{effect[key]:.2f}", f"{low:.2f} to {high:.2f}"])
-    accuracy = [["accuracy", "classifier alone", "attached"]]
+    accuracy = [["accuracy of images", "as they are", "straightened"]]
     accuracy += [[kind, f"{row['bare']:.4f}", f"{row['attached']:.4f}"] for kind, row in effect["accuracy"].items()]
     return f"{markdown(shares, 2)}\n{markdown(accuracy, 2)}"

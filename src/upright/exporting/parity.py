@@ -15,6 +15,7 @@ from tqdm import tqdm
 from upright.data.datamodule import ImageDataModule
 from upright.data.source import Original
 from upright.exporting.graph import Form, Graph
+from upright.exporting.harm import MARGIN
 from upright.images import ImageSpec, Pixels, batches_of_one_size
 from upright.runtime.predictor import run_batch
 from upright.runtime.task import QUARTER, THRESHOLD, MultiLabel, OrientationEstimation, Task, task_of
@@ -129,7 +130,7 @@ class Comparison:
         others: largest difference of each other output, in the unit of `OTHER_TOLERANCES`.
         task: task of the model.
         stable: False for each image whose answer jumps with a small change of the scores, ``(N,)``: two angles have
-            equal votes. A different rounding may exchange them.
+            equal votes, or the confidence is at the threshold of a transformer. A different rounding may exchange them.
     """
 
     names: list[str]
@@ -206,11 +207,12 @@ class Comparison:
 class Reference:
     """Answers of a model for all originals of the validation split, with which all graphs of one form are compared.
 
-    The model is in evaluation mode, on the CPU.
+    The model is in evaluation mode, on the CPU. If its transformer has a ``threshold`` above 0, the graph needs the
+    output ``confidence``.
     """
 
-    def __init__(self, model: Model, data: ImageDataModule, form: Form) -> None:
-        self.graph, self.data, self.form = Graph(model, form).eval(), data, form
+    def __init__(self, model: Model, data: ImageDataModule, form: Form, threshold: float = 0.0) -> None:
+        self.graph, self.data, self.form, self.threshold = Graph(model, form).eval(), data, form, threshold
         self.task = task_of(data.spec)
         self.answers: list[npt.NDArray[np.float32]] = []
         """Main output by PyTorch for each batch; empty before the first comparison."""
@@ -237,9 +239,12 @@ class Reference:
                 results = run_batch(session, pixels, outputs)
                 if number == len(self.answers):
                     expected = self._run_pytorch(pixels)
-                    for name, one, other in zip(others, expected[1:], results[1:], strict=True):
-                        scale = max(1.0, float(np.abs(one).max())) if name in ("logits", "features") else 1.0
-                        difference = float(np.abs(one - other).max()) / scale
+                    # Where a transformer may abstain or not, the other outputs differ, too.
+                    compared = self.stable[-1] if self.threshold else slice(None)
+                    for name, *pair in zip(others, expected[1:], results[1:], strict=True):
+                        one, other = (rows[compared] for rows in pair)
+                        scale = max(1.0, float(np.abs(one).max(initial=0.0))) if name in ("logits", "features") else 1.0
+                        difference = float(np.abs(one - other).max(initial=0.0)) / scale
                         others[name] = float(np.maximum(others[name], difference))  # NaN remains
                 actual.append(results[0])
                 names += [original.name for original in batch]
@@ -267,6 +272,9 @@ class Reference:
         is_stable = np.ones(len(pixels), bool)
         if isinstance(self.task, OrientationEstimation):
             is_stable = are_stable(outputs[self.graph.names.index("logits")])
+        elif self.threshold:
+            confidence = outputs[self.graph.names.index("confidence")][:, 0]
+            is_stable = np.abs(confidence - np.float32(self.threshold)) > MARGIN / 2
         self.stable.append(is_stable)
         return outputs
 

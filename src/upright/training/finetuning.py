@@ -256,8 +256,8 @@ def _start_localisers(classifier: ImageModule, localisers: Sequence[LocaliserWei
     for name, state, path, run, hashes, remarks in localisers:
         classifier.model.network.get_submodule(name).load_state_dict(state)
         classifier.start.setdefault("localisers", []).append({"path": str(path), "sha256": file_hash(path), "run": run})
-        seen = [each for each in (classifier.start_hashes, hashes) if each is not None]
-        classifier.start_hashes = torch.unique(torch.cat(seen)) if seen else None
+        both = [each for each in (classifier.start_hashes, hashes) if each is not None]
+        classifier.start_hashes = torch.unique(torch.cat(both)) if both else None
         lines += [f"Start of {name}: '{path}' (run {run['name']}, {run['id']}), {len(state)} tensors.", *remarks]
     return lines
 
