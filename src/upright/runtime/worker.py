@@ -1,6 +1,7 @@
 """A process that loads one runtime, to measure its cold start, predictions, speed and memory.
 
-The process imports only the packages of this runtime, so other runtimes do not add to its time and memory.
+The process imports only the packages of this runtime, so other runtimes do not add to its time and memory. For OpenVINO
+it also imports onnxruntime, like `upright infer`.
 """
 
 import importlib
