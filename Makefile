@@ -48,10 +48,10 @@ tests: install  ## pytest, without the slow tests (about 8 minutes on 2 cores)
 slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of them
 	$(BIN)/pytest -n 2 -m slow
 
-test-ecosystem:  ## pytest with the index's torch, timm, albumentations, ... in an environment of its own (6 GB)
+test-ecosystem:  ## pytest with the index's torch, timm, albumentations, Ray, ... in an environment of its own (7 GB)
 	$(PYTHON) -m venv $(ECOSYSTEM)
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,timm]' \
-		torchvision albumentations pytest pytest-timeout pytest-xdist
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,timm,ray]' \
+		torchvision albumentations 'moto[server]' pyspark pytest pytest-timeout pytest-xdist
 	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem tests/ecosystem
 
 docs: install  ## build the documentation in site/; a warning is an error

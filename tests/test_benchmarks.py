@@ -22,7 +22,11 @@ SLOW = {
     "training": [],
     "transformer": [],
 }
-ELSEWHERE = {"backbones": "tests/ecosystem/test_timm.py", "straighten": "tests/runtime/test_straighten.py"}
+ELSEWHERE = {
+    "backbones": "tests/ecosystem/test_timm.py",
+    "many_images": "tests/ecosystem/test_ray.py",
+    "straighten": "tests/runtime/test_straighten.py",
+}
 
 
 def test_every_benchmark_is_tested() -> None:

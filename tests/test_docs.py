@@ -44,6 +44,7 @@ SLOW = {
 }
 ELSEWHERE = {
     "docs/how-to/attach.md": "tests/exporting/test_attach.py",
+    "docs/how-to/many-images.md": "tests/ecosystem/test_ray.py",
     "docs/how-to/other-languages.md": "tests/runtime/test_clients.py",
     "docs/how-to/timm.md": "tests/ecosystem/test_timm.py",
     "docs/tutorials/your-project.md": "tests/test_new.py",

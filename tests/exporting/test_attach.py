@@ -24,14 +24,18 @@ from tests.exporting.attachable import (
     write_images,
     write_orientation_bundle,
 )
+from tests.exporting.test_bom import check_schema
 from tests.runtime.test_signature import signs, write_keys
 from upright.architectures.nin import NiN
 from upright.errors import UserError
 from upright.exporting import attach as attach_module
 from upright.exporting.apart import Photograph, measure, straighten
+from upright.exporting.bom import BOM
 from upright.exporting.foreign import Foreign, read_records
 from upright.exporting.front import Decision, attached_graph
+from upright.files import file_hash
 from upright.options import Attach
+from upright.runtime.bundle import Bundle
 from upright.runtime.predictor import OrientationPredictor, Predictor, open_session, run_batch
 
 NORMALISED = ("--mean", "0.5", "--std", "0.25")
@@ -148,9 +152,9 @@ def test_the_independent_rotation_is_numpys_at_quarter_turns() -> None:
 
 
 def test_a_bundle_of_a_float_model(parts: Path, upright: Upright) -> None:
-    write_classifier(Path("model.onnx"))
+    write_classifier(Path("foreign.onnx"))
     options = ("--images", "images", "--classes", "classes.txt", "--output", "output", "--resize", "crop")
-    answer = upright("attach", "orientation", "model.onnx", "--to", "new", *NORMALISED, *options, "--straightened")
+    answer = upright("attach", "orientation", "foreign.onnx", "--to", "new", *NORMALISED, *options, "--straightened")
     assert answer.code == 0, answer.err
     assert "96 views: agreement 100.00%" in answer.out and "The scores are logits." in answer.out
     manifest = json.loads(Path("new/manifest.json").read_text())
@@ -172,6 +176,18 @@ def test_a_bundle_of_a_float_model(parts: Path, upright: Upright) -> None:
     assert effect["accuracy"]["rotated"]["attached"] > effect["accuracy"]["rotated"]["bare"] + 0.3
     card = Path("new/README.md").read_text()
     assert f"| {effect['gain']:.2f} |" in " ".join(card.split()) and "from confidence 0.2000 and 1 degrees on" in card
+
+    bill = json.loads(Path("new", BOM).read_text())
+    model = bill["metadata"]["component"]
+    hashes = {part["name"]: (part["type"], part["hashes"][0]["content"]) for part in model["components"]}
+    assert hashes == {
+        "model.onnx": ("file", file_hash(Path("new/model.onnx"))),
+        "orientation": ("machine-learning-model", Bundle.open("orientation").digest),
+        "foreign.onnx": ("machine-learning-model", file_hash(Path("foreign.onnx"))),
+    }
+    (figure,) = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert figure == {"type": "agreement with the parts", "value": "1.0", "slice": "12 images in 8 rotations, fp32"}
+    assert check_schema(bill)
 
     assert upright("verify", "new").code == 0
     predictor = Predictor("new")

@@ -47,14 +47,20 @@ def test_equal_bundles_have_equal_bills() -> None:
     assert torch["purl"] == "pkg:pypi/torch@2.13.0%2Bcpu"
 
 
-@pytest.mark.skipif(find_spec("cyclonedx") is None, reason="needs cyclonedx-python-lib[json-validation]")
-def test_it_fits_the_schema() -> None:
+def check_schema(content: dict) -> bool:
+    """Return whether a bill fits the schema, or True if the package that checks it is not installed."""
+    if find_spec("cyclonedx") is None:
+        return True
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
-    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    return JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(content)) is None
+
+
+@pytest.mark.skipif(find_spec("cyclonedx") is None, reason="needs cyclonedx-python-lib[json-validation]")
+def test_it_fits_the_schema() -> None:
     content = digits_bom()
-    assert validator.validate_str(json.dumps(content)) is None
+    assert check_schema(content)
     wrong = deepcopy(content)
     wrong["metadata"]["component"]["type"] = "model"
-    assert validator.validate_str(json.dumps(wrong)) is not None
+    assert not check_schema(wrong)

@@ -225,6 +225,21 @@ def test_another_process_gets_the_predictor(bundle: Path, tmp_path: Path, monkey
         pickle.loads(pickle.dumps(predictor))
 
 
+def test_joblib_and_spark_send_the_predictor_to_workers(bundle: Path) -> None:
+    import cloudpickle
+    from joblib import Parallel, delayed
+
+    predictor, paths = Predictor(bundle, threads=1), sorted((bundle / "samples").glob("*.png"))
+    expected = [prediction.label for prediction in predictor.predict(paths)]
+    answers = Parallel(2, backend="loky", batch_size=8)(map(delayed(predictor), paths))
+    assert [answer.label for answer in answers] == expected
+    # Spark pickles a function by value, with the predictor that it uses.
+    program = "import pickle, sys; print(*map(pickle.load(sys.stdin.buffer), sys.argv[1:]))"
+    content = cloudpickle.dumps(lambda path: predictor(path).label)
+    command = [sys.executable, "-c", program, *map(str, paths)]
+    assert subprocess.run(command, input=content, capture_output=True, check=True).stdout.decode().split() == expected
+
+
 PROGRAM = """
 from collections.abc import Iterator
 from io import BytesIO

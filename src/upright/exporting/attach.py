@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from upright.errors import GateError, UserError
 from upright.exporting.apart import ANGLES, Comparison, Photograph, fit, kind_of_scores, measure
+from upright.exporting.bom import BOM, bom
 from upright.exporting.foreign import Foreign
 from upright.exporting.front import Decision, attached_graph
 from upright.exporting.harm import effect_tables, summary
@@ -21,7 +22,7 @@ from upright.files import check_name, file_hash, replacing_folder
 from upright.image_paths import find_images, list_folders
 from upright.images import LISTED_CLASSES, ImageSpec
 from upright.options import Attach
-from upright.runtime.bundle import MODELS, Bundle
+from upright.runtime.bundle import MODELS, Bundle, write_json
 from upright.runtime.predictor import OrientationPredictor, open_session
 from upright.runtime.signature import read_signer
 from upright.tables import markdown
@@ -104,6 +105,7 @@ def attach(options: Attach) -> int:
         }
         manifest = _manifest(target.name, bundle, foreign, decision, kind, graph)
         write_records(folder, manifest, parity, card(manifest, parity), samples)
+        write_json(folder / BOM, bom(manifest, parity, {path.name: file_hash(path)}))
         seal(folder, target, signer)
     print(
         f"{precision['views']} views: agreement {precision['agreement']:.2%}; the graph straightens "

@@ -15,7 +15,10 @@ SCOPES = {"onnxruntime": "required", "upright": "optional"}
 
 
 def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
-    """Return the content of `BOM`; ``models`` are hashes by file. It has no date, so equal bundles have equal files."""
+    """Return the content of `BOM` for an exported or an attached bundle; ``models`` are hashes by file.
+
+    It has no date, so equal bundles have equal files.
+    """
     provenance, classes = manifest["provenance"], tuple(manifest["spec"]["classes"])
     task = read_task(manifest)
     several = ", any number of them per image" if task.name == "multilabel" else ""
@@ -33,35 +36,45 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
         }
         for name, version in provenance["versions"].items()
     ]
-    model = {
+    model: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": manifest["name"],
-        "version": provenance["run"]["id"],
         "description": description,
-        "components": [
-            {"type": "file", "name": name, "hashes": [{"alg": "SHA-256", "content": sha256}]}
-            for name, sha256 in models.items()
-        ],
-        "modelCard": {
-            "modelParameters": {
-                "approach": {"type": "supervised" if classes else "self-supervised"},
-                "task": f"image {task.name}",
-                "modelArchitecture": provenance["model"]["init_args"]["network"]["class_path"],
-                "datasets": [_dataset(provenance, "labels" if several else "images")],
-                "inputs": [{"format": _tensor(manifest["input"])}],
-                "outputs": [{"format": text} for text in (_tensor(manifest["output"]), *manifest["other_outputs"])],
-            },
-            "quantitativeAnalysis": {
-                "performanceMetrics": [
-                    {"type": task.score, "value": str(metrics["accuracy"]), "slice": f"{parity['split']}, {precision}"}
-                    for precision, metrics in parity["precisions"].items()
-                ]
-            },
-        },
+        "components": [_component("file", name, sha256) for name, sha256 in models.items()],
     }
-    if provenance["git_commit"]:
-        model["pedigree"] = {"commits": [{"uid": provenance["git_commit"]}]}
+    parameters: dict[str, Any] = {
+        "task": f"image {task.name}",
+        "inputs": [{"format": _tensor(manifest["input"])}],
+        "outputs": [{"format": text} for text in (_tensor(manifest["output"]), *manifest["other_outputs"])],
+    }
+    score, key, images = task.score, "accuracy", parity.get("split")
+    if "orientation" in provenance:
+        front, classifier = provenance["orientation"], provenance["model"]
+        hint = "Upright bundle that estimates the orientation. The hash is that of its file SHA256SUMS."
+        model["components"] += [
+            _component("machine-learning-model", front["name"], front["sha256"]) | {"description": hint},
+            _component("machine-learning-model", classifier["file"], classifier["sha256"]),
+        ]
+        score, key = "agreement with the parts", "agreement"
+        images = f"{parity['images']} images in {len(parity['angles'])} rotations"
+    else:
+        model["version"] = provenance["run"]["id"]
+        parameters |= {
+            "approach": {"type": "supervised" if classes else "self-supervised"},
+            "modelArchitecture": provenance["model"]["init_args"]["network"]["class_path"],
+            "datasets": [_dataset(provenance, "labels" if several else "images")],
+        }
+    metrics = [
+        {"type": score, "value": str(values[key]), "slice": f"{images}, {precision}"}
+        for precision, values in parity["precisions"].items()
+    ]
+    model["modelCard"] = {
+        "modelParameters": parameters,
+        "quantitativeAnalysis": {"performanceMetrics": metrics},
+    }
+    if commit := provenance.get("git_commit"):
+        model["pedigree"] = {"commits": [{"uid": commit}]}
     content: dict[str, Any] = {
         "metadata": {"component": model},
         "components": packages,
@@ -69,6 +82,10 @@ def bom(manifest: Mapping[str, Any], parity: Mapping[str, Any], models: Mapping[
     }
     header = {"$schema": SCHEMA, "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1}
     return {**header, "serialNumber": uuid5(NAMESPACE_URL, json.dumps(content)).urn, **content}
+
+
+def _component(kind: str, name: str, sha256: str) -> dict[str, Any]:
+    return {"type": kind, "name": name, "hashes": [{"alg": "SHA-256", "content": sha256}]}
 
 
 def _dataset(provenance: Mapping[str, Any], counted: str) -> dict[str, Any]:
