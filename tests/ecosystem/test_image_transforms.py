@@ -97,9 +97,11 @@ def test_the_config_of_the_docs_trains(albumentations: Any, upright: Upright) ->
         batches += [next(iter(data.train_dataloader())).images]
     assert torch.equal(*batches) and not torch.equal(batches[0], data.samples("train")[:].images)
     assert upright("preview", "my-transforms.yaml").code == 0
-    fit = ("fit", "--config", ROOT / "configs/lenet.yaml", "--data", "my-transforms.yaml", "--wandb", "off")
-    constant = ("--model.scheduler", "upright.training.schedules.Constant", "--model.scheduler.warmup", 0)
-    fit += (*constant, "--trainer.max_epochs")  # type: ignore[assignment]
+    fit = (
+        *("fit", "--config", ROOT / "configs/lenet.yaml", "--data", "my-transforms.yaml", "--wandb", "off"),
+        *("--model.scheduler", "upright.training.schedules.Constant", "--model.scheduler.warmup", 0),
+        "--trainer.max_epochs",
+    )
     assert upright(*fit, 2, "--name", "complete").code == upright(*fit, 1, "--name", "run").code == 0
     assert (
         upright("fit", "--ckpt_path", "checkpoints/run/last.ckpt", "--wandb", "off", "--trainer.max_epochs", 2).code

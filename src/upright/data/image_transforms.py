@@ -70,8 +70,8 @@ class ImageTransforms:
             except Exception as error:  # anything that another package raises
                 raise UserError(
                     f"{type(part).__name__} in data.init_args.image_transforms fails with a uint8 image of shape "
-                    f"{tuple(image.shape)}: {type(error).__name__}: {one_line(error, 300)} Modules for batches, such as "
-                    "kornia's, go into data.init_args.augment."
+                    f"{tuple(image.shape)}: {type(error).__name__}: {one_line(error, 300)} Modules for batches, such "
+                    "as kornia's, go into data.init_args.augment."
                 ) from error
         if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.shape != image.shape:
             kind = type(result).__name__
