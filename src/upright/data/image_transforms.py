@@ -63,7 +63,8 @@ class ImageTransforms:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        generators = np.random.default_rng(seed), random.Random(seed)
+        # Another seed, so that they do not repeat the global ones.
+        generators = np.random.default_rng(seed + 1), random.Random(seed + 1)
         result: Any = image.clone()  # a transform may work in place
         for part in self.parts:
             try:
