@@ -51,8 +51,8 @@ slow: install  ## pytest, the slow tests (an hour); .ci/run chooses a part of th
 test-ecosystem:  ## pytest with the index's torch, timm, albumentations, Ray, ... in an environment of its own (7 GB)
 	$(PYTHON) -m venv $(ECOSYSTEM)
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,timm,ray]' \
-		torchvision albumentations 'moto[server]' pyspark pytest pytest-timeout pytest-xdist
-	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem tests/ecosystem
+		torchvision albumentations schedulefree 'moto[server]' pyspark pytest pytest-timeout pytest-xdist
+	$(ECOSYSTEM)/bin/python -m pytest -m ecosystem tests/ecosystem tests/training/test_schedule_free.py
 
 docs: install  ## build the documentation in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

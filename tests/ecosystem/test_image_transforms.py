@@ -1,5 +1,6 @@
 """albumentations and torchvision in `image_transforms`: `make test-ecosystem`."""
 
+import random
 import re
 from collections import Counter
 from functools import partial
@@ -40,6 +41,13 @@ def v2() -> Any:
     return import_module("torchvision.transforms.v2")
 
 
+class Flip:
+    """A transform that draws from Python's global generator."""
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image.flip(1) if random.random() < 0.5 else image
+
+
 def flips(transforms: ImageTransforms) -> Counter[str]:
     """Return how often each flip was drawn for an image."""
     results = transforms(IMAGES, range(400))
@@ -55,7 +63,7 @@ def test_flips_of_albumentations_are_independent(albumentations: Any) -> None:
     half = {"init_args": {"p": 0.5}}
     parts = [{"class_path": f"albumentations.{name}", **half} for name in ("HorizontalFlip", "VerticalFlip")]
     compose = [{"class_path": "albumentations.Compose", "init_args": {"transforms": parts}}]
-    for transforms in (ImageTransforms(parts), ImageTransforms(compose)):
+    for transforms in (ImageTransforms(parts), ImageTransforms(compose), ImageTransforms([parts[0], Flip])):
         assert all(70 < count < 130 for count in flips(transforms).values()), flips(transforms)
         assert transforms.moving
     grey = ImageTransforms([{"class_path": "albumentations.GaussianBlur", "init_args": {"p": 1}}])
@@ -97,9 +105,11 @@ def test_the_config_of_the_docs_trains(albumentations: Any, upright: Upright) ->
         batches += [next(iter(data.train_dataloader())).images]
     assert torch.equal(*batches) and not torch.equal(batches[0], data.samples("train")[:].images)
     assert upright("preview", "my-transforms.yaml").code == 0
-    fit = ("fit", "--config", ROOT / "configs/lenet.yaml", "--data", "my-transforms.yaml", "--wandb", "off")
-    constant = ("--model.scheduler", "upright.training.schedules.Constant", "--model.scheduler.warmup", 0)
-    fit += (*constant, "--trainer.max_epochs")  # type: ignore[assignment]
+    fit = (
+        *("fit", "--config", ROOT / "configs/lenet.yaml", "--data", "my-transforms.yaml", "--wandb", "off"),
+        *("--model.scheduler", "upright.training.schedules.Constant", "--model.scheduler.warmup", 0),
+        "--trainer.max_epochs",
+    )
     assert upright(*fit, 2, "--name", "complete").code == upright(*fit, 1, "--name", "run").code == 0
     assert (
         upright("fit", "--ckpt_path", "checkpoints/run/last.ckpt", "--wandb", "off", "--trainer.max_epochs", 2).code

@@ -210,6 +210,26 @@ def test_a_metric_that_cannot_choose_is_refused(upright: Upright) -> None:
     assert not Path("checkpoints/run").exists()
 
 
+def test_a_schedule_of_torch_steps_by_epoch_and_resumes_exactly(upright: Upright) -> None:
+    restarts = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", "init_args": {"T_0": 2}}
+    own = {"class_path": "upright.training.schedules.TorchScheduler", "init_args": {"scheduler": restarts}}
+    Path("restarts.yaml").write_text(yaml.safe_dump({"model": {"scheduler": own}}))
+    fit = (*FIT, "--config", "restarts.yaml", "--data.batch_size", 64, "--trainer.accumulate_grad_batches", 2)
+    assert upright(*fit, "--trainer.max_epochs", 3).code == 0
+    rates = [float(row["lr"]) for row in read_rows(Path("checkpoints/run/metrics.csv"))]
+    assert rates == pytest.approx([0.0015, 0.003, 0.0015])  # the rate of the next epoch, as of every schedule
+    complete = torch.load("checkpoints/run/last.ckpt", weights_only=True)
+    assert upright(*fit, "--trainer.max_epochs", 1, "--force").code == 0
+    resume = ("fit", "--wandb", "off", "--trainer.max_epochs", 3, "--ckpt_path")
+    answer = upright(*resume, "checkpoints/run/best.ckpt", "--model.scheduler.scheduler.T_0", 3)
+    assert answer.code == 2 and "scheduler {'class_path'" in answer.err and "'T_0': 3" in answer.err
+    assert upright(*resume, "checkpoints/run/best.ckpt").code == 0
+    resumed = torch.load("checkpoints/run/last.ckpt", weights_only=True)
+    assert resumed["lr_schedulers"] == complete["lr_schedulers"]
+    weights = complete["state_dict"]
+    assert all(torch.equal(weights[name], resumed["state_dict"][name]) for name in weights)
+
+
 def test_a_plateau_lowers_the_rate_and_resumes_exactly(upright: Upright) -> None:
     plateau = ("--model.scheduler", "upright.training.schedules.Plateau", "--model.scheduler.patience", 0)
     falling = (*plateau, "--model.scheduler.threshold", 0.9, "--trainer.max_epochs")  # no epoch is ten times better

@@ -1,3 +1,4 @@
+import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -7,18 +8,22 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
     LambdaLR,
     LinearLR,
     LRScheduler,
     MultiStepLR,
     OneCycleLR,
+    PolynomialLR,
     ReduceLROnPlateau,
     SequentialLR,
     StepLR,
 )
 
 from upright.errors import UprightError, UserError
-from upright.training.schedules import Constant, Cosine, OneCycle, Step, check_schedule
+from upright.training.schedules import Constant, Cosine, OneCycle, Step, TorchScheduler, check_schedule
 
 ALL = (Constant, Step, Cosine, OneCycle)
 
@@ -116,7 +121,9 @@ def test_milestones_that_are_no_fractions_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", [StepLR, OneCycleLR, ReduceLROnPlateau])
 def test_a_schedule_of_torch_that_does_not_take_the_number_of_steps_is_refused(kind: type) -> None:
-    with pytest.raises(UserError, match=f"the second argument of {kind.__name__} is .*: use Constant, Step, .*Plateau"):
+    with pytest.raises(
+        UserError, match=f"the second argument of {kind.__name__} is .*: give it to TorchScheduler of .* as its"
+    ):
         check_schedule(kind)  # type: ignore[arg-type]
     check_schedule(partial(CosineAnnealingLR, eta_min=0.1))
 
@@ -128,3 +135,63 @@ class OfOneParameter(LambdaLR):
 
 def test_only_schedules_of_torch_are_checked() -> None:
     check_schedule(OfOneParameter)  # type: ignore[arg-type]
+
+
+OF_TORCH = [
+    partial(StepLR, step_size=3),
+    partial(MultiStepLR, milestones=[2, 5]),
+    partial(ExponentialLR, gamma=0.9),
+    partial(LinearLR, total_iters=5),
+    partial(PolynomialLR, total_iters=5),
+    partial(CosineAnnealingLR, T_max=7),
+    partial(CosineAnnealingWarmRestarts, T_0=3),
+    partial(CyclicLR, base_lr=[0.2, 0.02], max_lr=[2.0, 0.2], step_size_up=3, cycle_momentum=False),
+    partial(OneCycleLR, max_lr=[2.0, 0.2], total_steps=20, cycle_momentum=False),
+]
+
+
+@pytest.mark.parametrize("schedule", OF_TORCH, ids=lambda schedule: schedule.func.__name__)
+def test_any_schedule_of_torch_runs_and_resumes(schedule: Callable[[torch.optim.Optimizer], LRScheduler]) -> None:
+    expected = rates(schedule, 10)
+    wrapped = partial(TorchScheduler, total_steps=99, scheduler=schedule, interval="step")
+    check_schedule(wrapped)
+    assert rates(wrapped, 10) == expected and len(set(expected)) > 2
+    first, second = optimizer(), optimizer()
+    one, two = wrapped(first), wrapped(second)
+    for _ in range(4):
+        first.step()
+        one.step()
+    # As in a checkpoint: without code.
+    buffer = io.BytesIO()
+    torch.save([first.state_dict(), one.state_dict()], buffer)
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    second.load_state_dict(states[0])
+    two.load_state_dict(states[1])
+    assert second.param_groups[0]["lr"] / 2 == expected[4] and two.get_last_lr() == one.get_last_lr()
+    second.step()
+    two.step()
+    assert second.param_groups[0]["lr"] / 2 == expected[5]
+
+
+def test_a_plateau_of_torch_follows_its_metric() -> None:
+    stepped = optimizer()
+    plateau = partial(ReduceLROnPlateau, mode="max", patience=0)
+    schedule = TorchScheduler(stepped, 99, scheduler=plateau, monitor="val/accuracy")
+    curve = []
+    for accuracy in (0.5, 0.6, 0.6, 0.7):
+        schedule.step()  # Lightning does so after every batch
+        schedule.follow({"loss": torch.tensor(1.0), "accuracy": torch.tensor(accuracy)})
+        curve.append(stepped.param_groups[0]["lr"])
+    assert curve == pytest.approx([2, 2, 0.2, 0.2])
+    with pytest.raises(UserError, match=r"monitor 'val/accuracy' has no value; there are val/loss, val/f1\.$"):
+        schedule.follow({"loss": torch.tensor(1.0), "f1": torch.tensor(1.0)})
+
+
+def test_arguments_that_torch_refuses_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"^model.scheduler: Expected positive integer T_0, but got -5$"):
+        TorchScheduler(optimizer(), 99, scheduler=partial(CosineAnnealingWarmRestarts, T_0=-5))
+    with pytest.raises(UserError, match=r"^model.scheduler: .*missing 1 required .* 'step_size'$"):
+        TorchScheduler(optimizer(), 99, scheduler=StepLR)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="interval must be epoch or step, got 'batch'"):
+        TorchScheduler(optimizer(), 99, scheduler=partial(StepLR, step_size=3), interval="batch")  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -63,10 +63,12 @@ class ImageTransforms:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
+        # Another seed, so that they do not repeat the global ones.
+        generators = np.random.default_rng(seed + 1), random.Random(seed + 1)
         result: Any = image.clone()  # a transform may work in place
         for part in self.parts:
             try:
-                result = _apply(part, result)
+                result = _apply(part, result, generators)
             except Exception as error:  # anything that another package raises
                 raise UserError(
                     f"{type(part).__name__} in data.init_args.image_transforms fails with a uint8 image of shape "
@@ -85,15 +87,19 @@ class ImageTransforms:
         return result
 
 
-def _apply(part: Any, image: Any) -> Any:
-    if not any(base.__module__.partition(".")[0] == "albumentations" for base in type(part).__mro__):
+def _apply(part: Any, image: Any, generators: tuple[np.random.Generator, random.Random]) -> Any:
+    if not _is_albumentations(type(part)):  # type: ignore[arg-type]  # mypy: a class is not Hashable
         return part(image)
-    if hasattr(part, "set_random_state"):
+    if hasattr(part, "set_random_state"):  # older versions draw from the global generators
         # Not `set_random_seed`: it gives all transforms of a Compose one seed, so that two of them flip together.
-        seed = random.getrandbits(32)
-        part.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        part.set_random_state(*generators)
     array = part(image=image.movedim(0, -1).numpy())["image"]
     return torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)
+
+
+@cache
+def _is_albumentations(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] == "albumentations" for base in kind.__mro__)
 
 
 def _instance(part: Any) -> Any:

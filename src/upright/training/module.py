@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from upright.architectures.initialisation import Scheme, initialise
@@ -26,7 +27,7 @@ from upright.recipes import Recipe, Recorded, build, load_class, recipe
 from upright.training.metrics import Means
 from upright.training.model import Model
 from upright.training.optimisation import MakeOptimizer, grouped_optimizer
-from upright.training.schedules import MakeScheduler, Plateau, check_schedule
+from upright.training.schedules import MakeScheduler, Plateau, TorchScheduler, check_schedule
 from upright.warp import identity
 
 
@@ -74,6 +75,8 @@ class ImageModule(Recorded, L.LightningModule):
         self.transformers = sum(isinstance(module, SpatialTransformer) for module in self.model.modules())
         self._means = Means()
         self._validated_step = -1
+        self._has_training_weights = False
+        """True while a schedule-free optimiser has set the weights at which it computes gradients."""
         self.confusion: Tensor | None = None
         """Confusion matrix of the last validation or test, see `StageMetrics`: rows are labels, columns predictions."""
 
@@ -108,8 +111,14 @@ class ImageModule(Recorded, L.LightningModule):
             raise UserError("A schedule needs the length of the run: give --trainer.max_epochs or max_steps.")
         optimizer = grouped_optimizer(self.model, self.optimizer)
         scheduler = self.scheduler(optimizer, int(steps))
-        # on_validation_epoch_end calls a `Plateau` with the loss.
-        schedule = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
+        frequency: float = 1
+        if isinstance(scheduler, TorchScheduler) and scheduler.interval == "epoch":
+            # Lightning's own interval epoch steps after the checkpoint of the epoch.
+            frequency = self.trainer.num_training_batches
+            if math.isinf(frequency):
+                raise UserError("A schedule with interval epoch needs data of a known length: use interval step.")
+        # on_validation_epoch_end passes the metrics to a schedule that follows them.
+        schedule = {"scheduler": scheduler, "interval": "step", "frequency": frequency, "reduce_on_plateau": False}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
@@ -137,6 +146,25 @@ class ImageModule(Recorded, L.LightningModule):
         if not isinstance(batch, Batch):
             seed_generators(hash((global_seed(), self.current_epoch, batch_idx, self.global_rank)), self.device)
         return as_batch(batch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._switch_weights(training=True)
+
+    def on_validation_start(self) -> None:
+        self._switch_weights(training=False)
+
+    def on_train_epoch_end(self) -> None:
+        self._switch_weights(training=False)
+
+    def _switch_weights(self, *, training: bool) -> None:
+        """Let schedule-free optimisers set their weights for training, or those for evaluation.
+
+        They have methods ``train`` and ``eval`` (Defazio et al. 2024, arXiv:2405.15682).
+        """
+        for optimizer in self.trainer.optimizers:
+            if switch := getattr(optimizer, "train" if training else "eval", None):
+                switch()
+                self._has_training_weights = training
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the epoch's means after its last batch.
@@ -168,10 +196,10 @@ class ImageModule(Recorded, L.LightningModule):
         return values
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.report("val")["loss"]
+        metrics = self.report("val")
         schedule = self.lr_schedulers()
-        if isinstance(schedule, Plateau) and not self.trainer.sanity_checking:
-            schedule.step(float(loss))
+        if isinstance(schedule, Plateau | TorchScheduler) and not self.trainer.sanity_checking:
+            schedule.follow(metrics)
         self._validated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
@@ -197,7 +225,17 @@ class ImageModule(Recorded, L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add model, data and run as plain data and tensors, and the sums of the epoch so far."""
+        """Add model, data and run as plain data and tensors, and the sums of the epoch so far.
+
+        With a schedule-free optimiser, the weights are those of evaluation, and ``training_weights`` those of training:
+        rounding would change them on the way back.
+        """
+        if self._has_training_weights:
+            checkpoint["training_weights"] = weights = _copy(self.state_dict())
+            self._switch_weights(training=False)
+            checkpoint["state_dict"] = _copy(self.state_dict())
+            self._switch_weights(training=True)
+            self.load_state_dict(weights)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         # Metrics of an earlier validation would be those of other weights.
         current = self._validated_step == self.trainer.global_step
@@ -216,6 +254,9 @@ class ImageModule(Recorded, L.LightningModule):
 
         If the number of processes has changed, each one gets their mean.
         """
+        if "training_weights" in checkpoint and self.trainer.state.fn == TrainerFn.FITTING:
+            checkpoint["state_dict"] = checkpoint["training_weights"]
+            self._has_training_weights = True
         ours = checkpoint.get(KEY, {})
         self.start, self.start_hashes = ours.get("run", {}).get("start"), ours.get("seen")
         self.run = self.run or {key: value for key, value in ours.get("run", {}).items() if key != "start"} or None
@@ -306,6 +347,10 @@ def data_recipe(data: Any) -> Recipe | None:
         return recipe(type(data)) | {"init_args": recipe(dict(data.hparams))} if data.hparams else None
     except UserError:
         return None
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ each schedule has its own formula. `OneCycle` rises along a cosine instead.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -29,8 +31,8 @@ def check_schedule(make: MakeScheduler) -> None:
     if second not in ("total_steps", "T_max"):
         raise UserError(
             f"A schedule gets the optimiser and the number of steps, but the second argument of {kind.__name__} is "
-            f"{second}: use Constant, Step, Cosine, OneCycle or Plateau of {__name__}, or override "
-            "configure_optimizers in a subclass of ImageClassifier."
+            f"{second}: give it to TorchScheduler of {__name__} as its scheduler, or use Constant, Step, Cosine, "
+            "OneCycle or Plateau."
         )
 
 
@@ -119,7 +121,7 @@ class OneCycle(LambdaLR):
 class Plateau(ReduceLROnPlateau):
     """Lower the rate when the validation loss has not fallen for some validations.
 
-    The classifier calls ``step`` with the loss of each validation, before a checkpoint is written. Lightning would do
+    The classifier calls `follow` after each validation, before a checkpoint is written. Lightning would do
     so after it, and a resumed run would miss one.
 
     Args:
@@ -141,10 +143,63 @@ class Plateau(ReduceLROnPlateau):
             raise UserError(f"factor must be above 0 and below 1, got {factor}.")
         super().__init__(optimizer, factor=factor, patience=patience, threshold=threshold)
 
-    def step(self, metrics: float | None = None, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Follow the loss of a validation; without a loss, which is Lightning's call after a batch, change nothing."""
-        if metrics is not None:
-            super().step(metrics)
+    def step(self, metrics: object = None, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Change nothing: Lightning calls this after every batch."""
+
+    def follow(self, metrics: Mapping[str, Tensor]) -> None:
+        """Step with the loss of a validation."""
+        super().step(float(metrics["loss"]))
+
+
+class TorchScheduler(LRScheduler):
+    """Follow any schedule of torch, with its own keyword arguments.
+
+    Args:
+        scheduler: completed with ``(optimizer)``, such as ``CosineAnnealingWarmRestarts`` with ``T_0``.
+        interval: the schedule steps after every ``epoch``, or after every ``step`` of the optimiser; see `monitor`.
+        monitor: the metric of validation that ``ReduceLROnPlateau`` gets after every validation, its only step. Other
+            schedules do not use it.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        scheduler: Callable[[Optimizer], LRScheduler],
+        interval: Literal["epoch", "step"] = "epoch",
+        monitor: str = "val/loss",
+    ) -> None:
+        # No super().__init__(): it would step. The inner schedule has all state.
+        if interval not in ("epoch", "step"):
+            raise UserError(f"interval must be epoch or step, got '{interval}'.")
+        try:
+            self.schedule = scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.scheduler: {error}") from error
+        self.optimizer, self.interval, self.monitor = optimizer, interval, monitor
+
+    def step(self, epoch: int | None = None) -> None:
+        if not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+
+    def follow(self, metrics: Mapping[str, Tensor]) -> None:
+        """Pass the metric of a validation to ``ReduceLROnPlateau``."""
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            value = metrics.get(self.monitor.removeprefix("val/"))
+            if value is None or value.isnan():
+                names = ", ".join(f"val/{name}" for name in metrics)
+                raise UserError(f"model.scheduler: monitor '{self.monitor}' has no value; there are {names}.")
+            self.schedule.step(float(value))
+
+    def get_last_lr(self) -> Any:
+        return self.schedule.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state_dict)
 
 
 def _fall(progress: float) -> float:
