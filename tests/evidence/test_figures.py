@@ -4,7 +4,12 @@ from typing import Any
 
 import pytest
 
-from upright.evidence.reporting.figures import draw_invariance, draw_reliability, draw_rotation_response
+from upright.evidence.reporting.figures import (
+    draw_invariance,
+    draw_reliability,
+    draw_rotation_response,
+    draw_turning_circle,
+)
 from upright.evidence.reporting.invariance import distortions
 
 NAMES = ["_plain", "$\\frac{$", "<b>"]
@@ -65,6 +70,19 @@ def test_one_model_needs_no_legend_and_four_fit() -> None:
     figure.canvas.draw()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without temperature", "with temperature"]
     assert [panel.get_title() for panel in figure.axes if panel.get_title()] == names
+
+
+def test_the_full_circle_has_a_line_without_the_rotation_of_a_transformer() -> None:
+    transformer = model("a") | {"identity": model("a")["invariance"]["rotation"]["accuracy"], "effect": None}
+    abstaining = model("b") | {"identity": None, "effect": {"threshold": 0.731}}
+    figure = draw_turning_circle([transformer, abstaining])
+    assert len(figure.axes[0].get_lines()) == 3
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "a, without its rotation",
+        "a",
+        "b, abstains below 0.73",
+    ]
 
 
 def test_the_rotation_response_is_compared_with_the_diagonal() -> None:

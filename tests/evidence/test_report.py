@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -18,12 +19,15 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tests.conftest import ROOT, Upright
 from tests.runtime.bundles import write_bundle
 from upright.architectures.lenet import LeNet
+from upright.evidence.reporting.invariance import take_sample
 from upright.evidence.reporting.measures import evaluate
 from upright.evidence.reporting.subjects import open_subjects
 from upright.images import ImageSpec
 from upright.runs.seal import openings
+from upright.training.restoring import restore
+from upright.warp import rotation, warp
 
-FIGURES = {"accuracy", "consistency", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
+FIGURES = {"accuracy", "consistency", "circle", "reliability", "turning", "sights", "confusion-1", "mistakes-1"}
 HOSTILE = ("<script>alert(1)</script>", "a\"b' onload=x", "$\\frac{1}{$ & <b>", "ünï")
 
 
@@ -55,12 +59,14 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def pair(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of a run and of its bundle with theta."""
+    """A folder with the report of a run and of its bundle with theta, whose transformer never abstains."""
     from upright.cli import main
 
     folder = tmp_path_factory.mktemp("pair")
     run, bundle = trained / "checkpoints/small", folder / "export/small"
-    assert main(["export", str(run), "--outputs", "theta", "--to", str(folder / "export")]) == 0
+    abstains = ["--threshold", "0.000001", "--outputs", "theta"]
+    assert main(["export", str(run), *abstains, "--to", str(folder / "export")]) == 0
+    shutil.copytree(run, folder / "run")
     options = ["--images", "40", "--vector", "pdf", "--to", str(folder / "report")]
     assert main(["report", str(run), str(bundle), *options]) == 0
     return folder
@@ -133,7 +139,7 @@ def test_the_tables_for_papers_have_the_numbers_of_the_page(pair: Path, record: 
     value, low, high = (f"{100 * share[key]:.2f}" for key in ("value", "low", "high"))
     assert re.search(rf"\| small \(PyTorch\) +\| {value} \({low} to {high}\) \| .* {f1:.2f} \|", text)
     assert f"small (PyTorch) & {value} ({low} to {high}) & " in latex
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\midrule") == text.count("\n| ---") == 7
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\midrule") == text.count("\n| ---") == 8
 
 
 def test_the_page_is_self_contained_and_accessible(pair: Path) -> None:
@@ -143,7 +149,7 @@ def test_the_page_is_self_contained_and_accessible(pair: Path) -> None:
     assert not page.open
     expected = {f"{name}.png" for name in FIGURES | {"confusion-2", "mistakes-2"}}
     beside = {"report.html", "report.json", "tables.md", "tables.tex"}
-    plots = {f"{name}.pdf" for name in ("accuracy", "consistency", "reliability", "turning")}
+    plots = {f"{name}.pdf" for name in ("accuracy", "consistency", "circle", "reliability", "turning")}
     assert {path.name for path in folder.iterdir()} == expected | beside | plots
     assert all((folder / plot).read_bytes().startswith(b"%PDF-") for plot in plots)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -157,7 +163,7 @@ def test_the_page_is_self_contained_and_accessible(pair: Path) -> None:
     assert "url(" not in style and "@import" not in style
     # Every table has a caption, and every column and row has a heading.
     tables = text.split("<table>")[1:]
-    assert len(tables) == len(re.findall("<caption>", text)) == 7
+    assert len(tables) == len(re.findall("<caption>", text)) == 8
     assert all('scope="col"' in table and 'scope="row"' in table for table in tables)
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
@@ -177,6 +183,25 @@ def test_the_page_shows_the_numbers_of_the_json(pair: Path, record: Any) -> None
         assert len(degrees) == 6 and f"{values['uprightness']:.3f} {' '.join(degrees)}" in text
     for row in run["classes"]:
         assert f"{row['precision']:.4f}" in text and f"{row['f1']:.4f}" in text
+
+
+def test_the_circle_has_the_network_without_its_rotation_and_the_harm_of_a_bundle(pair: Path, record: Any) -> None:
+    run, bundle = record["models"]
+    restored = restore(pair / "run").classifier.model
+    sample = take_sample(restore(pair / "run").data, "test", 40)
+    aspect = torch.ones(1)
+    for angle, share in zip((-180, 0, 90), (run["identity"][0], run["identity"][12], run["identity"][18]), strict=True):
+        images = warp(sample.images.float(), rotation(aspect * math.radians(angle)).expand(40, 3, 3)).round()
+        with torch.no_grad():
+            # Without its transformer, the network has the images as they are.
+            classes = restored.network.network(restored.normalise(images)).argmax(dim=1).numpy()
+        assert share["value"] == pytest.approx((classes == sample.labels).mean(), abs=1e-6)
+    assert bundle["identity"] is None and run["effect"] is None
+    parity = json.loads((pair / "export/small/parity.json").read_text())
+    assert bundle["effect"] == parity["effect"]
+    text = Page((pair / "report/report.html").read_text()).text
+    low, high = bundle["effect"]["gain_interval"]
+    assert f"{bundle['effect']['gain']:.2f} {low:.2f} to {high:.2f}" in text
 
 
 def test_the_range_of_training_is_recorded(record: Any) -> None:

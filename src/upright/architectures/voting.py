@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from upright.architectures.initialisation import initialise
-from upright.architectures.layers import check_size
+from upright.architectures.layers import check_choice, check_size
 from upright.architectures.localisers import Network, Shape
 from upright.architectures.transforms import unit
 from upright.warp import disc, resize, sample
@@ -158,6 +158,7 @@ class NetworkLocaliser(VotingLocaliser):
         super().__init__()
         if turns < 4:
             raise ValueError(f"turns must be at least 4, got {turns}.")
+        check_choice("mask", mask, ("none", "disc"))
         channels, *sides = input_shape
         self.turns, self.size, self.mask, self.weights = turns, size or min(sides), mask, weights
         self.resizes = [self.size, self.size] != sides

@@ -4,6 +4,7 @@ It is the counterpart of `upright attach` for a checkpoint with a transformer of
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,20 @@ def voting_transformer(model: Model, option: str) -> SpatialTransformer:
     return transformers[0]
 
 
+@contextmanager
+def abstaining(model: Model, threshold: float = NEVER) -> Iterator[None]:
+    """Set the threshold of all transformers that vote; by default they rotate no image."""
+    transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
+    before = [transformer.threshold for transformer in transformers]
+    for transformer in transformers:
+        transformer.threshold = threshold
+    try:
+        yield
+    finally:
+        for transformer, own in zip(transformers, before, strict=True):
+            transformer.threshold = own
+
+
 def _views(data: ImageDataModule, size: tuple[int, int] | None) -> Iterator[_View]:
     for group, index in enumerate(tqdm(data.splits["val"].tolist(), unit="image", disable=None, leave=False)):
         views = rotated_views(data.source.images[index], data.augmentation.padding)
@@ -62,19 +77,18 @@ def measure(model: Model, data: ImageDataModule, option: str, size: tuple[int, i
     Raises:
         UserError: for the ``option``, if the transformer does not vote, or the data have no upright images.
     """
-    transformer = voting_transformer(model, option)
+    voting_transformer(model, option)
     if not isinstance(data.views("val"), Angles):
         raise UserError(f"{option} needs upright images, but {type(data).__name__} distorts those of its split 'val'.")
-    threshold, parts = transformer.threshold, []
+    parts = []
     for batch in batches_of_one_size(_views(data, size), lambda view: view.pixels, MAX_BATCH):
         images = to_tensor(np.stack([view.pixels for view in batch]))
         labels = torch.tensor([view.label for view in batch])
         right = []
-        for transformer.threshold in (NEVER, 0.0):
-            with observing() as (observations):
+        for threshold in (NEVER, 0.0):
+            with abstaining(model, threshold), observing() as observations:
                 right.append((model(images).argmax(dim=1) == labels).numpy())
         confidence = observations[0].confidence
         assert confidence is not None
         parts.append((*right, confidence.numpy(), [not view.angle for view in batch], [view.group for view in batch]))
-    transformer.threshold = threshold
     return Answers(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))

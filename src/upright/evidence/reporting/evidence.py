@@ -14,6 +14,7 @@ from upright.evidence.reporting.figures import (
     draw_reliability,
     draw_rotation_response,
     draw_strips,
+    draw_turning_circle,
 )
 from upright.evidence.reporting.invariance import (
     ROTATION,
@@ -77,11 +78,14 @@ class Evidence:
         """Return the figures by name; those of model N end in ``-N``.
 
         There are ``mistakes-N`` only if it made some, and ``turning`` (the response to rotation) and ``sights`` (the
-        outputs) only with observations of spatial transformers.
+        outputs) only with observations of spatial transformers. ``circle`` (the accuracy at all angles) exists only
+        with a transformer that votes or abstains.
         """
         classes = self.group.data.spec.classes
         figures: Figures = {measure: draw_invariance(measure, models) for measure in ("accuracy", "consistency")}
         figures["reliability"] = draw_reliability(models)
+        if any(model["identity"] or model["effect"] for model in models):
+            figures["circle"] = draw_turning_circle(models)
         if observed := [subject for subject in self.group.subjects if subject.model]:
             figures["turning"] = draw_rotation_response(models)
             figures["sights"] = draw_strips(observed, self.sample, self.families[ROTATION], classes)
@@ -145,6 +149,7 @@ def gather(group: Group, split: str, images: int) -> Evidence:
                 "difference": difference(evidence.predictions[0], predictions) if evidence.predictions else None,
                 "calibration": calibrate(predictions, evaluate(subject, data, "val") if split != "val" else None),
                 **measures,
+                "effect": subject.effect,
             }
         )
         evidence.predictions.append(predictions)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from upright.evidence.reporting.invariance import DistortionFamily, Sample, transformer_views
+from upright.evidence.reporting.invariance import ROTATION, DistortionFamily, Sample, transformer_views
 from upright.evidence.reporting.measures import BINS
 from upright.evidence.reporting.subjects import Floats, Subject
 from upright.runs.drawing import COLOURS, draw_column, draw_columns, evenly_spread, pixels_of
@@ -149,6 +149,27 @@ def draw_invariance(measure: str, models: Models) -> "Figure":
             panel.set_axis_off()
         if len(models) > 1:
             _add_legend(figure, lines, models)
+    return figure
+
+
+def draw_turning_circle(models: Models) -> "Figure":
+    """Draw the accuracy at all angles of each model, and of those with a transformer also at the identity pose."""
+    curves = []
+    for model in models:
+        rotation = model["invariance"][ROTATION]
+        if model["identity"]:
+            curves.append((f"{model['name']}, without its rotation", rotation["strengths"], model["identity"]))
+        abstains = f", abstains below {model['effect']['threshold']:.2f}" if model["effect"] else ""
+        curves.append((model["name"] + abstains, rotation["strengths"], rotation["accuracy"]))
+    with _styled_figure(2.9) as figure:
+        panel = figure.subplots()
+        lines = [
+            _draw_line(panel, angles, *_percent(shares), number=number, count=len(curves))
+            for number, (_, angles, shares) in enumerate(curves)
+        ]
+        panel.set(xlim=(-180, 180), ylim=(0, 102), xticks=range(-180, 181, 45))
+        panel.set(xlabel="rotation of the image (degrees)", ylabel="accuracy (%)")
+        _add_legend(figure, lines, [{"name": name} for name, *_ in curves])
     return figure
 
 

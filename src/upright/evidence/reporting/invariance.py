@@ -23,7 +23,7 @@ from upright.evidence.distortions import rotate, shift, zoom
 from upright.evidence.reporting.measures import uprightness_values
 from upright.evidence.reporting.subjects import BatchOutput, Floats, Subject
 from upright.images import Pixels
-from upright.intervals import wilson
+from upright.intervals import Share, wilson
 from upright.recipes import Recipe, recipe
 from upright.runs.plots import transformer_images
 from upright.training.uprightness import Uprightness, final_points
@@ -178,11 +178,12 @@ def measure_invariance(
     families: Mapping[str, DistortionFamily],
     ranges: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """Return the entries ``invariance`` and ``uprightness`` of a model in ``report.json``.
+    """Return the entries ``invariance``, ``uprightness`` and ``identity`` of a model in ``report.json``.
 
     The consistency is the share of predictions that equal the prediction for the undistorted image. ``ranges`` are
     those of training. Uprightness covers the angles of the training rotation, and at least `MIN_ROTATION_DEGREES` in
-    each direction. It covers all angles if the training data declare no rotation.
+    each direction. It covers all angles if the training data declare no rotation. ``identity`` is the accuracy at the
+    angles of `ROTATION` without the action of the transformers, or None.
     """
     undistorted = _outputs(subject, sample.images)
     curves: dict[str, Any] = {}
@@ -204,7 +205,18 @@ def measure_invariance(
             end = max(ranges.get(ROTATION, (0.0, DEFAULT_ROTATION_DEGREES))[1], MIN_ROTATION_DEGREES)
             observations = [[output.observations for output in each] for each in outputs]
             uprightness = _rotation_response(dict(zip(family.strengths, observations, strict=True)), sample, end)
-    return {"invariance": curves, "uprightness": uprightness}
+    return {"invariance": curves, "uprightness": uprightness, "identity": _identity(subject, sample, families)}
+
+
+def _identity(subject: Subject, sample: Sample, families: Mapping[str, DistortionFamily]) -> list[Share] | None:
+    if subject.identity is None or ROTATION not in families:
+        return None
+    family, accuracies = families[ROTATION], []
+    for angle in family.strengths:
+        parts = [subject.identity(part) for part in torch.split(family(sample.images, angle), CHUNK)]
+        right = np.concatenate(parts).argmax(axis=1) == sample.labels
+        accuracies.append(wilson(float(right.mean()), len(right)))
+    return accuracies
 
 
 def _outputs(subject: Subject, images: Tensor) -> list[BatchOutput]:

@@ -1,6 +1,7 @@
 """Load the models of a report. Each one maps images to probabilities by PyTorch or by ONNX Runtime."""
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
@@ -17,11 +18,13 @@ from upright.checkpoint import KEY, find_checkpoint, read_checkpoint
 from upright.data.configs import build_data, read_data
 from upright.data.datamodule import ImageDataModule
 from upright.errors import UprightError, UserError
+from upright.exporting.abstention import abstaining
+from upright.exporting.harm import effect_tables
 from upright.exporting.parity import fitted
 from upright.images import ImageSpec
 from upright.recipes import Recipe, build
 from upright.runs.folder import ROOT
-from upright.runtime.bundle import ARCHIVE_SUFFIX, MANIFEST, SUMS, Bundle
+from upright.runtime.bundle import ARCHIVE_SUFFIX, MANIFEST, PARITY, SUMS, Bundle
 from upright.runtime.predictor import open_session, run_batch
 from upright.training.model import Model
 from upright.training.restoring import check_task, restore
@@ -76,6 +79,9 @@ class Subject:
         predict: function from uint8 images ``(B, C, H, W)`` to a `BatchOutput`.
         model: the PyTorch model, whose transformers are observed; None without observations.
         unobserved_reason: reason for missing observations.
+        identity: function from images to the probabilities at the identity pose of all transformers; None for a bundle,
+            and for transformers that do not vote.
+        effect: harm and gain of a transformer that abstains, from the ``parity.json`` of a bundle; None without.
         name: name that is unique in the report.
     """
 
@@ -87,6 +93,8 @@ class Subject:
     predict: Callable[[Tensor], BatchOutput]
     model: Model | None = None
     unobserved_reason: str = ""
+    identity: Callable[[Tensor], Floats] | None = None
+    effect: dict[str, Any] | None = None
     name: str = ""
 
     def output(self, images: Tensor) -> BatchOutput:
@@ -210,8 +218,15 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
             each.output = each.output.new_empty(0)
         return BatchOutput(model.answers(logits).double().numpy(), observations)
 
+    def identity(images: Tensor) -> Floats:
+        with abstaining(model):
+            return predict(images).probabilities
+
     file = find_checkpoint(origin.path)
-    observed = (model, "") if _has_transformer(model) else (None, NO_TRANSFORMER)
+    transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
+    observed: tuple[Any, ...] = (model, "") if transformers else (None, NO_TRANSFORMER)
+    if transformers and all(transformer.voting for transformer in transformers):
+        observed += (identity,)
     # `restore` refuses images that the model was trained on, if the checkpoint records them.
     subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, predict, *observed)
     return subject, restored.image_data("A report distorts original images")
@@ -242,7 +257,18 @@ def _open_bundle(origin: Origin, bundle: Bundle, precision: str, unseen: bool) -
         return BatchOutput(probabilities.astype(float), _with_thetas(template, [*map(torch.from_numpy, values)]))
 
     kind, file, folder = f"ONNX {precision}", bundle.model(precision), _run_folder(origin.run)
-    return Subject(origin, kind, file, folder, unseen, predict, model, unobserved_reason)
+    effect = _effect(bundle)
+    return Subject(origin, kind, file, folder, unseen, predict, model, unobserved_reason, effect=effect)
+
+
+def _effect(bundle: Bundle) -> dict[str, Any] | None:
+    """Return harm and gain from the record of a bundle; None if it has none, or another form."""
+    try:
+        effect: dict[str, Any] = json.loads((bundle.files / PARITY).read_text(encoding="utf-8"))["effect"]
+        effect_tables(effect)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return effect
 
 
 def _run_folder(run: dict[str, Any]) -> Path | None:
