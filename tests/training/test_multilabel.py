@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tests.conftest import ROOT, Upright
+from tests.runtime.bundles import write_orientation_bundle
 from upright.architectures.lenet import LeNet
 from upright.architectures.mlp import MLP
 from upright.architectures.transformer_network import TransformerNetwork
@@ -26,6 +27,7 @@ from upright.data.table import Table
 from upright.errors import UserError
 from upright.exporting.parity import best_thresholds, f1_scores
 from upright.images import ImageSpec
+from upright.runs.plots import draw_transformer
 from upright.runtime.predictor import MultiLabelPredictor, Predictor
 from upright.runtime.task import MultiLabel
 from upright.tables import read_rows
@@ -115,7 +117,12 @@ def test_from_a_table_to_a_bundle(mosaics: Path, upright: Upright) -> None:
     assert list(row) == ["path", "labels", "0", "1", "2"] and row["labels"] == ";".join(results[both].labels)
     answer = upright("infer", "export/mosaic", files[both], "--format", "jsonl")
     assert list(json.loads(answer.out)) == ["path", "labels", "probabilities"]
+    sky = write_orientation_bundle(Path("export/sky"))
     for command, message in (
+        (
+            ("attach", sky, "export/mosaic/model.onnx", "--to", "export/both", "--images", mosaics),
+            "attach compares the",
+        ),
         (
             ("infer", "export/mosaic", files[0], "--top", "2"),
             "--top is for bundles with classes, and 'export/mosaic' finds",
@@ -297,3 +304,4 @@ def test_a_transformer_trains_with_the_upright_loss(mosaics: Path) -> None:
     assert loss.isfinite() and set(classifier._means.take()) == {"train/loss", "train/upright_loss", "train/prior_loss"}
     classifier.eval().evaluate(next(iter(data.loader("val"))), "val")
     assert {"uprightness", "map"} <= set(classifier.metrics["_val"].compute())
+    assert draw_transformer("Test", classifier, data).height > 6 * 2 * 16  # six images, each with an output

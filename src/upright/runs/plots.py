@@ -34,7 +34,7 @@ from upright.runs.drawing import (
     save_png,
 )
 from upright.runs.loggers import log_picture
-from upright.runtime.task import QUARTER, deviation
+from upright.runtime.task import QUARTER, deviation, task_of
 from upright.tables import read_rows
 from upright.training.model import Model
 from upright.training.module import ImageModule
@@ -265,20 +265,21 @@ def draw_orientation(title: str, model: ImageModule, data: ImageDataModule) -> I
 
 
 def draw_transformer(title: str, classifier: ImageModule, data: ImageDataModule) -> Image.Image:
-    """Draw the test split's views of images of some classes, and the outputs of the last transformers.
+    """Draw the test split's views of images of some labels, and the outputs of the last transformers.
 
     Images with many views are fewer, see `MAX_VIEWS`. Each of several parallel transformers has its own row. For a
     transformer inside the network, the figure shows the part of the image that its feature maps cover.
     """
     samples, views = data.samples("test"), data.views("test")
-    columns, classes = len(views.names), data.spec.classes
-    labels, blocks = torch.unique(samples.labels), []
-    for label in labels[evenly_spread(len(labels), min(EXAMPLES, max(1, MAX_VIEWS // columns)))].tolist():
-        first = int((samples.labels == label).nonzero()[0])
+    columns, task = len(views.names), task_of(data.spec)
+    labels, blocks = torch.unique(samples.labels, dim=0), []
+    for label in labels[evenly_spread(len(labels), min(EXAMPLES, max(1, MAX_VIEWS // columns)))]:
+        first = int((samples.labels == label).reshape(len(samples.labels), -1).all(dim=1).nonzero()[0])
         images = samples[first * columns : (first + 1) * columns].images.to(classifier.device)
         with torch.no_grad(), observing() as observations:
-            predicted = classifier(images).argmax(dim=1).tolist()
+            answers = classifier.model.answers(classifier(images)).cpu().numpy()
             rows = transformer_images(classifier.model, images, observations)
-        blocks.append((rows, [[Line(classes[guess], BLACK if guess == label else RED)] for guess in predicted]))
+        truth, predicted = task.label(label.tolist()), [task.text(row) for row in answers]
+        blocks.append((rows, [[Line(guess or "none", BLACK if guess == truth else RED)] for guess in predicted]))
     title = f"{title}: input above, output of the spatial transformer below, with the prediction, red if wrong"
     return draw_blocks(title, [name + views.unit for name in views.names], blocks)

@@ -91,7 +91,7 @@ class Evaluation(Command):
         if isinstance(data, ImageDataModule):
             if not model.spec.classes:
                 plots["orientation"] = draw_orientation(title, model, data)
-            elif model.transformers and not model.spec.multilabel:
+            elif model.transformers:
                 plots["transformer"] = draw_transformer(title, model, data)
         for name, plot in plots.items():
             save_png(plot, folder / f"test_{name}.png")
