@@ -79,10 +79,10 @@ class Subject:
         predict: function from uint8 images ``(B, C, H, W)`` to a `BatchOutput`.
         model: the PyTorch model, whose transformers are observed; None without observations.
         unobserved_reason: reason for missing observations.
+        name: name that is unique in the report.
         identity: function from images to the probabilities at the identity pose of all transformers; None for a bundle,
             and for transformers that do not vote.
         effect: harm and gain of a transformer that abstains, from the ``parity.json`` of a bundle; None without.
-        name: name that is unique in the report.
     """
 
     origin: Origin
@@ -93,9 +93,9 @@ class Subject:
     predict: Callable[[Tensor], BatchOutput]
     model: Model | None = None
     unobserved_reason: str = ""
+    name: str = ""
     identity: Callable[[Tensor], Floats] | None = None
     effect: dict[str, Any] | None = None
-    name: str = ""
 
     def output(self, images: Tensor) -> BatchOutput:
         """Return the output for uint8 images ``(B, C, H, W)``.
@@ -224,11 +224,11 @@ def _open_checkpoint(origin: Origin, data: ImageDataModule | None) -> tuple[Subj
 
     file = find_checkpoint(origin.path)
     transformers = [module for module in model.modules() if isinstance(module, SpatialTransformer)]
-    observed: tuple[Any, ...] = (model, "") if transformers else (None, NO_TRANSFORMER)
-    if transformers and all(transformer.voting for transformer in transformers):
-        observed += (identity,)
+    observed = (model, "") if transformers else (None, NO_TRANSFORMER)
     # `restore` refuses images that the model was trained on, if the checkpoint records them.
     subject = Subject(origin, "PyTorch", file, file.parent, origin.digest is not None, predict, *observed)
+    if transformers and all(transformer.voting for transformer in transformers):
+        subject = replace(subject, identity=identity)
     return subject, restored.image_data("A report distorts original images")
 
 
