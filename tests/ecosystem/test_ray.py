@@ -104,10 +104,10 @@ def test_a_folder_and_its_resumption(photos: Path, tmp_path: Path, monkeypatch: 
     shutil.copy(DIGITS / "samples/00.png", photos / "new.png")
     assert run() == 1
     lost = max(answers.iterdir(), key=lambda path: pq.read_metadata(path).num_rows)
-    count, kept = pq.read_metadata(lost).num_rows, set(answers.iterdir()) - {lost}
+    count, others = pq.read_metadata(lost).num_rows, set(answers.iterdir()) - {lost}
     lost.write_bytes(lost.read_bytes()[:-9])
     assert run() == count and len(rows(answers)) == 23
-    assert kept < set(answers.iterdir()) and not lost.exists()
+    assert others < set(answers.iterdir()) and not lost.exists()
 
 
 @pytest.mark.usefixtures("cluster")

@@ -125,8 +125,8 @@ def test_fused_and_unfused_steps_are_equal(name: str) -> None:
 @pytest.mark.parametrize("shape", [(16, 16), (32, 72), (72, 32)])
 def test_muon_steps_are_orthogonal(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape)
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = (left.T @ orthogonalised(matrix) @ right.T).diagonal()
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    values = (u.T @ orthogonalised(matrix) @ v.T).diagonal()
     assert 0.6 < values.min() <= values.max() < 1.25
 
 
