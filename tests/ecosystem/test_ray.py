@@ -104,22 +104,24 @@ def test_a_folder_and_its_resumption(photos: Path, tmp_path: Path, monkeypatch: 
     shutil.copy(DIGITS / "samples/00.png", photos / "new.png")
     assert run() == 1
     lost = max(answers.iterdir(), key=lambda path: pq.read_metadata(path).num_rows)
-    count, kept = pq.read_metadata(lost).num_rows, set(answers.iterdir()) - {lost}
+    count, others = pq.read_metadata(lost).num_rows, set(answers.iterdir()) - {lost}
     lost.write_bytes(lost.read_bytes()[:-9])
     assert run() == count and len(rows(answers)) == 23
-    assert kept < set(answers.iterdir()) and not lost.exists()
+    assert others < set(answers.iterdir()) and not lost.exists()
 
 
 @pytest.mark.usefixtures("cluster")
 def test_mistakes_are_found_before_the_work(photos: Path, tmp_path: Path) -> None:
-    def run(images: Path = photos, bundle: Path = DIGITS, **options: Any) -> int:
-        return infer_images(str(images), str(bundle), str(tmp_path / "answers"), workers=1, **options)
+    def run(images: Path = photos, bundle: Path = DIGITS, workers: int = 1, **options: Any) -> int:
+        return infer_images(str(images), str(bundle), str(tmp_path / "answers"), workers=workers, **options)
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
         run(tmp_path / "empty")
     with pytest.raises(UserError, match=r"nope' does not exist"):
         run(tmp_path / "nope")
+    with pytest.raises(UserError, match="workers must be at least 1, got 0"):
+        run(workers=0)
     with pytest.raises(BundleError, match="holds fp32, int8, not fp16"):
         run(precision="fp16")
     with pytest.raises(BundleError, match="has no signature"):
