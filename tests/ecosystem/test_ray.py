@@ -112,14 +112,16 @@ def test_a_folder_and_its_resumption(photos: Path, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("cluster")
 def test_mistakes_are_found_before_the_work(photos: Path, tmp_path: Path) -> None:
-    def run(images: Path = photos, bundle: Path = DIGITS, **options: Any) -> int:
-        return infer_images(str(images), str(bundle), str(tmp_path / "answers"), workers=1, **options)
+    def run(images: Path = photos, bundle: Path = DIGITS, workers: int = 1, **options: Any) -> int:
+        return infer_images(str(images), str(bundle), str(tmp_path / "answers"), workers=workers, **options)
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
         run(tmp_path / "empty")
     with pytest.raises(UserError, match=r"nope' does not exist"):
         run(tmp_path / "nope")
+    with pytest.raises(UserError, match="workers must be at least 1, got 0"):
+        run(workers=0)
     with pytest.raises(BundleError, match="holds fp32, int8, not fp16"):
         run(precision="fp16")
     with pytest.raises(BundleError, match="has no signature"):

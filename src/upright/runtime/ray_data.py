@@ -49,10 +49,12 @@ def infer_images(
         key: a public key that must have signed the bundle.
 
     Raises:
-        UserError: if there are no images, a name is not UTF-8, or ``answers`` holds files with another content.
+        UserError: if workers or images are missing, a name is not UTF-8, or ``answers`` holds other files.
         BundleError: if the bundle cannot be used.
         ray.exceptions.RayTaskError: if the storage or onnxruntime fails. The answers so far stay.
     """
+    if workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}.")
     bundle = bundle if "://" in bundle else os.path.abspath(bundle)
     opened = Bundle.open(local_bundle(bundle), key)
     open_predictor(opened, precision, max_pixels=max_pixels)  # raises errors here rather than in a worker
@@ -63,7 +65,7 @@ def infer_images(
         return 0
     size = min(FILE_IMAGES, max(MIN_FILE_IMAGES, count // (4 * workers)))  # the workers end at about the same time
     dataset = ray.data.from_arrow([paths.slice(start, size) for start in range(0, count, size)])
-    # Ray runs a function and the writing of its results in one task. A class would need a process for each.
+    # With a function, Ray answers images and writes the answers in one task. With a class, it needs further processes.
     dataset.map_batches(
         _answer,
         fn_args=(bundle, images, opened.digest, precision, max_pixels),
