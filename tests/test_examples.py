@@ -42,3 +42,8 @@ def test_existing_folders_are_not_replaced(upright: Upright) -> None:
     assert Path("here/configs/data/digits.yaml").is_file() and Path("here/export/digits/model.onnx").is_file()
     answer = upright("configs", "copy", "--to", "here")
     assert answer.code == 2 and "'here/configs' exists and is not replaced; give another folder" in answer.err
+
+
+def test_the_list_describes_every_config(upright: Upright) -> None:
+    lines = upright("configs", "list").out.split("\n\n")[0].splitlines()
+    assert len(lines) > 30 and not [line for line in lines if len(line.split()) < 2]

@@ -170,6 +170,8 @@ def test_invalid_files_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) 
         UprightError, match=r"no.csv' does not exist; `file` \(--data.file\) is a .csv or .parquet file"
     ):
         _ = Table(file=str(root / "no.csv")).spec
+    with pytest.raises(UprightError, match=r"' is a folder; `file` \(--data.file\) is a .csv or .parquet file"):
+        _ = Table(file=str(root)).spec
     (root / "table.xlsx").write_bytes(b"PK")
     with pytest.raises(UprightError, match=r"table.xlsx' must be a .csv or .parquet file"):
         _ = Table(file=str(root / "table.xlsx")).spec

@@ -84,7 +84,7 @@ def test_the_orientation_in_every_format(upright: Upright, tmp_path: Path) -> No
         assert row == {"path": str(path), "angle": f"{stored_angle:z.4f}", "confidence": f"{confidence:.6f}"}
         assert line.split() == [f"{stored_angle:z.2f}°", f"{confidence:.4f}", str(path)]
     answer = upright("infer", bundle, images[0], "--top", 1)
-    message = f"--top is for bundles with classes, and '{bundle}' estimates the orientation; omit --top."
+    message = f"--top is for bundles with one class per image, and '{bundle}' estimates the orientation; omit --top."
     assert (answer.code, answer.out, answer.err) == (2, "", f"upright: error: {message}\n")
 
 

@@ -231,7 +231,7 @@ def test_a_bundle_with_several_classes_per_image(tmp_path: Path) -> None:
             assert list(labels) == list(result.labels) and labels == pytest.approx(result.labels, abs=1e-6)
         message = "The task of this model is multilabel: send images to /v1/labels."
         assert running.classify(images[0]).json == {"error": message}
-        message = "top is for models with classes, and this one finds several classes per image; omit top."
+        message = "top is for models with one class per image, and this one finds several classes per image; omit top."
         assert running.ask("POST", "/v1/labels?top=1", images[0]).json == {"error": message}
         counts = Counter(label for result in results for label in result.labels)
         for label, count in counts.items():
@@ -270,7 +270,7 @@ def test_an_orientation_bundle(bundle: Path, tmp_path: Path, samples: list[bytes
         message = "The task of this model is orientation: send images to /v1/orientation."
         assert (reply.status, reply.json) == (404, {"error": message})
         reply = send(images[0], "?top=1")
-        message = "top is for models with classes, and this one estimates the orientation; omit top."
+        message = "top is for models with one class per image, and this one estimates the orientation; omit top."
         assert (reply.status, reply.json) == (400, {"error": message})
 
         data = [base64.b64encode(image).decode() for image in images]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from upright.data.digits import Digits
 from upright.data.mixing import CutMix, MixUp
 from upright.data.table import Table
 from upright.errors import UserError
+from upright.exporting import card
 from upright.exporting.parity import best_thresholds, f1_scores
 from upright.images import ImageSpec
 from upright.runs.plots import draw_transformer
@@ -125,10 +127,10 @@ def test_from_a_table_to_a_bundle(mosaics: Path, upright: Upright) -> None:
         ),
         (
             ("infer", "export/mosaic", files[0], "--top", "2"),
-            "--top is for bundles with classes, and 'export/mosaic' finds",
+            "--top is for bundles with one class per image, and 'export/mosaic' finds",
         ),
         (("report", "checkpoints/mosaic"), "finds several classes per image, and report compares models"),
-        (("select", "checkpoints/mosaic"), "finds several classes per image, and select compares single classes"),
+        (("select", "checkpoints/mosaic"), "single classes; `upright test` writes the metrics of a run to test.json"),
         (("straighten", "export/mosaic", files[0], "--to", "out"), "classifies"),
         (("test", "--ckpt_path", "checkpoints/mosaic", "--data.separator", "null"), "line 5 has no label"),
     ):
@@ -194,8 +196,21 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         Table(file=file, separator="")
     with pytest.raises(UserError, match="has no label"):
         Table(file=write(tmp_path, "a", "")).setup()
-    with pytest.raises(UserError, match="must have at least two labels for training"):
-        _ = Table(file=write(tmp_path, "a", ""), separator=";").spec
+    for labels, found in ((("a", ""), "['a']"), (("", ""), "[]")):
+        text = f"must have at least two labels for training; found {found}. For one class, label each image with one"
+        with pytest.raises(UserError, match=re.escape(text)):
+            _ = Table(file=write(tmp_path, *labels), separator=";").spec
+
+
+def test_a_separator_that_no_label_contains_is_noted(tmp_path: Path) -> None:
+    file = write(tmp_path, "a|b", "a", "", "b")
+    remark = "No label contains the separator ';', so no image has several classes."
+    assert Table(file=file, separator=";").source.remarks == [remark]
+    assert Table(file=file, separator="|").source.remarks == []
+
+
+def test_small_thresholds_are_printed_with_their_digits() -> None:
+    assert card._thresholds({"thresholds": {"a": 0.5, "b": 0.000213}}) == "a 0.5, b 0.000213"
 
 
 @pytest.mark.parametrize("mixing", [MixUp, CutMix])

@@ -46,7 +46,8 @@ class Table(ImageFiles):
     def _cells(self) -> dict[int, Cells]:
         """The checked cells by line, without looking for the images."""
         if not self.file.is_file():
-            raise UserError(f"Table '{self.file}' does not exist; `file` (--data.file) is a .csv or .parquet file.")
+            problem = "is a folder" if self.file.is_dir() else "does not exist"
+            raise UserError(f"Table '{self.file}' {problem}; `file` (--data.file) is a .csv or .parquet file.")
         readers: dict[str, Reader] = {".csv": _csv_cells, ".parquet": partial(_parquet_cells, separator=self.separator)}
         if (suffix := self.file.suffix.lower()) not in readers:
             raise UserError(f"Table '{self.file}' must be a .csv or .parquet file.")
@@ -78,11 +79,23 @@ class Table(ImageFiles):
         names = {name for label in labels for name in self.class_names(label)}
         whole = all(re.fullmatch(r"-?\d+", name) for name in names)
         if len(names) < 2:
-            raise UserError(f"Table '{self.file}' must have at least two labels for training; found {sorted(names)}.")
+            advice = (
+                " For one class, label each image with one of two names, such as cat and other, without a `separator`."
+                if self.multilabel
+                else ""
+            )
+            raise UserError(
+                f"Table '{self.file}' must have at least two labels for training; found {sorted(names)}.{advice}"
+            )
         return tuple(sorted(names, key=lambda name: (int(name) if whole else 0, name)))
 
     def class_names(self, label: str) -> list[str]:
         return [label] if self.separator is None else [n for part in label.split(self.separator) if (n := part.strip())]
+
+    def remarks_on_rows(self) -> list[str]:
+        if self.separator is None or any(self.separator in label for _, label, _ in self._cells.values()):
+            return []
+        return [f"No label contains the separator '{self.separator}', so no image has several classes."]
 
     def rows(self) -> list[Row]:
         lines: dict[str, int] = {}

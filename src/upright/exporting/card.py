@@ -57,7 +57,7 @@ def summary(parity: dict[str, Any], task: Task) -> Iterator[str]:
 
 
 def _thresholds(multilabel: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {threshold:.3f}" for name, threshold in multilabel["thresholds"].items())
+    return ", ".join(f"{name} {threshold:.3g}" for name, threshold in multilabel["thresholds"].items())
 
 
 def _threshold(orientation: dict[str, Any], exact: dict[str, Any]) -> str:

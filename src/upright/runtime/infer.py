@@ -173,7 +173,9 @@ def _top(predictor: AnyPredictor, top: int | None) -> int:
     classes = len(predictor.spec.classes)
     if top is not None and predictor.task.name != "classification":
         other = "finds several classes per image" if classes else "estimates the orientation"
-        raise UserError(f"--top is for bundles with classes, and '{predictor.bundle.folder}' {other}; omit --top.")
+        raise UserError(
+            f"--top is for bundles with one class per image, and '{predictor.bundle.folder}' {other}; omit --top."
+        )
     if top is not None and not 1 <= top <= classes:
         raise UserError(f"--top must be from 1 to {classes} (the number of classes), got {top}.")
     return top or 1

@@ -164,7 +164,10 @@ def _check_alike(runs: Sequence[Candidate], contents: Sequence[Mapping[str, Any]
     if not first["spec"]["classes"]:
         raise UserError(f"'{runs[0].checkpoint}' estimates the orientation, and select compares classifiers.")
     if first["spec"].get("multilabel"):
-        raise UserError(f"'{runs[0].checkpoint}' finds several classes per image, and select compares single classes.")
+        raise UserError(
+            f"'{runs[0].checkpoint}' finds several classes per image, and select compares single classes; "
+            "`upright test` writes the metrics of a run to test.json."
+        )
     for run, record in zip(runs, contents, strict=True):
         if not record["data"] or not record["split"]:
             raise UserError(

@@ -236,7 +236,7 @@ class Service:
             return 1
         if not classes:
             other = "finds several classes per image" if self.loaded.classes else "estimates the orientation"
-            raise UserError(f"top is for models with classes, and this one {other}; omit top.")
+            raise UserError(f"top is for models with one class per image, and this one {other}; omit top.")
         top = protocol.number(text)
         if not 1 <= top <= classes:
             raise UserError(f"top must be from 1 to {classes} (the number of classes), got {text!r}.")
