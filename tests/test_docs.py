@@ -36,9 +36,11 @@ SLOW = {
     "docs/how-to/compare.md",
     "docs/how-to/export.md",
     "docs/how-to/fine-tune.md",
+    "docs/how-to/multi-label.md",
     "docs/how-to/orientation.md",
     "docs/how-to/sweep.md",
     "docs/how-to/track.md",
+    "docs/index.md",
     "docs/tutorials/spatial-transformer.md",
     "docs/tutorials/your-training-step.md",
 }
