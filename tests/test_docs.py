@@ -40,7 +40,6 @@ SLOW = {
     "docs/how-to/orientation.md",
     "docs/how-to/sweep.md",
     "docs/how-to/track.md",
-    "docs/index.md",
     "docs/tutorials/spatial-transformer.md",
     "docs/tutorials/your-training-step.md",
 }
