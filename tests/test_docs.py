@@ -36,6 +36,7 @@ SLOW = {
     "docs/how-to/compare.md",
     "docs/how-to/export.md",
     "docs/how-to/fine-tune.md",
+    "docs/how-to/multi-label.md",
     "docs/how-to/orientation.md",
     "docs/how-to/sweep.md",
     "docs/how-to/track.md",

@@ -2,14 +2,21 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from tests.architectures.variants import CANNOT_LEARN, SLOW_TO_EXPORT, VARIANTS, WITHOUT_GRADIENT, Variant
+from tests.architectures.variants import (
+    CANNOT_LEARN,
+    SLOW_TO_EXPORT,
+    SLOW_TO_LEARN,
+    VARIANTS,
+    WITHOUT_GRADIENT,
+    Variant,
+)
 from tests.conftest import CONFIGS
 from upright.describe import network_and_spec
 from upright.images import ImageSpec
@@ -40,12 +47,16 @@ def name_of(case: Path | Variant) -> str:
     return case.stem if isinstance(case, Path) else case.name
 
 
-def slow_to_export(case: Path | Variant) -> bool:
-    """Return whether an export is long, or other variants hold all of the network's classes to every contract."""
-    if isinstance(case, Variant):
-        return SLOW_TO_EXPORT.match(case.name) is not None
-    network = yaml.safe_load(case.read_text())["model"]["network"]
-    return all(f"'{part}'" in repr(VARIANTS) for part in re.findall(r"'class_path': '([\w.]+)'", repr(network)))
+def quick_and_slow(slow: re.Pattern[str]) -> list[Any]:
+    """Return all cases. A config is slow if variants hold all classes of its network to every contract."""
+
+    def is_slow(case: Path | Variant) -> bool:
+        if isinstance(case, Variant):
+            return slow.match(case.name) is not None
+        network = yaml.safe_load(case.read_text())["model"]["network"]
+        return all(f"'{part}'" in repr(VARIANTS) for part in re.findall(r"'class_path': '([\w.]+)'", repr(network)))
+
+    return [*(pytest.param(case, marks=[pytest.mark.slow] if is_slow(case) else []) for case in QUICK), *SLOW]
 
 
 @pytest.fixture(params=[*QUICK, *SLOW], ids=name_of)
@@ -71,6 +82,7 @@ def test_every_parameter_learns(case: Case) -> None:
     check_gradients(case.network, case.spec, WITHOUT_GRADIENT.get(case.name, "nothing"))
 
 
+@pytest.mark.parametrize("case", quick_and_slow(SLOW_TO_LEARN), indirect=True, ids=name_of)
 def test_one_batch_can_be_memorised(case: Case) -> None:
     if case.name in CANNOT_LEARN:
         pytest.skip(CANNOT_LEARN[case.name])
@@ -81,10 +93,7 @@ def test_state_dict_round_trip(case: Case) -> None:
     check_state(case.network, case.spec)
 
 
-EXPORTED = [pytest.param(one, marks=[pytest.mark.slow] if slow_to_export(one) else []) for one in QUICK]
-
-
-@pytest.mark.parametrize("case", [*EXPORTED, *SLOW], indirect=True, ids=name_of)
+@pytest.mark.parametrize("case", quick_and_slow(SLOW_TO_EXPORT), indirect=True, ids=name_of)
 @pytest.mark.parametrize("opset", [18, pytest.param(20, marks=pytest.mark.slow)])
 def test_onnx_equals_pytorch_at_any_batch_and_size(case: Case, opset: int) -> None:
     check_graph(case.network, case.spec, opset)

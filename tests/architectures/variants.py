@@ -157,9 +157,15 @@ SLOW_TO_EXPORT = re.compile(
     "inception|googlenet$|googlenet-batch|resnet-50|resnet-18-plain|small-resnet-20|vgg-1|nin$|alexnet-i"
     "|alexnet-paper|mlp-|lenet-|lstm-|gru-columns|rnn-rows-b|googlenet-small|resnet-18|small-resnet-plain|nin-small"
     "|transformer-(nearest|bicubic|inside-resnet|two|before|translation|affine-dense|attention-smaller|stacked"
-    "|similarity-larger|projective-reflection|network$)"
+    "|similarity-larger|projective-reflection|network$)|perceptron$|mlp$|vgg$|alexnet-one"
 )
-"""Variants that are exported in slow tests: their graphs are large, or their layers are those of other variants."""
+"""Variants that are exported in slow tests: their graphs are large, their layers are those of other variants, or
+`test_every_config_trains_tests_and_exports` exports them."""
+SLOW_TO_LEARN = re.compile(
+    "inception-v|googlenet$|googlenet-batch|resnet-50|small-resnet-20|vgg-1|nin$|alexnet-imagenet"
+    "|transformer-(inside$|translation|attention-smaller|similarity-larger|bicubic)"
+)
+"""Variants that learn a batch in slow tests, because this takes long and other variants have the same layers."""
 
 WITHOUT_GRADIENT = {
     # Nearest sampling does not change with small changes of theta.

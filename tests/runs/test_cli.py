@@ -22,10 +22,14 @@ from upright.testing import QUICK, check_line
 STN, LENET = ROOT / "configs/stn_lenet.yaml", ROOT / "configs/lenet.yaml"
 
 
+SLOW = ("alexnet", "googlenet", "lenet", "resnet", "stn_lenet", "stn_mnist_rotated")
+"""Configs that are slow, or whose commands another test runs: test_contracts.py, or test_docs.py by first-bundle.md."""
+
+
 @pytest.mark.usefixtures("upright", "fewer_digits", "traced_once")
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem == "googlenet" else []) for path in CONFIGS],
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in CONFIGS],
     ids=lambda path: path.stem,
 )
 def test_every_config_trains_tests_and_exports(tmp_path: Path, config: Path) -> None:

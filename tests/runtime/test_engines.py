@@ -71,6 +71,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     return folder / "export"
 
 
+@pytest.mark.slow  # the default tests of OpenVINO are in test_openvino.py
 def test_other_engines_give_the_same_predictions(engine: Engine, bundles: Path, record_property) -> None:
     for name in ("transformer", "cnn", "fixed"):
         bundle = Bundle.open(bundles / name)

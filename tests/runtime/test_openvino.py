@@ -184,7 +184,12 @@ def test_the_error_names_the_extra(upright: Upright, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert find_spec("openvino") is None
     image = DIGITS / "samples/00.png"
-    for command in (("infer", DIGITS, image), ("verify", DIGITS), ("benchmark", DIGITS), ("serve", DIGITS)):
+    for command in (
+        ("infer", DIGITS, image),
+        ("verify", DIGITS),
+        ("benchmark", DIGITS),
+        ("serve", DIGITS, "--port", 0),
+    ):
         answer = upright(*command, *ENGINE)
         assert answer.code == 2 and answer.err.count("\n") == 1
         assert "The engine openvino needs the package 'openvino': pip install 'upright[openvino]'." in answer.err
