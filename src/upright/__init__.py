@@ -31,6 +31,7 @@ _MODULES = {
     "TransformerNetwork": "upright.architectures.transformer_network",
     "UprightError": "upright.errors",
     "export": "upright.exporting.export",
+    "open_predictor": "upright.runtime.predictor",
     "restore": "upright.training.restoring",
 }
 

@@ -14,6 +14,7 @@ from upright.images import ImageSpec as ImageSpec
 from upright.runtime.predictor import MultiLabelPredictor as MultiLabelPredictor
 from upright.runtime.predictor import OrientationPredictor as OrientationPredictor
 from upright.runtime.predictor import Predictor as Predictor
+from upright.runtime.predictor import open_predictor as open_predictor
 from upright.training.classifier import ImageClassifier as ImageClassifier
 from upright.training.multilabel import MultiLabelClassifier as MultiLabelClassifier
 from upright.training.orientation import OrientationEstimator as OrientationEstimator

@@ -484,7 +484,7 @@ def test_models_that_cannot_be_attached(parts: Path, upright: Upright) -> None:
     write_classifier(Path("bytes.onnx"), dtype="uint8", layout="nhwc")
     assert "takes uint8, so --mean, --std and --range have no effect" in error("orientation", "bytes.onnx")
     write_classifier(Path("model.onnx"))
-    assert "classifies images; use upright.Predictor for it" in error(ROOT / "export/digits", "model.onnx")
+    assert "classifies images; give one that estimates the orientation" in error(ROOT / "export/digits", "model.onnx")
     write_orientation_bundle(Path("bare"), threshold=None)
     assert "'bare' records no threshold; give --threshold, or --max-harm" in error("bare", "model.onnx")
     assert upright("attach", "orientation", "model.onnx", *usual).code == 0

@@ -219,7 +219,7 @@ def test_verify_expects_a_hash(upright: Upright, bundle: Path) -> None:
     (bundle / "README.md").write_text("forged")
     (bundle / SUMS).write_text(checksums(bundle))
     answer = upright("verify", bundle, "--expect", digest)
-    assert answer.code == 2 and "is not the expected bundle: SHA256SUMS has the SHA-256 " in answer.err
+    assert answer.code == 2 and "is not the expected bundle: its SHA256SUMS has the SHA-256 " in answer.err
 
 
 def test_verify_detects_other_predictions(upright: Upright, bundle: Path) -> None:

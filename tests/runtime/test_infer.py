@@ -90,9 +90,9 @@ def test_the_orientation_in_every_format(upright: Upright, tmp_path: Path) -> No
 
 def test_each_task_has_its_predictor(bundle: Path, tmp_path: Path) -> None:
     sky = write_orientation_bundle(tmp_path / "export/sky")
-    with pytest.raises(UserError, match=f"'{sky}' estimates the orientation; use upright.OrientationPredictor for it"):
+    with pytest.raises(UserError, match=f"'{sky}' estimates the orientation; give one that classifies images"):
         Predictor(sky)
-    with pytest.raises(UserError, match=f"'{bundle}' classifies images; use upright.Predictor for it"):
+    with pytest.raises(UserError, match=f"'{bundle}' classifies images; give one that estimates the orientation"):
         OrientationPredictor(bundle)
     predictor = open_predictor(sky, threads=1)
     assert isinstance(predictor, OrientationPredictor) and isinstance(open_predictor(bundle), Predictor)
@@ -221,7 +221,7 @@ def test_another_process_gets_the_predictor(bundle: Path, tmp_path: Path, monkey
     shutil.copyfile(ROOT / "export/digits/model.onnx", bundle / "model.onnx")
     (bundle / SUMS).write_text(checksums(bundle))
     Predictor(bundle)
-    with pytest.raises(BundleError, match=r"is not the expected bundle: SHA256SUMS has the SHA-256 [0-9a-f]{64}"):
+    with pytest.raises(BundleError, match=r"is not the expected bundle: its SHA256SUMS has the SHA-256 [0-9a-f]{64}"):
         pickle.loads(pickle.dumps(predictor))
 
 

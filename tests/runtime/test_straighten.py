@@ -419,7 +419,7 @@ def test_a_bundle_without_a_threshold_needs_the_option(scans: Path, upright: Upr
 
 def test_a_bundle_with_classes_is_refused(scans: Path, upright: Upright) -> None:
     answer = upright("straighten", ROOT / "export/digits", scans, "--to", "out")
-    assert answer.code == 2 and "classifies images; `straighten` needs a bundle without classes" in answer.err
+    assert answer.code == 2 and "classifies images; give one that estimates the orientation." in answer.err
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_from_a_folder_to_a_bundle(pictures: Path, upright: Upright, capsys: pyt
     for degrees in (0, 90, 180, -90, 40):
         angle, confidence = predict(picture.rotate(degrees, Image.Resampling.BILINEAR))
         assert abs((angle - degrees + 180) % 360 - 180) < 20 and 0 < confidence <= 1
-    with pytest.raises(UserError, match=r"'export/up' estimates the orientation; use upright.OrientationPredictor"):
+    with pytest.raises(UserError, match=r"'export/up' estimates the orientation; give one that classifies images"):
         Predictor("export/up")
 
 

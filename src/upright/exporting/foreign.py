@@ -260,7 +260,10 @@ def read_records(model: Path, *, is_upright: bool) -> dict[str, Any]:
 
 def _read_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     if manifest.get("task") == "multilabel":
-        raise UserError("attach compares the first class of an image, and this model finds several classes per image.")
+        raise UserError(
+            "attach compares the first class of an image, and this model finds several classes per image: "
+            "give a model with one class per image."
+        )
     spec = ImageSpec.from_dict(manifest["spec"])
     _note_filter(manifest.get("interpolation", "bilinear") == "bilinear")
     rule = "stretch" if spec.resize == "none" else spec.resize

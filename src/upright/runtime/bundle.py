@@ -209,7 +209,9 @@ class Bundle:
                 f"Bundle '{folder}' is damaged or was changed: {', '.join(names)}. Export or copy it again."
             )
         if expect is not None and expect.lower() != bundle.digest:
-            raise BundleError(f"'{folder}' is not the expected bundle: SHA256SUMS has the SHA-256 {bundle.digest}.")
+            raise BundleError(
+                f"'{folder}' is not the expected bundle: its SHA256SUMS has the SHA-256 {bundle.digest}, not {expect}."
+            )
         if key is not None:
             if SIGNATURE not in hashes:
                 raise BundleError(f"Bundle '{folder}' has no signature; `upright export --sign KEY` writes one.")

@@ -23,10 +23,10 @@ from upright.runtime.task import LabelSet, Orientation, Prediction, Rows
 Item = TypeVar("Item")
 Result = TypeVar("Result", bound=Prediction | LabelSet | Orientation)
 Errors = Literal["raise", "return"]
-OTHER_PREDICTOR: dict[TaskName, str] = {
-    "classification": "classifies images; use upright.Predictor",
-    "multilabel": "finds several classes per image; use upright.MultiLabelPredictor",
-    "orientation": "estimates the orientation; use upright.OrientationPredictor",
+ABILITY: dict[TaskName, str] = {
+    "classification": "classifies images",
+    "multilabel": "finds several classes per image",
+    "orientation": "estimates the orientation",
 }
 INT8_HINT = (
     " On a processor without instructions for 8-bit products (VNNI), sums of full-range weights saturate: "
@@ -74,7 +74,10 @@ class BundlePredictor(Generic[Result]):
         self.precision, self.engine = precision, engine
         self.task = self.bundle.task
         if self.task.name != self.task_name:
-            raise UserError(f"Bundle '{self.bundle.folder}' {OTHER_PREDICTOR[self.task.name]} for it.")
+            raise UserError(
+                f"Bundle '{self.bundle.folder}' {ABILITY[self.task.name]}; give one that {ABILITY[self.task_name]}. In "
+                "Python, upright.open_predictor opens any bundle."
+            )
         options: dict[str, Any] = dict(threads=threads, providers=providers, max_pixels=max_pixels, engine=engine)
         place = self.bundle.folder.absolute(), self.bundle.digest
         self._reopen = partial(_reopen, type(self), *place, precision, **options)

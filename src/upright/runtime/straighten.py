@@ -103,11 +103,6 @@ class Straightener:
         self.options, self.to = options, Path(options.to)
         self.resampling = Resampling(options.fit, parse_colour(options.background), options.quality)
         bundle = Bundle.open(options.bundle, options.key, options.expect)
-        if bundle.spec.classes:
-            raise UserError(
-                f"Bundle '{options.bundle}' classifies images; `straighten` needs a bundle without classes, which "
-                "estimates the orientation."
-            )
         # The threads of this command work on several images at a time.
         self.predictor = OrientationPredictor(bundle, options.precision, threads=1, max_pixels=options.max_pixels)
         threshold = bundle.threshold if options.threshold is None else options.threshold
