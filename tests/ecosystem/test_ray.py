@@ -113,11 +113,15 @@ def test_a_folder_and_its_resumption(photos: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("cluster")
 def test_mistakes_are_found_before_the_work(photos: Path, tmp_path: Path) -> None:
     def run(images: Path = photos, bundle: Path = DIGITS, **options: Any) -> int:
-        return infer_images(str(images), str(bundle), str(tmp_path / "answers"), workers=1, **options)
+        return infer_images(str(images), str(bundle), str(tmp_path / "answers"), **{"workers": 1} | options)
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
         run(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"workers must be at least 1, got 0\."):
+        run(workers=0)
+    with pytest.raises(UserError, match=r"cannot read 's4://bucket': Unrecognized .* Give a folder, or an address"):
+        infer_images("s4://bucket", str(DIGITS), str(tmp_path / "answers"), workers=1)
     with pytest.raises(UserError, match=r"nope' does not exist"):
         run(tmp_path / "nope")
     with pytest.raises(BundleError, match="holds fp32, int8, not fp16"):

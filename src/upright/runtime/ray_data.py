@@ -49,10 +49,13 @@ def infer_images(
         key: a public key that must have signed the bundle.
 
     Raises:
-        UserError: if there are no images, a name is not UTF-8, or ``answers`` holds files with another content.
+        UserError: if there are no images or no workers, a name is not UTF-8, pyarrow cannot read an address, or
+            ``answers`` holds files with another content.
         BundleError: if the bundle cannot be used.
         ray.exceptions.RayTaskError: if the storage or onnxruntime fails. The answers so far stay.
     """
+    if workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}.")
     bundle = bundle if "://" in bundle else os.path.abspath(bundle)
     opened = Bundle.open(local_bundle(bundle), key)
     open_predictor(opened, precision, max_pixels=max_pixels)  # raises errors here rather than in a worker
@@ -127,7 +130,12 @@ class _Unreadable:
 
 def _locate(address: str) -> tuple[Any, str]:
     """Return the file system of a folder or an address, and the path there."""
-    filesystem, path = FileSystem.from_uri(address if "://" in address else os.path.abspath(address))
+    try:
+        filesystem, path = FileSystem.from_uri(address if "://" in address else os.path.abspath(address))
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"pyarrow cannot read '{address}': {error}. Give a folder, or an address like s3://bucket/photos."
+        ) from None
     return filesystem, path
 
 
