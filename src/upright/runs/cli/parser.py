@@ -35,7 +35,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     # The whole command has some seventy options; a class has a few.
     allowed = f"Allowed: {', '.join(names)}." if len(names) < 30 else "`--help` shows all."
     if match := re.search(r"arguments are required: (.+)", message):
-        return f"missing {match[1]}, which has no default. {allowed}"
+        return f"missing, without a default: {match[1]}. {allowed}"
     if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)
         return f"unknown option '--{match[1]}'.{hint} `--help` shows all."
@@ -68,7 +68,12 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         value = re.search(r"(?:Got|Given) value: (.+)", message)
         suffix = f", got {value[1][:200]}" if value else ""
         # YAML's names of the types.
-        for python, yaml in {"NoneType": "null", "collections.abc.Sequence": "list", "tuple": "list"}.items():
+        for python, yaml in {
+            "NoneType": "null",
+            "collections.abc.Sequence": "list",
+            "collections.abc.Iterable": "list",
+            "tuple": "list",
+        }.items():
             kinds = kinds.replace(python, yaml)
         return f"expected {kinds}{suffix}"
     return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]
