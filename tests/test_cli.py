@@ -36,6 +36,8 @@ def test_version(upright: Upright) -> None:
         (("export", "x", "--forse"), "unrecognized arguments: --forse. Did you mean '--force'?"),
         (("export", "nope"), "Checkpoint 'nope' does not exist"),
         (("export", "x", "--name", "../y"), "--name '../y' must be a plain folder name"),
+        (("export", "x", "--max-harm", "nan"), "--max-harm must be above 0, got nan"),
+        (("export", "x", "--threshold", "nan"), "--threshold must be"),
         (("infer", "nope", "x.png"), "'nope' is not a bundle"),
         (("infer", "b", "x.png", "--format", "xml"), "invalid choice: 'xml'"),
         (("study", "uprightnes"), "There is no study 'uprightnes'. Did you mean 'uprightness'?"),

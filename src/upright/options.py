@@ -47,9 +47,10 @@ class Options:
             minimum, maximum, above = (each.metadata.get(limit) for limit in ("minimum", "maximum", "above"))
             allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
             for value in _values(getattr(self, each.name)):
-                if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+                # `not`, because NaN is neither below nor above a limit.
+                if not ((minimum is None or value >= minimum) and (maximum is None or value <= maximum)):
                     raise UserError(f"{_flag(each)} must be {allowed}, got {value:g}.")
-                if above is not None and value <= above:
+                if not (above is None or value > above):
                     raise UserError(f"{_flag(each)} must be above {above}, got {value:g}.")
 
 

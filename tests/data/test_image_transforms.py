@@ -182,7 +182,7 @@ def test_a_run_with_them_resumes_exactly(upright: Upright, yaml_file: str) -> No
         ([ToFloat], r"\(ToFloat\) must return a uint8 tensor of shape \(1, 28, 28\), .* got torch.float32 \(1, 28, "),
         ([Noise, Halve], r"\(Noise, Halve\) must return .* got torch.uint8 \(1, 14, 14\): Upright resizes, "),
         ([ToArray], r"\(ToArray\) must return .* got ndarray: "),
-        ([Refuse], r"Refuse in data.init_args.image_transforms fails with .*: ValueError: only images of"),
+        ([Refuse], r"Refuse in data.init_args.image_transforms fails .*Error: only images of 224 x 224\. Modules"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("workers", [0, 1])
@@ -199,6 +199,12 @@ def test_a_transform_that_cannot_be_built_is_refused() -> None:
         digits(image_transforms=[{"class_path": path(Noise), "init_args": {"sterngth": 1}}])
     with pytest.raises(UserError, match=r"has no class 'Noize'\. Did you mean 'Noise'"):
         digits(image_transforms=[{"class_path": f"{__name__}.Noize"}])
+    with pytest.raises(UserError, match=r"image_transforms: .*\.Noise is no transform: give class_path and init_args"):
+        digits(image_transforms=[path(Noise)])
+    with pytest.raises(UserError, match=r"'builtins\.object'.* is no transform: .* a method __call__\.$"):
+        digits(image_transforms=[object])
+    with pytest.raises(UserError, match=r"must be a list with one entry per transform, got {'class_path': '.*\.Noise'"):
+        digits(image_transforms=partial(Noise, strength=2))
 
 
 def test_the_losses_of_poses_refuse_a_transform_that_moves_pixels() -> None:

@@ -118,10 +118,12 @@ def test_mistakes_are_found_before_the_work(photos: Path, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
         run(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"workers must be at least 1, got 0\."):
+        run(workers=0)
+    with pytest.raises(UserError, match=r"cannot read 's4://bucket': Unrecognized .* Give a folder, or an address"):
+        infer_images("s4://bucket", str(DIGITS), str(tmp_path / "answers"), workers=1)
     with pytest.raises(UserError, match=r"nope' does not exist"):
         run(tmp_path / "nope")
-    with pytest.raises(UserError, match="workers must be at least 1, got 0"):
-        run(workers=0)
     with pytest.raises(BundleError, match="holds fp32, int8, not fp16"):
         run(precision="fp16")
     with pytest.raises(BundleError, match="has no signature"):

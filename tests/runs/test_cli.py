@@ -354,6 +354,10 @@ BAD = [
     (("fit", "--config", STN, "--model.network", "upright.architectures.lenut.LeNet"), "Did you mean 'lenet'?"),
     (("fit", "--config", STN, "--model.network", "own.LeNet"), "no module named 'own'. Is the file in the working"),
     (("fit", "--config", LENET, "--data.siz", 3), "'siz'. Did you mean 'size'? Allowed: angles"),
+    (
+        ("fit", "--config", LENET, "--model.scheduler", "upright.training.schedules.TorchScheduler"),
+        "error: missing, without a default: scheduler. Allowed: interval, monitor, scheduler.\n",
+    ),
     (("fit", "--config", LENET, "--data.size", 7), "must be at least 8, got size 7 and margin 4"),
     (("fit", "--config", LENET, "--data.size", 10, "--data.margin", 0), "at least 12x12 pixels, got 10x10"),
     (("fit", "--config", LENET, "--data", "upright.data.digits.Digts"), "Did you mean 'Digits'?"),

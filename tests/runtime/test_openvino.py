@@ -122,6 +122,21 @@ def test_an_engine_with_other_answers_is_refused(
     assert "| ONNX Runtime fp32 " in answer.out and "| ONNX Runtime int8 " not in answer.out
 
 
+def test_signals_find_their_stack_after_models_are_gone() -> None:
+    # A process of its own, because a failure ends it.
+    program = (
+        "import faulthandler, os, signal\n"
+        "from upright import Predictor\n"
+        "faulthandler.enable()  # a stack for signals\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
+        "first = Predictor('export/digits', engine='openvino')\n"
+        "second = Predictor('export/digits', engine='openvino')\n"
+        "del first, second\n"
+        "os.kill(os.getpid(), signal.SIGCHLD)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
 def test_infer_and_verify(upright: Upright) -> None:
     options = (DIGITS, DIGITS / "samples", "--format", "jsonl")
     lines = [upright("infer", *options, *engine).out.splitlines() for engine in ((), ENGINE)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -382,3 +383,9 @@ def test_a_run_without_validation_reports_it(upright: Upright, tmp_path: Path) -
     answer = upright("fit", "--config", LENET, *QUICK, "--trainer.limit_val_batches", 0)
     assert answer.code == 0 and "Best: unknown, because nothing was validated; there is last.ckpt" in answer.out
     assert "upright test --ckpt_path checkpoints/lenet/last.ckpt" in answer.out
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_an_optimiser_that_cannot_train_is_refused(kind: Any) -> None:
+    with pytest.raises(UprightError, match=rf"^model\.optimizer: {kind.__name__} takes no dense, .* use AdamW, SGD or"):
+        grouped_optimizer(nn.Linear(2, 2), kind)

@@ -193,5 +193,12 @@ def test_arguments_that_torch_refuses_are_one_line() -> None:
         TorchScheduler(optimizer(), 99, scheduler=partial(CosineAnnealingWarmRestarts, T_0=-5))
     with pytest.raises(UserError, match=r"^model.scheduler: .*missing 1 required .* 'step_size'$"):
         TorchScheduler(optimizer(), 99, scheduler=StepLR)  # type: ignore[arg-type]
+    one_cycle = partial(OneCycleLR, max_lr=1, total_steps=4, cycle_momentum=False)
+    for kind, reason in ((partial(StepLR, step_size=0), "modulo by zero"), (one_cycle, "Tried to step 5 times")):
+        schedule = TorchScheduler(optimizer(), 99, scheduler=kind)
+        with pytest.raises(UserError, match=f"^model.scheduler: {kind.func.__name__} cannot step with .*: .*{reason}"):
+            for _ in range(5):
+                schedule.optimizer.step()
+                schedule.step()
     with pytest.raises(UserError, match="interval must be epoch or step, got 'batch'"):
         TorchScheduler(optimizer(), 99, scheduler=partial(StepLR, step_size=3), interval="batch")  # type: ignore[arg-type]

@@ -160,7 +160,8 @@ class NetworkLocaliser(VotingLocaliser):
             raise ValueError(f"turns must be at least 4, got {turns}.")
         check_choice("mask", mask, ("none", "disc"))
         channels, *sides = input_shape
-        self.turns, self.size, self.mask, self.weights = turns, size or min(sides), mask, weights
+        self.turns, self.mask, self.weights = turns, mask, weights
+        self.size = min(sides) if size is None else size
         self.resizes = [self.size, self.size] != sides
         self.factory = network
         self.network = network((channels, self.size, self.size), turns)

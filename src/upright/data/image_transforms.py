@@ -34,11 +34,19 @@ class ImageTransforms:
         parts: the transforms, in order.
 
     Raises:
-        UserError: if a transform cannot be built.
+        UserError: if ``parts`` is no list, or a transform cannot be built or called.
     """
 
     def __init__(self, parts: Sequence[MakeTransform] = ()) -> None:
+        if not isinstance(parts, list | tuple):
+            raise UserError(f"image_transforms must be a list with one entry per transform, got {recipe(parts)}.")
         self.parts = [_instance(recipe(part)) for part in parts]
+        for part, transform in zip(parts, self.parts, strict=True):
+            if not callable(transform):
+                raise UserError(
+                    f"image_transforms: {recipe(part)} is no transform: give class_path and init_args of a class with "
+                    "a method __call__."
+                )
 
     def __bool__(self) -> bool:
         return bool(self.parts)
@@ -72,8 +80,8 @@ class ImageTransforms:
             except Exception as error:  # anything that another package raises
                 raise UserError(
                     f"{type(part).__name__} in data.init_args.image_transforms fails with a uint8 image of shape "
-                    f"{tuple(image.shape)}: {type(error).__name__}: {one_line(error, 300)} Modules for batches, such "
-                    "as kornia's, go into data.init_args.augment."
+                    f"{tuple(image.shape)}: {type(error).__name__}: {one_line(error, 300).rstrip('.')}. Modules for "
+                    "batches, such as kornia's, go into data.init_args.augment."
                 ) from error
         if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.shape != image.shape:
             kind = type(result).__name__

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from threading import Lock
@@ -55,10 +56,7 @@ class OpenVINOSession:
 
     def __init__(self, model: str | bytes, threads: int) -> None:
         check_installed()
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
-        from openvino import Core
-
-        core = Core()
+        core = _core()
         try:
             network = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
             self._model = core.compile_model(network, "CPU", SETTINGS | {"INFERENCE_NUM_THREADS": threads})
@@ -88,6 +86,16 @@ class OpenVINOSession:
                 # After a large image, return the memory to the system.
                 self._model.release_memory()
         return outputs
+
+
+@cache
+def _core() -> Any:
+    # One for the process. Each loads the CPU plugin, which sets the stack for this thread's signals, and restores the one
+    # before when it goes: after two with overlapping lives, a signal would use a stack that is unmapped already.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
+    from openvino import Core
+
+    return Core()
 
 
 def _end(end: Any) -> End:

@@ -49,7 +49,8 @@ def infer_images(
         key: a public key that must have signed the bundle.
 
     Raises:
-        UserError: if workers or images are missing, a name is not UTF-8, or ``answers`` holds other files.
+        UserError: if there are no images or no workers, a name is not UTF-8, pyarrow cannot read an address, or
+            ``answers`` holds files with another content.
         BundleError: if the bundle cannot be used.
         ray.exceptions.RayTaskError: if the storage or onnxruntime fails. The answers so far stay.
     """
@@ -129,7 +130,12 @@ class _Unreadable:
 
 def _locate(address: str) -> tuple[Any, str]:
     """Return the file system of a folder or an address, and the path there."""
-    filesystem, path = FileSystem.from_uri(address if "://" in address else os.path.abspath(address))
+    try:
+        filesystem, path = FileSystem.from_uri(address if "://" in address else os.path.abspath(address))
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"pyarrow cannot read '{address}': {error}. Give a folder, or an address like s3://bucket/photos."
+        ) from None
     return filesystem, path
 
 

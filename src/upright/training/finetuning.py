@@ -96,11 +96,8 @@ class LocaliserWeights(NamedTuple):
 
     name: str
     """Name of the localiser in the network."""
-    state: dict[str, Tensor]
     path: Path
-    run: dict[str, Any]
-    image_hashes: Tensor | None
-    remarks: tuple[str, ...]
+    source: StartWeights
 
 
 def head(classifier: ImageModule) -> set[str]:
@@ -143,17 +140,16 @@ def start_from(
         for name, module in network.named_modules()
         if isinstance(module, NetworkLocaliser) and module.weights
     ]
-    if path is None:
-        source, digest = _published_weights(classifier), None
-        if source is None:
-            if not localisers:
-                return []
-            classifier.start = {"path": None, "sha256": None, "run": None, "anew": sorted(network.state_dict())}
-            return _start_localisers(classifier, localisers)
-        name = source.origin
-    else:
+    if path is not None:
         path = find_checkpoint(path)
         source, digest, name = _read(path, classifier, data), file_hash(path), str(path)
+    elif published := _published_weights(classifier):
+        source, digest, name = published, None, published.origin
+    elif localisers:
+        classifier.start = {"path": None, "sha256": None, "run": None, "anew": sorted(network.state_dict())}
+        return _start_localisers(classifier, localisers)
+    else:
+        return []
     state, head_names = network.state_dict(), head(classifier)
     names = _weight_names(state, classifier.recipe["init_args"]["network"])
     weights = {key: source.state[own] for key, own in _weight_names(source.state, source.network).items()}
@@ -202,8 +198,8 @@ def _read_localiser(
     assert localiser.weights is not None
     path = find_checkpoint(localiser.weights)
     checkpoint = read_checkpoint(path)
-    ours = checkpoint[KEY]
-    spec, theirs = classifier.spec, ImageSpec.from_dict(ours["spec"])
+    ours, spec = checkpoint[KEY], classifier.spec
+    theirs = ImageSpec.from_dict(ours["spec"])
     if theirs.classes:
         raise UserError(f"'{path}' is a classifier; weights of NetworkLocaliser must be a run of OrientationEstimator.")
     if data is not None:
@@ -222,12 +218,8 @@ def _read_localiser(
         )
     if theirs.channels != spec.channels:
         raise UserError(f"'{path}' was trained on {theirs.summary}; the data have {spec.summary}.")
-    prefix = "model.network."
-    state = {
-        f"network.{key.removeprefix(prefix)}": v
-        for key, v in checkpoint["state_dict"].items()
-        if key.startswith(prefix)
-    }
+    source = _upright_weights(checkpoint, spec)
+    state = {f"network.{key}": value for key, value in source.state.items()}
     # The network of the transformer gets images with the normalisation of the data.
     means, stds = (
         torch.tensor([getattr(each, part) for each in (spec, theirs)])[:, :, None, None] for part in ("mean", "std")
@@ -235,10 +227,8 @@ def _read_localiser(
     state |= {"scale": stds[0] / stds[1], "shift": (means[0] - means[1]) / stds[1]}
     if {key: v.shape for key, v in state.items()} != {key: v.shape for key, v in localiser.state_dict().items()}:
         raise UserError(f"'{path}' holds the weights of another network than its config names: train it again.")
-    run = {key: ours["run"][key] for key in ("name", "id")}
-    remark = f"'{path}' was trained on images with mask {theirs.mask}; these data have mask {spec.mask}."
-    masked = spec.mask not in ("none", theirs.mask)
-    return LocaliserWeights(name, state, path, run, training_hashes(ours), (remark,) if masked else ())
+    remarks = () if spec.mask == "none" else source.remarks  # the localiser has its own mask
+    return LocaliserWeights(name, path, source._replace(state=state, remarks=remarks))
 
 
 def _complete(network: Recipe) -> Recipe:
@@ -253,12 +243,13 @@ def _start_localisers(classifier: ImageModule, localisers: Sequence[LocaliserWei
     """Load the weights of localisers, record their origin in ``start``, and return messages for the user."""
     assert classifier.start is not None
     lines = []
-    for name, state, path, run, hashes, remarks in localisers:
-        classifier.model.network.get_submodule(name).load_state_dict(state)
-        classifier.start.setdefault("localisers", []).append({"path": str(path), "sha256": file_hash(path), "run": run})
-        both = [each for each in (classifier.start_hashes, hashes) if each is not None]
+    for name, path, source in localisers:
+        classifier.model.network.get_submodule(name).load_state_dict(source.state)
+        origin = {"path": str(path), "sha256": file_hash(path), "run": source.run}
+        classifier.start.setdefault("localisers", []).append(origin)
+        both = [each for each in (classifier.start_hashes, source.image_hashes) if each is not None]
         classifier.start_hashes = torch.unique(torch.cat(both)) if both else None
-        lines += [f"Start of {name}: '{path}' (run {run['name']}, {run['id']}), {len(state)} tensors.", *remarks]
+        lines += [f"Start of {name}: '{path}' ({source.origin}), {len(source.state)} tensors.", *source.remarks]
     return lines
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, SparseAdam
 
 from upright.errors import UserError
 
@@ -22,7 +22,7 @@ def grouped_optimizer(model: nn.Module, make: MakeOptimizer) -> Optimizer:
     2019, arXiv:1812.01187). SGD, Adam and AdamW use torch's fused kernels, unless ``fused`` or ``foreach`` is set.
 
     Raises:
-        UserError: if the optimiser refuses its arguments.
+        UserError: if the optimiser refuses its arguments, or cannot train these networks.
     """
     treatments = dict(_treatments(model, 1.0, True))
     groups: dict[float, list[nn.Parameter]] = {}
@@ -32,6 +32,9 @@ def grouped_optimizer(model: nn.Module, make: MakeOptimizer) -> Optimizer:
         optimizer = make([{"params": parameters} for parameters in groups.values()])
     except ValueError as error:
         raise UserError(f"model.optimizer: {error}") from error
+    if isinstance(optimizer, (LBFGS, SparseAdam)):
+        name = type(optimizer).__name__
+        raise UserError(f"model.optimizer: {name} takes no dense, channels-last gradients; use AdamW, SGD or Muon.")
     # torch's default is a Python loop on a CPU, and several kernels on a GPU.
     fuses = isinstance(optimizer, (SGD, Adam)) and next(iter(treatments)).device.type in ("cpu", "cuda")
     # `add_param_group` extends the list during the loop.

@@ -64,7 +64,8 @@ class PoseLosses:
         if data and (unreported := data.augmentation.unreported or data.image_transforms.moving):
             raise UserError(
                 f"{loss} needs the transform of each image, but {unreported} does not report it: use "
-                f"upright.data.augmentation.RandomElastic or a module with a transform_matrix, or set {option} 0."
+                f"RandomAffine or RandomElastic of upright.data.augmentation, a module with a transform_matrix, or set "
+                f"{option} 0."
             )
 
     def __call__(

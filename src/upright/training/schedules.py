@@ -181,7 +181,11 @@ class TorchScheduler(LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         if not isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step()
+            try:
+                self.schedule.step()
+            except (ValueError, ArithmeticError) as error:  # such as a period of 0, or more steps than total_steps
+                name = type(self.schedule).__name__
+                raise UserError(f"model.scheduler: {name} cannot step with these init_args: {error}") from error
 
     def follow(self, metrics: Mapping[str, Tensor]) -> None:
         """Pass the metric of a validation to ``ReduceLROnPlateau``."""

@@ -32,6 +32,10 @@ def user_error(error: BaseException | None) -> UprightError | None:
 def explain(message: str, options: Iterable[str] = ()) -> str:
     """Return jsonargparse's report ``message`` as one line: the input, the allowed values, and the nearest name."""
     names = sorted(option[2:] for option in options if re.fullmatch(r"--.*(?<!help)(?<!\+)", option))
+    # The whole command has some seventy options; a class has a few.
+    allowed = f"Allowed: {', '.join(names)}." if len(names) < 30 else "`--help` shows all."
+    if match := re.search(r"arguments are required: (.+)", message):
+        return f"missing, without a default: {match[1]}. {allowed}"
     if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)
         return f"unknown option '--{match[1]}'.{hint} `--help` shows all."
@@ -39,8 +43,6 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         return f"'{match[1]}' belongs to no option; options begin with --."
     if match := re.search(r"Option '([^']+)' is not accepted", message):
         hint = nearest(match[1], names) or nearest(match[1].partition(".")[0], names)
-        # The whole command has some seventy options; a class has a few.
-        allowed = f"Allowed: {', '.join(names)}." if len(names) < 30 else "`--help` shows all."
         return f"unknown option '{match[1]}'.{hint} {allowed}"
     if match := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", message):
         key = match[1] or match[2]
@@ -66,7 +68,12 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         value = re.search(r"(?:Got|Given) value: (.+)", message)
         suffix = f", got {value[1][:200]}" if value else ""
         # YAML's names of the types.
-        for python, yaml in {"NoneType": "null", "collections.abc.Sequence": "list", "tuple": "list"}.items():
+        for python, yaml in {
+            "NoneType": "null",
+            "collections.abc.Sequence": "list",
+            "collections.abc.Iterable": "list",
+            "tuple": "list",
+        }.items():
             kinds = kinds.replace(python, yaml)
         return f"expected {kinds}{suffix}"
     return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())[:400]
