@@ -90,8 +90,8 @@ class OpenVINOSession:
 
 @cache
 def _core() -> Any:
-    # One for the process. Each loads the CPU plugin, which sets the stack for this thread's signals, and restores the one
-    # before when it goes: after two with overlapping lives, a signal would use a stack that is unmapped already.
+    # One for the process. Each loads the CPU plugin, which sets the stack for signals of this thread, and restores the
+    # one before when it goes: after two with overlapping lives, a signal would use a stack that is unmapped already.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
     from openvino import Core
 
