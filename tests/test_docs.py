@@ -72,6 +72,7 @@ NOT_RUN = {
     "upright verify export/signed.upright.zip": "needs the extra sign, see tests/runtime/test_signature.py",
     "curl": "asks a server that does not run",
     "for": "a loop of the shell over files that W&B sends to its server",
+    "done": "the end of that loop",
     "pip": "the packages are installed",
     "python -m http.server": "a server",
     "tensorboard": "a server",

@@ -35,6 +35,8 @@ def test_targets_are_the_shares_of_each_image(part: type[Mixing]) -> None:
 
 @PARTS
 def test_the_mean_share_is_a_half_and_alpha_its_spread(part: type[Mixing]) -> None:
+    torch.manual_seed(0)
+
     def shares(alpha: float) -> torch.Tensor:
         return part(alpha=alpha)(plain(), TARGETS)[1][torch.arange(COUNT), LABELS]
 

@@ -195,7 +195,7 @@ def test_votes_need_a_localiser_that_votes() -> None:
     affine = partial(SpatialTransformer, transform="affine")
     spec = ImageSpec(1, 28, 28, ("a", "b"), (0.5,), (0.5,))
     network = TransformerNetwork(spec.input_shape, 2, network=LeNet, transformer=affine)
-    with pytest.raises(UserError, match="has a localiser that votes, so it has no output votes; upright"):
+    with pytest.raises(UserError, match="has a localiser that votes, so it has no output votes; those of upright"):
         Graph(Model(spec, network), Form(outputs=("votes",)))
 
 

@@ -218,7 +218,7 @@ def test_verify_detects_a_processor_with_other_int8_predictions(
     path.write_text(json.dumps(expected))
     (tmp_path / "cnn" / SUMS).write_text(checksums(tmp_path / "cnn"))
     answer = upright("verify", tmp_path / "cnn")
-    assert answer.code == 1 and "(int8, batches of 1): 1 of 16 samples" in answer.err
+    assert answer.code == 1 and "(onnxruntime, int8, batches of 1): 1 of 16 samples" in answer.err
     assert "in the first class: samples/03.png. On a processor without instructions" in answer.err
 
 

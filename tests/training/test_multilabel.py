@@ -131,7 +131,10 @@ def test_from_a_table_to_a_bundle(mosaics: Path, upright: Upright) -> None:
         ),
         (("report", "checkpoints/mosaic"), "finds several classes per image, and report compares models"),
         (("select", "checkpoints/mosaic"), "single classes; `upright test` writes the metrics of a run to test.json"),
-        (("straighten", "export/mosaic", files[0], "--to", "out"), "classifies"),
+        (
+            ("straighten", "export/mosaic", files[0], "--to", "out"),
+            "finds several classes per image; give one that estimates the orientation",
+        ),
         (("test", "--ckpt_path", "checkpoints/mosaic", "--data.separator", "null"), "line 5 has no label"),
     ):
         answer = upright(*command)
