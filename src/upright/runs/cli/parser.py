@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+from argparse import SUPPRESS
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -18,7 +19,9 @@ class OneLineParser(LightningArgumentParser):
         """Raise a `UserError` with the innermost reason, after the key that it belongs to."""
         key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
         inner = user_error(ex)
-        reason = str(inner) if inner else explain(message, self._option_string_actions)
+        # jsonargparse hides options that only work with other packages or are gone.
+        options = [name for name, action in self._option_string_actions.items() if action.help != SUPPRESS]
+        reason = str(inner) if inner else explain(message, options)
         raise UserError(f"{key}: {reason}" if key and not reason.startswith(key) else reason) from None
 
 
